@@ -1,0 +1,218 @@
+"""Megatron on CPU and gloo: what Megatron asks of CUDA, answered by the CPU.
+
+Megatron names CUDA in a few closed vocabularies: device names, functions of torch.cuda, tensor type strings, streams
+and random generators. Each is mapped once; Megatron's files stay as they are. Where there is a GPU, `install` refuses.
+"""
+
+import collections
+import contextlib
+import functools
+import importlib
+import logging
+import os
+import resource
+import sys
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+# Fused kernels need a GPU, apex or Transformer Engine; gloo is the collective library for CPU tensors.
+MEGATRON_ARGUMENTS = (
+    "--distributed-backend=gloo",
+    "--transformer-impl=local",
+    "--no-gradient-accumulation-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-persist-layer-norm",
+    "--no-rope-fusion",
+)
+
+_installed: TorchFunctionMode | None = None
+
+
+def install() -> None:
+    """Map CUDA onto the CPU for this process (idempotent). RuntimeError where a GPU is present.
+
+    Call it before the first import of Megatron, in every process, from the thread that trains: the device mapping is a
+    TorchFunctionMode, which belongs to a thread.
+    """
+    global _installed
+    if _installed is not None:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            "the CPU adapter is for machines without a GPU; hide it with CUDA_VISIBLE_DEVICES= to use it"
+        )
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("prepare_platform() must come before the first import of Megatron")
+    # Megatron's modules decorate small functions with torch.compile, which cannot tell mapped functions of torch.cuda
+    # apart: it must be imported before the mapping, and find this variable when it decorates.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    importlib.import_module("torch._dynamo")
+    _map_torch_cuda(torch.cuda)
+    _installed = _CudaNamesToCpu()
+    _installed.__enter__()
+    _adapt_megatron()
+
+
+class _CudaNamesToCpu(TorchFunctionMode):
+    """Redirect explicit CUDA devices in torch calls to the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _names_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": CPU}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # The optimizers sort parameters by 'torch.cuda.FloatTensor' and its kin, and reject any other name.
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def _names_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class _Stream:
+    """A CPU runs in order: every stream operation holds already."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+    def wait_stream(self, *_: Any) -> None: ...
+    def wait_event(self, *_: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: "_Event | None" = None) -> "_Event":
+        return event or _Event()
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return (0, 0)
+
+
+class _Event:
+    """A point in time."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.seconds = 0.0
+
+    def record(self, *_: Any) -> None:
+        self.seconds = time.perf_counter()
+
+    def wait(self, *_: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: "_Event") -> float:
+        """Milliseconds to `end`, as torch.cuda.Event gives them."""
+        return (end.seconds - self.seconds) * 1e3
+
+
+class _CpuGenerators:
+    """torch.cuda.default_generators[i]: the CPU generator, whatever the device."""
+
+    def __getitem__(self, _: Any) -> torch.Generator:
+        return torch.default_generator
+
+    def __len__(self) -> int:
+        return 1
+
+
+class _DeviceContext(contextlib.nullcontext):
+    """`with torch.cuda.device(i)`."""
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+
+
+def _map_torch_cuda(cuda: Any) -> None:
+    stream = _Stream()
+    functions = {
+        # Device queries. device_count gates Megatron's initialisation of model parallelism and must be positive.
+        "current_device": lambda: CPU,
+        "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "set_device": _nothing,
+        "get_device_name": lambda *_: "cpu",
+        "get_device_capability": lambda *_: (0, 0),
+        "get_device_properties": lambda *_: SimpleNamespace(
+            name="cpu", major=0, minor=0, total_memory=_physical_memory_bytes(), multi_processor_count=os.cpu_count()
+        ),
+        # The CPU's generator stands for the GPU's. _lazy_call must call: torch queues the restoring of random states
+        # until CUDA is initialised, which is never, so a resumed run would draw other numbers without a word.
+        "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+        "manual_seed_all": _nothing,  # torch.manual_seed calls it after seeding the CPU generator itself
+        "_lazy_call": lambda call, **_: call(),
+        "_lazy_init": _nothing,
+        # Order and memory.
+        "synchronize": _nothing,
+        "empty_cache": _nothing,
+        "current_stream": lambda *_, **__: stream,
+        "default_stream": lambda *_, **__: stream,
+        "stream": lambda *_: contextlib.nullcontext(),
+        "is_current_stream_capturing": lambda: False,
+        "memory_allocated": lambda *_, **__: _peak_memory_bytes(),
+        "max_memory_allocated": lambda *_, **__: _peak_memory_bytes(),
+        "memory_reserved": lambda *_, **__: _peak_memory_bytes(),
+        "max_memory_reserved": lambda *_, **__: _peak_memory_bytes(),
+        "reset_peak_memory_stats": _nothing,
+        "memory_stats": lambda *_, **__: collections.defaultdict(int),
+    }
+    for name, function in functions.items():
+        setattr(cuda, name, function)
+    cuda.random.get_rng_state, cuda.random.set_rng_state = cuda.get_rng_state, cuda.set_rng_state
+    cuda.default_generators = _CpuGenerators()
+    cuda.Stream, cuda.Event, cuda.device = _Stream, _Event, _DeviceContext
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing
+
+
+def _nothing(*_: Any, **__: Any) -> None: ...
+
+
+def _physical_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _peak_memory_bytes() -> int:
+    """The largest resident size of this process so far, libraries included: there is no allocator to ask."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _adapt_megatron() -> None:
+    """What Megatron itself refuses or cannot do without CUDA, apex and Transformer Engine."""
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distributed
+    import megatron.training.training as training
+
+    from megatron_txssm.platform.adam import Adam
+
+    # pretrain() asserts a GPU unless told otherwise, and offers no argument to tell it.
+    training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
+    # Without apex and TE Megatron takes torch's Adam, which its distributed optimizer cannot resume (see adam.py).
+    if not distributed.HAVE_APEX_OR_TE:
+        optimizer.Adam = distributed.Adam = Adam
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+        distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
+    # Megatron warns that the CPU generator moved while it forked the GPU's: here the two are one.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )

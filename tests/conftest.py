@@ -1,0 +1,29 @@
+"""What every test stands on: Megatron on this machine, and fresh memory that is never zero by luck."""
+
+import pytest
+import torch
+
+from megatron_txssm.platform import prepare_platform
+
+# Before any test module imports Megatron.
+prepare_platform()
+
+# torch.empty returns NaN, so that a kernel that forgets to write shows (torch fills it in deterministic mode).
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def one_process(tmp_path_factory):
+    """Megatron's parallel state for a single process, over gloo, with seeded random states."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state, tensor_parallel
+
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(1, 1)
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    yield
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
