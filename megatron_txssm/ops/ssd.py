@@ -1,0 +1,84 @@
+"""The state-space operator as the model calls it: one signature, an explicit backend, checked shapes."""
+
+# B=batch L=sequence H=heads P=head dim G=groups N=state
+
+from torch import Tensor
+
+from megatron_txssm.ops.ssd_reference import ssd_reference
+from megatron_txssm.ops.ssd_torch import ssd_torch
+
+BACKENDS = ("reference", "torch")
+
+
+def ssd(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLGN: Tensor,
+    *,
+    chunk_size: int,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    backend: str = "torch",
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_tᵀ, y_t = h_t C_t: returns `(y_BLHP, final_state_BHPN)`.
+
+    x_BLHP:         the values; y has their type.
+    dt_BLH:         step sizes after softplus, > 0.
+    A_H:            decay rates, < 0.
+    B_BLGN, C_BLGN: input and output directions, rotated already; head h reads group h // (H / G).
+    chunk_size:     tokens; a matter of speed and memory (README.md), not of the function.
+    initial_state:  BHPN, the state of token 0's document before token 0; zero if absent.
+    seq_idx:        BL integers, the number of each token's document; the state restarts from zero where it changes.
+
+    The final state is fp32 (fp64 for fp64 inputs), whatever the type of x: it goes on accumulating.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not an SSD backend; use one of {', '.join(BACKENDS)}")
+    _check_shapes(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, chunk_size, initial_state, seq_idx)
+    if backend == "reference":
+        return ssd_reference(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, initial_state=initial_state, seq_idx=seq_idx)
+    return ssd_torch(
+        x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, chunk_size=chunk_size, initial_state=initial_state, seq_idx=seq_idx
+    )
+
+
+def _check_shapes(
+    x_BLHP: Tensor,
+    dt_BLH: Tensor,
+    A_H: Tensor,
+    B_BLGN: Tensor,
+    C_BLGN: Tensor,
+    chunk_size: int,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+) -> None:
+    if x_BLHP.dim() != 4 or x_BLHP.shape[1] == 0:
+        raise ValueError(f"x.shape={list(x_BLHP.shape)} is not [batch, length > 0, heads, head_dim]; reshape x")
+    batch, length, heads, head_dim = x_BLHP.shape
+    if B_BLGN.dim() != 4:
+        raise ValueError(f"B.shape={list(B_BLGN.shape)} is not [batch, length, groups, state]; reshape B")
+    groups, state_dim = B_BLGN.shape[2:]
+    if groups == 0 or heads % groups:
+        legal = ", ".join(str(g) for g in range(1, heads + 1) if heads % g == 0)
+        raise ValueError(f"groups={groups} does not divide heads={heads}; use one of {legal}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size} is not positive; use 64 to 256 tokens")
+
+    expected = {
+        "dt": (dt_BLH, (batch, length, heads)),
+        "A": (A_H, (heads,)),
+        "B": (B_BLGN, (batch, length, groups, state_dim)),
+        "C": (C_BLGN, (batch, length, groups, state_dim)),
+        "initial_state": (initial_state, (batch, heads, head_dim, state_dim)),
+        "seq_idx": (seq_idx, (batch, length)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"{name}.shape={list(tensor.shape)} does not fit x.shape={list(x_BLHP.shape)} and "
+                f"B.shape={list(B_BLGN.shape)}; use {list(shape)}"
+            )
+    if seq_idx is not None and seq_idx.is_floating_point():
+        raise ValueError(f"seq_idx.dtype={seq_idx.dtype} cannot number documents; use torch.int32 or torch.int64")
