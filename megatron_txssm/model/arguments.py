@@ -1,0 +1,49 @@
+"""The arguments that TransXSSM adds to Megatron's own, and the state-space sizes read from both."""
+
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
+from megatron_txssm.model.layer_pattern import DEFAULT_LAYER_PATTERN
+from megatron_txssm.model.state_space_config import POSITION_ENCODINGS, StateSpaceConfig
+
+# Where Megatron was started without our arguments (stock pretrain_gpt.py --spec), these hold.
+DEFAULTS: dict[str, Any] = {
+    "layer_pattern": DEFAULT_LAYER_PATTERN,
+    "position_encoding": "rope",
+    "state_space_gated": False,
+    "ssd_chunk_size": 256,
+    "length_scaling_base": None,
+    "rotary_table_precision": "fp32",
+}
+
+
+def add_transxssm_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add our argument group to Megatron's parser (its `extra_args_provider`)."""
+    group = parser.add_argument_group(title="TransXSSM")
+    group.add_argument(
+        "--layer-pattern", help="layer kinds, S (state-space) and A (attention), repeated over --num-layers"
+    )
+    group.add_argument("--position-encoding", choices=POSITION_ENCODINGS, help="of the state-space layers")
+    group.add_argument("--state-space-gated", action="store_true", help="Mamba-2's output gate and grouped RMSNorm")
+    group.add_argument("--ssd-chunk-size", type=int, help="tokens per chunk of the state-space scan")
+    group.add_argument("--length-scaling-base", type=int, help="scale C by log_base(position) beyond this many tokens")
+    group.add_argument("--rotary-table-precision", choices=("fp32", "fp64"), help="precision of the angles")
+    parser.set_defaults(**DEFAULTS)
+    return parser
+
+
+def state_space_config(args: Namespace) -> StateSpaceConfig:
+    """The mixer's sizes from Megatron's parsed arguments (`--mamba-*` are Megatron's own) and ours."""
+    ours = {name: getattr(args, name, default) for name, default in DEFAULTS.items()}
+    num_heads = args.mamba_num_heads or args.hidden_size // args.mamba_head_dim
+    return StateSpaceConfig(
+        hidden_size=args.hidden_size,
+        num_heads=num_heads,
+        head_dim=args.mamba_head_dim,
+        state_size=args.mamba_state_dim,
+        num_groups=args.mamba_num_groups,
+        position_encoding=ours["position_encoding"],
+        gated=ours["state_space_gated"],
+        chunk_size=ours["ssd_chunk_size"],
+        length_scaling_base=ours["length_scaling_base"],
+    )

@@ -1,0 +1,182 @@
+"""TransXSSM's layers as Megatron-Core block specs: the door through which the model registers.
+
+Megatron imports `transxssm_block_spec` by name (`--spec megatron_txssm.model.layer_specs transxssm_block_spec`) and
+calls it with the model's config; what comes back is an ordinary GPT decoder, in which seven of eight layers have a
+state-space mixer in the place of self-attention. Stock Megatron-LM's pretrain_gpt.py takes it as it is; stock.py
+gives that our arguments too.
+"""
+
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, get_backend
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType, LayerType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+from megatron.training import get_args
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.model.arguments import DEFAULTS, state_space_config
+from megatron_txssm.model.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
+from megatron_txssm.model.local_modules import TorchSpecProvider
+from megatron_txssm.model.self_attention import UnifiedRotarySelfAttention
+from megatron_txssm.model.state_space_config import StateSpaceConfig
+from megatron_txssm.model.state_space_mixer import StateSpaceMixer, StateSpaceMixerSubmodules
+from megatron_txssm.model.unified_rope import UnifiedRotaryEmbedding
+
+# What the layers below are built with. Megatron has arguments for other values, which they would not follow.
+BUILT_IN: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "context_parallel_size": 1,
+    "add_bias_linear": False,
+    "add_qkv_bias": False,
+    "qk_layernorm": False,
+    "qk_l2_norm": False,
+    "attention_output_gate": False,
+    "softmax_type": "vanilla",
+    "window_size": None,
+    "multi_latent_attention": False,
+    "experimental_attention_variant": None,
+    "num_moe_experts": None,
+    "mtp_num_layers": None,
+    "rotary_interleaved": False,
+    # Of Megatron's GPTModelConfig.
+    "rotary_percent": 1.0,
+    "rope_scaling": False,
+}
+# The same, of arguments that are no part of a model's config.
+BUILT_IN_ARGUMENTS: dict[str, Any] = {
+    "reset_position_ids": False,
+    "reset_attention_mask": False,
+    "heterogeneous_layers_config_path": None,
+}
+# Of attention layers: Unified RoPE, or no positions.
+POSITION_EMBEDDING_TYPES = ("rope", "none")
+
+
+def transxssm_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The decoder block of this pipeline stage, by Megatron's global arguments (ours where they were registered).
+
+    `config` is Megatron's GPTModelConfig or TransformerConfig.
+    """
+    args: Any = get_args()
+    for name, value in BUILT_IN_ARGUMENTS.items():
+        if (asked := getattr(args, name, value)) != value:
+            raise UserError(f"{name}={asked} is not supported by TransXSSM's layers; leave it out")
+    if args.position_embedding_type not in POSITION_EMBEDDING_TYPES:
+        raise UserError(
+            f"position_embedding_type={args.position_embedding_type} is not supported by TransXSSM's layers; "
+            f"use {' or '.join(POSITION_EMBEDDING_TYPES)}"
+        )
+    rotary = UnifiedRotaryEmbedding(
+        base=args.rotary_base,
+        interpolation_factor=args.rotary_seq_len_interpolation_factor or 1.0,
+        table_precision=getattr(args, "rotary_table_precision", DEFAULTS["rotary_table_precision"]),
+    )
+    pattern = getattr(args, "layer_pattern", DEFAULTS["layer_pattern"])
+    return hybrid_block_spec(config, pattern, state_space_config(args), rotary, vp_stage=vp_stage)
+
+
+def hybrid_block_spec(
+    config: Any,
+    layer_pattern: str,
+    state_space: StateSpaceConfig,
+    rotary: UnifiedRotaryEmbedding,
+    *,
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
+) -> TransformerBlockSubmodules:
+    """The block spec of one pipeline stage, from explicit settings; modules by `config.transformer_impl`."""
+    for name, value in BUILT_IN.items():
+        if (asked := getattr(config, name, value)) != value:
+            raise UserError(f"{name}={asked} is not supported by TransXSSM's layers; use {value}")
+    # Otherwise Megatron saves all layers as one stacked tensor, which layers of different kinds cannot be.
+    getattr(config, "transformer", config).hetereogenous_dist_checkpoint = True
+    backend = TorchSpecProvider() if config.transformer_impl == "local" else get_backend(config.transformer_impl)
+    layers = {
+        STATE_SPACE: _layer_spec(config, backend, "in_proj", _state_space_spec(backend, state_space, rotary)),
+        ATTENTION: _layer_spec(config, backend, "linear_qkv", _attention_spec(backend, rotary)),
+    }
+    kinds = layer_kinds(layer_pattern, config.num_layers)
+    return TransformerBlockSubmodules(
+        layer_specs=[layers[kinds[index]] for index in _stage_layers(config, vp_stage, pp_rank)],
+        layer_norm=backend.layer_norm(rms_norm=True),
+    )
+
+
+def _stage_layers(config: Any, vp_stage: int | None, pp_rank: int | None) -> range | list[int]:
+    """Indices, from 0, of the layers that this pipeline stage builds."""
+    if config.pipeline_model_parallel_layout is not None:
+        return config.pipeline_model_parallel_layout.get_layer_id_list(
+            layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank
+        )
+    offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    return range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank))
+
+
+def _layer_spec(config: Any, backend: BackendSpecProvider, first_linear: str, mixer: ModuleSpec) -> ModuleSpec:
+    """norm → mixer → residual → norm → MLP → residual (arXiv:2506.09507, figure 2).
+
+    Transformer Engine's linear layers hold the norm before them. The local spec's norms are saved under the same names,
+    so that a checkpoint of one loads into the other.
+    """
+    fused = backend.fuse_layernorm_and_linear()
+    # Megatron declares a class here and takes a function.
+    add_residual: Any = get_bias_dropout_add
+    norm = IdentityOp if fused else backend.layer_norm(rms_norm=True, has_residual=True)
+    names = {
+        "input_layernorm.": f"self_attention.{first_linear}.layer_norm_",
+        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+    }
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=mixer,
+            self_attn_bda=add_residual,
+            pre_mlp_layernorm=norm,
+            mlp=get_mlp_module_spec_for_backend(backend),
+            mlp_bda=add_residual,
+            sharded_state_dict_keys_map={} if fused else names,
+        ),
+    )
+
+
+def _column_parallel_linear(backend: BackendSpecProvider) -> Any:
+    """The first linear layer of a mixer, with the norm in it where the backend fuses the two."""
+    fused = backend.column_parallel_layer_norm_linear() if backend.fuse_layernorm_and_linear() else None
+    return fused or backend.column_parallel_linear()
+
+
+def _state_space_spec(
+    backend: BackendSpecProvider, state_space: StateSpaceConfig, rotary: UnifiedRotaryEmbedding
+) -> ModuleSpec:
+    return ModuleSpec(
+        module=StateSpaceMixer,
+        params={"state_space": state_space, "rotary": rotary},
+        submodules=StateSpaceMixerSubmodules(
+            in_proj=_column_parallel_linear(backend), out_proj=backend.row_parallel_linear()
+        ),
+    )
+
+
+def _attention_spec(backend: BackendSpecProvider, rotary: UnifiedRotaryEmbedding) -> ModuleSpec:
+    return ModuleSpec(
+        module=UnifiedRotarySelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal, "rotary": rotary},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=_column_parallel_linear(backend),
+            core_attention=backend.core_attention(),
+            linear_proj=backend.row_parallel_linear(),
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        ),
+    )

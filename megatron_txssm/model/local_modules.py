@@ -1,0 +1,96 @@
+"""Norm and core attention for `transformer_impl: local`, where Megatron's own would refuse or materialise scores.
+
+S=sequence length of queries  T=sequence length of keys  B=batch  H=heads  D=hidden size or head dim
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (arXiv:1910.07467) over the last dimension.
+
+    Megatron's WrappedTorchNorm refuses sequence parallelism. Under it each rank sees a part of the tokens, so the
+    weight is marked for Megatron to sum its gradient over the tensor-parallel ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] → [..., D], in x's dtype."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class FinalRMSNorm(RMSNorm):
+    """The norm behind the last layer, which saves an empty extra state as Megatron's local linear layers do.
+
+    Transformer Engine's modules save theirs (FP8 statistics) and refuse a checkpoint without; the norms inside the
+    layers are part of a linear layer there.
+    """
+
+    def get_extra_state(self) -> None: ...
+
+    def set_extra_state(self, state: Any) -> None: ...
+
+
+class ScaledDotProductAttention(nn.Module):
+    """Causal core attention by torch's fused kernels; Megatron's local one materialises every score.
+
+    Queries are the last S of T positions, so the same code serves training (S = T), prompts in pieces and decoding.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, attn_mask_type: Any, attention_type: str, **kwargs: Any
+    ):
+        super().__init__()
+        self.dropout = config.attention_dropout
+        self.softmax_scale = kwargs.get("softmax_scale")
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """[S, B, H, D], [T, B, H_kv, D], [T, B, H_kv, D] → [S, B, H·D]."""
+        if packed_seq_params is not None:
+            raise ValueError("packed sequences need transformer_impl: transformer_engine")
+        num_queries, num_keys = query.shape[0], key.shape[0]
+        mask = None
+        if 1 < num_queries < num_keys:
+            ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+            mask = ones.tril(num_keys - num_queries)
+        out = F.scaled_dot_product_attention(
+            *(t.permute(1, 2, 0, 3) for t in (query, key, value)),
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=num_queries == num_keys,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+class TorchSpecProvider(LocalSpecProvider):
+    """Megatron's local modules, with those above in place of its norm and its core attention."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
+        return RMSNorm if has_residual else FinalRMSNorm
+
+    def core_attention(self) -> type:
+        return ScaledDotProductAttention

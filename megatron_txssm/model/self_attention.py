@@ -1,0 +1,23 @@
+"""Self-attention that takes its rotary angles from the spectrum it shares with the state-space layers."""
+
+from typing import Any
+
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+
+from megatron_txssm.model.unified_rope import UnifiedRotaryEmbedding
+
+
+class UnifiedRotarySelfAttention(SelfAttention):
+    """Megatron's SelfAttention with Unified RoPE on Q and K (arXiv:2506.09507, eq. 2, 3)."""
+
+    def __init__(self, *args: Any, rotary: UnifiedRotaryEmbedding, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.rotary = rotary
+
+    def forward(self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
+        """[S, B, D] → ([S, B, D], bias). Of the model's own table only the length counts (None: no position)."""
+        if rotary_pos_emb is not None:
+            length, width = rotary_pos_emb.shape[0], rotary_pos_emb.shape[-1]
+            rotary_pos_emb = self.rotary.megatron_table(length, width, device=hidden_states.device)
+        return super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)

@@ -1,0 +1,310 @@
+"""The state-space mixer: what stands in a state-space layer where an attention layer has its self-attention.
+
+B=batch  L=sequence length  D=hidden size  H=heads  P=head dim  G=groups  N=state size  K=convolution kernel
+H and G count this tensor-parallel rank's share, [L, B, D] is Megatron's layout; under sequence parallelism the mixer's
+input and output hold L / tensor_model_parallel_size tokens, and the projections gather and scatter them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+from torch import Tensor, nn
+
+from megatron_txssm.compat import split_tensor_factory
+from megatron_txssm.model.state_space_config import StateSpaceConfig
+from megatron_txssm.model.unified_rope import UnifiedRotaryEmbedding, length_scale
+from megatron_txssm.ops.rotary import apply_rotary
+from megatron_txssm.ops.ssd import ssd
+from megatron_txssm.ops.ssd_reference import ssd_step
+
+# They set the decay exp(dt·A), which compounds over thousands of tokens: in bf16 its logarithm would have three digits.
+FP32_PARAMETERS = ("A_log", "dt_bias", "D")
+
+
+@dataclass
+class StateSpaceMixerSubmodules:
+    """The two projections: local or Transformer Engine's (whose in-projection holds the norm before it)."""
+
+    in_proj: ModuleSpec | type
+    out_proj: ModuleSpec | type
+
+
+@dataclass
+class StateSpaceCache:
+    """What decoding carries from token to token, of constant size: see `StateSpaceMixer.forward`."""
+
+    state_BHPN: Tensor | None = None
+    # The convolution's last K-1 inputs; unused by variants without one.
+    history_BEK: Tensor | None = None
+
+
+class StateSpaceMixer(MegatronModule):
+    """in-projection → [z,] x, B, C, dt → rotation of B and C → SSD → out-projection.
+
+    `state_space.position_encoding` chooses the paper's variant (arXiv:2506.09507, table 2). The in-projection is one
+    column-parallel layer whose rows are packed per rank: [z_r, x_r, B_r, C_r, dt_r].
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: StateSpaceMixerSubmodules,
+        layer_number: int,
+        state_space: StateSpaceConfig,
+        rotary: UnifiedRotaryEmbedding,
+        pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
+        **_: Any,
+    ):
+        super().__init__(config)
+        self.layer_number = layer_number
+        self.state_space = state_space
+        self.rotary = rotary
+        self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        self.tp_size = self.pg_collection.tp.size()
+        state_space.check_tensor_parallel(self.tp_size)
+        self.in_proj_sizes = {part: size // self.tp_size for part, size in state_space.in_proj_sizes.items()}
+        self.conv_sizes = {part: size // self.tp_size for part, size in state_space.conv_sizes.items()}
+
+        common = {"config": config, "bias": False, "is_expert": False, "tp_group": self.pg_collection.tp}
+        self.in_proj = build_module(
+            submodules.in_proj,
+            state_space.hidden_size,
+            sum(state_space.in_proj_sizes.values()),
+            init_method=config.init_method,
+            gather_output=False,
+            skip_bias_add=False,
+            tp_comm_buffer_name="fc1",
+            name=name and f"{name}.in_proj",
+            **common,
+        )
+        self.in_proj.weight.partition_sizes = list(self.in_proj_sizes.values())
+        self.out_proj = build_module(
+            submodules.out_proj,
+            state_space.inner_size,
+            state_space.hidden_size,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_comm_buffer_name="fc2",
+            name=name and f"{name}.out_proj",
+            **common,
+        )
+        self._build_parameters()
+
+    def _build_parameters(self) -> None:
+        """This rank's parameters beside the projections, all sharded over tensor-parallel ranks along dimension 0."""
+        sizes = self.in_proj_sizes
+        self.A_log = self._parameter(sizes["dt"], dtype=torch.float32)
+        self.dt_bias = self._parameter(sizes["dt"], dtype=torch.float32)
+        if self.conv_sizes:
+            self.D = self._parameter(sizes["dt"], dtype=torch.float32)
+            channels = sum(self.conv_sizes.values())
+            self.conv1d_weight = self._parameter(channels, 1, self.state_space.conv_kernel)
+            self.conv1d_bias = self._parameter(channels)
+            for parameter in (self.conv1d_weight, self.conv1d_bias):
+                setattr(parameter, "partition_sizes", list(self.conv_sizes.values()))
+        if self.state_space.gated:
+            self.norm_weight = self._parameter(sizes["x"])
+        if self.config.perform_initialization:
+            initializers = parameter_initializers(self.state_space)
+            tracker: Any = get_cuda_rng_tracker()
+            with tracker.fork():
+                for parameter_name, parameter in self.named_parameters(recurse=False):
+                    initializers[parameter_name](parameter.data)
+
+    def _parameter(self, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+        parameter = nn.Parameter(
+            torch.empty(*shape, dtype=dtype or self.config.params_dtype, device=torch.cuda.current_device())
+        )
+        for attribute, value in {"tensor_model_parallel": True, "partition_dim": 0, "partition_stride": 1}.items():
+            setattr(parameter, attribute, value)
+        return parameter
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StateSpaceMixer":
+        """Moves and casts as any module does, but FP32_PARAMETERS and their gradients stay fp32."""
+        own = [parameter for name, parameter in self.named_parameters(recurse=False) if name in FP32_PARAMETERS]
+        keep = {id(tensor) for parameter in own for tensor in (parameter, parameter.grad) if tensor is not None}
+
+        def keep_fp32(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            # What changes no type is taken as it is: to_empty() gives memory to a tensor of the meta device.
+            return tensor.to(result.device) if id(tensor) in keep and result.dtype != torch.float32 else result
+
+        return super()._apply(keep_fp32, recurse)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        inference_context: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[L, B, D] → ([L, B, D], bias=None).
+
+        With an `inference_context` (Megatron's StaticInferenceContext) the tokens continue the sequence that the
+        layer's cache in it has seen; L may be 1 or any number. Attention's keyword arguments that mean nothing here are
+        ignored.
+        """
+        if kwargs.get("packed_seq_params") is not None:
+            raise ValueError(
+                "packed sequences are not supported by state-space layers yet; pack without packed_seq_params"
+            )
+        cache, offset = self._cache(inference_context)
+        projected_LBE, _ = self.in_proj(hidden_states)
+        y_BLE, cache = self._scan(projected_LBE.transpose(0, 1), offset, cache)
+        if inference_context is not None:
+            inference_context.key_value_memory_dict[self.layer_number] = cache
+        return self.out_proj(y_BLE.transpose(0, 1).contiguous())
+
+    def _cache(self, inference_context: Any) -> tuple[StateSpaceCache, int]:
+        """The layer's cache and the position of the first new token."""
+        if inference_context is None:
+            return StateSpaceCache(), 0
+        if not inference_context.is_static_batching():
+            raise ValueError("state-space layers decode with Megatron's StaticInferenceContext only")
+        offset = inference_context.sequence_len_offset
+        if offset == 0:
+            return StateSpaceCache(), 0
+        return inference_context.key_value_memory_dict[self.layer_number], offset
+
+    def _scan(self, projected_BLE: Tensor, offset: int, cache: StateSpaceCache) -> tuple[Tensor, StateSpaceCache]:
+        """Convolution, rotation and SSD of the packed projection; returns y and the cache behind the last token."""
+        history_BEK = cache.history_BEK
+        if self.conv_sizes:
+            projected_BLE, history_BEK = self._convolve(projected_BLE, history_BEK)
+        parts = dict(
+            zip(self.in_proj_sizes, projected_BLE.split(list(self.in_proj_sizes.values()), dim=-1), strict=True)
+        )
+        x_BLHP = parts["x"].unflatten(-1, (-1, self.state_space.head_dim))
+        B_BLGN, C_BLGN = (parts[part].unflatten(-1, (-1, self.state_space.state_size)) for part in ("B", "C"))
+        B_BLGN, C_BLGN = self._rotate(B_BLGN, C_BLGN, offset)
+        dt_BLH = F.softplus(parts["dt"].float() + self.dt_bias)
+        A_H = -torch.exp(self.A_log)
+
+        if x_BLHP.shape[1] == 1 and cache.state_BHPN is not None:
+            x_BHP, dt_BH, B_BGN, C_BGN = (t.squeeze(1) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN))
+            y_BHP, state_BHPN = ssd_step(x_BHP, dt_BH, A_H, B_BGN, C_BGN, cache.state_BHPN)
+            y_BLHP = y_BHP.unsqueeze(1)
+        else:
+            y_BLHP, state_BHPN = ssd(
+                x_BLHP,
+                dt_BLH,
+                A_H,
+                B_BLGN,
+                C_BLGN,
+                chunk_size=self.state_space.chunk_size,
+                initial_state=cache.state_BHPN,
+            )
+        if self.conv_sizes:
+            y_BLHP = y_BLHP + (self.D[:, None] * x_BLHP).to(y_BLHP.dtype)
+        y_BLE = y_BLHP.to(projected_BLE.dtype).flatten(2)
+        if self.state_space.gated:
+            y_BLE = self._gated_norm(y_BLE, parts["z"])
+        return y_BLE, StateSpaceCache(state_BHPN, history_BEK)
+
+    def _rotate(self, B_BLGN: Tensor, C_BLGN: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+        """Unified RoPE (eq. 2, 3) and appendix A's scaling of C."""
+        length = B_BLGN.shape[1]
+        if self.state_space.position_encoding == "rope":
+            cos_LR, sin_LR = self.rotary.cos_sin(
+                length, self.state_space.state_size, offset=offset, device=B_BLGN.device
+            )
+            B_BLGN, C_BLGN = apply_rotary(B_BLGN, cos_LR, sin_LR), apply_rotary(C_BLGN, cos_LR, sin_LR)
+        if self.state_space.length_scaling_base is not None:
+            positions_L = torch.arange(offset, offset + length, device=C_BLGN.device)
+            scale_L = length_scale(positions_L, self.state_space.length_scaling_base)
+            C_BLGN = C_BLGN * scale_L[:, None, None].to(C_BLGN.dtype)
+        return B_BLGN, C_BLGN
+
+    def _convolve(self, projected_BLE: Tensor, history_BEK: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mamba-2's causal depthwise convolution and SiLU over the packed x, B, C; E counts the channels of a part."""
+        channels, kernel = self.conv1d_weight.shape[0], self.conv1d_weight.shape[-1]
+        before = self.in_proj_sizes.get("z", 0)
+        z, xBC_BLE, dt = projected_BLE.split([before, channels, self.in_proj_sizes["dt"]], dim=-1)
+        if history_BEK is None:
+            history_BEK = xBC_BLE.new_zeros(xBC_BLE.shape[0], channels, kernel - 1)
+        seen_BEL = torch.cat([history_BEK, xBC_BLE.transpose(1, 2)], dim=-1)
+        out_BEL = F.silu(F.conv1d(seen_BEL, self.conv1d_weight, self.conv1d_bias, groups=channels))
+        return torch.cat([z, out_BEL.transpose(1, 2), dt], dim=-1), seen_BEL[..., seen_BEL.shape[-1] - (kernel - 1) :]
+
+    def _gated_norm(self, y_BLE: Tensor, z_BLE: Tensor) -> Tensor:
+        """Mamba-2's gate, then RMSNorm within each group: groups never cross ranks, so any layout gives the same."""
+        gated = (y_BLE.float() * F.silu(z_BLE.float())).unflatten(-1, (self.state_space.num_groups // self.tp_size, -1))
+        normed = F.rms_norm(gated, gated.shape[-1:], eps=self.config.layernorm_epsilon).flatten(-2)
+        return (normed * self.norm_weight.float()).to(y_BLE.dtype)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None, **_: Any
+    ) -> dict[str, Any]:
+        """Megatron's sharded state dict. Packed tensors are saved by component, so that any layout can load them."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        own: dict[str, Any] = {}
+        self._save_to_state_dict(own, "", keep_vars=True)
+        sharded = make_sharded_tensors_for_checkpoint(
+            own,
+            prefix,
+            tensor_parallel_layers_axis_map=dict.fromkeys(own, 0),
+            sharded_offsets=sharded_offsets,
+            tp_group=self.pg_collection.tp,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        for child_name, child in self.named_children():
+            sharded.update(
+                sharded_state_dict_default(
+                    child, f"{prefix}{child_name}.", sharded_offsets, metadata, tp_group=self.pg_collection.tp
+                )
+            )
+        packed = {"in_proj.weight": self.in_proj_sizes}
+        if self.conv_sizes:
+            packed.update({"conv1d_weight": self.conv_sizes, "conv1d_bias": self.conv_sizes})
+        for key, sizes in packed.items():
+            sharded[prefix + key] = split_tensor_factory(sharded[prefix + key], list(sizes.values()), list(sizes), 0)
+        return sharded
+
+    def num_params(self) -> int:
+        """Parameters over all tensor-parallel ranks, without the norm before the mixer."""
+        return self.state_space.num_params()
+
+    def flops_per_token(self, seq_length: int) -> float:
+        """Model FLOPs per token, forward and backward, over all ranks."""
+        return self.state_space.flops_per_token(seq_length)
+
+
+def parameter_initializers(state_space: StateSpaceConfig) -> dict[str, Callable[[Tensor], Any]]:
+    """How each parameter beside the projections starts, in place, as in Mamba-2 (arXiv:2405.21060).
+
+    A is uniform in [1, 16]; dt_bias is the inverse softplus of a dt drawn log-uniformly from [0.001, 0.1]; the
+    convolution is uniform within 1/√K, torch's default for K inputs a channel; D and the norm's weight are ones.
+    """
+
+    def init_A_log(tensor: Tensor) -> None:
+        tensor.uniform_(1.0, 16.0).log_()
+
+    def init_dt_bias(tensor: Tensor) -> None:
+        dt = torch.exp(torch.empty_like(tensor).uniform_(*torch.tensor([1e-3, 1e-1]).log().tolist()))
+        tensor.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+    bound = state_space.conv_kernel**-0.5
+    return {
+        "A_log": init_A_log,
+        "dt_bias": init_dt_bias,
+        "D": nn.init.ones_,
+        "conv1d_weight": lambda tensor: tensor.uniform_(-bound, bound),
+        "conv1d_bias": lambda tensor: tensor.uniform_(-bound, bound),
+        "norm_weight": nn.init.ones_,
+    }

@@ -1,0 +1,96 @@
+"""A test's function on several gloo ranks, each a fresh process.
+
+A fork server imports Megatron once per test session; every rank is forked from it and starts within milliseconds.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.platform import prepare_platform
+
+# Before the first import of Megatron, in the fork server as well.
+prepare_platform()
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+# For the fork server: what the ranks would otherwise import one by one.
+from megatron.core.models.gpt import GPTModel  # noqa: F401
+
+TIMEOUT_SECONDS = 180
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *arguments: Any) -> list[Any]:
+    """`function(*arguments)` on every rank of a fresh gloo world; its results in the order of the ranks.
+
+    `function` is a module's own (it travels by name); results travel through files in `folder`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    with _importable(Path(__file__).parent):
+        context.set_forkserver_preload(["ranks"])
+        ranks = [
+            context.Process(target=_rank, args=(function, rank, world_size, folder, arguments))
+            for rank in range(world_size)
+        ]
+        for rank in ranks:
+            rank.start()
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while any(rank.is_alive() for rank in ranks) and time.monotonic() < deadline:
+        if any(rank.exitcode for rank in ranks):
+            break  # the others would wait for it in a collective
+        ranks[0].join(0.02) if ranks[0].is_alive() else time.sleep(0.02)
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    errors = [path.read_text() for path in sorted(folder.glob("error_*"))]
+    assert all(rank.exitcode == 0 for rank in ranks), "\n".join(errors) or f"no end within {TIMEOUT_SECONDS} s"
+    return [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+@contextlib.contextmanager
+def model_parallel(
+    tensor: int = 1, pipeline: int = 1, *, virtual: int | None = None, seed: int = 1234
+) -> Iterator[None]:
+    """Megatron's parallel state over the ranks of this world, for the time of a `with`."""
+    parallel_state.initialize_model_parallel(tensor, pipeline, virtual_pipeline_model_parallel_size=virtual)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    yield
+    parallel_state.destroy_model_parallel()
+
+
+def _rank(function: Callable[..., Any], rank: int, world_size: int, folder: Path, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    # The child of a fork server would start its own children (data loaders, checkpoint writers) by one as well.
+    multiprocessing.set_start_method("fork", force=True)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    try:
+        store = dist.FileStore(str(folder / "store"), world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        torch.save(function(*arguments), folder / f"result_{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        (folder / f"error_{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
+        raise
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """The fork server is a new interpreter: it finds modules by PYTHONPATH."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), before)))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before

@@ -1,0 +1,125 @@
+"""initialize_by_name: weights are a function of the seed and the parameter's name, whatever the layout."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import model_parallel, run_ranks
+from tiny import Piece, assembled, build_gpt, perturb, pieces, state_space_config, transformer_config
+from torch import Tensor, nn
+
+from megatron_txssm.model.initialization import ROWS_PER_DRAW, initialize_by_name
+
+PATTERN = "SSAS"
+STATE_SPACE = state_space_config(position_encoding="conv1d_d", gated=True)
+
+
+def initialized(seed: int = 1, *, vp_stage: int | None = None, pattern: str = PATTERN, **kwargs: Any) -> nn.Module:
+    config = transformer_config(
+        num_layers=len(pattern), virtual_pipeline_model_parallel_size=None if vp_stage is None else 2
+    )
+    model = build_gpt(pattern, config, STATE_SPACE, vp_stage=vp_stage, **kwargs)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.fill_(torch.nan)
+    initialize_by_name(model, seed)
+    return model
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return assembled([pieces(model, dict(model.named_parameters()))])
+
+
+def layouts() -> dict[str, list[Piece]]:
+    """This rank's pieces of the model in each layout of two ranks."""
+    found = {}
+    with model_parallel(tensor=2, seed=5):
+        model = initialized()
+        found["TP2"] = pieces(model, dict(model.named_parameters()))
+        model = initialized(share_embeddings_and_output_weights=False)
+        found["TP2-untied"] = pieces(model, dict(model.named_parameters()))
+    with model_parallel(pipeline=2, seed=6):
+        model = initialized()
+        found["PP2"] = pieces(model, dict(model.named_parameters()))
+    with model_parallel(pipeline=2, virtual=2, seed=7):
+        stages = [initialized(vp_stage=stage) for stage in (0, 1)]
+        found["PP2xVPP2"] = [piece for stage in stages for piece in pieces(stage, dict(stage.named_parameters()))]
+    return found
+
+
+def test_every_layout_starts_from_the_same_weights(one_process: None, tmp_path: Path) -> None:
+    tied = weights(initialized())
+    untied = weights(initialized(share_embeddings_and_output_weights=False))
+    ranks = run_ranks(layouts, 2, tmp_path)
+    for layout, expected in {"TP2": tied, "TP2-untied": untied, "PP2": tied, "PP2xVPP2": tied}.items():
+        actual = assembled([rank[layout] for rank in ranks])
+        assert actual.keys() == expected.keys(), layout
+        assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items()), layout
+    # The tied embedding lives on both ends of a pipeline.
+    ends = [[data for key, *_, data in rank["PP2"] if key == "embedding.word_embeddings.weight"] for rank in ranks]
+    assert len(ends[0]) == len(ends[1]) == 1 and torch.equal(ends[0][0], ends[1][0])
+
+
+def test_the_seed_and_the_name_make_the_weight(one_process: None) -> None:
+    first, again, other = weights(initialized(1)), weights(initialized(1)), weights(initialized(2))
+    drawn = [key for key in first if "norm" not in key and not key.endswith(".D")]
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not any(torch.equal(first[key], other[key]) for key in drawn)
+    layers = [first[f"decoder.layers.{layer}.self_attention.in_proj.weight.x"] for layer in (0, 1, 3)]
+    assert not torch.equal(layers[0], layers[1]) and not torch.equal(layers[1], layers[2])
+
+
+def test_the_global_random_state_is_left_alone(one_process: None) -> None:
+    model = build_gpt(PATTERN, state_space=STATE_SPACE)
+    before = torch.get_rng_state()
+    initialize_by_name(model, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_values_are_megatrons_and_mamba_2s(one_process: None) -> None:
+    config = transformer_config(num_layers=2, hidden_size=128, ffn_hidden_size=256, init_method_std=0.05)
+    sizes = state_space_config(hidden_size=128, num_heads=32, state_size=64, position_encoding="conv1d_d", gated=True)
+    model = build_gpt("SA", config, sizes, vocab_size=512, share_embeddings_and_output_weights=False)
+    norms = {name: p.detach().clone() for name, p in model.named_parameters() if "norm" in name}
+    perturb(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in norms:
+                parameter.copy_(norms[name])
+    initialize_by_name(model, 3)
+    whole = weights(model)
+    # Megatron's scaled init of projections into the residual stream: std / sqrt(2 · layers).
+    scaled = ("linear_proj.weight", "linear_fc2.weight", "out_proj.weight")
+    for key, tensor in whole.items():
+        if tensor.dim() == 2:
+            expected = 0.05 / (4**0.5) if key.endswith(scaled) else 0.05
+            # Four standard errors of a standard deviation, σ/√(2n) each.
+            assert abs(tensor.std().item() / expected - 1) < 4 / (2 * tensor.numel()) ** 0.5, key
+            assert abs(tensor.mean().item()) < 4 * expected / tensor.numel() ** 0.5, key
+        elif "norm" in key or key.endswith(".D"):
+            assert tensor.eq(1).all(), key
+    mixer = "decoder.layers.0.self_attention"
+    assert whole[f"{mixer}.A_log"].exp().min() >= 1 and whole[f"{mixer}.A_log"].exp().max() <= 16.001
+    dt = torch.nn.functional.softplus(whole[f"{mixer}.dt_bias"])
+    assert dt.min() > 0.00099 and dt.max() < 0.1001 and dt.std() > 0.01
+    bound = sizes.conv_kernel**-0.5
+    assert 0.95 * bound < whole[f"{mixer}.conv1d_weight.x"].abs().max() <= bound
+
+
+@pytest.mark.parametrize("rows", [ROWS_PER_DRAW, 3 * ROWS_PER_DRAW])
+def test_the_embedding_does_not_depend_on_its_padding(one_process: None, rows: int) -> None:
+    def embedding(vocab_size: int) -> Tensor:
+        return weights(initialized(pattern="SA", vocab_size=vocab_size))["embedding.word_embeddings.weight"]
+
+    assert torch.equal(embedding(rows), embedding(rows + ROWS_PER_DRAW)[:rows])
+    # Rows of different draws are different.
+    longer = embedding(2 * ROWS_PER_DRAW)
+    assert not torch.equal(longer[:ROWS_PER_DRAW], longer[ROWS_PER_DRAW:])
+
+
+def test_no_parameter_is_forgotten(one_process: None) -> None:
+    """`initialized` fills all but norms with NaN first."""
+    whole = weights(initialized(share_embeddings_and_output_weights=False))
+    assert not any(tensor.isnan().any() for tensor in whole.values())
