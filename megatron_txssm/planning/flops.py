@@ -1,0 +1,33 @@
+"""Model FLOPs per token from a model's sizes, without torch. tests/planning holds them against a FLOP counter."""
+
+from megatron_txssm.model.layer_pattern import ATTENTION, STATE_SPACE
+from megatron_txssm.planning.parameters import ModelSizes
+from megatron_txssm.recipe.recipe import Recipe
+
+# The backward pass multiplies every matrix twice: once for the input's gradient, once for the weight's.
+FORWARD_AND_BACKWARD = 3
+
+
+def flops_per_token(model: Recipe | ModelSizes, seq_length: int) -> float:
+    """Model FLOPs per token of training, forward and backward; a multiply-add counts two.
+
+    2 per weight and token forward and twice that backward, the 6·parameters of arXiv:2204.02311 (appendix B) and
+    arXiv:2001.08361, over every projection of the mixers, the FFNs and the LM head (D·V, tied or not; the lookup of
+    the embedding is no product). Attention adds Q·Kᵀ and scores·V: a token at position t sees t keys, on average about
+    half the sequence, so 2 · 2·(seq_length / 2)·H·K; this is the causal half that Megatron's own count bills
+    (megatron.training.training.num_floating_point_operations). State-space layers add the scan,
+    `StateSpaceConfig.flops_per_token`: linear in the length.
+
+    Not counted: norms, rotations, activations, softmax, residuals, the optimizer, and recomputed activations: model
+    FLOPs, as MFU has them, not hardware FLOPs. Megatron's count cannot serve: it bills a state-space layer at twice
+    our inner width and with a gate.
+    """
+    sizes = ModelSizes.from_recipe(model) if isinstance(model, Recipe) else model
+    scores = 2.0 * seq_length * sizes.num_attention_heads * sizes.kv_channels
+    attention = FORWARD_AND_BACKWARD * (2.0 * sizes.attention_weights + scores)
+    # The mixer's own figure has the backward pass in it.
+    mixer = sizes.state_space.flops_per_token(seq_length) if sizes.state_space else 0.0
+    ffn = FORWARD_AND_BACKWARD * 2.0 * sizes.ffn_weights
+    logits = FORWARD_AND_BACKWARD * 2.0 * sizes.hidden_size * sizes.vocab_size
+    kinds = sizes.layer_kinds
+    return kinds.count(ATTENTION) * attention + kinds.count(STATE_SPACE) * mixer + len(kinds) * ffn + logits

@@ -1,0 +1,230 @@
+"""From a recipe's name or path to a checked `Recipe`: files, `extends:`, and `--set a.b=c` on top.
+
+A recipe is merged from layers: the file at the root of the `extends:` chain, the files that extend it, then each --set.
+Every layer is checked by itself, so that a mistake is reported with the place where it stands.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.schema import ALTERNATIVES, SECTIONS
+from megatron_txssm.recipe.setting import Field, convert, section_fields, shown, type_name
+from megatron_txssm.recipe.validate import validate
+from megatron_txssm.recipe.yaml_text import dump_yaml, load_yaml
+
+_PACKAGE_RECIPES = Path(__file__).parents[2] / "recipes"
+_TOP = {field.name: field for field in section_fields(Recipe)}
+_FIELDS = {name: {field.name: field for field in section_fields(section)} for name, section in SECTIONS.items()}
+
+# Dotted field name -> value; `megatron.x` for the free section.
+Layer = dict[str, Any]
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The checked recipe of a file, or of a name in recipes/, with `overrides` such as "training.train_iters=20"."""
+    path = find_recipe(name_or_path)
+    layers = [_checked(_parse_override(text), f"--set {text}", command_line=True) for text in overrides]
+    return _build(_file_layers(path) + layers, path)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that can be run by name: those of the current directory's recipes/ and of this repository's."""
+    paths = {path.stem: path for path in reversed(_recipe_files())}
+    return sorted(name for name, path in paths.items() if not _read(path).get("abstract"))
+
+
+def find_recipe(name_or_path: str | Path) -> Path:
+    """The file of a recipe; UserError names the nearest known recipe."""
+    text = str(name_or_path)
+    if text.endswith((".yaml", ".yml")) or "/" in text:
+        return Path(text)
+    for path in _recipe_files():
+        if path.stem == text:
+            return path
+    known = sorted({path.stem for path in _recipe_files()})
+    raise UserError(
+        f"no recipe is named {shown(text)}{nearest(text, known)}; `txssm recipes` lists them, and a path ends in .yaml"
+    )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or nothing where no known name is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every field stated."""
+    return dump_yaml(dataclasses.asdict(recipe))
+
+
+def _recipe_files() -> list[Path]:
+    folders = dict.fromkeys(folder.resolve() for folder in (Path("recipes"), _PACKAGE_RECIPES))
+    return [path for folder in folders for path in sorted(folder.glob("*.yaml"))]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a recipe: {error}") from None
+    data = load_yaml(text, str(path))
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping of {', '.join(SECTIONS)}, not {shown(data)}")
+    return data
+
+
+def _file_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
+    """The layers of a file and of what it extends, the root first."""
+    data = dict(_read(path))
+    here = path.resolve()
+    if here in chain:
+        raise UserError(f"{path}: extends itself: {' -> '.join(p.name for p in (*chain, here))}")
+    base, abstract = data.pop("extends", None), data.pop("abstract", False)
+    if not isinstance(abstract, bool):
+        raise UserError(f"{path}: abstract={shown(abstract)} must be true or false")
+    if abstract and not chain:
+        raise UserError(f"{path}: this recipe is abstract: it states only what others share; extend it")
+    layer = _checked(data, str(path))
+    if base is None:
+        return [layer]
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{path}: extends={shown(base)} must be the path or name of one recipe")
+    # What names this recipe is not inherited.
+    inherited = _file_layers(_extended(base, path), (*chain, here))
+    for below in inherited:
+        for name in ("name", "description"):
+            below.pop(name, None)
+    return [*inherited, layer]
+
+
+def _extended(base: str, path: Path) -> Path:
+    beside = path.parent / base
+    if beside.suffix in (".yaml", ".yml") or "/" in base:
+        return beside
+    beside = path.parent / f"{base}.yaml"
+    return beside if beside.exists() else find_recipe(base)
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    name, equals, value = text.partition("=")
+    parts = name.strip().split(".")
+    if not equals or not all(parts) or len(parts) > 2:
+        raise UserError(f"--set {text}: write it as section.field=value, such as training.train_iters=20")
+    known = _field(parts)
+    # For a text field, what was typed is the text: no quotes needed for a name such as 007.
+    data: Any = load_yaml(value, f"--set {text}")
+    if known and "string" in type_name(known.type) and isinstance(data, bool | int | float):
+        data = value
+    for part in reversed(parts):
+        data = {part: data}
+    return data
+
+
+def _field(parts: Sequence[str]) -> Field | None:
+    if len(parts) == 1:
+        return _TOP.get(parts[0])
+    return _FIELDS.get(parts[0], {}).get(parts[1])
+
+
+def _checked(data: dict[str, Any], source: str, command_line: bool = False) -> Layer:
+    """One layer with known names and values of the right type."""
+    layer: Layer = {}
+    known = [*_TOP, *SECTIONS, "megatron", *([] if command_line else ["extends", "abstract"])]
+    for name, value in data.items():
+        if name in _TOP:
+            layer[name] = _converted(value, _TOP[name], name, source)
+        elif name in _FIELDS or name == "megatron":
+            # An empty section holds nothing.
+            entries = {} if value is None and not command_line else value
+            if not isinstance(entries, dict):
+                raise UserError(f"{source}: {name}={shown(value)} must be a section with fields")
+            layer.update(_checked_section(name, entries, source))
+        else:
+            raise UserError(f"{source}: unknown key {name!r}{nearest(name, known) or _elsewhere(name)}")
+    return layer
+
+
+def _checked_section(section: str, entries: dict[str, Any], source: str) -> Layer:
+    layer: Layer = {}
+    for name, value in entries.items():
+        dotted = f"{section}.{name}"
+        if section == "megatron":
+            layer[dotted] = _plain(value, dotted, source)
+        elif name in _FIELDS[section]:
+            layer[dotted] = _converted(value, _FIELDS[section][name], dotted, source)
+        else:
+            hint = nearest(name, _FIELDS[section]) or _elsewhere(name)
+            raise UserError(f"{source}: unknown key {dotted!r}{hint}")
+    return layer
+
+
+def _elsewhere(name: str) -> str:
+    """Where a field of that name, or nearly, stands in another section."""
+    homes = {field: f"{section}.{field}" for section, fields in _FIELDS.items() for field in fields}
+    matches = difflib.get_close_matches(name, homes, n=1)
+    return f"; did you mean {homes[matches[0]]!r}?" if matches else ""
+
+
+# Refused by name: a user may well know it from other models.
+_DYNAMIC = (
+    "changes the frequencies in mid-sequence, which contradicts a state accumulated under the old ones; "
+    "use linear with rotary_interpolation_factor"
+)
+
+
+def _converted(value: Any, field: Field, dotted: str, source: str) -> Any:
+    if dotted == "model.rope_scaling" and value == "dynamic":
+        raise UserError(f"{source}: {dotted}='dynamic' {_DYNAMIC}")
+    try:
+        return convert(value, field)
+    except ValueError as error:
+        hint = nearest(value, field.setting.choices) if isinstance(value, str) else ""
+        raise UserError(f"{source}: {dotted}={shown(value)} {error}{hint}") from None
+
+
+def _plain(value: Any, dotted: str, source: str) -> Any:
+    """A value for Megatron's parser, which checks the rest: a scalar or a list of scalars."""
+    scalar = str | int | float | bool | None
+    if isinstance(value, scalar) or (isinstance(value, list) and all(isinstance(item, scalar) for item in value)):
+        return value
+    raise UserError(f"{source}: {dotted}={shown(value)} must be one value or a list of values")
+
+
+def _build(layers: list[Layer], path: Path) -> Recipe:
+    merged: Layer = {}
+    for layer in layers:
+        for first, second in ALTERNATIVES:
+            for stated, other in ((first, second), (second, first)):
+                if layer.get(stated[0]) is not None:
+                    for name in other:
+                        merged.pop(name, None)
+        merged.update(layer)
+    merged.setdefault("name", path.stem)
+    sections = {name: _section(name, merged, path) for name in SECTIONS}
+    top = {name: merged[name] for name in _TOP if name in merged}
+    megatron = {k.partition(".")[2]: v for k, v in merged.items() if k.startswith("megatron.")}
+    recipe = Recipe(**top, **sections, megatron=megatron)
+    try:
+        validate(recipe)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return recipe
+
+
+def _section(section: str, merged: Layer, path: Path) -> Any:
+    values = {}
+    for field in _FIELDS[section].values():
+        dotted = f"{section}.{field.name}"
+        if dotted in merged:
+            values[field.name] = merged[dotted]
+        elif field.required:
+            raise UserError(f"{path}: {dotted} is missing ({field.setting.explanation}; {type_name(field.type)})")
+    return SECTIONS[section](**values)

@@ -1,0 +1,115 @@
+"""A complete recipe, and the sizes and paths that follow from its fields."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.model.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
+from megatron_txssm.model.state_space_config import StateSpaceConfig
+from megatron_txssm.recipe.schema import Checkpoint, Data, Logging, Model, Optimizer, Parallel, Training
+from megatron_txssm.recipe.setting import argument, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A complete recipe. `loader.load_recipe` makes and checks it."""
+
+    name: str = setting("of the run; by default the file's name")
+    description: str = setting("one line for the table of recipes", default="")
+    run_directory: str | None = setting("for everything a run writes; null: runs/<name>", default=None)
+    model: Model
+    parallel: Parallel
+    training: Training
+    optimizer: Optimizer
+    data: Data
+    checkpoint: Checkpoint
+    logging: Logging
+    # Any other Megatron argument, by its name in Megatron's namespace or by its flag.
+    megatron: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def run_path(self) -> Path:
+        return Path(self.run_directory or f"runs/{self.name}")
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return Path(self.checkpoint.directory) if self.checkpoint.directory else self.run_path / "checkpoints"
+
+    @property
+    def checkpoint_arguments(self) -> list[str]:
+        if self.checkpoint.save_interval is None:
+            return []
+        path = str(self.checkpoint_path)
+        return [*argument("--save", path), *argument("--load", path)]
+
+    @property
+    def wandb_arguments(self) -> list[str]:
+        project = self.logging.wandb_project
+        if project is None:
+            return []
+        name, folder = self.logging.wandb_name or self.name, self.run_path / "wandb"
+        return [
+            *argument("--wandb-project", project),
+            *argument("--wandb-exp-name", name),
+            *argument("--wandb-save-dir", folder),
+        ]
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples per optimizer step."""
+        return self.training.global_batch_tokens // self.training.seq_length
+
+    @property
+    def train_iters(self) -> int:
+        """Optimizer steps."""
+        if self.training.train_iters is not None:
+            return self.training.train_iters
+        return math.ceil((self.training.train_tokens or 0) / self.training.global_batch_tokens)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding."""
+        multiple = self.data.make_vocab_size_divisible_by
+        return math.ceil(self.data.vocab_size / multiple) * multiple
+
+    @property
+    def layer_kinds(self) -> str:
+        """The kind of every layer, one letter each."""
+        return layer_kinds(self.model.layer_pattern, self.model.num_layers)
+
+    @property
+    def has_attention(self) -> bool:
+        return ATTENTION in self.model.layer_pattern
+
+    @property
+    def has_state_space(self) -> bool:
+        return STATE_SPACE in self.model.layer_pattern
+
+    @property
+    def kv_channels(self) -> int:
+        return self.model.kv_channels or self.model.hidden_size // self.model.num_attention_heads
+
+    @property
+    def state_space(self) -> StateSpaceConfig | None:
+        """The mixer of the state-space layers; None where there are none."""
+        if not self.has_state_space:
+            return None
+        model = self.model
+        return StateSpaceConfig(
+            hidden_size=model.hidden_size,
+            num_heads=model.state_num_heads or model.hidden_size // model.state_head_dim,
+            head_dim=model.state_head_dim,
+            state_size=model.state_size,
+            num_groups=model.state_num_groups,
+            position_encoding=model.position_encoding,
+            gated=model.state_gated,
+            chunk_size=model.chunk_size,
+            length_scaling_base=model.length_scaling_base,
+        )
+
+    def to_yaml(self) -> str:
+        """Every field with its value, so that the text alone, without what the recipe extended, gives this recipe."""
+        from megatron_txssm.recipe.loader import dump_recipe
+
+        return dump_recipe(self)

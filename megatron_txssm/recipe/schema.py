@@ -1,0 +1,383 @@
+"""The recipe: every field once, with its type, default, unit, and the Megatron arguments that it becomes.
+
+`txssm recipes --fields` prints this table. A field without a default must be stated by the recipe or one it extends.
+"""
+
+# setting() returns a dataclasses.field.
+# ruff: noqa: RUF009
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_txssm.model.layer_pattern import DEFAULT_LAYER_PATTERN
+from megatron_txssm.model.state_space_config import POSITION_ENCODINGS
+from megatron_txssm.recipe.setting import Blend, argument, setting
+
+if TYPE_CHECKING:
+    from megatron_txssm.recipe.recipe import Recipe
+
+# What makes a model a TransXSSM or one of its baselines (arXiv:2506.09507, section 3 and appendix B.1), and what makes
+# its checkpoints loadable at any parallel layout. No recipe changes these.
+FIXED_ARGUMENTS: tuple[tuple[str, ...], ...] = (
+    ("--spec", "megatron_txssm.model.layer_specs", "transxssm_block_spec"),
+    ("--normalization", "RMSNorm"),
+    ("--swiglu",),
+    ("--disable-bias-linear",),
+    ("--attention-dropout", "0"),
+    ("--hidden-dropout", "0"),
+    ("--ckpt-format", "torch_dist"),
+    ("--dist-ckpt-optim-fully-reshardable",),
+    # SIGTERM, which clusters send: finish the step, save, stop.
+    ("--exit-signal-handler",),
+)
+
+_RECOMPUTE = {
+    "none": [],
+    "selective": ["--recompute-granularity", "selective"],
+    "full": ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
+}
+
+
+def _query_groups(value: int | None, recipe: "Recipe") -> list[str]:
+    return [] if value is None else ["--group-query-attention", "--num-query-groups", str(value)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Architecture."""
+
+    layer_pattern: str = setting(
+        "layer kinds, S (state-space) and A (attention), repeated over num_layers",
+        "--layer-pattern",
+        default=DEFAULT_LAYER_PATTERN,
+        owns=("--hybrid-layer-pattern", "--hybrid-override-pattern"),
+    )
+    num_layers: int = setting("layers of both kinds; each is a mixer and an FFN", "--num-layers", at_least=1)
+    hidden_size: int = setting("channels of the residual stream (d_model)", "--hidden-size", at_least=1)
+    ffn_hidden_size: int = setting("channels inside the SwiGLU FFN", "--ffn-hidden-size", at_least=1)
+    num_attention_heads: int = setting("heads of an attention layer", "--num-attention-heads", at_least=1)
+    num_query_groups: int | None = setting(
+        "key/value heads of an attention layer; null: as many as heads",
+        "--group-query-attention",
+        "--num-query-groups",
+        default=None,
+        at_least=1,
+        render=_query_groups,
+    )
+    kv_channels: int | None = setting(
+        "channels per attention head; null: hidden_size / num_attention_heads",
+        "--kv-channels",
+        default=None,
+        at_least=1,
+    )
+    attention_position_encoding: str = setting(
+        "how attention layers learn of positions",
+        "--position-embedding-type",
+        default="rope",
+        choices=("rope", "none"),
+        owns=("--use-rotary-position-embeddings", "--no-position-embedding", "--no-rope-freq", "--rope-type"),
+    )
+    position_encoding: str = setting(
+        "how state-space layers do: rotation (rope), Mamba-2's convolution and skip D, or only the decay (a_t)",
+        "--position-encoding",
+        default="rope",
+        choices=POSITION_ENCODINGS,
+    )
+    state_size: int = setting(
+        "recurrent state per head channel (d_state)", "--mamba-state-dim", default=128, at_least=1
+    )
+    state_num_heads: int | None = setting(
+        "heads of a state-space layer; null: hidden_size / state_head_dim",
+        "--mamba-num-heads",
+        default=None,
+        at_least=1,
+    )
+    state_head_dim: int = setting("channels per state-space head", "--mamba-head-dim", default=64, at_least=1)
+    state_num_groups: int = setting(
+        "groups of state-space heads that share B and C; a multiple of the tensor-parallel size",
+        "--mamba-num-groups",
+        default=4,
+        at_least=1,
+    )
+    state_gated: bool = setting("Mamba-2's output gate and the grouped norm", "--state-space-gated", default=False)
+    chunk_size: int = setting("tokens per chunk of the state-space scan", "--ssd-chunk-size", default=256, at_least=1)
+    length_scaling_base: int | None = setting(
+        "tokens beyond which C is scaled by log_base(position) (appendix A); null: never",
+        "--length-scaling-base",
+        default=None,
+        at_least=2,
+    )
+    rotary_base: int = setting("base of the rotary frequencies", "--rotary-base", default=10_000, at_least=2)
+    rope_scaling: str = setting(
+        "stretching of positions: linear divides them by rotary_interpolation_factor",
+        default="none",
+        choices=("none", "linear"),
+        owns=("--use-rope-scaling", "--rope-scaling-factor", "--rotary-scaling-factor"),
+    )
+    rotary_interpolation_factor: int | None = setting(
+        "divisor of positions under rope_scaling: linear",
+        "--rotary-seq-len-interpolation-factor",
+        default=None,
+        at_least=1,
+    )
+    rotary_table_precision: str = setting(
+        "precision in which rotary angles are computed",
+        "--rotary-table-precision",
+        default="fp32",
+        choices=("fp32", "fp64"),
+    )
+    tie_embeddings: bool = setting(
+        "the LM head is the embedding's transpose",
+        "--untie-embeddings-and-output-weights",
+        default=True,
+        render=lambda tied, recipe: [] if tied else ["--untie-embeddings-and-output-weights"],
+    )
+    norm_epsilon: float = setting("added under RMSNorm's root", "--norm-epsilon", default=1e-5, above=0)
+    init_method_std: float = setting("deviation of initial weights", "--init-method-std", default=0.02, above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """Layout over processes; what is left of the world size is data parallelism."""
+
+    tensor_model_parallel_size: int = setting(
+        "processes that share each layer",
+        "--tensor-model-parallel-size",
+        default=1,
+        at_least=1,
+        owns=("--model-parallel-size",),
+    )
+    pipeline_model_parallel_size: int = setting(
+        "processes that share the sequence of layers", "--pipeline-model-parallel-size", default=1, at_least=1
+    )
+    virtual_pipeline_stages: int | None = setting(
+        "stages that each pipeline process holds (interleaved schedule); null: one",
+        "--num-virtual-stages-per-pipeline-rank",
+        default=None,
+        at_least=1,
+        owns=("--num-layers-per-virtual-pipeline-stage", "--no-overlap-p2p-communication"),
+    )
+    context_parallel_size: int = setting(
+        "processes that share each sequence", "--context-parallel-size", default=1, at_least=1
+    )
+    sequence_parallel: bool = setting(
+        "split norms and residuals over the tensor-parallel processes; without effect where there is one",
+        "--sequence-parallel",
+        default=False,
+        render=lambda on, recipe: argument(
+            "--sequence-parallel", on and recipe.parallel.tensor_model_parallel_size > 1
+        ),
+    )
+    use_distributed_optimizer: bool = setting(
+        "shard the optimizer's state over data parallelism (ZeRO-1)", "--use-distributed-optimizer", default=False
+    )
+    recompute: str = setting(
+        "activations computed again in the backward pass",
+        "--recompute-granularity",
+        "--recompute-method",
+        "--recompute-num-layers",
+        default="none",
+        choices=("none", "selective", "full"),
+        owns=("--recompute-activations", "--checkpoint-activations"),
+        render=lambda value, recipe: _RECOMPUTE[value],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Batches, length and precision."""
+
+    seq_length: int = setting("tokens per sample", "--seq-length", "--max-position-embeddings", at_least=1)
+    micro_batch_size: int = setting("samples per forward pass and process", "--micro-batch-size", default=1, at_least=1)
+    global_batch_tokens: int = setting(
+        "tokens per optimizer step, a multiple of seq_length",
+        "--global-batch-size",
+        at_least=1,
+        owns=("--batch-size", "--step-batch-size-schedule"),
+        render=lambda value, recipe: ["--global-batch-size", str(recipe.global_batch_size)],
+    )
+    train_tokens: int | None = setting(
+        "tokens to train on, rounded up to whole steps; or state train_iters",
+        "--train-iters",
+        default=None,
+        at_least=1,
+        owns=("--train-samples",),
+        render=lambda value, recipe: [] if value is None else ["--train-iters", str(recipe.train_iters)],
+    )
+    train_iters: int | None = setting(
+        "optimizer steps; or state train_tokens", "--train-iters", default=None, at_least=1
+    )
+    precision: str = setting(
+        "of weights and activations; the optimizer keeps fp32",
+        "--bf16",
+        default="bf16",
+        choices=("fp32", "bf16"),
+        owns=("--fp16",),
+        render=lambda value, recipe: ["--bf16"] if value == "bf16" else [],
+    )
+    seed: int = setting("of initial weights and data order", "--seed", default=1234, at_least=0)
+    transformer_impl: str = setting(
+        "local: Megatron's own modules; transformer_engine: NVIDIA's, GPU only",
+        "--transformer-impl",
+        default="transformer_engine",
+        choices=("local", "transformer_engine"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW and its schedule."""
+
+    learning_rate: float = setting("peak", "--lr", above=0)
+    min_learning_rate_ratio: float = setting(
+        "final learning rate, as a share of the peak",
+        "--min-lr",
+        default=0.1,
+        at_least=0,
+        render=lambda ratio, recipe: ["--min-lr", f"{ratio * recipe.optimizer.learning_rate:.12g}"],
+    )
+    adam_beta1: float = setting("decay of the gradient's mean", "--adam-beta1", default=0.9, at_least=0, below=1)
+    adam_beta2: float = setting("decay of the gradient's square", "--adam-beta2", default=0.999, at_least=0, below=1)
+    adam_eps: float = setting("added to the root of the square", "--adam-eps", default=1e-8, above=0)
+    weight_decay: float = setting("decoupled; none on norms", "--weight-decay", default=0.01, at_least=0)
+    clip_grad: float = setting("largest global gradient norm; 0: no clipping", "--clip-grad", default=1.0, at_least=0)
+    warmup_fraction: float = setting(
+        "share of the steps with a linearly rising learning rate",
+        "--lr-warmup-fraction",
+        default=0.1,
+        at_least=0,
+        below=1,
+        owns=("--lr-warmup-iters", "--lr-warmup-samples"),
+    )
+    decay_style: str = setting(
+        "shape of the learning rate after the warm-up",
+        "--lr-decay-style",
+        default="cosine",
+        choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Token files (.bin/.idx, named by their common prefix) and the tokenizer that made them."""
+
+    train: Blend | None = setting(
+        "training data: a prefix, or a list of [weight, prefix]",
+        "--train-data-path",
+        default=None,
+    )
+    validation: Blend | None = setting("validation data, likewise", "--valid-data-path", default=None)
+    blend: Blend | None = setting(
+        "one mixture for training and validation, instead of the two above",
+        "--data-path",
+        default=None,
+    )
+    split: str | None = setting("shares of train, validation and test in blend: 99,1,0", "--split", default=None)
+    tokenizer_type: str = setting(
+        "Megatron's tokenizer class",
+        "--tokenizer-type",
+        default="HuggingFaceTokenizer",
+        choices=("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"),
+    )
+    tokenizer_model: str | None = setting("name on the Hugging Face hub, or path", "--tokenizer-model", default=None)
+    vocab_size: int = setting(
+        "the tokenizer's tokens, before padding",
+        "--vocab-size",
+        "--padded-vocab-size",
+        at_least=1,
+        owns=("--no-pad-vocab-size",),
+        render=lambda size, recipe: ["--vocab-size", str(size), "--padded-vocab-size", str(recipe.padded_vocab_size)],
+    )
+    make_vocab_size_divisible_by: int = setting(
+        "the embedding's rows are padded to a multiple of this, the same at every tensor-parallel size",
+        "--make-vocab-size-divisible-by",
+        default=128,
+        at_least=1,
+    )
+    cache_path: str | None = setting(
+        "folder of Megatron's shuffled indices; null: beside the data", "--data-cache-path", default=None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Saving, and where to start from. A run resumes from its own newest checkpoint."""
+
+    directory: str | None = setting(
+        "null: checkpoints/ in the run directory",
+        "--save",
+        "--load",
+        default=None,
+        render=lambda value, recipe: recipe.checkpoint_arguments,
+    )
+    save_interval: int | None = setting(
+        "steps between checkpoints; null: neither save nor resume",
+        "--save-interval",
+        default=None,
+        at_least=1,
+        owns=("--persistent-save-interval",),
+    )
+    load_from: str | None = setting(
+        "checkpoint directory whose weights a fresh run starts from, at step 0", "--pretrained-checkpoint", default=None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logging:
+    """What is reported, and how often."""
+
+    log_interval: int = setting("steps between lines", "--log-interval", default=10, at_least=1)
+    eval_interval: int | None = setting(
+        "steps between validations; null: only at the end",
+        "--eval-interval",
+        default=None,
+        at_least=1,
+        render=lambda value, recipe: ["--eval-interval", str(value or recipe.train_iters + 1)],
+    )
+    eval_iters: int | None = setting(
+        "batches per validation; 0: none; null: all of every validation set, with a loss for each",
+        "--eval-iters",
+        default=10,
+        at_least=0,
+        owns=("--full-validation", "--multiple-validation-sets", "--validation-set-names"),
+        # Together, as Megatron 0.19.2 fails on a full validation of what it holds for a single set.
+        render=lambda value, recipe: (
+            ["--full-validation", "--multiple-validation-sets"] if value is None else ["--eval-iters", str(value)]
+        ),
+    )
+    tensorboard: bool = setting(
+        "write TensorBoard files to tensorboard/ in the run directory",
+        "--tensorboard-dir",
+        default=True,
+        render=lambda on, recipe: ["--tensorboard-dir", str(recipe.run_path / "tensorboard")] if on else [],
+    )
+    wandb_project: str | None = setting(
+        "Weights & Biases project; null: no W&B",
+        "--wandb-project",
+        "--wandb-save-dir",
+        default=None,
+        render=lambda value, recipe: recipe.wandb_arguments,
+    )
+    wandb_name: str | None = setting(
+        "the run's name there; null: the recipe's name",
+        "--wandb-exp-name",
+        default=None,
+        render=lambda value, recipe: [],
+    )
+
+
+SECTIONS: dict[str, type] = {
+    "model": Model,
+    "parallel": Parallel,
+    "training": Training,
+    "optimizer": Optimizer,
+    "data": Data,
+    "checkpoint": Checkpoint,
+    "logging": Logging,
+}
+
+# Where a recipe states the first field of one group, the other group's fields that it inherited no longer hold.
+ALTERNATIVES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    (("training.train_tokens",), ("training.train_iters",)),
+    (("data.train", "data.validation"), ("data.blend", "data.split")),
+)

@@ -1,0 +1,162 @@
+"""How one recipe field is declared: its type, default, meaning, limits, and the Megatron arguments that it becomes."""
+
+import dataclasses
+import math
+import reprlib
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from megatron_txssm.recipe.recipe import Recipe
+
+# A mixture of data sets: (weight, path prefix of a .bin/.idx pair), weights in any unit.
+Blend = tuple[tuple[float, str], ...]
+
+# (value, recipe) -> Megatron's command line.
+Render = Callable[[Any, "Recipe"], list[str]]
+
+_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a recipe field's declaration says beside its Python type and default."""
+
+    # One line for people, with the unit.
+    explanation: str
+    # The Megatron arguments it sets; without `render`, each of them gets the field's value.
+    flags: tuple[str, ...]
+    # Further spellings of the same fact in Megatron; a recipe's `megatron:` section may not use them either.
+    owns: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    render: Render | None = None
+
+    def arguments(self, value: Any, recipe: "Recipe") -> list[str]:
+        """The Megatron command line of one value."""
+        if self.render is not None:
+            return self.render(value, recipe)
+        return [word for flag in self.flags for word in argument(flag, value)]
+
+
+def setting(explanation: str, *flags: str, default: Any = MISSING, **limits: Any) -> Any:
+    """Declare a field of a recipe section; `limits` are the other fields of `Setting`. Without a default: required."""
+    return dataclasses.field(default=default, metadata={"setting": Setting(explanation, flags, **limits)})
+
+
+def argument(flag: str, value: Any) -> list[str]:
+    """One Megatron argument: nothing for None and False, the bare flag for True."""
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [flag]
+    if isinstance(value, tuple):
+        # A blend. Megatron reads an odd number of words as bare prefixes.
+        weighted = len(value) > 1
+        return [
+            flag,
+            *(word for weight, prefix in value for word in ((f"{weight:g}", prefix) if weighted else (prefix,))),
+        ]
+    # A value that begins with a dash would be read as a flag.
+    return [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a section, as the loader and the table of fields see it."""
+
+    name: str
+    type: Any
+    default: Any
+    setting: Setting
+
+    @property
+    def required(self) -> bool:
+        return self.default is MISSING
+
+
+def section_fields(section: type) -> Iterator[Field]:
+    """The declared fields of a section, in their order."""
+    hints = get_type_hints(section)
+    for field in dataclasses.fields(section):
+        if "setting" in field.metadata:
+            yield Field(field.name, hints[field.name], field.default, field.metadata["setting"])
+
+
+def type_name(hint: Any) -> str:
+    """The expected type in words."""
+    if hint == Blend:
+        return "a path prefix, or a list of [weight, path prefix]"
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join("null" if part is types.NoneType else type_name(part) for part in get_args(hint))
+    return _NAMES[hint]
+
+
+def convert(value: Any, field: Field) -> Any:
+    """`value`, read from YAML, as the field's type; ValueError says what is expected."""
+    converted = _as_type(value, field.type)
+    if converted is None:
+        return None
+    rules = field.setting
+    if rules.choices and converted not in rules.choices:
+        raise ValueError(f"must be one of {', '.join(rules.choices)}")
+    if rules.at_least is not None and converted < rules.at_least:
+        raise ValueError(f"must be at least {rules.at_least:g}")
+    if rules.above is not None and converted <= rules.above:
+        raise ValueError(f"must be above {rules.above:g}")
+    if rules.below is not None and converted >= rules.below:
+        raise ValueError(f"must be below {rules.below:g}")
+    return converted
+
+
+def shown(value: Any) -> str:
+    """A user's value for a message, shortened."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)
+
+
+def _as_type(value: Any, hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        if value is None:
+            return None
+        (inner,) = (part for part in get_args(hint) if part is not types.NoneType)
+    else:
+        inner = hint
+    mistake = ValueError(f"must be {type_name(hint)}")
+    if inner == Blend:
+        return _as_blend(value, mistake)
+    if inner in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise mistake
+        # 2e11 tokens is an integer, too.
+        if inner is int and value != int(value):
+            raise mistake
+        return inner(value)
+    if not isinstance(value, inner):
+        raise mistake
+    return value
+
+
+def _as_blend(value: Any, mistake: ValueError) -> Blend:
+    if isinstance(value, str):
+        value = [[1.0, value]]
+    if not isinstance(value, list) or not value:
+        raise mistake
+    blend = []
+    for entry in value:
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise mistake
+        weight, prefix = entry
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not isinstance(prefix, str):
+            raise mistake
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"must have weights above 0, not {weight}")
+        if not prefix or prefix.startswith("-"):
+            raise ValueError(f"must not hold a path that is empty or begins with a dash: {prefix!r}")
+        blend.append((float(weight), prefix))
+    return tuple(blend)

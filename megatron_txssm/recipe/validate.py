@@ -1,0 +1,220 @@
+"""Checks between a recipe's fields. Each error gives the name, the value and what would do."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.setting import Blend
+
+
+def validate(recipe: Recipe, world_size: int | None = None) -> None:
+    """UserError for the first contradiction; with `world_size` (processes), batch and layout are checked against it."""
+    _check_name(recipe)
+    _check_model(recipe)
+    _check_rotation(recipe)
+    _check_tensor_parallel(recipe)
+    _check_other_parallel(recipe)
+    _check_length(recipe)
+    _check_data(recipe)
+    if world_size is not None:
+        _check_world_size(recipe, world_size)
+
+
+def check_files(recipe: Recipe) -> None:
+    """UserError unless the recipe's token files and its tokenizer's file are there and whole."""
+    from megatron_txssm.data.shard import check_shard
+
+    for blend in (recipe.data.train, recipe.data.validation, recipe.data.blend):
+        for _, prefix in blend or ():
+            check_shard(prefix)
+    check_tokenizer_file(recipe)
+
+
+def check_tokenizer_file(recipe: Recipe) -> None:
+    """UserError unless a tokenizer that is a file is there."""
+    model = recipe.data.tokenizer_model
+    if model and recipe.data.tokenizer_type == "SentencePieceTokenizer" and not Path(model).is_file():
+        raise UserError(f"data.tokenizer_model={model}: no such file (a relative path starts at {Path.cwd()})")
+
+
+def data_parallel_size(recipe: Recipe, world_size: int) -> int:
+    """Processes that each hold a whole copy of the model's layout; UserError where they do not come out even."""
+    parallel = recipe.parallel
+    factors = {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+    }
+    model_size = 1
+    for size in factors.values():
+        model_size *= size
+    if world_size % model_size != 0:
+        named = " x ".join(f"{name}={size}" for name, size in factors.items() if size > 1)
+        raise UserError(
+            f"{world_size} process{'es' if world_size != 1 else ''} cannot be divided into {named}; "
+            f"start a multiple of {model_size} processes"
+        )
+    return world_size // model_size
+
+
+def divisors(*numbers: int) -> Iterator[int]:
+    """The common divisors of `numbers`, ascending."""
+    return (d for d in range(1, min(numbers) + 1) if all(n % d == 0 for n in numbers))
+
+
+def _check_divisible(name: str, value: int, by_name: str, by: int, remedy: str | None = None) -> None:
+    if value % by != 0:
+        legal = remedy or f"use one of {', '.join(map(str, divisors(value)))}"
+        raise UserError(f"{name}={value} is not divisible by {by_name}={by}; {legal}")
+
+
+def _check_name(recipe: Recipe) -> None:
+    # The name becomes a folder.
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", recipe.name):
+        raise UserError(f"name={recipe.name!r} must be letters, digits, '.', '_', '+' and '-', as it names a folder")
+
+
+def _check_model(recipe: Recipe) -> None:
+    model = recipe.model
+    # Raises UserError itself.
+    _ = recipe.layer_kinds
+    if recipe.has_state_space and model.state_num_heads is None:
+        _check_divisible(
+            "hidden_size", model.hidden_size, "state_head_dim", model.state_head_dim, "state state_num_heads as well"
+        )
+    with _recipe_names():
+        _ = recipe.state_space
+    if model.kv_channels is None:
+        _check_divisible("hidden_size", model.hidden_size, "num_attention_heads", model.num_attention_heads)
+    if model.num_query_groups is not None:
+        _check_divisible("num_attention_heads", model.num_attention_heads, "num_query_groups", model.num_query_groups)
+
+
+@contextmanager
+def _recipe_names() -> Iterator[None]:
+    """The mixer's field names in its messages, as the recipe calls them."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"^(num_groups|num_heads|head_dim)=", r"state_\1=", str(error))) from None
+
+
+def _check_rotation(recipe: Recipe) -> None:
+    model = recipe.model
+    if recipe.has_attention and model.attention_position_encoding == "rope" and recipe.kv_channels % 2 != 0:
+        raise UserError(
+            f"attention heads of {recipe.kv_channels} channels are odd, but rotation turns pairs; "
+            f"set kv_channels={recipe.kv_channels + 1}, or attention_position_encoding: none"
+        )
+    if model.rope_scaling == "linear" and model.rotary_interpolation_factor is None:
+        raise UserError("rope_scaling='linear' needs rotary_interpolation_factor, the divisor of positions")
+    if model.rope_scaling == "none" and model.rotary_interpolation_factor is not None:
+        raise UserError(
+            f"rotary_interpolation_factor={model.rotary_interpolation_factor} has no effect with rope_scaling='none'; "
+            "set rope_scaling: linear"
+        )
+
+
+def _check_tensor_parallel(recipe: Recipe) -> None:
+    model, size = recipe.model, recipe.parallel.tensor_model_parallel_size
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        value = getattr(model, name)
+        if value is not None:
+            _check_divisible(name, value, "tensor_model_parallel_size", size, _short_list(value))
+    if recipe.state_space is not None:
+        with _recipe_names():
+            recipe.state_space.check_tensor_parallel(size)
+    multiple = recipe.data.make_vocab_size_divisible_by
+    _check_divisible(
+        "make_vocab_size_divisible_by", multiple, "tensor_model_parallel_size", size, f"use a multiple of {size}"
+    )
+    if recipe.parallel.sequence_parallel:
+        _check_divisible(
+            "seq_length",
+            recipe.training.seq_length,
+            "tensor_model_parallel_size",
+            size,
+            "or set sequence_parallel: false",
+        )
+
+
+def _short_list(value: int) -> str:
+    return f"use one of {', '.join(str(d) for d in divisors(value) if d <= 64)}"
+
+
+def _check_other_parallel(recipe: Recipe) -> None:
+    parallel, num_layers = recipe.parallel, recipe.model.num_layers
+    pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_stages or 1
+    _check_divisible("num_layers", num_layers, "pipeline_model_parallel_size", pipeline)
+    if virtual > 1 and pipeline == 1:
+        raise UserError(f"virtual_pipeline_stages={virtual} needs pipeline_model_parallel_size above 1; leave it out")
+    if num_layers % (pipeline * virtual) != 0:
+        raise UserError(
+            f"num_layers={num_layers} is not divisible by pipeline_model_parallel_size={pipeline} x "
+            f"virtual_pipeline_stages={virtual}; use virtual_pipeline_stages of one of "
+            f"{', '.join(map(str, divisors(num_layers // pipeline)))}"
+        )
+    if parallel.context_parallel_size > 1:
+        raise UserError(f"context_parallel_size={parallel.context_parallel_size} is not supported yet; use 1")
+
+
+def _check_length(recipe: Recipe) -> None:
+    training = recipe.training
+    if training.global_batch_tokens % training.seq_length != 0:
+        near = max(1, round(training.global_batch_tokens / training.seq_length)) * training.seq_length
+        raise UserError(
+            f"global_batch_tokens={training.global_batch_tokens} is not a multiple of "
+            f"seq_length={training.seq_length}; the nearest is {near}"
+        )
+    if (training.train_tokens is None) == (training.train_iters is None):
+        stated = "neither" if training.train_tokens is None else "both"
+        raise UserError(f"state either training.train_tokens or training.train_iters, not {stated}")
+    _check_divisible(
+        "the global batch in samples", recipe.global_batch_size, "micro_batch_size", training.micro_batch_size
+    )
+
+
+def _check_data(recipe: Recipe) -> None:
+    data = recipe.data
+    mock = any(recipe.megatron.get(key) for key in ("mock_data", "mock-data", "--mock-data"))
+    sources: list[Blend | None] = [data.train, data.blend]
+    if mock:
+        if any(sources):
+            raise UserError("megatron.mock_data=true and data.train or data.blend exclude each other")
+        return
+    if data.train and data.blend:
+        raise UserError("data.train and data.blend exclude each other; state one")
+    if not any(sources):
+        raise UserError("data.train is missing: a path prefix, or a list of [weight, path prefix]")
+    if data.blend and data.validation:
+        raise UserError("data.validation goes with data.train; data.blend takes its validation data by data.split")
+    if data.blend and data.split is None:
+        raise UserError("data.blend needs data.split, such as '99,1,0': shares of train, validation and test")
+    if data.split is not None and not data.blend:
+        raise UserError(f"data.split={data.split!r} needs data.blend; data.train and data.validation are used whole")
+    if data.train and not data.validation and recipe.logging.eval_iters != 0:
+        raise UserError("data.validation is missing; state it, or set logging.eval_iters=0")
+    if data.tokenizer_type != "NullTokenizer" and not data.tokenizer_model:
+        raise UserError(f"data.tokenizer_model is missing for tokenizer_type={data.tokenizer_type}")
+
+
+def _check_world_size(recipe: Recipe, world_size: int) -> None:
+    copies = data_parallel_size(recipe, world_size)
+    micro, batch = recipe.training.micro_batch_size, recipe.global_batch_size
+    if batch % (micro * copies) != 0:
+        raise UserError(
+            f"the global batch of {batch} samples (global_batch_tokens / seq_length) is not divisible by "
+            f"micro_batch_size={micro} x {copies} data-parallel processes; "
+            f"with {copies} of them use micro_batch_size of one of "
+            f"{', '.join(map(str, divisors(batch // copies))) if batch % copies == 0 else 'no value: change the batch'}"
+        )
+    pipeline = recipe.parallel.pipeline_model_parallel_size
+    microbatches = batch // (micro * copies)
+    if (recipe.parallel.virtual_pipeline_stages or 1) > 1 and microbatches % pipeline != 0:
+        raise UserError(
+            f"the interleaved schedule needs a multiple of pipeline_model_parallel_size={pipeline} "
+            f"micro-batches a step, not {microbatches}; change micro_batch_size or global_batch_tokens"
+        )

@@ -1,0 +1,104 @@
+"""Parameter counts and FLOPs of the planning formulas against the model that Megatron builds, and a FLOP counter."""
+
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training import global_vars
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.arguments import validate_args
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_txssm.model.layer_pattern import ATTENTION, STATE_SPACE
+from megatron_txssm.model.state_space_mixer import StateSpaceMixer
+from megatron_txssm.planning.flops import FORWARD_AND_BACKWARD, flops_per_token
+from megatron_txssm.planning.parameters import count_parameters
+from megatron_txssm.platform import prepare_platform
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
+from megatron_txssm.recipe.recipe import Recipe
+
+ARCHITECTURES = ("transxssm_320m", "llama3_320m", "mamba2_320m", "jamba_320m")
+# Every size differs from every other, so that a formula that takes the wrong one shows.
+SMALL = [
+    "model.num_layers=8",
+    "model.hidden_size=48",
+    "model.ffn_hidden_size=80",
+    "model.num_attention_heads=6",
+    "model.num_query_groups=2",
+    "model.state_head_dim=12",
+    "model.state_size=20",
+    "model.state_num_groups=2",
+    "model.chunk_size=16",
+    "data.vocab_size=200",
+    "training.seq_length=64",
+    "training.global_batch_tokens=64",
+    "training.train_tokens=6400",
+    "training.micro_batch_size=1",
+    "training.precision=fp32",
+    "training.transformer_impl=local",
+]
+VARIANTS = [
+    *((name, []) for name in ARCHITECTURES),
+    ("transxssm_320m", ["model.state_gated=true"]),
+    ("transxssm_320m", ["model.tie_embeddings=false"]),
+    ("jamba_320m", ["model.state_gated=false", "model.tie_embeddings=false"]),
+    ("transxssm_320m", ["model.position_encoding=a_t", "model.layer_pattern=SA"]),
+]
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda variant: "-".join([variant[0], *(s.split(".")[1] for s in variant[1])]))
+def recipe(request: pytest.FixtureRequest) -> Recipe:
+    name, changes = request.param
+    return load_recipe(name, [*SMALL, *changes])
+
+
+@pytest.fixture
+def model(one_process: None, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As `megatron.training.pretrain` builds it from the recipe's arguments."""
+    args = parse_megatron_arguments([*megatron_arguments(recipe), *prepare_platform()])
+    args.rank, args.world_size = 0, 1
+    args._is_global_batch_size_explicitly_specified = True
+    validate_args(args)
+    args.padded_vocab_size = recipe.padded_vocab_size
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
+    config = gpt_config_from_args(args)
+    return config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+
+
+def test_every_parameter_is_counted(recipe: Recipe, model: Any) -> None:
+    counted = count_parameters(recipe)
+    assert counted.total == sum(parameter.numel() for parameter in model.parameters())
+    mixers = [module for module in model.modules() if isinstance(module, StateSpaceMixer)]
+    assert counted.state_space == sum(mixer.num_params() for mixer in mixers)
+
+
+def test_flops_are_those_of_the_model(recipe: Recipe, model: Any) -> None:
+    """Forward and backward, and the two differences between model FLOPs and what is executed, stated one by one."""
+    length = recipe.training.seq_length
+    tokens = torch.zeros(1, length, dtype=torch.long)
+    positions = torch.arange(length)[None]
+    # torch's fused attention on CPU is not known to the counter; its plain one multiplies the same matrices.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(tokens, positions, None, labels=tokens).sum().backward()
+    by_operator = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
+    # The counter bills the weight's gradient of a depthwise convolution as if every channel met every other one.
+    by_operator.pop("aten.convolution_backward", None)
+    executed = sum(by_operator.values()) / length
+
+    expected = flops_per_token(recipe, length)
+    kinds = recipe.layer_kinds
+    # The causal half of attention's scores counts as model FLOPs; the plain attention executes the full square:
+    # Q·Kᵀ and scores·V of a multiply-add for every key, head and channel, half of which is in the figure already.
+    half_of_scores = 2 * length * recipe.model.num_attention_heads * recipe.kv_channels
+    expected += FORWARD_AND_BACKWARD * kinds.count(ATTENTION) * half_of_scores
+    if sizes := recipe.state_space:
+        # So with the chunks of the scan.
+        whole, half = (sizes.scan_flops_per_token(length, whole_chunks=flag) for flag in (True, False))
+        expected += FORWARD_AND_BACKWARD * kinds.count(STATE_SPACE) * (whole - half)
+        # The backward pass of the convolution, see above: twice its forward pass.
+        convolution = 2 * sum(sizes.conv_sizes.values()) * sizes.conv_kernel
+        expected -= 2 * kinds.count(STATE_SPACE) * convolution
+    assert executed == expected

@@ -1,0 +1,88 @@
+"""Parameter counts and FLOPs of the recipes, without torch."""
+
+import math
+
+import pytest
+
+from megatron_txssm.planning.flops import flops_per_token
+from megatron_txssm.planning.parameters import ModelSizes, count_parameters
+from megatron_txssm.recipe.loader import load_recipe
+
+ARCHITECTURES = ("transxssm", "llama3", "mamba2", "jamba")
+
+
+@pytest.mark.parametrize(("scale", "target"), [("320m", 320e6), ("1.3b", 1.3e9)])
+def test_the_four_models_of_a_scale_are_of_one_size(scale: str, target: float) -> None:
+    totals = [count_parameters(load_recipe(f"{name}_{scale}")).total for name in ARCHITECTURES]
+    assert max(totals) <= 1.02 * min(totals)
+    assert all(abs(total / target - 1) <= 0.05 for total in totals)
+
+
+def test_counts_of_a_model_small_enough_for_the_margin() -> None:
+    recipe = load_recipe(
+        "demo_cpu",
+        [
+            "model.layer_pattern=SA",
+            "model.num_layers=2",
+            "model.hidden_size=8",
+            "model.ffn_hidden_size=10",
+            "model.num_attention_heads=4",
+            "model.num_query_groups=2",
+            "model.state_head_dim=4",
+            "model.state_size=6",
+            "model.state_num_groups=2",
+            "data.vocab_size=100",
+        ],
+    )
+    count = count_parameters(recipe)
+    assert count.embedding == 128 * 8
+    assert count.output == 0
+    # Q and output 8x8, K and V 8x4.
+    assert count.attention == 2 * 64 + 2 * 32
+    # x 8, B and C 2x6 each, dt 2; output 8x8; A_log and dt_bias.
+    assert count.state_space == 8 * (8 + 12 + 12 + 2) + 64 + 4
+    assert count.ffn == 2 * 3 * 8 * 10
+    assert count.norms == 5 * 8
+    assert count.total == sum((1024, 192, 340, 480, 40))
+
+
+def test_an_untied_head_counts_twice() -> None:
+    recipe = load_recipe("llama3_320m", ["model.tie_embeddings=false"])
+    assert count_parameters(recipe).output == 50304 * 768
+
+
+def test_sizes_from_megatrons_arguments_are_those_of_the_recipe() -> None:
+    from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
+
+    for name in ("transxssm_320m", "llama3_1.3b", "mamba2_320m", "demo_cpu"):
+        recipe = load_recipe(name)
+        args = parse_megatron_arguments(megatron_arguments(recipe))
+        assert ModelSizes.from_megatron(args) == ModelSizes.from_recipe(recipe)
+
+
+def test_flops_grow_with_the_length_only_through_attention() -> None:
+    llama, mamba = load_recipe("llama3_320m"), load_recipe("mamba2_320m")
+    assert flops_per_token(mamba, 4096) == flops_per_token(mamba, 65536)
+    # 24 layers x 12 heads x 64 channels, 6 per token and position of the causal half twice.
+    assert flops_per_token(llama, 8192) - flops_per_token(llama, 4096) == 6 * 4096 * 24 * 768
+
+
+@pytest.mark.parametrize("name", ["llama3_320m", "transxssm_1.3b"])
+def test_flops_are_six_per_weight_and_token_besides_scores_and_scan(name: str) -> None:
+    recipe = load_recipe(name)
+    count = count_parameters(recipe)
+    weights = 6 * (count.total - count.norms)
+    # The mixers' scan and scores come on top, norms' weights do not; short sequences make both small.
+    assert weights < flops_per_token(recipe, 64) < 1.05 * weights
+
+
+def test_llama_agrees_with_megatrons_own_count() -> None:
+    from megatron.training.training import num_floating_point_operations
+
+    from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
+
+    recipe = load_recipe("llama3_320m")
+    args = parse_megatron_arguments(megatron_arguments(recipe))
+    args.kv_channels = recipe.kv_channels
+    megatrons = num_floating_point_operations(args, batch_size=1) / args.seq_length
+    assert math.isclose(flops_per_token(recipe, args.seq_length), megatrons, rel_tol=1e-3)

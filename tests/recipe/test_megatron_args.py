@@ -1,0 +1,143 @@
+"""Recipe fields and the `megatron:` section as Megatron's own parser reads them."""
+
+import pytest
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.loader import load_recipe, recipe_names
+from megatron_txssm.recipe.megatron_args import megatron_arguments, owners, parse_megatron_arguments
+
+
+def parsed(name: str, *overrides: str):
+    return parse_megatron_arguments(megatron_arguments(load_recipe(name, overrides)))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_megatrons_parser_takes_every_recipe(name: str) -> None:
+    recipe = load_recipe(name)
+    args = parse_megatron_arguments(megatron_arguments(recipe))
+    assert args.spec == ["megatron_txssm.model.layer_specs", "transxssm_block_spec"]
+    assert (args.num_layers, args.hidden_size) == (recipe.model.num_layers, recipe.model.hidden_size)
+    assert args.layer_pattern == recipe.model.layer_pattern
+    assert args.state_space_gated is recipe.model.state_gated
+    assert args.ffn_hidden_size == recipe.model.ffn_hidden_size
+    assert args.padded_vocab_size == recipe.padded_vocab_size
+    assert args.global_batch_size * args.seq_length == recipe.training.global_batch_tokens
+    assert args.min_lr == pytest.approx(0.1 * args.lr)
+    assert args.bf16 is (recipe.training.precision == "bf16")
+    assert not args.add_bias_linear and args.swiglu and args.normalization == "RMSNorm"
+    assert not args.untie_embeddings_and_output_weights
+    assert (args.attention_dropout, args.hidden_dropout) == (0.0, 0.0)
+    assert args.save == args.load == str(recipe.checkpoint_path)
+
+
+def test_every_flag_of_the_table_is_megatrons() -> None:
+    from megatron_txssm.recipe.megatron_args import _parser
+
+    known = {flag for action in _parser()._actions for flag in action.option_strings}
+    assert set(owners()) <= known
+
+
+def test_the_state_space_sizes_survive_the_way_through_megatron() -> None:
+    from megatron_txssm.model.arguments import state_space_config
+
+    recipe = load_recipe("mamba2_1.3b", ["model.length_scaling_base=4096"])
+    assert state_space_config(parse_megatron_arguments(megatron_arguments(recipe))) == recipe.state_space
+
+
+def test_fields_with_their_own_rendering() -> None:
+    args = parsed(
+        "transxssm_320m",
+        "model.num_query_groups=4",
+        "model.tie_embeddings=false",
+        "model.rope_scaling=linear",
+        "model.rotary_interpolation_factor=4",
+        "parallel.recompute=full",
+        "parallel.tensor_model_parallel_size=2",
+        "parallel.sequence_parallel=true",
+        "parallel.pipeline_model_parallel_size=2",
+        "parallel.virtual_pipeline_stages=3",
+        "training.train_tokens=2_000_000",
+        "checkpoint.load_from=elsewhere",
+        "logging.wandb_project=--odd",
+        "data.train=[[0.25, a], [0.75, b]]",
+    )
+    assert (args.group_query_attention, args.num_query_groups) == (True, 4)
+    assert args.untie_embeddings_and_output_weights
+    assert args.rotary_seq_len_interpolation_factor == 4
+    assert (args.recompute_granularity, args.recompute_method, args.recompute_num_layers) == ("full", "uniform", 1)
+    assert args.sequence_parallel and args.num_virtual_stages_per_pipeline_rank == 3 and args.overlap_p2p_comm
+    # 2,000,000 tokens are 1.9 batches of 2^20.
+    assert args.train_iters == 2
+    assert args.pretrained_checkpoint == "elsewhere"
+    # Text that looks like a flag stays text.
+    assert (args.wandb_project, args.wandb_exp_name) == ("--odd", "transxssm_320m")
+    assert args.train_data_path == ["0.25", "a", "0.75", "b"]
+
+
+def test_sequence_parallelism_needs_tensor_parallelism() -> None:
+    assert parsed("demo_cpu").sequence_parallel
+    assert not parsed("demo_cpu", "parallel.tensor_model_parallel_size=1").sequence_parallel
+
+
+def test_without_an_interval_nothing_is_saved() -> None:
+    args = parsed("demo_cpu", "checkpoint.save_interval=null", "logging.tensorboard=false")
+    assert args.save is args.load is args.tensorboard_dir is None
+
+
+@pytest.mark.parametrize(
+    ("override", "name", "value"),
+    [
+        ("megatron.overlap_grad_reduce=true", "overlap_grad_reduce", True),
+        ("megatron.overlap-grad-reduce=true", "overlap_grad_reduce", True),
+        ("megatron.--overlap-grad-reduce=true", "overlap_grad_reduce", True),
+        ("megatron.overlap_grad_reduce=false", "overlap_grad_reduce", False),
+        ("megatron.recompute_modules=[core_attn, mlp]", "recompute_modules", ["core_attn", "mlp"]),
+        ("megatron.recompute_modules=core_attn", "recompute_modules", ["core_attn"]),
+        # The flag says the opposite of the name in the namespace.
+        ("megatron.bias_swiglu_fusion=false", "bias_swiglu_fusion", False),
+        ("megatron.bias_swiglu_fusion=true", "bias_swiglu_fusion", True),
+        ("megatron.no_bias_swiglu_fusion=true", "bias_swiglu_fusion", False),
+        ("megatron.no_bias_swiglu_fusion=false", "bias_swiglu_fusion", True),
+        ("megatron.inference_wandb_logging=false", "inference_wandb_logging", False),
+        ("megatron.inference_wandb_logging=true", "inference_wandb_logging", True),
+        ("megatron.exit_interval=7", "exit_interval", 7),
+        ("megatron.log_timers_to_tensorboard=null", "log_timers_to_tensorboard", False),
+    ],
+)
+def test_any_other_argument_passes_through(override: str, name: str, value: object) -> None:
+    assert getattr(parsed("demo_cpu", override), name) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("overlap_grad_reduc=true", "Megatron has no such argument; did you mean 'overlap_grad_reduce'?"),
+        ("hidden_size=5", "set model.hidden_size instead, the recipe's field for --hidden-size"),
+        ("--lr=5", "set optimizer.learning_rate instead"),
+        ("fp16=true", "set training.precision instead"),
+        ("train_samples=5", "set training.train_tokens instead"),
+        ("layer_pattern=A", "set model.layer_pattern instead"),
+        ("swiglu=true", "every recipe has --swiglu; leave it out"),
+        ("hidden_dropout=0.1", "every recipe has --hidden-dropout 0"),
+        ("yaml_cfg=x", "it replaces every argument"),
+        ("rotary_percent=0.5", "Unified RoPE rotates every channel"),
+        ("exit_interval=soon", "argument --exit-interval: invalid int value: 'soon'"),
+        ("attention_backend=magic", "must be one of flash, fused, unfused, local, auto"),
+        ("exit_interval=true", "must be a value, not true"),
+        ("exit_interval=[1, 2]", "must be one value, not a list"),
+        ("overlap_grad_reduce=1", "must be true or false"),
+        ("recompute_modules=[--yaml-cfg, x]", "begins with a dash"),
+        ("rampup_batch_size=[1, 2]", "expected 3 arguments"),
+    ],
+)
+def test_what_megatron_or_the_recipe_refuses_is_named(override: str, wanted: str) -> None:
+    with pytest.raises(UserError) as error:
+        megatron_arguments(load_recipe("demo_cpu", [f"megatron.{override}"]))
+    message = str(error.value)
+    assert message.startswith(f"megatron.{override.split('=')[0]}")
+    assert wanted in message
+
+
+def test_a_command_line_that_megatron_cannot_parse() -> None:
+    with pytest.raises(UserError, match="unrecognized arguments: --no-such-flag"):
+        parse_megatron_arguments(["--no-such-flag"])

@@ -1,0 +1,136 @@
+"""Contradictions between fields: each is one message with name, value and remedy."""
+
+import pytest
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.validate import check_files, data_parallel_size, validate
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "wanted"),
+    [
+        (
+            "llama3_320m",
+            ["parallel.tensor_model_parallel_size=8"],
+            "num_attention_heads=12 is not divisible by tensor_model_parallel_size=8; use one of 1, 2, 3, 4, 6, 12",
+        ),
+        (
+            "transxssm_320m",
+            ["parallel.tensor_model_parallel_size=12", "data.make_vocab_size_divisible_by=12"],
+            "state_num_groups=4 is not divisible by tensor_model_parallel_size=12; use one of 1, 2, 4",
+        ),
+        (
+            "transxssm_320m",
+            ["model.state_num_groups=5"],
+            "state_num_groups=5 does not divide the state-space heads (12)",
+        ),
+        ("transxssm_320m", ["model.num_layers=23"], "num_layers=23 is not a multiple of the length of layer_pattern"),
+        ("transxssm_320m", ["model.layer_pattern=SSX"], "found 'X'"),
+        ("transxssm_320m", ["model.state_size=127"], "state_size=127 is odd"),
+        ("transxssm_320m", ["model.state_head_dim=100"], "hidden_size=768 is not divisible by state_head_dim=100"),
+        (
+            "transxssm_320m",
+            ["model.num_attention_heads=10"],
+            "hidden_size=768 is not divisible by num_attention_heads=10",
+        ),
+        (
+            "transxssm_320m",
+            ["model.num_query_groups=5"],
+            "num_attention_heads=12 is not divisible by num_query_groups=5",
+        ),
+        (
+            "llama3_320m",
+            ["model.num_query_groups=1", "parallel.tensor_model_parallel_size=2"],
+            "num_query_groups=1 is not divisible by tensor_model_parallel_size=2",
+        ),
+        ("transxssm_320m", ["model.kv_channels=63"], "set kv_channels=64"),
+        ("transxssm_320m", ["model.rope_scaling=linear"], "needs rotary_interpolation_factor"),
+        ("transxssm_320m", ["model.rotary_interpolation_factor=2"], "set rope_scaling: linear"),
+        (
+            "transxssm_320m",
+            ["parallel.pipeline_model_parallel_size=5"],
+            "num_layers=24 is not divisible by pipeline_model_parallel_size=5; use one of 1, 2, 3, 4, 6, 8, 12, 24",
+        ),
+        (
+            "transxssm_320m",
+            ["parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_stages=4"],
+            "use virtual_pipeline_stages of one of 1, 2, 3, 6",
+        ),
+        ("transxssm_320m", ["parallel.virtual_pipeline_stages=2"], "needs pipeline_model_parallel_size above 1"),
+        ("transxssm_320m", ["parallel.context_parallel_size=2"], "context_parallel_size=2 is not supported yet"),
+        ("llama3_320m", ["parallel.context_parallel_size=2"], "context_parallel_size=2 is not supported yet"),
+        (
+            "demo_cpu",
+            ["training.seq_length=257", "training.global_batch_tokens=2056"],
+            "seq_length=257 is not divisible",
+        ),
+        ("demo_cpu", ["training.global_batch_tokens=5000"], "is not a multiple of seq_length=256; the nearest is 5120"),
+        (
+            "demo_cpu",
+            ["training.micro_batch_size=3"],
+            "is not divisible by micro_batch_size=3; use one of 1, 2, 4, 8",
+        ),
+        ("demo_cpu", ["training.train_iters=null"], "state either training.train_tokens or training.train_iters"),
+        (
+            "demo_cpu",
+            ["parallel.tensor_model_parallel_size=2", "data.make_vocab_size_divisible_by=3"],
+            "make_vocab_size_divisible_by=3 is not divisible by tensor_model_parallel_size=2; use a multiple of 2",
+        ),
+        ("demo_cpu", ["data.train=null"], "data.train is missing"),
+        ("demo_cpu", ["data.validation=null"], "data.validation is missing"),
+        ("demo_cpu", ["data.blend=x"], "data.blend needs data.split"),
+        ("demo_cpu", ["data.split='9,1,0'"], "data.split='9,1,0' needs data.blend"),
+        ("demo_cpu", ["data.tokenizer_model=null"], "data.tokenizer_model is missing"),
+    ],
+)
+def test_a_contradiction_names_value_and_remedy(name: str, overrides: list[str], wanted: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(name, overrides)
+    assert wanted in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("demo_cpu", ["parallel.tensor_model_parallel_size=1"]),
+        ("demo_cpu", ["data.train=null", "data.validation=null", "megatron.mock_data=true"]),
+        ("demo_cpu", ["data.validation=null", "logging.eval_iters=0"]),
+        ("transxssm_320m", ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"]),
+        ("transxssm_1.3b", ["parallel.tensor_model_parallel_size=8"]),
+        ("transxssm_320m", ["model.state_size=127", "model.position_encoding=a_t"]),
+        ("transxssm_320m", ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_stages=6"]),
+        ("transxssm_320m", ["model.rope_scaling=linear", "model.rotary_interpolation_factor=4"]),
+    ],
+)
+def test_what_works_together_is_accepted(name: str, overrides: list[str]) -> None:
+    assert load_recipe(name, overrides).name == name
+
+
+def test_the_number_of_processes_is_checked_where_it_is_known() -> None:
+    recipe = load_recipe("demo_cpu", ["training.global_batch_tokens=4096", "training.micro_batch_size=8"])
+    validate(recipe, world_size=4)
+    assert data_parallel_size(recipe, 4) == 2
+    with pytest.raises(
+        UserError, match="3 processes cannot be divided into tensor_model_parallel_size=2; start a mult"
+    ):
+        validate(recipe, world_size=3)
+    with pytest.raises(UserError, match="use micro_batch_size of one of 1, 2"):
+        validate(recipe, world_size=8)
+    with pytest.raises(UserError, match="change the batch"):
+        validate(recipe, world_size=6)
+
+
+def test_the_interleaved_schedule_needs_whole_rounds_of_micro_batches() -> None:
+    layout = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_stages=2"]
+    batch = ["training.global_batch_tokens=4096", "training.micro_batch_size=16"]
+    recipe = load_recipe("demo_cpu", [*layout, *batch, "parallel.tensor_model_parallel_size=1"])
+    with pytest.raises(UserError, match="interleaved schedule needs a multiple"):
+        validate(recipe, world_size=2)
+
+
+def test_missing_data_is_reported_before_megatron_starts(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("megatron_txssm.data.shard")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="runs/demo/data/vocab_1024/train"):
+        check_files(load_recipe("demo_cpu"))
