@@ -1,0 +1,111 @@
+"""A trained model in one process, from a checkpoint saved at any layout."""
+
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.launch.preflight import saved_step
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.megatron_args import megatron_arguments
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.validate import check_tokenizer_file
+
+ONE_PROCESS = (
+    "parallel.tensor_model_parallel_size=1",
+    "parallel.pipeline_model_parallel_size=1",
+    "parallel.virtual_pipeline_stages=null",
+    "parallel.context_parallel_size=1",
+    "parallel.sequence_parallel=false",
+    "logging.tensorboard=false",
+    "logging.wandb_project=null",
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A GPTModel in evaluation mode, its tokenizer (Megatron's), the recipe and the step it was saved at."""
+
+    model: Any
+    tokenizer: Any
+    recipe: Recipe
+    iteration: int
+
+
+def checkpoint_recipe(checkpoint: Path) -> Recipe:
+    """The recipe that a checkpoint directory holds, for one process; UserError where there is no checkpoint."""
+    if saved_step(checkpoint) is None:
+        raise UserError(
+            f"{checkpoint} holds no checkpoint; name a run's checkpoints folder, such as runs/demo/checkpoints"
+        )
+    if not (checkpoint / "recipe.yaml").is_file():
+        raise UserError(f"{checkpoint} has no recipe.yaml beside its checkpoints; `txssm pretrain` writes one")
+    recipe = load_recipe(checkpoint / "recipe.yaml", ONE_PROCESS)
+    if recipe.megatron.get("trust_remote_code"):
+        raise UserError(f"{checkpoint / 'recipe.yaml'} asks for trust_remote_code; remove it if you trust that code")
+    check_tokenizer_file(recipe)
+    return recipe
+
+
+def load_model(checkpoint: Path) -> LoadedModel:
+    """Load the newest checkpoint of a directory into this process, which must not have initialised Megatron yet."""
+    recipe = checkpoint_recipe(checkpoint)
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")
+    from megatron_txssm.platform import prepare_platform
+
+    platform_arguments = prepare_platform()
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training import get_tokenizer, training
+
+    from megatron_txssm.compat import mend_megatron
+    from megatron_txssm.training.pretrain import initialize_arguments, model_config
+
+    mend_megatron()
+    explain_failed_loads()
+    args = initialize_arguments(
+        [*megatron_arguments(recipe), "--no-load-optim", "--no-load-rng", *platform_arguments, f"--load={checkpoint}"]
+    )
+    training.initialize_megatron()
+    config = model_config(args)
+    builder = config.get_builder_cls()(config)
+    stages = builder.build_distributed_models(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
+    iteration, _ = training.load_checkpoint(stages, None, None)
+    return LoadedModel(stages[0].eval(), get_tokenizer(), recipe, int(iteration))
+
+
+def explain_failed_loads() -> None:
+    """Let the training loop's load_checkpoint fail with one sentence that names the checkpoint (idempotent)."""
+    from megatron.training import training
+    from torch.distributed.checkpoint import CheckpointException
+
+    from megatron_txssm.compat import get_args
+
+    load = training.load_checkpoint
+    if hasattr(load, "__wrapped__"):
+        return
+
+    @functools.wraps(load)
+    def load_or_explain(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(*args, **kwargs)
+        # torch's CheckpointException is no Exception.
+        except (Exception, CheckpointException) as error:
+            folder = get_args().load
+            raise RuntimeError(
+                f"the newest checkpoint in {folder} cannot be loaded ({_cause(error)}); if its files are damaged, "
+                "write an older step into latest_checkpointed_iteration.txt"
+            ) from error
+
+    training.load_checkpoint = load_or_explain
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong, on the first rank that failed."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

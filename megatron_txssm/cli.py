@@ -1,0 +1,95 @@
+"""txssm <verb>: finds the verb's module and runs it. A verb's module is imported only when that verb is asked for.
+
+A module of `VERBS` has `add_parser(subparsers)`, which calls `add_verb`, and `run(args) -> int | None`, the exit code.
+"""
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_txssm import __version__
+from megatron_txssm.errors import UserError
+
+# Verb -> (module, one line of help).
+VERBS: dict[str, tuple[str, str]] = {
+    "demo": ("megatron_txssm.demo", "train a small TransXSSM on this machine from real text, stop, resume, write text"),
+    "recipes": ("megatron_txssm.recipe.show", "list the recipes, or show one with all its fields"),
+    "pretrain": (
+        "megatron_txssm.launch.local",
+        "pretrain a recipe: on processes of this machine, or under torchrun or srun",
+    ),
+    "generate": ("megatron_txssm.evaluation.generate", "continue a prompt with a trained checkpoint"),
+}
+
+EXAMPLES = """\
+examples:
+  txssm demo
+  txssm recipes
+  txssm recipes transxssm_320m --megatron-args
+  txssm pretrain demo_cpu --nproc 2 --set training.train_iters=20
+  txssm generate runs/demo/checkpoints --prompt 'def main('"""
+
+
+def add_verb(subparsers: "argparse._SubParsersAction", verb: str, examples: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of one verb, with its help from `VERBS` and its examples at the end of --help."""
+    _, summary = VERBS[verb]
+    return subparsers.add_parser(
+        verb,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog="\n  ".join(["examples:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
+    """The whole command line's parser; only `verb` gets its options, as only its module is imported."""
+    parser = argparse.ArgumentParser(
+        prog="txssm",
+        description="Pretraining of TransXSSM and its baselines on Megatron-Core.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"txssm {__version__}")
+    subparsers = parser.add_subparsers(title="verbs", dest="verb", metavar="<verb>", required=True)
+    for name, (module, summary) in VERBS.items():
+        if name == verb:
+            importlib.import_module(module).add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=summary)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 2 for the user's mistakes, without a traceback."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has gone (`txssm recipes | head`); closing stdout must not complain, either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(words: list[str]) -> int:
+    verb = words[0] if words and not words[0].startswith("-") else None
+    if verb is not None and verb not in VERBS:
+        matches = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {matches[0]!r}?" if matches else f"use one of {', '.join(VERBS)}"
+        raise UserError(f"unknown verb {verb!r}; {hint}")
+    args = build_parser(verb).parse_args(words)
+    code = importlib.import_module(VERBS[args.verb][0]).run(args)
+    sys.stdout.flush()
+    return code or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""txssm demo: the whole way on one machine without a GPU, from text to a trained model that writes."""
+
+import argparse
+import math
+import shutil
+from typing import Any
+
+from megatron_txssm.cli import add_verb
+from megatron_txssm.errors import UserError
+from megatron_txssm.launch.local import launch, smallest_world_size
+from megatron_txssm.launch.preflight import check_checkpoint, saved_step
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.recipe import Recipe
+
+RECIPE = "demo_cpu"
+EXAMPLES = ("txssm demo", "txssm demo --set training.train_iters=100")
+PROMPT = "def read_file(path):\n"
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = add_verb(subparsers, "demo", EXAMPLES)
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change a field")
+
+
+def run(args: argparse.Namespace) -> int:
+    recipe = load_recipe(RECIPE, args.overrides)
+    print("1/5  text: this Python's own library, tokenised by a SentencePiece model trained on it", flush=True)
+    data = prepare_data(recipe)
+    print(
+        f"     {data.train_text_bytes / 1e6:.1f} MB, {data.train.tokens:,} tokens; {data.validation.tokens:,} held out"
+    )
+
+    # The recipe names the demo's own data; another vocabulary or run directory has others.
+    overrides = [
+        *args.overrides,
+        f"data.train={data.train_prefix}",
+        f"data.validation={data.validation_prefix}",
+        f"data.tokenizer_model={data.tokenizer_model}",
+    ]
+    recipe = load_recipe(RECIPE, overrides)
+    check_checkpoint(recipe)
+    if latest_step(recipe) >= recipe.train_iters:
+        start_afresh(recipe)
+    half = recipe.train_iters // 2
+    for number, what, stop in (
+        (2, f"train to step {half}, save, stop", [f"megatron.exit_interval={half}"]),
+        (3, f"resume from the checkpoint, train to step {recipe.train_iters}", []),
+    ):
+        print(f"{number}/5  {what}", flush=True)
+        if stop and latest_step(recipe) >= half:
+            print("     done before")
+            continue
+        code = train(overrides + stop)
+        if code != 0:
+            return code
+
+    print("4/5  compare with n-gram models of the same training tokens", flush=True)
+    report(recipe, data)
+    print("5/5  let it write", flush=True)
+    return write(recipe)
+
+
+def prepare_data(recipe: Recipe) -> Any:
+    """Make the data that the recipe names, unless it is there."""
+    from megatron_txssm.data.demo_corpus import prepare_demo_data
+
+    return prepare_demo_data(recipe.run_path / "data", vocab_size=recipe.data.vocab_size)
+
+
+def latest_step(recipe: Recipe) -> int:
+    """The newest checkpoint's step; 0 where there is none."""
+    return saved_step(recipe.checkpoint_path) or 0
+
+
+def start_afresh(recipe: Recipe) -> None:
+    """Remove what a finished demo left; the data stay. UserError where the checkpoints are another run's."""
+    made_by = recipe.checkpoint_path / "recipe.yaml"
+    if not made_by.is_file() or load_recipe(made_by).name != RECIPE:
+        raise UserError(f"{recipe.checkpoint_path} holds another run's checkpoints; use another run_directory")
+    for folder in (recipe.checkpoint_path, recipe.run_path / "tensorboard", recipe.run_path / "logs"):
+        shutil.rmtree(folder, ignore_errors=True)
+    (recipe.run_path / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def train(overrides: list[str]) -> int:
+    recipe = load_recipe(RECIPE, overrides)
+    command = ["pretrain", RECIPE, *(word for override in overrides for word in ("--set", override))]
+    return launch(recipe, smallest_world_size(recipe), command)
+
+
+def report(recipe: Recipe, data: Any) -> None:
+    """Print the model's and the n-grams' validation losses, and draw the loss curve."""
+    from megatron_txssm.data.shard import read_tokens
+    from megatron_txssm.evaluation.loss_curve import plot_loss_curve, read_metrics
+    from megatron_txssm.evaluation.ngram import bigram_loss, unigram_loss
+
+    train, validation = read_tokens(data.train_prefix), read_tokens(data.validation_prefix)
+    metrics = recipe.run_path / "metrics.jsonl"
+    _, validation_losses = read_metrics(metrics, "validation lm loss")
+    losses = {
+        "TransXSSM": validation_losses[-1],
+        "interpolated bigram": bigram_loss(train, validation, data.vocab_size),
+        "unigram": unigram_loss(train, validation, data.vocab_size),
+    }
+    print("     validation loss          nats/token  perplexity")
+    for name, loss in losses.items():
+        print(f"     {name:22} {loss:12.3f} {math.exp(loss):11.1f}")
+    baselines = {name: loss for name, loss in losses.items() if name != "TransXSSM"}
+    curve = plot_loss_curve(metrics, recipe.run_path / "loss.png", baselines=baselines, title=recipe.name)
+    print(f"     loss curve: {curve}")
+
+
+def write(recipe: Recipe) -> int:
+    """Generate in a process of its own, as a user would: Megatron initialises once in a process."""
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "megatron_txssm.cli", "generate", str(recipe.checkpoint_path), "--prompt", PROMPT]
+    return subprocess.run(command).returncode

@@ -1,0 +1,111 @@
+"""What can be known to be wrong before a run starts: its layout, its files, the checkpoints it would resume from."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.validate import check_files, validate
+
+# Fields of `model` that change how it is computed or was started, not what a checkpoint holds.
+_FREE_AT_RESUME = ("chunk_size", "init_method_std", "rotary_table_precision")
+# Those that lengthen the context of a trained model.
+_FREE_AT_FINE_TUNING = (
+    "model.rotary_base",
+    "model.rope_scaling",
+    "model.rotary_interpolation_factor",
+    "model.length_scaling_base",
+)
+_SCHEDULE = ("learning_rate", "min_learning_rate_ratio", "weight_decay", "warmup_fraction", "decay_style")
+# Megatron's arguments: the recipe's schedule holds, or the checkpoint's.
+_SCHEDULE_SWITCHES = ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")
+
+
+def check_run(recipe: Recipe, world_size: int) -> None:
+    """UserError for the first thing that would stop a run of `world_size` processes; reads only, and without torch."""
+    validate(recipe, world_size=world_size)
+    # One reader a machine: the indices of a large corpus are gigabytes.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        check_files(recipe)
+    check_checkpoint(recipe)
+
+
+def check_checkpoint(recipe: Recipe) -> None:
+    """UserError where the run would resume another model or schedule, or load_from holds no checkpoint."""
+    source = recipe.checkpoint.load_from
+    if source is not None and saved_step(Path(source)) is None:
+        raise UserError(f"checkpoint.load_from={source} holds no checkpoint; name a run's checkpoints folder")
+    if source is not None and (made_by := Path(source) / "recipe.yaml").is_file():
+        # Megatron drops what a smaller model has no place for, and names nothing that two encodings share.
+        theirs, ours = _architecture(load_recipe(made_by)), _architecture(recipe)
+        for name in _FREE_AT_FINE_TUNING:
+            del theirs[name], ours[name]
+        if differences := _differences(theirs, ours):
+            raise UserError(
+                f"checkpoint.load_from={source} holds another model ({differences}); use that model's recipe"
+            )
+    folder = recipe.checkpoint_path
+    if recipe.checkpoint.save_interval is None or saved_step(folder) is None or not (folder / "recipe.yaml").is_file():
+        return
+    saved = load_recipe(folder / "recipe.yaml")
+    if differences := _differences(_architecture(saved), _architecture(recipe)):
+        raise UserError(
+            f"{folder} holds checkpoints of another model ({differences}); "
+            "use another run_directory or checkpoint.directory, or remove it"
+        )
+    # Megatron refuses another schedule unless it is told which one holds.
+    told = any(recipe.megatron.get(key) for key in _SCHEDULE_SWITCHES)
+    if not told and (differences := _differences(_schedule(saved), _schedule(recipe))):
+        raise UserError(
+            f"{folder} was trained under another schedule ({differences}); "
+            f"set megatron.{_SCHEDULE_SWITCHES[0]}=true to go on under the new one"
+        )
+
+
+def _architecture(recipe: Recipe) -> dict[str, Any]:
+    fields = {f"model.{name}": value for name, value in vars(recipe.model).items() if name not in _FREE_AT_RESUME}
+    return fields | {"the embedding's rows (data.vocab_size, padded)": recipe.padded_vocab_size}
+
+
+def _schedule(recipe: Recipe) -> dict[str, Any]:
+    """What Megatron's OptimizerParamScheduler saves."""
+    return {
+        "training.train_iters": recipe.train_iters,
+        "training.global_batch_tokens": recipe.training.global_batch_tokens,
+    } | {f"optimizer.{name}": getattr(recipe.optimizer, name) for name in _SCHEDULE}
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    return "; ".join(f"{name}: {theirs[name]} there, {ours[name]} here" for name in ours if theirs[name] != ours[name])
+
+
+def saved_step(folder: Path) -> int | None:
+    """The step of a directory's newest checkpoint (a `release` is 0), None where it holds none."""
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if text == "release":
+        return 0
+    if not text.isdecimal():
+        raise UserError(
+            f"{tracker} says {text[:40]!r}, not a step; write the number of the newest iter_* folder into it"
+        )
+    return int(text)
+
+
+def make_run_directory(recipe: Recipe) -> None:
+    """Make the folders that the run writes to; UserError where that cannot be."""
+    folders = {"run_directory": recipe.run_path}
+    if recipe.checkpoint.save_interval is not None:
+        folders["checkpoint.directory"] = recipe.checkpoint_path
+    for name, folder in folders.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UserError(f"{name}={folder} cannot be written: {error.strerror}; state another {name}") from None

@@ -1,0 +1,86 @@
+"""What Megatron's loop asks of a model's author: datasets, a batch through the model, its loss.
+
+B=batch  L=sequence length
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.training import get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split
+from torch import Tensor
+
+from megatron_txssm.compat import get_args
+from megatron_txssm.errors import UserError
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> list[Any]:
+    """Megatron's train, validation and test GPTDataset over blends of `.bin/.idx` shards.
+
+    Every pipeline stage and tensor-parallel rank reads its own batches, in the same order.
+    """
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        tokenizer=checked_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        # Attention is causal by construction; a mask would cost L² bytes a sample.
+        create_attention_mask=False,
+    )
+    return BlendedMegatronDatasetBuilder(GPTDataset, num_samples, lambda: True, config).build()
+
+
+# Tells Megatron that every rank may call the provider.
+datasets_provider.is_distributed = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def checked_tokenizer() -> Any:
+    """Megatron's tokenizer; UserError where it has tokens that the embedding has no row for."""
+    args = get_args()
+    tokenizer: Any = get_tokenizer()
+    if tokenizer.vocab_size > args.vocab_size:
+        raise UserError(
+            f"data.vocab_size={args.vocab_size} is less than the {tokenizer.vocab_size} tokens of "
+            f"data.tokenizer_model={args.tokenizer_model}; set data.vocab_size={tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
+    """One micro-batch through this stage: (output, a function from output to Megatron's loss triple)."""
+    batch = next(data_iterator)
+    tokens, labels, loss_mask, position_ids = (
+        batch[key].to(torch.cuda.current_device(), non_blocking=True) for key in BATCH_KEYS
+    )
+    output = model(tokens, position_ids, None, labels=labels)
+    return output, partial(loss_function, loss_mask)
+
+
+def loss_function(loss_mask_BL: Tensor, losses_BL: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(sum of token losses in nats, number of tokens, what is reported).
+
+    The triple, not a pair: a pair's loss is multiplied by the context-parallel size, which doubles gradients silently.
+    """
+    mask = loss_mask_BL.view(-1).float()
+    loss = torch.sum(losses_BL.view(-1).float() * mask)
+    num_tokens = mask.sum().detach().to(torch.int)
+    return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.float()])}

@@ -1,0 +1,147 @@
+"""One worker of a run: a recipe in, Megatron's pretrain loop, checkpoints and metrics out."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.launch.environment import end_with_launcher
+from megatron_txssm.launch.preflight import check_run, make_run_directory
+from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.training.output import redirect_output
+
+
+def run_worker(recipe: Recipe) -> int:
+    """Train as the recipe says, as the rank that the environment names.
+
+    Returns the exit code: 0 at the end, or when an exit signal, interval or duration stopped the run and all is saved;
+    1 for a failure of this rank; 2 for a user's mistake.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    log = recipe.run_path / "logs" / f"rank_{rank}.log"
+    terminal = sys.stdout
+    end_with_launcher()
+    try:
+        check_run(recipe, world_size)
+        make_run_directory(recipe)
+        terminal = redirect_output(log)
+        pretrain(recipe, terminal)
+    except UserError as error:
+        return _report(error, terminal, exit_code=2)
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a failure of this rank; torch's CheckpointException is no Exception
+        import traceback
+
+        traceback.print_exc()
+        return _report(error, terminal, exit_code=1, log=log)
+    return 0
+
+
+def _report(error: BaseException, terminal: TextIO, exit_code: int, log: Path | None = None) -> int:
+    """Hand the error to torchrun's agent, which knows what failed first; under srun say it here."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+    elif log is None:
+        print(f"error: {error}", file=terminal)
+    else:
+        message = f"rank {os.environ['RANK']} failed: {type(error).__name__}: {error}"
+        print(f"error: {message}\nIts log: {log}", file=terminal)
+    return exit_code
+
+
+def pretrain(recipe: Recipe, terminal: TextIO) -> None:
+    """Initialise Megatron from the recipe and run its loop to the end."""
+    from megatron_txssm.platform import prepare_platform
+
+    platform_arguments = prepare_platform()
+    import torch.distributed
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain as megatron_pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_txssm.checkpoint.load import explain_failed_loads
+    from megatron_txssm.compat import mend_megatron
+    from megatron_txssm.training.forward_step import datasets_provider, forward_step
+    from megatron_txssm.training.monitor import TrainingMonitor
+
+    mend_megatron()
+    explain_failed_loads()
+    args = initialize_arguments([*megatron_arguments(recipe), *platform_arguments])
+    if args.rank == 0:
+        keep_recipe(recipe, recipe.run_path)
+        keep_recipe_at_saves(recipe)
+    # Megatron's handler saves and stops at SIGTERM, which clusters send; a person's Ctrl-C shall do the same.
+    signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monitor = TrainingMonitor(recipe, terminal)
+    monitor.install()
+    try:
+        megatron_pretrain(
+            pretrain_cfg_container_from_args(args, model_config(args)),
+            datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+    except SystemExit as stop:  # Megatron's way out after an exit signal, interval or duration: all is saved
+        # Its bare sys.exit() follows an error message.
+        if stop.code != 0:
+            raise RuntimeError(f"Megatron ended with exit code {stop.code}; see the log of this rank") from None
+    finally:
+        monitor.close()
+    torch.distributed.destroy_process_group()
+
+
+def initialize_arguments(arguments: list[str]) -> Any:
+    """Megatron's global arguments, parsed and validated by Megatron; UserError where it refuses."""
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_txssm.model.arguments import add_transxssm_arguments
+
+    parse_megatron_arguments(arguments)  # for a clear message where a value does not parse
+    sys.argv[1:] = arguments
+    try:
+        return parse_and_validate_args(extra_args_provider=add_transxssm_arguments)
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"Megatron refuses the arguments: {error}") from error
+
+
+def model_config(args: Any) -> Any:
+    """Megatron's GPTModelConfig, whose builder starts every weight from the seed and its name."""
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    from megatron_txssm.model.initialization import initialize_by_name
+
+    def initialize(stages: list[Any]) -> list[Any]:
+        for stage in stages:
+            initialize_by_name(stage, args.seed)
+        return stages
+
+    config = gpt_config_from_args(args)
+    config.pre_wrap_hooks.append(initialize)
+    return config
+
+
+def keep_recipe(recipe: Recipe, folder: Path) -> None:
+    """Write the resolved recipe into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "recipe.yaml.partial"
+    partial.write_text(recipe.to_yaml(), encoding="utf-8")
+    partial.replace(folder / "recipe.yaml")
+
+
+def keep_recipe_at_saves(recipe: Recipe) -> None:
+    """Put the recipe beside the checkpoints when one is saved, not before: a run that cannot resume leaves theirs."""
+    from megatron.training import training
+
+    save = training.save_checkpoint
+
+    def save_with_recipe(*args: Any, **kwargs: Any) -> Any:
+        keep_recipe(recipe, recipe.checkpoint_path)
+        return save(*args, **kwargs)
+
+    training.save_checkpoint = save_with_recipe

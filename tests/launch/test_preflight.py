@@ -1,0 +1,132 @@
+"""What is found wrong before a run starts."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.launch.preflight import check_checkpoint, make_run_directory, saved_step
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.recipe import Recipe
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return load_recipe("demo_cpu", [f"run_directory={tmp_path}/run"])
+
+
+def save(recipe: Recipe, step: str = "40\n") -> None:
+    recipe.checkpoint_path.mkdir(parents=True)
+    (recipe.checkpoint_path / "recipe.yaml").write_text(recipe.to_yaml())
+    (recipe.checkpoint_path / "latest_checkpointed_iteration.txt").write_text(step)
+
+
+def changed(recipe: Recipe, **model: object) -> Recipe:
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **model))
+
+
+def test_no_checkpoint_and_the_same_model_are_fine(recipe: Recipe) -> None:
+    check_checkpoint(recipe)
+    save(recipe)
+    check_checkpoint(recipe)
+    # These change how the model is computed, not what is saved.
+    check_checkpoint(changed(recipe, chunk_size=32, init_method_std=0.5))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("state_size", 6), ("layer_pattern", "A"), ("position_encoding", "conv1d_d")]
+)
+def test_another_model_is_named_with_the_field(recipe: Recipe, field: str, value: object) -> None:
+    save(recipe)
+    with pytest.raises(UserError) as error:
+        check_checkpoint(changed(recipe, **{field: value}))
+    message = str(error.value)
+    assert f"model.{field}: {getattr(recipe.model, field)} there, {value} here" in message
+    assert str(recipe.checkpoint_path) in message
+    assert "use another run_directory" in message
+
+
+def test_another_vocabulary_is_named(recipe: Recipe) -> None:
+    save(recipe)
+    larger = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, vocab_size=recipe.data.vocab_size + 128))
+    rows = f"{recipe.padded_vocab_size} there, {larger.padded_vocab_size} here"
+    with pytest.raises(UserError, match=rf"data.vocab_size.*{rows}"):
+        check_checkpoint(larger)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [("training", "train_iters", 7), ("optimizer", "learning_rate", 0.5), ("optimizer", "decay_style", "linear")],
+)
+def test_another_schedule_is_named_with_the_remedy(recipe: Recipe, section: str, field: str, value: object) -> None:
+    save(recipe)
+    old = getattr(recipe, section)
+    other = dataclasses.replace(recipe, **{section: dataclasses.replace(old, **{field: value})})
+    with pytest.raises(UserError) as error:
+        check_checkpoint(other)
+    assert f"({section}.{field}: {getattr(old, field)} there, {value} here)" in str(error.value)
+    assert "set megatron.override_opt_param_scheduler=true" in str(error.value)
+    check_checkpoint(dataclasses.replace(other, megatron={"override_opt_param_scheduler": True}))
+
+
+def test_a_run_that_neither_saves_nor_resumes_looks_at_no_checkpoint(recipe: Recipe) -> None:
+    save(recipe)
+    other = changed(recipe, state_size=6)
+    check_checkpoint(dataclasses.replace(other, checkpoint=dataclasses.replace(other.checkpoint, save_interval=None)))
+
+
+def test_load_from_must_hold_a_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
+    # Megatron would start from random weights without a word.
+    source = dataclasses.replace(recipe.checkpoint, load_from=str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match=r"checkpoint.load_from=.*nothing holds no checkpoint"):
+        check_checkpoint(dataclasses.replace(recipe, checkpoint=source))
+
+
+def test_load_from_must_hold_the_same_model_but_may_have_a_shorter_context(recipe: Recipe, tmp_path: Path) -> None:
+    # Megatron loads what fits, drops the rest and says nothing.
+    save(recipe)
+    here = dataclasses.replace(
+        recipe.checkpoint, directory=str(tmp_path / "new"), load_from=str(recipe.checkpoint_path)
+    )
+    fresh = dataclasses.replace(recipe, checkpoint=here)
+    check_checkpoint(changed(fresh, rotary_base=500_000))
+    with pytest.raises(UserError, match=r"load_from=.* holds another model \(model.position_encoding: rope there, a_t"):
+        check_checkpoint(changed(fresh, position_encoding="a_t"))
+
+
+@pytest.mark.parametrize(("text", "step"), [("40", 40), ("0000\n", 0), ("release", 0)])
+def test_saved_step(recipe: Recipe, text: str, step: int) -> None:
+    assert saved_step(recipe.checkpoint_path) is None
+    save(recipe, text)
+    assert saved_step(recipe.checkpoint_path) == step
+
+
+@pytest.mark.parametrize("text", ["", "forty", "4.5", "-1"])
+def test_a_damaged_tracker_is_named(recipe: Recipe, text: str) -> None:
+    # Megatron would print a line and end with exit code 0.
+    save(recipe, text)
+    with pytest.raises(UserError, match=r"latest_checkpointed_iteration.txt says .*; write the number"):
+        saved_step(recipe.checkpoint_path)
+
+
+def test_folders_are_made(recipe: Recipe) -> None:
+    make_run_directory(recipe)
+    assert [path.name for path in recipe.run_path.iterdir()] == ["checkpoints"]
+    assert list(recipe.checkpoint_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("field", ["run_directory", "checkpoint.directory"])
+def test_a_file_in_the_way_is_named(recipe: Recipe, field: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = str(tmp_path / "file" / "run")
+    with pytest.raises(UserError, match=rf"{field}={path} cannot be written: Not a directory; state another {field}"):
+        make_run_directory(load_recipe("demo_cpu", [f"run_directory={tmp_path}/run", f"{field}={path}"]))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; run it as another user")
+def test_a_folder_without_permission_is_named(recipe: Recipe, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="Permission denied"):
+        make_run_directory(recipe)

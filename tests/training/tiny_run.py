@@ -1,0 +1,130 @@
+"""A tiny run as a user starts it: `txssm` in processes of its own, on two layers and random tokens."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+VOCAB_SIZE = 64
+
+RECIPE = """\
+name: tiny
+run_directory: {folder}/run
+model:
+  num_layers: 2
+  layer_pattern: SA
+  hidden_size: 32
+  ffn_hidden_size: 64
+  num_attention_heads: 2
+  state_size: 16
+  state_head_dim: 16
+  state_num_groups: 2
+  chunk_size: 16
+training:
+  seq_length: 32
+  micro_batch_size: 2
+  global_batch_tokens: 128
+  train_iters: 2000
+  precision: fp32
+  transformer_impl: local
+optimizer:
+  learning_rate: 1e-3
+data:
+  train: {folder}/data
+  validation: {folder}/data
+  tokenizer_type: NullTokenizer
+  vocab_size: {vocab_size}
+  make_vocab_size_divisible_by: 4
+checkpoint:
+  save_interval: 2000
+logging:
+  log_interval: 1
+  eval_iters: 1
+  tensorboard: false
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """A folder with data and recipe.yaml; the recipe's run directory is run/ there."""
+
+    folder: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run / "checkpoints"
+
+    def pretrain(self, *words: str, fields: Sequence[str] = ()) -> Done:
+        return txssm("pretrain", str(self.recipe), *words, *sets(fields))
+
+    def pretrain_and_interrupt(self, text: str) -> Done:
+        """Press Ctrl-C, as a terminal does, when the output holds `text`."""
+        output, errors = self.folder / "stdout", self.folder / "stderr"
+        with output.open("w") as stdout, errors.open("w") as stderr:
+            process = subprocess.Popen(
+                command("pretrain", str(self.recipe)),
+                stdout=stdout,
+                stderr=stderr,
+                env=ENVIRONMENT,
+                # A process group of its own: the launcher's, which a terminal's Ctrl-C would reach.
+                start_new_session=True,
+            )
+        end = time.monotonic() + 120
+        while text not in output.read_text() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+        try:
+            code = process.wait(timeout=120)
+        finally:
+            process.kill()
+        return Done(code, output.read_text(), errors.read_text())
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "megatron_txssm.cli", *words]
+
+
+def txssm(*words: str) -> Done:
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def sets(fields: Sequence[str]) -> list[str]:
+    return [word for field in fields for word in ("--set", field)]
+
+
+def make_tiny_run(folder: Path) -> TinyRun:
+    from megatron_txssm.data.shard import write_shard
+
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(0)
+    documents = [[draw.randrange(VOCAB_SIZE - 1) for _ in range(50)] for _ in range(200)]
+    write_shard(documents, folder / "data", VOCAB_SIZE, VOCAB_SIZE - 1)
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, vocab_size=VOCAB_SIZE))
+    return TinyRun(folder)
