@@ -1,5 +1,7 @@
 """What every test stands on: Megatron on this machine, and fresh memory that is never zero by luck."""
 
+import signal
+
 import pytest
 import torch
 
@@ -7,6 +9,9 @@ from megatron_txssm.platform import prepare_platform
 
 # Before any test module imports Megatron.
 prepare_platform()
+
+# A shell starts background jobs with Ctrl-C ignored, and what is ignored stays so in every child: the launcher obeys.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # torch.empty returns NaN, so that a kernel that forgets to write shows (torch fills it in deterministic mode).
 torch.use_deterministic_algorithms(True, warn_only=True)

@@ -14,10 +14,26 @@ if TYPE_CHECKING:
 # A mixture of data sets: (weight, path prefix of a .bin/.idx pair), weights in any unit.
 Blend = tuple[tuple[float, str], ...]
 
+# Subset of a corpus -> its share of the tokens, in any unit.
+Weights = dict[str, float]
+# Consecutive parts of a training: {"tokens": its length, None for the rest, "weights": Weights}.
+Stages = tuple[dict[str, Any], ...]
+# A list of strings.
+Words = tuple[str, ...]
+
 # (value, recipe) -> Megatron's command line.
 Render = Callable[[Any, "Recipe"], list[str]]
 
-_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+_NAMES: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    Blend: "a path prefix, or a list of [weight, path prefix]",
+    Weights: "a mapping of subsets to weights",
+    Stages: "a list of stages, each {tokens: N, weights: {subset: weight}}, the last without tokens",
+    Words: "a list of strings",
+}
 
 
 @dataclass(frozen=True)
@@ -89,8 +105,6 @@ def section_fields(section: type) -> Iterator[Field]:
 
 def type_name(hint: Any) -> str:
     """The expected type in words."""
-    if hint == Blend:
-        return "a path prefix, or a list of [weight, path prefix]"
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join("null" if part is types.NoneType else type_name(part) for part in get_args(hint))
     return _NAMES[hint]
@@ -128,8 +142,8 @@ def _as_type(value: Any, hint: Any) -> Any:
     else:
         inner = hint
     mistake = ValueError(f"must be {type_name(hint)}")
-    if inner == Blend:
-        return _as_blend(value, mistake)
+    if inner in _COMPOUND:
+        return _COMPOUND[inner](value, mistake)
     if inner in (int, float):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise mistake
@@ -160,3 +174,45 @@ def _as_blend(value: Any, mistake: ValueError) -> Blend:
             raise ValueError(f"must not hold a path that is empty or begins with a dash: {prefix!r}")
         blend.append((float(weight), prefix))
     return tuple(blend)
+
+
+def _as_weights(value: Any, mistake: ValueError) -> Weights:
+    if not isinstance(value, dict) or not value:
+        raise mistake
+    for name, weight in value.items():
+        if not isinstance(name, str) or isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise mistake
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"must have weights above 0, not {name}: {weight}; leave a subset out instead")
+    return {name: float(weight) for name, weight in value.items()}
+
+
+def _as_stages(value: Any, mistake: ValueError) -> Stages:
+    if not isinstance(value, list) or not value:
+        raise mistake
+    stages = []
+    for position, stage in enumerate(value, 1):
+        if not isinstance(stage, dict) or not set(stage) <= {"tokens", "weights"}:
+            raise mistake
+        tokens, last = stage.get("tokens"), position == len(value)
+        if (tokens is None) != last:
+            raise ValueError("must state tokens for every stage but the last, which takes what is left")
+        if not last and (isinstance(tokens, bool) or not isinstance(tokens, int | float) or tokens < 1):
+            raise ValueError(f"must have at least 1 token in stage {position}, not {shown(tokens)}")
+        weights = _as_weights(stage.get("weights"), mistake)
+        stages.append({"tokens": None if last else int(tokens), "weights": weights})
+    return tuple(stages)
+
+
+def _as_words(value: Any, mistake: ValueError) -> Words:
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        raise mistake
+    return tuple(value)
+
+
+_COMPOUND: dict[Any, Callable[[Any, ValueError], Any]] = {
+    Blend: _as_blend,
+    Weights: _as_weights,
+    Stages: _as_stages,
+    Words: _as_words,
+}
