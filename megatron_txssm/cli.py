@@ -17,6 +17,7 @@ from megatron_txssm.errors import UserError
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("megatron_txssm.demo", "train a small TransXSSM on this machine from real text, stop, resume, write text"),
     "recipes": ("megatron_txssm.recipe.show", "list the recipes, or show one with all its fields"),
+    "data": ("megatron_txssm.data.commands", "make, check and inspect a corpus of token shards"),
     "pretrain": (
         "megatron_txssm.launch.local",
         "pretrain a recipe: on processes of this machine, or under torchrun or srun",
@@ -29,6 +30,7 @@ examples:
   txssm demo
   txssm recipes
   txssm recipes transxssm_320m --megatron-args
+  txssm data shard smollm_corpus --plan
   txssm pretrain demo_cpu --nproc 2 --set training.train_iters=20
   txssm generate runs/demo/checkpoints --prompt 'def main('"""
 

@@ -25,18 +25,9 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(RECIPE, args.overrides)
     print("1/5  text: this Python's own library, tokenised by a SentencePiece model trained on it", flush=True)
-    data = prepare_data(recipe)
-    print(
-        f"     {data.train_text_bytes / 1e6:.1f} MB, {data.train.tokens:,} tokens; {data.validation.tokens:,} held out"
-    )
-
-    # The recipe names the demo's own data; another vocabulary or run directory has others.
-    overrides = [
-        *args.overrides,
-        f"data.train={data.train_prefix}",
-        f"data.validation={data.validation_prefix}",
-        f"data.tokenizer_model={data.tokenizer_model}",
-    ]
+    corpus = prepare_data(recipe)
+    # The recipe names the demo's own corpus; another vocabulary or run directory has another.
+    overrides = [*args.overrides, f"data.corpus={corpus.directory}"]
     recipe = load_recipe(RECIPE, overrides)
     check_checkpoint(recipe)
     if latest_step(recipe) >= recipe.train_iters:
@@ -55,16 +46,16 @@ def run(args: argparse.Namespace) -> int:
             return code
 
     print("4/5  compare with n-gram models of the same training tokens", flush=True)
-    report(recipe, data)
+    report(recipe, corpus)
     print("5/5  let it write", flush=True)
     return write(recipe)
 
 
 def prepare_data(recipe: Recipe) -> Any:
     """Make the data that the recipe names, unless it is there."""
-    from megatron_txssm.data.demo_corpus import prepare_demo_data
+    from megatron_txssm.data.demo_corpus import prepare_demo_corpus
 
-    return prepare_demo_data(recipe.run_path / "data", vocab_size=recipe.data.vocab_size)
+    return prepare_demo_corpus(recipe.run_path / "data", vocab_size=recipe.data.vocab_size)
 
 
 def latest_step(recipe: Recipe) -> int:
@@ -88,19 +79,25 @@ def train(overrides: list[str]) -> int:
     return launch(recipe, smallest_world_size(recipe), command)
 
 
-def report(recipe: Recipe, data: Any) -> None:
+def report(recipe: Recipe, corpus: Any) -> None:
     """Print the model's and the n-grams' validation losses, and draw the loss curve."""
+    import numpy as np
+
     from megatron_txssm.data.shard import read_tokens
     from megatron_txssm.evaluation.loss_curve import plot_loss_curve, read_metrics
     from megatron_txssm.evaluation.ngram import bigram_loss, unigram_loss
 
-    train, validation = read_tokens(data.train_prefix), read_tokens(data.validation_prefix)
+    train, validation = (
+        np.concatenate([read_tokens(p) for subset in corpus.subsets.values() for p, _ in subset.shards(split)])
+        for split in ("train", "validation")
+    )
+    vocab_size = corpus.tokenizer.vocab_size
     metrics = recipe.run_path / "metrics.jsonl"
     _, validation_losses = read_metrics(metrics, "validation lm loss")
     losses = {
         "TransXSSM": validation_losses[-1],
-        "interpolated bigram": bigram_loss(train, validation, data.vocab_size),
-        "unigram": unigram_loss(train, validation, data.vocab_size),
+        "interpolated bigram": bigram_loss(train, validation, vocab_size),
+        "unigram": unigram_loss(train, validation, vocab_size),
     }
     print("     validation loss          nats/token  perplexity")
     for name, loss in losses.items():

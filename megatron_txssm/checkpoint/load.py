@@ -43,10 +43,22 @@ def checkpoint_recipe(checkpoint: Path) -> Recipe:
     if not (checkpoint / "recipe.yaml").is_file():
         raise UserError(f"{checkpoint} has no recipe.yaml beside its checkpoints; `txssm pretrain` writes one")
     recipe = load_recipe(checkpoint / "recipe.yaml", ONE_PROCESS)
+    if recipe.data.corpus is not None:
+        recipe = load_recipe(checkpoint / "recipe.yaml", (*ONE_PROCESS, *_without_corpus(recipe)))
     if recipe.megatron.get("trust_remote_code"):
         raise UserError(f"{checkpoint / 'recipe.yaml'} asks for trust_remote_code; remove it if you trust that code")
     check_tokenizer_file(recipe)
     return recipe
+
+
+def _without_corpus(recipe: Recipe) -> tuple[str, ...]:
+    """Overrides that keep the corpus's tokenizer, but need none of its shards."""
+    return (
+        f"data.tokenizer_type={recipe.tokenizer_type}",
+        f"data.tokenizer_model={recipe.tokenizer_model}",
+        *(f"data.{name}=null" for name in ("corpus", "weights", "stages")),
+        "megatron.mock_data=true",
+    )
 
 
 def load_model(checkpoint: Path) -> LoadedModel:

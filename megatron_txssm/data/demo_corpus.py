@@ -8,27 +8,25 @@ that a validation document would have a near-twin in training), installed packag
 import ast
 import hashlib
 import json
-import platform
+import os
 import sysconfig
 import tokenize
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_txssm.data.shard import ShardCounts, check_shard, write_file_atomically, write_shard
-from megatron_txssm.data.tokenizer import (
-    encode_documents,
-    end_of_document_id,
-    is_representable,
-    load_tokenizer,
-    train_sentencepiece,
-)
+from megatron_txssm.data.corpus_recipe import CorpusRecipe, load_corpus_recipe
+from megatron_txssm.data.manifest import Corpus, is_held_out, open_corpus
+from megatron_txssm.data.shard import write_file_atomically
+from megatron_txssm.data.shard_command import shard
+from megatron_txssm.data.tokenizer import is_representable, train_sentencepiece
+from megatron_txssm.data.verify import remove_faulty_tasks
 from megatron_txssm.errors import UserError
 
 MINIMUM_CORPUS_BYTES = 5_000_000
-VALIDATION_FRACTION = 0.03
-# A single document may not be more than this share of the corpus and still go to validation.
-LARGEST_VALIDATION_DOCUMENT = 0.01
+DOCUMENTS_PER_FILE = 250
+CORPUS_RECIPE = "python_library"
+SUBSET = "python-library"
 
 EXCLUDED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
@@ -36,10 +34,6 @@ EXCLUDED_FOLDERS = frozenset(
 # Build configuration and site hooks hold the paths of the machine they were made on.
 EXCLUDED_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize")
 REFERENCE_TOPICS = "pydoc_data/topics.py"
-
-MANIFEST_NAME = "manifest.json"
-# Raise it when the same sources would no longer give the same files.
-MANIFEST_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -53,27 +47,6 @@ class Document:
     def num_bytes(self) -> int:
         """Length in UTF-8."""
         return len(self.text.encode("utf-8"))
-
-
-@dataclass(frozen=True)
-class DemoData:
-    """What `prepare_demo_data` made: Megatron data prefixes, the tokenizer, and how much there is of everything."""
-
-    train_prefix: str
-    validation_prefix: str
-    tokenizer_model: str
-    vocab_size: int
-    # Id of the token that ends each document.
-    eod: int
-    train: ShardCounts
-    validation: ShardCounts
-    # UTF-8 bytes of the text of each split.
-    train_text_bytes: int
-    validation_text_bytes: int
-    # Files that could not be read as text, or hold a character the tokenizer keeps to itself.
-    skipped_documents: int
-    # Version of the Python whose library this is.
-    python_version: str
 
 
 def collect_documents(
@@ -123,75 +96,53 @@ def collect_documents(
     return iter(documents)
 
 
-def split_documents(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """Split whole documents into (training, validation), both in the order given.
-
-    Documents join validation in the order of a hash of their path until it holds 3% of the bytes, so the choice is
-    random over the library, the same on every run, and close to its size although documents differ by 1,000 times.
-    """
-    total_bytes = sum(document.num_bytes for document in documents)
-    chosen: set[str] = set()
-    chosen_bytes = 0
-    for document in sorted(documents, key=lambda document: hashlib.sha256(document.source.encode("utf-8")).digest()):
-        if chosen_bytes >= VALIDATION_FRACTION * total_bytes:
-            break
-        if document.num_bytes <= LARGEST_VALIDATION_DOCUMENT * total_bytes:
-            chosen.add(document.source)
-            chosen_bytes += document.num_bytes
-    train = [document for document in documents if document.source not in chosen]
-    validation = [document for document in documents if document.source in chosen]
-    return train, validation
-
-
-def prepare_demo_data(
+def prepare_demo_corpus(
     directory: str | Path,
     *,
     vocab_size: int,
     root: str | Path | None = None,
     minimum_bytes: int = MINIMUM_CORPUS_BYTES,
-) -> DemoData:
-    """Make the demo's tokenizer, training and validation shards below `directory`, or reuse them if complete.
+) -> Corpus:
+    """Make the demo's corpus in DIRECTORY/vocab_N, or reuse it where all of it is as its manifests say.
 
-    Files lie in DIRECTORY/vocab_N, so another vocabulary never meets the dataset cache Megatron keeps per path. The
-    manifest is written last: without it, or when a file does not fit it, everything is made again. The same Python
-    gives the same bytes. Call it from one process, before the workers start.
+    Another vocabulary has a folder of its own: Megatron keeps its dataset cache per path. The same Python gives the
+    same bytes. Call it from one process, before the workers start.
     """
     directory = Path(directory) / f"vocab_{vocab_size}"
-    ready = _read_complete(directory, vocab_size)
-    if ready is not None:
-        return ready
-
-    skipped: list[str] = []
-    train, validation = split_documents(list(collect_documents(root, minimum_bytes=minimum_bytes, skipped=skipped)))
+    source = directory / "source"
+    recipe = load_corpus_recipe(
+        CORPUS_RECIPE,
+        [
+            f"output={directory}",
+            f"tokenizer.model={source / 'tokenizer.model'}",
+            f"subsets.{SUBSET}.source={source}",
+        ],
+    )
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / MANIFEST_NAME).unlink(missing_ok=True)
-        # Only training text, so nothing of the validation split is known before it is measured.
-        model_path = train_sentencepiece((document.text for document in train), directory / "tokenizer", vocab_size)
-        tokenizer = load_tokenizer(model_path)
-        eod = end_of_document_id(tokenizer)
-        counts = {}
-        for name, documents in (("train", train), ("validation", validation)):
-            ids = encode_documents(tokenizer, (document.text for document in documents))
-            shard = write_shard(ids, directory / name, vocab_size, eod, total_documents=len(documents))
-            counts[name] = asdict(shard)
-        manifest = {
-            "format": MANIFEST_FORMAT,
-            "vocab_size": vocab_size,
-            "eod": eod,
-            **counts,
-            "train_text_bytes": sum(document.num_bytes for document in train),
-            "validation_text_bytes": sum(document.num_bytes for document in validation),
-            "skipped_documents": len(skipped),
-            "python_version": platform.python_version(),
-            "tokenizer_sha256": hashlib.sha256(model_path.read_bytes()).hexdigest(),
-        }
-        write_file_atomically(directory / MANIFEST_NAME, (json.dumps(manifest, indent=2) + "\n").encode("utf-8"))
+        if not (source / "tokenizer.model").exists():
+            _write_source(source, list(collect_documents(root, minimum_bytes=minimum_bytes)), recipe, vocab_size)
+        remove_faulty_tasks(directory)
+        shard(recipe, workers=len(os.sched_getaffinity(0)))
     except OSError as error:
         raise UserError(
             f"demo data directory {directory}: {error.strerror or error}; choose a directory that can be written to"
         ) from error
-    return _demo_data(directory, manifest)
+    return open_corpus(directory)
+
+
+def _write_source(source: Path, documents: list[Document], recipe: CorpusRecipe, vocab_size: int) -> None:
+    """Write the documents as .jsonl, then the tokenizer, whose presence says that both are complete."""
+    source.mkdir(parents=True, exist_ok=True)
+    for number, start in enumerate(range(0, len(documents), DOCUMENTS_PER_FILE)):
+        lines = [
+            json.dumps({"path": document.source, "text": document.text}, ensure_ascii=False) + "\n"
+            for document in documents[start : start + DOCUMENTS_PER_FILE]
+        ]
+        write_file_atomically(source / f"{number:03d}.jsonl", "".join(lines).encode())
+    # Only training text, so nothing of the validation split is known before it is measured.
+    fraction = recipe.subsets[SUBSET].validation_fraction
+    texts = (document.text for document in documents if not is_held_out(document.text, fraction))
+    train_sentencepiece(texts, source / "tokenizer", vocab_size)
 
 
 def _is_wanted(source: str) -> bool:
@@ -206,37 +157,3 @@ def _reference_text(module_source: str) -> str:
             topics = ast.literal_eval(statement.value)
             return "\n\n".join(topics[name].strip("\n") for name in sorted(topics)) + "\n"
     raise ValueError("no dictionary of topics found")
-
-
-def _read_complete(directory: Path, vocab_size: int) -> DemoData | None:
-    """The data of a complete directory, or None where anything is missing or does not fit the manifest."""
-    try:
-        manifest = json.loads((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
-        data = _demo_data(directory, manifest)
-        complete = (
-            manifest["format"] == MANIFEST_FORMAT
-            and data.vocab_size == vocab_size
-            and check_shard(data.train_prefix) == data.train
-            and check_shard(data.validation_prefix) == data.validation
-            and hashlib.sha256(Path(data.tokenizer_model).read_bytes()).hexdigest() == manifest["tokenizer_sha256"]
-        )
-    except (OSError, ValueError, KeyError, TypeError, UserError):
-        return None
-    return data if complete else None
-
-
-def _demo_data(directory: Path, manifest: dict) -> DemoData:
-    """The manifest holds no paths, so a directory may be moved."""
-    return DemoData(
-        train_prefix=str(directory / "train"),
-        validation_prefix=str(directory / "validation"),
-        tokenizer_model=str(directory / "tokenizer.model"),
-        vocab_size=manifest["vocab_size"],
-        eod=manifest["eod"],
-        train=ShardCounts(**manifest["train"]),
-        validation=ShardCounts(**manifest["validation"]),
-        train_text_bytes=manifest["train_text_bytes"],
-        validation_text_bytes=manifest["validation_text_bytes"],
-        skipped_documents=manifest["skipped_documents"],
-        python_version=manifest["python_version"],
-    )

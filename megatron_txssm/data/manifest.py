@@ -14,6 +14,7 @@ Nothing here holds an absolute path, so a corpus may be moved.
 import dataclasses
 import functools
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +142,11 @@ class Corpus:
         return str(folder / "tokenizer.model" if self.tokenizer.type == "SentencePieceTokenizer" else folder)
 
 
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether a document is for validation: by a hash of its text, so that equal texts are never on both sides."""
+    return zlib.crc32(text.encode()) < fraction * 2**32
+
+
 def open_corpus(directory: str | Path) -> Corpus:
     """The corpus in a directory; UserError where there is none, or it is not finished, with what remains to do."""
     directory = Path(directory)
@@ -202,6 +208,15 @@ def write_subset_manifest(directory: Path, subset: str, tasks: int) -> None:
             for name in ("documents", "tokens", "text_bytes", "inner_eods")
         } | {"shards": len(records)}
     write_json(directory / subset / "manifest.json", totals)
+
+
+def remove_task(directory: Path, subset: str, task: int) -> None:
+    """Undo a finished task, so that `txssm data shard` makes it again; the manifests go first."""
+    manifest_path(directory, subset, task).unlink(missing_ok=True)
+    (directory / subset / "manifest.json").unlink(missing_ok=True)
+    for path in (directory / subset).glob(f"{task:05d}.*"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def add_counts(counts: Any) -> dict[str, int]:

@@ -5,14 +5,15 @@ how wide a token is and where each sequence and document begins. Here every docu
 end-of-document token.
 """
 
+import contextlib
+import hashlib
 import os
+import socket
 import struct
-import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from megatron_txssm.errors import UserError
 
@@ -27,8 +28,6 @@ INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 INDEX_HEADER_BYTES = 34
 TOKEN_TYPE_OF_CODE = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-
-SECONDS_BEFORE_PROGRESS_BAR = 1.0
 
 
 @dataclass(frozen=True)
@@ -45,69 +44,125 @@ class ShardCounts:
 def write_file_atomically(path: str | Path, content: bytes) -> None:
     """Write a file under a temporary name and rename it: the final name appears complete or not at all."""
     path = Path(path)
-    partial = _partial_path(path)
+    # Two processes may write the same file, each with a name of its own.
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(content)
+        with partial.open("wb") as stream:
+            stream.write(content)
+            _flush(stream)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def write_shard(
-    documents: Iterable[Sequence[int]],
-    prefix: str | Path,
-    vocab_size: int,
-    eod: int,
-    *,
-    total_documents: int | None = None,
-) -> ShardCounts:
+def file_sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def token_type(vocab_size: int) -> "type[np.number]":
+    """Megatron's choice (DType.optimal_dtype): uint16 below a vocabulary of 65,500, int32 from there on."""
+    import numpy as np
+
+    return np.uint16 if vocab_size < 65_500 else np.int32
+
+
+class ShardWriter:
+    """Writes documents to temporary files, which `publish` gives their final names; `discard` removes them.
+
+    One process writes a prefix at a time. Memory: 4 bytes per document.
+    """
+
+    def __init__(self, prefix: str | Path, vocab_size: int, eod: int) -> None:
+        import numpy as np
+
+        if not 0 <= eod < vocab_size:
+            raise ValueError(f"eod={eod} is not in the vocabulary of {vocab_size} tokens")
+        self.bin_path, self.idx_path = _shard_paths(prefix)
+        self.vocab_size, self.eod = vocab_size, eod
+        self.documents = self.tokens = 0
+        self.sha256: dict[str, str] = {}
+        self._type = np.dtype(token_type(vocab_size))
+        self._lengths: list[np.ndarray] = []
+        self._hash = hashlib.sha256()
+        self.bin_path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = partial_path(self.bin_path).open("wb")
+
+    @property
+    def counts(self) -> ShardCounts:
+        return ShardCounts(documents=self.documents, tokens=self.tokens, bytes=self.tokens * self._type.itemsize)
+
+    def write(self, ids: "np.ndarray", lengths: "np.ndarray") -> None:
+        """Append documents: the ids of all, one after another, without their ends, and the number of ids of each."""
+        import numpy as np
+
+        if not len(lengths):
+            return
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise ValueError(
+                f"ids from {ids.min()} to {ids.max()} are outside the vocabulary of {self.vocab_size} tokens; were "
+                "they encoded with another tokenizer?"
+            )
+        content = np.insert(ids.astype(self._type), np.cumsum(lengths), self.eod).tobytes()
+        self._stream.write(content)
+        self._hash.update(content)
+        self._lengths.append((lengths + 1).astype(np.int32))
+        self.documents += len(lengths)
+        self.tokens += len(ids) + len(lengths)
+
+    def publish(self) -> None:
+        """Complete both files and give them their names, the .bin first: no .idx ever belongs to nothing."""
+        try:
+            _flush(self._stream)
+            self._stream.close()
+            index = self._index()
+            self.sha256 = {".bin": self._hash.hexdigest(), ".idx": hashlib.sha256(index).hexdigest()}
+            # A shard of the same name must never be half old, half new.
+            self.idx_path.unlink(missing_ok=True)
+            partial_path(self.bin_path).replace(self.bin_path)
+            write_file_atomically(self.idx_path, index)
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove what has no final name yet."""
+        # A full disk fails the buffer's last write as well.
+        with contextlib.suppress(OSError):
+            self._stream.close()
+        partial_path(self.bin_path).unlink(missing_ok=True)
+
+    def _index(self) -> bytes:
+        import numpy as np
+
+        lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths])
+        ends = np.cumsum(lengths, dtype=np.int64)
+        code = next(code for code, name in TOKEN_TYPE_OF_CODE.items() if name == self._type.name)
+        boundaries = np.arange(self.documents + 1, dtype=np.int64)
+        header = INDEX_MAGIC + struct.pack("<QBQQ", INDEX_VERSION, code, self.documents, self.documents + 1)
+        offsets = (ends - lengths) * self._type.itemsize
+        return header + lengths.tobytes() + offsets.tobytes() + boundaries.tobytes()
+
+
+def write_shard(documents: Iterable[Sequence[int]], prefix: str | Path, vocab_size: int, eod: int) -> ShardCounts:
     """Write documents (their token ids, without the end) as PREFIX.bin and PREFIX.idx, each ended by `eod`.
 
-    The token type is Megatron's choice: uint16 below a vocabulary of 65,500, int32 from there on. Both files are
-    written under temporary names and renamed when complete, the .bin first, so an interrupted run leaves no .idx that
-    belongs to nothing. Empty documents are left out. One process writes a prefix at a time.
-    `total_documents` gives the progress bar its end.
+    Empty documents are left out.
     """
     import numpy as np
-    import torch
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    if not 0 <= eod < vocab_size:
-        raise ValueError(f"eod={eod} is not in the vocabulary of {vocab_size} tokens")
-    bin_path, idx_path = _shard_paths(prefix)
-    partial_bin, partial_idx = _partial_path(bin_path), _partial_path(idx_path)
-    bin_path.parent.mkdir(parents=True, exist_ok=True)
-    token_type = DType.optimal_dtype(vocab_size)
-    counts = {"documents": 0, "tokens": 0}
-    builder = IndexedDatasetBuilder(str(partial_bin), dtype=token_type)
+    writer = ShardWriter(prefix, vocab_size, eod)
     try:
-        for ids in _with_progress_bar(documents, f"writing {bin_path.name}", total_documents):
-            if not len(ids):
-                continue
-            # int64 first: a narrower type would wrap an id outside the vocabulary into a wrong token.
-            tokens = np.append(np.asarray(ids, dtype=np.int64), eod)
-            if tokens.min() < 0 or tokens.max() >= vocab_size:
-                raise ValueError(
-                    f"document {counts['documents']} holds ids from {tokens.min()} to {tokens.max()}, outside the "
-                    f"vocabulary of {vocab_size} tokens; was it encoded with another tokenizer?"
-                )
-            builder.add_item(torch.from_numpy(tokens))
-            builder.end_document()
-            counts["documents"] += 1
-            counts["tokens"] += tokens.size
-        if not counts["documents"]:
-            raise UserError(f"{bin_path}: there is no document to write; check the input of this shard")
-        builder.finalize(str(partial_idx))
-        # A shard of the same name must never be half old, half new.
-        idx_path.unlink(missing_ok=True)
-        partial_bin.replace(bin_path)
-        partial_idx.replace(idx_path)
+        for ids in documents:
+            if len(ids):
+                # int64 first: a narrower type would wrap an id outside the vocabulary into a wrong token.
+                writer.write(np.asarray(ids, dtype=np.int64), np.array([len(ids)]))
+        if not writer.documents:
+            raise UserError(f"{writer.bin_path}: there is no document to write; check the input of this shard")
+        writer.publish()
     finally:
-        # A plain file, though Megatron's optional storage client makes the type checker see a path.
-        builder.data_file.close()  # pyright: ignore[reportAttributeAccessIssue]
-        partial_bin.unlink(missing_ok=True)
-        partial_idx.unlink(missing_ok=True)
-    return ShardCounts(bytes=counts["tokens"] * np.dtype(token_type).itemsize, **counts)
+        writer.discard()
+    return writer.counts
 
 
 def check_shard(prefix: str | Path) -> ShardCounts:
@@ -190,37 +245,12 @@ def _shard_paths(prefix: str | Path) -> tuple[Path, Path]:
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
-def _partial_path(path: Path) -> Path:
-    # The same name at every attempt, so what a killed process left behind is overwritten, not collected.
+def partial_path(path: Path) -> Path:
+    """The temporary name of a file: the same at every attempt, so that what a killed process left is overwritten."""
     return path.with_name(path.name + ".partial")
 
 
-def _with_progress_bar(items: Iterable, description: str, total: int | None) -> Iterator:
-    """Pass the items on, with a progress bar where stdout is a terminal and the work is not done at once."""
-    if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
-        yield from items
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    start = time.monotonic()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    progress = Progress(*columns, TimeRemainingColumn(), transient=True)
-    task = progress.add_task(description, total=total)
-    started = False
-    try:
-        for item in items:
-            if not started and time.monotonic() - start > SECONDS_BEFORE_PROGRESS_BAR:
-                progress.start()
-                started = True
-            yield item
-            progress.advance(task)
-    finally:
-        if started:
-            progress.stop()
+def _flush(stream: IO[bytes]) -> None:
+    """To the disk: after a power cut a renamed file must not be an empty one."""
+    stream.flush()
+    os.fsync(stream.fileno())

@@ -6,6 +6,7 @@ Every layer is checked by itself, so that a mistake is reported with the place w
 
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -201,10 +202,11 @@ def _plain(value: Any, dotted: str, source: str) -> Any:
 def _build(layers: list[Layer], path: Path) -> Recipe:
     merged: Layer = {}
     for layer in layers:
-        for first, second in ALTERNATIVES:
-            for stated, other in ((first, second), (second, first)):
+        for groups in ALTERNATIVES:
+            for stated in groups:
                 if layer.get(stated[0]) is not None:
-                    for name in other:
+                    others = [group for group in groups if group is not stated]
+                    for name in itertools.chain(*others):
                         merged.pop(name, None)
         merged.update(layer)
     merged.setdefault("name", path.stem)

@@ -3,12 +3,15 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_txssm.model.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
 from megatron_txssm.model.state_space_config import StateSpaceConfig
 from megatron_txssm.recipe.schema import Checkpoint, Data, Logging, Model, Optimizer, Parallel, Training
 from megatron_txssm.recipe.setting import argument, setting
+
+if TYPE_CHECKING:
+    from megatron_txssm.data.manifest import Corpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,43 @@ class Recipe:
         if self.training.train_iters is not None:
             return self.training.train_iters
         return math.ceil((self.training.train_tokens or 0) / self.training.global_batch_tokens)
+
+    @property
+    def stage_iters(self) -> tuple[int, ...]:
+        """Optimizer steps of each of `data.stages`; the last takes what is left, which may be less than nothing."""
+        stages = self.data.stages or ({},)
+        stated = [max(1, round(stage["tokens"] / self.training.global_batch_tokens)) for stage in stages[:-1]]
+        return (*stated, self.train_iters - sum(stated))
+
+    @property
+    def corpus_arguments(self) -> list[str]:
+        if self.data.corpus is None:
+            return []
+        from megatron_txssm.data.blend import megatron_arguments
+
+        return megatron_arguments(self)
+
+    @property
+    def tokenizer_type(self) -> str:
+        """Megatron's tokenizer class: as stated, or else the corpus's."""
+        if self.data.tokenizer_type is not None:
+            return self.data.tokenizer_type
+        return "HuggingFaceTokenizer" if self.data.corpus is None else self._corpus_tokenizer.tokenizer.type
+
+    @property
+    def tokenizer_model(self) -> str | None:
+        """The tokenizer's name or path: as stated, or else the corpus's."""
+        if self.data.tokenizer_model is not None or self.data.corpus is None:
+            return self.data.tokenizer_model
+        return self._corpus_tokenizer.tokenizer_model
+
+    @property
+    def _corpus_tokenizer(self) -> "Corpus":
+        """The corpus without its subsets, which need not be there to use its tokenizer."""
+        from megatron_txssm.data.manifest import Corpus, read_tokenizer_facts
+
+        directory = Path(self.data.corpus or "")
+        return Corpus(directory, read_tokenizer_facts(directory), subsets={})
 
     @property
     def padded_vocab_size(self) -> int:

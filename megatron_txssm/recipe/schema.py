@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_txssm.model.layer_pattern import DEFAULT_LAYER_PATTERN
 from megatron_txssm.model.state_space_config import POSITION_ENCODINGS
-from megatron_txssm.recipe.setting import Blend, argument, setting
+from megatron_txssm.recipe.setting import Blend, Stages, Weights, argument, setting
 
 if TYPE_CHECKING:
     from megatron_txssm.recipe.recipe import Recipe
@@ -259,10 +259,28 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Token files (.bin/.idx, named by their common prefix) and the tokenizer that made them."""
+    """The corpus, or token files of one's own (.bin/.idx, named by their common prefix), and the tokenizer."""
 
+    corpus: str | None = setting(
+        "directory that `txssm data shard` made: training and validation data, and their tokenizer",
+        "--train-data-path",
+        "--valid-data-path",
+        default=None,
+        render=lambda value, recipe: recipe.corpus_arguments,
+    )
+    weights: Weights | None = setting(
+        "subset of the corpus -> its share of the tokens, in any unit; null: in proportion to the subsets' tokens",
+        default=None,
+        render=lambda value, recipe: [],
+    )
+    stages: Stages | None = setting(
+        "weights that change: consecutive {tokens, weights}, rounded to whole steps, the last for the rest",
+        "--blend-stages",
+        default=None,
+        render=lambda value, recipe: [],
+    )
     train: Blend | None = setting(
-        "training data: a prefix, or a list of [weight, prefix]",
+        "training data instead of a corpus: a prefix, or a list of [weight, prefix]",
         "--train-data-path",
         default=None,
     )
@@ -273,13 +291,19 @@ class Data:
         default=None,
     )
     split: str | None = setting("shares of train, validation and test in blend: 99,1,0", "--split", default=None)
-    tokenizer_type: str = setting(
-        "Megatron's tokenizer class",
+    tokenizer_type: str | None = setting(
+        "Megatron's tokenizer class; null: the corpus's, without a corpus HuggingFaceTokenizer",
         "--tokenizer-type",
-        default="HuggingFaceTokenizer",
+        default=None,
         choices=("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"),
+        render=lambda value, recipe: argument("--tokenizer-type", recipe.tokenizer_type),
     )
-    tokenizer_model: str | None = setting("name on the Hugging Face hub, or path", "--tokenizer-model", default=None)
+    tokenizer_model: str | None = setting(
+        "name on the Hugging Face hub, or path; null: the corpus's",
+        "--tokenizer-model",
+        default=None,
+        render=lambda value, recipe: argument("--tokenizer-model", recipe.tokenizer_model),
+    )
     vocab_size: int = setting(
         "the tokenizer's tokens, before padding",
         "--vocab-size",
@@ -376,8 +400,13 @@ SECTIONS: dict[str, type] = {
     "logging": Logging,
 }
 
-# Where a recipe states the first field of one group, the other group's fields that it inherited no longer hold.
-ALTERNATIVES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+# Where a recipe states the first field of one group, the fields of the other groups that it inherited no longer hold.
+ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("training.train_tokens",), ("training.train_iters",)),
-    (("data.train", "data.validation"), ("data.blend", "data.split")),
+    (
+        ("data.corpus", "data.weights", "data.stages"),
+        ("data.train", "data.validation"),
+        ("data.blend", "data.split"),
+    ),
+    (("data.weights",), ("data.stages",)),
 )

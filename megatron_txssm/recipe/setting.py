@@ -71,11 +71,12 @@ def argument(flag: str, value: Any) -> list[str]:
     if value is True:
         return [flag]
     if isinstance(value, tuple):
-        # A blend. Megatron reads an odd number of words as bare prefixes.
+        # A blend. Megatron reads an odd number of words as bare prefixes. Weights keep every digit: those of a corpus's
+        # hundreds of shards are small, and sum up.
         weighted = len(value) > 1
         return [
             flag,
-            *(word for weight, prefix in value for word in ((f"{weight:g}", prefix) if weighted else (prefix,))),
+            *(word for weight, prefix in value for word in ((repr(weight), prefix) if weighted else (prefix,))),
         ]
     # A value that begins with a dash would be read as a flag.
     return [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
@@ -200,7 +201,7 @@ def _as_stages(value: Any, mistake: ValueError) -> Stages:
         if not last and (isinstance(tokens, bool) or not isinstance(tokens, int | float) or tokens < 1):
             raise ValueError(f"must have at least 1 token in stage {position}, not {shown(tokens)}")
         weights = _as_weights(stage.get("weights"), mistake)
-        stages.append({"tokens": None if last else int(tokens), "weights": weights})
+        stages.append({"tokens": None if tokens is None else int(tokens), "weights": weights})
     return tuple(stages)
 
 

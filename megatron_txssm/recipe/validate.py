@@ -7,7 +7,6 @@ from pathlib import Path
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.recipe.setting import Blend
 
 
 def validate(recipe: Recipe, world_size: int | None = None) -> None:
@@ -24,9 +23,12 @@ def validate(recipe: Recipe, world_size: int | None = None) -> None:
 
 
 def check_files(recipe: Recipe) -> None:
-    """UserError unless the recipe's token files and its tokenizer's file are there and whole."""
+    """UserError unless the recipe's corpus or token files and its tokenizer's file are there and whole."""
+    from megatron_txssm.data.blend import check_corpus
     from megatron_txssm.data.shard import check_shard
 
+    if recipe.data.corpus is not None:
+        check_corpus(recipe)
     for blend in (recipe.data.train, recipe.data.validation, recipe.data.blend):
         for _, prefix in blend or ():
             check_shard(prefix)
@@ -35,8 +37,8 @@ def check_files(recipe: Recipe) -> None:
 
 def check_tokenizer_file(recipe: Recipe) -> None:
     """UserError unless a tokenizer that is a file is there."""
-    model = recipe.data.tokenizer_model
-    if model and recipe.data.tokenizer_type == "SentencePieceTokenizer" and not Path(model).is_file():
+    model = recipe.tokenizer_model
+    if model and recipe.tokenizer_type == "SentencePieceTokenizer" and not Path(model).is_file():
         raise UserError(f"data.tokenizer_model={model}: no such file (a relative path starts at {Path.cwd()})")
 
 
@@ -180,25 +182,47 @@ def _check_length(recipe: Recipe) -> None:
 def _check_data(recipe: Recipe) -> None:
     data = recipe.data
     mock = any(recipe.megatron.get(key) for key in ("mock_data", "mock-data", "--mock-data"))
-    sources: list[Blend | None] = [data.train, data.blend]
+    sources = ["megatron.mock_data"] if mock else []
+    sources += [f"data.{name}" for name in ("corpus", "train", "blend") if getattr(data, name)]
+    if len(sources) > 1:
+        raise UserError(f"{' and '.join(sources)} exclude each other; state one")
+    if not sources:
+        raise UserError(
+            "data.corpus is missing: a directory that `txssm data shard` made; "
+            "or state data.train, token files of your own"
+        )
+    _check_blend(recipe)
     if mock:
-        if any(sources):
-            raise UserError("megatron.mock_data=true and data.train or data.blend exclude each other")
         return
-    if data.train and data.blend:
-        raise UserError("data.train and data.blend exclude each other; state one")
-    if not any(sources):
-        raise UserError("data.train is missing: a path prefix, or a list of [weight, path prefix]")
-    if data.blend and data.validation:
-        raise UserError("data.validation goes with data.train; data.blend takes its validation data by data.split")
+    if data.validation and not data.train:
+        raise UserError(
+            "data.validation goes with data.train; a corpus holds its own, and data.blend takes it by data.split"
+        )
     if data.blend and data.split is None:
         raise UserError("data.blend needs data.split, such as '99,1,0': shares of train, validation and test")
     if data.split is not None and not data.blend:
-        raise UserError(f"data.split={data.split!r} needs data.blend; data.train and data.validation are used whole")
+        raise UserError(
+            f"data.split={data.split!r} needs data.blend; a corpus, data.train and data.validation are used whole"
+        )
     if data.train and not data.validation and recipe.logging.eval_iters != 0:
         raise UserError("data.validation is missing; state it, or set logging.eval_iters=0")
-    if data.tokenizer_type != "NullTokenizer" and not data.tokenizer_model:
-        raise UserError(f"data.tokenizer_model is missing for tokenizer_type={data.tokenizer_type}")
+    if data.corpus is None and recipe.tokenizer_type != "NullTokenizer" and not data.tokenizer_model:
+        raise UserError(f"data.tokenizer_model is missing for tokenizer_type={recipe.tokenizer_type}")
+
+
+def _check_blend(recipe: Recipe) -> None:
+    """How the subsets of a corpus are mixed, as far as it is known without the corpus."""
+    data, iters = recipe.data, recipe.stage_iters
+    if data.weights and data.stages:
+        raise UserError("data.weights and data.stages exclude each other; each stage has weights of its own")
+    for name in ("weights", "stages"):
+        if getattr(data, name) and data.corpus is None:
+            raise UserError(f"data.{name} needs data.corpus, whose subsets it names; leave it out")
+    if iters[-1] < 1:
+        raise UserError(
+            f"data.stages: {sum(iters[:-1])} steps before the last stage leave none of the {recipe.train_iters} to it; "
+            "shorten the stages or train longer (to try only the beginning, set megatron.exit_interval)"
+        )
 
 
 def _check_world_size(recipe: Recipe, world_size: int) -> None:

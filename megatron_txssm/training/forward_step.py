@@ -16,13 +16,15 @@ from torch import Tensor
 
 from megatron_txssm.compat import get_args
 from megatron_txssm.errors import UserError
+from megatron_txssm.training.staged_blend import StagedDatasetBuilder
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
-def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> list[Any]:
-    """Megatron's train, validation and test GPTDataset over blends of `.bin/.idx` shards.
+def datasets_provider(num_samples: list[Any], vp_stage: int | None = None) -> list[Any]:
+    """Megatron's train, validation and test GPTDataset over blends of `.bin/.idx` shards; `--blend-stages` obeyed.
 
+    `num_samples`: of each split, None for all of it once.
     Every pipeline stage and tensor-parallel rank reads its own batches, in the same order.
     """
     args = get_args()
@@ -46,7 +48,9 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> li
         # Attention is causal by construction; a mask would cost L² bytes a sample.
         create_attention_mask=False,
     )
-    return BlendedMegatronDatasetBuilder(GPTDataset, num_samples, lambda: True, config).build()
+    if args.blend_stages is None:
+        return BlendedMegatronDatasetBuilder(GPTDataset, num_samples, lambda: True, config).build()
+    return StagedDatasetBuilder(args.blend_stages, num_samples, lambda: True, config).build()
 
 
 # Tells Megatron that every rank may call the provider.

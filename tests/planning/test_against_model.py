@@ -33,6 +33,10 @@ SMALL = [
     "model.state_num_groups=2",
     "model.chunk_size=16",
     "data.vocab_size=200",
+    # Nothing is read, but a corpus would have to be there.
+    "data.train=a",
+    "data.validation=a",
+    "data.tokenizer_model=b",
     "training.seq_length=64",
     "training.global_batch_tokens=64",
     "training.train_tokens=6400",

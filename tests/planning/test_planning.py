@@ -9,6 +9,8 @@ from megatron_txssm.planning.parameters import ModelSizes, count_parameters
 from megatron_txssm.recipe.loader import load_recipe
 
 ARCHITECTURES = ("transxssm", "llama3", "mamba2", "jamba")
+# In the place of a corpus, which would have to be there.
+OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
 
 
 @pytest.mark.parametrize(("scale", "target"), [("320m", 320e6), ("1.3b", 1.3e9)])
@@ -55,7 +57,7 @@ def test_sizes_from_megatrons_arguments_are_those_of_the_recipe() -> None:
     from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
 
     for name in ("transxssm_320m", "llama3_1.3b", "mamba2_320m", "demo_cpu"):
-        recipe = load_recipe(name)
+        recipe = load_recipe(name, OWN_DATA)
         args = parse_megatron_arguments(megatron_arguments(recipe))
         assert ModelSizes.from_megatron(args) == ModelSizes.from_recipe(recipe)
 
@@ -81,7 +83,7 @@ def test_llama_agrees_with_megatrons_own_count() -> None:
 
     from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
 
-    recipe = load_recipe("llama3_320m")
+    recipe = load_recipe("llama3_320m", OWN_DATA)
     args = parse_megatron_arguments(megatron_arguments(recipe))
     args.kv_channels = recipe.kv_channels
     megatrons = num_floating_point_operations(args, batch_size=1) / args.seq_length

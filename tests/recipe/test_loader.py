@@ -157,6 +157,35 @@ def test_the_other_way_of_stating_the_data_replaces_the_inherited_one(tmp_path: 
     assert load_recipe(path).data.train is None
 
 
+def test_a_corpus_and_files_of_ones_own_replace_each_other(tmp_path: Path) -> None:
+    write(tmp_path, "root", MINIMAL)
+    corpus = write(tmp_path, "corpus", "extends: root\ndata: {corpus: c, weights: {a: 2, b: 1}}\n")
+    data = load_recipe(corpus).data
+    assert (data.train, data.validation, data.corpus, data.weights) == (None, None, "c", {"a": 2.0, "b": 1.0})
+    # The same corpus elsewhere has the same subsets.
+    assert load_recipe(corpus, ["data.corpus=d"]).data.weights == {"a": 2.0, "b": 1.0}
+    data = load_recipe(corpus, ["data.train=a", "data.validation=b"]).data
+    assert (data.corpus, data.weights) == (None, None)
+    data = load_recipe(corpus, ["data.blend=a", "data.split='9,1,0'"]).data
+    assert (data.corpus, data.weights, data.train) == (None, None, None)
+
+
+def test_weights_and_stages_replace_each_other(tmp_path: Path) -> None:
+    write(tmp_path, "root", MINIMAL.replace("train: a/train, validation: a/validation", "corpus: c, weights: {a: 1}"))
+    text = "extends: root\ndata: {stages: [{tokens: 512, weights: {a: 1}}, {weights: {a: 1, b: 3}}]}\n"
+    path = write(tmp_path, "leaf", text)
+    recipe = load_recipe(path)
+    assert recipe.data.weights is None
+    assert recipe.data.stages == (
+        {"tokens": 512, "weights": {"a": 1.0}},
+        {"tokens": None, "weights": {"a": 1.0, "b": 3.0}},
+    )
+    assert load_recipe(write(tmp_path, "resolved", recipe.to_yaml())) == recipe
+    assert load_recipe(path, ["data.weights={b: 1}"]).data.stages is None
+    both = refusal(write(tmp_path, "both", text.replace("data: {", "data: {weights: {a: 1}, ")))
+    assert "data.weights and data.stages exclude each other" in both
+
+
 def test_an_extends_cycle_is_named(tmp_path: Path) -> None:
     write(tmp_path, "a", "extends: b\n")
     write(tmp_path, "b", "extends: c\n")

@@ -6,14 +6,17 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe, recipe_names
 from megatron_txssm.recipe.megatron_args import megatron_arguments, owners, parse_megatron_arguments
 
+# In the place of a corpus, which would have to be there.
+OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
+
 
 def parsed(name: str, *overrides: str):
-    return parse_megatron_arguments(megatron_arguments(load_recipe(name, overrides)))
+    return parse_megatron_arguments(megatron_arguments(load_recipe(name, [*OWN_DATA, *overrides])))
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_megatrons_parser_takes_every_recipe(name: str) -> None:
-    recipe = load_recipe(name)
+    recipe = load_recipe(name, OWN_DATA)
     args = parse_megatron_arguments(megatron_arguments(recipe))
     assert args.spec == ["megatron_txssm.model.layer_specs", "transxssm_block_spec"]
     assert (args.num_layers, args.hidden_size) == (recipe.model.num_layers, recipe.model.hidden_size)
@@ -40,7 +43,7 @@ def test_every_flag_of_the_table_is_megatrons() -> None:
 def test_the_state_space_sizes_survive_the_way_through_megatron() -> None:
     from megatron_txssm.model.arguments import state_space_config
 
-    recipe = load_recipe("mamba2_1.3b", ["model.length_scaling_base=4096"])
+    recipe = load_recipe("mamba2_1.3b", [*OWN_DATA, "model.length_scaling_base=4096"])
     assert state_space_config(parse_megatron_arguments(megatron_arguments(recipe))) == recipe.state_space
 
 
@@ -132,7 +135,7 @@ def test_any_other_argument_passes_through(override: str, name: str, value: obje
 )
 def test_what_megatron_or_the_recipe_refuses_is_named(override: str, wanted: str) -> None:
     with pytest.raises(UserError) as error:
-        megatron_arguments(load_recipe("demo_cpu", [f"megatron.{override}"]))
+        megatron_arguments(load_recipe("demo_cpu", [*OWN_DATA, f"megatron.{override}"]))
     message = str(error.value)
     assert message.startswith(f"megatron.{override.split('=')[0]}")
     assert wanted in message

@@ -77,11 +77,28 @@ from megatron_txssm.recipe.validate import check_files, data_parallel_size, vali
             ["parallel.tensor_model_parallel_size=2", "data.make_vocab_size_divisible_by=3"],
             "make_vocab_size_divisible_by=3 is not divisible by tensor_model_parallel_size=2; use a multiple of 2",
         ),
-        ("demo_cpu", ["data.train=null"], "data.train is missing"),
-        ("demo_cpu", ["data.validation=null"], "data.validation is missing"),
+        ("demo_cpu", ["data.train=null", "data.corpus=null"], "data.corpus is missing"),
+        ("transxssm_320m", ["megatron.mock_data=true"], "megatron.mock_data and data.corpus exclude each other"),
+        ("transxssm_320m", ["data.validation=a"], "data.validation goes with data.train; a corpus holds its own"),
+        ("transxssm_320m", ["data.split='9,1,0'"], "data.split='9,1,0' needs data.blend; a corpus"),
+        (
+            "transxssm_320m",
+            ["data.train=a", "data.validation=a", "data.tokenizer_model=b", "data.weights={a: 1}"],
+            "data.weights needs data.corpus",
+        ),
+        (
+            "transxssm_320m",
+            ["data.stages=[{tokens: 7e9, weights: {a: 1}}, {weights: {b: 1}}]"],
+            "6676 steps before the last stage leave none of the 6104 to it; shorten the stages or train longer",
+        ),
+        ("demo_cpu", ["data.train=a", "data.validation=null"], "data.validation is missing"),
         ("demo_cpu", ["data.blend=x"], "data.blend needs data.split"),
         ("demo_cpu", ["data.split='9,1,0'"], "data.split='9,1,0' needs data.blend"),
-        ("demo_cpu", ["data.tokenizer_model=null"], "data.tokenizer_model is missing"),
+        (
+            "demo_cpu",
+            ["data.train=a", "data.validation=a", "data.tokenizer_model=null"],
+            "data.tokenizer_model is missing",
+        ),
     ],
 )
 def test_a_contradiction_names_value_and_remedy(name: str, overrides: list[str], wanted: str) -> None:
@@ -94,8 +111,8 @@ def test_a_contradiction_names_value_and_remedy(name: str, overrides: list[str],
     ("name", "overrides"),
     [
         ("demo_cpu", ["parallel.tensor_model_parallel_size=1"]),
-        ("demo_cpu", ["data.train=null", "data.validation=null", "megatron.mock_data=true"]),
-        ("demo_cpu", ["data.validation=null", "logging.eval_iters=0"]),
+        ("demo_cpu", ["data.corpus=null", "data.weights=null", "megatron.mock_data=true"]),
+        ("demo_cpu", ["data.train=a", "data.validation=null", "data.tokenizer_model=b", "logging.eval_iters=0"]),
         ("transxssm_320m", ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"]),
         ("transxssm_1.3b", ["parallel.tensor_model_parallel_size=8"]),
         ("transxssm_320m", ["model.state_size=127", "model.position_encoding=a_t"]),
@@ -132,5 +149,5 @@ def test_the_interleaved_schedule_needs_whole_rounds_of_micro_batches() -> None:
 def test_missing_data_is_reported_before_megatron_starts(tmp_path, monkeypatch) -> None:
     pytest.importorskip("megatron_txssm.data.shard")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="runs/demo/data/vocab_1024/train"):
+    with pytest.raises(UserError, match="runs/demo/data/vocab_1024 holds no corpus"):
         check_files(load_recipe("demo_cpu"))

@@ -1,0 +1,110 @@
+"""txssm data blend: what a recipe draws from each subset of its corpus, how often, and Megatron's arguments for it."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.data.blend import CorpusBlend, Share, Stage, blend_corpus, recipe_blend
+from megatron_txssm.data.manifest import open_corpus
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.setting import argument
+
+# Up to four epochs, repeated tokens are worth nearly as much as new ones (arXiv:2305.16264).
+EPOCHS_OF_USE = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="RECIPE_OR_DIR",
+        help="a recipe with data.corpus; or a corpus directory, drawn from in proportion",
+    )
+    parser.add_argument(
+        "--tokens", type=_tokens, metavar="N", help="training tokens (default: the recipe's; of a directory: all, once)"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change a field")
+    parser.add_argument("--megatron-args", action="store_true", help="print Megatron's arguments and nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    # A recipe's name may be a folder's, too, but only a corpus holds a plan.
+    if (Path(args.source) / "plan.json").is_file():
+        if args.overrides:
+            raise UserError(f"--set {args.overrides[0]}: {args.source} is a corpus, no recipe; name a recipe instead")
+        blend = _directory_blend(args.source, args.tokens)
+        words = _path_arguments(blend)
+    else:
+        length = [] if args.tokens is None else [f"training.train_tokens={args.tokens}"]
+        recipe = load_recipe(args.source, [*args.overrides, *length])
+        if recipe.data.corpus is None:
+            raise UserError(f"{recipe.name} names its token files itself; data blend needs a recipe with data.corpus")
+        blend, words = recipe_blend(recipe), recipe.corpus_arguments
+    if args.megatron_args:
+        print(shlex.join(words))
+    else:
+        _print_table(blend)
+    _warn_of_repetition(blend)
+    return 0
+
+
+def _tokens(text: str) -> int:
+    """A whole number, as 6400000000, 6_400_000_000 or 6.4e9."""
+    number = float(text)
+    if not 1 <= number < 2**63 or number != int(number):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of tokens, such as 6.4e9")
+    return int(number)
+
+
+def _directory_blend(directory: str, tokens: int | None) -> CorpusBlend:
+    corpus = open_corpus(directory)
+    return blend_corpus(corpus, tokens or sum(subset.tokens("train") for subset in corpus.subsets.values()))
+
+
+def _path_arguments(blend: CorpusBlend) -> list[str]:
+    words = argument("--train-data-path", blend.megatron_blend("train"))
+    if validation := blend.megatron_blend("validation"):
+        words += argument("--valid-data-path", validation)
+    return words
+
+
+def _print_table(blend: CorpusBlend) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("stage", "subset"):
+        table.add_column(column, no_wrap=True)
+    for column in ("weight", "tokens available", "tokens drawn", "epochs"):
+        table.add_column(column, justify="right", no_wrap=True)
+    if len(blend.stages) > 1:
+        for number, stage in enumerate(blend.stages, start=1):
+            _add_rows(table, str(number), stage, blend.shares(stage))
+    _add_rows(table, "all", blend.average, blend.shares(blend.average))
+    Console(markup=False, width=240).print(table)
+
+
+def _warn_of_repetition(blend: CorpusBlend) -> None:
+    for share in blend.shares(blend.average):
+        if share.epochs > EPOCHS_OF_USE:
+            print(
+                f"warning: {share.subset} is read {share.epochs:.1f} times; beyond {EPOCHS_OF_USE}, repeated tokens "
+                "teach less and less (arXiv:2305.16264): lower its weight or the number of tokens",
+                file=sys.stderr,
+            )
+
+
+def _add_rows(table: Any, stage: str, part: Stage, shares: Sequence[Share]) -> None:
+    for position, share in enumerate(shares):
+        table.add_row(
+            stage if position == 0 else "",
+            share.subset,
+            f"{share.weight:.4f}",
+            f"{share.available:,}",
+            f"{share.drawn:,.0f}",
+            f"{share.epochs:.2f}",
+        )
+    table.add_row("", "", "", "", f"{part.tokens:,}", "")

@@ -1,0 +1,71 @@
+"""txssm data <command>: make, check and inspect a corpus of Megatron shards."""
+
+import argparse
+import importlib
+from typing import Any
+
+from megatron_txssm.cli import add_verb
+
+# Command -> (module with add_arguments_ and run_ functions of that name, one line of help, examples).
+COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "shard": (
+        "megatron_txssm.data.shard_command",
+        "tokenise a corpus into .bin/.idx shards; run again, it goes on where it stopped",
+        (
+            "txssm data shard smollm_corpus --plan",
+            "txssm data shard smollm_corpus --workers 16",
+            "txssm data shard smollm_corpus --slurm --set slurm.partition=cpu",
+            "txssm data shard smollm_corpus --set output=data/trial --set subsets.cosmopedia-v2.limit=1000",
+        ),
+    ),
+    "status": (
+        "megatron_txssm.data.status_command",
+        "how far a corpus is, wherever its tasks run",
+        ("txssm data status data/smollm-corpus", "txssm data status data/smollm-corpus --follow"),
+    ),
+    "verify": (
+        "megatron_txssm.data.verify_command",
+        "check every shard against its manifest and through Megatron's own reader; name what to redo",
+        ("txssm data verify data/smollm-corpus", "txssm data verify data/smollm-corpus --redo"),
+    ),
+    "blend": (
+        "megatron_txssm.data.blend_command",
+        "what a training draws from each subset, how often, and Megatron's arguments for it",
+        (
+            "txssm data blend transxssm_320m",
+            "txssm data blend transxssm_320m --set 'data.weights={fineweb-edu-dedup: 0.8, python-edu: 0.2}'",
+            "txssm data blend data/smollm-corpus --tokens 100e9 --megatron-args",
+        ),
+    ),
+    "trace": (
+        "megatron_txssm.data.trace_command",
+        "which documents were in a training step, where they come from, and what they say",
+        (
+            "txssm data trace transxssm_320m --step 3125 --nproc 16",
+            "txssm data trace transxssm_320m --step 3125 --nproc 16 --sample 17",
+        ),
+    ),
+    "train-tokenizer": (
+        "megatron_txssm.data.train_tokenizer_command",
+        "train a SentencePiece tokenizer on a corpus's sources",
+        ("txssm data train-tokenizer smollm_corpus --vocab-size 32768 --output tokenizer.model",),
+    ),
+}
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = add_verb(subparsers, "data", [examples[0] for _, _, examples in COMMANDS.values()])
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="<command>", required=True)
+    for name, (module, summary, examples) in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog="\n  ".join(["examples:", *examples]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        importlib.import_module(module).add_arguments(command)
+
+
+def run(args: argparse.Namespace) -> int | None:
+    return importlib.import_module(COMMANDS[args.command][0]).run(args)

@@ -1,0 +1,145 @@
+"""From texts to token ids: gigatoken, checked against the reference tokenizer, or the reference itself.
+
+gigatoken gives the ids of `tokenizers` and `sentencepiece` tens of times faster. Its word is not taken: `compare`
+encodes a sample of the documents with the reference as well, and a difference stops the task.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_txssm.data.manifest import TokenizerFacts
+from megatron_txssm.data.tokenizer_files import tokenizer_file
+from megatron_txssm.errors import UserError
+
+# gigatoken keeps every word it has met (measured: 1 byte of memory per byte of random text) and cannot be told to
+# forget; a fresh one costs 0.1 s.
+RENEW_AFTER_BYTES = 256_000_000
+
+
+class Encoder(Protocol):
+    """Texts to ids, without any token that is not in the text."""
+
+    # Library and version.
+    name: str
+    # Whether its ids are right by definition.
+    is_reference: bool
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(the ids of all texts one after another, the number of ids of each)."""
+        ...
+
+
+def load_encoder(folder: Path, facts: TokenizerFacts, choice: str = "auto") -> Encoder:
+    """The encoder of a corpus's tokenizer/ folder: `reference`, or the fast one where it loads the tokenizer (`auto`).
+
+    Its attribute `name` says which it became.
+    """
+    reference = _SentencePiece if facts.type == "SentencePieceTokenizer" else _Tokenizers
+    path = tokenizer_file(folder, facts)
+    if choice == "auto":
+        try:
+            return _Gigatoken(path)
+        except Exception as error:  # a panic of its Rust code included
+            return reference(path, why=f"gigatoken cannot load it: {error}")
+    return reference(path)
+
+
+def load_reference(folder: Path, facts: TokenizerFacts) -> Encoder:
+    """`tokenizers` or `sentencepiece`."""
+    return load_encoder(folder, facts, "reference")
+
+
+def compare(encoder: Encoder, reference: Encoder, texts: Sequence[str], places: Sequence[str]) -> None:
+    """UserError for the first text to which the two give different ids; `places` name the texts."""
+    if not texts:
+        return
+    (ours, our_lengths), (theirs, their_lengths) = encoder.encode(texts), reference.encode(texts)
+    our_start = their_start = 0
+    for place, ours_here, theirs_here in zip(places, our_lengths, their_lengths, strict=True):
+        a = ours[our_start : our_start + ours_here]
+        b = theirs[their_start : their_start + theirs_here]
+        our_start, their_start = our_start + ours_here, their_start + theirs_here
+        if not np.array_equal(a, b):
+            both = min(len(a), len(b))
+            first = int(np.argmax(a[:both] != b[:both])) if (a[:both] != b[:both]).any() else both
+            raise UserError(
+                f"{place}: {encoder.name} and {reference.name} differ from token {first} on "
+                f"({a[first : first + 5].tolist()} against {b[first : first + 5].tolist()}); "
+                "set tokenizer.encoder: reference, which is slower and right, and please report the text"
+            )
+
+
+class _Gigatoken:
+    is_reference = False
+
+    def __init__(self, path: Path) -> None:
+        import gigatoken
+
+        self._content = path.read_bytes()
+        if path.suffix == ".model":
+            self._content = _without_control_tokens(gigatoken.Tokenizer.from_sentencepiece(self._content))
+        self._load = gigatoken.Tokenizer.from_json
+        self._tokenizer = self._load(self._content)
+        self._bytes = 0
+        self.name = f"gigatoken {_version('gigatoken')}"
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        if self._bytes > RENEW_AFTER_BYTES:
+            self._tokenizer, self._bytes = self._load(self._content), 0
+        self._bytes += sum(map(len, texts))
+        # Tasks are what runs in parallel.
+        layout: Any = self._tokenizer.encode_batch(list(texts), parallel=False).layout
+        offsets = np.asarray(layout.offsets)
+        return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
+
+
+def _without_control_tokens(tokenizer: Any) -> str:
+    """A SentencePiece model in gigatoken's terms, to which "</s>" in a text is text, as it is to sentencepiece."""
+    described = json.loads(tokenizer._hf_json)
+    described["added_tokens"] = [token for token in described["added_tokens"] if not token["special"]]
+    return json.dumps(described)
+
+
+class _Tokenizers:
+    is_reference = True
+
+    def __init__(self, path: Path, why: str = "") -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_file(str(path))
+        # Some files carry settings of the training script they come from.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.name = f"tokenizers {_version('tokenizers')}" + (f" ({why})" if why else "")
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return _joined([e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)])
+
+
+class _SentencePiece:
+    is_reference = True
+
+    def __init__(self, path: Path, why: str = "") -> None:
+        from megatron_txssm.data.tokenizer import load_tokenizer
+
+        self._model = load_tokenizer(path)
+        self.name = f"sentencepiece {_version('sentencepiece')}" + (f" ({why})" if why else "")
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return _joined(self._model.encode(list(texts), out_type=int))
+
+
+def _joined(ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+    flat = np.fromiter((token for text in ids for token in text), dtype=np.int64, count=int(lengths.sum()))
+    return flat, lengths
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)

@@ -1,0 +1,125 @@
+"""The tasks of a corpus: which slices of which source files each one reads.
+
+The plan depends on the files' names and sizes alone, not on workers or machines, so any number of them gives the same
+shards. It is written once: files that come later are not part of the corpus.
+"""
+
+import fnmatch
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.data.corpus_recipe import CorpusRecipe, SubsetSource
+from megatron_txssm.data.manifest import Plan, Slice, read_plan, write_plan
+from megatron_txssm.errors import UserError
+
+# Files that can be read, by their endings; only parquet can be read from the middle.
+PARQUET_SUFFIXES = (".parquet", ".parq")
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")
+# A file of rows without text can be divided at will, one with text only as far as its row groups.
+FILES_PER_TASK = 1000
+
+
+def make_plan(recipe: CorpusRecipe) -> Plan:
+    """The plan in the corpus directory; made from the sources' file listings if there is none yet."""
+    if (recipe.path / "plan.json").exists():
+        return read_plan(recipe.path)
+    plan = Plan({name: plan_subset(name, subset, list_files(name, subset)) for name, subset in recipe.subsets.items()})
+    write_plan(recipe.path, plan)
+    return plan
+
+
+def list_files(name: str, subset: SubsetSource) -> list[tuple[str, int]]:
+    """(path relative to the source, bytes) of the files of a subset, in the order of their names."""
+    from datatrove.io import get_datafolder
+
+    folder = get_datafolder(subset.source)
+    try:
+        listing: Any = folder.find("", detail=True)
+        found = {path: int(facts["size"] or 0) for path, facts in listing.items()}
+    except Exception as error:  # of many kinds: the network's, the hub's, the file system's
+        raise UserError(f"subsets.{name}.source={subset.source} cannot be listed: {error}") from None
+    wanted = sorted(path for path in found if _matches(path, subset.glob))
+    files = [path for path in wanted if path.endswith(PARQUET_SUFFIXES + JSONL_SUFFIXES)]
+    if not files:
+        other = f"; {len(wanted)} match {subset.glob!r}, such as {wanted[0]}" if wanted else ""
+        raise UserError(
+            f"subsets.{name}.source={subset.source} holds no {', '.join(PARQUET_SUFFIXES + JSONL_SUFFIXES)} file that "
+            f"matches glob={subset.glob!r}{other}"
+        )
+    return [(path, found[path]) for path in files[: subset.max_files]]
+
+
+def plan_subset(name: str, subset: SubsetSource, files: list[tuple[str, int]]) -> tuple[tuple[Slice, ...], ...]:
+    """Tasks of about `task_bytes`: a larger parquet file makes several, small files share one."""
+    tasks: list[tuple[Slice, ...]] = []
+    shared: list[Slice] = []
+
+    def close() -> None:
+        if shared:
+            tasks.append(tuple(shared))
+            shared.clear()
+
+    for path, size in files:
+        parts = math.ceil(size / subset.task_bytes) if path.endswith(PARQUET_SUFFIXES) else 1
+        if parts > 1:
+            close()
+            tasks += [(Slice(path, part, parts, size // parts),) for part in range(parts)]
+            continue
+        if sum(piece.bytes for piece in shared) + size > subset.task_bytes or len(shared) == FILES_PER_TASK:
+            close()
+        shared.append(Slice(path, 0, 1, size))
+    close()
+    # A task's number has five digits in its files' names.
+    if len(tasks) >= 100_000:
+        raise UserError(f"subsets.{name}.task_bytes={subset.task_bytes} makes {len(tasks):,} tasks; raise it")
+    return tuple(tasks)
+
+
+def freeze_recipe(recipe: CorpusRecipe) -> None:
+    """Keep the recipe in the corpus; UserError where the corpus was begun under another that gives other files."""
+    from megatron_txssm.data.corpus_recipe import load_corpus_recipe
+    from megatron_txssm.data.shard import write_file_atomically
+
+    kept = recipe.path / "corpus.yaml"
+    if kept.exists() and (recipe.path / "plan.json").exists():
+        differences = _differences(load_corpus_recipe(kept), recipe)
+        if differences:
+            raise UserError(
+                f"{recipe.path} was begun with another recipe ({'; '.join(differences)}); "
+                "use another output, or remove the folder"
+            )
+    recipe.path.mkdir(parents=True, exist_ok=True)
+    write_file_atomically(kept, recipe.to_yaml().encode())
+
+
+# Fields that change how a corpus is made, not what is in it.
+_FREE = ("blob_threads", "max_broken_fraction", "max_broken_files", "blob_url", "source")
+
+
+def _differences(there: CorpusRecipe, here: CorpusRecipe) -> list[str]:
+    theirs, ours = _decisive(there), _decisive(here)
+    names = sorted(theirs.keys() | ours.keys())
+    return [f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here" for n in names if theirs.get(n) != ours.get(n)]
+
+
+def _decisive(recipe: CorpusRecipe) -> dict[str, object]:
+    fields = {
+        f"subsets.{name}.{field}": value
+        for name, subset in recipe.subsets.items()
+        for field, value in vars(subset).items()
+        if field not in _FREE
+    }
+    return fields | {"tokenizer.type": recipe.tokenizer.type, "tokenizer.eod_token": recipe.tokenizer.eod_token}
+
+
+def _matches(path: str, glob: str) -> bool:
+    # "**/x" is to match "x" as well; fnmatch's "*" also matches a slash.
+    return fnmatch.fnmatch(path, glob) or (glob.startswith("**/") and fnmatch.fnmatch(path, glob[3:]))
+
+
+def corpus_directory(name: str) -> Path:
+    """The directory of a corpus recipe or a corpus, by name or path."""
+    from megatron_txssm.data.corpus_recipe import load_corpus_recipe
+
+    return Path(name) if (Path(name) / "plan.json").exists() else load_corpus_recipe(name).path

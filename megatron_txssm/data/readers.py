@@ -1,0 +1,246 @@
+"""The rows of one task as datatrove Documents, every one with its place: source file and row.
+
+datatrove's own readers number the rows that they keep, not those of the file, and drop a row without text, a line that
+is no JSON or the rest of a damaged file with at most a line in a log. Here each is reported (`BrokenRows`).
+"""
+
+import operator
+import re
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datatrove.data import Document
+from datatrove.io import get_datafolder
+from datatrove.pipeline.base import PipelineStep
+
+from megatron_txssm.data.broken_rows import (
+    EMPTY_TEXT,
+    INVALID_JSON,
+    INVALID_UTF8,
+    NULL_TEXT,
+    UNREADABLE_FILE,
+    BrokenRows,
+)
+from megatron_txssm.data.corpus_recipe import FILTER, PLACEHOLDER, SubsetSource
+from megatron_txssm.data.manifest import Slice
+from megatron_txssm.data.plan import PARQUET_SUFFIXES
+from megatron_txssm.errors import UserError
+
+# Rows decoded at a time; 256 of 10 kB are 2.5 MB.
+BATCH_ROWS = 256
+
+_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+
+Row = dict[str, Any]
+
+
+class RowReader(PipelineStep):
+    """Reads the slices of one task.
+
+    A document's metadata: `file` and `row` (0-based, in the file), `origin` (str or None), and `blob` where the text
+    is still to be fetched.
+    """
+
+    name = "Rows"
+    type = "READER"
+
+    def __init__(self, subset: SubsetSource, pieces: tuple[Slice, ...], broken: BrokenRows) -> None:
+        super().__init__()
+        self.subset = subset
+        self.pieces = pieces
+        self.broken = broken
+        self.filtered = 0
+        # Share of the source bytes that is read, as far as it can be known.
+        self.progress = 0.0
+        self.filters = [_Filter(text) for text in subset.filters]
+        self.text_field = subset.blob_field or subset.text_field
+        self.fields = {self.text_field, *(f.field for f in self.filters), *PLACEHOLDER.findall(subset.origin or "")}
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Generator[Document]:
+        """The documents, in the order of the files and of their rows; `limit` of them at most."""
+        left = self.subset.limit
+        total = sum(piece.bytes for piece in self.pieces) or 1
+        for index, piece in enumerate(self.pieces):
+            self.progress = sum(before.bytes for before in self.pieces[:index]) / total
+            for number, row in self._rows(piece):
+                self.broken.seen()
+                document = self._document(piece.file, number, row)
+                if document is None:
+                    continue
+                yield document
+                if left is not None and (left := left - 1) == 0:
+                    return
+
+    def _rows(self, piece: Slice) -> Iterator[tuple[int, Row | None]]:
+        """(row number, fields), or None for a row that was reported; a file that fails is reported."""
+        read = self._parquet if piece.file.endswith(PARQUET_SUFFIXES) else self._jsonl
+        last = -1
+        try:
+            for number, row in read(piece):
+                last = number
+                yield number, row
+        except UserError:
+            raise
+        except Exception as error:  # of many kinds: cut off, not what its name says, gone, a network's or a hub's
+            where = f"after row {last}: " if last >= 0 else ""
+            self.broken.report(piece.file, None, UNREADABLE_FILE, f"{where}{type(error).__name__}: {error}")
+
+    def _parquet(self, piece: Slice) -> Iterator[tuple[int, Row | None]]:
+        with get_datafolder(self.subset.source).open(piece.file, "rb") as stream, pq.ParquetFile(stream) as file:
+            columns = self._columns(piece, file.schema_arrow)
+            rows = file.metadata.num_rows
+            begin, end = rows * piece.part // piece.parts, rows * (piece.part + 1) // piece.parts
+            groups, first = _row_groups(file, begin, end)
+            before, share = self.progress, piece.bytes / (sum(other.bytes for other in self.pieces) or 1)
+            number = first
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):
+                self.progress = before + share * max(0, number - begin) / max(1, end - begin)
+                for row in _as_rows(batch):
+                    if begin <= number < end:
+                        yield number, row
+                    number += 1
+
+    def _columns(self, piece: Slice, schema: Any) -> list[str]:
+        """What is to be read: of a structure only the fields that are wanted."""
+        columns = set()
+        for field in self.fields:
+            name = field.split(".")[0]
+            if name not in schema.names:
+                raise UserError(
+                    f"{piece.file} has no field {field!r}; it has {', '.join(schema.names)}: correct text_field, "
+                    "blob_field, origin or filters of its subset"
+                )
+            columns.add(field if pa.types.is_struct(schema.field(name).type) else name)
+        return sorted(columns)
+
+    def _jsonl(self, piece: Slice) -> Iterator[tuple[int, Row | None]]:
+        with get_datafolder(self.subset.source).open(piece.file, "rb", compression="infer") as stream:
+            for number, line in enumerate(stream):
+                try:
+                    row = orjson.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError("the line holds no object")
+                except ValueError as error:
+                    reason = INVALID_JSON if _is_utf8(line) else INVALID_UTF8
+                    self.broken.report(piece.file, number, reason, str(error))
+                    row = None
+                yield number, row
+
+    def _document(self, file: str, number: int, row: Row | None) -> Document | None:
+        if row is None:
+            return None
+        if not all(keep(row) for keep in self.filters):
+            self.filtered += 1
+            return None
+        text = _value(row, self.text_field)
+        if isinstance(text, bytes):
+            try:
+                text = text.decode("utf-8")
+            except UnicodeDecodeError as error:
+                self.broken.report(file, number, INVALID_UTF8, str(error))
+                return None
+        if not text:
+            self.broken.report(file, number, NULL_TEXT if text is None else EMPTY_TEXT)
+            return None
+        if not isinstance(text, str):
+            raise UserError(f"{file}, row {number}: {self.text_field} is {type(text).__name__}, not text")
+        metadata = {"file": file, "row": number, "origin": self._origin(row)}
+        if self.subset.blob_field is not None:
+            metadata["blob"], text = text, ""
+        return Document(text=text, id=f"{file}:{number}", metadata=metadata)
+
+    def _origin(self, row: Row) -> str | None:
+        template = self.subset.origin
+        if template is None:
+            return None
+        values = {name: _value(row, name) for name in PLACEHOLDER.findall(template)}
+        if any(value is None for value in values.values()):
+            return None
+        return PLACEHOLDER.sub(lambda found: _text(values[found[1]]), template)
+
+
+class _Filter:
+    """A condition such as `int_score >= 4` on a row; a row without the field does not meet it."""
+
+    def __init__(self, text: str) -> None:
+        found = FILTER.fullmatch(text)
+        if found is None:
+            raise UserError(f"filters: {text!r} must be FIELD OPERATOR VALUE, such as 'int_score >= 4'")
+        self.field, self.operator, value = found.groups()
+        number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", value, re.IGNORECASE)
+        self.value: Any = float(value) if number else value.strip("'\"")
+
+    def __call__(self, row: Row) -> bool:
+        value = _text(_value(row, self.field))
+        if isinstance(self.value, str) != isinstance(value, str):
+            return False
+        return _OPERATORS[self.operator](value, self.value)
+
+
+def _row_groups(file: Any, begin: int, end: int) -> tuple[list[int], int]:
+    """The row groups that hold rows begin to end, and the number of the first row in them."""
+    groups, first, start = [], 0, 0
+    for index in range(file.num_row_groups):
+        stop = start + file.metadata.row_group(index).num_rows
+        if start < end and begin < stop:
+            if not groups:
+                first = start
+            groups.append(index)
+        start = stop
+    return groups, first
+
+
+def _as_rows(batch: Any) -> Iterator[Row]:
+    """The rows of an Arrow batch, strings as bytes: one that is no UTF-8 must not spoil the others."""
+    columns = [_binary(column) for column in batch.columns]
+    lists = [column.to_pylist() for column in columns]
+    names = batch.schema.names
+    for values in zip(*lists, strict=True):
+        yield dict(zip(names, values, strict=True))
+
+
+def _binary(column: Any) -> Any:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_string(column.type):
+        return column.cast(pa.binary())
+    if pa.types.is_large_string(column.type):
+        return column.cast(pa.large_binary())
+    return column
+
+
+def _value(row: Row, field: str) -> Any:
+    """The value of a field, `a.b` for one within a structure, or within JSON; None where there is none."""
+    value: Any = row
+    for name in field.split("."):
+        if isinstance(value, str | bytes):
+            try:
+                value = orjson.loads(value)
+            except ValueError:
+                return None
+        if not isinstance(value, dict):
+            return None
+        value = value.get(name)
+    return value
+
+
+def _text(value: Any) -> Any:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -1,0 +1,120 @@
+"""Blends that change during training: stage after stage, each with weights of its own over the same shards.
+
+Every shard is one GPTDataset, large enough for all stages together. A stage is a Megatron BlendedDataset over the
+shards it has weights for; what it draws from a shard begins where the stages before it ended, so no sample is drawn
+twice. The sample at an index depends on that index alone: a run resumed at any step goes on as if it had not stopped.
+"""
+
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
+
+from megatron_txssm.errors import UserError
+
+
+@dataclass(frozen=True)
+class BlendStage:
+    """One stage of the training data."""
+
+    samples: int
+    # One a shard, in the order of --train-data-path; 0: nothing of it in this stage.
+    weights: tuple[float, ...]
+
+    def at_most(self) -> list[int]:
+        """Samples of each shard that the stage may draw: Megatron's blend goes less than one beyond a shard's share."""
+        total = sum(self.weights)
+        return [math.ceil(self.samples * weight / total) for weight in self.weights]
+
+
+def parse_stages(text: str, shards: int, samples: int) -> list[BlendStage]:
+    """The stages of `--blend-stages`; UserError unless they fit the shards and the samples of the whole training."""
+    try:
+        stages = [BlendStage(int(stage["samples"]), tuple(map(float, stage["weights"]))) for stage in json.loads(text)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--blend-stages is no list of {{samples, weights}} ({error}); let data.stages make it"
+        ) from None
+    for number, stage in enumerate(stages, start=1):
+        if len(stage.weights) != shards:
+            raise UserError(f"--blend-stages: stage {number} has {len(stage.weights)} weights for {shards} shards")
+    if sum(stage.samples for stage in stages) != samples:
+        raise UserError(
+            f"--blend-stages holds {sum(stage.samples for stage in stages)} samples, the training {samples}; "
+            "leave out of `megatron:` what changes the number of samples"
+        )
+    return stages
+
+
+class StagedBlend(torch.utils.data.Dataset):
+    """The training samples of all stages, one after another, over `datasets`, one for each shard."""
+
+    # Megatron's loader takes its batch size from it.
+    split = Split.train
+
+    def __init__(self, datasets: list[GPTDataset], stages: Sequence[BlendStage], config: GPTDatasetConfig) -> None:
+        self.datasets = datasets
+        # Behind the last sample of each stage.
+        self.ends = list(accumulate(stage.samples for stage in stages))
+        # For each stage: its shards, its blend of them, and what earlier stages drew from each.
+        self.stages: list[tuple[np.ndarray, BlendedDataset, np.ndarray]] = []
+        drawn = np.zeros(len(datasets), dtype=np.int64)
+        for stage in stages:
+            members = np.flatnonzero(stage.weights)
+            weights = [stage.weights[member] for member in members]
+            blend = BlendedDataset([datasets[member] for member in members], weights, stage.samples, config)
+            self.stages.append((members, blend, drawn[members]))
+            drawn[members] += np.bincount(blend.dataset_index, minlength=len(members))
+        assert all(count <= len(dataset) for count, dataset in zip(drawn, datasets, strict=True)), (
+            "a shard is too short"
+        )
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(dataset, sample of that dataset) of a training sample."""
+        stage = bisect_right(self.ends, index)
+        members, blend, drawn = self.stages[stage]
+        local = index - (self.ends[stage] - len(blend))
+        member = blend.dataset_index[local]
+        return int(members[member]), int(drawn[member] + blend.dataset_sample_index[local])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        dataset, sample = self.locate(index)
+        return {"dataset_id": dataset, **self.datasets[dataset][sample]}
+
+
+class StagedDatasetBuilder(BlendedMegatronDatasetBuilder):
+    """Megatron's builder of datasets, with a StagedBlend in the place of the training split's blend."""
+
+    def __init__(
+        self, stages: str, num_samples: Sequence[Any], is_built_on_rank: Callable, config: GPTDatasetConfig
+    ) -> None:
+        """`stages`: the text of --blend-stages; `num_samples`: of each split, None for all of it once."""
+        blends = config.blend_per_split
+        if blends is None or (blend := blends[Split.train.value]) is None:
+            raise UserError("--blend-stages needs --train-data-path, whose shards it weighs")
+        prefixes, _ = blend
+        self.stages = parse_stages(stages, len(prefixes), num_samples[Split.train.value])
+        # As weights, so that each shard's dataset holds at least what all stages may draw from it.
+        needed = [sum(counts) for counts in zip(*(stage.at_most() for stage in self.stages), strict=True)]
+        blends[Split.train.value] = (prefixes, [float(count) for count in needed])
+        super().__init__(GPTDataset, [sum(needed), *num_samples[1:]], is_built_on_rank, config)
+
+    def build_generic_dataset(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, cls: Any, is_built_on_rank: Callable, synchronize_ranks: bool, *args: Any
+    ) -> Any:
+        if cls is BlendedDataset and args[0][0].index_split is Split.train:
+            cls, args = StagedBlend, (args[0], self.stages, self.config)
+        return super().build_generic_dataset(cls, is_built_on_rank, synchronize_ranks, *args)
