@@ -3,14 +3,12 @@
 import contextlib
 import io
 import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -23,6 +21,7 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 from megatron_txssm.data.corpus_recipe import CorpusRecipe
 from megatron_txssm.data.manifest import Plan, manifest_path, write_subset_manifest
 from megatron_txssm.data.shard_task import ShardTask
+from megatron_txssm.data.workers import begin_worker, start_worker_server
 from megatron_txssm.errors import UserError
 
 # Slurm's own default, where the cluster does not tell.
@@ -56,9 +55,9 @@ def run_locally(recipe: CorpusRecipe, plan: Plan, workers: int) -> None:
     if not tasks:
         return
     executors = {subset: _local_tasks(recipe, plan, subset) for subset, _ in tasks}
+    context = start_worker_server()
     # Not the pool of datatrove's own run(), which waits for ever when a worker is killed, for its memory say.
-    context = multiprocessing.get_context("forkserver")
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=_begin_worker)
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=begin_worker)
     try:
         # A Ctrl-C between two lines of the pool's start would leave it in a state that its end waits on for ever.
         with _ctrl_c_held_back():
@@ -138,20 +137,6 @@ def _local_tasks(recipe: CorpusRecipe, plan: Plan, subset: str) -> _LocalTasks:
         tasks=len(plan.tasks[subset]),
         logging_dir=str(logging_folder(recipe, subset)),
     )
-
-
-def _begin_worker() -> None:
-    # Ctrl-C reaches every process of the terminal; the main one ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose command was killed must not write on: the next run has workers of its own."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 @contextlib.contextmanager

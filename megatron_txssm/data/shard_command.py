@@ -49,6 +49,9 @@ def prepare(recipe: CorpusRecipe) -> Plan:
 
 def shard(recipe: CorpusRecipe, workers: int) -> int:
     """Finish the corpus on this machine; returns the exit code."""
+    from megatron_txssm.data.workers import start_worker_server
+
+    start_worker_server()
     from megatron_txssm.data.execute import run_locally
 
     plan = prepare(recipe)
