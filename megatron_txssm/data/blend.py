@@ -118,6 +118,8 @@ def megatron_arguments(recipe: Recipe) -> list[str]:
     if recipe.logging.eval_iters is None:
         # Every set whole: Megatron refuses weights, and takes words that are no numbers for bare prefixes.
         words += ["--valid-data-path", *(prefix for _, prefix in validation)]
+        # A loss for each subset, not for each of its shards: see training/validation_sets.py.
+        words += ["--validation-set-names", *dict.fromkeys(name for name, _, _ in blend.shards("validation"))]
     elif recipe.logging.eval_iters > 0:
         words += argument("--valid-data-path", validation)
     if len(blend.stages) > 1:

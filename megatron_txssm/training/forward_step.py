@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_txssm.compat import get_args
 from megatron_txssm.errors import UserError
 from megatron_txssm.training.staged_blend import StagedDatasetBuilder
+from megatron_txssm.training.validation_sets import by_subset
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -49,8 +50,13 @@ def datasets_provider(num_samples: list[Any], vp_stage: int | None = None) -> li
         create_attention_mask=False,
     )
     if args.blend_stages is None:
-        return BlendedMegatronDatasetBuilder(GPTDataset, num_samples, lambda: True, config).build()
-    return StagedDatasetBuilder(args.blend_stages, num_samples, lambda: True, config).build()
+        builder = BlendedMegatronDatasetBuilder(GPTDataset, num_samples, lambda: True, config)
+    else:
+        builder = StagedDatasetBuilder(args.blend_stages, num_samples, lambda: True, config)
+    train, validation, test = builder.build()
+    if args.validation_set_names and isinstance(validation, list):
+        validation = by_subset(validation)
+    return [train, validation, test]
 
 
 # Tells Megatron that every rank may call the provider.

@@ -106,9 +106,10 @@ class TrainingMonitor:
                 wandb.log({"tokens-per-second": tokens_per_second}, iteration)
 
     def on_validation(self, data: str = "validation") -> None:
-        """Report the losses of every validation (or test) set; several are told apart by number, as in TensorBoard."""
+        """Report the losses of every validation (or test) set; several are told apart as in TensorBoard."""
         sets = [losses for losses in self.validation_losses if losses is not None]
-        names = [f"{data}-{index}" for index in range(len(sets))] if len(sets) > 1 else [data]
+        known = self.args.validation_set_names or range(len(sets))
+        names = [f"{data}-{name}" for name in known] if len(sets) > 1 else [data]
         losses = {
             f"{name} {key}": float(value)
             for name, values in zip(names, sets, strict=False)
