@@ -19,9 +19,13 @@ from megatron_txssm.recipe.setting import Field, Words, convert, section_fields,
 from megatron_txssm.recipe.yaml_text import dump_yaml, load_yaml
 
 _PACKAGE_CORPORA = Path(__file__).parents[2] / "recipes" / "corpora"
+# The recipe that a corpus directory keeps.
+KEPT_RECIPE = "corpus.yaml"
 # Names that become folders, file names and Slurm job names.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-FILTER = re.compile(r"\s*([A-Za-z_][\w.]*)\s*(==|!=|>=|<=|>|<)\s*(\S.*?)\s*")
+# What a corpus directory holds beside its subsets.
+_TAKEN = ("tokenizer", "logs", "plan.json", KEPT_RECIPE)
+FILTER = re.compile(r"\s*([A-Za-z_][\w.]*)\s*(==|!=|>=|<=|>|<)\s*([^\s=].*?)\s*")
 # {field} in an origin.
 PLACEHOLDER = re.compile(r"\{([A-Za-z_][\w.]*)\}")
 
@@ -85,7 +89,7 @@ class Slurm:
     time: str = setting("limit of one task", default="04:00:00")
     cpus_per_task: int = setting("cores of one task", default=1, at_least=1)
     memory_per_cpu_gb: int = setting("GiB", default=4, at_least=1)
-    workers: int | None = setting("tasks at a time; null: no limit", default=None, at_least=1)
+    workers: int | None = setting("tasks of one job array at a time; null: no limit", default=None, at_least=1)
     max_array_size: int | None = setting(
         "tasks of one job array; null: what the cluster allows", default=None, at_least=1
     )
@@ -119,14 +123,19 @@ _SECTIONS = {"tokenizer": TokenizerSource, "slurm": Slurm}
 def load_corpus_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> CorpusRecipe:
     """The checked recipe of a file, or of a name in recipes/corpora/; overrides: "subsets.web.limit=100"."""
     path = find_corpus_recipe(str(name_or_path))
+    if path.is_dir():
+        raise UserError(f"{path} holds no corpus (no {KEPT_RECIPE}); make one: txssm data shard --help")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a corpus recipe: {error}") from None
     data = load_yaml(text, str(path))
-    if not isinstance(data, dict) or not isinstance(data.get("subsets"), dict) or not data["subsets"]:
+    if not isinstance(data, dict):
         raise UserError(f"{path}: a corpus recipe has output, tokenizer and subsets; see recipes/corpora/")
     data = {"name": path.stem, **data}
+    if path.name == KEPT_RECIPE and (path.parent / "plan.json").exists():
+        # It may have been moved since.
+        data["output"] = str(path.parent)
     for override in overrides:
         _override(data, override)
     return _build(data, str(path))
@@ -134,8 +143,8 @@ def load_corpus_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) 
 
 def find_corpus_recipe(name: str) -> Path:
     """The file of a corpus recipe, of a corpus directory, or of a name in recipes/corpora/."""
-    if (Path(name) / "corpus.yaml").is_file():
-        return Path(name) / "corpus.yaml"
+    if (Path(name) / KEPT_RECIPE).is_file():
+        return Path(name) / KEPT_RECIPE
     if name.endswith((".yaml", ".yml")) or "/" in name:
         return Path(name)
     paths = {
@@ -154,13 +163,35 @@ def find_corpus_recipe(name: str) -> Path:
 def _override(data: dict[str, Any], text: str) -> None:
     name, equals, value = text.partition("=")
     parts = name.strip().split(".")
+    if parts[0] == "subsets" and len(parts) > 3:
+        # A subset's name may have dots.
+        parts = [parts[0], ".".join(parts[1:-1]), parts[-1]]
     if not equals or not all(parts) or len(parts) > 3:
         raise UserError(f"--set {text}: write it as output=PATH, section.field=value or subsets.NAME.field=value")
+    new = _typed_text(value) if _is_text(parts) else load_yaml(value, f"--set {text}")
     for part in parts[:-1]:
-        data = data.setdefault(part, {})
+        # An empty section is one, too.
+        data[part] = {} if data.get(part) is None else data[part]
+        data = data[part]
         if not isinstance(data, dict):
             raise UserError(f"--set {text}: {part} is no section")
-    data[parts[-1]] = load_yaml(value, f"--set {text}")
+    data[parts[-1]] = new
+
+
+def _typed_text(value: str) -> Any:
+    """What was typed is the text, without quotes needed for a partition 007, a glob *.parquet, an origin {url}."""
+    try:
+        data = load_yaml(value, "")
+    except UserError:
+        return value
+    return data if data is None or isinstance(data, str) else value
+
+
+def _is_text(parts: list[str]) -> bool:
+    section = {1: CorpusRecipe, 2: _SECTIONS.get(parts[0]), 3: SubsetSource if parts[0] == "subsets" else None}
+    owner = section[len(parts)]
+    field = _fields(owner).get(parts[-1]) if owner else None
+    return field is not None and "string" in type_name(field.type).split()
 
 
 def _build(data: dict[str, Any], source: str) -> CorpusRecipe:
@@ -173,6 +204,8 @@ def _build(data: dict[str, Any], source: str) -> CorpusRecipe:
         key: section(**_section(_fields(section), data.get(key) or {}, f"{key}.", source))
         for key, section in _SECTIONS.items()
     }
+    if not isinstance(data.get("subsets"), dict) or not data["subsets"]:
+        raise UserError(f"{source}: subsets={shown(data.get('subsets'))} must name one or more subsets, each a section")
     fields = _fields(SubsetSource)
     subsets = {
         str(name): SubsetSource(**_section(fields, entries or {}, f"subsets.{name}.", source))
@@ -211,10 +244,12 @@ def _section(fields: dict[str, Field], entries: Any, prefix: str, source: str) -
 
 def _check(recipe: CorpusRecipe) -> None:
     for kind, name in (("name", recipe.name), *(("subset", name) for name in recipe.subsets)):
-        if not _NAME.fullmatch(name) or name in ("tokenizer", "logs"):
+        if not _NAME.fullmatch(name):
             raise UserError(
                 f"{kind} {shown(name)} must be letters, digits, '.', '_', '+' and '-', as it names a folder"
             )
+        if kind == "subset" and name in _TAKEN:
+            raise UserError(f"subset {shown(name)} must have another name: the corpus has a file or folder of this one")
     for name, subset in recipe.subsets.items():
         for condition in subset.filters:
             if not FILTER.fullmatch(condition):
@@ -230,8 +265,10 @@ def _check(recipe: CorpusRecipe) -> None:
 
 def _check_slurm(slurm: Slurm) -> None:
     """What is written into a batch script must be one plain word: nothing that a shell or sbatch would read further."""
-    words = {"partition": slurm.partition or "", "time": slurm.time}
+    words = {"time": slurm.time} | ({} if slurm.partition is None else {"partition": slurm.partition})
     words |= {f"sbatch[{number}]": option for number, option in enumerate(slurm.sbatch)}
     for name, word in words.items():
-        if not re.fullmatch(r"[\w.,:=@%/+-]*", word, re.ASCII):
+        if not re.fullmatch(r"[\w.,:=@%/+-]+", word, re.ASCII):
             raise UserError(f"slurm.{name}={shown(word)} must be one word of letters, digits and . , : = @ % / + -")
+        if name.startswith("sbatch") and not re.match(r"[a-z]", word):
+            raise UserError(f"slurm.{name}={shown(word)} must be an option's long name without dashes, or NAME=VALUE")

@@ -18,6 +18,16 @@ from megatron_txssm.errors import UserError
 # gigatoken keeps every word it has met (measured: 1 byte of memory per byte of random text) and cannot be told to
 # forget; a fresh one costs 0.1 s.
 RENEW_AFTER_BYTES = 256_000_000
+# What tokenizers have rules for, and so few texts hold that a sample would miss it.
+PROBES = (
+    "\r\na line of DOS\r\n",
+    "  spaces  ",
+    "\n\n\n",
+    "\t\ta\tb\v\f",
+    "ﬁ ½ Ａ ™ e\u0301",
+    "\u00a0\u2003\u200b\ufeff",
+    "a\0b",
+)
 
 
 class Encoder(Protocol):
@@ -33,24 +43,32 @@ class Encoder(Protocol):
         ...
 
 
-def load_encoder(folder: Path, facts: TokenizerFacts, choice: str = "auto") -> Encoder:
-    """The encoder of a corpus's tokenizer/ folder: `reference`, or the fast one where it loads the tokenizer (`auto`).
+def load_encoders(folder: Path, facts: TokenizerFacts, choice: str = "auto") -> tuple[Encoder, Encoder]:
+    """(the encoder, the reference) of a corpus's tokenizer/ folder.
 
-    Its attribute `name` says which it became.
+    choice: `reference` for the reference as the encoder, too; `auto` for gigatoken where it knows the tokenizer. The
+    encoder's `name` says which it became, and why.
     """
-    reference = _SentencePiece if facts.type == "SentencePieceTokenizer" else _Tokenizers
     path = tokenizer_file(folder, facts)
-    if choice == "auto":
-        try:
-            return _Gigatoken(path)
-        except Exception as error:  # a panic of its Rust code included
-            return reference(path, why=f"gigatoken cannot load it: {error}")
-    return reference(path)
-
-
-def load_reference(folder: Path, facts: TokenizerFacts) -> Encoder:
-    """`tokenizers` or `sentencepiece`."""
-    return load_encoder(folder, facts, "reference")
+    reference = _SentencePiece(path) if facts.type == "SentencePieceTokenizer" else _Tokenizers(path)
+    if choice == "reference":
+        return reference, reference
+    try:
+        fast = _Gigatoken(path)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of its Rust code is no Exception
+        reference.name += f" (gigatoken cannot load it: {str(error).strip().partition(chr(10))[0]})"
+        return reference, reference
+    # Added tokens, too, have rules of their own.
+    added = [text for token in fast.added_tokens for text in (f"a{token}b", f"a {token} b", f"{token} \n{token}")]
+    probes = [*PROBES, *added]
+    try:
+        compare(fast, reference, probes, list(map(repr, probes)))
+    except UserError as error:
+        reference.name += f" (gigatoken does not follow its rules: {str(error).partition(';')[0]})"
+        return reference, reference
+    return fast, reference
 
 
 def compare(encoder: Encoder, reference: Encoder, texts: Sequence[str], places: Sequence[str]) -> None:
@@ -85,6 +103,7 @@ class _Gigatoken:
         self._load = gigatoken.Tokenizer.from_json
         self._tokenizer = self._load(self._content)
         self._bytes = 0
+        self.added_tokens: list[str] = [token["content"] for token in json.loads(self._content).get("added_tokens", ())]
         self.name = f"gigatoken {_version('gigatoken')}"
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -105,14 +124,14 @@ def _without_control_tokens(tokenizer: Any) -> str:
 class _Tokenizers:
     is_reference = True
 
-    def __init__(self, path: Path, why: str = "") -> None:
+    def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer
 
         self._tokenizer = Tokenizer.from_file(str(path))
         # Some files carry settings of the training script they come from.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.name = f"tokenizers {_version('tokenizers')}" + (f" ({why})" if why else "")
+        self.name = f"tokenizers {_version('tokenizers')}"
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         return _joined([e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)])
@@ -121,11 +140,11 @@ class _Tokenizers:
 class _SentencePiece:
     is_reference = True
 
-    def __init__(self, path: Path, why: str = "") -> None:
+    def __init__(self, path: Path) -> None:
         from megatron_txssm.data.tokenizer import load_tokenizer
 
         self._model = load_tokenizer(path)
-        self.name = f"sentencepiece {_version('sentencepiece')}" + (f" ({why})" if why else "")
+        self.name = f"sentencepiece {_version('sentencepiece')}"
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         return _joined(self._model.encode(list(texts), out_type=int))

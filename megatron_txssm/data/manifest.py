@@ -143,7 +143,10 @@ class Corpus:
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document is for validation: by a hash of its text, so that equal texts are never on both sides."""
+    """Whether a document is for validation: by a hash of its text, so that equal texts are on the same side.
+
+    Where two subsets hold out different shares, that of the smaller is part of that of the larger.
+    """
     return zlib.crc32(text.encode()) < fraction * 2**32
 
 
@@ -164,6 +167,11 @@ def open_corpus(directory: str | Path) -> Corpus:
     return Corpus(directory, facts, subsets)
 
 
+def logging_folder(directory: Path, subset: str) -> Path:
+    """datatrove's, for its logs and its own marks of finished tasks."""
+    return directory / "logs" / subset
+
+
 def manifest_path(directory: Path, subset: str, task: int) -> Path:
     return directory / subset / f"{task:05d}.json"
 
@@ -178,10 +186,12 @@ def read_manifest(directory: Path, subset: str, task: int) -> TaskManifest | Non
         data["sources"] = tuple(Slice(**piece) for piece in data["sources"])
         data["broken_places"] = tuple(data["broken_places"])
         data["shards"] = {split: ShardRecord(**record) for split, record in data["shards"].items()}
+        if (data["subset"], data["task"]) != (subset, task):
+            raise ValueError(f"it is that of {data['subset']} task {data['task']}")
         return TaskManifest(**data)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a task's manifest ({error}); delete it and shard again") from None
 
 
@@ -236,7 +246,7 @@ def read_plan(directory: str | Path) -> Plan:
         return _read_plan(path, path.stat().st_mtime_ns)
     except FileNotFoundError:
         raise UserError(f"{directory} holds no corpus (no plan.json); make one: txssm data shard --help") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a plan ({error}); delete it and shard again") from None
 
 

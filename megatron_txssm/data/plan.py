@@ -6,17 +6,18 @@ shards. It is written once: files that come later are not part of the corpus.
 
 import fnmatch
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.data.corpus_recipe import CorpusRecipe, SubsetSource
-from megatron_txssm.data.manifest import Plan, Slice, read_plan, write_plan
+from megatron_txssm.data.corpus_recipe import KEPT_RECIPE, CorpusRecipe, SubsetSource
+from megatron_txssm.data.manifest import Plan, Slice, read_plan, read_tokenizer_facts, write_plan
 from megatron_txssm.errors import UserError
 
 # Files that can be read, by their endings; only parquet can be read from the middle.
 PARQUET_SUFFIXES = (".parquet", ".parq")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")
-# A file of rows without text can be divided at will, one with text only as far as its row groups.
+# Of small files; a task's manifest names them all.
 FILES_PER_TASK = 1000
 
 
@@ -31,18 +32,19 @@ def make_plan(recipe: CorpusRecipe) -> Plan:
 
 def list_files(name: str, subset: SubsetSource) -> list[tuple[str, int]]:
     """(path relative to the source, bytes) of the files of a subset, in the order of their names."""
-    from datatrove.io import get_datafolder
+    from fsspec.core import url_to_fs
 
-    folder = get_datafolder(subset.source)
     try:
-        listing: Any = folder.find("", detail=True)
-        found = {path: int(facts["size"] or 0) for path, facts in listing.items()}
+        system, root = url_to_fs(subset.source)
+        listing: Any = system.find(root, detail=True)
+        found = {path.removeprefix(root).lstrip("/"): int(facts["size"] or 0) for path, facts in listing.items()}
     except Exception as error:  # of many kinds: the network's, the hub's, the file system's
         raise UserError(f"subsets.{name}.source={subset.source} cannot be listed: {error}") from None
     wanted = sorted(path for path in found if _matches(path, subset.glob))
     files = [path for path in wanted if path.endswith(PARQUET_SUFFIXES + JSONL_SUFFIXES)]
     if not files:
         other = f"; {len(wanted)} match {subset.glob!r}, such as {wanted[0]}" if wanted else ""
+        other = other if any(found) else "; it is empty, or no folder"
         raise UserError(
             f"subsets.{name}.source={subset.source} holds no {', '.join(PARQUET_SUFFIXES + JSONL_SUFFIXES)} file that "
             f"matches glob={subset.glob!r}{other}"
@@ -81,9 +83,13 @@ def freeze_recipe(recipe: CorpusRecipe) -> None:
     from megatron_txssm.data.corpus_recipe import load_corpus_recipe
     from megatron_txssm.data.shard import write_file_atomically
 
-    kept = recipe.path / "corpus.yaml"
+    kept = recipe.path / KEPT_RECIPE
     if kept.exists() and (recipe.path / "plan.json").exists():
-        differences = _differences(load_corpus_recipe(kept), recipe)
+        before = load_corpus_recipe(kept)
+        differences = _differences(before, recipe)
+        models = before.tokenizer.model, recipe.tokenizer.model
+        if models[0] != models[1] and not _is_its_tokenizer(recipe):
+            differences.append(f"tokenizer.model: {models[0]!r} there, {models[1]!r} here")
         if differences:
             raise UserError(
                 f"{recipe.path} was begun with another recipe ({'; '.join(differences)}); "
@@ -91,6 +97,14 @@ def freeze_recipe(recipe: CorpusRecipe) -> None:
             )
     recipe.path.mkdir(parents=True, exist_ok=True)
     write_file_atomically(kept, recipe.to_yaml().encode())
+
+
+def _is_its_tokenizer(recipe: CorpusRecipe) -> bool:
+    """Whether the tokenizer that the recipe names, perhaps by another path, is the one that the corpus holds."""
+    from megatron_txssm.data.tokenizer_files import install_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        return install_tokenizer(recipe.tokenizer, Path(folder)) == read_tokenizer_facts(recipe.path)
 
 
 # Fields that change how a corpus is made, not what is in it.

@@ -4,10 +4,12 @@ datatrove's own readers number the rows that they keep, not those of the file, a
 is no JSON or the rest of a damaged file with at most a line in a log. Here each is reported (`BrokenRows`).
 """
 
+import contextlib
+import io
 import operator
 import re
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import IO, Any
 
 import orjson
 import pyarrow as pa
@@ -114,17 +116,22 @@ class RowReader(PipelineStep):
         """What is to be read: of a structure only the fields that are wanted."""
         columns = set()
         for field in self.fields:
-            name = field.split(".")[0]
-            if name not in schema.names:
-                raise UserError(
-                    f"{piece.file} has no field {field!r}; it has {', '.join(schema.names)}: correct text_field, "
-                    "blob_field, origin or filters of its subset"
-                )
-            columns.add(field if pa.types.is_struct(schema.field(name).type) else name)
+            name, fields = "", schema
+            for part in field.split("."):
+                if part not in fields.names:
+                    raise UserError(
+                        f"{piece.file} has no field {field!r}; {name or 'it'} has {', '.join(fields.names)}: correct "
+                        "text_field, blob_field, origin or filters of its subset"
+                    )
+                name, fields = f"{name}.{part}".lstrip("."), fields.field(part).type
+                # What is within a text, as JSON, is not in the schema.
+                if not pa.types.is_struct(fields):
+                    break
+            columns.add(name)
         return sorted(columns)
 
     def _jsonl(self, piece: Slice) -> Iterator[tuple[int, Row | None]]:
-        with get_datafolder(self.subset.source).open(piece.file, "rb", compression="infer") as stream:
+        with _open_lines(self.subset.source, piece.file) as stream:
             for number, line in enumerate(stream):
                 try:
                     row = orjson.loads(line)
@@ -166,7 +173,7 @@ class RowReader(PipelineStep):
         values = {name: _value(row, name) for name in PLACEHOLDER.findall(template)}
         if any(value is None for value in values.values()):
             return None
-        return PLACEHOLDER.sub(lambda found: _text(values[found[1]]), template)
+        return PLACEHOLDER.sub(lambda found: str(_text(values[found[1]])), template)
 
 
 class _Filter:
@@ -182,9 +189,19 @@ class _Filter:
 
     def __call__(self, row: Row) -> bool:
         value = _text(_value(row, self.field))
-        if isinstance(self.value, str) != isinstance(value, str):
+        if isinstance(value, bool) and isinstance(self.value, str):
+            value = str(value).lower()
+        if not isinstance(value, str if isinstance(self.value, str) else int | float):
             return False
         return _OPERATORS[self.operator](value, self.value)
+
+
+@contextlib.contextmanager
+def _open_lines(source: str, file: str) -> Iterator[IO[bytes]]:
+    """A file of lines, unpacked. Arrow reads zstd to the end of its last frame, and says where a file is cut off."""
+    packed = file.endswith(".zst")
+    with get_datafolder(source).open(file, "rb", compression=None if packed else "infer") as stream:
+        yield io.BufferedReader(pa.CompressedInputStream(stream, "zstd")) if packed else stream
 
 
 def _row_groups(file: Any, begin: int, end: int) -> tuple[list[int], int]:
@@ -202,21 +219,22 @@ def _row_groups(file: Any, begin: int, end: int) -> tuple[list[int], int]:
 
 def _as_rows(batch: Any) -> Iterator[Row]:
     """The rows of an Arrow batch, strings as bytes: one that is no UTF-8 must not spoil the others."""
-    columns = [_binary(column) for column in batch.columns]
-    lists = [column.to_pylist() for column in columns]
+    lists = [column.cast(_bytes_type(column.type)).to_pylist() for column in batch.columns]
     names = batch.schema.names
     for values in zip(*lists, strict=True):
         yield dict(zip(names, values, strict=True))
 
 
-def _binary(column: Any) -> Any:
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pa.types.is_string(column.type):
-        return column.cast(pa.binary())
-    if pa.types.is_large_string(column.type):
-        return column.cast(pa.large_binary())
-    return column
+def _bytes_type(arrow: Any) -> Any:
+    """An Arrow type with bytes in place of its strings, those in a structure and in a dictionary included."""
+    if pa.types.is_dictionary(arrow):
+        return _bytes_type(arrow.value_type)
+    if pa.types.is_struct(arrow):
+        fields = [arrow.field(index) for index in range(arrow.num_fields)]
+        return pa.struct([field.with_type(_bytes_type(field.type)) for field in fields])
+    if pa.types.is_string(arrow) or pa.types.is_string_view(arrow):
+        return pa.binary()
+    return pa.large_binary() if pa.types.is_large_string(arrow) else arrow
 
 
 def _value(row: Row, field: str) -> Any:

@@ -7,7 +7,7 @@ import time
 from megatron_txssm.data.corpus_recipe import CorpusRecipe, load_corpus_recipe
 from megatron_txssm.data.manifest import Plan
 from megatron_txssm.data.status import CorpusStatus
-from megatron_txssm.data.status_command import print_status, progress_bars, tasks_text
+from megatron_txssm.data.status_command import print_status, progress, tasks_text
 from megatron_txssm.errors import UserError
 
 
@@ -33,17 +33,16 @@ def run(args: argparse.Namespace) -> int:
 
 def prepare(recipe: CorpusRecipe) -> Plan:
     """Make what all tasks share, unless it is there: the frozen recipe, the tokenizer, the plan."""
-    from megatron_txssm.data.encoder import load_encoder
-    from megatron_txssm.data.manifest import read_tokenizer_facts
     from megatron_txssm.data.plan import freeze_recipe, make_plan
     from megatron_txssm.data.tokenizer_files import install_tokenizer
+    from megatron_txssm.data.verify import check_tokenizer
 
     freeze_recipe(recipe)
     folder = recipe.path / "tokenizer"
-    if not (folder / "facts.json").exists():
+    # What an earlier command left that did not come as far as the plan may be another recipe's.
+    if not (recipe.path / "plan.json").exists() or not (folder / "facts.json").exists():
         install_tokenizer(recipe.tokenizer, folder)
-    encoder = load_encoder(folder, read_tokenizer_facts(recipe.path), recipe.tokenizer.encoder)
-    print(f"tokenizer: {encoder.name}" + ("; tens of times slower than gigatoken" if encoder.is_reference else ""))
+    check_tokenizer(recipe.path)
     return make_plan(recipe)
 
 
@@ -62,7 +61,7 @@ def shard(recipe: CorpusRecipe, workers: int) -> int:
         return 0
     start = time.monotonic()
     try:
-        with progress_bars(status):
+        with progress(status):
             run_locally(recipe, plan, workers)
     except KeyboardInterrupt:
         after = status.read()
@@ -78,7 +77,7 @@ def shard(recipe: CorpusRecipe, workers: int) -> int:
 
 
 def _submit(recipe: CorpusRecipe) -> int:
-    from megatron_txssm.data.execute import submit
+    from megatron_txssm.data.slurm_array import submit
 
     plan = prepare(recipe)
     submitted = submit(recipe, plan)

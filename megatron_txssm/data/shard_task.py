@@ -22,7 +22,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from megatron_txssm.data.broken_rows import BrokenRows
 from megatron_txssm.data.corpus_recipe import CorpusRecipe
-from megatron_txssm.data.encoder import Encoder, compare, load_encoder, load_reference
+from megatron_txssm.data.encoder import Encoder, compare, load_encoders
 from megatron_txssm.data.fetch import FetchBlobs
 from megatron_txssm.data.manifest import (
     SPLITS,
@@ -102,7 +102,7 @@ class _Task:
             with contextlib.closing(self._documents()) as documents:
                 for batch in _batches(documents):
                     self._write(batch, splits, encoder, reference)
-                    self.status.update(self._facts(splits))
+                    self.status.update(self._facts(splits) | {"encoder": encoder.name})
             self.broken.finish()
             for writer in splits.values():
                 writer.publish()
@@ -283,7 +283,7 @@ def _encoders(directory: Path, facts: TokenizerFacts, choice: str) -> tuple[Enco
     folder = directory / "tokenizer"
     if file_sha256(tokenizer_file(folder, facts)) != facts.fingerprint:
         raise UserError(f"{tokenizer_file(folder, facts)} was changed after the corpus was begun; put it back")
-    return load_encoder(folder, facts, choice), load_reference(folder, facts)
+    return load_encoders(folder, facts, choice)
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

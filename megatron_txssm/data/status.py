@@ -32,6 +32,8 @@ class SubsetStatus:
     # UTF-8 bytes of the texts that are tokenised.
     text_bytes: int = 0
     broken: dict[str, int] = field(default_factory=dict)
+    # What made the tokens: library, version, and why it was not gigatoken.
+    encoders: set[str] = field(default_factory=set)
 
     @property
     def done(self) -> bool:
@@ -87,6 +89,7 @@ class CorpusStatus:
     def _add_finished(self, status: SubsetStatus, manifest: TaskManifest) -> None:
         status.finished += 1
         status.rows += manifest.rows
+        status.encoders.add(manifest.encoder)
         status.broken = add_counts([status.broken, manifest.broken])
         for record in manifest.shards.values():
             status.documents += record.documents
@@ -100,5 +103,6 @@ class CorpusStatus:
             status.lost += 1
         else:
             status.running += 1
+            status.encoders.add(facts["encoder"])
             for name in ("rows", "documents", "tokens", "text_bytes"):
                 setattr(status, name, getattr(status, name) + facts[name])

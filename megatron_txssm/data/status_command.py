@@ -16,12 +16,14 @@ from rich.table import Table
 from megatron_txssm.data.status import CorpusStatus, SubsetStatus
 
 SECONDS_BETWEEN_REFRESHES = 0.5
+# Of --follow.
+SECONDS_BETWEEN_LOOKS = 2.0
 FAILURES_SHOWN = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("corpus", help="a corpus directory, or the name of its recipe")
-    parser.add_argument("--follow", "-f", action="store_true", help="until all tasks are finished")
+    parser.add_argument("--follow", "-f", action="store_true", help="until all tasks are finished, or one has failed")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,9 +32,9 @@ def run(args: argparse.Namespace) -> int:
     directory = corpus_directory(args.corpus)
     status = CorpusStatus(directory)
     if args.follow:
-        with progress_bars(status):
-            while not all(subset.done for subset in status.read()):
-                time.sleep(2)
+        with progress(status):
+            while any(not subset.done and not subset.failed for subset in status.read()):
+                time.sleep(SECONDS_BETWEEN_LOOKS)
     subsets = status.read()
     print_status(subsets)
     return 0
@@ -58,6 +60,8 @@ def print_status(subsets: list[SubsetStatus]) -> None:
     # In a file or a pipe there is no width to keep to.
     console = Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
     console.print(table)
+    for encoder in sorted(set().union(*(s.encoders for s in subsets))):
+        console.print(f"tokenizer: {encoder}")
     for s in subsets:
         if s.broken:
             reasons = ", ".join(f"{number:,} × {reason}" for reason, number in s.broken.items())
@@ -71,22 +75,21 @@ def tasks_text(subsets: list[SubsetStatus]) -> str:
 
 
 @contextlib.contextmanager
-def progress_bars(status: CorpusStatus) -> Iterator[None]:
-    """A bar per subset while the work goes on, where stdout is a terminal."""
-    if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
-        yield
-        return
-    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()]
-    columns += [TextColumn("{task.fields[detail]}"), TimeElapsedColumn(), TimeRemainingColumn()]
-    with Progress(*columns, transient=True) as progress:
-        bars = {name: progress.add_task(name, total=1.0, detail="") for name in status.plan.tasks}
+def progress(status: CorpusStatus) -> Iterator[None]:
+    """While the work goes on: a bar per subset, where stdout is a terminal; anywhere a word if it will be slow."""
+    with contextlib.ExitStack() as stack:
+        bars = stack.enter_context(_Bars(status)) if _is_terminal() else None
+        slow: set[str] = set()
         stop = threading.Event()
 
         def refresh() -> None:
             while not stop.wait(SECONDS_BETWEEN_REFRESHES):
                 for subset in status.read():
-                    detail = f"{subset.finished}/{subset.tasks} tasks, {subset.tokens / 1e6:,.1f}M tokens"
-                    progress.update(bars[subset.name], completed=subset.progress, detail=detail)
+                    if bars:
+                        bars.show(subset)
+                    for encoder in {name for name in subset.encoders if "gigatoken" in name.partition("(")[2]} - slow:
+                        print(f"{subset.name}: slowly, by {encoder}", flush=True)
+                        slow.add(encoder)
 
         thread = threading.Thread(target=refresh, daemon=True)
         thread.start()
@@ -95,3 +98,26 @@ def progress_bars(status: CorpusStatus) -> Iterator[None]:
         finally:
             stop.set()
             thread.join()
+
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class _Bars:
+    def __init__(self, status: CorpusStatus) -> None:
+        columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()]
+        columns += [TextColumn("{task.fields[detail]}"), TimeElapsedColumn(), TimeRemainingColumn()]
+        self.progress = Progress(*columns, transient=True)
+        self.bars = {name: self.progress.add_task(name, total=1.0, detail="") for name in status.plan.tasks}
+
+    def __enter__(self) -> "_Bars":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.progress.stop()
+
+    def show(self, subset: SubsetStatus) -> None:
+        detail = f"{subset.finished}/{subset.tasks} tasks, {subset.tokens / 1e6:,.1f}M tokens"
+        self.progress.update(self.bars[subset.name], completed=subset.progress, detail=detail)

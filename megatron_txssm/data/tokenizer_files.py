@@ -6,6 +6,7 @@ be another one later.
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -101,20 +102,24 @@ def _find_huggingface(model: str) -> tuple[Path, list[Path]]:
         path = path / "tokenizer.json"
     if path.is_file():
         return path, [path.with_name(name) for name in names if path.with_name(name).is_file()]
-    if path.suffix or model.count("/") != 1:
+    # A model's name may have a dot: Qwen/Qwen2.5-7B.
+    if path.suffix in (".json", ".model") or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         raise UserError(f"tokenizer.model={model}: no such file (a relative path starts at {Path.cwd()})")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     def fetch(name: str) -> Path | None:
         try:
             return Path(hf_hub_download(model, name))
-        except EntryNotFoundError:
+        except EntryNotFoundError as error:
+            # Not in the cache, and the hub cannot be asked: that says nothing about the hub.
+            if name == "tokenizer.json" and isinstance(error, LocalEntryNotFoundError):
+                raise
             return None
 
     try:
         path = fetch("tokenizer.json")
-        configs = [config for name in names if (config := fetch(name))]
+        configs = [config for name in names if path and (config := fetch(name))]
     except Exception as error:  # the hub's and the network's, of many kinds
         raise UserError(
             f"tokenizer.model={model}: no such folder here, and the Hugging Face hub does not give it: {error}; on a "

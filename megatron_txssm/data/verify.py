@@ -15,6 +15,7 @@ from megatron_txssm.data.manifest import (
     read_plan,
     read_tokenizer_facts,
     remove_task,
+    shard_suffixes,
 )
 from megatron_txssm.data.shard import check_shard, file_sha256
 from megatron_txssm.data.tokenizer_files import tokenizer_file
@@ -91,13 +92,13 @@ def _faults(
 
 
 def _shard_faults(prefix: Path, record: ShardRecord) -> Iterator[str]:
-    for suffix, digest in record.sha256.items():
+    for suffix in shard_suffixes():
         path = Path(f"{prefix}{suffix}")
         if not path.is_file():
             yield f"{path} is missing"
-        elif path.stat().st_size != record.sizes[suffix]:
-            yield f"{path} has {path.stat().st_size} bytes, its manifest says {record.sizes[suffix]}"
-        elif file_sha256(path) != digest:
+        elif path.stat().st_size != record.sizes.get(suffix):
+            yield f"{path} has {path.stat().st_size} bytes, its manifest says {record.sizes.get(suffix)}"
+        elif file_sha256(path) != record.sha256.get(suffix):
             yield f"{path} has other bytes than when it was written (SHA-256)"
     counts = check_shard(prefix)
     if (counts.documents, counts.tokens) != (record.documents, record.tokens):

@@ -8,8 +8,10 @@ import os
 import signal
 import threading
 
-# What a task imports.
-_IMPORTS = ["megatron_txssm.data.shard_task", "gigatoken", "tokenizers"]
+from megatron_txssm.data.corpus_recipe import CorpusRecipe
+
+# What a task imports. The command itself has no need of it.
+_IMPORTS = ["megatron_txssm.data.local_task", "gigatoken", "tokenizers"]
 
 
 def start_worker_server() -> multiprocessing.context.ForkServerContext:
@@ -30,6 +32,13 @@ def begin_worker() -> None:
     # Ctrl-C reaches every process of the terminal; the main one ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def run_task(recipe: CorpusRecipe, subset: str, task: int) -> None:
+    """Finish one task, as datatrove's executor runs it: with its log, its statistics and its mark."""
+    from megatron_txssm.data.local_task import LocalTask
+
+    LocalTask(recipe, subset).run_task(task)
 
 
 def _end_with_parent() -> None:

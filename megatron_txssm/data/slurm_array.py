@@ -1,0 +1,146 @@
+"""Submits a corpus's unfinished tasks as Slurm job arrays, through datatrove."""
+
+import contextlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+from datatrove.executor.slurm import SlurmPipelineExecutor
+
+from megatron_txssm.data.corpus_recipe import CorpusRecipe
+from megatron_txssm.data.execute import unfinished
+from megatron_txssm.data.manifest import Plan, logging_folder
+from megatron_txssm.data.shard_task import ShardTask
+from megatron_txssm.errors import UserError
+
+# Slurm's own default, where the cluster does not tell.
+DEFAULT_MAX_ARRAY_SIZE = 1001
+# The paths in a batch script: nothing that a shell would read as more than a word.
+_PLAIN_PATH = re.compile(r"[\w.,:=@%/+-]+", re.ASCII)
+
+
+def submit(recipe: CorpusRecipe, plan: Plan) -> dict[str, list[str]]:
+    """Submit the unfinished tasks, one job array per subset, or as many as MaxArraySize needs; returns their ids."""
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        # datatrove would take it for one of its own tasks.
+        raise UserError("--slurm: this is a task of a job array; submit from a login node")
+    limit = recipe.slurm.max_array_size or cluster_max_array_size()
+    arrays = {name: _array(recipe, plan, name, limit) for name in recipe.subsets if unfinished(recipe, plan, name)}
+    for array in arrays.values():
+        # Its tasks look up their numbers in a file that another submission would rewrite.
+        if queued := _squeue(array.job_name):
+            raise UserError(
+                f"--slurm: jobs {', '.join(queued)} of {array.job_name} are still queued or running; "
+                f"see `txssm data status {recipe.path}`, and wait for them or end them with scancel"
+            )
+    for array in arrays.values():
+        with _quiet_main():
+            array.run()
+    return {subset: array.job_ids for subset, array in arrays.items()}
+
+
+def cluster_max_array_size() -> int:
+    """MaxArraySize of this cluster: one more than the largest index of a job array."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _slurm("scontrol", "show", "config"), re.MULTILINE)
+    return int(found[1]) if found else DEFAULT_MAX_ARRAY_SIZE
+
+
+def _squeue(job_name: str) -> list[str]:
+    """The ids of this user's jobs of a name."""
+    return sorted(set(_slurm("squeue", "--noheader", "--me", f"--name={job_name}", "--format=%F").split()))
+
+
+def _slurm(*command: str) -> str:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    except FileNotFoundError:
+        raise UserError(f"--slurm: there is no {command[0]} on this machine; run it on a login node") from None
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"--slurm: {shlex.join(command)}: {error.stderr.strip()}") from None
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"--slurm: {command[0]} does not answer ({error}); is slurmctld up?") from None
+
+
+class _Array(SlurmPipelineExecutor):
+    """datatrove's executor, with the ids of all its arrays and without its job that merges statistics.
+
+    That job would wait for ever where a task failed; the manifests hold the sums.
+    """
+
+    job_ids: list[str]
+
+    def run(self) -> None:
+        self.job_ids = []
+        self.job_id_retriever = self._take_job_id
+        try:
+            super().run()
+        except subprocess.CalledProcessError as error:
+            # Its reason stands above, on sbatch's own stderr.
+            before = f"; submitted before: {', '.join(self.job_ids)}" if self.job_ids else ""
+            raise UserError(
+                f"--slurm: {shlex.join(error.cmd)} was refused (exit code {error.returncode}){before}"
+            ) from None
+        except FileNotFoundError as error:
+            if error.filename != "sbatch":
+                raise
+            raise UserError("--slurm: there is no sbatch on this machine; run it on a login node") from None
+
+    def _take_job_id(self, output: str) -> str:
+        # "Submitted batch job 123", perhaps "on cluster NAME".
+        found = re.search(r"\d+", output)
+        if found is None:
+            raise UserError(f"--slurm: sbatch answers {output.strip()!r}, without a job's number")
+        self.job_ids.append(found[0])
+        return found[0]
+
+    def launch_merge_stats(self) -> None:
+        pass
+
+    def get_sbatch_args(self, max_array: int = 1) -> dict:
+        """Without the partition where none is named: the cluster has a default."""
+        return {name: value for name, value in super().get_sbatch_args(max_array).items() if value is not None}
+
+
+def _array(recipe: CorpusRecipe, plan: Plan, subset: str, limit: int) -> _Array:
+    slurm = recipe.slurm
+    folder = logging_folder(recipe.path, subset).resolve()
+    if not _PLAIN_PATH.fullmatch(str(folder)):
+        raise UserError(f"--slurm: {str(folder)!r} holds characters that a batch script cannot; use another output")
+    # The jobs run where, and in the environment in which, this command runs.
+    path, here = shlex.quote(str(Path(sys.executable).parent)), shlex.quote(os.getcwd())
+    return _Array(
+        [ShardTask(recipe, subset)],
+        tasks=len(plan.tasks[subset]),
+        time=slurm.time,
+        # The annotation knows no default partition; get_sbatch_args does.
+        partition=cast(str, slurm.partition),
+        cpus_per_task=slurm.cpus_per_task,
+        mem_per_cpu_gb=slurm.memory_per_cpu_gb,
+        workers=slurm.workers or -1,
+        max_array_size=limit,
+        # One array after another would keep most of a cluster idle at the end of each.
+        max_array_launch_parallel=True,
+        job_name=f"{recipe.name}-{subset}",
+        # A cluster without accounting has none.
+        qos="",
+        env_command=f"export PATH={path}:$PATH && cd {here}",
+        sbatch_args={name: value for name, _, value in (option.partition("=") for option in slurm.sbatch)},
+        logging_dir=str(folder),
+    )
+
+
+@contextlib.contextmanager
+def _quiet_main() -> Iterator[None]:
+    """Without the lines that datatrove writes to the terminal for itself."""
+    from datatrove.utils.logging import logger, setup_default_logger
+
+    logger.remove()
+    try:
+        yield
+    finally:
+        setup_default_logger()
