@@ -54,18 +54,18 @@ class CorpusStatus:
     def _subset(self, name: str) -> SubsetStatus:
         tasks = self.plan.tasks[name]
         status = SubsetStatus(name, len(tasks))
-        all_bytes = sum(self.plan.bytes(name, task) for task in range(len(tasks))) or 1
+        # Not every source tells the sizes of its files.
+        sizes = [max(1, self.plan.bytes(name, task)) for task in range(len(tasks))]
+        all_bytes = sum(sizes)
         running = self._running(name)
         for task in range(len(tasks)):
-            weight = self.plan.bytes(name, task) / all_bytes
+            weight = sizes[task] / all_bytes
             manifest = self._manifest(name, task)
             if manifest is not None:
                 self._add_finished(status, manifest)
                 status.progress += weight
             elif facts := running.get(task):
-                self._add_running(status, task, facts)
-                if facts["state"] == "running":
-                    status.progress += weight * facts["progress"]
+                self._add_running(status, task, facts, weight)
         return status
 
     def _manifest(self, name: str, task: int) -> TaskManifest | None:
@@ -96,13 +96,14 @@ class CorpusStatus:
             status.tokens += record.tokens
             status.text_bytes += record.text_bytes
 
-    def _add_running(self, status: SubsetStatus, task: int, facts: dict[str, Any]) -> None:
+    def _add_running(self, status: SubsetStatus, task: int, facts: dict[str, Any], weight: float) -> None:
         if facts["state"] == "failed":
             status.failed[task] = facts["error"]
         elif time.time() - facts["updated"] > SILENT_SECONDS:
             status.lost += 1
         else:
             status.running += 1
+            status.progress += weight * facts["progress"]
             status.encoders.add(facts["encoder"])
             for name in ("rows", "documents", "tokens", "text_bytes"):
                 setattr(status, name, getattr(status, name) + facts[name])

@@ -222,7 +222,7 @@ def test_a_tokenizer_that_gigatoken_cannot_load_is_encoded_by_the_reference_with
     )
     assert shard(recipe) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tokenizer:")]
-    assert "tokenizers 0" in line and "(gigatoken cannot load it: " in line
+    assert line.startswith("tokenizer: tokenizers 0") and "(gigatoken cannot load it: " in line
     manifest = manifest_of(tmp_path / "corpus")
     assert "gigatoken cannot load it" in manifest.encoder and manifest.compared_documents == 0
     assert manifest.shards["train"].documents == 3

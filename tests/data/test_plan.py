@@ -100,18 +100,18 @@ def test_the_parts_of_a_file_hold_each_of_its_rows_once(tmp_path: Path, row_grou
 
 
 def test_files_come_in_the_order_of_their_names_whatever_the_listing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datatrove.io
+    import fsspec.core
 
     names = [f"part/{number:03d}.parquet" for number in range(20)] + ["a.jsonl", "z.jsonl"]
     listings = []
 
-    class Folder:
-        def find(self, path: str, detail: bool) -> dict[str, dict[str, int]]:
+    class Bucket:
+        def find(self, root: str, detail: bool) -> dict[str, dict[str, int]]:
             shuffled = random.Random(len(listings)).sample(names, len(names))
             listings.append(shuffled)
-            return {name: {"size": 7} for name in shuffled}
+            return {f"{root}/{name}": {"size": 7} for name in shuffled}
 
-    monkeypatch.setattr(datatrove.io, "get_datafolder", lambda source: Folder())
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda source: (Bucket(), f"bucket/{source}"))
     for _ in range(5):
         assert list_files("web", SubsetSource(source="pages")) == [(name, 7) for name in sorted(names)]
     assert listings[0] != listings[1]
