@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import fsspec
+import fsspec.config
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
@@ -202,7 +203,8 @@ def _default_options(step: FetchBlobs) -> dict[str, Any]:
     protocol = step.blob_url.partition("://")[0]
     if protocol in ("s3", "s3a"):
         return {
-            "anon": True,
+            # As the archive's bucket wants it; a private mirror says otherwise by FSSPEC_S3_ANON=false.
+            "anon": fsspec.config.conf.get("s3", {}).get("anon", True),
             # More than one would ask for each blob's size before the blob.
             "max_concurrency": 1,
             "config_kwargs": {

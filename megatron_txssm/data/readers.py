@@ -157,7 +157,9 @@ class RowReader(PipelineStep):
                 self.broken.report(file, number, INVALID_UTF8, str(error))
                 return None
         if not text:
-            self.broken.report(file, number, NULL_TEXT if text is None else EMPTY_TEXT)
+            known = self.text_field.split(".")[0] in row
+            detail = "" if known else f"no field {self.text_field!r}; it has {', '.join(row)}"
+            self.broken.report(file, number, NULL_TEXT if text is None else EMPTY_TEXT, detail)
             return None
         if not isinstance(text, str):
             raise UserError(f"{file}, row {number}: {self.text_field} is {type(text).__name__}, not text")

@@ -133,10 +133,16 @@ def _megatron_faults(prefix: Path, record: ShardRecord, facts: TokenizerFacts) -
 
 @functools.cache
 def _megatron_reader() -> type:
+    import logging
+    import warnings
+
     from megatron_txssm.platform import prepare_platform
 
-    prepare_platform()
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    # Six lines for each shard, and what it misses without a GPU, would bury the faults.
+    logging.getLogger("megatron.core.datasets").setLevel(logging.WARNING)
+    with warnings.catch_warnings(action="ignore"):
+        prepare_platform()
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     return IndexedDataset
 

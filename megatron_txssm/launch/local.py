@@ -12,7 +12,7 @@ from typing import Any
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.environment import adopt_slurm_step, is_worker
-from megatron_txssm.launch.preflight import check_run, make_run_directory, saved_step
+from megatron_txssm.launch.preflight import changed_data, check_run, is_finished, make_run_directory, saved_step
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 
@@ -68,8 +68,13 @@ def launch(recipe: Recipe, nproc: int, command: list[str], *, port: int | None =
     check_run(recipe, world_size=nproc)
     if port is not None:
         _check_port(port)
+    if is_finished(recipe):
+        print(f"{recipe.name}: finished before; {recipe.checkpoint_path} holds step {recipe.train_iters}")
+        return 0
     make_run_directory(recipe)
     print(f"{recipe.name}: {nproc} process{'es' if nproc > 1 else ''}, run directory {recipe.run_path}", flush=True)
+    if changes := changed_data(recipe):
+        print(f"warning: it goes on with other data than it was trained on ({changes})", flush=True)
     return _launch_workers(recipe, nproc, command, port or 0)
 
 

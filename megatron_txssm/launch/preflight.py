@@ -65,6 +65,29 @@ def check_checkpoint(recipe: Recipe) -> None:
         )
 
 
+def is_finished(recipe: Recipe) -> bool:
+    """Whether the run's newest checkpoint is of its last step; Megatron would fail for want of samples."""
+    if recipe.checkpoint.save_interval is None or recipe.megatron.get("skip_train"):
+        return False
+    return (saved_step(recipe.checkpoint_path) or 0) >= recipe.train_iters
+
+
+def changed_data(recipe: Recipe) -> str:
+    """How the training data differ from those of the checkpoint that the run goes on from; empty where they do not.
+
+    A sample's place in the data follows from its number: under other data, documents may come again, or never.
+    """
+    made_by = recipe.checkpoint_path / "recipe.yaml"
+    if recipe.checkpoint.save_interval is None or not saved_step(recipe.checkpoint_path) or not made_by.is_file():
+        return ""
+    return _differences(_training_data(load_recipe(made_by)), _training_data(recipe))
+
+
+def _training_data(recipe: Recipe) -> dict[str, Any]:
+    fields = {f"data.{name}": getattr(recipe.data, name) for name in ("corpus", "weights", "stages", "train", "blend")}
+    return fields | {"training.seed": recipe.training.seed, "training.seq_length": recipe.training.seq_length}
+
+
 def _architecture(recipe: Recipe) -> dict[str, Any]:
     fields = {f"model.{name}": value for name, value in vars(recipe.model).items() if name not in _FREE_AT_RESUME}
     return fields | {"the embedding's rows (data.vocab_size, padded)": recipe.padded_vocab_size}

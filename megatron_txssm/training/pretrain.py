@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.environment import end_with_launcher
-from megatron_txssm.launch.preflight import check_run, make_run_directory
+from megatron_txssm.launch.preflight import check_run, is_finished, make_run_directory
 from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.training.output import redirect_output
@@ -26,6 +26,10 @@ def run_worker(recipe: Recipe) -> int:
     end_with_launcher()
     try:
         check_run(recipe, world_size)
+        if is_finished(recipe):
+            if rank == 0:
+                print(f"{recipe.name}: finished before; {recipe.checkpoint_path} holds step {recipe.train_iters}")
+            return 0
         make_run_directory(recipe)
         terminal = redirect_output(log)
         pretrain(recipe, terminal)

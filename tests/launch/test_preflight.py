@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.preflight import check_checkpoint, make_run_directory, saved_step
+from megatron_txssm.launch.local import launch
+from megatron_txssm.launch.preflight import (
+    changed_data,
+    check_checkpoint,
+    is_finished,
+    make_run_directory,
+    saved_step,
+)
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 
@@ -130,3 +137,27 @@ def test_a_folder_without_permission_is_named(recipe: Recipe, tmp_path: Path) ->
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="Permission denied"):
         make_run_directory(recipe)
+
+
+def test_a_finished_run_is_not_started_again(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not is_finished(recipe)
+    save(recipe, str(recipe.train_iters - 1))
+    assert not is_finished(recipe)
+    (recipe.checkpoint_path / "latest_checkpointed_iteration.txt").write_text(str(recipe.train_iters))
+    assert is_finished(recipe)
+    # Evaluation alone takes no training samples.
+    assert not is_finished(dataclasses.replace(recipe, megatron={"skip_train": True}))
+    monkeypatch.setattr("megatron_txssm.launch.local.check_run", lambda recipe, world_size: None)
+    assert launch(recipe, 2, ["--no-such-option"]) == 0
+    assert f"demo_cpu: finished before; {recipe.checkpoint_path} holds step 320" in capsys.readouterr().out
+
+
+def test_other_data_than_the_checkpoints_are_named(recipe: Recipe) -> None:
+    assert changed_data(recipe) == ""
+    save(recipe)
+    assert changed_data(recipe) == ""
+    weights = {"python-library": 2.0}
+    other = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, weights=weights))
+    assert changed_data(other) == f"data.weights: None there, {weights} here"
