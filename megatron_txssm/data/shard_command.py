@@ -37,13 +37,19 @@ def prepare(recipe: CorpusRecipe) -> Plan:
     from megatron_txssm.data.tokenizer_files import install_tokenizer
     from megatron_txssm.data.verify import check_tokenizer
 
-    freeze_recipe(recipe)
     folder = recipe.path / "tokenizer"
-    # What an earlier command left that did not come as far as the plan may be another recipe's.
-    if not (recipe.path / "plan.json").exists() or not (folder / "facts.json").exists():
-        install_tokenizer(recipe.tokenizer, folder)
-    check_tokenizer(recipe.path)
-    return make_plan(recipe)
+    try:
+        freeze_recipe(recipe)
+        # What an earlier command left that did not come as far as the plan may be another recipe's.
+        if not (recipe.path / "plan.json").exists() or not (folder / "facts.json").exists():
+            install_tokenizer(recipe.tokenizer, folder)
+        check_tokenizer(recipe.path)
+        return make_plan(recipe)
+    except OSError as error:
+        where = error.filename2 or error.filename or recipe.path
+        raise UserError(
+            f"{where}: {error.strerror or error}; free the disk, mend the path, or use another output"
+        ) from None
 
 
 def shard(recipe: CorpusRecipe, workers: int) -> int:

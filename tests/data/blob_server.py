@@ -54,10 +54,12 @@ class Bucket:
             failure = failures.pop(0) if failures else self.always
         try:
             self.closing.wait(self.latency(name))
+            # Before the answer is on its way: the client may look as soon as it has it.
+            with self.lock:
+                self.answers.append(name)
             yield failure
         finally:
             with self.lock:
-                self.answers.append(name)
                 self.outstanding -= 1
 
 

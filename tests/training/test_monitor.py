@@ -60,6 +60,7 @@ class FakeMegatron:
             seq_length=256,
             consumed_train_samples=0,
             pipeline_model_parallel_size=1,
+            validation_set_names=None,
         )
         vars(self.args).update(changes)
         self.clock = clock
