@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 from megatron_txssm.data.corpus_recipe import CorpusRecipe
 from megatron_txssm.data.manifest import Plan, logging_folder, manifest_path, write_subset_manifest
@@ -14,11 +15,13 @@ from megatron_txssm.errors import UserError
 
 
 def unfinished(recipe: CorpusRecipe, plan: Plan, subset: str) -> list[int]:
-    """The tasks of a subset without a manifest; datatrove's own marks are made to agree with it."""
+    """The tasks of a subset without a manifest; what a kill left of finished ones is removed or made up for."""
     tasks = range(len(plan.tasks[subset]))
+    _remove_leftovers(recipe.path, subset)
     marks = logging_folder(recipe.path, subset) / "completions"
     open_tasks = []
     for task in tasks:
+        # datatrove's own mark.
         mark = marks / f"{task:05d}"
         if manifest_path(recipe.path, subset, task).exists():
             if not mark.exists():
@@ -30,6 +33,14 @@ def unfinished(recipe: CorpusRecipe, plan: Plan, subset: str) -> list[int]:
     if not open_tasks:
         write_subset_manifest(recipe.path, subset, len(tasks))
     return open_tasks
+
+
+def _remove_leftovers(directory: Path, subset: str) -> None:
+    """What a task leaves that is killed after its manifest was written and before it has tidied up."""
+    for pattern in ("*.lock", "*.status.json", "*.partial"):
+        for path in (directory / subset).glob(f"[0-9]{pattern}"):
+            if (directory / subset / f"{path.name.partition('.')[0]}.json").exists():
+                path.unlink(missing_ok=True)
 
 
 def run_locally(recipe: CorpusRecipe, plan: Plan, workers: int) -> None:

@@ -8,6 +8,7 @@ end-of-document token.
 import contextlib
 import hashlib
 import os
+import re
 import socket
 import struct
 from collections.abc import Iterable, Sequence
@@ -53,6 +54,14 @@ def write_file_atomically(path: str | Path, content: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what `write_file_atomically` left in a folder when its process, one of this machine, was killed."""
+    for path in folder.glob("*.partial"):
+        found = re.search(rf"\.{re.escape(socket.gethostname())}\.(\d+)\.partial$", path.name)
+        if found and not Path(f"/proc/{found[1]}").exists():
+            path.unlink(missing_ok=True)
 
 
 def file_sha256(path: str | Path) -> str:

@@ -34,10 +34,13 @@ def run(args: argparse.Namespace) -> int:
 def prepare(recipe: CorpusRecipe) -> Plan:
     """Make what all tasks share, unless it is there: the frozen recipe, the tokenizer, the plan."""
     from megatron_txssm.data.plan import freeze_recipe, make_plan
+    from megatron_txssm.data.shard import remove_abandoned
     from megatron_txssm.data.tokenizer_files import install_tokenizer
     from megatron_txssm.data.verify import check_tokenizer
 
     folder = recipe.path / "tokenizer"
+    for place in (recipe.path, folder, *(recipe.path / subset for subset in recipe.subsets)):
+        remove_abandoned(place)
     try:
         freeze_recipe(recipe)
         # What an earlier command left that did not come as far as the plan may be another recipe's.
@@ -57,12 +60,12 @@ def shard(recipe: CorpusRecipe, workers: int) -> int:
     from megatron_txssm.data.workers import start_worker_server
 
     start_worker_server()
-    from megatron_txssm.data.execute import run_locally
+    from megatron_txssm.data.execute import run_locally, unfinished
 
     plan = prepare(recipe)
     status = CorpusStatus(recipe.path)
     before = status.read()
-    if all(subset.done for subset in before):
+    if not sum(len(unfinished(recipe, plan, subset)) for subset in recipe.subsets):
         print(f"{recipe.path}: all {sum(s.tasks for s in before)} tasks were finished before")
         return 0
     start = time.monotonic()

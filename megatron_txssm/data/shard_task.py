@@ -203,6 +203,7 @@ class _SplitWriter:
     def publish(self) -> None:
         """Give the files their names; a split without documents has none."""
         if not self.shard.documents:
+            self.discard()
             for path in (self.shard.bin_path, self.shard.idx_path, self.sources_path):
                 path.unlink(missing_ok=True)
             return

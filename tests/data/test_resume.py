@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -105,6 +106,26 @@ def test_thirty_kills_change_no_byte(tmp_path: Path) -> None:
             finish_and_compare(recipe, corpus, expected)
     assert cut_short >= KILLS // 2, "most kills came after the end: they tested nothing"
     finish_and_compare(recipe, corpus, expected)
+
+
+def test_what_a_kill_leaves_of_finished_tasks_is_tidied_up(sources: SmolLMSources, tmp_path: Path) -> None:
+    recipe = smollm_recipe(tmp_path, sources, write_byte_level_bpe(tmp_path), max_files=1)
+    assert run_data("shard", str(recipe)).returncode == 0
+    expected = corpus_bytes(tmp_path / "corpus")
+    subset = tmp_path / "corpus" / "cosmopedia-v2"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    abandoned = f"{socket.gethostname()}.{gone.pid}.partial"
+    for name in ("00000.lock", "00000.status.json", "00000.validation.bin.partial", f"manifest.json.{abandoned}"):
+        (subset / name).write_text("{}")
+    (tmp_path / "corpus" / f"plan.json.{abandoned}").write_text("{}")
+    alive = tmp_path / "corpus" / f"plan.json.{socket.gethostname()}.{os.getpid()}.partial"
+    alive.write_text("another command is writing this")
+    (subset / "manifest.json").unlink()
+    done = run_data("shard", str(recipe))
+    assert done.returncode == 0 and "were finished before" in done.stdout
+    alive.unlink()
+    assert corpus_bytes(tmp_path / "corpus") == expected
 
 
 def finish_and_compare(recipe: Path, corpus: Path, expected: dict[str, bytes]) -> None:
