@@ -1,12 +1,12 @@
-"""SentencePiece tokenizers: training, loading, and the end-of-document token.
+"""SentencePiece tokenizers: training and loading.
 
 The trained model is the one Megatron loads with `--tokenizer-type SentencePieceTokenizer --tokenizer-model X.model`.
 """
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_txssm.data.shard import write_file_atomically
 from megatron_txssm.errors import UserError
@@ -86,31 +86,12 @@ def load_tokenizer(model_path: str | Path) -> "SentencePieceProcessor":
 
     path = Path(model_path)
     if not path.is_file():
-        raise UserError(f"tokenizer_model={path}: no such file; train one (txssm demo does) or correct the path")
+        raise UserError(
+            f"tokenizer_model={path}: no such file; train one (txssm data train-tokenizer) or correct the path"
+        )
     tokenizer = sentencepiece.SentencePieceProcessor()
     try:
         tokenizer.LoadFromSerializedProto(path.read_bytes())
     except (RuntimeError, OSError) as error:
         raise UserError(f"tokenizer_model={path}: not a SentencePiece model; train or copy it again") from error
     return tokenizer
-
-
-def end_of_document_id(tokenizer: Any) -> int:
-    """The id that ends a document, looked up in a SentencePiece processor or in a tokenizer built by Megatron."""
-    token_id = getattr(tokenizer, "eod", None)
-    if token_id is None:
-        token_id = getattr(tokenizer, "eos_id", None)
-    if callable(token_id):
-        token_id = token_id()
-    if not isinstance(token_id, int) or token_id < 0:
-        raise UserError(
-            f"tokenizer {type(tokenizer).__name__} has no end-of-document token (eos id {token_id}); documents could "
-            "not be told apart: use a tokenizer trained with one (SentencePiece: eos_id >= 0)"
-        )
-    return token_id
-
-
-def encode_documents(tokenizer: "SentencePieceProcessor", texts: Iterable[str]) -> Iterator[list[int]]:
-    """The ids of each text, without the end-of-document token (`write_shard` appends it)."""
-    for text in texts:
-        yield tokenizer.encode(text, out_type=int)

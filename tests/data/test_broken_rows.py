@@ -136,6 +136,7 @@ def test_the_share_may_be_reached():
     broken.seen(10)
     broken.report("a.parquet", 4, NULL_TEXT)
     broken.finish()
+    assert broken.broken_rows == 1
 
 
 def test_unreadable_files_have_their_own_threshold():

@@ -7,13 +7,13 @@ import json
 import pytest
 
 from megatron_txssm.data import demo_corpus, shard, tokenizer
+from megatron_txssm.data.corpus_recipe import TokenizerSource
 from megatron_txssm.data.tokenizer import (
-    encode_documents,
-    end_of_document_id,
     is_representable,
     load_tokenizer,
     train_sentencepiece,
 )
+from megatron_txssm.data.tokenizer_files import install_tokenizer
 from megatron_txssm.errors import UserError
 
 VOCAB_SIZE = 600
@@ -45,10 +45,10 @@ def model_path(tmp_path_factory):
 @pytest.mark.parametrize("text", AWKWARD_TEXTS + TEXTS)
 def test_decode_gives_the_text_back(model_path, text):
     processor = load_tokenizer(model_path)
-    (ids,) = encode_documents(processor, [text])
+    ids = processor.encode(text)
     assert processor.decode(ids) == text
     assert processor.unk_id() not in ids
-    assert end_of_document_id(processor) not in ids
+    assert processor.eos_id() not in ids
 
 
 def test_vocabulary_is_as_asked_and_compresses(model_path):
@@ -85,7 +85,7 @@ def test_megatron_builds_the_same_tokenizer(model_path):
     megatron_tokenizer = build_tokenizer(arguments)
     processor = load_tokenizer(model_path)
     assert megatron_tokenizer.vocab_size == VOCAB_SIZE
-    assert megatron_tokenizer.eod == end_of_document_id(processor) == end_of_document_id(megatron_tokenizer)
+    assert megatron_tokenizer.eod == processor.eos_id() >= 0
     for text in (*AWKWARD_TEXTS, TEXTS[0]):
         ids = megatron_tokenizer.tokenize(text)
         assert ids == processor.encode(text)
@@ -103,9 +103,9 @@ def test_a_tokenizer_without_end_of_document_is_refused(tmp_path):
     )
     (tmp_path / "x.model").write_bytes(model.getvalue())
     with pytest.raises(UserError, match="no end-of-document token"):
-        end_of_document_id(load_tokenizer(tmp_path / "x.model"))
-    with pytest.raises(UserError, match="no end-of-document token"):
-        end_of_document_id(object())
+        install_tokenizer(
+            TokenizerSource(type="SentencePieceTokenizer", model=str(tmp_path / "x.model")), tmp_path / "corpus"
+        )
 
 
 @pytest.mark.parametrize("vocab_size", [100, 1_000_000])
