@@ -31,7 +31,7 @@ def unfinished(recipe: CorpusRecipe, plan: Plan, subset: str) -> list[int]:
             mark.unlink(missing_ok=True)
             open_tasks.append(task)
     if not open_tasks:
-        write_subset_manifest(recipe.path, subset, len(tasks))
+        write_subset_manifest(recipe.path, subset)
     return open_tasks
 
 

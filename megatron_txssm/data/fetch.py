@@ -30,6 +30,7 @@ from megatron_txssm.data.broken_rows import (
     UNREACHABLE_BLOB,
     BrokenRows,
 )
+from megatron_txssm.data.readers import RowReader
 from megatron_txssm.errors import UserError
 
 # Ids come from the internet: nothing else may become part of a URL or a path.
@@ -53,6 +54,16 @@ class Blob:
     detail: str = ""
     # Of the object, as it is stored.
     stored_bytes: int = 0
+
+
+def with_texts(reader: RowReader) -> Generator[Document]:
+    """The documents of a reader, with the texts of their blobs where its subset has them."""
+    source = reader.subset
+    if source.blob_field is None:
+        return reader.run()
+    fetch = FetchBlobs(source.blob_url, threads=source.blob_threads, decode_errors=source.blob_decode_errors)
+    fetch.broken = reader.broken
+    return fetch.run(reader.run())
 
 
 class FetchBlobs(PipelineStep):

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import json
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ from megatron_txssm.errors import UserError
 
 # The parts of a corpus: documents to train on, and documents held out.
 SPLITS = ("train", "validation")
+# The files of one shard: tokens, index, sources of the documents.
+SHARD_SUFFIXES = (".bin", ".idx", ".parquet")
 # Raise it when the same sources and recipe would no longer give the same files.
 FORMAT = 1
 
@@ -198,11 +199,12 @@ def read_manifest(directory: Path, subset: str, task: int) -> TaskManifest | Non
 def write_manifest(directory: Path, manifest: TaskManifest) -> None:
     """Finish a task; with the last one of its subset, the subset."""
     write_json(manifest_path(directory, manifest.subset, manifest.task), dataclasses.asdict(manifest))
-    write_subset_manifest(directory, manifest.subset, len(read_plan(directory).tasks[manifest.subset]))
+    write_subset_manifest(directory, manifest.subset)
 
 
-def write_subset_manifest(directory: Path, subset: str, tasks: int) -> None:
-    """Sum up a finished subset. Whoever finishes last writes it; two at once write the same bytes."""
+def write_subset_manifest(directory: Path, subset: str) -> None:
+    """Sum up a subset if it is finished. Whoever finishes last writes it; two at once write the same bytes."""
+    tasks = len(read_plan(directory).tasks[subset])
     if not all(manifest_path(directory, subset, task).exists() for task in range(tasks)):
         return
     manifests = [manifest for task in range(tasks) if (manifest := read_manifest(directory, subset, task))]
@@ -273,8 +275,3 @@ def write_json(path: Path, data: Any, indent: int | None = 1) -> None:
     """Whole or not at all; the same data gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file_atomically(path, (json.dumps(data, indent=indent, ensure_ascii=False) + "\n").encode())
-
-
-def shard_suffixes() -> Sequence[str]:
-    """The files of one shard."""
-    return (".bin", ".idx", ".parquet")

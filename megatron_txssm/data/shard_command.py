@@ -35,8 +35,7 @@ def prepare(recipe: CorpusRecipe) -> Plan:
     """Make what all tasks share, unless it is there: the frozen recipe, the tokenizer, the plan."""
     from megatron_txssm.data.plan import freeze_recipe, make_plan
     from megatron_txssm.data.shard import remove_abandoned
-    from megatron_txssm.data.tokenizer_files import install_tokenizer
-    from megatron_txssm.data.verify import check_tokenizer
+    from megatron_txssm.data.tokenizer_files import check_tokenizer, install_tokenizer
 
     folder = recipe.path / "tokenizer"
     for place in (recipe.path, folder, *(recipe.path / subset for subset in recipe.subsets)):

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from datatrove.pipeline.base import PipelineStep
 from megatron_txssm.data.broken_rows import BrokenRows
 from megatron_txssm.data.corpus_recipe import CorpusRecipe
 from megatron_txssm.data.encoder import Encoder, compare, load_encoders
-from megatron_txssm.data.fetch import FetchBlobs
+from megatron_txssm.data.fetch import with_texts
 from megatron_txssm.data.manifest import (
     SPLITS,
     ShardRecord,
@@ -39,7 +39,7 @@ from megatron_txssm.data.manifest import (
 )
 from megatron_txssm.data.readers import RowReader
 from megatron_txssm.data.shard import ShardWriter, file_sha256, partial_path
-from megatron_txssm.data.tokenizer_files import tokenizer_file
+from megatron_txssm.data.tokenizer_files import check_tokenizer
 from megatron_txssm.errors import UserError
 
 # Texts encoded at a time: enough to lose no time between them, little memory.
@@ -97,9 +97,9 @@ class _Task:
             path.unlink(missing_ok=True)
         splits = {split: _SplitWriter(self.folder / f"{self.task:05d}.{split}", self.facts) for split in SPLITS}
         try:
-            encoder, reference = _encoders(self.recipe.path, self.facts, self.recipe.tokenizer.encoder)
+            encoder, reference = _encoders(self.recipe.path, self.recipe.tokenizer.encoder)
             # Closed at an error, too, or the threads that fetch blobs would go on.
-            with contextlib.closing(self._documents()) as documents:
+            with contextlib.closing(with_texts(self.reader)) as documents:
                 for batch in _batches(documents):
                     self._write(batch, splits, encoder, reference)
                     self.status.update(self._facts(splits) | {"encoder": encoder.name})
@@ -124,16 +124,6 @@ class _Task:
         finally:
             for writer in splits.values():
                 writer.discard()
-
-    def _documents(self) -> Generator[Document]:
-        documents = self.reader.run()
-        if self.source.blob_field is None:
-            return documents
-        fetch = FetchBlobs(
-            self.source.blob_url, threads=self.source.blob_threads, decode_errors=self.source.blob_decode_errors
-        )
-        fetch.broken = self.broken
-        return fetch.run(documents)
 
     def _write(
         self, batch: list[Document], splits: dict[str, "_SplitWriter"], encoder: Encoder, reference: Encoder
@@ -279,12 +269,9 @@ def _task_lock(directory: Path, subset: str, task: int) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoders(directory: Path, facts: TokenizerFacts, choice: str) -> tuple[Encoder, Encoder]:
+def _encoders(directory: Path, choice: str) -> tuple[Encoder, Encoder]:
     """(the encoder, the reference), once in a process; UserError where the corpus's tokenizer was changed."""
-    folder = directory / "tokenizer"
-    if file_sha256(tokenizer_file(folder, facts)) != facts.fingerprint:
-        raise UserError(f"{tokenizer_file(folder, facts)} was changed after the corpus was begun; put it back")
-    return load_encoders(folder, facts, choice)
+    return load_encoders(directory / "tokenizer", check_tokenizer(directory), choice)
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

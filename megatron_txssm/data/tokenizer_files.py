@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.data.corpus_recipe import TokenizerSource
-from megatron_txssm.data.manifest import TokenizerFacts, write_json
-from megatron_txssm.data.shard import write_file_atomically
+from megatron_txssm.data.manifest import TokenizerFacts, read_tokenizer_facts, write_json
+from megatron_txssm.data.shard import file_sha256, write_file_atomically
 from megatron_txssm.data.tokenizer import load_tokenizer
 from megatron_txssm.errors import UserError
 
@@ -21,6 +21,17 @@ from megatron_txssm.errors import UserError
 def tokenizer_file(folder: Path, facts: TokenizerFacts) -> Path:
     """The file that defines the tokenizer, in a corpus's tokenizer/ folder."""
     return folder / ("tokenizer.model" if facts.type == "SentencePieceTokenizer" else "tokenizer.json")
+
+
+def check_tokenizer(directory: Path) -> TokenizerFacts:
+    """The corpus's tokenizer; UserError where its file is not the one that made the tokens."""
+    facts = read_tokenizer_facts(directory)
+    path = tokenizer_file(directory / "tokenizer", facts)
+    if not path.is_file() or file_sha256(path) != facts.fingerprint:
+        raise UserError(
+            f"{path} is not the tokenizer that this corpus was made with ({facts.fingerprint}); put it back"
+        )
+    return facts
 
 
 def install_tokenizer(source: TokenizerSource, folder: Path) -> TokenizerFacts:

@@ -59,15 +59,11 @@ def _texts(recipe: CorpusRecipe, name: str, wanted_bytes: float) -> Iterator[str
 
 def _file_texts(name: str, subset: SubsetSource, file: str) -> Iterator[str]:
     from megatron_txssm.data.broken_rows import BrokenRows
-    from megatron_txssm.data.fetch import FetchBlobs
+    from megatron_txssm.data.fetch import with_texts
     from megatron_txssm.data.manifest import Slice, is_held_out
     from megatron_txssm.data.readers import RowReader
 
     broken = BrokenRows(name, max_broken_fraction=1.0, max_broken_files=subset.max_broken_files)
-    documents = RowReader(subset, (Slice(file, 0, 1, 0),), broken).run()
-    if subset.blob_field is not None:
-        fetch = FetchBlobs(subset.blob_url, threads=subset.blob_threads, decode_errors=subset.blob_decode_errors)
-        fetch.broken = broken
-        documents = fetch.run(documents)
+    documents = with_texts(RowReader(subset, (Slice(file, 0, 1, 0),), broken))
     # What is held out must stay unknown.
     yield from (d.text for d in documents if not is_held_out(d.text, subset.validation_fraction))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_txssm.data.manifest import (
+    SHARD_SUFFIXES,
     SPLITS,
     Plan,
     ShardRecord,
@@ -13,12 +14,10 @@ from megatron_txssm.data.manifest import (
     TokenizerFacts,
     read_manifest,
     read_plan,
-    read_tokenizer_facts,
     remove_task,
-    shard_suffixes,
 )
 from megatron_txssm.data.shard import check_shard, file_sha256
-from megatron_txssm.data.tokenizer_files import tokenizer_file
+from megatron_txssm.data.tokenizer_files import check_tokenizer
 from megatron_txssm.errors import UserError
 
 
@@ -34,17 +33,6 @@ class Fault:
 def tasks_of(directory: Path) -> list[tuple[str, int]]:
     """Every (subset, task) of a corpus."""
     return [(subset, task) for subset, tasks in read_plan(directory).tasks.items() for task in range(len(tasks))]
-
-
-def check_tokenizer(directory: Path) -> TokenizerFacts:
-    """The corpus's tokenizer; UserError where its file is not the one that made the tokens."""
-    facts = read_tokenizer_facts(directory)
-    path = tokenizer_file(directory / "tokenizer", facts)
-    if not path.is_file() or file_sha256(path) != facts.fingerprint:
-        raise UserError(
-            f"{path} is not the tokenizer that this corpus was made with ({facts.fingerprint}); put it back"
-        )
-    return facts
 
 
 def check_task(
@@ -92,7 +80,7 @@ def _faults(
 
 
 def _shard_faults(prefix: Path, record: ShardRecord) -> Iterator[str]:
-    for suffix in shard_suffixes():
+    for suffix in SHARD_SUFFIXES:
         path = Path(f"{prefix}{suffix}")
         if not path.is_file():
             yield f"{path} is missing"

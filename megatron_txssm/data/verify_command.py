@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from megatron_txssm.data.manifest import read_manifest, remove_task, write_subset_manifest
     from megatron_txssm.data.plan import corpus_directory
-    from megatron_txssm.data.verify import check_task, check_tokenizer, tasks_of
+    from megatron_txssm.data.tokenizer_files import check_tokenizer
+    from megatron_txssm.data.verify import check_task, tasks_of
 
     directory = corpus_directory(args.corpus)
     facts, tasks = check_tokenizer(directory), tasks_of(directory)
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{unreachable:,} texts could not be fetched; to try again, delete the manifests that count them")
     if not faults:
         for subset in dict.fromkeys(subset for subset, _ in tasks):
-            write_subset_manifest(directory, subset, sum(name == subset for name, _ in tasks))
+            write_subset_manifest(directory, subset)
         print(f"{directory}: all {len(tasks):,} tasks are as their manifests say")
         return 0
     if args.redo:
