@@ -1,6 +1,6 @@
 # Every target makes the environment first when it is missing (tools/bootstrap); when it is there, that takes no time.
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check lint format format-check types hooks lock clean clean-env
+.PHONY: help env demo test test-slurm check lint format format-check types hooks lock clean clean-env
 
 BIN := .venv/bin
 # Extra arguments of the command behind the target: make test ARGS="-k rope -x"
@@ -16,7 +16,10 @@ demo: env  ## train a small TransXSSM on this machine's CPU, tensor-parallel, an
 	$(BIN)/txssm demo $(ARGS)
 
 test: env  ## run the tests: make test ARGS="-k rope"
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slurm" $(ARGS)
+
+test-slurm: env  ## run the tests on a simulated Slurm cluster: needs root and Debian's slurm-wlm and munge
+	$(BIN)/python -m pytest tests/slurm $(ARGS)
 
 check: lint format-check types  ## lint, formatting and types: what .ci/run checks
 

@@ -1,0 +1,127 @@
+"""A simulated Slurm cluster (tools/slurm_sandbox) as the tests see it."""
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tools" / "slurm_sandbox"
+# Longer than anything takes here; whatever takes longer hangs.
+PATIENCE = 60  # seconds
+
+
+def search_path() -> str:
+    """PATH with the folder of root's daemons, which not every user has in it."""
+    return os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+
+
+def why_not() -> str | None:
+    """What this machine lacks for a cluster and what would help, or None."""
+    missing = [name for name in ("slurmctld", "slurmd", "munged", "ip") if not shutil.which(name, path=search_path())]
+    if os.geteuid() != 0 or missing:
+        found = f"not found: {', '.join(missing)}" if missing else "not root"
+        return (
+            f"needs root and Debian's slurm-wlm and munge ({found}): "
+            "apt-get install -y --no-install-recommends slurm-wlm munge iproute2"
+        )
+    probe = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "true"]
+    if subprocess.run(probe, capture_output=True).returncode != 0:
+        return "needs root that may make namespaces: start the container with --privileged"
+    return None
+
+
+@dataclass
+class Sandbox:
+    """A cluster with settings of its own. `env` is what its users' commands run with."""
+
+    directory: Path
+    env: dict[str, str]
+    claim: socket.socket = field(repr=False)
+
+    def command(self, *words: str, **changed: str) -> subprocess.CompletedProcess[str]:
+        """Runs tools/slurm_sandbox, with some environment variables changed."""
+        return subprocess.run(
+            [str(SCRIPT), *words], env=self.env | changed, capture_output=True, text=True, timeout=PATIENCE
+        )
+
+    def must(self, *words: str) -> str:
+        """The same; it has to succeed. Returns what it says."""
+        done = self.command(*words)
+        assert done.returncode == 0, f"slurm_sandbox {' '.join(words)}: exit {done.returncode}: {done.stderr}"
+        return done.stdout + done.stderr
+
+    def slurm(self, *words: str, cwd: Path | None = None) -> str:
+        """Runs one of Slurm's commands and returns what it prints."""
+        done = subprocess.run(words, env=self.env, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(words)}: exit {done.returncode}: {done.stderr}{done.stdout}")
+        return done.stdout
+
+    def node_states(self) -> dict[str, str]:
+        """Every node's state in Slurm's words: idle, mix, alloc, comp, down, down*, idle*, ..."""
+        lines = self.slurm("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %t").splitlines()
+        return {name: state for name, _, state in (line.partition(" ") for line in lines)}
+
+    def wait_states(self, wanted: dict[str, str], seconds: float) -> None:
+        """Waits until each of these nodes is in its state."""
+        end = time.monotonic() + seconds
+        while not wanted.items() <= (states := self.node_states()).items():
+            assert time.monotonic() < end, f"after {seconds} s the nodes are {states}, not {wanted}"
+            time.sleep(0.2)
+
+    def wait_idle(self, nodes: list[str], seconds: float) -> None:
+        self.wait_states(dict.fromkeys(nodes, "idle"), seconds)
+
+    def job_state(self, job: str) -> str:
+        """PENDING, RUNNING, COMPLETED, ...; Slurm forgets a job five minutes after its end."""
+        return self.slurm("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
+
+    def wait_job(self, job: str, state: str, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (now := self.job_state(job)) != state:
+            if time.monotonic() > end:
+                raise AssertionError(f"after {seconds} s job {job} is {now}, not {state}")
+            time.sleep(0.1)
+
+    def release(self, keep_logs: bool) -> None:
+        """Takes the cluster down and gives its settings free."""
+        self.must("down")
+        if not keep_logs:
+            shutil.rmtree(self.directory)
+        self.claim.close()
+
+
+def claim_sandbox() -> Sandbox:
+    """A sandbox that is down, whose folder, network, interfaces and port no other test process uses.
+
+    The claim is an address in Linux's abstract namespace: only one process has it, and it ends with that process. What
+    a killed one left is cleared away by the next that gets its settings.
+    """
+    for number in range(26):
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0txssm-slurm-tests-{number}")
+        except OSError:
+            claim.close()
+            continue
+        # Not pytest's folder: its name is too long for the sockets that Slurm puts there.
+        directory = Path(tempfile.gettempdir()) / f"txssm-slurm-tests-{number}"
+        settings = {
+            "DIR": str(directory),
+            "NET": f"10.79.{number}",
+            "PREFIX": "txt" + chr(ord("a") + number),
+            "PORT": str(18000 + 10 * number),
+        }
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("TXSSM_", "SLURM", "SBATCH_"))}
+        env |= {f"TXSSM_SANDBOX_{name}": value for name, value in settings.items()}
+        env |= {"SLURM_CONF": str(directory / "etc" / "slurm.conf"), "PATH": search_path()}
+        sandbox = Sandbox(directory, env, claim)
+        # Of a killed test process.
+        sandbox.must("down")
+        return sandbox
+    raise RuntimeError("all 26 settings for test sandboxes are in use")
