@@ -7,6 +7,7 @@ import argparse
 import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -22,7 +23,14 @@ VERBS: dict[str, tuple[str, str]] = {
         "megatron_txssm.launch.local",
         "pretrain a recipe: on processes of this machine, or under torchrun or srun",
     ),
+    "submit": ("megatron_txssm.launch.submit_command", "queue a recipe's pretraining on a Slurm cluster"),
+    "jobs": ("megatron_txssm.launch.jobs_command", "list your Slurm jobs, and how far their runs are"),
+    "logs": ("megatron_txssm.launch.logs_command", "show what a run's job prints, as it grows"),
+    "cancel": ("megatron_txssm.launch.cancel_command", "cancel a run's jobs; the trainer saves first"),
+    "why": ("megatron_txssm.launch.why_command", "say why a run's last attempt ended, and what to do"),
     "generate": ("megatron_txssm.evaluation.generate", "continue a prompt with a trained checkpoint"),
+    "convert": ("megatron_txssm.checkpoint.convert_command", "a checkpoint's weights as safetensors"),
+    "evaluate": ("megatron_txssm.evaluation.evaluate", "the loss of a run's newest checkpoint on all validation data"),
 }
 
 EXAMPLES = """\
@@ -71,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_readable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -79,6 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has gone (`txssm recipes | head`); closing stdout must not complain, either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _readable(text: str) -> str:
+    """A message may hold what somebody typed or a file says: nothing that a terminal obeys, no word without an end."""
+    text = "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+    return re.sub(r"\S{400,}", lambda word: f"{word[0][:200]}...{word[0][-50:]}", text)
 
 
 def _run(words: list[str]) -> int:

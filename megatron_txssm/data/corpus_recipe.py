@@ -147,17 +147,19 @@ def find_corpus_recipe(name: str) -> Path:
         return Path(name) / KEPT_RECIPE
     if name.endswith((".yaml", ".yml")) or "/" in name:
         return Path(name)
-    paths = {
-        path.stem: path
-        for folder in (_PACKAGE_CORPORA, Path("recipes/corpora"))
-        for path in sorted(folder.glob("*.yaml"))
-    }
+    paths = corpus_recipe_files()
     if name not in paths:
         raise UserError(
             f"no corpus recipe is named {shown(name)}{nearest(name, paths)}; there are {', '.join(sorted(paths))}, "
             "and a path ends in .yaml"
         )
     return paths[name]
+
+
+def corpus_recipe_files() -> dict[str, Path]:
+    """Name -> file of the corpus recipes of this repository and of the current directory's recipes/corpora/."""
+    folders = (_PACKAGE_CORPORA, Path("recipes/corpora"))
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
 def _override(data: dict[str, Any], text: str) -> None:

@@ -183,7 +183,8 @@ def check_shard(prefix: str | Path) -> ShardCounts:
 
     bin_path, idx_path = _shard_paths(prefix)
     for path in (idx_path, bin_path):
-        if not path.is_file():
+        # Path.is_file would raise for a name that is too long.
+        if not os.path.isfile(path):
             hint = "; give the prefix without .bin or .idx" if Path(prefix).suffix in (".bin", ".idx") else ""
             raise UserError(f"data prefix {prefix}: {path} does not exist; prepare the data or correct the path{hint}")
     remedy = "delete the .bin and .idx and prepare the data again"

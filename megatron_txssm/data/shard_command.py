@@ -86,7 +86,9 @@ def shard(recipe: CorpusRecipe, workers: int) -> int:
 
 def _submit(recipe: CorpusRecipe) -> int:
     from megatron_txssm.data.slurm_array import submit
+    from megatron_txssm.launch.batch_script import load_site_settings
 
+    load_site_settings()
     plan = prepare(recipe)
     submitted = submit(recipe, plan)
     for subset, job_ids in submitted.items():

@@ -5,9 +5,7 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import cast
 
 from datatrove.executor.slurm import SlurmPipelineExecutor
@@ -17,11 +15,11 @@ from megatron_txssm.data.execute import unfinished
 from megatron_txssm.data.manifest import Plan, logging_folder
 from megatron_txssm.data.shard_task import ShardTask
 from megatron_txssm.errors import UserError
+from megatron_txssm.launch.batch_script import render
+from megatron_txssm.launch.slurm import PLAIN_PATH, run_slurm, sbatch_environment
 
 # Slurm's own default, where the cluster does not tell.
 DEFAULT_MAX_ARRAY_SIZE = 1001
-# The paths in a batch script: nothing that a shell would read as more than a word.
-_PLAIN_PATH = re.compile(r"[\w.,:=@%/+-]+", re.ASCII)
 
 
 def submit(recipe: CorpusRecipe, plan: Plan) -> dict[str, list[str]]:
@@ -39,31 +37,20 @@ def submit(recipe: CorpusRecipe, plan: Plan) -> dict[str, list[str]]:
                 f"see `txssm data status {recipe.path}`, and wait for them or end them with scancel"
             )
     for array in arrays.values():
-        with _quiet_main():
+        with _quiet_main(), _environment(sbatch_environment(array.get_sbatch_args())):
             array.run()
     return {subset: array.job_ids for subset, array in arrays.items()}
 
 
 def cluster_max_array_size() -> int:
     """MaxArraySize of this cluster: one more than the largest index of a job array."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _slurm("scontrol", "show", "config"), re.MULTILINE)
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", run_slurm("scontrol", "show", "config"), re.MULTILINE)
     return int(found[1]) if found else DEFAULT_MAX_ARRAY_SIZE
 
 
 def _squeue(job_name: str) -> list[str]:
     """The ids of this user's jobs of a name."""
-    return sorted(set(_slurm("squeue", "--noheader", "--me", f"--name={job_name}", "--format=%F").split()))
-
-
-def _slurm(*command: str) -> str:
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
-    except FileNotFoundError:
-        raise UserError(f"--slurm: there is no {command[0]} on this machine; run it on a login node") from None
-    except subprocess.CalledProcessError as error:
-        raise UserError(f"--slurm: {shlex.join(command)}: {error.stderr.strip()}") from None
-    except (OSError, subprocess.SubprocessError) as error:
-        raise UserError(f"--slurm: {command[0]} does not answer ({error}); is slurmctld up?") from None
+    return sorted(set(run_slurm("squeue", "--noheader", "--me", f"--name={job_name}", "--format=%F").split()))
 
 
 class _Array(SlurmPipelineExecutor):
@@ -105,14 +92,18 @@ class _Array(SlurmPipelineExecutor):
         """Without the partition where none is named: the cluster has a default."""
         return {name: value for name, value in super().get_sbatch_args(max_array).items() if value is not None}
 
+    def get_launch_file_contents(self, sbatch_args: dict, run_script: str) -> str:
+        """Our batch script, which loads the pickle that datatrove's command would."""
+        _, pickled = shlex.split(run_script)
+        # datatrove's "" is an option without a value.
+        return render("shard", {name: str(value) or None for name, value in sbatch_args.items()}, [pickled])
+
 
 def _array(recipe: CorpusRecipe, plan: Plan, subset: str, limit: int) -> _Array:
     slurm = recipe.slurm
     folder = logging_folder(recipe.path, subset).resolve()
-    if not _PLAIN_PATH.fullmatch(str(folder)):
+    if not PLAIN_PATH.fullmatch(str(folder)):
         raise UserError(f"--slurm: {str(folder)!r} holds characters that a batch script cannot; use another output")
-    # The jobs run where, and in the environment in which, this command runs.
-    path, here = shlex.quote(str(Path(sys.executable).parent)), shlex.quote(os.getcwd())
     return _Array(
         [ShardTask(recipe, subset)],
         tasks=len(plan.tasks[subset]),
@@ -128,10 +119,24 @@ def _array(recipe: CorpusRecipe, plan: Plan, subset: str, limit: int) -> _Array:
         job_name=f"{recipe.name}-{subset}",
         # A cluster without accounting has none.
         qos="",
-        env_command=f"export PATH={path}:$PATH && cd {here}",
+        # The entrypoint makes a step of it.
+        with_srun=False,
         sbatch_args={name: value for name, _, value in (option.partition("=") for option in slurm.sbatch)},
         logging_dir=str(folder),
     )
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """For datatrove, which hands its own process's on to sbatch."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextlib.contextmanager

@@ -3,10 +3,13 @@
 import ctypes
 import os
 import re
+import shlex
 import signal
-import subprocess
+import sys
+from pathlib import Path
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.launch.slurm import hostnames
 
 
 def is_worker() -> bool:
@@ -19,10 +22,13 @@ def adopt_slurm_step() -> None:
 
     Variables that are set already win, so a site may choose address and port. Nothing happens outside a Slurm step: a
     batch script's own shell has SLURM_PROCID too, but no step. Nor in a step of one task, such as the shell that
-    `srun --pty bash` gives: what is typed there starts its processes itself.
+    `srun --pty bash` gives: what is typed there starts its processes itself; but the supervisor's step is always one.
     """
     env = os.environ
-    if "RANK" in env or "SLURM_STEP_ID" not in env or env["SLURM_STEP_NUM_TASKS"] == "1":
+    if "RANK" in env or "SLURM_STEP_ID" not in env:
+        return
+    attempt = attempt_folder()
+    if env["SLURM_STEP_NUM_TASKS"] == "1" and attempt is None:
         return
     env["RANK"] = env["SLURM_PROCID"]
     env.setdefault("WORLD_SIZE", env["SLURM_STEP_NUM_TASKS"])
@@ -31,8 +37,33 @@ def adopt_slurm_step() -> None:
     env.setdefault("LOCAL_WORLD_SIZE", str(tasks[int(env["SLURM_NODEID"])]))
     if "MASTER_ADDR" not in env:
         env["MASTER_ADDR"] = _first_host(env["SLURM_STEP_NODELIST"])
-    # The same on all nodes and, within a range above the usual services, another for each job.
-    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    env.setdefault("MASTER_PORT", str(rendezvous_port()))
+    if attempt is not None:
+        # Where torch's error handler leaves what ended this rank.
+        env["TORCHELASTIC_ERROR_FILE"] = str(attempt / f"rank_{env['RANK']}.json")
+
+
+def rendezvous_port() -> int:
+    """The same on all nodes and, within a range above the usual services, another for each job."""
+    return 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000
+
+
+def attempt_folder() -> Path | None:
+    """Where this process leaves its last words, if the supervisor of a batch job started it."""
+    return Path(os.environ["TXSSM_ATTEMPT"]) if "TXSSM_ATTEMPT" in os.environ else None
+
+
+def step_python() -> str:
+    """The Python of a step; in a container another than this process's."""
+    return os.environ.get("TXSSM_STEP_PYTHON", sys.executable)
+
+
+def srun_words(name: str) -> list[str]:
+    """The beginning of an srun command in a batch job, with the site's options, such as a container's."""
+    words = ["srun", f"--job-name={name}", *shlex.split(os.environ.get("TXSSM_SRUN_OPTIONS", ""))]
+    # srun does not take it from sbatch.
+    cpus = os.environ.get("SLURM_CPUS_PER_TASK")
+    return words if cpus is None else [*words, f"--cpus-per-task={cpus}"]
 
 
 def end_with_launcher() -> None:
@@ -51,9 +82,7 @@ def _tasks_per_node(text: str) -> list[int]:
 def _first_host(nodelist: str) -> str:
     """The first host of Slurm's compressed list, such as `gpu[03-07,11]`."""
     try:
-        hosts = subprocess.run(
-            ["scontrol", "show", "hostnames", nodelist], check=True, capture_output=True, text=True, timeout=60
-        ).stdout.split()
-    except (OSError, subprocess.SubprocessError) as error:
-        raise UserError(f"scontrol cannot expand SLURM_STEP_NODELIST={nodelist!r} ({error}); set MASTER_ADDR") from None
+        hosts = hostnames(nodelist)
+    except UserError as error:
+        raise UserError(f"SLURM_STEP_NODELIST={nodelist!r} cannot be expanded ({error}); set MASTER_ADDR") from None
     return hosts[0]

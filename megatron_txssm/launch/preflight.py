@@ -108,7 +108,8 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 def saved_step(folder: Path) -> int | None:
     """The step of a directory's newest checkpoint (a `release` is 0), None where it holds none."""
     tracker = folder / "latest_checkpointed_iteration.txt"
-    if not tracker.is_file():
+    # Path.is_file would raise for a name that is too long.
+    if not os.path.isfile(tracker):
         return None
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if text == "release":

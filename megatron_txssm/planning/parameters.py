@@ -91,6 +91,15 @@ class ParameterCount:
         return self.embedding + self.output + self.state_space + self.attention + self.ffn + self.norms
 
 
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Size of one checkpoint: weights in the model's precision, Adam's two moments and the optimizer's weights in fp32.
+
+    Random states, tokens and the index are left out; they are megabytes.
+    """
+    weight = 2 if recipe.training.precision == "bf16" else 4
+    return (weight + 12) * count_parameters(recipe).total
+
+
 def count_parameters(model: Recipe | ModelSizes) -> ParameterCount:
     """Parameters by part, over all processes."""
     sizes = ModelSizes.from_recipe(model) if isinstance(model, Recipe) else model

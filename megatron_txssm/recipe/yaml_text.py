@@ -33,6 +33,13 @@ class _Loader(yaml.SafeLoader):
             raise ComposerError(None, None, "aliases (*name) are not allowed", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        # No path and no command line can hold it.
+        if isinstance(value, str) and "\0" in value:
+            raise ConstructorError(None, None, "a text holds a zero byte", node.start_mark)
+        return value
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:

@@ -1,21 +1,28 @@
 """One worker of a run: a recipe in, Megatron's pretrain loop, checkpoints and metrics out."""
 
+import faulthandler
 import os
 import signal
 import sys
+from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.environment import end_with_launcher
+from megatron_txssm.launch.environment import attempt_folder, end_with_launcher
 from megatron_txssm.launch.preflight import check_run, is_finished, make_run_directory
-from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
+from megatron_txssm.recipe.megatron_args import (
+    megatron_arguments,
+    parse_megatron_arguments,
+    whole_validation_arguments,
+)
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.training.output import redirect_output
 
 
-def run_worker(recipe: Recipe) -> int:
-    """Train as the recipe says, as the rank that the environment names.
+def run_worker(recipe: Recipe, work: Callable[[Recipe, TextIO], None] | None = None) -> int:
+    """Train as the recipe says, or do other `work` with it, as the rank that the environment names.
 
     Returns the exit code: 0 at the end, or when an exit signal, interval or duration stopped the run and all is saved;
     1 for a failure of this rank; 2 for a user's mistake.
@@ -32,7 +39,8 @@ def run_worker(recipe: Recipe) -> int:
             return 0
         make_run_directory(recipe)
         terminal = redirect_output(log)
-        pretrain(recipe, terminal)
+        write_stacks_when_asked()
+        (work or pretrain)(recipe, terminal)
     except UserError as error:
         return _report(error, terminal, exit_code=2)
     except (SystemExit, KeyboardInterrupt):
@@ -76,10 +84,13 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
 
     mend_megatron()
     explain_failed_loads()
-    args = initialize_arguments([*megatron_arguments(recipe), *platform_arguments])
+    # In front: what stands in the recipe's `megatron:` section comes later and holds.
+    arguments = [*whole_validation_arguments(recipe, int(os.environ["WORLD_SIZE"])), *megatron_arguments(recipe)]
+    args = initialize_arguments([*arguments, *platform_arguments])
     if args.rank == 0:
         keep_recipe(recipe, recipe.run_path)
         keep_recipe_at_saves(recipe)
+    shield_saves_from_sigterm()
     # Megatron's handler saves and stops at SIGTERM, which clusters send; a person's Ctrl-C shall do the same.
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     monitor = TrainingMonitor(recipe, terminal)
@@ -95,9 +106,34 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
         # Its bare sys.exit() follows an error message.
         if stop.code != 0:
             raise RuntimeError(f"Megatron ended with exit code {stop.code}; see the log of this rank") from None
+        note_signal(args.rank)
     finally:
         monitor.close()
     torch.distributed.destroy_process_group()
+
+
+def write_stacks_when_asked() -> None:
+    """At SIGUSR2 this process writes the stack of each of its threads to stderr: where is it stuck?
+
+    The data loader's processes stay silent: what they answer would be taken for the worker's answer.
+    """
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+
+    def be_silent() -> None:
+        faulthandler.unregister(signal.SIGUSR2)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+    os.register_at_fork(after_in_child=be_silent)
+
+
+def note_signal(rank: int) -> None:
+    """Tell the supervisor of a batch job, if there is one, that a signal ended the loop, after which all was saved."""
+    from megatron.training.global_vars import get_signal_handler
+
+    folder = attempt_folder()
+    # Any other early end is one that the recipe asks for, such as megatron.exit_interval.
+    if folder is not None and rank == 0 and get_signal_handler()._signal_received:
+        (folder / "stopped").touch()
 
 
 def initialize_arguments(arguments: list[str]) -> Any:
@@ -136,6 +172,30 @@ def keep_recipe(recipe: Recipe, folder: Path) -> None:
     partial = folder / "recipe.yaml.partial"
     partial.write_text(recipe.to_yaml(), encoding="utf-8")
     partial.replace(folder / "recipe.yaml")
+
+
+def shield_saves_from_sigterm() -> None:
+    """Let the processes that Megatron starts in order to save live through SIGTERM.
+
+    Slurm sends it to every process of a step. Megatron's handler spares the ranks and their data loaders, but the
+    process that collects what was written would die of it, and with it every later save: above all the one that
+    SIGTERM asks for. What is started while a signal is blocked has it blocked for life.
+    """
+    from megatron.training import training
+
+    save = training.save_checkpoint
+
+    def save_with_sigterm_blocked(*args: Any, **kwargs: Any) -> Any:
+        # Python's own helper; starting it unblocks SIGTERM.
+        resource_tracker.ensure_running()
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return save(*args, **kwargs)
+        finally:
+            # One that came meanwhile reaches Megatron's handler now.
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+    training.save_checkpoint = save_with_sigterm_blocked
 
 
 def keep_recipe_at_saves(recipe: Recipe) -> None:

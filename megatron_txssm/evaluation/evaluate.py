@@ -1,0 +1,248 @@
+"""txssm evaluate: the loss of a run's newest checkpoint on all of its validation data, by Megatron's own evaluation.
+
+Each sample counts once: Megatron's full validation goes over a set once per micro-batch of a training step, and repeats
+samples where the data-parallel ranks do not divide them; here a step has one micro-batch, and empty samples fill up.
+As in Megatron, a shard's last tokens, less than a sample, are left out.
+"""
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+from megatron_txssm.checkpoint.export import find_checkpoints
+from megatron_txssm.cli import add_verb
+from megatron_txssm.errors import UserError
+from megatron_txssm.launch.environment import adopt_slurm_step, is_worker
+from megatron_txssm.launch.local import add_run_arguments, launch, smallest_world_size
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.megatron_args import megatron_arguments, whole_validation_arguments
+from megatron_txssm.recipe.recipe import Recipe
+
+EXAMPLES = (
+    "txssm evaluate runs/demo",
+    "txssm evaluate runs/demo --set parallel.tensor_model_parallel_size=1",
+    "srun txssm evaluate runs/transxssm_1.3b",
+)
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = add_verb(subparsers, "evaluate", EXAMPLES)
+    add_run_arguments(parser)
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder; results go to RUN/evaluation")
+
+
+def run(args: argparse.Namespace) -> int:
+    adopt_slurm_step()
+    recipe = evaluation_recipe(args.run, args.overrides)
+    if is_worker():
+        from megatron_txssm.training.pretrain import run_worker
+
+        return run_worker(recipe, evaluate)
+    nproc = smallest_world_size(recipe) if args.nproc is None else args.nproc
+    command = ["evaluate", str(args.run), *(word for text in args.overrides for word in ("--set", text))]
+    return launch(recipe, nproc, command, port=args.port)
+
+
+def evaluation_recipe(run: Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe of a run's checkpoints, changed by the user's `overrides` and so that it only evaluates.
+
+    Nothing is saved, and whatever is written goes to RUN/evaluation. UserError without a checkpoint or validation data.
+    """
+    checkpoints = find_checkpoints(run)
+    if checkpoints == run:
+        raise UserError(f"{run} is a checkpoints folder; name the run's own folder, such as {run.absolute().parent}")
+    made_by = next((file for folder in (checkpoints, run) if (file := folder / "recipe.yaml").is_file()), None)
+    if made_by is None:
+        raise UserError(f"{run} has no recipe.yaml; `txssm pretrain` writes one")
+    _check_validation_data(run, load_recipe(made_by, overrides))
+    ours = {
+        "run_directory": run / "evaluation",
+        "checkpoint.directory": None,
+        # With an interval, preflight would try to write to the checkpoints.
+        "checkpoint.save_interval": None,
+        # Preflight compares the model with that of the checkpoint.
+        "checkpoint.load_from": checkpoints,
+        # A schedule of many micro-batches, where a step has one here.
+        "parallel.virtual_pipeline_stages": None,
+        "logging.eval_iters": None,
+        "logging.tensorboard": False,
+        "logging.wandb_project": None,
+        "megatron.skip_train": True,
+        "megatron.exit_duration_in_mins": None,
+    }
+    # JSON's strings are YAML's, whatever a path holds.
+    fixed = [f"{name}={json.dumps(str(v) if isinstance(v, Path) else v)}" for name, v in ours.items()]
+    return load_recipe(made_by, [*overrides, *fixed])
+
+
+def _check_validation_data(run: Path, recipe: Recipe) -> None:
+    data = recipe.data
+    if data.corpus is not None:
+        from megatron_txssm.data.blend import recipe_blend
+
+        found = bool(recipe_blend(recipe).shards("validation"))
+    elif data.blend is not None:
+        found = float((f"{data.split},0").split(",")[1]) > 0
+    else:
+        found = data.validation is not None
+    if not found:
+        raise UserError(
+            f"{run} has no validation data: its recipe's data hold none; "
+            "name token files with --set data.train=PREFIX --set data.validation=PREFIX"
+        )
+
+
+def evaluate(recipe: Recipe, terminal: TextIO) -> None:
+    """As one worker of Megatron: evaluate and, as rank 0, write validation.json and the table."""
+    from megatron_txssm.platform import prepare_platform
+
+    platform_arguments = prepare_platform()
+    import torch.distributed
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from megatron_txssm.checkpoint.load import explain_failed_loads
+    from megatron_txssm.compat import mend_megatron
+    from megatron_txssm.training.pretrain import initialize_arguments, model_config
+
+    mend_megatron()
+    explain_failed_loads()
+    args = initialize_arguments([*megatron_arguments(recipe), *_evaluation_arguments(recipe), *platform_arguments])
+    # Megatron's handler waits for the end of a training step, which does not come.
+    args.exit_signal_handler = False
+    hidden = args.rank > 0 or not terminal.isatty()
+    with Progress(console=Console(file=terminal), transient=True, disable=hidden) as progress:
+        validation = _Validation(recipe, args, partial(progress.update, progress.add_task("evaluating")))
+        config = pretrain_cfg_container_from_args(args, model_config(args))
+        try:
+            pretrain(config, validation.datasets_provider, ModelType.encoder_or_decoder, validation.forward_step)
+        except SystemExit as stop:
+            # Megatron's bare sys.exit() follows an error message.
+            raise RuntimeError(f"Megatron ended with exit code {stop.code}; see the log of this rank") from None
+    if args.rank == 0:
+        report(recipe, args.iteration, validation.results, terminal)
+    torch.distributed.destroy_process_group()
+
+
+def _evaluation_arguments(recipe: Recipe) -> list[str]:
+    """Behind the recipe's own, so that these hold."""
+    words = [f"--load={recipe.checkpoint.load_from}", "--no-load-optim", "--no-load-rng"]
+    words += whole_validation_arguments(recipe, int(os.environ["WORLD_SIZE"]))
+    for flag, blend in (("--valid-data-path", recipe.data.validation), ("--data-path", recipe.data.blend)):
+        # Without weights: all is read.
+        words += [flag, *(prefix for _, prefix in blend)] if blend else []
+    return words
+
+
+class _Validation:
+    """What Megatron's loop is given, and what comes of it: the loss of each set, summed in fp64 on every rank."""
+
+    def __init__(self, recipe: Recipe, args: Any, progress: Callable[..., None]):
+        from megatron.training import training
+
+        self.args, self.progress = args, progress
+        prefixes = [prefix for _, prefix in recipe.data.validation or ()]
+        # The subsets of a corpus, or else token files.
+        self.names = args.validation_set_names or prefixes or ["validation"]
+        # Set -> (loss in nats a token, tokens).
+        self.results: dict[str, tuple[float, int]] = {}
+        self.batches = 0
+        # Of the set at hand, on this rank: [loss, tokens].
+        self.sums: Any = 0.0
+        self.datasets_provider = partial(_validation_sets, args=args)
+        # Tells Megatron that every rank may call it.
+        setattr(self.datasets_provider, "is_distributed", True)
+        self._evaluate, training.evaluate = training.evaluate, self._evaluate_set
+
+    def _evaluate_set(self, *args: Any, **kwargs: Any) -> Any:
+        """In the place of Megatron's function, which evaluates one set after another."""
+        self.sums, self.batches = 0.0, 0
+        result = self._evaluate(*args, **kwargs)
+        self.results[self.names[len(self.results)]] = self._over_all_ranks()
+        return result
+
+    def forward_step(self, data_iterator: Any, model: Any) -> Any:
+        """Megatron's forward step, whose losses are summed here, too: Megatron's own sum is fp32."""
+        from megatron_txssm.training.forward_step import forward_step
+
+        output, loss_function = forward_step(data_iterator, model)
+        self.batches += 1
+        number = len(self.results)
+        self.progress(completed=self.batches, total=self.args.eval_iters[number], description=self.names[number])
+        return output, partial(self._add, loss_function)
+
+    def _add(self, loss_function: Callable[..., Any], losses_BL: Any) -> Any:
+        """Called on the last pipeline stage only."""
+        import torch
+
+        loss, num_tokens, reported = loss_function(losses_BL)
+        self.sums = self.sums + torch.stack([loss.double(), num_tokens.double()])
+        return loss, num_tokens, reported
+
+    def _over_all_ranks(self) -> tuple[float, int]:
+        import torch
+        from megatron.core import parallel_state
+
+        box: list[Any] = [None]
+        if parallel_state.is_pipeline_last_stage():
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            torch.distributed.all_reduce(self.sums, group=group)
+            loss, tokens = self.sums.tolist()
+            box = [(loss / tokens, int(tokens))]
+        torch.distributed.broadcast_object_list(box, src=torch.distributed.get_world_size() - 1)
+        return box[0]
+
+
+def _validation_sets(num_samples: list[Any], vp_stage: int | None = None, *, args: Any) -> list[Any]:
+    """Megatron's datasets, but only those for validation, each filled up for the data-parallel ranks."""
+    from megatron_txssm.training.forward_step import datasets_provider
+
+    # Else the training shards' indices would be built, for nothing.
+    args.train_data_path = args.blend_stages = None
+    _, validation, _ = datasets_provider(num_samples, vp_stage)
+    sets = validation if isinstance(validation, list) else [validation]
+    return [None, [WholeSet(samples, args.data_parallel_size) for samples in sets], None]
+
+
+class WholeSet:
+    """A validation set, filled up to a multiple of `copies` with samples whose loss does not count."""
+
+    def __init__(self, samples: Any, copies: int):
+        self.samples, self.copies = samples, copies
+        # Megatron's loader reads a validation set whole.
+        self.split = samples.split if hasattr(samples, "split") else samples.index_split
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.samples) / self.copies) * self.copies
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.samples[min(index, len(self.samples) - 1)]
+        return sample if index < len(self.samples) else sample | {"loss_mask": sample["loss_mask"] * 0}
+
+
+def report(recipe: Recipe, step: int, results: dict[str, tuple[float, int]], terminal: TextIO) -> None:
+    """Write RUN/evaluation/validation.json and print it as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron_txssm.data.manifest import write_json
+
+    sets = {name: {"loss": loss, "perplexity": math.exp(loss), "tokens": n} for name, (loss, n) in results.items()}
+    file = recipe.run_path / "validation.json"
+    write_json(file, {"name": recipe.name, "step": step, "checkpoint": recipe.checkpoint.load_from, "sets": sets})
+
+    table = Table("validation set", box=None)
+    for heading in ("nats/token", "perplexity", "tokens"):
+        table.add_column(heading, justify="right")
+    for name, (loss, tokens) in results.items():
+        table.add_row(name, f"{loss:.4f}", f"{math.exp(loss):,.2f}", f"{tokens:,}")
+    Console(file=terminal).print(table)
+    print(f"step {step}; {file}", file=terminal)

@@ -1,0 +1,99 @@
+"""Batch scripts: a thin one of slurm/, its options filled in.
+
+What a recipe says never stands in a script: it reaches the job as a file of the run folder, whose path is one plain
+word.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.launch.slurm import PLAIN_WORD
+from megatron_txssm.recipe.setting import shown
+
+HOME = Path(__file__).parents[2]
+_TEMPLATES = HOME / "slurm"
+
+# Options under which there is no job, several, or one that runs something else.
+NOT_OURS = {"array", "error", "help", "output", "parsable", "test-only", "usage", "version", "wait", "wrap"}
+# sbatch's long option -> its value; None for an option without one, "" to leave it out.
+Options = Mapping[str, str | None]
+
+
+def render(stage: str, options: Options, words: Sequence[str] = ()) -> str:
+    """The batch script of a stage: slurm/STAGE.sbatch with `options` in the place of its own, run with `words`."""
+    name = f"{stage}.sbatch"
+    lines = (_TEMPLATES / name).read_text(encoding="utf-8").splitlines()
+    merged = {**_options(lines), **options}
+    body = [line for line in lines if line and not line.startswith("#")]
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            f"# From slurm/{name}.",
+            *(f"#SBATCH --{_word(option, value)}" for option, value in merged.items() if value != ""),
+            "",
+            f"export TXSSM_HOME={shlex.quote(str(HOME))} TXSSM_PYTHON={shlex.quote(sys.executable)}",
+            f"set -- {shlex.join(words)}",
+            *body,
+            "",
+        ]
+    )
+
+
+def load_site_settings() -> None:
+    """Take over into this process's environment what slurm/env.sh, or the file that $TXSSM_ENV names, sets."""
+    named = os.environ.get("TXSSM_ENV")
+    path = Path(named).absolute() if named else HOME / "slurm" / "env.sh"
+    if not path.exists():
+        if named:
+            raise UserError(f"TXSSM_ENV={shown(named)}: no such file")
+        return
+    # The file is the site's own program, as the batch scripts run it, too.
+    command = ["bash", "-c", 'set -ea; source "$1" >&2; env -0', "bash", str(path)]
+    # Bytes: an environment may hold what is no text.
+    done = subprocess.run(command, capture_output=True)
+    if done.returncode != 0:
+        said = " ".join(done.stderr.decode(errors="replace").split())[-400:]
+        raise UserError(f"{path} fails (exit code {done.returncode}): {said}")
+    for entry in done.stdout.split(b"\0"):
+        name, equals, value = entry.partition(b"=")
+        if equals:
+            os.environb[name] = value
+    if named:
+        # The job may start in another folder.
+        os.environ["TXSSM_ENV"] = str(path)
+
+
+def parse_options(texts: Sequence[str], source: str) -> dict[str, str | None]:
+    """Options of sbatch as a site or a user writes them: `exclusive`, `cpus-per-task=12`; UserError names `source`."""
+    options: dict[str, str | None] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name[:1].isalpha() or not PLAIN_WORD.fullmatch(text):
+            raise UserError(
+                f"{source} {shown(text)} must be a long option of sbatch without its dashes, or NAME=VALUE, "
+                "in one plain word"
+            )
+        if name in NOT_OURS:
+            raise UserError(f"{source} {shown(text)} would make another job of it, or none; leave it out")
+        options[name] = value if equals else None
+    return options
+
+
+def _options(lines: Sequence[str]) -> dict[str, str | None]:
+    """The options that a template states: the first word behind #SBATCH, without what explains it."""
+    words = [line.split()[1].removeprefix("--") for line in lines if line.startswith("#SBATCH ")]
+    return parse_options(words, "#SBATCH")
+
+
+def _word(option: str, value: str | None) -> str:
+    word = option if value is None else f"{option}={value}"
+    if not PLAIN_WORD.fullmatch(word):
+        raise UserError(
+            f"--{option} {shown(value)} must be one plain word: letters, digits and . , : = @ % / + [ ] * ( ) -"
+        )
+    return word

@@ -1,0 +1,64 @@
+"""txssm jobs: this user's Slurm jobs, and how far the runs are that they belong to."""
+
+import argparse
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.cli import add_verb
+from megatron_txssm.errors import UserError
+from megatron_txssm.launch import slurm
+from megatron_txssm.launch.run_folder import last_step
+from megatron_txssm.recipe.loader import load_recipe
+
+
+def add_parser(subparsers: Any) -> None:
+    add_verb(subparsers, "jobs", ("txssm jobs",))
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    jobs = [job for job in slurm.queue() if not job.is_over]
+    if not jobs:
+        print("no jobs")
+        return 0
+    table = Table("job", box=None, pad_edge=False)
+    for column in ("name", "state", "nodes", "restarts", "time left", "step", "run"):
+        table.add_column(column, overflow="fold")
+    for job in sorted(jobs, key=lambda job: job.job_id):
+        folder = job.script.parent
+        ours = (folder / "submission.json").is_file()
+        table.add_row(
+            job.job_id,
+            job.name,
+            f"{job.state} ({job.reason})" if job.state == "PENDING" else job.state,
+            job.nodes,
+            str(job.restarts),
+            _time_left(job),
+            _step(folder) if ours and job.script.stem == "pretrain" else "",
+            _shown(folder) if ours else "",
+        )
+    Console().print(table)
+    return 0
+
+
+def _time_left(job: slurm.Job) -> str:
+    if job.state != "RUNNING" or not job.end_time:
+        return ""
+    return str(timedelta(seconds=max(0, job.end_time - round(time.time()))))
+
+
+def _step(run: Path) -> str:
+    try:
+        total = f"{load_recipe(run / 'recipe.yaml').train_iters:,}"
+    except UserError:
+        total = "?"
+    return f"{last_step(run / 'metrics.jsonl') or 0:,} of {total}"
+
+
+def _shown(folder: Path) -> str:
+    """As one would type it here."""
+    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)

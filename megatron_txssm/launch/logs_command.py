@@ -1,0 +1,85 @@
+"""txssm logs: what a run's newest job printed; with -f as it grows, until the job is over."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.cli import add_verb
+from megatron_txssm.errors import UserError
+from megatron_txssm.launch import slurm
+from megatron_txssm.launch.run_folder import find_run, read_submission
+
+EXAMPLES = (
+    "txssm logs runs/transxssm_1.3b",
+    "txssm logs -f transxssm_1.3b",
+    "txssm logs 17 --lines 200",
+    "txssm logs demo_cpu --rank 3",
+)
+POLL_SECONDS = 1.0
+# Between two questions to slurmctld.
+ASK_SECONDS = 15.0
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = add_verb(subparsers, "logs", EXAMPLES)
+    parser.add_argument("run", help="a run folder, a name under runs/, or the number of a job")
+    parser.add_argument(
+        "-f", "--follow", action="store_true", help="go on until the job is over (Ctrl-C: stop looking)"
+    )
+    parser.add_argument("--lines", type=int, default=40, metavar="N", help="of what is there already (default: 40)")
+    parser.add_argument("--stage", default="pretrain", help="of a chain: pretrain, convert or evaluate")
+    parser.add_argument("--rank", type=int, metavar="R", help="the log of one rank instead")
+
+
+def run(args: argparse.Namespace) -> int:
+    folder = find_run(args.run)
+    job = _job(folder, args.stage)
+    path = folder / "logs" / (f"{args.stage}-{job}.out" if args.rank is None else f"rank_{args.rank}.log")
+    waited = False
+    while not path.exists():
+        state = _state(job)
+        if not args.follow or state is None:
+            raise UserError(f"{path} is not there (yet); {_pending(job, state)}")
+        if not waited:
+            print(f"{path} is not there yet; {_pending(job, state)}", file=sys.stderr)
+            waited = True
+        time.sleep(ASK_SECONDS if state == "PENDING" else POLL_SECONDS)
+    _show(path, args.lines, job if args.follow else None)
+    return 0
+
+
+def _show(path: Path, lines: int, job: str | None) -> None:
+    """The last lines of a file; then, while `job` is not over, what comes to it."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        sys.stdout.write("".join(file.readlines()[-lines:] if lines > 0 else []))
+        asked = 0.0
+        over = job is None
+        while True:
+            if text := file.read():
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            elif over:
+                return
+            else:
+                if time.monotonic() - asked > ASK_SECONDS:
+                    asked, over = time.monotonic(), job is None or _state(job) is None
+                time.sleep(POLL_SECONDS)
+
+
+def _job(folder: Path, stage: str) -> str:
+    jobs = read_submission(folder).get("jobs", {})
+    if stage not in jobs:
+        known = f"; it has {', '.join(jobs)}" if jobs else ""
+        raise UserError(f"{folder} has no job of stage {stage!r}{known}; submit one: txssm submit --help")
+    return jobs[stage][-1]
+
+
+def _state(job: str) -> str | None:
+    """PENDING, RUNNING …; None where it is over."""
+    return next((found.state for found in slurm.queue() if found.job_id == job and not found.is_over), None)
+
+
+def _pending(job: str, state: str | None) -> str:
+    return f"job {job} is over" if state is None else f"job {job} is {state}"

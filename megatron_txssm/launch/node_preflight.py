@@ -1,0 +1,127 @@
+"""Checks every node of a job before the trainer starts: GPUs, run folder, versions, clock, rendezvous, caches."""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.data.manifest import write_json
+from megatron_txssm.launch.environment import rendezvous_port, srun_words, step_python
+from megatron_txssm.planning.parameters import checkpoint_bytes
+from megatron_txssm.recipe.recipe import Recipe
+
+# Between a node's clock and the first node's: what reads times of files starts to err.
+MAX_CLOCK_SKEW_SECONDS = 5.0
+ANSWER_SECONDS = 120
+_MODULE = "megatron_txssm.launch.node_check"
+
+
+class NodePreflight:
+    """One run of node_check on every node; `port` is the rendezvous port that it found free and reachable."""
+
+    def __init__(self, recipe: Recipe, recipe_file: str, nodes: list[str], folder: Path):
+        self.recipe = recipe
+        self.recipe_file = recipe_file
+        self.nodes = nodes
+        self.folder = folder
+        self.port = 0
+
+    def run(self) -> dict[str, list[str]]:
+        """Node -> what is wrong with it; empty where all are fit. Everything reported goes to preflight.json."""
+        token = secrets.token_hex(16)
+        (self.folder / "token").write_text(token)
+        with _listener(rendezvous_port()) as listener:
+            self.port = listener.getsockname()[1]
+            threading.Thread(target=_tell_time, args=(listener,), daemon=True).start()
+            reports = self._ask(token)
+        problems = find_problems(reports, self.nodes)
+        write_json(self.folder / "preflight.json", {"reports": reports, "problems": problems})
+        for text in sorted({text for report in reports for text in report["warnings"]}):
+            named = sorted(report["node"] for report in reports if text in report["warnings"])
+            print(f"preflight: {', '.join(named)}: {text}", flush=True)
+        for node, texts in problems.items():
+            print(f"preflight: {node} is not fit: {'; '.join(texts)}", flush=True)
+        return problems
+
+    def _ask(self, token: str) -> list[dict[str, Any]]:
+        """What the nodes report; one that fails or hangs is not among them."""
+        count, saves = len(self.nodes), self.recipe.checkpoint.save_interval is not None
+        checkpoints = self.recipe.checkpoint_path if saves else self.recipe.run_path
+        command = [
+            *srun_words("preflight"),
+            *(f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1"),
+            *(step_python(), "-m", _MODULE),
+            f"--folder={self.recipe.run_path.resolve()}",
+            f"--checkpoints={checkpoints.resolve()}",
+            f"--recipe={Path(self.recipe_file).resolve()}",
+            f"--token={token}",
+            f"--token-file={self.folder / 'token'}",
+            f"--address={self.nodes[0]}:{self.port}",
+            f"--gpus={gpus_on_node()}",
+            f"--free-bytes={checkpoint_bytes(self.recipe) if saves else 0}",
+        ]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as srun:
+            try:
+                output, _ = srun.communicate(timeout=ANSWER_SECONDS)
+            except subprocess.TimeoutExpired:
+                srun.kill()
+                output, _ = srun.communicate()
+        lines = [line for line in output.splitlines() if line.startswith('{"node": ')]
+        return [json.loads(line) for line in lines]
+
+
+def find_problems(reports: list[dict[str, Any]], nodes: list[str]) -> dict[str, list[str]]:
+    """Node -> problems: its own, and where it differs from the others."""
+    by_node = {report["node"]: report for report in reports}
+    # In the nodes' order, whatever srun's: of two that differ, the first counts.
+    reports = [by_node[node] for node in nodes if node in by_node]
+    problems = {node: list(by_node[node]["problems"]) for node in nodes if node in by_node}
+    problems |= {node: ["it gave no answer"] for node in nodes if node not in by_node}
+    for fact in reports[0]["facts"] if reports else ():
+        usual = Counter(report["facts"][fact] for report in reports).most_common(1)[0][0]
+        for report in reports:
+            if (value := report["facts"][fact]) != usual:
+                problems[report["node"]].append(f"{fact} is {value}, elsewhere {usual}")
+    for report in reports:
+        clock = report["clock"]
+        if clock and abs(clock["ahead_seconds"]) - clock["uncertain_seconds"] > MAX_CLOCK_SKEW_SECONDS:
+            problems[report["node"]].append(f"its clock is {-clock['ahead_seconds']:+.1f} s off that of {nodes[0]}")
+    return {node: texts for node, texts in problems.items() if texts}
+
+
+def gpus_on_node() -> int:
+    """GPUs that Slurm gives the job on each node."""
+    return int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
+
+
+@contextlib.contextmanager
+def _listener(port: int) -> Iterator[socket.socket]:
+    """On the rendezvous's usual port, or any free one where that is taken."""
+    try:
+        listener = socket.create_server(("", port))
+    except OSError:
+        listener = socket.create_server(("", 0))
+    try:
+        yield listener
+    finally:
+        # Closing alone would leave the port to the thread that waits for connections.
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+def _tell_time(listener: socket.socket) -> None:
+    """Answer every connection with this machine's time, until the listener is closed."""
+    with contextlib.suppress(OSError):
+        while True:
+            connection, _ = listener.accept()
+            # Who hangs up, such as a scan of the ports, must not end it for the others.
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(f"{time.time()!r}\n".encode())

@@ -1,0 +1,189 @@
+"""What a run folder holds of its Slurm jobs.
+
+RUN/recipe.yaml                   the resolved recipe
+RUN/submission.json               how it was submitted last: command, commit, layout, job numbers
+RUN/pretrain.sbatch, …            the batch scripts
+RUN/logs/pretrain-17.out, …       what job 17 printed
+RUN/logs/rank_3.log               what rank 3 printed
+RUN/metrics.jsonl                 one line per step: also the run's sign of life
+RUN/attempts/0002/                the second start of the trainer, requeued or submitted again
+  attempt.json                    nodes, first and last step, how it ended
+  preflight.json                  what each node reported
+  rank_3.json                     the exception that ended rank 3, as torch's error handler records it
+  stopped                         there where the ranks were told to stop, and saved
+"""
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.data.manifest import write_json
+from megatron_txssm.errors import UserError
+from megatron_txssm.launch import slurm
+from megatron_txssm.launch.preflight import saved_step
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.setting import shown
+
+
+@dataclass
+class Attempt:
+    """One start of the trainer; saved as attempt.json at its begin, and again at its end unless it was killed."""
+
+    folder: Path
+    job_id: str
+    nodes: list[str]
+    nproc_per_node: int
+    # Seconds since the epoch.
+    started: float
+    # Newest checkpoint's step at the start, None without one, and the farthest step that any attempt had done.
+    saved_before: int | None
+    done_before: int
+    # Bytes of metrics.jsonl at the start.
+    metrics_offset: int
+    # The job's output file, None where it has none, and its bytes at the start.
+    output: str | None
+    output_offset: int
+    ended: float | None = None
+    # srun's; None where it was not started, or did not end.
+    exit_code: int | None = None
+    # Slurm told the batch script to stop (SIGTERM): preempted, cancelled, or out of time.
+    told_to_stop: bool = False
+    # Where no step was done for too long: {"seconds": since the last one, "silent_ranks": that wrote no stacks}.
+    hang: dict[str, Any] | None = None
+    # Node -> its problems, of those that failed the preflight.
+    failed_nodes: dict[str, list[str]] = field(default_factory=dict)
+    # Of all that is in metrics.jsonl and among the checkpoints at the end.
+    last_step: int | None = None
+    saved_after: int | None = None
+    # Why it ended: see diagnosis.Diagnosis. None as long as nobody could say.
+    cause: str | None = None
+    detail: str = ""
+    rank: int | None = None
+    node: str | None = None
+    # What was done about it.
+    action: str = ""
+
+    @property
+    def number(self) -> int:
+        return int(self.folder.name)
+
+    @property
+    def run(self) -> Path:
+        return self.folder.parent.parent
+
+    @property
+    def came_further(self) -> bool:
+        """It did a step that none had done before it, or saved a later one."""
+        return (self.last_step or 0) > self.done_before or (self.saved_after or 0) > (self.saved_before or 0)
+
+    def node_of(self, rank: int) -> str:
+        """Ranks are dealt out in blocks."""
+        return self.nodes[min(rank // self.nproc_per_node, len(self.nodes) - 1)]
+
+    def read_output(self) -> str:
+        """What the job has printed since the attempt began, the last megabytes of it."""
+        if self.output is None or not Path(self.output).is_file():
+            return ""
+        with open(self.output, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(self.output_offset, size - 4_000_000))
+            return file.read().decode(errors="replace")
+
+    def save(self) -> None:
+        fields = dataclasses.asdict(self)
+        del fields["folder"]
+        write_json(self.folder / "attempt.json", fields)
+
+
+def new_attempt(recipe: Recipe, job_id: str, nodes: list[str], nproc_per_node: int) -> Attempt:
+    """Begin an attempt, in a folder of its own; its output is this process's."""
+    number = max((attempt.number for attempt in attempts(recipe.run_path)), default=0) + 1
+    folder = recipe.run_path.resolve() / "attempts" / f"{number:04d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = recipe.run_path / "metrics.jsonl"
+    # A terminal or a pipe cannot be read again.
+    output = Path(os.path.realpath("/proc/self/fd/1"))
+    attempt = Attempt(
+        folder=folder,
+        job_id=job_id,
+        nodes=nodes,
+        nproc_per_node=nproc_per_node,
+        started=time.time(),
+        saved_before=saved_step(recipe.checkpoint_path),
+        done_before=last_step(metrics) or 0,
+        metrics_offset=metrics.stat().st_size if metrics.exists() else 0,
+        output=str(output) if output.is_file() else None,
+        output_offset=output.stat().st_size if output.is_file() else 0,
+    )
+    attempt.save()
+    return attempt
+
+
+def attempts(run: Path) -> list[Attempt]:
+    """Every attempt of a run, in their order."""
+    found = []
+    # Not what somebody set aside, as 0002.kept.
+    paths = [path for path in run.glob("attempts/*/attempt.json") if path.parent.name.isdecimal()]
+    for path in sorted(paths, key=lambda path: int(path.parent.name)):
+        try:
+            found.append(Attempt(folder=path.parent, **json.loads(path.read_bytes())))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: not readable ({error}); remove its folder to go on without it") from None
+    return found
+
+
+def last_step(metrics: Path, offset: int = 0) -> int | None:
+    """The farthest step in metrics.jsonl, or of its lines behind `offset` bytes; None where there is none."""
+    steps = [line["iteration"] for line in metrics_lines(metrics, offset) if "grad_norm" in line]
+    return max(steps, default=None)
+
+
+def metrics_lines(metrics: Path, offset: int = 0) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; one that a kill cut off is left out."""
+    lines = []
+    if metrics.exists():
+        with metrics.open("rb") as file:
+            file.seek(offset)
+            for line in file:
+                try:
+                    found = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(found, dict):
+                    lines.append(found)
+    return lines
+
+
+def find_run(text: str) -> Path:
+    """A run's folder from its path, its name under runs/, or the number of one of its jobs."""
+    for path in (Path(text), Path("runs") / text):
+        # Path.is_file would raise for a name that is too long.
+        if os.path.isfile(path / "recipe.yaml") or os.path.isfile(path / "submission.json"):
+            return path
+    if text.isdecimal():
+        for path in sorted(Path("runs").glob("*/submission.json")):
+            if text in _job_ids(path.parent):
+                return path.parent
+        for job in slurm.queue():
+            if job.job_id == text and (job.script.parent / "submission.json").is_file():
+                return job.script.parent
+    raise UserError(
+        f"{shown(text)} is no run: no such folder with a recipe.yaml, here or in runs/, and no job of this number"
+    )
+
+
+def read_submission(run: Path) -> dict[str, Any]:
+    """submission.json; empty where the run was not submitted by `txssm submit`."""
+    path = run / "submission.json"
+    try:
+        return json.loads(path.read_bytes()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable ({error})") from None
+
+
+def _job_ids(run: Path) -> list[str]:
+    return [job_id for job_ids in read_submission(run).get("jobs", {}).values() for job_id in job_ids]

@@ -1,0 +1,156 @@
+"""Slurm's client commands, and what they answer."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.setting import shown
+
+# What may stand in a batch script's header: nothing that a shell or sbatch would read as more than one word.
+PLAIN_WORD = re.compile(r"[\w.,:=@%/+\[\]*()-]+", re.ASCII)
+# A folder of a run, in whose name sbatch would replace a % pattern.
+PLAIN_PATH = re.compile(r"[\w.,:=@/+-]+", re.ASCII)
+# States of a job that is over.
+OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
+
+# The variables, behind SBATCH_, that overrule an option, where they are not called as it is.
+_VARIABLES = {
+    "TIME": ("TIMELIMIT",),
+    "REQUEUE": ("REQUEUE", "NO_REQUEUE"),
+    "MEM": ("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"),
+    "SWITCHES": ("REQ_SWITCH",),
+}
+# Several jobs in one run folder; an sbatch that returns at the job's end.
+_NEVER = ("ARRAY_INX", "WAIT")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job, or one task of a job array, as squeue shows it."""
+
+    # "17", or "17_3" for a task of an array.
+    job_id: str
+    name: str
+    # PENDING, RUNNING, COMPLETING …
+    state: str
+    # Why it is pending; "None" where it is not.
+    reason: str
+    # Slurm's compressed list; empty while pending.
+    nodes: str
+    partition: str
+    # The file that sbatch was given.
+    script: Path
+    restarts: int
+    # Slurm's compressed list of nodes that the job avoids.
+    excluded: str
+    # Seconds since the epoch; 0 where it is not known.
+    end_time: int
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in OVER
+
+
+def run_slurm(*command: str, stdin: str | None = None, env: dict[str, str] | None = None) -> str:
+    """What a command of Slurm's prints; UserError with its own reason where it fails."""
+    try:
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, input=stdin, env=env, timeout=120
+        ).stdout
+    except FileNotFoundError:
+        raise UserError(f"there is no {command[0]} on this machine; run it on a login node of the cluster") from None
+    except subprocess.CalledProcessError as error:
+        reason = " ".join(error.stderr.split()) or f"exit code {error.returncode}"
+        raise UserError(f"{shlex.join(command)}: {reason}") from None
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"{command[0]} does not answer ({error}); is slurmctld up?") from None
+
+
+def queue() -> list[Job]:
+    """This user's jobs that are pending, running or ending."""
+    text = run_slurm("squeue", "--json")
+    try:
+        found = json.loads(text)["jobs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"squeue --json answers something else ({error!r}); is Slurm at least 21.08?") from None
+    return [_job(entry) for entry in found if entry.get("user_id") == os.getuid()]
+
+
+def _job(entry: dict[str, Any]) -> Job:
+    state = entry["job_state"]
+    # Before 23.11 a word, since then a list; numbers became {"set": …, "number": …}.
+    states = state if isinstance(state, list) else [state]
+    array, task = _number(entry.get("array_job_id")), entry.get("array_task_id")
+    if isinstance(task, dict):
+        task = task["number"] if task.get("set") else None
+    is_task = bool(array) and task is not None
+    return Job(
+        job_id=f"{array}_{task}" if is_task else str(_number(entry["job_id"])),
+        name=entry.get("name") or "",
+        state=next((name for name in states if name in OVER), states[0]),
+        reason=entry.get("state_reason") or "None",
+        nodes=entry.get("nodes") or "",
+        partition=entry.get("partition") or "",
+        script=Path(entry.get("command") or ""),
+        restarts=_number(entry.get("restart_cnt")),
+        excluded=entry.get("excluded_nodes") or "",
+        end_time=_number(entry.get("end_time")),
+    )
+
+
+def _number(value: Any) -> int:
+    if isinstance(value, dict):
+        value = value.get("number") if value.get("set", True) else 0
+    return int(value or 0)
+
+
+def check_submission(script: str) -> None:
+    """UserError with Slurm's reason where the cluster would not take a script: an unknown partition, a bad time …"""
+    try:
+        run_slurm("sbatch", "--test-only", stdin=script, env=_environment(script))
+    except UserError as error:
+        # Slurm says the same of nodes that it does not have and of nodes that are down; sbatch itself takes the latter.
+        if "node configuration is not available" not in str(error):
+            raise
+        print(f"warning: {error}; if that is because nodes are down, the job waits for them", file=sys.stderr)
+
+
+def submit(script: Path, *options: str) -> str:
+    """Queue a batch script; returns the job's number."""
+    # "17", or "17;cluster".
+    environment = _environment(script.read_text(encoding="utf-8"))
+    answer = run_slurm("sbatch", "--parsable", *options, str(script), env=environment).strip()
+    job = answer.partition(";")[0]
+    if not job.isdecimal():
+        raise UserError(f"sbatch {script} answers {shown(answer)}, not the number of a job; see squeue")
+    return job
+
+
+def _environment(script: str) -> dict[str, str]:
+    return sbatch_environment(re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE))
+
+
+def sbatch_environment(stated: Iterable[str]) -> dict[str, str]:
+    """This process's variables, without those that overrule an option which a batch script states (SBATCH_PARTITION and
+    its kin win over #SBATCH lines), and without those of the job that this process may run in."""
+    names = {name.upper().replace("-", "_") for name in stated}
+    hidden = {f"SBATCH_{variable}" for name in names for variable in _VARIABLES.get(name, (name,))}
+    hidden |= {f"SBATCH_{name}" for name in _NEVER}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in hidden and (name == "SLURM_CONF" or not name.startswith("SLURM_"))
+    }
+
+
+def hostnames(nodes: str) -> list[str]:
+    """The hosts of Slurm's compressed list, such as `gpu[03-07,11]`."""
+    return run_slurm("scontrol", "show", "hostnames", nodes).split() if nodes else []

@@ -1,0 +1,266 @@
+"""Submissions: everything that can be checked is checked before anything is written, everything is written before a
+job is queued."""
+
+import argparse
+import contextlib
+import datetime
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_txssm import __version__
+from megatron_txssm.data.manifest import write_json
+from megatron_txssm.data.shard import write_file_atomically
+from megatron_txssm.errors import UserError
+from megatron_txssm.launch import slurm
+from megatron_txssm.launch.batch_script import HOME, Options, render
+from megatron_txssm.launch.preflight import check_run, is_finished, make_run_directory
+from megatron_txssm.planning.parameters import checkpoint_bytes
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.validate import validate
+
+if TYPE_CHECKING:
+    from megatron_txssm.data.corpus_recipe import CorpusRecipe
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Processes over nodes; each has a GPU of its own, where there are any."""
+
+    nodes: int
+    nproc_per_node: int
+    gpus_per_node: int
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.nproc_per_node
+
+    @property
+    def options(self) -> dict[str, str | None]:
+        return {
+            "nodes": str(self.nodes),
+            "ntasks-per-node": str(self.nproc_per_node),
+            "gpus-per-node": str(self.gpus_per_node or ""),
+        }
+
+    def __str__(self) -> str:
+        kind = "GPU" if self.gpus_per_node else "process"
+        plural = "" if self.nproc_per_node == 1 else "s" if self.gpus_per_node else "es"
+        return f"{self.nodes} node{'s' if self.nodes > 1 else ''} x {self.nproc_per_node} {kind}{plural}"
+
+
+@dataclass
+class Submission:
+    """What is queued: stage -> batch script, in the order of their dependencies."""
+
+    recipe: Recipe
+    layout: Layout
+    scripts: dict[str, str]
+    # Jobs that must succeed before the first.
+    after: list[str]
+    # What submission.json holds, but for the jobs' numbers.
+    record: dict[str, Any]
+    # Sharded first; None where it is there.
+    corpus: "CorpusRecipe | None"
+    jobs: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def run(self) -> Path:
+        return self.recipe.run_path
+
+    def show(self) -> int:
+        """For --dry-run."""
+        for stage, script in self.scripts.items():
+            print(f"# {self.run}/{stage}.sbatch\n{script}")
+        print(f"{self.recipe.name}: {self.layout}; checked, nothing written, nothing queued")
+        return 0
+
+    def submit(self) -> int:
+        """Write the run folder and queue the jobs, each after the one before it; all or none."""
+        self._write()
+        after = list(self.after)
+        try:
+            if self.corpus is not None:
+                after += self._submit_shards(self.corpus)
+            for stage in self.scripts:
+                options = [f"--dependency=afterok:{':'.join(after)}"] if after else []
+                # Its whole path: a relative one may look like an option, and links hide which run a job is of.
+                job = slurm.submit(self.run.resolve() / f"{stage}.sbatch", *options)
+                self._queued(stage, [job])
+                after = [job]
+        except BaseException as error:
+            self._take_back()
+            if isinstance(error, OSError):
+                raise UserError(f"run_directory={self.run} cannot be written: {error.strerror}") from None
+            raise
+        print(f"follow with: txssm logs -f {shlex.quote(str(self.run))}")
+        return 0
+
+    def _take_back(self) -> None:
+        for job in (job for jobs in self.jobs.values() for job in jobs):
+            # One that is over does not keep the others, nor hide why they are taken back.
+            with contextlib.suppress(UserError):
+                slurm.run_slurm("scancel", job)
+
+    def _write(self) -> None:
+        make_run_directory(self.recipe)
+        try:
+            (self.run / "logs").mkdir(exist_ok=True)
+            write_file_atomically(self.run / "recipe.yaml", self.recipe.to_yaml().encode())
+            for stage, script in self.scripts.items():
+                write_file_atomically(self.run / f"{stage}.sbatch", script.encode())
+            write_json(self.run / "submission.json", self.record | {"jobs": {}})
+        except OSError as error:
+            raise UserError(f"run_directory={self.run} cannot be written: {error.strerror}") from None
+
+    def _submit_shards(self, corpus: "CorpusRecipe") -> list[str]:
+        from megatron_txssm.data import slurm_array
+        from megatron_txssm.data.shard_command import prepare
+
+        arrays = slurm_array.submit(corpus, prepare(corpus))
+        jobs = [job for ids in arrays.values() for job in ids]
+        if jobs:
+            self._queued("shard", jobs)
+        else:
+            print(f"{corpus.path}: all tasks are finished")
+        return jobs
+
+    def _queued(self, stage: str, jobs: list[str]) -> None:
+        self.jobs[stage] = jobs
+        write_json(self.run / "submission.json", self.record | {"jobs": self.jobs})
+        what = "shards" if stage == "shard" else str(self.layout) if stage == "pretrain" else "after it"
+        print(f"{stage}: job {', '.join(jobs)} ({what})", flush=True)
+        if stage != "shard":
+            print(f"  script {self.run}/{stage}.sbatch\n  output {self.run}/logs/{stage}-{jobs[0]}.out", flush=True)
+
+
+def plan_submission(
+    recipe_name: str, overrides: list[str], layout: Layout, options: Options, args: argparse.Namespace
+) -> Submission | None:
+    """What would be queued, checked; None where the run is finished. UserError for the first thing that is wrong."""
+    recipe = load_recipe(recipe_name, overrides)
+    corpus = _corpus_to_shard(recipe, args.corpus) if args.chain else None
+    if corpus is None:
+        check_run(recipe, layout.world_size)
+    else:
+        # Its shards are not there yet; the job itself checks them.
+        validate(recipe, layout.world_size)
+    if is_finished(recipe) and not args.chain:
+        print(f"{recipe.name}: finished before; {recipe.checkpoint_path} holds step {recipe.train_iters}")
+        return None
+    run = recipe.run_path.resolve()
+    if not slurm.PLAIN_PATH.fullmatch(str(run)):
+        raise UserError(f"run_directory={str(run)!r} holds characters that a batch script cannot; use another")
+    scripts = _scripts(recipe, run, layout, options, args)
+    _check_room(recipe)
+    if shutil.which("sbatch") or not args.dry_run:
+        _check_cluster(recipe, scripts)
+    else:
+        print("there is no sbatch on this machine: not checked against a cluster", file=sys.stderr)
+    return Submission(recipe, layout, scripts, args.after, _record(args, overrides, layout), corpus)
+
+
+def _scripts(recipe: Recipe, run: Path, layout: Layout, options: Options, args: argparse.Namespace) -> dict[str, str]:
+    limits = [f"--step-timeout={args.step_timeout}", f"--stop-before={args.stop_before}"]
+    limits.append(f"--max-requeues={args.max_requeues}")
+
+    def script(stage: str, more: Options, *words: str) -> str:
+        names = {"job-name": f"{recipe.name}-{stage}"[:60], "output": f"{run}/logs/{stage}-%j.out"}
+        return render(stage, {**names, **options, **more}, words)
+
+    told = {"signal": f"TERM@{args.stop_before}"}
+    scripts = {"pretrain": script("pretrain", layout.options | told, f"{run}/recipe.yaml", *limits)}
+    if args.chain:
+        if (run / "export").exists():
+            raise UserError(f"{run / 'export'} is there; --chain would convert into it: move or remove it")
+        scripts["convert"] = script("convert", {}, str(run), f"{run}/export")
+        scripts["evaluate"] = script("evaluate", layout.options, str(run))
+    return scripts
+
+
+def _check_room(recipe: Recipe) -> None:
+    """Space for one checkpoint where the run writes them."""
+    if recipe.checkpoint.save_interval is None:
+        return
+    needed, folder = checkpoint_bytes(recipe), recipe.checkpoint_path.absolute()
+    there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise UserError(
+            f"{there} has {free / 1e9:.2f} GB left, and a checkpoint of {recipe.name} takes {needed / 1e9:.2f} GB; "
+            "make room, or state another run_directory or checkpoint.directory"
+        )
+
+
+def _check_cluster(recipe: Recipe, scripts: dict[str, str]) -> None:
+    run = recipe.run_path.resolve()
+    for job in slurm.queue():
+        if job.script.parent == run and not job.is_over:
+            raise UserError(f"{recipe.run_path} has job {job.job_id} ({job.state}) already; see txssm jobs")
+    for script in scripts.values():
+        slurm.check_submission(script)
+
+
+def _corpus_to_shard(recipe: Recipe, name: str | None) -> "CorpusRecipe | None":
+    """The corpus recipe whose output is the recipe's data.corpus; None where that is sharded already."""
+    from megatron_txssm.data.corpus_recipe import KEPT_RECIPE, corpus_recipe_files, load_corpus_recipe
+
+    if recipe.data.corpus is None:
+        raise UserError("--chain shards data.corpus, but the recipe names other data; leave --chain out")
+    directory = Path(recipe.data.corpus)
+    if _is_sharded(directory):
+        return None
+    begun = [str(directory)] if (directory / KEPT_RECIPE).exists() else list(corpus_recipe_files())
+    candidates = begun if name is None else [name]
+    for corpus in map(load_corpus_recipe, candidates):
+        if corpus.path.resolve() == directory.resolve():
+            return corpus
+    raise UserError(
+        f"none of the corpus recipes {', '.join(candidates)} makes data.corpus={directory}; "
+        "state one that does: --corpus RECIPE"
+    )
+
+
+def _is_sharded(directory: Path) -> bool:
+    from megatron_txssm.data.manifest import read_plan
+
+    if not (directory / "plan.json").exists():
+        return False
+    return all((directory / subset / "manifest.json").exists() for subset in read_plan(directory).tasks)
+
+
+def _record(args: argparse.Namespace, overrides: list[str], layout: Layout) -> dict[str, Any]:
+    return {
+        "command": _utf8(shlex.join(["txssm", *sys.argv[1:]])),
+        "recipe": _utf8(args.recipe),
+        "overrides": overrides,
+        "submitted": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "directory": _utf8(os.getcwd()),
+        "version": __version__,
+        "git_commit": _git_commit(),
+        "nodes": layout.nodes,
+        "nproc_per_node": layout.nproc_per_node,
+        "gpus_per_node": layout.gpus_per_node,
+    }
+
+
+def _utf8(text: str) -> str:
+    """Without what a command line or a path may hold beyond text."""
+    return os.fsencode(text).decode(errors="replace")
+
+
+def _git_commit() -> str | None:
+    """Of the code that runs; with `+changes` where it is not what was committed. None outside a git checkout."""
+    git = ["git", "-C", str(HOME)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}+changes" if changes.strip() else commit

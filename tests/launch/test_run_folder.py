@@ -1,0 +1,257 @@
+"""What a run folder holds of its jobs: attempts, steps, and how a run is found."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.launch.run_folder import Attempt, attempts, find_run, last_step, new_attempt, read_submission
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.recipe import Recipe
+from tests.launch.some_attempt import some_attempt
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return load_recipe("demo_cpu", [f"run_directory={tmp_path}/run"])
+
+
+def write_step(recipe: Recipe, step: int) -> None:
+    with (recipe.run_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"iteration": step, "lm loss": 3.0, "grad_norm": 1.0}) + "\n")
+
+
+# --- Attempts.
+
+
+def test_an_attempt_is_read_as_it_was_saved(tmp_path: Path) -> None:
+    attempt = some_attempt(tmp_path, 7)
+    # Every field another value than its default.
+    for number, field in enumerate(dataclasses.fields(Attempt)):
+        if field.name != "folder":
+            setattr(attempt, field.name, [f"é\u2028{number}", number])
+    attempt.save()
+    (read,) = attempts(tmp_path)
+    assert read == attempt
+    assert (read.number, read.run) == (7, tmp_path)
+
+
+def test_the_first_attempt_of_all(recipe: Recipe) -> None:
+    attempt = new_attempt(recipe, "21", ["n1", "n2"], 4)
+    assert attempt.number == 1
+    assert (attempt.saved_before, attempt.done_before, attempt.metrics_offset) == (None, 0, 0)
+    assert not attempt.came_further
+    assert attempts(recipe.run_path) == [attempt]
+
+
+def test_the_next_attempt_begins_where_the_run_stands(recipe: Recipe) -> None:
+    new_attempt(recipe, "21", ["n1"], 1)
+    # It went from 4 back to 2 once.
+    for step in (3, 4, 2):
+        write_step(recipe, step)
+    recipe.checkpoint_path.mkdir()
+    (recipe.checkpoint_path / "latest_checkpointed_iteration.txt").write_text("2\n")
+    attempt = new_attempt(recipe, "21", ["n1"], 1)
+    assert attempt.number == 2
+    assert (attempt.saved_before, attempt.done_before) == (2, 4)
+    assert attempt.metrics_offset == (recipe.run_path / "metrics.jsonl").stat().st_size
+    write_step(recipe, 5)
+    assert last_step(recipe.run_path / "metrics.jsonl", attempt.metrics_offset) == 5
+
+
+def test_numbers_are_not_used_again(recipe: Recipe) -> None:
+    for number in (1, 2, 10, 11):
+        some_attempt(recipe.run_path, number).save()
+    (recipe.run_path / "attempts" / "0010" / "attempt.json").unlink()
+    assert [attempt.number for attempt in attempts(recipe.run_path)] == [1, 2, 11]
+    assert new_attempt(recipe, "21", ["n1"], 1).number == 12
+
+
+def test_attempts_are_in_the_order_of_their_numbers(recipe: Recipe) -> None:
+    for number in (10000, 9999, 2):
+        some_attempt(recipe.run_path, number).save()
+    assert [attempt.number for attempt in attempts(recipe.run_path)] == [2, 9999, 10000]
+
+
+def test_a_folder_set_aside_is_no_attempt(recipe: Recipe) -> None:
+    some_attempt(recipe.run_path, 1).save()
+    folder = recipe.run_path / "attempts"
+    (folder / "0001.kept").mkdir()
+    (folder / "0001.kept" / "attempt.json").write_bytes((folder / "0001" / "attempt.json").read_bytes())
+    assert [attempt.folder.name for attempt in attempts(recipe.run_path)] == ["0001"]
+    assert new_attempt(recipe, "21", ["n1"], 1).number == 2
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"job_id": "21"}', "\x00" * 40])
+def test_a_damaged_attempt_is_named(tmp_path: Path, text: str) -> None:
+    some_attempt(tmp_path, 1).save()
+    path = tmp_path / "attempts" / "0002" / "attempt.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        attempts(tmp_path)
+    assert str(error.value).startswith(f"{path}: not readable (")
+    assert "remove its folder" in str(error.value)
+
+
+def test_a_field_of_another_version_is_named(tmp_path: Path) -> None:
+    attempt = some_attempt(tmp_path)
+    attempt.save()
+    path = attempt.folder / "attempt.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"colour": "red"}))
+    with pytest.raises(UserError, match="colour"):
+        attempts(tmp_path)
+
+
+def test_ranks_are_dealt_out_in_blocks(tmp_path: Path) -> None:
+    attempt = some_attempt(tmp_path)
+    assert [attempt.node_of(rank) for rank in range(4)] == ["n1", "n1", "n2", "n2"]
+
+
+def test_only_its_own_output_is_read(tmp_path: Path) -> None:
+    output = tmp_path / "job.out"
+    output.write_bytes(b"before\n\xff\xfeafter\n")
+    assert some_attempt(tmp_path, output=str(output), output_offset=7).read_output() == "\ufffd\ufffdafter\n"
+    # A job that truncates its file, or has lost it.
+    assert some_attempt(tmp_path, output=str(output), output_offset=4711).read_output() == ""
+    assert some_attempt(tmp_path, output=str(tmp_path / "gone")).read_output() == ""
+    assert some_attempt(tmp_path, output=None).read_output() == ""
+
+
+def test_of_a_huge_output_the_end_is_read(tmp_path: Path) -> None:
+    output = tmp_path / "job.out"
+    with output.open("wb") as file:
+        file.truncate(50_000_000)
+        file.seek(0, os.SEEK_END)
+        file.write(b"the end")
+    text = some_attempt(tmp_path, output=str(output)).read_output()
+    assert text.endswith("the end") and len(text) == 4_000_000
+
+
+CODE = """\
+import sys
+from megatron_txssm.launch.run_folder import new_attempt
+from megatron_txssm.recipe.loader import load_recipe
+new_attempt(load_recipe("demo_cpu", [f"run_directory={sys.argv[1]}"]), "21", ["n1"], 1)
+"""
+
+
+def test_the_output_is_the_file_behind_stdout(recipe: Recipe, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", CODE, str(recipe.run_path)]
+    with (tmp_path / "job.out").open("w") as file:
+        file.write("of the attempt before\n")
+        file.flush()
+        subprocess.run(command, stdout=file, check=True)
+    subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    in_file, in_pipe = attempts(recipe.run_path)
+    assert (in_file.output, in_file.output_offset) == (str(tmp_path / "job.out"), 22)
+    assert (in_pipe.output, in_pipe.output_offset) == (None, 0)
+
+
+# --- Steps.
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        b"",
+        b'{"iteration": 9, "grad_n',
+        b'{"iteration": 9, "grad_norm": 1.0',
+        b"\0" * 512,
+        b"\xff\xfe\n",
+        b"9\n",
+        b"null\n",
+        b'"grad_norm"\n',
+        b'["grad_norm"]\n',
+        # A validation's line: no step.
+        b'{"iteration": 9, "validation loss": 3.0}\n',
+    ],
+)
+def test_what_a_kill_leaves_at_the_end_is_left_out(tmp_path: Path, tail: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"iteration": 7, "grad_norm": 1.0}\n{"iteration": 8, "grad_norm": null}\n' + tail)
+    assert last_step(path) == 8
+
+
+def test_steps_behind_a_torn_line_count(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    # The resumed run appends to what the killed one left.
+    path.write_bytes(b'{"iteration": 7, "gr{"iteration": 8, "grad_norm": 1.0}\n{"iteration": 9, "grad_norm": NaN}\n')
+    assert last_step(path) == 9
+
+
+def test_no_step(tmp_path: Path) -> None:
+    assert last_step(tmp_path / "metrics.jsonl") is None
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 9, "validation loss": 3.0}\n')
+    assert last_step(tmp_path / "metrics.jsonl") is None
+
+
+# --- Finding a run.
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """runs/a with jobs 17 and 18, runs/b with job 19, runs/by_hand without any; no Slurm."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    folder = tmp_path / "runs"
+    for name, jobs in (("a", {"pretrain": ["17"], "convert": ["18"]}), ("b", {"pretrain": ["19"]})):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "submission.json").write_text(json.dumps({"jobs": jobs}))
+    (folder / "by_hand").mkdir()
+    (folder / "by_hand" / "recipe.yaml").touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("runs/a", "a"), ("a", "a"), ("./runs/a/", "a"), ("17", "a"), ("18", "a"), ("19", "b"), ("by_hand", "by_hand")],
+)
+def test_a_run_by_path_name_or_job(runs: Path, text: str, name: str) -> None:
+    assert find_run(text).resolve() == runs / name
+
+
+def test_a_run_elsewhere_by_its_path(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "recipe.yaml").touch()
+    assert find_run(str(tmp_path / "elsewhere")) == tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize("text", ["c", "runs/c", "a\0b", "x" * 10_000, "../runs", "-1", "²"])
+def test_no_run_is_a_clear_message(runs: Path, text: str) -> None:
+    with pytest.raises(UserError, match="is no run"):
+        find_run(text)
+
+
+def test_an_unknown_job_is_asked_of_slurm(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no squeue on this machine"):
+        find_run("4711")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "submission.json").write_text("{}")
+    jobs = [
+        {"job_id": 4711, "user_id": uid, "job_state": "RUNNING", "command": str(folder / "pretrain.sbatch")}
+        # Of somebody else, in a folder of ours.
+        for uid, folder in ((os.getuid() + 1, runs / "b"), (os.getuid(), elsewhere))
+    ]
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho '{json.dumps({'jobs': jobs})}'\n")
+    (tmp_path / "squeue").chmod(0o755)
+    assert find_run("4711") == elsewhere
+    with pytest.raises(UserError, match="is no run"):
+        find_run("4712")
+
+
+@pytest.mark.parametrize("text", ["{", "", "\xff"])
+def test_a_damaged_submission_is_named(runs: Path, text: str) -> None:
+    (runs / "a" / "submission.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"submission\.json: not readable"):
+        read_submission(runs / "a")
+
+
+def test_a_run_that_was_not_submitted_has_no_submission(runs: Path) -> None:
+    assert read_submission(runs / "by_hand") == {}

@@ -1,0 +1,147 @@
+"""A small run on the simulated cluster, as a user submits and follows it."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from megatron_txssm.launch.run_folder import Attempt, attempts
+from tests.slurm.sandbox import Sandbox
+
+# A start takes 10 s on two quiet cores.
+PATIENCE = 180  # seconds
+SAVE_INTERVAL = 10
+
+RECIPE = """\
+name: {name}
+run_directory: {run}
+model:
+  num_layers: 4
+  layer_pattern: SSSA
+  hidden_size: 32
+  ffn_hidden_size: 64
+  num_attention_heads: 2
+  state_size: 16
+  state_head_dim: 8
+  state_num_groups: 2
+  chunk_size: 16
+parallel: {{use_distributed_optimizer: true}}
+training:
+  seq_length: 32
+  global_batch_tokens: 128
+  train_iters: 60
+  precision: fp32
+  transformer_impl: local
+optimizer: {{learning_rate: 1e-3}}
+data:
+  blend: {data}
+  split: 90,10,0
+  tokenizer_type: NullTokenizer
+  vocab_size: 64
+  make_vocab_size_divisible_by: 16
+checkpoint: {{save_interval: {save_interval}}}
+logging: {{log_interval: 1, eval_iters: 0, tensorboard: false}}
+"""
+
+
+def txssm(sandbox: Sandbox, *words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    # One thread a process: sums in another order would be other bits.
+    environment = sandbox.env | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "megatron_txssm.cli", *words]
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE)
+
+
+@dataclass
+class TrainingJob:
+    """A recipe in a folder of its own; `submit` queues it."""
+
+    sandbox: Sandbox
+    folder: Path
+    data: Path
+    job: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True)
+        text = RECIPE.format(name=self.folder.name, run=self.run, data=self.data, save_interval=SAVE_INTERVAL)
+        self.recipe.write_text(text)
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    def submit(self, *words: str, nodes: int = 2, nproc: int = 1) -> None:
+        layout = ["--nodes", str(nodes), "--nproc-per-node", str(nproc)]
+        done = txssm(self.sandbox, "submit", str(self.recipe), *layout, *words, cwd=self.folder)
+        assert done.returncode == 0, done.stderr
+        self.job = json.loads((self.run / "submission.json").read_text())["jobs"]["pretrain"][0]
+
+    def why(self) -> str:
+        done = txssm(self.sandbox, "why", str(self.run))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def output(self) -> str:
+        path = self.run / "logs" / f"pretrain-{self.job}.out"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def attempts(self) -> list[Attempt]:
+        return attempts(self.run)
+
+    def steps(self, offset: int = 0) -> list[tuple[int, float]]:
+        """(step, loss) in the order in which they were done, behind `offset` bytes of metrics.jsonl."""
+        path = self.run / "metrics.jsonl"
+        lines = path.read_bytes()[offset:].decode().splitlines() if path.exists() else []
+        return [(line["iteration"], line["lm loss"]) for line in map(json.loads, lines) if "lm loss" in line]
+
+    def saved(self) -> int:
+        tracker = self.run / "checkpoints" / "latest_checkpointed_iteration.txt"
+        return int(tracker.read_text()) if tracker.exists() else 0
+
+    def wait_step(self, step: int) -> None:
+        self.wait_until(lambda: (self.steps() or [(0, 0.0)])[-1][0] >= step, f"step {step}")
+
+    def wait_until(self, condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                raise AssertionError(f"after {seconds} s still waiting for {what}:\n{self.output()}\n{self.why()}")
+            time.sleep(0.02)
+
+    def wait_over(self, state: str = "COMPLETED") -> None:
+        over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", ""}
+        self.wait_until(lambda: self.sandbox.job_state(self.job) in over, "the end")
+        assert self.sandbox.job_state(self.job) == state, f"{self.output()}\n{self.why()}"
+
+    def step_id(self) -> str:
+        """Slurm's number of the trainer's step."""
+        lines = self.sandbox.slurm("squeue", "--noheader", "--steps", f"--jobs={self.job}", "--format=%i %j")
+        return next(step for step, name in map(str.split, lines.splitlines()) if name == "train")
+
+    def process(self, rank: int) -> psutil.Process:
+        """The trainer's process of a rank."""
+        for process in psutil.process_iter():
+            try:
+                environment = process.environ()
+                parent = process.parent()
+            except psutil.Error:
+                continue
+            ours = environment.get("TXSSM_ATTEMPT", "").startswith(str(self.run))
+            # Not srun, and not the processes of its data loader.
+            if ours and environment.get("SLURM_PROCID") == str(rank) and parent and "slurmstepd" in parent.name():
+                return process
+        raise AssertionError(f"rank {rank} has no process:\n{self.output()}")
+
+
+def write_data(folder: Path) -> Path:
+    from tests.parity.harness import write_tokens
+
+    return write_tokens(folder / "tokens")
