@@ -16,6 +16,7 @@ from typing import Any
 from megatron_txssm.data.manifest import write_json
 from megatron_txssm.launch.environment import rendezvous_port, srun_words, step_python
 from megatron_txssm.planning.parameters import checkpoint_bytes
+from megatron_txssm.recipe.loader import find_recipe
 from megatron_txssm.recipe.recipe import Recipe
 
 # Between a node's clock and the first node's: what reads times of files starts to err.
@@ -61,7 +62,7 @@ class NodePreflight:
             *(step_python(), "-m", _MODULE),
             f"--folder={self.recipe.run_path.resolve()}",
             f"--checkpoints={checkpoints.resolve()}",
-            f"--recipe={Path(self.recipe_file).resolve()}",
+            f"--recipe={find_recipe(self.recipe_file).resolve()}",
             f"--token={token}",
             f"--token-file={self.folder / 'token'}",
             f"--address={self.nodes[0]}:{self.port}",

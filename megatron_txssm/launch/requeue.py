@@ -1,6 +1,7 @@
 """Whether a job starts again after an attempt, and how it is made to."""
 
 import re
+import signal
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -79,9 +80,10 @@ def _is_lost(state: str) -> bool:
 def requeue(job_id: str, exclude: list[str]) -> NoReturn:
     """Requeue the job that this process belongs to; it does not return: Slurm then kills this process.
 
-    Nodes can be excluded only while the job is pending, which is in the seconds between Slurm's SIGTERM, which this
-    process must not obey, and its SIGKILL.
+    Nodes can be excluded only while the job is pending, which is in the seconds between Slurm's SIGTERM, which neither
+    this process nor its scontrol must obey, and its SIGKILL.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     deadline = time.monotonic() + REQUEUE_SECONDS
     if exclude:
         jobs = _until(deadline, slurm.queue)

@@ -1,6 +1,8 @@
 """Whether a job starts again: decisions that need no cluster, but for what sinfo answers."""
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,15 @@ def test_a_silent_controller_is_named(tmp_path: Path, sinfo: Path, monkeypatch: 
         spare_nodes_refusal(unfit(tmp_path, "n2"), "main")
 
 
+@pytest.fixture
+def signal_mask() -> Iterator[None]:
+    """A requeue blocks SIGTERM for the rest of the process's life."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@pytest.mark.usefixtures("signal_mask")
 def test_a_requeue_keeps_the_nodes_that_were_left_out_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_txssm.launch import slurm
 
@@ -166,6 +177,7 @@ def test_a_requeue_keeps_the_nodes_that_were_left_out_before(tmp_path: Path, mon
     assert said[1:] == [("scontrol", "requeue", "21")]
 
 
+@pytest.mark.usefixtures("signal_mask")
 def test_a_requeue_that_slurm_refuses_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_txssm.launch import slurm
 

@@ -57,7 +57,7 @@ def write_chain(folder: Path, broken: bool = False) -> tuple[Path, Path]:
     for task in range(TASKS):
         rows = [json.dumps({"text": text[:2000]}) + "\n" for text in texts[task::TASKS]]
         (source / f"{task}.jsonl").write_text("no JSON\n" * 20 if broken else "".join(rows))
-    corpus = web_recipe(folder, source, validation_fraction=0.1, task_bytes=10_000_000)
+    corpus = web_recipe(folder, source, validation_fraction=0.1, task_bytes=1_000)
     fields = yaml.safe_load(corpus.read_text()) | {"slurm": {"memory_per_cpu_gb": 1}}
     (folder / "texts.yaml").write_text(yaml.safe_dump(fields))
     (folder / "chain.yaml").write_text(RECIPE.format(folder=folder))
