@@ -4,6 +4,8 @@ import ast
 import importlib
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -45,11 +47,20 @@ def unmended(monkeypatch: pytest.MonkeyPatch):
     """Megatron as its wheel has it, whatever an earlier test mended."""
     import megatron.core.datasets.utils as utils
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-    load = DistributedOptimizer.load_state_dict
-    load = getattr(load, "__wrapped__", load)
     monkeypatch.setattr(compat, "_mended", False)
-    monkeypatch.setattr(DistributedOptimizer, "load_state_dict", load)
+    for owner, names in (
+        (DistributedOptimizer, ("load_state_dict", "sharded_param_state_fully_reshardable")),
+        (Float16OptimizerWithFloat16Params, ("sharded_state_dict", "load_state_dict")),
+    ):
+        for name in names:
+            method = getattr(owner, name)
+            monkeypatch.setattr(owner, name, getattr(method, "__wrapped__", method))
+    build: Any = DistributedOptimizer.__dict__["_build_optimizer_group_ranges"].__func__
+    monkeypatch.setattr(
+        DistributedOptimizer, "_build_optimizer_group_ranges", classmethod(getattr(build, "__wrapped__", build))
+    )
     monkeypatch.setattr(utils, "compile_helpers", lambda: "compiled")
     return utils, DistributedOptimizer
 
@@ -78,6 +89,117 @@ def test_state_is_loaded_without_autograd(unmended, monkeypatch: pytest.MonkeyPa
     compat.mend_megatron()
     optimizer.load_state_dict(None, torch.ones(2))
     assert leaf.tolist() == [1, 1, 0, 0]
+
+
+def parameters(*dtypes: torch.dtype) -> list[torch.nn.Parameter]:
+    """Of 1, 2, … elements, so that none can be taken for another."""
+    return [torch.nn.Parameter(torch.ones(size, dtype=dtype)) for size, dtype in enumerate(dtypes, start=1)]
+
+
+def adams_groups(optimizer: Any, params: list[torch.nn.Parameter]) -> tuple[list[Any], dict[Any, tuple[int, int]]]:
+    """What the distributed optimizer gives to Adam, and where it believes each parameter to be."""
+    from megatron.core.optimizer.distrib_optimizer import Range
+
+    # Two model chunks, as under a virtual pipeline; in each a gradient buffer of every dtype.
+    buffers = [
+        {dtype: [{"param_map": {param: {"param": Range(0, param.numel())} for param in chunk if param.dtype == dtype}}]}
+        for chunk in (params[:3], params[3:])
+        for dtype in dict.fromkeys(param.dtype for param in chunk)
+    ]
+    groups = [{"params": [param for param in params if param.numel() % 2 == odd]} for odd in (0, 1)]
+    places, ranges = optimizer._build_optimizer_group_ranges(groups, buffers)
+    config = SimpleNamespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=False, fp8_recipe=None)
+    optimizer._build_model_and_main_param_groups(
+        buffers, optimizer._build_model_param_gbuf_map(buffers), ranges, config
+    )
+    return [[shard.numel() for shard in group["params"]] for group in groups], places
+
+
+MIXED = (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.bfloat16)
+
+
+def test_the_distributed_optimizer_finds_the_state_of_fp32_parameters(unmended) -> None:
+    _, optimizer = unmended
+    params = parameters(*MIXED)
+    given, places = adams_groups(optimizer, params)
+    assert any(given[i][j] != param.numel() for param, (i, j) in places.items()), "Megatron is mended: drop ours"
+    compat.mend_megatron()
+    given, places = adams_groups(optimizer, params)
+    assert {param: given[i][j] for param, (i, j) in places.items()} == {param: param.numel() for param in params}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_order_of_one_dtype_stays(unmended, dtype: torch.dtype) -> None:
+    """So that checkpoints that depend on it stay readable."""
+    _, optimizer = unmended
+    params = parameters(*[dtype] * 7)
+    before = adams_groups(optimizer, params)
+    compat.mend_megatron()
+    assert adams_groups(optimizer, params) == before
+
+
+def mixed_precision_optimizer(params: list[torch.nn.Parameter]) -> Any:
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+    from megatron.core.optimizer.optimizer_config import OptimizerConfig
+
+    from megatron_txssm.platform.adam import Adam
+
+    def init_state(adam: Any, *_: Any) -> None:
+        for param in (param for group in adam.param_groups for param in group["params"]):
+            adam.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+
+    groups = [
+        {"params": [param for param in params if param.numel() % 2 == odd], "wd_mult": float(odd)} for odd in (0, 1)
+    ]
+    return Float16OptimizerWithFloat16Params(Adam(groups), OptimizerConfig(bf16=True, lr=1.0), None, init_state)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_plain_optimizer_saves_and_loads_the_state_of_fp32_parameters(unmended, one_process: None) -> None:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.dist_checkpointing.utils import nested_values
+
+    params = parameters(*MIXED)
+    model = {f"p{param.numel()}": ShardedTensor.from_rank_offsets(f"p{param.numel()}", param) for param in params}
+    optimizer = mixed_precision_optimizer(params)
+    with pytest.raises((AssertionError, ValueError)):
+        optimizer.sharded_state_dict(model, is_loading=True)
+    compat.mend_megatron()
+    saved = optimizer.sharded_state_dict(model, is_loading=True)
+    shards = [entry for entry in nested_values(saved) if isinstance(entry, ShardedTensor)]
+    assert {shard.key: tuple(shard.local_shape) for shard in shards} == {
+        f"optimizer.state.{kind}.p{param.numel()}": (param.numel(),)
+        for kind in ("fp32_param", "exp_avg", "exp_avg_sq")
+        for param in params
+    }
+    # As a checkpoint is read: a tensor in the place of every shard.
+    for group in saved["fp32_from_fp16_params"]:
+        group[:] = [torch.full(shard.local_shape, float(shard.key[-1])) for shard in group]
+    for state in saved["optimizer"]["state"].values():
+        state.update({key: torch.full(shard.local_shape, float(shard.key[-1])) for key, shard in state.items()})
+    for group in saved["optimizer"]["param_groups"]:
+        group["params"] = group["params"].unwrap()
+    optimizer.load_state_dict(saved)
+    adam = optimizer.optimizer
+    copies = [param for group in adam.param_groups for param in group["params"]]
+    assert sorted(copy.numel() for copy in copies) == [param.numel() for param in params]
+    for copy in copies:
+        for tensor in (copy, adam.state[copy]["exp_avg"], adam.state[copy]["exp_avg_sq"]):
+            assert tensor.tolist() == [copy.numel()] * copy.numel()
+
+
+def test_padding_between_buckets_counts_while_state_is_saved(unmended, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/parity/test_bf16.py saves such buckets."""
+    _, optimizer = unmended
+    buckets = [SimpleNamespace(numel_unpadded=used, grad_data=torch.empty(128)) for used in (64, 100)]
+    holder = SimpleNamespace(buffers=[SimpleNamespace(numel=256, numel_unpadded=164, buckets=buckets)])
+
+    def numbers(self) -> list[int]:
+        return [part.numel_unpadded for buffer in self.buffers for part in (buffer, *buffer.buckets)]
+
+    monkeypatch.setattr(optimizer, "sharded_param_state_fully_reshardable", numbers)
+    compat.mend_megatron()
+    assert optimizer.sharded_param_state_fully_reshardable(holder) == [256, 128, 128]
+    assert numbers(holder) == [164, 64, 100]
 
 
 @pytest.mark.parametrize("makefile", [False, True])

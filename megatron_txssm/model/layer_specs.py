@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.training import get_args
 
+from megatron_txssm.compat import mend_megatron
 from megatron_txssm.errors import UserError
 from megatron_txssm.model.arguments import DEFAULTS, state_space_config
 from megatron_txssm.model.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
@@ -67,6 +68,8 @@ def transxssm_block_spec(config: Any, vp_stage: int | None = None) -> Transforme
 
     `config` is Megatron's GPTModelConfig or TransformerConfig.
     """
+    # Stock Megatron-LM comes to us here only, and saves no bf16 model with fp32 parameters as it is.
+    mend_megatron()
     args: Any = get_args()
     for name, value in BUILT_IN_ARGUMENTS.items():
         if (asked := getattr(args, name, value)) != value:

@@ -13,6 +13,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -199,6 +200,7 @@ def _peak_memory_bytes() -> int:
 
 def _adapt_megatron() -> None:
     """What Megatron itself refuses or cannot do without CUDA, apex and Transformer Engine."""
+    import megatron.core.distributed.param_and_grad_buffer as param_and_grad_buffer
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed
     import megatron.training.training as training
@@ -212,7 +214,29 @@ def _adapt_megatron() -> None:
         optimizer.Adam = distributed.Adam = Adam
         optimizer.USING_PYTORCH_OPTIMIZER = False
         distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
+    param_and_grad_buffer._coalescing_manager = coalesce_by_dtype
     # Megatron warns that the CPU generator moved while it forked the GPU's: here the two are one.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
+
+
+@contextlib.contextmanager
+def coalesce_by_dtype(group: Any, device: Any = None, async_ops: bool = False) -> Iterator[Any]:
+    """torch's _coalescing_manager, one call for each dtype.
+
+    Gloo (torch 2.13) gathers all tensors of a coalesced call as the first one's dtype and returns garbage without a
+    word: in a bf16 model with fp32 parameters that is the model, where a pipeline has virtual stages.
+    """
+    from torch.distributed import distributed_c10d
+
+    assert device is None, "gloo coalesces the calls that torch has collected, not those of a device"
+    collected = distributed_c10d._world.pg_coalesce_state
+    assert not collected.setdefault(group, []), "calls are being coalesced already"
+    manager = distributed_c10d._CoalescingManager()
+    yield manager
+    calls = collected.pop(group)
+    for dtype in dict.fromkeys(call.tensor.dtype for call in calls):
+        with distributed_c10d._coalescing_manager(group, async_ops=async_ops) as part:
+            collected[group].extend(call for call in calls if call.tensor.dtype == dtype)
+        manager.works.extend(part.works)

@@ -16,6 +16,7 @@ from megatron_txssm.recipe.loader import nearest
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.schema import FIXED_ARGUMENTS, SECTIONS
 from megatron_txssm.recipe.setting import argument, section_fields, shown
+from megatron_txssm.recipe.validate import data_parallel_size
 
 # Arguments that would go round the recipe.
 _REFUSED = {
@@ -35,6 +36,21 @@ def megatron_arguments(recipe: Recipe) -> list[str]:
             words += field.setting.arguments(getattr(values, field.name), recipe)
     # After them stands nothing that takes a list without a bound, so a list's last word is never swallowed.
     return words + [word for key, value in recipe.megatron.items() for word in _passed_through(key, value)]
+
+
+def whole_validation_arguments(recipe: Recipe, world_size: int) -> list[str]:
+    """Where validation sets are read whole: one sample a data-parallel rank at each of validation's steps.
+
+    Megatron's loader gives single samples there and counts a step for each; a step like those of training would read
+    the set again for each of its micro-batches, and a pipeline fails on samples where it expects larger micro-batches.
+    """
+    if recipe.logging.eval_iters is not None:
+        return []
+    parallel = recipe.parallel
+    # The interleaved schedule takes rounds of as many micro-batches only, and reads the set as many times.
+    micro_batches = parallel.pipeline_model_parallel_size if (parallel.virtual_pipeline_stages or 1) > 1 else 1
+    samples = data_parallel_size(recipe, world_size) * micro_batches
+    return ["--eval-micro-batch-size=1", f"--eval-global-batch-size={samples}"]
 
 
 def parse_megatron_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -130,9 +130,9 @@ def note_signal(rank: int) -> None:
     """Tell the supervisor of a batch job, if there is one, that a signal ended the loop, after which all was saved."""
     from megatron.training.global_vars import get_signal_handler
 
-    folder = attempt_folder()
+    folder, handler = attempt_folder(), get_signal_handler()
     # Any other early end is one that the recipe asks for, such as megatron.exit_interval.
-    if folder is not None and rank == 0 and get_signal_handler()._signal_received:
+    if folder is not None and rank == 0 and handler is not None and handler._signal_received:
         (folder / "stopped").touch()
 
 

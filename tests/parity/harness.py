@@ -22,7 +22,7 @@ MODEL = """
 TRAINING = """
 --micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-fraction 0.1
 --weight-decay 0.01 --adam-beta2 0.999 --seed 1234 --split 90,10,0 --tokenizer-type NullTokenizer
---use-distributed-optimizer --dist-ckpt-optim-fully-reshardable --ckpt-format torch_dist
+--dist-ckpt-optim-fully-reshardable --ckpt-format torch_dist
 --log-interval 1 --eval-interval 1000 --eval-iters 0 --num-workers 0
 """
 
@@ -33,6 +33,10 @@ class Case:
 
     out: Path
     arguments: str
+    distributed_optimizer: bool = True
+
+    def words(self) -> list[str]:
+        return [*self.arguments.split(), *(["--use-distributed-optimizer"] if self.distributed_optimizer else [])]
 
     def losses(self) -> dict[int, float]:
         return {int(step): loss for step, loss in json.loads((self.out / "losses.json").read_text()).items()}
@@ -53,9 +57,7 @@ def run_cases(world_size: int, cases: list[Case], data_prefix: Path) -> None:
     for case in cases:
         case.out.mkdir(parents=True, exist_ok=True)
     cases_file = cases[0].out / "cases.json"
-    cases_file.write_text(
-        json.dumps([{"out": str(case.out), "arguments": common + case.arguments.split()} for case in cases])
-    )
+    cases_file.write_text(json.dumps([{"out": str(case.out), "arguments": common + case.words()} for case in cases]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     result = subprocess.run([*command, str(WORKER), str(cases_file)], capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]

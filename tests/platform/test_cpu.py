@@ -217,3 +217,17 @@ def test_jitted_functions_run_eagerly() -> None:
     x = torch.randn(2, 6)
     gate, value = x.chunk(2, -1)
     assert torch.allclose(swiglu(x), torch.nn.functional.silu(gate) * value)
+
+
+@pytest.mark.parametrize("async_ops", [False, True])
+def test_tensors_of_several_dtypes_are_gathered_together(one_process, async_ops: bool) -> None:
+    import torch.distributed as dist
+    from megatron.core.distributed import param_and_grad_buffer
+
+    tensors = [torch.arange(8).bfloat16(), torch.arange(100.0, 104.0), torch.arange(4).bfloat16()]
+    expected = [tensor.clone() for tensor in tensors]
+    with param_and_grad_buffer._coalescing_manager(dist.group.WORLD, async_ops=async_ops) as manager:
+        for tensor in tensors:
+            dist.all_gather_into_tensor(tensor, tensor[:], async_op=async_ops)
+    manager.wait()
+    assert all(torch.equal(tensor, wanted) for tensor, wanted in zip(tensors, expected, strict=True))

@@ -4,7 +4,12 @@ import pytest
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe, recipe_names
-from megatron_txssm.recipe.megatron_args import megatron_arguments, owners, parse_megatron_arguments
+from megatron_txssm.recipe.megatron_args import (
+    megatron_arguments,
+    owners,
+    parse_megatron_arguments,
+    whole_validation_arguments,
+)
 
 # In the place of a corpus, which would have to be there.
 OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
@@ -144,3 +149,12 @@ def test_what_megatron_or_the_recipe_refuses_is_named(override: str, wanted: str
 def test_a_command_line_that_megatron_cannot_parse() -> None:
     with pytest.raises(UserError, match="unrecognized arguments: --no-such-flag"):
         parse_megatron_arguments(["--no-such-flag"])
+
+
+def test_a_whole_validation_reads_each_set_once() -> None:
+    whole = ["logging.eval_iters=null", "training.micro_batch_size=4", "parallel.pipeline_model_parallel_size=2"]
+    pipeline = load_recipe("demo_cpu", whole)  # with tensor_model_parallel_size=2
+    assert whole_validation_arguments(pipeline, 8) == ["--eval-micro-batch-size=1", "--eval-global-batch-size=2"]
+    interleaved = load_recipe("demo_cpu", [*whole, "parallel.virtual_pipeline_stages=2"])
+    assert whole_validation_arguments(interleaved, 8) == ["--eval-micro-batch-size=1", "--eval-global-batch-size=4"]
+    assert whole_validation_arguments(load_recipe("demo_cpu", ["logging.eval_iters=2"]), 8) == []

@@ -1,12 +1,16 @@
 """A validation loss for each subset: the shards of one folder are one set, in order, none left out."""
 
+import json
+import math
 from pathlib import Path
 
+import pytest
 from megatron.core.datasets.utils import Split
 
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.training.validation_sets import by_subset
 from tests.data.corpus_fixture import make_corpus, make_recipe, random_documents
+from tests.training.tiny_run import VOCAB_SIZE, TinyRun
 
 
 class Shard:
@@ -43,3 +47,12 @@ def test_a_recipe_names_a_set_for_each_subset(tmp_path: Path) -> None:
     names = words[words.index("--validation-set-names") + 1 :][:2]
     prefixes = words[words.index("--valid-data-path") + 1 : words.index("--validation-set-names")]
     assert [Path(prefix).parent.name for prefix in prefixes] == ["a", "a", "b"] and names == ["a", "b"]
+
+
+@pytest.mark.slow
+def test_a_pipeline_with_larger_micro_batches_reads_a_set_whole(tiny: TinyRun) -> None:
+    layout = ["parallel.pipeline_model_parallel_size=2", "training.micro_batch_size=2"]
+    done = tiny.pretrain(fields=[*layout, "logging.eval_iters=null", "training.train_iters=1"])
+    assert done.code == 0, done.stdout + done.stderr
+    last = json.loads((tiny.run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["validation lm loss"] == pytest.approx(math.log(VOCAB_SIZE), abs=0.1)
