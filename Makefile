@@ -15,8 +15,8 @@ env:  ## make .venv from requirements.lock, unless it is up to date
 demo: env  ## train a small TransXSSM on this machine's CPU, tensor-parallel, and let it write
 	$(BIN)/txssm demo $(ARGS)
 
-test: env  ## run the tests: make test ARGS="-k rope"
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slurm" $(ARGS)
+test: env  ## run all tests but those of tests/slurm: make test ARGS="-k rope"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/slurm $(ARGS)
 
 test-slurm: env  ## run the tests on a simulated Slurm cluster: needs root and Debian's slurm-wlm and munge
 	$(BIN)/python -m pytest tests/slurm $(ARGS)
