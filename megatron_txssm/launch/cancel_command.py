@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_txssm.cli import add_verb
 from megatron_txssm.launch import slurm
-from megatron_txssm.launch.run_folder import find_run, read_submission
+from megatron_txssm.launch.run_folder import find_run, job_ids
 
 EXAMPLES = ("txssm cancel runs/transxssm_1.3b", "txssm cancel 17")
 
@@ -17,7 +17,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     folder = find_run(args.run)
-    ours = {job_id for job_ids in read_submission(folder).get("jobs", {}).values() for job_id in job_ids}
+    ours = job_ids(folder)
     jobs = [job for job in slurm.queue() if not job.is_over and job.job_id.partition("_")[0] in ours]
     if not jobs:
         print(f"{folder} has no job that is pending or running")

@@ -166,7 +166,7 @@ def find_run(text: str) -> Path:
             return path
     if text.isdecimal():
         for path in sorted(Path("runs").glob("*/submission.json")):
-            if text in _job_ids(path.parent):
+            if text in job_ids(path.parent):
                 return path.parent
         for job in slurm.queue():
             if job.job_id == text and (job.script.parent / "submission.json").is_file():
@@ -185,5 +185,6 @@ def read_submission(run: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not readable ({error})") from None
 
 
-def _job_ids(run: Path) -> list[str]:
-    return [job_id for job_ids in read_submission(run).get("jobs", {}).values() for job_id in job_ids]
+def job_ids(run: Path) -> list[str]:
+    """The numbers of the jobs that the run's last submission queued; of an array, that of the whole."""
+    return [job_id for of_stage in read_submission(run).get("jobs", {}).values() for job_id in of_stage]

@@ -25,7 +25,12 @@ from megatron_txssm.launch.run_folder import Attempt, attempts, new_attempt
 from megatron_txssm.launch.stall import StallWatch
 from megatron_txssm.recipe.loader import load_recipe
 
-DEFAULTS = {"step_timeout": 1800, "stop_before": 120, "max_requeues": 10}
+# Option -> (default, unit, what it says).
+LIMITS = {
+    "step-timeout": (1800, "SECONDS", "without a step or a validation for so long, the trainer is ended as hung"),
+    "stop-before": (120, "SECONDS", "before the time limit, the trainer saves and the job requeues itself"),
+    "max-requeues": (10, "N", "after failures; preemptions and time limits are not counted"),
+}
 POLL_SECONDS = 0.5
 # Slurm sends the signal of --signal up to a minute early.
 SIGNAL_SLACK_SECONDS = 75
@@ -33,27 +38,9 @@ SIGNAL_SLACK_SECONDS = 75
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
     """The options that `txssm submit` hands on."""
-    parser.add_argument(
-        "--step-timeout",
-        type=int,
-        metavar="SECONDS",
-        default=DEFAULTS["step_timeout"],
-        help="without a step or a validation for so long, the trainer is ended as hung (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--stop-before",
-        type=int,
-        metavar="SECONDS",
-        default=DEFAULTS["stop_before"],
-        help="before the time limit, the trainer saves and the job requeues itself (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-requeues",
-        type=int,
-        metavar="N",
-        default=DEFAULTS["max_requeues"],
-        help="after failures; preemptions and time limits are not counted (default: %(default)s)",
-    )
+    for name, (default, unit, meaning) in LIMITS.items():
+        meaning += " (default: %(default)s)"
+        parser.add_argument(f"--{name}", type=int, metavar=unit, default=default, help=meaning)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -92,8 +92,10 @@ def test_where_every_node_fails_the_job_ends_and_says_so(sandbox: Sandbox, data:
 
 
 @pytest.mark.slow
-def test_a_worker_that_always_fails_is_not_started_for_ever(sandbox: Sandbox, data: Path, tmp_path: Path) -> None:
-    """The same step fails twice: the second attempt comes no further than the first."""
+def test_a_run_that_fails_before_its_first_step_is_not_started_again(
+    sandbox: Sandbox, data: Path, tmp_path: Path
+) -> None:
+    """It has come no further, so nothing speaks for another try."""
     job = TrainingJob(sandbox, tmp_path / "job", data)
     # The tokens of the data go up to 63.
     job.submit("--set", "data.vocab_size=2", "--set", "data.make_vocab_size_divisible_by=2")
