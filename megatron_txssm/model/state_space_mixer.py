@@ -27,8 +27,7 @@ from megatron_txssm.compat import split_tensor_factory
 from megatron_txssm.model.state_space_config import StateSpaceConfig
 from megatron_txssm.model.unified_rope import UnifiedRotaryEmbedding, length_scale
 from megatron_txssm.ops.rotary import apply_rotary
-from megatron_txssm.ops.ssd import ssd
-from megatron_txssm.ops.ssd_reference import ssd_step
+from megatron_txssm.ops.ssd import ssd, ssd_step
 
 # They set the decay exp(dt·A), which compounds over thousands of tokens: in bf16 its logarithm would have three digits.
 FP32_PARAMETERS = ("A_log", "dt_bias", "D")

@@ -5,9 +5,12 @@
 from torch import Tensor
 
 from megatron_txssm.ops.ssd_reference import ssd_reference
+from megatron_txssm.ops.ssd_reference import ssd_step as reference_step
 from megatron_txssm.ops.ssd_torch import ssd_torch
+from megatron_txssm.ops.ssd_triton import is_available, ssd_step_triton, ssd_triton
 
-BACKENDS = ("reference", "torch")
+# "auto": triton where it is available, otherwise torch.
+BACKENDS = ("auto", "reference", "torch", "triton")
 
 
 def ssd(
@@ -34,14 +37,37 @@ def ssd(
 
     The final state is fp32 (fp64 for fp64 inputs), whatever the type of x: it goes on accumulating.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not an SSD backend; use one of {', '.join(BACKENDS)}")
+    backend = _chosen(backend, x_BLHP)
     _check_shapes(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, chunk_size, initial_state, seq_idx)
     if backend == "reference":
         return ssd_reference(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, initial_state=initial_state, seq_idx=seq_idx)
-    return ssd_torch(
+    scan = ssd_triton if backend == "triton" else ssd_torch
+    return scan(
         x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, chunk_size=chunk_size, initial_state=initial_state, seq_idx=seq_idx
     )
+
+
+def ssd_step(
+    x_BHP: Tensor,
+    dt_BH: Tensor,
+    A_H: Tensor,
+    B_BGN: Tensor,
+    C_BGN: Tensor,
+    state_BHPN: Tensor,
+    *,
+    backend: str = "torch",
+) -> tuple[Tensor, Tensor]:
+    """One token, as decoding computes it: `(y_BHP in x's type, the new state_BHPN)`; shapes as in `ssd`, without L."""
+    step = ssd_step_triton if _chosen(backend, x_BHP) == "triton" else reference_step
+    return step(x_BHP, dt_BH, A_H, B_BGN, C_BGN, state_BHPN)
+
+
+def _chosen(backend: str, x: Tensor) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not an SSD backend; use one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return "triton" if is_available(x) else "torch"
+    return backend
 
 
 def _check_shapes(

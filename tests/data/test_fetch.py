@@ -199,10 +199,9 @@ def test_a_bucket_that_cannot_be_reached_stops_the_task(protocol):
             blob = hashlib.sha1(str(row).encode()).hexdigest()
             yield Document(text="", id="", metadata={"blob": blob, "file": "a.parquet", "row": row})
 
-    begin = time.monotonic()
+    # How soon it stops shows in how much was read: a time limit would be that of the machine.
     with pytest.raises(UserError, match="cannot be reached: 8 blobs in a row") as caught:
         list(step.run(endless()))
-    assert time.monotonic() - begin < 5
     assert step.blob_url in str(caught.value) and "finished tasks are kept" in str(caught.value)
     assert len(read) <= WINDOW_PER_THREAD * 16 + 8
 

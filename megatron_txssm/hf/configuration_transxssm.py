@@ -1,0 +1,115 @@
+"""The sizes and settings of a TransXSSM, of its Mamba-2 and Jamba baselines and of anything between, for transformers.
+
+Names are those of transformers where it has one, and otherwise those of the recipe's `model` section.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+# A module of the paper: seven state-space layers, then one of attention (arXiv:2506.09507, section 3).
+_MODULE = ["linear_attention"] * 7 + ["full_attention"]
+# The others ("dynamic" above all) change frequencies as a text grows, and a state was accumulated under the old ones;
+# or they scale cosines and sines ("yarn", "longrope"), which softmax absorbs and a state does not.
+ROPE_TYPES = ("default", "linear")
+
+
+class TransXSSMConfig(PreTrainedConfig):
+    """Configuration of `TransXSSMForCausalLM`; ValueError where fields contradict each other."""
+
+    model_type = "transxssm"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers' own way to state it)
+
+    vocab_size: int = 50277
+    hidden_size: int = 768
+    # Channels inside the SwiGLU FFN.
+    intermediate_size: int = 4224
+    num_hidden_layers: int = 24
+    # The kind of each layer, "linear_attention" (state-space) or "full_attention"; None: seven to one.
+    layer_types: list[str] | None = None
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    # How attention layers learn of positions: "rope" or "none".
+    attention_position_encoding: str = "rope"
+    # How state-space layers do: "rope" (Unified RoPE), "conv1d_d" (Mamba-2's convolution and skip D) or "a_t" (only
+    # by the decay).
+    position_encoding: str = "rope"
+    # Channels of the recurrent state per head channel (d_state).
+    state_size: int = 128
+    # None: hidden_size / state_head_dim.
+    state_num_heads: int | None = None
+    state_head_dim: int = 64
+    # Groups of heads that share B and C.
+    state_num_groups: int = 4
+    # Mamba-2's output gate and grouped RMSNorm.
+    state_gated: bool = False
+    # A learned bias under the softplus of dt.
+    state_dt_bias: bool = True
+    # Taps of the causal convolution of "conv1d_d".
+    conv_kernel: int = 4
+    # Tokens per chunk of the parallel scan: speed and memory, not the function.
+    chunk_size: int = 256
+    # Tokens beyond which C is scaled by log_base(position) (appendix A); None: never.
+    length_scaling_base: int | None = None
+    # {"rope_type": "default" or "linear", "rope_theta": base, "factor": divisor of positions under "linear"}
+    rope_parameters: dict[str, Any] | None = None
+    # Of the angles: "fp32", as in Megatron, or "fp64", exact at any position.
+    rotary_table_precision: str = "fp32"
+    # Tokens of a training sample; longer texts are allowed.
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    attention_dropout: float | int = 0.0
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.layer_types is None:
+            self.layer_types = [_MODULE[index % len(_MODULE)] for index in range(self.num_hidden_layers)]
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.state_num_heads = self.state_num_heads or self.hidden_size // self.state_head_dim
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """transformers calls it wherever a configuration is made."""
+        choices = {
+            "attention_position_encoding": ("rope", "none"),
+            "position_encoding": ("rope", "conv1d_d", "a_t"),
+            "rotary_table_precision": ("fp32", "fp64"),
+        }
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
+        if strangers := set(self.layer_types or ()) - set(_MODULE):
+            raise ValueError(f"layer_types holds {sorted(strangers)}; use {' and '.join(sorted(set(_MODULE)))}")
+        for name, of in (("state_num_groups", "state_num_heads"), ("num_key_value_heads", "num_attention_heads")):
+            if getattr(self, of) % getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)} does not divide {of}={getattr(self, of)}")
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(
+                f"rope_type={rope_type!r} changes or scales the rotation in a way that a state-space layer's state "
+                f"cannot follow; use one of {', '.join(ROPE_TYPES)}"
+            )
+
+    @property
+    def has_attention(self) -> bool:
+        return "full_attention" in (self.layer_types or ())
+
+    @property
+    def state_inner_size(self) -> int:
+        """Channels of x in a state-space layer, over all heads."""
+        return (self.state_num_heads or 0) * self.state_head_dim
+
+    @property
+    def in_proj_sizes(self) -> dict[str, int]:
+        """Rows of a state-space layer's in-projection by component, in their order."""
+        sizes = {"z": self.state_inner_size} if self.state_gated else {}
+        group_channels = self.state_num_groups * self.state_size
+        sizes |= {"x": self.state_inner_size, "B": group_channels, "C": group_channels}
+        return sizes | {"dt": self.state_num_heads or 0}

@@ -1,0 +1,41 @@
+"""The model's code as files that lie beside exported weights and need neither this package nor Megatron."""
+
+import re
+from pathlib import Path
+
+import megatron_txssm
+
+# What config.json names as auto_map: how transformers finds the classes in those files.
+AUTO_MAP = {
+    "AutoConfig": "configuration_transxssm.TransXSSMConfig",
+    "AutoModel": "modeling_transxssm.TransXSSMModel",
+    "AutoModelForCausalLM": "modeling_transxssm.TransXSSMForCausalLM",
+}
+_ENTRY = "megatron_txssm.hf.modeling_transxssm"
+_IMPORT = re.compile(r"^from (megatron_txssm(?:\.\w+)*)\.(\w+) import", re.MULTILINE)
+
+
+def code_files() -> dict[str, str]:
+    """File name -> content: the model's module and all of ours that it imports, side by side in one folder.
+
+    `from megatron_txssm.ops.ssd import ssd` becomes `from .ssd import ssd`; the rest is copied as it is.
+    """
+    files: dict[str, str] = {}
+    waiting = [_ENTRY]
+    while waiting:
+        module = waiting.pop()
+        name = module.rpartition(".")[2] + ".py"
+        if name in files:
+            continue
+        text = Path(megatron_txssm.__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text()
+        waiting += [f"{package}.{imported}" for package, imported in _IMPORT.findall(text)]
+        files[name] = _IMPORT.sub(r"from .\2 import", text)
+    return dict(sorted(files.items()))
+
+
+def write_code(folder: Path) -> list[str]:
+    """Write `code_files` into `folder`; returns their names."""
+    files = code_files()
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return list(files)
