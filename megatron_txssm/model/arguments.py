@@ -11,6 +11,7 @@ DEFAULTS: dict[str, Any] = {
     "layer_pattern": DEFAULT_LAYER_PATTERN,
     "position_encoding": "rope",
     "state_space_gated": False,
+    "state_space_no_dt_bias": False,
     "ssd_chunk_size": 256,
     "length_scaling_base": None,
     "rotary_table_precision": "fp32",
@@ -25,6 +26,7 @@ def add_transxssm_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     group.add_argument("--position-encoding", choices=POSITION_ENCODINGS, help="of the state-space layers")
     group.add_argument("--state-space-gated", action="store_true", help="Mamba-2's output gate and grouped RMSNorm")
+    group.add_argument("--state-space-no-dt-bias", action="store_true", help="no learned bias under dt's softplus")
     group.add_argument("--ssd-chunk-size", type=int, help="tokens per chunk of the state-space scan")
     group.add_argument("--length-scaling-base", type=int, help="scale C by log_base(position) beyond this many tokens")
     group.add_argument("--rotary-table-precision", choices=("fp32", "fp64"), help="precision of the angles")
@@ -45,6 +47,7 @@ def state_space_config(args: Namespace) -> StateSpaceConfig:
         num_groups=args.mamba_num_groups,
         position_encoding=ours["position_encoding"],
         gated=ours["state_space_gated"],
+        dt_bias=not ours["state_space_no_dt_bias"],
         chunk_size=ours["ssd_chunk_size"],
         length_scaling_base=ours["length_scaling_base"],
     )

@@ -27,6 +27,9 @@ class StateSpaceConfig:
     position_encoding: str = "rope"
     # Mamba-2's output gate and the grouped RMSNorm behind it.
     gated: bool = False
+    # A learned bias under the softplus of dt, as in Mamba-2; it spreads the heads' first dt over [0.001, 0.1]. Without
+    # it, as in the authors' public layout of parameters, every head starts at dt = softplus(~0) = 0.69, as theirs do.
+    dt_bias: bool = True
     # Chunk length of the parallel scan, in tokens (the paper's chunk_len).
     chunk_size: int = 256
     # Appendix A: beyond this many tokens, C is scaled by log_base(position). None: never.
@@ -86,7 +89,7 @@ class StateSpaceConfig:
     def num_params(self) -> int:
         """Parameters of the mixer, without the norm before it."""
         projections = self.hidden_size * (sum(self.in_proj_sizes.values()) + self.inner_size)
-        per_head = self.num_heads * (3 if self.conv_sizes else 2)  # A_log, dt_bias, D
+        per_head = self.num_heads * (1 + self.dt_bias + bool(self.conv_sizes))  # A_log, dt_bias, D
         convolution = sum(self.conv_sizes.values()) * (self.conv_kernel + 1)
         return projections + per_head + convolution + (self.inner_size if self.gated else 0)
 

@@ -108,7 +108,7 @@ class StateSpaceMixer(MegatronModule):
         """This rank's parameters beside the projections, all sharded over tensor-parallel ranks along dimension 0."""
         sizes = self.in_proj_sizes
         self.A_log = self._parameter(sizes["dt"], dtype=torch.float32)
-        self.dt_bias = self._parameter(sizes["dt"], dtype=torch.float32)
+        self.dt_bias = self._parameter(sizes["dt"], dtype=torch.float32) if self.state_space.dt_bias else None
         if self.conv_sizes:
             self.D = self._parameter(sizes["dt"], dtype=torch.float32)
             channels = sum(self.conv_sizes.values())
@@ -192,7 +192,8 @@ class StateSpaceMixer(MegatronModule):
         x_BLHP = parts["x"].unflatten(-1, (-1, self.state_space.head_dim))
         B_BLGN, C_BLGN = (parts[part].unflatten(-1, (-1, self.state_space.state_size)) for part in ("B", "C"))
         B_BLGN, C_BLGN = self._rotate(B_BLGN, C_BLGN, offset)
-        dt_BLH = F.softplus(parts["dt"].float() + self.dt_bias)
+        dt_BLH = parts["dt"].float()
+        dt_BLH = F.softplus(dt_BLH if self.dt_bias is None else dt_BLH + self.dt_bias)
         A_H = -torch.exp(self.A_log)
 
         if x_BLHP.shape[1] == 1 and cache.state_BHPN is not None:

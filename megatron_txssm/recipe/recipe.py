@@ -144,6 +144,7 @@ class Recipe:
             num_groups=model.state_num_groups,
             position_encoding=model.position_encoding,
             gated=model.state_gated,
+            dt_bias=model.state_dt_bias,
             chunk_size=model.chunk_size,
             length_scaling_base=model.length_scaling_base,
         )

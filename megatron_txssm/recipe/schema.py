@@ -100,6 +100,12 @@ class Model:
         at_least=1,
     )
     state_gated: bool = setting("Mamba-2's output gate and the grouped norm", "--state-space-gated", default=False)
+    state_dt_bias: bool = setting(
+        "a learned bias under the softplus of dt, as in Mamba-2",
+        "--state-space-no-dt-bias",
+        default=True,
+        render=lambda biased, recipe: [] if biased else ["--state-space-no-dt-bias"],
+    )
     chunk_size: int = setting("tokens per chunk of the state-space scan", "--ssd-chunk-size", default=256, at_least=1)
     length_scaling_base: int | None = setting(
         "tokens beyond which C is scaled by log_base(position) (appendix A); null: never",

@@ -43,7 +43,8 @@ def test_no_checkpoint_and_the_same_model_are_fine(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("state_size", 6), ("layer_pattern", "A"), ("position_encoding", "conv1d_d")]
+    ("field", "value"),
+    [("state_size", 6), ("layer_pattern", "A"), ("position_encoding", "conv1d_d"), ("state_dt_bias", False)],
 )
 def test_another_model_is_named_with_the_field(recipe: Recipe, field: str, value: object) -> None:
     save(recipe)
@@ -53,6 +54,15 @@ def test_another_model_is_named_with_the_field(recipe: Recipe, field: str, value
     assert f"model.{field}: {getattr(recipe.model, field)} there, {value} here" in message
     assert str(recipe.checkpoint_path) in message
     assert "use another run_directory" in message
+
+
+def test_a_checkpoint_older_than_a_field_has_its_default(recipe: Recipe) -> None:
+    save(recipe)
+    made_by = recipe.checkpoint_path / "recipe.yaml"
+    text = made_by.read_text()
+    assert "  state_dt_bias: true\n" in text
+    made_by.write_text(text.replace("  state_dt_bias: true\n", ""))
+    check_checkpoint(recipe)
 
 
 def test_another_vocabulary_is_named(recipe: Recipe) -> None:

@@ -49,7 +49,7 @@ def paper(weights: dict[str, Tensor], x_LBD: Tensor, sizes: StateSpaceConfig, ep
     ends = [H * P] * sizes.gated + [H * P, G * N, G * N, H]
     parts = list(packed_LBE.split(ends, dim=-1))
     z = parts.pop(0) if sizes.gated else None
-    dt = torch.nn.functional.softplus(parts.pop() + weights["dt_bias"])
+    dt = torch.nn.functional.softplus(parts.pop() + weights.get("dt_bias", 0.0))
 
     if sizes.position_encoding == "conv1d_d":
         # Mamba-2 (arXiv:2405.21060, section 7): a causal filter for each channel of x, B and C, then SiLU.
@@ -131,6 +131,18 @@ def test_mixer_is_the_papers_equations(one_process: None, encoding: str, gated: 
     names |= {"D", "conv1d_weight", "conv1d_bias"} if encoding == "conv1d_d" else set()
     assert set(errors) == names | ({"norm_weight"} if gated else set())
     assert max(errors.values()) <= 1e-5, errors
+
+
+@pytest.mark.parametrize(("encoding", "gated"), [("rope", False), ("conv1d_d", True)])
+def test_without_a_bias_dt_is_that_of_a_bias_of_zero(one_process: None, encoding: str, gated: bool) -> None:
+    """`paper` adds zero where the weights have no bias; all other parameters and their names in checkpoints remain."""
+    mixer, biased = build(encoding, gated, dt_bias=False), build(encoding, gated)
+    errors = errors_against_paper(mixer)
+    assert max(errors.values()) <= 1e-5, errors
+    names = set(dict(biased.named_parameters())) - {"dt_bias"}
+    assert set(errors) == names | {"input", "output"}
+    assert biased.sharded_state_dict().keys() - mixer.sharded_state_dict().keys() == {"dt_bias"}
+    assert mixer.num_params() == sum(parameter.numel() for parameter in mixer.parameters())
 
 
 @pytest.mark.parametrize("encoding", ["rope", "a_t"])
@@ -221,6 +233,7 @@ def test_parameters_are_built_in_megatrons_type_except_the_fp32_ones(one_process
 
 def test_start_values_are_mamba_2s(one_process: None) -> None:
     mixer = build_mixer(state_space_config(num_heads=64, num_groups=2, position_encoding="conv1d_d", gated=True))
+    assert mixer.dt_bias is not None
     A, dt = mixer.A_log.detach().exp(), torch.nn.functional.softplus(mixer.dt_bias.detach())
     assert 1 <= A.min() < 4 and 13 < A.max() <= 16.0001
     assert 0.00099 < dt.min() < 0.003 and 0.03 < dt.max() < 0.1001

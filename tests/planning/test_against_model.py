@@ -49,7 +49,7 @@ VARIANTS = [
     ("transxssm_320m", ["model.state_gated=true"]),
     ("transxssm_320m", ["model.tie_embeddings=false"]),
     ("jamba_320m", ["model.state_gated=false", "model.tie_embeddings=false"]),
-    ("transxssm_320m", ["model.position_encoding=a_t", "model.layer_pattern=SA"]),
+    ("transxssm_320m", ["model.position_encoding=a_t", "model.layer_pattern=SA", "model.state_dt_bias=false"]),
 ]
 
 

@@ -27,6 +27,7 @@ def test_megatrons_parser_takes_every_recipe(name: str) -> None:
     assert (args.num_layers, args.hidden_size) == (recipe.model.num_layers, recipe.model.hidden_size)
     assert args.layer_pattern == recipe.model.layer_pattern
     assert args.state_space_gated is recipe.model.state_gated
+    assert not args.state_space_no_dt_bias
     assert args.ffn_hidden_size == recipe.model.ffn_hidden_size
     assert args.padded_vocab_size == recipe.padded_vocab_size
     assert args.global_batch_size * args.seq_length == recipe.training.global_batch_tokens
@@ -48,8 +49,10 @@ def test_every_flag_of_the_table_is_megatrons() -> None:
 def test_the_state_space_sizes_survive_the_way_through_megatron() -> None:
     from megatron_txssm.model.arguments import state_space_config
 
-    recipe = load_recipe("mamba2_1.3b", [*OWN_DATA, "model.length_scaling_base=4096"])
-    assert state_space_config(parse_megatron_arguments(megatron_arguments(recipe))) == recipe.state_space
+    for override in ("model.length_scaling_base=4096", "model.state_dt_bias=false"):
+        recipe = load_recipe("mamba2_1.3b", [*OWN_DATA, override])
+        assert state_space_config(parse_megatron_arguments(megatron_arguments(recipe))) == recipe.state_space
+    assert recipe.state_space is not None and not recipe.state_space.dt_bias
 
 
 def test_fields_with_their_own_rendering() -> None:
@@ -57,6 +60,7 @@ def test_fields_with_their_own_rendering() -> None:
         "transxssm_320m",
         "model.num_query_groups=4",
         "model.tie_embeddings=false",
+        "model.state_dt_bias=false",
         "model.rope_scaling=linear",
         "model.rotary_interpolation_factor=4",
         "parallel.recompute=full",
@@ -70,7 +74,7 @@ def test_fields_with_their_own_rendering() -> None:
         "data.train=[[0.25, a], [0.75, b]]",
     )
     assert (args.group_query_attention, args.num_query_groups) == (True, 4)
-    assert args.untie_embeddings_and_output_weights
+    assert args.untie_embeddings_and_output_weights and args.state_space_no_dt_bias
     assert args.rotary_seq_len_interpolation_factor == 4
     assert (args.recompute_granularity, args.recompute_method, args.recompute_num_layers) == ("full", "uniform", 1)
     assert args.sequence_parallel and args.num_virtual_stages_per_pipeline_rank == 3 and args.overlap_p2p_comm
