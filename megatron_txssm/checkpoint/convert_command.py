@@ -1,50 +1,68 @@
-"""txssm convert export: a run's weights in a folder of safetensors, complete or not there at all."""
+"""txssm convert export, import, verify: weights from Megatron's checkpoints to Hugging Face's folders and back."""
 
 import argparse
-import errno
 import hashlib
 import json
 import os
 import shutil
 import sys
-import time
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.checkpoint.export import DTYPES, SavedModel, Tensor, export, open_checkpoint, tensors_of
+from megatron_txssm.checkpoint.importer import import_weights
+from megatron_txssm.checkpoint.layouts import LAYOUTS, choose_layout
+from megatron_txssm.checkpoint.new_folder import check_absent, complete_folder, doing, progress_bar
+from megatron_txssm.checkpoint.saved_model import open_checkpoint
+from megatron_txssm.checkpoint.tensors import DTYPES
+from megatron_txssm.checkpoint.worker import TaskFailed
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.environment import adopt_slurm_step
-from megatron_txssm.recipe.recipe import Recipe
 
-EXAMPLES = (
-    "txssm convert export runs/demo exports/demo",
-    "txssm convert export runs/transxssm_1.3b/checkpoints exports/transxssm_1.3b --dtype bf16",
-    "txssm convert export runs/transxssm_1.3b exports/at_20000 --step 20000 --max-file-gb 5",
-)
-LAYOUTS = ("megatron",)
-# What makes a tokenizer, of the files in its folder; the rest may be a whole model.
-_TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+EXAMPLES = {
+    "export": (
+        "txssm convert export runs/demo exports/demo",
+        "txssm convert export runs/transxssm_1.3b exports/transxssm_1.3b --dtype bf16 --max-file-gb 5",
+        "txssm convert export runs/jamba_320m exports/jamba --step 20000 --layout granitemoehybrid",
+    ),
+    "import": (
+        "txssm convert import exports/demo imported/demo",
+        "txssm convert import downloads/some-llama imported/llama --recipe my_llama.yaml",
+    ),
+    "verify": (
+        "txssm convert verify runs/demo exports/demo",
+        "txssm convert verify exports/demo imported/demo",
+    ),
+}
+SUMMARIES = {
+    "export": "write a checkpoint's weights as a Hugging Face model, whatever layout it was saved at; no GPU needed",
+    "import": "make a Megatron checkpoint of a Hugging Face model, to train on from",
+    "verify": "compare two models, each a checkpoint or a folder of weights: tensors, logits, decoding",
+}
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = add_verb(subparsers, "convert", EXAMPLES[:1])
+    parser = add_verb(subparsers, "convert", [examples[0] for examples in EXAMPLES.values()])
     commands = parser.add_subparsers(title="commands", dest="command", metavar="<command>", required=True)
-    summary = "write a checkpoint's weights as safetensors, whatever layout it was saved at; no GPU needed"
-    command = commands.add_parser(
-        "export",
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ". Vocabulary padding, optimizer and random states stay behind.",
-        epilog="\n  ".join(["examples:", *EXAMPLES]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    add = {"export": _add_export, "import": _add_import, "verify": _add_verify}
+    for name, summary in SUMMARIES.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog="\n  ".join(["examples:", *EXAMPLES[name]]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add[name](command)
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a run's folder, or its checkpoints")
     command.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
     command.add_argument(
-        "--layout", choices=LAYOUTS, default="megatron", help="names and tensors as Megatron's checkpoint has them"
+        "--layout",
+        choices=LAYOUTS,
+        help="whose names and classes, see docs/convert.md (default: llama where it fits, otherwise transxssm)",
     )
     command.add_argument(
         "--dtype",
@@ -55,6 +73,25 @@ def add_parser(subparsers: Any) -> None:
     command.add_argument(
         "--max-file-gb", type=float, default=2.0, metavar="GB", help="largest file, in 1e9 bytes (default: 2)"
     )
+    command.add_argument("--no-verify", action="store_true", help="leave out the proof (verification.json)")
+
+
+def _add_import(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="HF", type=Path, help="a folder with model.safetensors and config.json")
+    command.add_argument("out", metavar="OUT", type=Path, help="the checkpoints folder to make")
+    command.add_argument(
+        "--recipe", metavar="RECIPE", help="describes the model and its training (default: recipe.yaml in the folder)"
+    )
+    command.add_argument("--no-verify", action="store_true", help="leave out the proof (verification.json)")
+
+
+def _add_verify(command: argparse.ArgumentParser) -> None:
+    for name in ("a", "b"):
+        command.add_argument(
+            name, metavar=name.upper(), type=Path, help="a run, its checkpoints, or a Hugging Face folder"
+        )
+    command.add_argument("--step", type=int, metavar="N", help="which checkpoint of a run (default: the newest)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the proof to a file, too")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,115 +99,77 @@ def run(args: argparse.Namespace) -> int:
     # Of several tasks of a Slurm step, one is enough.
     if os.environ.get("RANK", "0") != "0":
         return 0
+    commands = {"export": export, "import": import_weights, "verify": verify}
+    try:
+        return commands[args.command](args)
+    except TaskFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def export(args: argparse.Namespace) -> int:
+    from megatron_txssm.checkpoint.export import plan_export, write_weights
+    from megatron_txssm.checkpoint.hf_files import write_configuration, write_model_card, write_tokenizer
+    from megatron_txssm.checkpoint.verify import prove_export
+
     if not args.max_file_gb > 0:
         raise UserError(f"--max-file-gb {args.max_file_gb:g} must be above 0")
-    _check_absent(args.out)
+    check_absent(args.out)
     saved = open_checkpoint(args.checkpoint, args.step)
-    nbytes = sum(tensor.nbytes for tensor in tensors_of(saved, args.dtype))
-    with complete_folder(args.out, nbytes) as folder:
-        with progress_bar(nbytes) as advance:
-            tensors = export(
-                saved, folder, dtype=args.dtype, max_file_bytes=int(args.max_file_gb * 1e9), advance=advance
-            )
+    planned = plan_export(saved, choose_layout(saved.recipe, args.layout), args.dtype)
+    with complete_folder(args.out, planned.nbytes) as folder:
+        with progress_bar("exporting", planned.nbytes) as advance:
+            limit = int(args.max_file_gb * 1e9)
+            hashes = write_weights(planned, folder, max_file_bytes=limit, advance=advance)
         shutil.copyfile(saved.checkpoints / "recipe.yaml", folder / "recipe.yaml")
-        facts = _facts(args, saved, tensors, folder)
-        (folder / "export.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    print(f"{args.out}: step {saved.step}, {facts['parameters']:,} parameters, {nbytes:,} bytes")
+        facts, tokens, text = write_tokenizer(planned, folder)
+        write_configuration(planned, facts, folder)
+        proof = None
+        if not args.no_verify:
+            proof = prove_export(planned, folder, hashes, tokens, text)
+        write_model_card(planned, folder, args.out.name, proof)
+        _write_facts(planned, folder)
+    what = f"step {saved.step}, layout {planned.layout}, {planned.numel:,} parameters, {planned.nbytes:,} bytes"
+    print(f"{args.out}: {what}")
+    for line in proof.summary() if proof else ():
+        print(line)
     return 0
 
 
-def _facts(args: argparse.Namespace, saved: SavedModel, tensors: list[Tensor], folder: Path) -> dict[str, Any]:
-    """What export.json holds; copies the tokenizer."""
-    recipe = saved.recipe
-    tokenizer = copy_tokenizer(recipe, folder)
+def _write_facts(planned: Any, folder: Path) -> None:
+    """export.json: what was exported, and the hash of every file."""
+    recipe = planned.saved.recipe
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
+    facts = {
         "name": recipe.name,
-        "step": saved.step,
-        "layout": args.layout,
-        "dtype": args.dtype or "as saved",
-        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
-        "parameters": sum(tensor.numel for tensor in tensors),
+        "step": planned.saved.step,
+        "layout": planned.layout,
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in planned.tensors.values()}),
+        "parameters": planned.numel,
         "vocab_size": recipe.data.vocab_size,
         "padding_rows_removed": recipe.padded_vocab_size - recipe.data.vocab_size,
-        "tokenizer_type": recipe.data.tokenizer_type if tokenizer is None else recipe.tokenizer_type,
-        "tokenizer": tokenizer,
         "sha256": {str(file.relative_to(folder)): _sha256(file) for file in files},
     }
+    (folder / "export.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(recipe: Recipe, folder: Path) -> str | None:
-    """Copy a local tokenizer's files to tokenizer/; returns where they are now, or the tokenizer's name on the hub.
+def verify(args: argparse.Namespace) -> int:
+    from megatron_txssm.checkpoint.verify import prove_equal
 
-    None where the recipe has none, or its corpus, which holds it, is out of reach.
-    """
-    try:
-        name = recipe.tokenizer_model
-    except UserError as error:
-        print(f"warning: no tokenizer is exported: {error}", file=sys.stderr)
-        return None
-    if name is None:
-        return None
-    source, target = Path(name), folder / "tokenizer"
-    files = [source] if source.is_file() else [file for kind in _TOKENIZER_FILES for file in sorted(source.glob(kind))]
-    for file in files:
-        target.mkdir(exist_ok=True)
-        shutil.copyfile(file, target / file.name)
-    if source.is_file():
-        return f"tokenizer/{source.name}"
-    return "tokenizer" if files else name
+    with doing("comparing"):
+        proof = prove_equal(_open(args.a, args.step), _open(args.b, args.step))
+    if args.json:
+        args.json.write_text(json.dumps(proof.to_json(), indent=2) + "\n", encoding="utf-8")
+    for line in proof.summary():
+        print(line)
+    print("the same model" if proof.passed else "NOT the same model")
+    return 0 if proof.passed else 1
 
 
-@contextmanager
-def complete_folder(out: Path, nbytes: int) -> Iterator[Path]:
-    """A new folder beside `out` that becomes `out` where the block ends, and is removed where it fails.
+def _open(path: Path, step: int | None) -> Any:
+    from megatron_txssm.checkpoint.hf_folder import is_hf_folder, open_hf_folder
 
-    UserError where `out` exists, its parent cannot be written, or the disk has less than `nbytes` left or fills up.
-    """
-    _check_absent(out)
-    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-    except OSError as error:
-        raise UserError(f"{out.parent} cannot be written: {error.strerror}; name another OUT") from None
-    try:
-        if shutil.disk_usage(partial).free < nbytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        yield partial
-        partial.rename(out)
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written: {error.strerror}; it takes {nbytes:,} bytes: make room, or name another OUT"
-        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _check_absent(out: Path) -> None:
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists; name another OUT, or remove it")
-
-
-@contextmanager
-def progress_bar(nbytes: int) -> Iterator[Callable[[int], None]]:
-    """A function to tell of bytes that are done; a bar, where a person looks on, from the fifth second on."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    progress = Progress(
-        TextColumn("exporting"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), disable=not sys.stdout.isatty()
-    )
-    task, shown_from = progress.add_task("", total=nbytes), time.monotonic() + 5
-
-    def advance(count: int) -> None:
-        progress.advance(task, count)
-        if time.monotonic() > shown_from:
-            progress.start()
-
-    try:
-        yield advance
-    finally:
-        progress.stop()
+    return open_hf_folder(path) if is_hf_folder(path) else open_checkpoint(path, step)
 
 
 def _sha256(file: Path) -> str:

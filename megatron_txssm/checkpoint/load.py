@@ -1,11 +1,13 @@
 """A trained model in one process, from a checkpoint saved at any layout."""
 
 import functools
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_txssm.checkpoint.kept_tokenizer import tokenizer_source
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.preflight import saved_step
 from megatron_txssm.recipe.loader import load_recipe
@@ -13,7 +15,9 @@ from megatron_txssm.recipe.megatron_args import megatron_arguments
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import check_tokenizer_file
 
+# Megatron's own modules, as they need no GPU.
 ONE_PROCESS = (
+    "training.transformer_impl=local",
     "parallel.tensor_model_parallel_size=1",
     "parallel.pipeline_model_parallel_size=1",
     "parallel.virtual_pipeline_stages=null",
@@ -34,59 +38,75 @@ class LoadedModel:
     iteration: int
 
 
-def checkpoint_recipe(checkpoint: Path) -> Recipe:
-    """The recipe that a checkpoint directory holds, for one process; UserError where there is no checkpoint."""
+def checkpoint_recipe(checkpoint: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """The recipe that a checkpoint directory holds, for one process; UserError where there is no checkpoint.
+
+    It needs no data, and takes the tokenizer that lies beside the checkpoints.
+    """
     if saved_step(checkpoint) is None:
         raise UserError(
             f"{checkpoint} holds no checkpoint; name a run's checkpoints folder, such as runs/demo/checkpoints"
         )
     if not (checkpoint / "recipe.yaml").is_file():
         raise UserError(f"{checkpoint} has no recipe.yaml beside its checkpoints; `txssm pretrain` writes one")
-    recipe = load_recipe(checkpoint / "recipe.yaml", ONE_PROCESS)
-    if recipe.data.corpus is not None:
-        recipe = load_recipe(checkpoint / "recipe.yaml", (*ONE_PROCESS, *_without_corpus(recipe)))
+    recipe = load_recipe(checkpoint / "recipe.yaml", (*ONE_PROCESS, *overrides))
+    recipe = load_recipe(checkpoint / "recipe.yaml", (*ONE_PROCESS, *overrides, *_without_data(recipe, checkpoint)))
     if recipe.megatron.get("trust_remote_code"):
         raise UserError(f"{checkpoint / 'recipe.yaml'} asks for trust_remote_code; remove it if you trust that code")
     check_tokenizer_file(recipe)
     return recipe
 
 
-def _without_corpus(recipe: Recipe) -> tuple[str, ...]:
-    """Overrides that keep the corpus's tokenizer, but need none of its shards."""
+def _without_data(recipe: Recipe, checkpoint: Path) -> tuple[str, ...]:
+    """Overrides that keep the tokenizer, but need none of the tokens."""
+    source = tokenizer_source(recipe, checkpoint)
     return (
-        f"data.tokenizer_type={recipe.tokenizer_type}",
-        f"data.tokenizer_model={recipe.tokenizer_model}",
-        *(f"data.{name}=null" for name in ("corpus", "weights", "stages")),
+        *(f"data.{name}=null" for name in ("corpus", "weights", "stages", "train", "validation", "blend", "split")),
+        f"data.tokenizer_type={source.type if source else 'NullTokenizer'}",
+        f"data.tokenizer_model={json.dumps(source.model if source else None)}",
         "megatron.mock_data=true",
     )
 
 
-def load_model(checkpoint: Path) -> LoadedModel:
-    """Load the newest checkpoint of a directory into this process, which must not have initialised Megatron yet."""
-    recipe = checkpoint_recipe(checkpoint)
+def load_model(checkpoint: Path, overrides: tuple[str, ...] = (), *, step: int | None = None) -> LoadedModel:
+    """Load a checkpoint (the newest, or that of a `step`) into this process, which must not have initialised Megatron
+    yet. `overrides` change the recipe, as --set does.
+    """
+    recipe = checkpoint_recipe(checkpoint, overrides)
+    options = ["--no-load-optim", "--no-load-rng", f"--load={checkpoint}"]
+    # A `release` is step 0, which Megatron finds by itself.
+    model = build_model(recipe, options if not step else [*options, f"--ckpt-step={step}"])
+    from megatron.training import get_tokenizer, training
+
+    explain_failed_loads()
+    iteration, _ = training.load_checkpoint([model], None, None)
+    return LoadedModel(model.eval(), get_tokenizer(), recipe, int(iteration))
+
+
+def build_model(recipe: Recipe, options: list[str]) -> Any:
+    """Initialise Megatron in this process, the only one, and build a recipe's GPTModel, whose weights are not set yet.
+
+    `options` are Megatron's, behind the recipe's own.
+    """
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")
     from megatron_txssm.platform import prepare_platform
 
     platform_arguments = prepare_platform()
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training import get_tokenizer, training
+    from megatron.training import training
+    from megatron.training.argument_utils import gpt_config_from_args
 
     from megatron_txssm.compat import mend_megatron
-    from megatron_txssm.training.pretrain import initialize_arguments, model_config
+    from megatron_txssm.training.pretrain import initialize_arguments
 
     mend_megatron()
-    explain_failed_loads()
-    args = initialize_arguments(
-        [*megatron_arguments(recipe), "--no-load-optim", "--no-load-rng", *platform_arguments, f"--load={checkpoint}"]
-    )
+    args = initialize_arguments([*megatron_arguments(recipe), *options, "--no-initialization", *platform_arguments])
     training.initialize_megatron()
-    config = model_config(args)
-    builder = config.get_builder_cls()(config)
-    stages = builder.build_distributed_models(
+    config = gpt_config_from_args(args)
+    [model] = config.get_builder_cls()(config).build_distributed_models(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
-    iteration, _ = training.load_checkpoint(stages, None, None)
-    return LoadedModel(stages[0].eval(), get_tokenizer(), recipe, int(iteration))
+    return model
 
 
 def explain_failed_loads() -> None:

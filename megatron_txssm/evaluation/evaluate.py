@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_txssm.checkpoint.export import find_checkpoints
+from megatron_txssm.checkpoint.saved_model import find_checkpoints
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.environment import adopt_slurm_step, is_worker

@@ -75,6 +75,6 @@ class TransXSSMCache(DynamicCache):
         for layer in self.layers:
             if isinstance(layer, StateSpaceCacheLayer):
                 tensors += [layer.recurrent_states[0], layer.conv_states[0]]
-            else:
+            elif isinstance(layer, DynamicLayer):
                 tensors += [layer.keys, layer.values]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -5,6 +5,7 @@ Names are those of transformers where it has one, and otherwise those of the rec
 
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 # A module of the paper: seven state-space layers, then one of attention (arXiv:2506.09507, section 3).
@@ -14,8 +15,9 @@ _MODULE = ["linear_attention"] * 7 + ["full_attention"]
 ROPE_TYPES = ("default", "linear")
 
 
+@strict
 class TransXSSMConfig(PreTrainedConfig):
-    """Configuration of `TransXSSMForCausalLM`; ValueError where fields contradict each other."""
+    """Configuration of `TransXSSMForCausalLM`; huggingface_hub's StrictDataclassError where a field is wrong."""
 
     model_type = "transxssm"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers' own way to state it)
@@ -76,7 +78,7 @@ class TransXSSMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """transformers calls it wherever a configuration is made."""
+        """`strict` calls it wherever a configuration is made."""
         choices = {
             "attention_position_encoding": ("rope", "none"),
             "position_encoding": ("rope", "conv1d_d", "a_t"),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -66,7 +66,7 @@ class TransXSSMAttention(nn.Module):
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
         scaling = self.head_dim**-0.5
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
@@ -94,7 +94,7 @@ def eager_attention(
 
 
 class TransXSSMStateSpaceMixer(nn.Module):
-    """in-projection → [z,] x, B, C, dt → convolution, or rotation of B and C → SSD → [gate and norm →] out-projection."""
+    """in-projection → [z,] x, B, C, dt → convolution, or rotation of B, C → SSD → [gate and norm →] out-projection."""
 
     def __init__(self, config: TransXSSMConfig, layer_idx: int):
         super().__init__()
@@ -110,7 +110,7 @@ class TransXSSMStateSpaceMixer(nn.Module):
             channels, taps = self.conv_channels, config.conv_kernel
             self.conv1d = nn.Conv1d(channels, channels, taps, groups=channels)
         if config.state_gated:
-            self.norm = nn.RMSNorm(config.state_inner_size, eps=config.rms_norm_eps)
+            self.norm = TransXSSMGatedRMSNorm(config)
         self.out_proj = nn.Linear(config.state_inner_size, config.hidden_size, bias=False)
 
     def forward(
@@ -171,11 +171,9 @@ class TransXSSMStateSpaceMixer(nn.Module):
         if config.position_encoding == "conv1d_d":
             y_BLHP = y_BLHP + (self.D[:, None] * x_BLHP).to(y_BLHP.dtype)
         y_BLE = y_BLHP.to(projected_BLE.dtype).flatten(2)
-        return self.out_proj(self._gated_norm(y_BLE, z_BLE) if config.state_gated else y_BLE)
+        return self.out_proj(self.norm(y_BLE, z_BLE) if config.state_gated else y_BLE)
 
-    def _convolve(
-        self, xBC_BLE: Tensor, history_BEK: Tensor | None, seq_idx: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _convolve(self, xBC_BLE: Tensor, history_BEK: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mamba-2's causal depthwise convolution and SiLU; returns the last K-1 inputs, too.
 
         Where documents are packed, no tap reaches into another one's tokens.
@@ -187,19 +185,29 @@ class TransXSSMStateSpaceMixer(nn.Module):
         if seq_idx is None:
             out_BEL = self.conv1d(seen_BEL)
         else:
-            out_BEL = torch.zeros_like(seen_BEL[..., before:]) + self.conv1d.bias[:, None]
+            bias_E: Any = self.conv1d.bias
+            out_BEL = torch.zeros_like(seen_BEL[..., before:]) + bias_E[:, None]
             documents = F.pad(seq_idx, (before, 0), value=-1)
             for tap in range(before + 1):
                 reach = slice(tap, tap + length)
                 same_document = (documents[:, None, reach] == seq_idx[:, None]).to(seen_BEL.dtype)
                 out_BEL = out_BEL + self.conv1d.weight[:, 0, tap, None] * seen_BEL[..., reach] * same_document
-        return F.silu(out_BEL).transpose(1, 2), seen_BEL[..., seen_BEL.shape[-1] - before :]
+        # A copy: a view would keep the inputs of the whole text in memory.
+        return F.silu(out_BEL).transpose(1, 2), seen_BEL[..., seen_BEL.shape[-1] - before :].clone()
 
-    def _gated_norm(self, y_BLE: Tensor, z_BLE: Tensor) -> Tensor:
-        """Mamba-2's gate, then RMSNorm within each group of heads."""
-        gated = (y_BLE.float() * F.silu(z_BLE.float())).unflatten(-1, (self.config.state_num_groups, -1))
-        normed = F.rms_norm(gated, gated.shape[-1:], eps=self.config.rms_norm_eps).flatten(-2)
-        return (normed * self.norm.weight.float()).to(y_BLE.dtype)
+
+class TransXSSMGatedRMSNorm(nn.Module):
+    """Mamba-2's gate, then RMSNorm within each group of heads."""
+
+    def __init__(self, config: TransXSSMConfig):
+        super().__init__()
+        self.groups, self.eps = config.state_num_groups, config.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(config.state_inner_size))
+
+    def forward(self, y_BLE: Tensor, z_BLE: Tensor) -> Tensor:
+        gated = (y_BLE.float() * F.silu(z_BLE.float())).unflatten(-1, (self.groups, -1))
+        normed = F.rms_norm(gated, gated.shape[-1:], eps=self.eps).flatten(-2)
+        return (normed * self.weight.float()).to(y_BLE.dtype)
 
 
 class TransXSSMMLP(nn.Module):
@@ -256,8 +264,8 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
     config_class = TransXSSMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("TransXSSMDecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values", "tables")
+    _no_split_modules = ["TransXSSMDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -266,7 +274,7 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
     # A state cannot go back: transformers then refuses assisted generation.
     _is_stateful = True
     # They set the decay exp(dt·A), which compounds over thousands of tokens.
-    _keep_in_fp32_modules_strict = ("A_log", "dt_bias", "D")
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D"]  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": TransXSSMDecoderLayer,
         "attentions": TransXSSMAttention,
@@ -319,33 +327,33 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """`attention_mask` is 0 on padding, [B, tokens in the cache + L]; `position_ids` are [B or 1, L].
 
-        Without a mask and a cache, position_ids that restart mark packed documents: neither attention nor a state
-        crosses their borders.
+        Without a mask and with nothing in the cache, position_ids that restart mark packed documents: neither attention
+        nor a state crosses their borders.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        hidden_states: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and self.training and self.gradient_checkpointing:
             logger.warning_once("use_cache=True has no effect under gradient checkpointing")
             use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
             past_key_values = TransXSSMCache(self.config)
         check_cache(past_key_values)
-        seen, length = (past_key_values.get_seq_length() if past_key_values else 0), inputs_embeds.shape[1]
+        seen, length = (past_key_values.get_seq_length() if past_key_values else 0), hidden_states.shape[1]
         mask_BL = _padding(attention_mask, seen, length)
         seq_idx = None
         if position_ids is None:
-            position_ids = _positions(attention_mask, seen, length, inputs_embeds.device)
-        elif attention_mask is None and past_key_values is None:
-            seq_idx = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
+            position_ids = _positions(attention_mask, seen, length, hidden_states.device)
+        elif attention_mask is None and not seen:
+            seq_idx = find_packed_sequence_indices(position_ids)
         causal_mask = None
         if self.config.has_attention:
             causal_mask = create_causal_mask(
                 config=self.config,
-                inputs_embeds=inputs_embeds,
+                inputs_embeds=hidden_states,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                # transformers looks for packed documents only where there is no cache, be it empty.
+                past_key_values=past_key_values if seen else None,
                 position_ids=position_ids,
             )
         scale_C = None
@@ -353,7 +361,6 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             scale_C = length_scale(position_ids, self.config.length_scaling_base)
         tables = self._tables(position_ids)
 
-        hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -378,29 +385,26 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             widths.add(config.head_dim)
         if config.position_encoding == "rope":
             widths.add(config.state_size)
-        positions_L, shape = position_ids.flatten(), position_ids.shape
-        return {
-            width: tuple(
-                table_LR.unflatten(0, shape)
-                for table_LR in self.rotary.cos_sin(
-                    len(positions_L), width, positions_L=positions_L, device=positions_L.device
-                )
+        positions_L, tables = position_ids.flatten(), RotaryTables()
+        for width in widths:
+            cos_LR, sin_LR = self.rotary.cos_sin(
+                len(positions_L), width, positions_L=positions_L, device=positions_L.device
             )
-            for width in widths
-        }
+            tables[width] = cos_LR.unflatten(0, position_ids.shape), sin_LR.unflatten(0, position_ids.shape)
+        return tables
 
 
 def check_cache(past_key_values: Any) -> None:
     """TypeError for another class's cache, which could not hold the states."""
     if past_key_values is not None and not hasattr(past_key_values, "seen_tokens"):
         raise TypeError(
-            f"past_key_values is a {type(past_key_values).__name__}, which cannot hold the states of state-space layers; "
-            "use TransXSSMCache(model.config), or leave it to generate()"
+            f"past_key_values is a {type(past_key_values).__name__}, which cannot hold the states of state-space "
+            "layers; use TransXSSMCache(model.config), or leave it to generate()"
         )
 
 
 def _padding(attention_mask: Tensor | None, seen: int, length: int) -> Tensor | None:
-    """[B, L] of a 2-D mask over all tokens up to now; None where it says nothing of these ones."""
+    """[B, L] of a 2-D mask over all tokens up to now."""
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2 or attention_mask.shape[1] != seen + length:
@@ -408,8 +412,7 @@ def _padding(attention_mask: Tensor | None, seen: int, length: int) -> Tensor | 
             f"attention_mask.shape={list(attention_mask.shape)} does not fit {seen} tokens in the cache and {length} "
             f"new ones; use [batch, {seen + length}], 0 on padding"
         )
-    # A single new token is none of the padding.
-    return attention_mask[:, -length:] if length > 1 else None
+    return attention_mask[:, -length:]
 
 
 def _positions(attention_mask: Tensor | None, seen: int, length: int, device: torch.device) -> Tensor:
@@ -470,7 +473,9 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> Any:
         """Where transformers would make a cache of its own, ours."""
         implementation = generation_config.cache_implementation
         if implementation not in (None, "dynamic"):
@@ -482,4 +487,5 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = TransXSSMCache(self.config)
             return None
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        prepare: Any = super()._prepare_cache_for_generation
+        return prepare(generation_config, model_kwargs, *args, **kwargs)

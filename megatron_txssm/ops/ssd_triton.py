@@ -32,7 +32,9 @@ def ssd_triton(
             mamba_chunk_scan_combined,
         )
     except ImportError as error:
-        raise ImportError("backend='triton' needs mamba-ssm: pip install mamba-ssm (see requirements-gpu.txt)") from error
+        raise ImportError(
+            "backend='triton' needs mamba-ssm: pip install mamba-ssm (see requirements-gpu.txt)"
+        ) from error
     y_BLHP, final_state_BHPN = mamba_chunk_scan_combined(
         x_BLHP,
         dt_BLH,

@@ -89,7 +89,7 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     args = initialize_arguments([*arguments, *platform_arguments])
     if args.rank == 0:
         keep_recipe(recipe, recipe.run_path)
-        keep_recipe_at_saves(recipe)
+        describe_checkpoints_at_saves(recipe)
     shield_saves_from_sigterm()
     # Megatron's handler saves and stops at SIGTERM, which clusters send; a person's Ctrl-C shall do the same.
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
@@ -198,14 +198,22 @@ def shield_saves_from_sigterm() -> None:
     training.save_checkpoint = save_with_sigterm_blocked
 
 
-def keep_recipe_at_saves(recipe: Recipe) -> None:
-    """Put the recipe beside the checkpoints when one is saved, not before: a run that cannot resume leaves theirs."""
+def describe_checkpoints_at_saves(recipe: Recipe) -> None:
+    """Put recipe and tokenizer beside the checkpoints when one is saved, not before: a run that cannot resume leaves
+    theirs as they are.
+    """
     from megatron.training import training
 
-    save = training.save_checkpoint
+    from megatron_txssm.checkpoint.kept_tokenizer import keep_tokenizer
 
-    def save_with_recipe(*args: Any, **kwargs: Any) -> Any:
-        keep_recipe(recipe, recipe.checkpoint_path)
+    save, described = training.save_checkpoint, False
+
+    def save_with_description(*args: Any, **kwargs: Any) -> Any:
+        nonlocal described
+        if not described:
+            keep_recipe(recipe, recipe.checkpoint_path)
+            keep_tokenizer(recipe, recipe.checkpoint_path)
+            described = True
         return save(*args, **kwargs)
 
-    training.save_checkpoint = save_with_recipe
+    training.save_checkpoint = save_with_description

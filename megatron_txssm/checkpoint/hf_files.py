@@ -1,0 +1,150 @@
+"""What lies beside exported weights: configuration, code, tokenizer, model card."""
+
+import json
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.checkpoint.export import Export
+from megatron_txssm.checkpoint.hf_tokenizer import export_tokenizer
+from megatron_txssm.checkpoint.kept_tokenizer import tokenizer_source
+from megatron_txssm.checkpoint.layouts import ARCHITECTURES, hf_config
+from megatron_txssm.checkpoint.verify import TOKENS, Proof, random_tokens, test_text
+from megatron_txssm.data.manifest import TokenizerFacts
+from megatron_txssm.errors import UserError
+from megatron_txssm.hf.standalone import AUTO_MAP, write_code
+
+
+def write_tokenizer(export: Export, folder: Path) -> tuple[TokenizerFacts | None, list[int], str]:
+    """Write the run's tokenizer; returns what is known of it, tokens to test the model with, and what they are."""
+    saved, text = export.saved, test_text()
+    try:
+        source = tokenizer_source(saved.recipe, saved.checkpoints)
+        if source is not None:
+            facts, tokens = export_tokenizer(source, folder, text)
+            if max(tokens) < saved.recipe.data.vocab_size:
+                return facts, tokens[:TOKENS], "the Python manual"
+            raise UserError(f"its ids reach {max(tokens)}, beyond vocab_size={saved.recipe.data.vocab_size}")
+    except UserError as error:
+        print(f"warning: no tokenizer is exported: {error}", file=sys.stderr)
+    return None, random_tokens(saved.recipe.data.vocab_size), "random tokens"
+
+
+def write_configuration(export: Export, facts: TokenizerFacts | None, folder: Path) -> None:
+    """config.json, generation_config.json and, for our class, its code. Nothing for layouts transformers lacks."""
+    if export.layout not in ARCHITECTURES:
+        return
+    import transformers
+
+    dtypes = [tensor.dtype for tensor in export.tensors.values()]
+    config = hf_config(export.saved.recipe, export.layout, str(max(dtypes, key=dtypes.count)).removeprefix("torch."))
+    eod = None if facts is None else facts.eod
+    # Documents follow one another in training, so that the token that ends one also begins the next.
+    tokens = {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": eod}
+    version = {"transformers_version": transformers.__version__}
+    if export.layout == "transxssm":
+        config |= {"auto_map": AUTO_MAP}
+        write_code(folder)
+    _write(folder / "config.json", config | tokens | version)
+    _write(folder / "generation_config.json", tokens | version)
+
+
+def write_model_card(export: Export, folder: Path, name: str, proof: Proof | None) -> None:
+    """README.md: what was trained, how far, how the conversion was checked; `name` is what to load it by."""
+    (folder / "README.md").write_text("\n".join(_card(export, name, proof)) + "\n", encoding="utf-8")
+
+
+def _card(export: Export, name: str, proof: Proof | None) -> list[str]:
+    recipe, step = export.saved.recipe, export.saved.step
+    kinds = recipe.layer_kinds
+    loaded = export.layout in ARCHITECTURES
+    lines = ["---", *(["library_name: transformers"] if loaded else []), "pipeline_tag: text-generation", "tags:"]
+    lines += [
+        "- transxssm",
+        "- state-space-model" if "S" in kinds else "- transformer",
+        "---",
+        "",
+        f"# {recipe.name}",
+        "",
+    ]
+    lines += [recipe.description[:1].upper() + recipe.description[1:] + "."] if recipe.description else []
+    lines += [
+        f"{export.numel:,} parameters; layers: {kinds} (S state-space, A attention); pretrained with megatron_txssm "
+        "([TransXSSM, arXiv:2506.09507](https://arxiv.org/abs/2506.09507)).",
+        "",
+        "## Training",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {figure} | {value} |" for figure, value in _figures(export).items()),
+        "",
+    ]
+    if loaded:
+        remote = ", trust_remote_code=True" if export.layout == "transxssm" else ""
+        lines += [
+            "## Use",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+            f'model = AutoModelForCausalLM.from_pretrained("{name}"{remote})',
+            'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+            "```",
+            "",
+        ]
+    lines += ["## Conversion", "", f"Layout `{export.layout}`, from the checkpoint of step {step}. "]
+    if proof is None:
+        lines[-1] += "Not verified (`--no-verify`)."
+    else:
+        lines[-1] += "Verified against Megatron's own model (verification.json):"
+        lines += ["", "```", *proof.summary(), "```"]
+    return lines
+
+
+def _figures(export: Export) -> dict[str, str]:
+    recipe, step = export.saved.recipe, export.saved.step
+    figures = {
+        "steps": f"{step:,} of {recipe.train_iters:,}",
+        "tokens": f"{step * recipe.training.global_batch_tokens:,}",
+        "tokens per step": f"{recipe.training.global_batch_tokens:,}, in samples of {recipe.training.seq_length:,}",
+        "precision": recipe.training.precision,
+        "peak learning rate": f"{recipe.optimizer.learning_rate:g}",
+    }
+    run = export.saved.checkpoints.parent
+    losses = _last_losses(run / "metrics.jsonl", step)
+    sets = _validation(run / "evaluation" / "validation.json", step)
+    losses |= {f"validation loss, {name}": entry["loss"] for name, entry in sets.items()}
+    return figures | {name: f"{loss:.4f} nats per token" for name, loss in losses.items()}
+
+
+def _last_losses(file: Path, step: int) -> dict[str, float]:
+    """Of the last lines of metrics.jsonl up to a step."""
+    if not file.is_file():
+        return {}
+    found: dict[str, float] = {}
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for line in deque(lines, maxlen=10_000):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                # The line that a killed run was writing.
+                continue
+            if entry["iteration"] <= step:
+                found |= {name: entry[f"{name}lm loss"] for name in ("", "validation ") if f"{name}lm loss" in entry}
+    return {f"{name or 'training '}loss": loss for name, loss in found.items()}
+
+
+def _validation(file: Path, step: int) -> dict[str, Any]:
+    """By `txssm evaluate`, where it was run at this step."""
+    try:
+        found = json.loads(file.read_bytes())
+        return found["sets"] if found["step"] == step else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,208 @@
+"""Weights in a folder of safetensors, in any layout of mapping.py, read back as Megatron names them.
+
+Nothing of such a folder is run: no pickle is opened, and no code that came with the weights is imported.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.checkpoint.layouts import ARCHITECTURES, hf_config
+from megatron_txssm.checkpoint.mapping import Group, hf_tensors, plan
+from megatron_txssm.checkpoint.tensors import Shape, compare_shapes, model_shapes
+from megatron_txssm.errors import UserError
+from megatron_txssm.planning.parameters import ModelSizes
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.recipe import Recipe
+
+# A name that only one layout has -> the layout.
+_SIGNS = {
+    "embedding.word_embeddings.weight": "megatron",
+    "model.word_embed.weight": "reference",
+    "model.layers.0.shared_mlp.input_linear.weight": "granitemoehybrid",
+}
+# What config.json says of use, not of the model.
+_NO_MATTER = {
+    *("architectures", "dtype", "use_cache", "max_position_embeddings", "initializer_range", "attention_dropout"),
+    *("chunk_size", "mamba_chunk_size", "num_experts_per_tok"),
+}
+
+
+@dataclass(frozen=True)
+class HfFolder:
+    """A folder of weights that fit its recipe. See `tensors.Weights`."""
+
+    folder: Path
+    layout: str
+    recipe: Recipe
+    # Tensor -> the file that holds it, its shape and dtype.
+    index: dict[str, tuple[str, Shape, Any]]
+
+    @cached_property
+    def shapes(self) -> dict[str, Shape]:
+        return model_shapes(self.recipe)
+
+    @cached_property
+    def groups(self) -> dict[str, Group]:
+        """By each tensor of Megatron's."""
+        return {name: group for group in plan(self.layout, self.shapes) for name in group.megatron}
+
+    def dtype(self, name: str) -> Any:
+        return self.index[self.groups[name].hf[0]][2]
+
+    def read(self, names: Iterable[str]) -> dict[str, Any]:
+        """Name -> tensor; UserError where a file is damaged or holds what our layers cannot express."""
+        wanted, sizes = list(names), ModelSizes.from_recipe(self.recipe)
+        result: dict[str, Any] = {}
+        for group in dict.fromkeys(self.groups[name] for name in wanted):
+            result |= self._convert(group, sizes)
+        return {name: result[name] for name in wanted}
+
+    def check_constants(self) -> None:
+        """UserError unless the tensors that stand for none of ours hold what they must."""
+        for group in plan(self.layout, self.shapes):
+            if not group.megatron:
+                self._convert(group, ModelSizes.from_recipe(self.recipe))
+
+    def _convert(self, group: Group, sizes: ModelSizes) -> dict[str, Any]:
+        from safetensors import SafetensorError, safe_open
+
+        tensors: dict[str, Any] = {}
+        for name in group.hf:
+            file = self.folder / self.index[name][0]
+            try:
+                with safe_open(file, framework="pt") as stream:
+                    tensors[name] = stream.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file} is damaged ({error}); copy it again") from None
+        try:
+            return group.from_hf(tensors, sizes)
+        except ValueError as error:
+            raise UserError(f"{self.folder}: {group.hf[0]} {error}") from None
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Whether a folder looks like exported weights, not like a run or its checkpoints."""
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "config.json")
+    return any((path / name).is_file() for name in names)
+
+
+def open_hf_folder(folder: Path, recipe: Recipe | None = None) -> HfFolder:
+    """The weights of a folder, described by its own recipe.yaml or by `recipe`; UserError unless they fit it."""
+    index = _read_index(folder)
+    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    layout = next((layout for sign, layout in _SIGNS.items() if sign in index), None)
+    layout = layout or config.get("model_type")
+    if layout not in (*ARCHITECTURES, *_SIGNS.values()):
+        raise UserError(
+            f"{folder} holds a model of type {layout!r}; only {', '.join(ARCHITECTURES)} can be imported, "
+            "and the layouts reference and megatron"
+        )
+    if recipe is None:
+        if not (folder / "recipe.yaml").is_file():
+            raise UserError(f"{folder} has no recipe.yaml; name a recipe that describes this model with --recipe")
+        recipe = load_recipe(folder / "recipe.yaml")
+    if layout in ARCHITECTURES:
+        _check_config(folder, config, recipe, layout)
+    opened = HfFolder(folder, layout, recipe, _without_leftovers(index, recipe))
+    sizes = ModelSizes.from_recipe(recipe)
+    wanted = {name: tuple(t.shape) for name, t in hf_tensors(plan(layout, opened.shapes), sizes).items()}
+    if fault := compare_shapes({name: shape for name, (_, shape, _) in opened.index.items()}, wanted):
+        raise UserError(f"{folder} is not the model that recipe {recipe.name} describes: {fault}")
+    opened.check_constants()
+    return opened
+
+
+def _without_leftovers(index: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Without what transformers once saved beside the weights: tables, and the embedding again as its LM head."""
+    drop = {name for name in index if name.endswith("rotary_emb.inv_freq")}
+    if recipe.model.tie_embeddings:
+        drop.add("lm_head.weight")
+    return {name: entry for name, entry in index.items() if name not in drop}
+
+
+def _read_index(folder: Path) -> dict[str, tuple[str, Shape, Any]]:
+    """Tensor -> (file, shape, dtype), from the headers of all files."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; name one that holds model.safetensors")
+    several = folder / "model.safetensors.index.json"
+    if several.is_file():
+        weight_map = _read_json(several).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise UserError(f"{several} has no weight_map; copy it again")
+        files = sorted(set(weight_map.values()))
+        if strange := [file for file in files if Path(file).name != file or not file.endswith(".safetensors")]:
+            raise UserError(f"{several} names {strange[0]!r}, which is no safetensors file in its own folder")
+    elif (folder / "model.safetensors").is_file():
+        files, weight_map = ["model.safetensors"], None
+    else:
+        pickled = next((file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)), None)
+        why = f"; {pickled} is a pickle, which could run code: save it as safetensors" if pickled else ""
+        raise UserError(f"{folder} has no model.safetensors{why}")
+    index: dict[str, tuple[str, Shape, Any]] = {}
+    for file in files:
+        index |= _read_header(folder / file)
+    if weight_map is not None and (lost := [name for name in weight_map if name not in index]):
+        raise UserError(f"{folder / weight_map[lost[0]]} does not hold {lost[0]}, which its index names; copy it again")
+    return index
+
+
+def _read_header(file: Path) -> dict[str, tuple[str, Shape, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise UserError(f"{file} is missing; copy it again")
+    try:
+        with safe_open(file, framework="pt") as stream:
+            found: dict[str, tuple[str, Shape, Any]] = {}
+            for name in stream.keys():  # noqa: SIM118  (no dictionary)
+                piece = stream.get_slice(name)
+                found[name] = (file.name, tuple(piece.get_shape()), _torch_dtype(piece.get_dtype()))
+            return found
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is no whole safetensors file ({error}); copy it again") from None
+
+
+def _torch_dtype(name: str) -> Any:
+    import torch
+
+    known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return known.get(name, name)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}; copy it again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is not what it should be: it holds a {type(found).__name__}; copy it again")
+    return found
+
+
+def _check_config(folder: Path, config: dict[str, Any], recipe: Recipe, layout: str) -> None:
+    """UserError where config.json describes another computation than the recipe, though the shapes may be the same."""
+    from transformers import GraniteMoeHybridConfig, LlamaConfig
+
+    from megatron_txssm.hf import TransXSSMConfig
+
+    if config.get("model_type") != layout:
+        raise UserError(f"{folder / 'config.json'} has model_type={config.get('model_type')!r}, not {layout!r}")
+    classes = {"llama": LlamaConfig, "granitemoehybrid": GraniteMoeHybridConfig, "transxssm": TransXSSMConfig}
+    wanted = hf_config(recipe, layout)
+    try:
+        found = classes[layout].from_dict(config)
+    except Exception as error:  # whatever transformers makes of a wrong value
+        raise UserError(f"{folder / 'config.json'} is no {layout} configuration: {error}") from None
+    for name, value in wanted.items():
+        ours = getattr(found, name, None)
+        if name == "rope_parameters":
+            ours = {key: ours.get(key) for key in value} if isinstance(ours, dict) else ours
+        if name not in _NO_MATTER and ours != value:
+            raise UserError(
+                f"{folder / 'config.json'} has {name}={ours!r}, where recipe {recipe.name} asks for {value!r}; "
+                "name a recipe that describes this model with --recipe"
+            )

@@ -1,0 +1,32 @@
+"""A transformers model from a folder of weights, whatever its layout; nothing that came with the weights is run."""
+
+from typing import Any
+
+from megatron_txssm.checkpoint.hf_folder import HfFolder
+from megatron_txssm.checkpoint.layouts import ARCHITECTURES, hf_config
+from megatron_txssm.checkpoint.mapping import plan
+from megatron_txssm.planning.parameters import ModelSizes
+
+
+def load_hf_model(source: HfFolder, dtype: Any = None) -> Any:
+    """A model for inference, in fp32 or another torch.dtype.
+
+    Layouts that transformers has a class for are loaded by it. The others become our class's tensors first.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    # Registers our class with AutoModelForCausalLM.
+    from megatron_txssm.hf import TransXSSMConfig, TransXSSMForCausalLM
+
+    dtype = dtype or torch.float32
+    if source.layout in ARCHITECTURES:
+        return AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval()
+    config = TransXSSMConfig(**hf_config(source.recipe, "transxssm"))
+    sizes, state = ModelSizes.from_recipe(source.recipe), {}
+    for group in plan("transxssm", source.shapes):
+        state |= group.to_hf(source.read(group.megatron), sizes)
+    model = TransXSSMForCausalLM(config)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    return model.to(dtype).eval()

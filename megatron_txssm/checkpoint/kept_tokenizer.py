@@ -1,0 +1,60 @@
+"""The tokenizer that lies beside a run's checkpoints, so that they need neither the corpus nor a hub.
+
+CHECKPOINTS/recipe.yaml     the resolved recipe
+CHECKPOINTS/tokenizer/      tokenizer.json or tokenizer.model, and facts.json (data/tokenizer_files.py)
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+from megatron_txssm.data.corpus_recipe import TokenizerSource
+from megatron_txssm.data.manifest import Corpus, TokenizerFacts, read_tokenizer_facts
+from megatron_txssm.data.tokenizer_files import install_tokenizer
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.recipe import Recipe
+
+
+def keep_tokenizer(recipe: Recipe, checkpoints: Path) -> None:
+    """Copy the recipe's tokenizer beside its checkpoints; a warning where it cannot be had, as training goes on."""
+    partial = checkpoints / "tokenizer.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        source = _stated_source(recipe)
+        if source is None:
+            return
+        install_tokenizer(source, partial)
+    except UserError as error:
+        print(f"warning: no tokenizer is kept beside the checkpoints: {error}", file=sys.stderr)
+        shutil.rmtree(partial, ignore_errors=True)
+        return
+    shutil.rmtree(checkpoints / "tokenizer", ignore_errors=True)
+    partial.rename(checkpoints / "tokenizer")
+
+
+def kept_tokenizer(checkpoints: Path) -> TokenizerFacts | None:
+    """What lies beside the checkpoints; None where nothing does (an older run)."""
+    return read_tokenizer_facts(checkpoints) if (checkpoints / "tokenizer" / "facts.json").is_file() else None
+
+
+def tokenizer_source(recipe: Recipe, checkpoints: Path) -> TokenizerSource | None:
+    """The tokenizer beside the checkpoints, or else the recipe's; None where it has none.
+
+    UserError where the recipe's is in a corpus that is not there.
+    """
+    facts = kept_tokenizer(checkpoints)
+    if facts is None:
+        return _stated_source(recipe)
+    kept = Corpus(checkpoints, facts, subsets={})
+    return TokenizerSource(type=facts.type, model=kept.tokenizer_model, eod_token=facts.eod_token)
+
+
+def _stated_source(recipe: Recipe) -> TokenizerSource | None:
+    model = recipe.tokenizer_model
+    if model is None or recipe.tokenizer_type == "NullTokenizer":
+        return None
+    corpus = Path(recipe.data.corpus or "")
+    stated = recipe.data.tokenizer_model is not None or recipe.data.corpus is None
+    return TokenizerSource(
+        type=recipe.tokenizer_type, model=model, eod_token=None if stated else read_tokenizer_facts(corpus).eod_token
+    )

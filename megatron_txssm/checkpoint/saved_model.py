@@ -1,0 +1,162 @@
+"""The weights of one of Megatron's checkpoints: whole tensors by name, read without a GPU or a model.
+
+A checkpoint (torch_dist) holds a tensor in chunks, as the ranks had it; reading puts them together.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER, Shape, compare_shapes, model_shapes
+from megatron_txssm.errors import UserError
+from megatron_txssm.launch.preflight import saved_step
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.recipe import Recipe
+
+# Bytes that are read at a time. Each read parses the checkpoint's index again, which is large with many ranks.
+_READ_BYTES = 256_000_000
+_ANOTHER = "copy it again, or take another step with --step"
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """The weights of one checkpoint, whose files are all there. See `tensors.Weights`."""
+
+    # The run's checkpoints, and the folder of this step among them.
+    checkpoints: Path
+    folder: Path
+    step: int
+    recipe: Recipe
+    # Without padding, in the order of the model's layers.
+    shapes: dict[str, Shape]
+    # Name -> torch's TensorStorageMetadata: whole size, dtype, chunks.
+    entries: Mapping[str, Any]
+
+    def dtype(self, name: str) -> Any:
+        return self.entries[name].properties.dtype
+
+    def read(self, names: Iterable[str]) -> dict[str, Any]:
+        """Name -> whole tensor, without the vocabulary's padding; UserError where a file is damaged."""
+        import torch
+
+        whole: dict[str, Any] = {}
+        for batch in self._batches(names):
+            read = {name: torch.empty(self.entries[name].size, dtype=self.dtype(name)) for name in batch}
+            self._load(read)
+            for name, tensor in read.items():
+                rows = self.shapes[name][0]
+                whole[name] = tensor if len(tensor) == rows else tensor[:rows].clone()
+        return whole
+
+    def _batches(self, names: Iterable[str]) -> Iterable[Sequence[str]]:
+        batch: list[str] = []
+        nbytes = 0
+        for name in names:
+            size = self.entries[name].size.numel() * self.dtype(name).itemsize
+            if batch and nbytes + size > _READ_BYTES:
+                yield batch
+                batch, nbytes = [], 0
+            batch.append(name)
+            nbytes += size
+        if batch:
+            yield batch
+
+    def _load(self, tensors: dict[str, Any]) -> None:
+        from torch.distributed.checkpoint import CheckpointException, load
+
+        from megatron_txssm.checkpoint.torch_dist import IndexReader
+
+        try:
+            # It says that it reads in one process, which is what it was asked for.
+            with warnings.catch_warnings(action="ignore"):
+                load(tensors, storage_reader=IndexReader(self.folder), no_dist=True)
+        # torch's CheckpointException is no Exception.
+        except (Exception, CheckpointException) as error:
+            raise UserError(f"{self.folder} is damaged ({_said(error)}); {_ANOTHER}") from None
+
+
+def find_checkpoints(path: Path) -> Path:
+    """The checkpoints folder of a run folder, or `path` where it is one; UserError where there is no checkpoint."""
+    candidates = [path, path / "checkpoints"]
+    # Only where it is stated: a copied run's recipe still names the old place.
+    if (path / "recipe.yaml").is_file() and (stated := load_recipe(path / "recipe.yaml").checkpoint.directory):
+        candidates.append(Path(stated))
+    for folder in candidates:
+        if saved_step(folder) is not None:
+            return folder
+    raise UserError(f"{path} holds no checkpoint; name a run's folder or its checkpoints, such as runs/demo")
+
+
+def open_checkpoint(path: Path, step: int | None = None) -> SavedModel:
+    """The newest checkpoint of a run, or that of a `step`; UserError unless it is whole."""
+    checkpoints = find_checkpoints(path)
+    made_by = checkpoints / "recipe.yaml"
+    if not made_by.is_file():
+        raise UserError(f"{checkpoints} has no recipe.yaml beside its checkpoints; `txssm pretrain` writes one")
+    recipe = load_recipe(made_by)
+    step, folder = _step_folder(checkpoints, step)
+    index = _read_index(folder)
+    entries = {name: entry for name, entry in index.state_dict_metadata.items() if _is_weight(name, entry)}
+    _check_files(folder, index.storage_data, entries)
+    shapes = model_shapes(recipe)
+    if fault := compare_shapes({name: _without_padding(recipe, name, e) for name, e in entries.items()}, shapes):
+        raise UserError(f"{folder} is not the model that {made_by} describes: {fault}; {_ANOTHER}")
+    return SavedModel(checkpoints, folder, step, recipe, shapes, entries)
+
+
+def _without_padding(recipe: Recipe, name: str, entry: Any) -> Shape:
+    rows, *rest = entry.size
+    return (min(rows, recipe.data.vocab_size) if name in (EMBEDDING, OUTPUT_LAYER) else rows, *rest)
+
+
+def _is_weight(name: str, entry: Any) -> bool:
+    """Neither optimizer state nor what Megatron saves as bytes, without a size (random states, `_extra_state`)."""
+    return hasattr(entry, "size") and "optimizer" not in name.split(".")
+
+
+def _step_folder(checkpoints: Path, step: int | None) -> tuple[int, Path]:
+    named = "latest_checkpointed_iteration.txt" if step is None else f"--step {step}"
+    step = saved_step(checkpoints) if step is None else step
+    assert step is not None
+    # A `release` counts as step 0.
+    for folder in (checkpoints / f"iter_{step:07d}", checkpoints / "release"):
+        if folder.is_dir() and (step == 0 or folder.name != "release"):
+            return step, folder
+    there = ", ".join(path.name.removeprefix("iter_").lstrip("0") for path in sorted(checkpoints.glob("iter_*")))
+    raise UserError(f"{checkpoints} has no step {step}, which {named} names; use --step with one of {there or 'none'}")
+
+
+def _read_index(folder: Path) -> Any:
+    """torch's Metadata of a torch_dist checkpoint."""
+    from megatron_txssm.checkpoint.torch_dist import IndexReader
+
+    if not (folder / ".metadata").is_file():
+        raise UserError(f"{folder} is no whole torch_dist checkpoint: it has no .metadata; copy it again, or --step")
+    try:
+        return IndexReader(folder).read_metadata()
+    except Exception as error:  # whatever the damage makes pickle raise
+        raise UserError(f"{folder / '.metadata'} is damaged ({_said(error)}); {_ANOTHER}") from None
+
+
+def _check_files(folder: Path, storage: Mapping[Any, Any], tensors: Mapping[str, Any]) -> None:
+    """UserError unless every file that holds a piece of `tensors` is there, up to the piece's last byte."""
+    ends: dict[str, int] = {}
+    for index, piece in storage.items():
+        if index.fqn in tensors:
+            ends[piece.relative_path] = max(ends.get(piece.relative_path, 0), piece.offset + piece.length)
+    for name, end in sorted(ends.items()):
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing, one of {len(ends)} files with weights; {_ANOTHER}")
+        if (size := file.stat().st_size) < end:
+            raise UserError(f"{file} is cut short: {size:,} bytes of at least {end:,}; {_ANOTHER}")
+
+
+def _said(error: BaseException) -> str:
+    """What went wrong in one line; of a CheckpointException, what went wrong first."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

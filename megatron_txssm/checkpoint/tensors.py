@@ -1,0 +1,112 @@
+"""The tensors of a model by their names in Megatron's checkpoint, and how a conversion walks over them.
+
+They are a GPTModel's at TP=1 but for these. The norm before a linear layer is named after it, as Transformer Engine
+fuses the two: `mlp.linear_fc1.layer_norm_weight`. What a state-space layer packs per tensor-parallel rank comes by
+component: `in_proj.weight.x`, `.B`, `.C`, `.dt` (with a gate, `.z` first), and of a convolution `conv1d_weight.x`,
+`.B`, `.C`; in this order they concatenate to the packed tensor at TP=1. `mlp.linear_fc1.weight` holds the gate's rows,
+then those of the up-projection; `self_attention.linear_qkv.weight`, query group by query group, its Q heads, K and V.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from megatron_txssm.model.layer_pattern import STATE_SPACE
+from megatron_txssm.model.state_space_config import StateSpaceConfig
+from megatron_txssm.planning.parameters import ModelSizes
+from megatron_txssm.recipe.recipe import Recipe
+
+# Name on the command line -> torch's.
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+# As in a bf16 model (model/state_space_mixer.py, FP32_PARAMETERS): decays compound over thousands of tokens.
+KEPT_IN_FP32 = ("A_log", "dt_bias", "D")
+EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
+
+Shape = tuple[int, ...]
+
+
+class Weights(Protocol):
+    """A model's weights somewhere on disk, whatever their format, as Megatron names them and without padding."""
+
+    recipe: Recipe
+
+    def dtype(self, name: str) -> Any:
+        """The torch.dtype that a tensor is stored in."""
+        ...
+
+    def read(self, names: Iterable[str]) -> dict[str, Any]:
+        """Name -> tensor, as stored; UserError where the files are damaged."""
+        ...
+
+
+def cast(name: str, tensor: Any, dtype: str | None) -> Any:
+    """`tensor` in a dtype of DTYPES (None: as it is), but KEPT_IN_FP32 stay as they are."""
+    import torch
+
+    if dtype is None or name.rpartition(".")[2] in KEPT_IN_FP32:
+        return tensor
+    return tensor.to(getattr(torch, DTYPES[dtype]))
+
+
+def model_shapes(recipe: Recipe) -> dict[str, Shape]:
+    """The shape of every tensor of a recipe's model, in the order of its layers; vocabularies without padding."""
+    sizes = ModelSizes.from_recipe(recipe)
+    hidden, ffn = sizes.hidden_size, sizes.ffn_hidden_size
+    vocabulary = (recipe.data.vocab_size, hidden)
+    shapes: dict[str, Shape] = {EMBEDDING: vocabulary}
+    for layer, kind in enumerate(sizes.layer_kinds):
+        mixer = _state_space(recipe.state_space) if kind == STATE_SPACE else _attention(sizes)
+        parts = {f"self_attention.{name}": shape for name, shape in mixer.items()}
+        parts |= {
+            "mlp.linear_fc1.layer_norm_weight": (hidden,),
+            "mlp.linear_fc1.weight": (2 * ffn, hidden),
+            "mlp.linear_fc2.weight": (hidden, ffn),
+        }
+        shapes |= {f"decoder.layers.{layer}.{name}": shape for name, shape in parts.items()}
+    shapes["decoder.final_layernorm.weight"] = (hidden,)
+    return shapes if sizes.tie_embeddings else shapes | {OUTPUT_LAYER: vocabulary}
+
+
+def _attention(sizes: ModelSizes) -> dict[str, Shape]:
+    hidden, channels = sizes.hidden_size, sizes.kv_channels
+    return {
+        "linear_qkv.layer_norm_weight": (hidden,),
+        "linear_qkv.weight": ((sizes.num_attention_heads + 2 * sizes.num_query_groups) * channels, hidden),
+        "linear_proj.weight": (hidden, sizes.num_attention_heads * channels),
+    }
+
+
+def _state_space(mixer: StateSpaceConfig | None) -> dict[str, Shape]:
+    assert mixer is not None
+    heads = (mixer.num_heads,)
+    shapes: dict[str, Shape] = {"in_proj.layer_norm_weight": (mixer.hidden_size,)}
+    shapes |= {f"in_proj.weight.{part}": (rows, mixer.hidden_size) for part, rows in mixer.in_proj_sizes.items()}
+    shapes |= {f"conv1d_weight.{part}": (rows, 1, mixer.conv_kernel) for part, rows in mixer.conv_sizes.items()}
+    shapes |= {f"conv1d_bias.{part}": (rows,) for part, rows in mixer.conv_sizes.items()}
+    shapes |= {"A_log": heads}
+    shapes |= {"dt_bias": heads} if mixer.dt_bias else {}
+    shapes |= {"D": heads} if mixer.conv_sizes else {}
+    shapes |= {"norm_weight": (mixer.inner_size,)} if mixer.gated else {}
+    return shapes | {"out_proj.weight": (mixer.hidden_size, mixer.inner_size)}
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer in a tensor's name, whatever the format."""
+    found = re.search(r"\blayers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def compare_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> str | None:
+    """What is wrong with `found`, in one sentence without a period; None where all is there and nothing else."""
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        return f"{missing[0]} is missing" + (f", and {len(missing) - 1} other tensors" if len(missing) > 1 else "")
+    for name, shape in wanted.items():
+        if tuple(found[name]) != tuple(shape):
+            return f"{name} is {_listed(found[name])}, not {_listed(shape)}"
+    strangers = [name for name in found if name not in wanted]
+    return f"{strangers[0]} is no tensor of this model" if strangers else None
+
+
+def _listed(shape: Iterable[int]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"

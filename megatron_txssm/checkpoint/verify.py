@@ -1,0 +1,243 @@
+"""The proof of a conversion: the same tensors bit for bit, the same logits on real text, the same token by token.
+
+Logits come from two sides that share no code path: Megatron's own model, and transformers' with the exported files.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.checkpoint.export import sha256_of
+from megatron_txssm.checkpoint.hf_folder import HfFolder, open_hf_folder
+from megatron_txssm.checkpoint.new_folder import doing
+from megatron_txssm.checkpoint.saved_model import SavedModel, open_checkpoint
+from megatron_txssm.checkpoint.tensors import DTYPES, Weights, compare_shapes
+from megatron_txssm.checkpoint.worker import run_task
+from megatron_txssm.data.tokenizer import load_tokenizer
+from megatron_txssm.errors import UserError
+
+# Largest difference of fp32 logits, in units of the largest logit (but at least of 1): the order of sums differs.
+TOLERANCE = 1e-5
+TOKENS, DECODED = 512, 32
+
+Source = SavedModel | HfFolder
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Megatron's tensors of both sides, compared by their SHA-256."""
+
+    compared: int
+    # Name -> why it differs.
+    different: dict[str, str] = field(default_factory=dict)
+    # Tensors that one side stores more coarsely, compared in its dtype.
+    rounded: int = 0
+    # The hash of each tensor that is the same.
+    sha256: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """fp32 logits of both sides over the same tokens."""
+
+    text: str
+    tokens: int
+    largest_logit: float
+    max_difference: float
+    mean_difference: float
+    same_likeliest_token: float
+    # One token at a time against one pass, the last `decoded` tokens, largest difference on either side.
+    decoded: int
+    decoding_difference: float
+    tolerance: float = TOLERANCE
+
+    @property
+    def limit(self) -> float:
+        return self.tolerance * max(1.0, self.largest_logit)
+
+    @property
+    def passed(self) -> bool:
+        # Not "or": a NaN fails both.
+        return self.max_difference <= self.limit and self.decoding_difference <= self.limit
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What verification.json holds."""
+
+    tensors: Tensors
+    logits: Logits
+
+    @property
+    def passed(self) -> bool:
+        return not self.tensors.different and self.logits.passed
+
+    def to_json(self) -> dict[str, Any]:
+        logits = asdict(self.logits) | {"limit": self.logits.limit}
+        return {"passed": self.passed, "logits": logits, "tensors": asdict(self.tensors), "versions": versions()}
+
+    def summary(self) -> Iterator[str]:
+        """A few lines for a person."""
+        tensors, logits = self.tensors, self.logits
+        same = tensors.compared - len(tensors.different)
+        as_rounded = f", {tensors.rounded} of them rounded to the coarser dtype" if tensors.rounded else ""
+        yield f"tensors   {same} of {tensors.compared} identical{as_rounded}"
+        yield from (f"          {name}: {why}" for name, why in list(tensors.different.items())[:10])
+        yield (
+            f"logits    largest difference {logits.max_difference:.1e}, mean {logits.mean_difference:.1e}, over "
+            f"{logits.tokens} tokens of {logits.text} (allowed: {logits.limit:.1e}; logits up to "
+            f"{logits.largest_logit:.1f})"
+        )
+        yield (
+            f"decoding  largest difference {logits.decoding_difference:.1e} between {logits.decoded} single steps and "
+            "one pass"
+        )
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("megatron_txssm", "megatron-core", "torch", "transformers")}
+
+
+def compare_tensors(
+    a: Weights, b: Weights, names: list[str], known: dict[str, str] | None = None, exact: Callable[[str], bool] = bool
+) -> Tensors:
+    """Hash every tensor of both sides, one after another.
+
+    `known`: hashes of a's, in b's dtype, that need not be computed again. A tensor for which `exact` is false may
+    differ by the last bits of fp32.
+    """
+    import torch
+
+    different: dict[str, str] = {}
+    same: dict[str, str] = {}
+    rounded = 0
+    for name in names:
+        tensor = b.read([name])[name]
+        digest = None if known is None else known[name]
+        if digest is None or (not exact(name) and sha256_of(tensor) != digest):
+            ours = a.read([name])[name]
+            if ours.dtype != tensor.dtype:
+                coarse = min(ours.dtype, tensor.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+                ours, tensor, rounded = ours.to(coarse), tensor.to(coarse), rounded + 1
+            if not exact(name) and torch.allclose(ours, tensor, rtol=1e-6, atol=0):
+                tensor = ours
+            digest = sha256_of(ours)
+        if sha256_of(tensor) == digest:
+            same[name] = digest
+        else:
+            difference = (a.read([name])[name].double() - tensor.double()).abs().max().item()
+            different[name] = f"differs by up to {difference:.3g}"
+    return Tensors(len(names), different, rounded, same)
+
+
+def compare_logits(a: Source, b: Source, tokens: list[int], text: str, round_to: str | None = None) -> Logits:
+    """Run both models, one after the other so that one at a time is in memory, and compare."""
+    from safetensors.torch import load_file
+
+    decoded = min(DECODED, len(tokens) // 2)
+    with tempfile.TemporaryDirectory(prefix="txssm-verify-") as folder:
+        sides: list[dict[str, Any]] = []
+        for name, side in (("a", a), ("b", b)):
+            out = Path(folder) / f"{name}.safetensors"
+            common = {"tokens": tokens, "decoded": decoded, "round_to": round_to, "out": out}
+            if isinstance(side, SavedModel):
+                run_task("megatron_logits", checkpoints=side.checkpoints, step=side.step, **common)
+            else:
+                recipe = Path(folder) / "recipe.yaml"
+                recipe.write_text(side.recipe.to_yaml(), encoding="utf-8")
+                run_task("hf_logits", folder=side.folder, recipe=recipe, **common)
+            sides.append(load_file(out))
+    ours, theirs = (side["full"] for side in sides)
+    difference = (ours - theirs).abs()
+    stepwise = [(side["decoded"] - side["full"][-decoded:]).abs().max().item() for side in sides]
+    return Logits(
+        text=text,
+        tokens=len(tokens),
+        largest_logit=ours.abs().max().item(),
+        max_difference=difference.max().item(),
+        mean_difference=difference.mean().item(),
+        same_likeliest_token=(ours.argmax(-1) == theirs.argmax(-1)).float().mean().item(),
+        decoded=decoded,
+        # max() would lose a NaN.
+        decoding_difference=sum(stepwise) if any(step != step for step in stepwise) else max(stepwise),
+    )
+
+
+def test_text() -> str:
+    """English prose that every Python has: its reference manual's topics."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))[:20_000]
+
+
+def random_tokens(vocab_size: int) -> list[int]:
+    """For a model without a tokenizer."""
+    import torch
+
+    return torch.randint(vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def prove_export(export: Any, folder: Path, hashes: dict[str, str], tokens: list[int], text: str) -> Proof:
+    """Of a folder that was just written: write verification.json, or UserError where it is not the same model."""
+    written = open_hf_folder(folder)
+    exact = {name: group.transform.exact for name, group in written.groups.items()}
+    with doing("verifying: the tensors, read back"):
+        tensors = compare_tensors(export.saved, written, list(written.shapes), hashes, exact.__getitem__)
+    with doing("verifying: logits, by Megatron and by transformers"):
+        rounded = DTYPES[export.dtype] if export.dtype == "bf16" else None
+        logits = compare_logits(export.saved, written, tokens, text, rounded)
+    return _checked(Proof(tensors, logits), folder)
+
+
+def prove_import(source: HfFolder, folder: Path) -> Proof:
+    """Of a checkpoint that was just written; UserError where it is not the same model."""
+    with doing("verifying: tensors, and logits by Megatron and by transformers"):
+        return _checked(prove_equal(source, open_checkpoint(folder)), folder)
+
+
+def prove_equal(a: Source, b: Source) -> Proof:
+    """Whether two models are the same, up to the dtype of the coarser one; UserError where they have other tensors."""
+    if fault := compare_shapes(b.shapes, a.shapes):
+        raise UserError(f"these are models of other sizes: in the second, {fault}")
+    names = list(a.shapes)
+    exact = {
+        name: group.transform.exact
+        for side in (a, b)
+        if isinstance(side, HfFolder)
+        for name, group in side.groups.items()
+    }
+    tensors = compare_tensors(a, b, names, exact=lambda name: exact.get(name, True))
+    coarse = next((dtype for side in (a, b) if (dtype := str(side.dtype(names[0]))) == "torch.bfloat16"), None)
+    tokens, text = _tokens_for(a, b)
+    return Proof(tensors, compare_logits(a, b, tokens, text, coarse and "bfloat16"))
+
+
+def _checked(proof: Proof, folder: Path) -> Proof:
+    (folder / "verification.json").write_text(json.dumps(proof.to_json(), indent=2) + "\n", encoding="utf-8")
+    if not proof.passed:
+        raise UserError(
+            "the conversion does not give the same model, and nothing was written:\n" + "\n".join(proof.summary())
+        )
+    return proof
+
+
+def _tokens_for(*sides: Source) -> tuple[list[int], str]:
+    """Real text in the tokens of the first side that has a tokenizer.json, or random ones."""
+    from tokenizers import Tokenizer
+
+    vocab_size = sides[0].recipe.data.vocab_size
+    for side in sides:
+        folder = side.folder if isinstance(side, HfFolder) else side.checkpoints / "tokenizer"
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokens = tokenizer.encode(test_text(), add_special_tokens=False).ids[:TOKENS]
+            if max(tokens) < vocab_size:
+                return tokens, "the Python manual"
+        elif (folder / "tokenizer.model").is_file():
+            return load_tokenizer(folder / "tokenizer.model").EncodeAsIds(test_text())[:TOKENS], "the Python manual"
+    return random_tokens(vocab_size), "random tokens"

@@ -1,0 +1,175 @@
+"""What a conversion does with a whole model, in a process of its own: Megatron can be initialised once in a process.
+
+    python -m megatron_txssm.checkpoint.worker TASK JSON
+
+TASK is a function of this module and JSON its arguments. `run_task` starts one, with its output in a log.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.checkpoint.tensors import KEPT_IN_FP32, Weights
+from megatron_txssm.errors import UserError
+
+# Overrides for a model that is given its weights: no tokens, no tokenizer.
+_WITHOUT_DATA = (
+    *(f"data.{name}=null" for name in ("corpus", "weights", "stages", "train", "validation", "blend", "split")),
+    "data.tokenizer_type=NullTokenizer",
+    "data.tokenizer_model=null",
+    "megatron.mock_data=true",
+    "checkpoint.directory=null",
+    "checkpoint.load_from=null",
+)
+
+
+class TaskFailed(Exception):
+    """A task failed for another reason than a user's mistake; the message names its log."""
+
+
+def run_task(task: str, **arguments: Any) -> None:
+    """Run a task to its end; UserError as it raised one, TaskFailed where it failed."""
+    words = [sys.executable, "-m", "megatron_txssm.checkpoint.worker", task, json.dumps(arguments, default=str)]
+    with tempfile.NamedTemporaryFile("w+", prefix=f"txssm-{task}-", suffix=".log", delete=False) as log:
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, check=False)
+    said = Path(log.name).read_text(encoding="utf-8", errors="replace").strip()
+    if done.returncode not in (0, 2):
+        raise TaskFailed(f"{said.rpartition(chr(10))[2]} ({task}, exit code {done.returncode}; its log: {log.name})")
+    Path(log.name).unlink()
+    if done.returncode == 2:
+        raise UserError(said.rpartition("error: ")[2] or f"{task} failed")
+
+
+def save_megatron(folder: str, recipe: str, out: str) -> None:
+    """Megatron's checkpoint of the weights in a folder, as a `release` in `out`; `recipe` is a recipe's YAML file.
+
+    Its vocabulary's padding rows are the mean of the others: a padding row's logit is then the mean logit, whose share
+    of the probability is, by Jensen's inequality, at most one token's average share.
+    """
+    from megatron_txssm.checkpoint.hf_folder import open_hf_folder
+    from megatron_txssm.checkpoint.load import ONE_PROCESS, build_model
+    from megatron_txssm.recipe.loader import load_recipe
+
+    source = open_hf_folder(Path(folder), load_recipe(recipe))
+    options = [f"--save={out}", "--no-save-optim", "--no-save-rng"]
+    model = build_model(load_recipe(recipe, (*ONE_PROCESS, *_WITHOUT_DATA)), options)
+    _fill(model, source)
+    from megatron.training.checkpointing import save_checkpoint
+
+    save_checkpoint(0, [model], None, None, 0, release=True)
+
+
+def _fill(model: Any, source: Weights) -> None:
+    """Copy every tensor of `source` into a Megatron model of one process."""
+    import torch
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+    from megatron.core.dist_checkpointing.utils import nested_values
+
+    with torch.no_grad():
+        for entry in nested_values(model.sharded_state_dict()):
+            for shard in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
+                if isinstance(shard, ShardedTensor):
+                    assert shard.data is not None
+                    whole = _padded(source.read([shard.key])[shard.key], shard.global_shape[0])
+                    # A SwiGLU's gate and up-projection are two pieces of one tensor.
+                    ranges = zip(shard.global_offset, shard.local_shape, strict=True)
+                    shard.data.copy_(whole[tuple(slice(start, start + size) for start, size in ranges)])
+
+
+def _padded(tensor: Any, rows: int) -> Any:
+    """With rows behind the vocabulary that are the mean of its own."""
+    padding = rows - len(tensor)
+    if padding == 0:
+        return tensor
+    import torch
+
+    mean = tensor.double().mean(0, keepdim=True).to(tensor.dtype)
+    return torch.cat([tensor, mean.expand(padding, *mean.shape[1:])])
+
+
+def megatron_logits(
+    checkpoints: str, step: int, tokens: list[int], decoded: int, round_to: str | None, out: str
+) -> None:
+    """Logits of a checkpoint by Megatron, in fp32, with weights that were rounded to `round_to` (None: as they are).
+
+    Written to `out`: "full", [L, V], of one pass over all tokens, and "decoded", [decoded, V], of the last tokens, one
+    at a time behind a pass over the others.
+    """
+    import torch
+
+    from megatron_txssm.checkpoint.load import load_model
+    from megatron_txssm.evaluation.generate import next_token_logits
+
+    overrides = ("training.precision=fp32", *_WITHOUT_DATA)
+    loaded = load_model(Path(checkpoints), overrides, step=step)
+    # Megatron may be imported from here on.
+    from megatron.core.inference.contexts.static_context import StaticInferenceContext
+
+    _round(loaded.model, round_to)
+    vocab_size = loaded.recipe.data.vocab_size
+    with torch.inference_mode():
+        tokens_BL = torch.tensor([tokens], device=torch.cuda.current_device())
+        positions_BL = torch.arange(len(tokens), device=tokens_BL.device)[None]
+        full_LV = loaded.model(tokens_BL, positions_BL, None)[0, :, :vocab_size].float()
+    context = StaticInferenceContext(max_batch_size=1, max_sequence_length=len(tokens))
+    first = len(tokens) - decoded
+    next_token_logits(loaded.model, context, tokens[:first], vocab_size)
+    steps = [next_token_logits(loaded.model, context, [token], vocab_size) for token in tokens[first:]]
+    _save(out, full_LV, steps)
+
+
+def hf_logits(folder: str, recipe: str | None, tokens: list[int], decoded: int, round_to: str | None, out: str) -> None:
+    """The same of a folder of weights, by transformers; layouts that it has no class for, by our class."""
+    import torch
+
+    from megatron_txssm.checkpoint.hf_folder import open_hf_folder
+    from megatron_txssm.checkpoint.hf_model import load_hf_model
+    from megatron_txssm.recipe.loader import load_recipe
+
+    model = load_hf_model(open_hf_folder(Path(folder), load_recipe(recipe) if recipe else None))
+    _round(model, round_to)
+    first = len(tokens) - decoded
+    with torch.inference_mode():
+        tokens_BL = torch.tensor([tokens])
+        full_LV = model(tokens_BL, use_cache=False).logits[0]
+        cache = model(tokens_BL[:, :first], use_cache=True, logits_to_keep=1).past_key_values
+        steps = []
+        for n in range(first, len(tokens)):
+            output = model(tokens_BL[:, n : n + 1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            steps.append(output.logits[0, -1])
+    _save(out, full_LV, steps)
+
+
+def _round(model: Any, to: str | None) -> None:
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if to is not None and name.rpartition(".")[2] not in KEPT_IN_FP32:
+            parameter.data = parameter.data.to(getattr(torch, to)).to(parameter.dtype)
+
+
+def _save(out: str, full_LV: Any, steps: list[Any]) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"full": full_LV.cpu().contiguous(), "decoded": torch.stack(steps).cpu()}, out)
+
+
+TASKS = {task.__name__: task for task in (save_megatron, megatron_logits, hf_logits)}
+
+
+def main() -> int:
+    try:
+        TASKS[sys.argv[1]](**json.loads(sys.argv[2]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
