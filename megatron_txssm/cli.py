@@ -28,8 +28,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "logs": ("megatron_txssm.launch.logs_command", "show what a run's job prints, as it grows"),
     "cancel": ("megatron_txssm.launch.cancel_command", "cancel a run's jobs; the trainer saves first"),
     "why": ("megatron_txssm.launch.why_command", "say why a run's last attempt ended, and what to do"),
-    "generate": ("megatron_txssm.evaluation.generate", "continue a prompt with a trained checkpoint"),
-    "convert": ("megatron_txssm.checkpoint.convert_command", "a checkpoint's weights as safetensors"),
+    "generate": ("megatron_txssm.evaluation.generate", "continue a prompt with a checkpoint or a Hugging Face model"),
+    "convert": ("megatron_txssm.checkpoint.convert_command", "checkpoints to Hugging Face models and back, proven"),
     "evaluate": ("megatron_txssm.evaluation.evaluate", "the loss of a run's newest checkpoint on all validation data"),
 }
 
@@ -40,7 +40,7 @@ examples:
   txssm recipes transxssm_320m --megatron-args
   txssm data shard smollm_corpus --plan
   txssm pretrain demo_cpu --nproc 2 --set training.train_iters=20
-  txssm generate runs/demo/checkpoints --prompt 'def main('"""
+  txssm generate runs/demo --prompt 'def main('"""
 
 
 def add_verb(subparsers: "argparse._SubParsersAction", verb: str, examples: Sequence[str]) -> argparse.ArgumentParser:

@@ -28,7 +28,8 @@ Shape = tuple[int, ...]
 class Weights(Protocol):
     """A model's weights somewhere on disk, whatever their format, as Megatron names them and without padding."""
 
-    recipe: Recipe
+    @property
+    def recipe(self) -> Recipe: ...
 
     def dtype(self, name: str) -> Any:
         """The torch.dtype that a tensor is stored in."""

@@ -101,7 +101,7 @@ def megatron_logits(
     import torch
 
     from megatron_txssm.checkpoint.load import load_model
-    from megatron_txssm.evaluation.generate import next_token_logits
+    from megatron_txssm.evaluation.decoding import next_token_logits
 
     overrides = ("training.precision=fp32", *_WITHOUT_DATA)
     loaded = load_model(Path(checkpoints), overrides, step=step)

@@ -1,58 +1,99 @@
-"""txssm generate: continue a prompt token by token, with a cache of keys, values and states."""
+"""txssm generate: continue a prompt, from one of Megatron's checkpoints or from a Hugging Face model."""
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_txssm.checkpoint.hf_folder import is_hf_folder
+from megatron_txssm.checkpoint.saved_model import find_checkpoints
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
 
 EXAMPLES = (
-    "txssm generate runs/demo/checkpoints --prompt 'def main('",
-    "txssm generate runs/demo/checkpoints --prompt 'import os' --temperature 0 --max-new-tokens 50",
+    "txssm generate runs/demo --prompt 'def main('",
+    "txssm generate exports/demo --prompt 'import os' --temperature 0 --max-new-tokens 50",
+    "txssm generate exports/demo --prompt - --top-p 0.9 --repetition-penalty 1.1 < prompt.txt",
 )
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def add_parser(subparsers: Any) -> None:
     parser = add_verb(subparsers, "generate", EXAMPLES)
-    parser.add_argument("checkpoint", type=Path, help="a run's checkpoints folder")
-    parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument(
+        "model", metavar="CHECKPOINT_OR_HF", help="a run, its checkpoints, a Hugging Face folder, or a name on the hub"
+    )
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue; -: standard input")
     parser.add_argument(
         "--max-new-tokens", type=int, default=100, metavar="N", help="stop after N tokens (default: 100)"
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0: the likeliest token each time (default: 0.8)"
+        "--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token each time (default: 0.8)"
     )
     parser.add_argument(
-        "--top-k", type=int, default=50, help="sample from the k likeliest tokens; 0: all (default: 50)"
+        "--top-k", type=int, default=50, metavar="K", help="sample from the K likeliest tokens; 0: all (default: 50)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest tokens that together have probability P (default: 1, all)",
+    )
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="above 1: make tokens that stand in the text less likely (default: 1)",
     )
     parser.add_argument("--seed", type=int, default=1234, help="of the sampling (default: 1234)")
 
 
 def run(args: argparse.Namespace) -> int:
-    for name, value, least in (("max-new-tokens", args.max_new_tokens, 1), ("temperature", args.temperature, 0)):
-        if value < least:
-            raise UserError(f"--{name} {value} must be at least {least}")
-    if not args.prompt:
+    _check(args)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not prompt:
         raise UserError("--prompt is empty; give at least one character")
+    model = Path(args.model)
+    if is_hf_folder(model) or (not model.exists() and _HUB_NAME.fullmatch(args.model)):
+        return write(args, prompt, sys.stdout)
     from megatron_txssm.checkpoint.load import checkpoint_recipe
+
+    args.model = find_checkpoints(model)
+    checkpoint_recipe(args.model)
+    return _by_megatron(args, prompt)
+
+
+def _check(args: argparse.Namespace) -> None:
+    least = {"max_new_tokens": 1, "temperature": 0, "top_k": 0}
+    for name, value in least.items():
+        if not getattr(args, name) >= value:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {value}")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p {args.top_p} must be above 0 and at most 1")
+    if not args.repetition_penalty > 0:
+        raise UserError(f"--repetition-penalty {args.repetition_penalty} must be above 0; 1 changes nothing")
+
+
+def _by_megatron(args: argparse.Namespace, prompt: str) -> int:
+    """Megatron prints much: into a log, of which only a failure tells."""
     from megatron_txssm.training.output import output_redirected
 
-    checkpoint_recipe(args.checkpoint)
     handle, name = tempfile.mkstemp(prefix="txssm-generate-", suffix=".log")
     os.close(handle)
     log = Path(name)
     failure: Exception | None = None
     with output_redirected(log) as terminal:
         try:
-            write(args, terminal)
-        except (UserError, BrokenPipeError):
+            write(args, prompt, terminal)
+        except (UserError, BrokenPipeError, KeyboardInterrupt):
             log.unlink()
             raise
         except Exception as error:
@@ -65,78 +106,46 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def write(args: argparse.Namespace, terminal: TextIO) -> None:
+def write(args: argparse.Namespace, prompt: str, terminal: TextIO) -> int:
     """Load the model and write the prompt and what follows it to `terminal`, piece by piece."""
-    from megatron_txssm.checkpoint.load import load_model
+    from megatron_txssm.evaluation.decoding import HfDecoder, MegatronDecoder, Sampling, generate_tokens
 
-    loaded = load_model(args.checkpoint)
+    with _status(terminal, f"loading {args.model}"):
+        if isinstance(args.model, Path):
+            # A token has a byte at least.
+            decoder = MegatronDecoder(args.model, len(prompt.encode()) + args.max_new_tokens)
+        else:
+            decoder = HfDecoder(args.model)
     try:
-        tokens = loaded.tokenizer.tokenize(args.prompt)
+        tokens = decoder.encode(prompt)
     except ValueError as error:
-        raise UserError(f"--prompt {args.prompt!r} cannot be tokenised: {error}") from error
-    print(f"step {loaded.iteration} of {args.checkpoint}\n\n{args.prompt}", file=terminal, end="")
-    start, written, new = time.perf_counter(), loaded.tokenizer.detokenize(tokens), []
-    for token in generate_tokens(
-        loaded.model,
-        tokens,
-        args.max_new_tokens,
-        vocab_size=loaded.tokenizer.vocab_size,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        seed=args.seed,
-    ):
-        if token == loaded.tokenizer.eod:
+        raise UserError(f"--prompt {prompt!r} cannot be tokenised: {error}") from error
+    print(f"{decoder.description}\n\n{prompt}", file=terminal, end="", flush=True)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
+    written, new = decoder.decode(tokens), []
+    begin = first = time.perf_counter()
+    for token in generate_tokens(decoder, tokens, args.max_new_tokens, sampling, args.seed):
+        if not new:
+            first = time.perf_counter()
+        if token == decoder.eod:
             break
         new.append(token)
-        text = loaded.tokenizer.detokenize(tokens + new)
+        text = decoder.decode(tokens + new)
         # The last token may be the first bytes of a character that the next ones complete.
         if not text.endswith("\ufffd"):
             print(text[len(written) :], file=terminal, end="", flush=True)
             written = text
-    seconds = time.perf_counter() - start
-    print(f"\n\n{len(new)} tokens, {len(new) / seconds:.1f} tokens/s", file=terminal)
+    print(f"\n\n{_speed(len(tokens), len(new), begin, first, time.perf_counter())}", file=terminal)
+    return 0
 
 
-def generate_tokens(
-    model: Any, prompt: list[int], max_new_tokens: int, *, vocab_size: int, temperature: float, top_k: int, seed: int
-) -> Iterator[int]:
-    """Token after token behind `prompt`. The prompt goes through in one pass; each token then costs the same, but for
-    attention layers, whose cost grows with the keys they hold.
-    """
-    import torch
-    from megatron.core.inference.contexts.static_context import StaticInferenceContext
-
-    generator = torch.Generator().manual_seed(seed)
-    context = StaticInferenceContext(max_batch_size=1, max_sequence_length=len(prompt) + max_new_tokens)
-    tokens = prompt
-    for _ in range(max_new_tokens):
-        logits_V = next_token_logits(model, context, tokens, vocab_size)
-        token = sample(logits_V, temperature=temperature, top_k=top_k, generator=generator)
-        yield token
-        tokens = [token]
+def _speed(prompt: int, new: int, begin: float, first: float, end: float) -> str:
+    """The prompt's pass ends with the first new token; the others tell the speed of decoding."""
+    said = f"{prompt} tokens of prompt in {first - begin:.1f} s, {new} new tokens"
+    return said if new < 2 else f"{said}, {(new - 1) / (end - first):.1f} tokens/s"
 
 
-def next_token_logits(model: Any, context: Any, tokens: list[int], vocab_size: int) -> Any:
-    """[vocab_size] fp32 logits of the token behind `tokens`, which continue the sequence that `context` has seen.
+def _status(terminal: TextIO, what: str) -> Any:
+    from rich.console import Console
 
-    The embedding's padding rows behind `vocab_size` are no tokens.
-    """
-    import torch
-
-    with torch.inference_mode():
-        tokens_BL = torch.tensor([tokens], device=torch.cuda.current_device())
-        positions_BL = torch.arange(len(tokens), device=tokens_BL.device)[None] + context.sequence_len_offset
-        logits_BLV = model(tokens_BL, positions_BL, None, inference_context=context, runtime_gather_output=True)
-    context.increment_sequence_len_offset(len(tokens))
-    return logits_BLV[0, -1, :vocab_size].float()
-
-
-def sample(logits_V: Any, *, temperature: float, top_k: int, generator: Any) -> int:
-    """One token id: the likeliest at temperature 0, otherwise drawn from the `top_k` likeliest (0: from all)."""
-    import torch
-
-    if temperature == 0:
-        return int(logits_V.argmax())
-    values, ids = logits_V.topk(min(top_k, len(logits_V)) if top_k > 0 else len(logits_V))
-    probabilities = torch.softmax(values / temperature, dim=-1).cpu()
-    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+    return Console(file=terminal).status(what) if terminal.isatty() else nullcontext()

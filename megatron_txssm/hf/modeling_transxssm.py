@@ -487,5 +487,5 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = TransXSSMCache(self.config)
             return None
-        prepare: Any = super()._prepare_cache_for_generation
-        return prepare(generation_config, model_kwargs, *args, **kwargs)
+        default: Any = super()
+        return default._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

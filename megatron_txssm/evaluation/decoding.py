@@ -1,0 +1,155 @@
+"""Token after token from a model of Megatron's or of transformers', with a cache of keys, values and states."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_txssm.errors import UserError
+
+
+class Decoder(Protocol):
+    """A model that continues one text."""
+
+    # What it is, for a person.
+    description: str
+    # The token that ends a text; None: unknown.
+    eod: int | None
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, tokens: list[int]) -> str: ...
+
+    def next_logits(self, tokens: list[int]) -> Any:
+        """[vocabulary] fp32 logits of the token behind `tokens`, which continue what it has seen."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen."""
+
+    # 0: the likeliest one each time.
+    temperature: float = 0.8
+    # From the k likeliest; 0: all.
+    top_k: int = 50
+    # From the likeliest that together have this probability; 1: all.
+    top_p: float = 1.0
+    # Divides a token's positive logit, and multiplies a negative one, if it stands in the text (arXiv:1909.05858).
+    repetition_penalty: float = 1.0
+
+
+class MegatronDecoder:
+    """A checkpoint, in Megatron's own model; `capacity` is the number of tokens of prompt and answer together."""
+
+    def __init__(self, checkpoints: Path, capacity: int):
+        from megatron_txssm.checkpoint.load import load_model
+
+        loaded = load_model(checkpoints)
+        # Megatron may be imported from here on.
+        from megatron.core.inference.contexts.static_context import StaticInferenceContext
+
+        self.model, self.tokenizer, self.vocab_size = loaded.model, loaded.tokenizer, loaded.recipe.data.vocab_size
+        self.description = f"step {loaded.iteration} of {checkpoints}"
+        self.eod = loaded.tokenizer.eod
+        self.context = StaticInferenceContext(max_batch_size=1, max_sequence_length=capacity)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.tokenize(text)
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.detokenize(tokens)
+
+    def next_logits(self, tokens: list[int]) -> Any:
+        return next_token_logits(self.model, self.context, tokens, self.vocab_size)
+
+
+class HfDecoder:
+    """A folder of weights, or a model's name on the Hugging Face hub; none of its code is run."""
+
+    def __init__(self, name: str):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        # Registers our class with AutoModelForCausalLM.
+        import megatron_txssm.hf  # noqa: F401
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # of the hub, of transformers and of safetensors, of many kinds
+            raise UserError(f"{name} cannot be loaded: {str(error).strip().partition(chr(10))[0]}") from None
+        self.model = model.to(device).eval()
+        self.description = f"{name}: {type(model).__name__}, {model.num_parameters():,} parameters"
+        self.eod = self.tokenizer.eos_token_id
+        self.cache: Any = None
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens)
+
+    def next_logits(self, tokens: list[int]) -> Any:
+        import torch
+
+        with torch.inference_mode():
+            tokens_BL = torch.tensor([tokens], device=self.model.device)
+            output = self.model(tokens_BL, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache = output.past_key_values
+        return output.logits[0, -1].float()
+
+
+def generate_tokens(
+    decoder: Decoder, prompt: list[int], max_new_tokens: int, sampling: Sampling, seed: int
+) -> Iterator[int]:
+    """Token after token behind `prompt`. The prompt goes through in one pass; each token then costs the same, but for
+    attention layers, whose cost grows with the keys they hold.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    text, tokens = list(prompt), prompt
+    for _ in range(max_new_tokens):
+        token = sample(decoder.next_logits(tokens), sampling, generator, text)
+        yield token
+        tokens = [token]
+        text.append(token)
+
+
+def next_token_logits(model: Any, context: Any, tokens: list[int], vocab_size: int) -> Any:
+    """[vocab_size] fp32 logits of the token behind `tokens`, by a Megatron model; `context` is what it has seen.
+
+    The embedding's padding rows behind `vocab_size` are no tokens.
+    """
+    import torch
+
+    with torch.inference_mode():
+        tokens_BL = torch.tensor([tokens], device=torch.cuda.current_device())
+        positions_BL = torch.arange(len(tokens), device=tokens_BL.device)[None] + context.sequence_len_offset
+        logits_BLV = model(tokens_BL, positions_BL, None, inference_context=context, runtime_gather_output=True)
+    context.increment_sequence_len_offset(len(tokens))
+    return logits_BLV[0, -1, :vocab_size].float()
+
+
+def sample(logits_V: Any, sampling: Sampling, generator: Any, text: list[int]) -> int:
+    """One token id behind `text`."""
+    import torch
+
+    if sampling.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(text)), device=logits_V.device)
+        logits = logits_V[seen]
+        penalty = sampling.repetition_penalty
+        logits_V = logits_V.index_copy(0, seen, torch.where(logits > 0, logits / penalty, logits * penalty))
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    values, ids = logits_V.topk(min(sampling.top_k or len(logits_V), len(logits_V)))
+    probabilities = torch.softmax(values / sampling.temperature, dim=-1).cpu()
+    # The likeliest token stays, however small top_p is.
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])

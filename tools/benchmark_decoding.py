@@ -1,0 +1,177 @@
+#!/usr/bin/env python3
+"""Speed and memory of decoding: TransXSSM beside transformers' own LlamaForCausalLM of as many parameters.
+
+Both in one run on one machine, with random weights: tokens are decoded one by one behind a context, by the model's
+forward and its stock cache (TransXSSMCache; DynamicCache, which copies all keys and values at each token, as
+TransXSSM's attention layers do). The two take turns, and the median round counts.
+
+The context is not read: the caches are filled with random keys, values and states of the shapes that it would leave,
+which saves a slow prefill and costs neither model more or less at decoding. The table of bytes counts the tensors of
+such caches on torch's meta device, which takes no memory.
+
+    .venv/bin/python tools/benchmark_decoding.py
+    .venv/bin/python tools/benchmark_decoding.py --context 1024 4096 16384 --dtype bf16 --json decoding.json
+    .venv/bin/python tools/benchmark_decoding.py --layers 8 --hidden-size 256 --heads 4 --intermediate-size 704 \\
+        --llama-intermediate-size 688 --vocab-size 4096 --rounds 9
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+from megatron_txssm.hf import TransXSSMCache, TransXSSMConfig
+from megatron_txssm.hf.cache_transxssm import StateSpaceCacheLayer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TABLE = (1024, 4096, 16384)
+WARM_UP = 3
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    configs = {"TransXSSM": transxssm_config(args), "Llama": llama_config(args)}
+    models = {
+        name: AutoModelForCausalLM.from_config(config, dtype=DTYPES[args.dtype]).eval()
+        for name, config in configs.items()
+    }
+    sizes = {name: sum(parameter.numel() for parameter in model.parameters()) for name, model in models.items()}
+    print(f"batch {args.batch}, {args.dtype}, {args.threads} threads, {args.tokens} tokens in {args.rounds} rounds")
+    print(f"parameters:  TransXSSM {sizes['TransXSSM']:,}  Llama {sizes['Llama']:,}", flush=True)
+    result: dict[str, Any] = {"settings": vars(args) | {"json": str(args.json)}, "parameters": sizes}
+    result["cache_bytes"] = {context: compare_bytes(configs, args, context) for context in TABLE}
+    result["decoding"] = {context: compare_speed(models, args, context) for context in args.context}
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
+    parser.add_argument("--context", nargs="+", default=[4096], help="tokens before (default: 4096)", **number)
+    parser.add_argument("--tokens", default=32, help="decoded in each round (default: %(default)s)", **number)
+    parser.add_argument("--rounds", default=5, help="of each model and context (default: %(default)s)", **number)
+    parser.add_argument("--batch", default=1, help="texts at a time (default: %(default)s)", **number)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="(default: %(default)s)")
+    parser.add_argument("--threads", default=len(os.sched_getaffinity(0)), help="(default: all cores)", **number)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write settings and all figures there, too")
+    shapes = parser.add_argument_group("shapes (default: the paper's 320M model)")
+    shapes.add_argument("--hidden-size", default=768, **number)
+    shapes.add_argument("--layers", default=24, help="of TransXSSM every eighth is attention", **number)
+    shapes.add_argument("--heads", default=12, help="of attention", **number)
+    shapes.add_argument("--state-size", default=128, **number)
+    shapes.add_argument("--state-groups", default=4, **number)
+    shapes.add_argument("--intermediate-size", default=4224, **number)
+    shapes.add_argument("--llama-intermediate-size", default=4096, **number)
+    shapes.add_argument("--vocab-size", default=50277, **number)
+    return parser.parse_args()
+
+
+def transxssm_config(args: argparse.Namespace) -> TransXSSMConfig:
+    return TransXSSMConfig(
+        intermediate_size=args.intermediate_size,
+        state_size=args.state_size,
+        state_num_groups=args.state_groups,
+        **common_settings(args),
+    )
+
+
+def llama_config(args: argparse.Namespace) -> LlamaConfig:
+    return LlamaConfig(intermediate_size=args.llama_intermediate_size, **common_settings(args))
+
+
+def common_settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "hidden_size": args.hidden_size,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.heads,
+        "vocab_size": args.vocab_size,
+        "max_position_embeddings": max(*args.context, *TABLE) + args.tokens,
+        "tie_word_embeddings": True,
+    }
+
+
+def filled_cache(config: Any, args: argparse.Namespace, context: int, device: str) -> Any:
+    """The model's own cache as `context` tokens would leave it, but for the values, which are random."""
+    cache = TransXSSMCache(config) if isinstance(config, TransXSSMConfig) else DynamicCache(config=config)
+    key_shape = (args.batch, config.num_key_value_heads, context, config.head_dim)
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, StateSpaceCacheLayer):
+            shape = (args.batch, config.state_num_heads, config.state_head_dim, config.state_size)
+            layer.replace(torch.randn(shape, device=device), None)
+        else:
+            keys, values = (torch.randn(key_shape, dtype=DTYPES[args.dtype], device=device) for _ in range(2))
+            cache.update(keys, values, index)
+    if isinstance(cache, TransXSSMCache):
+        cache.seen_tokens = context
+    return cache
+
+
+def rewind(cache: Any, tokens: int) -> None:
+    """Back to the context's length; states stay as they are, of the same size."""
+    for layer in cache.layers:
+        if not isinstance(layer, StateSpaceCacheLayer):
+            layer.crop(-tokens)
+    if isinstance(cache, TransXSSMCache):
+        cache.seen_tokens -= tokens
+
+
+def cache_bytes(cache: Any) -> int:
+    if isinstance(cache, TransXSSMCache):
+        return cache.nbytes()
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def compare_bytes(configs: dict[str, Any], args: argparse.Namespace, context: int) -> dict[str, int]:
+    counted = {name: cache_bytes(filled_cache(config, args, context, "meta")) for name, config in configs.items()}
+    print(row(f"cache at {context}", {name: f"{count / 2**20:9.1f} MiB" for name, count in counted.items()}, counted))
+    return counted
+
+
+@torch.inference_mode()
+def compare_speed(models: dict[str, Any], args: argparse.Namespace, context: int) -> dict[str, Any]:
+    caches = {name: filled_cache(model.config, args, context, "cpu") for name, model in models.items()}
+    for name, model in models.items():
+        decode(model, caches[name], args.batch, WARM_UP)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(args.rounds):
+        # Who begins changes, so that neither always follows the other.
+        for name in sorted(models, reverse=bool(turn % 2)):
+            seconds[name].append(decode(models[name], caches[name], args.batch, args.tokens))
+    count = args.tokens * args.batch
+    speeds = {name: count / statistics.median(of_rounds) for name, of_rounds in seconds.items()}
+    print(row(f"decoding behind {context}", {n: f"{s:9.2f} tokens/s" for n, s in speeds.items()}, speeds), flush=True)
+    return {
+        "tokens_per_second": speeds,
+        "ratio": speeds["TransXSSM"] / speeds["Llama"],
+        "seconds_of_rounds": seconds,
+        "cache_bytes": {name: cache_bytes(cache) for name, cache in caches.items()},
+    }
+
+
+def decode(model: Any, cache: Any, batch: int, tokens: int) -> float:
+    """Seconds for so many greedy tokens one by one; the cache is rewound afterwards."""
+    ids = torch.zeros(batch, 1, dtype=torch.long)
+    begin = time.perf_counter()
+    for _ in range(tokens):
+        ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+    seconds = time.perf_counter() - begin
+    rewind(cache, tokens)
+    return seconds
+
+
+def row(what: str, texts: dict[str, str], numbers: dict[str, Any]) -> str:
+    ratio = numbers["TransXSSM"] / numbers["Llama"]
+    return f"{what + ':':24} TransXSSM {texts['TransXSSM']}   Llama {texts['Llama']}   ratio {ratio:.3f}"
+
+
+if __name__ == "__main__":
+    main()
