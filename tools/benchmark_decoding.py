@@ -102,10 +102,10 @@ def common_settings(args: argparse.Namespace) -> dict[str, Any]:
 def filled_cache(config: Any, args: argparse.Namespace, context: int, device: str) -> Any:
     """The model's own cache as `context` tokens would leave it, but for the values, which are random."""
     cache = TransXSSMCache(config) if isinstance(config, TransXSSMConfig) else DynamicCache(config=config)
-    key_shape = (args.batch, config.num_key_value_heads, context, config.head_dim)
+    key_shape: Any = (args.batch, config.num_key_value_heads, context, config.head_dim)
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, StateSpaceCacheLayer):
-            shape = (args.batch, config.state_num_heads, config.state_head_dim, config.state_size)
+            shape: Any = (args.batch, config.state_num_heads, config.state_head_dim, config.state_size)
             layer.replace(torch.randn(shape, device=device), None)
         else:
             keys, values = (torch.randn(key_shape, dtype=DTYPES[args.dtype], device=device) for _ in range(2))

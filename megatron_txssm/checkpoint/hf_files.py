@@ -47,7 +47,7 @@ def write_configuration(export: Export, facts: TokenizerFacts | None, folder: Pa
         config |= {"auto_map": AUTO_MAP}
         write_code(folder)
     _write(folder / "config.json", config | tokens | version)
-    _write(folder / "generation_config.json", tokens | version)
+    _write(folder / "generation_config.json", tokens | {"use_cache": config["use_cache"]} | version)
 
 
 def write_model_card(export: Export, folder: Path, name: str, proof: Proof | None) -> None:

@@ -167,5 +167,7 @@ def _granite(recipe: Recipe) -> dict[str, Any]:
         "mamba_expand": mixer.inner_size // recipe.model.hidden_size,
         "mamba_chunk_size": mixer.chunk_size,
         "mamba_conv_bias": True,
+        # transformers' cache cannot say how long it is without an attention layer: without it, generate() runs.
+        "use_cache": recipe.has_attention,
         "mamba_proj_bias": False,
     }

@@ -16,7 +16,7 @@ from megatron_txssm.checkpoint.tensors import KEPT_IN_FP32, Weights
 from megatron_txssm.errors import UserError
 
 # Overrides for a model that is given its weights: no tokens, no tokenizer.
-_WITHOUT_DATA = (
+WITHOUT_DATA = (
     *(f"data.{name}=null" for name in ("corpus", "weights", "stages", "train", "validation", "blend", "split")),
     "data.tokenizer_type=NullTokenizer",
     "data.tokenizer_model=null",
@@ -55,7 +55,7 @@ def save_megatron(folder: str, recipe: str, out: str) -> None:
 
     source = open_hf_folder(Path(folder), load_recipe(recipe))
     options = [f"--save={out}", "--no-save-optim", "--no-save-rng"]
-    model = build_model(load_recipe(recipe, (*ONE_PROCESS, *_WITHOUT_DATA)), options)
+    model = build_model(load_recipe(recipe, (*ONE_PROCESS, *WITHOUT_DATA)), options)
     _fill(model, source)
     from megatron.training.checkpointing import save_checkpoint
 
@@ -103,7 +103,7 @@ def megatron_logits(
     from megatron_txssm.checkpoint.load import load_model
     from megatron_txssm.evaluation.decoding import next_token_logits
 
-    overrides = ("training.precision=fp32", *_WITHOUT_DATA)
+    overrides = ("training.precision=fp32", *WITHOUT_DATA)
     loaded = load_model(Path(checkpoints), overrides, step=step)
     # Megatron may be imported from here on.
     from megatron.core.inference.contexts.static_context import StaticInferenceContext
@@ -135,10 +135,11 @@ def hf_logits(folder: str, recipe: str | None, tokens: list[int], decoded: int, 
     with torch.inference_mode():
         tokens_BL = torch.tensor([tokens])
         full_LV = model(tokens_BL, use_cache=False).logits[0]
-        cache = model(tokens_BL[:, :first], use_cache=True, logits_to_keep=1).past_key_values
-        steps = []
+        cached, steps = model.config.use_cache, []
+        cache = model(tokens_BL[:, :first], use_cache=cached, logits_to_keep=1).past_key_values
         for n in range(first, len(tokens)):
-            output = model(tokens_BL[:, n : n + 1], past_key_values=cache, use_cache=True)
+            new_BL = tokens_BL[:, n if cached else 0 : n + 1]
+            output = model(new_BL, past_key_values=cache, use_cache=cached, logits_to_keep=1)
             cache = output.past_key_values
             steps.append(output.logits[0, -1])
     _save(out, full_LV, steps)

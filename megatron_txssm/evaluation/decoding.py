@@ -74,13 +74,21 @@ class HfDecoder:
 
         # Registers our class with AutoModelForCausalLM.
         import megatron_txssm.hf  # noqa: F401
+        from megatron_txssm.checkpoint.hf_folder import open_hf_folder
+        from megatron_txssm.checkpoint.hf_model import load_hf_model
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True)
+            if Path(name).is_dir() and not Path(name, "config.json").is_file():
+                # A layout that transformers has no class for.
+                model: Any = load_hf_model(open_hf_folder(Path(name)))
+            else:
+                model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        except UserError:
+            raise
         except Exception as error:  # of the hub, of transformers and of safetensors, of many kinds
             raise UserError(f"{name} cannot be loaded: {str(error).strip().partition(chr(10))[0]}") from None
         self.model = model.to(device).eval()

@@ -1,12 +1,14 @@
-"""Several pieces of Megatron's work in one process, one after another: each start of Megatron takes 10 s.
+"""Many pieces of Megatron's work in one process, and in ranks that it forks: its imports take longer than any of them.
 
-    [torchrun --nproc-per-node 2] tests/checkpoint/batch.py tasks.json
+    tests/checkpoint/batch.py batches.json
 
-tasks.json is a list of [name, arguments]: the tasks of megatron_txssm/checkpoint/worker.py, and those below.
+batches.json is a list of [number of ranks, [[name, arguments], ...]]: the tasks of megatron_txssm/checkpoint/worker.py
+and those below.
 """
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,15 +17,15 @@ from typing import Any
 
 # A function's name and its arguments.
 Task = tuple[str, dict[str, Any]]
+# How many ranks do each of these, one after another.
+Batch = tuple[int, list[Task]]
 
 
-def run_batch(tasks: list[Task], folder: Path, world_size: int | None = None) -> None:
-    """Run tasks in a process of their own, or each of them on `world_size` ranks of torchrun."""
-    file = folder / f"tasks_{time.monotonic_ns()}.json"
-    file.write_text(json.dumps(tasks, default=str))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"] if world_size else []
-    command = [sys.executable, *launcher, __file__, str(file)]
+def run_batches(batches: list[Batch], folder: Path) -> None:
+    file = folder / f"batches_{time.monotonic_ns()}.json"
+    file.write_text(json.dumps(batches, default=str))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(file)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
 
@@ -57,9 +59,9 @@ def megatron_gradients(checkpoints: str, step: int, tokens: list[int], out: str)
     from safetensors.torch import save_file
 
     from megatron_txssm.checkpoint.load import load_model
-    from megatron_txssm.checkpoint.worker import _WITHOUT_DATA
+    from megatron_txssm.checkpoint.worker import WITHOUT_DATA
 
-    loaded = load_model(Path(checkpoints), _WITHOUT_DATA, step=step)
+    loaded = load_model(Path(checkpoints), WITHOUT_DATA, step=step)
     tokens_BL = torch.tensor([tokens])
     logits_BLV = loaded.model(tokens_BL, torch.arange(len(tokens))[None], None)
     vocab_size = loaded.recipe.data.vocab_size
@@ -81,21 +83,33 @@ def megatron_gradients(checkpoints: str, step: int, tokens: list[int], out: str)
 
 
 def main(file: str) -> None:
-    import torch
+    import torch.multiprocessing
 
     torch.set_num_threads(1)
     from megatron_txssm.platform import prepare_platform
 
     prepare_platform()
-    from megatron.training import training
+    import megatron.training  # noqa: F401  (before the fork)
 
-    from megatron_txssm.checkpoint import worker
     from megatron_txssm.compat import mend_megatron
 
     mend_megatron()
-    tasks = worker.TASKS | {task.__name__: task for task in (train, megatron_gradients)}
-    for name, arguments in json.loads(Path(file).read_text()):
-        tasks[name](**arguments)
+    for world_size, tasks in json.loads(Path(file).read_text()):
+        with socket.create_server(("localhost", 0)) as server:
+            port = server.getsockname()[1]
+        torch.multiprocessing.start_processes(be_rank, (world_size, port, tasks), world_size, start_method="fork")
+
+
+def be_rank(rank: int, world_size: int, port: int, tasks: list[Task]) -> None:
+    from megatron.training import training
+
+    from megatron_txssm.checkpoint import worker
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    known = worker.TASKS | {task.__name__: task for task in (train, megatron_gradients)}
+    for name, arguments in tasks:
+        known[name](**arguments)
         training.destroy_global_state()
 
 
