@@ -30,6 +30,8 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
     # A function, but one that only looks up a memory layout by its name.
     "torch.serialization": ("_get_layout",),
     "collections": ("OrderedDict",),
+    # Where it was written, as torch's own writer notes; Megatron's notes a text.
+    "pathlib": ("PosixPath",),
 }
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from megatron_txssm.hf.modeling_transxssm import TransXSSMStateSpaceMixer
+from megatron_txssm.hf.layers_transxssm import TransXSSMStateSpaceMixer
 from tests.hf.tiny import VARIANTS, VOCABULARY, padded_left, random_ids, tiny_config, tiny_model, worst_difference
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
