@@ -167,7 +167,7 @@ def test_a_second_run_returns_at_once(ready: Checkout):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert len(ready.uv_calls()) == calls
     # 0.05 s on an idle machine; the bound leaves room for a loaded one and is far below any installation.
-    assert seconds < 1.0
+    assert seconds < 5.0
 
 
 @pytest.mark.parametrize("changed", ["requirements.lock", "pyproject.toml"])
