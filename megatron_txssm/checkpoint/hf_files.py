@@ -10,7 +10,7 @@ from megatron_txssm.checkpoint.export import Export
 from megatron_txssm.checkpoint.hf_tokenizer import export_tokenizer
 from megatron_txssm.checkpoint.kept_tokenizer import tokenizer_source
 from megatron_txssm.checkpoint.layouts import ARCHITECTURES, hf_config
-from megatron_txssm.checkpoint.verify import TOKENS, Proof, random_tokens, test_text
+from megatron_txssm.checkpoint.verify import TOKENS, Proof, random_tokens, sample_text
 from megatron_txssm.data.manifest import TokenizerFacts
 from megatron_txssm.errors import UserError
 from megatron_txssm.hf.standalone import AUTO_MAP, write_code
@@ -18,7 +18,7 @@ from megatron_txssm.hf.standalone import AUTO_MAP, write_code
 
 def write_tokenizer(export: Export, folder: Path) -> tuple[TokenizerFacts | None, list[int], str]:
     """Write the run's tokenizer; returns what is known of it, tokens to test the model with, and what they are."""
-    saved, text = export.saved, test_text()
+    saved, text = export.saved, sample_text()
     try:
         source = tokenizer_source(saved.recipe, saved.checkpoints)
         if source is not None:

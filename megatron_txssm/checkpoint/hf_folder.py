@@ -112,6 +112,9 @@ def open_hf_folder(folder: Path, recipe: Recipe | None = None) -> HfFolder:
     wanted = {name: tuple(t.shape) for name, t in hf_tensors(plan(layout, opened.shapes), sizes).items()}
     if fault := compare_shapes({name: shape for name, (_, shape, _) in opened.index.items()}, wanted):
         raise UserError(f"{folder} is not the model that recipe {recipe.name} describes: {fault}")
+    if coded := next((name for name, (_, _, dtype) in opened.index.items() if isinstance(dtype, str)), None):
+        stored = opened.index[coded][2]
+        raise UserError(f"{folder}: {coded} is stored as {stored}; save the model as F32, BF16, F16 or F64")
     opened.check_constants()
     return opened
 
@@ -167,6 +170,7 @@ def _read_header(file: Path) -> dict[str, tuple[str, Shape, Any]]:
 
 
 def _torch_dtype(name: str) -> Any:
+    """Of safetensors' name for it; the name itself where that is no plain floating-point number."""
     import torch
 
     known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -196,7 +200,9 @@ def _check_config(folder: Path, config: dict[str, Any], recipe: Recipe, layout: 
     try:
         found = classes[layout].from_dict(config)
     except Exception as error:  # whatever transformers makes of a wrong value
-        raise UserError(f"{folder / 'config.json'} is no {layout} configuration: {error}") from None
+        raise UserError(
+            f"{folder / 'config.json'} is no {layout} configuration: {' '.join(str(error).split())}"
+        ) from None
     for name, value in wanted.items():
         ours = getattr(found, name, None)
         if name == "rope_parameters":

@@ -5,7 +5,7 @@ Logits come from two sides that share no code path: Megatron's own model, and tr
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,12 +104,12 @@ def versions() -> dict[str, str]:
 
 
 def compare_tensors(
-    a: Weights, b: Weights, names: list[str], known: dict[str, str] | None = None, exact: Callable[[str], bool] = bool
+    a: Weights, b: Weights, names: list[str], known: dict[str, str] | None = None, inexact: Collection[str] = ()
 ) -> Tensors:
     """Hash every tensor of both sides, one after another.
 
-    `known`: hashes of a's, in b's dtype, that need not be computed again. A tensor for which `exact` is false may
-    differ by the last bits of fp32.
+    `known`: hashes of a's, in b's dtype, that need not be computed again. The tensors of `inexact` may differ by the
+    last bits of fp32.
     """
     import torch
 
@@ -119,12 +119,12 @@ def compare_tensors(
     for name in names:
         tensor = b.read([name])[name]
         digest = None if known is None else known[name]
-        if digest is None or (not exact(name) and sha256_of(tensor) != digest):
+        if digest is None or (name in inexact and sha256_of(tensor) != digest):
             ours = a.read([name])[name]
             if ours.dtype != tensor.dtype:
                 coarse = min(ours.dtype, tensor.dtype, key=lambda dtype: torch.finfo(dtype).bits)
                 ours, tensor, rounded = ours.to(coarse), tensor.to(coarse), rounded + 1
-            if not exact(name) and torch.allclose(ours, tensor, rtol=1e-6, atol=0):
+            if name in inexact and torch.allclose(ours, tensor, rtol=1e-6, atol=0):
                 tensor = ours
             digest = sha256_of(ours)
         if sha256_of(tensor) == digest:
@@ -168,7 +168,7 @@ def compare_logits(a: Source, b: Source, tokens: list[int], text: str, round_to:
     )
 
 
-def test_text() -> str:
+def sample_text() -> str:
     """English prose that every Python has: its reference manual's topics."""
     from pydoc_data.topics import topics
 
@@ -185,9 +185,9 @@ def random_tokens(vocab_size: int) -> list[int]:
 def prove_export(export: Any, folder: Path, hashes: dict[str, str], tokens: list[int], text: str) -> Proof:
     """Of a folder that was just written: write verification.json, or UserError where it is not the same model."""
     written = open_hf_folder(folder)
-    exact = {name: group.transform.exact for name, group in written.groups.items()}
+    inexact = {name for name, group in written.groups.items() if not group.transform.exact}
     with doing("verifying: the tensors, read back"):
-        tensors = compare_tensors(export.saved, written, list(written.shapes), hashes, exact.__getitem__)
+        tensors = compare_tensors(export.saved, written, list(written.shapes), hashes, inexact)
     with doing("verifying: logits, by Megatron and by transformers"):
         rounded = DTYPES[export.dtype] if export.dtype == "bf16" else None
         logits = compare_logits(export.saved, written, tokens, text, rounded)
@@ -205,13 +205,11 @@ def prove_equal(a: Source, b: Source) -> Proof:
     if fault := compare_shapes(b.shapes, a.shapes):
         raise UserError(f"these are models of other sizes: in the second, {fault}")
     names = list(a.shapes)
-    exact = {
-        name: group.transform.exact
-        for side in (a, b)
-        if isinstance(side, HfFolder)
-        for name, group in side.groups.items()
-    }
-    tensors = compare_tensors(a, b, names, exact=lambda name: exact.get(name, True))
+    inexact: set[str] = set()
+    for side in (a, b):
+        if isinstance(side, HfFolder):
+            inexact |= {name for name, group in side.groups.items() if not group.transform.exact}
+    tensors = compare_tensors(a, b, names, inexact=inexact)
     coarse = next((dtype for side in (a, b) if (dtype := str(side.dtype(names[0]))) == "torch.bfloat16"), None)
     tokens, text = _tokens_for(a, b)
     return Proof(tensors, compare_logits(a, b, tokens, text, coarse and "bfloat16"))
@@ -235,9 +233,9 @@ def _tokens_for(*sides: Source) -> tuple[list[int], str]:
         folder = side.folder if isinstance(side, HfFolder) else side.checkpoints / "tokenizer"
         if (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            tokens = tokenizer.encode(test_text(), add_special_tokens=False).ids[:TOKENS]
+            tokens = tokenizer.encode(sample_text(), add_special_tokens=False).ids[:TOKENS]
             if max(tokens) < vocab_size:
                 return tokens, "the Python manual"
         elif (folder / "tokenizer.model").is_file():
-            return load_tokenizer(folder / "tokenizer.model").EncodeAsIds(test_text())[:TOKENS], "the Python manual"
+            return load_tokenizer(folder / "tokenizer.model").EncodeAsIds(sample_text())[:TOKENS], "the Python manual"
     return random_tokens(vocab_size), "random tokens"

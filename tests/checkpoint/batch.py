@@ -6,6 +6,7 @@ batches.json is a list of [number of ranks, [[name, arguments], ...]]: the tasks
 and those below.
 """
 
+import gc
 import json
 import os
 import socket
@@ -94,6 +95,8 @@ def main(file: str) -> None:
     from megatron_txssm.compat import mend_megatron
 
     mend_megatron()
+    # Or the collector's marks would copy every page that a rank shares with this process.
+    gc.freeze()
     for world_size, tasks in json.loads(Path(file).read_text()):
         with socket.create_server(("localhost", 0)) as server:
             port = server.getsockname()[1]

@@ -15,7 +15,7 @@ from megatron_txssm.checkpoint.hf_model import load_hf_model
 from megatron_txssm.checkpoint.importer import _as_yaml
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER
-from megatron_txssm.checkpoint.verify import test_text as english
+from megatron_txssm.checkpoint.verify import sample_text as english
 from megatron_txssm.cli import main
 from megatron_txssm.data.tokenizer import load_tokenizer
 from megatron_txssm.errors import UserError
