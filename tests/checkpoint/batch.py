@@ -7,6 +7,7 @@ and those below.
 """
 
 import gc
+import importlib
 import json
 import os
 import socket
@@ -16,6 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+# What the tasks import, and takes its time.
+IMPORTED_ONCE = (
+    *("megatron.training", "megatron.core.tokenizers.text", "megatron.training.argument_utils", "transformers"),
+    *("sentencepiece", "megatron_txssm.model.layer_specs", "megatron_txssm.training.forward_step"),
+)
 # A function's name and its arguments.
 Task = tuple[str, dict[str, Any]]
 # How many ranks do each of these, one after another.
@@ -90,7 +96,8 @@ def main(file: str) -> None:
     from megatron_txssm.platform import prepare_platform
 
     prepare_platform()
-    import megatron.training  # noqa: F401  (before the fork)
+    for module in IMPORTED_ONCE:
+        importlib.import_module(module)
 
     from megatron_txssm.compat import mend_megatron
 

@@ -1,7 +1,6 @@
 """What is damaged, hostile or of another model: one sentence, exit code 2, nothing written, and nothing of it run."""
 
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,20 +16,10 @@ from megatron_txssm.checkpoint.hf_model import load_hf_model
 from megatron_txssm.cli import main
 from megatron_txssm.hf.standalone import AUTO_MAP
 from tests.checkpoint.trained import ARCHITECTURES
-from tests.checkpoint.untrained import make_run
+from tests.checkpoint.untrained import Evil, make_run
 
 Damage = Callable[[Path], None]
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-
-
-class Evil:
-    """Whoever unpickles it makes a file."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (str(self.mark),)
 
 
 @pytest.fixture(scope="module")
@@ -49,25 +38,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         made[name] = folder / name / "out"
         assert main(["convert", "export", str(run), str(made[name]), "--no-verify", *options]) == 0
     return made
-
-
-@pytest.fixture
-def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[list[Any], list[str]], None]:
-    """Runs a command that must be refused with these texts, and leaves everything as it was."""
-
-    def run(words: list[Any], wanted: list[str]) -> None:
-        before = sorted(tmp_path.rglob("*"))
-        capsys.readouterr()
-        assert main([str(word) for word in words]) == 2
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        errors = [line for line in captured.err.splitlines() if not line.startswith("Loading weights")]
-        assert len(errors) == 1 and errors[0].startswith("error: "), captured.err
-        for text in wanted:
-            assert text in errors[0], errors[0]
-        assert sorted(tmp_path.rglob("*")) == before
-
-    return run
 
 
 def change_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Damage:
@@ -176,7 +146,11 @@ DAMAGED: dict[str, tuple[str, Damage, list[str]]] = {
         ["model-00002-of-", "does not hold model.layers.0.", "which its index names; copy it again"],
     ),
     "a broken config": ("transxssm", write(CONFIG, b'{"model_type": '), [f"{CONFIG} cannot be read: "]),
-    "a config with a list": ("transxssm", write(CONFIG, b"[]"), [f"{CONFIG} is not what it should be: it holds a list"]),
+    "a config with a list": (
+        "transxssm",
+        write(CONFIG, b"[]"),
+        [f"{CONFIG} is not what it should be: it holds a list"],
+    ),
     "no config": ("transxssm", remove(CONFIG), ["holds a model of type None"]),
     "another type": (
         "llama",
@@ -205,8 +179,12 @@ DAMAGED: dict[str, tuple[str, Damage, list[str]]] = {
         change_json(
             CONFIG,
             rope_parameters={
-                **{"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0},
-                **{"high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
             },
         ),
         ["has rope_parameters=", "'rope_type': 'llama3'"],
@@ -218,8 +196,11 @@ DAMAGED: dict[str, tuple[str, Damage, list[str]]] = {
             rope_parameters=None,
             rope_theta=10000.0,
             rope_scaling={
-                **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0},
-                **{"high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
             },
         ),
         ["has rope_parameters=", "'rope_type': 'llama3'"],

@@ -47,9 +47,9 @@ VARIANTS = {
 HELD = {"llama": {"llama3"}, "granitemoehybrid": {"mamba2", "jamba"}, "reference": {"reference"}}
 
 
-def load(variant: str) -> Recipe:
+def load(variant: str, further: str = "") -> Recipe:
     name, changes = VARIANTS[variant]
-    return load_recipe(name, [*SMALL, *(f"model.{change}" for change in changes.split())])
+    return load_recipe(name, [*SMALL, *(f"model.{change}" for change in f"{changes} {further}".split())])
 
 
 @pytest.fixture(params=VARIANTS)

@@ -32,6 +32,7 @@ data:
   make_vocab_size_divisible_by: 16
 checkpoint: {{save_interval: 2}}
 logging: {{log_interval: 1, eval_iters: 0, tensorboard: false}}
+megatron: {{num_workers: 0}}
 """
 
 _MODEL = {

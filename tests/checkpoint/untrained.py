@@ -1,6 +1,8 @@
 """A run whose checkpoint holds random weights, written by torch alone: no start of Megatron, no training."""
 
+import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,11 @@ from tests.checkpoint.trained import ARCHITECTURES, Trained
 _WITHOUT_DATA = ("data.corpus=null", "data.train=a", "data.validation=a", "data.tokenizer_type=NullTokenizer")
 
 
-def make_run(folder: Path, model: dict[str, Any] | None = None, *, corpus: bool = False) -> Path:
-    """A run folder with two steps, 1 and 2, of 301 tokens and 3 rows of padding; `corpus`: folder/corpus is its data."""
+def make_run(folder: Path, model: dict[str, Any] | None = None) -> Path:
+    """A run folder with two steps, 1 and 2, of 301 tokens and 3 rows of padding."""
     made = Trained("run", folder, 1, ARCHITECTURES["jamba"] if model is None else model, {}, 301)
     made.write_recipe()
-    recipe = load_recipe(made.recipe, () if corpus else _WITHOUT_DATA)
+    recipe = load_recipe(made.recipe, _WITHOUT_DATA)
     made.checkpoints.mkdir(parents=True)
     (made.checkpoints / "recipe.yaml").write_text(recipe.to_yaml())
     (made.checkpoints / "latest_checkpointed_iteration.txt").write_text("2")
@@ -39,3 +41,13 @@ def random_weights(recipe: Recipe, seed: int) -> dict[str, torch.Tensor]:
     for name in {EMBEDDING, OUTPUT_LAYER} & shapes.keys():
         shapes[name] = (recipe.padded_vocab_size, *shapes[name][1:])
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+class Evil:
+    """Whoever unpickles it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.mark),)

@@ -1,0 +1,92 @@
+"""export_tokenizer: what transformers loads gives the ids that training used, on any text."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from megatron_txssm.checkpoint.hf_tokenizer import export_tokenizer
+from megatron_txssm.checkpoint.verify import sample_text
+from megatron_txssm.data.corpus_recipe import TokenizerSource
+from megatron_txssm.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_txssm.errors import UserError
+
+TEXTS = (
+    "",
+    " ",
+    "a",
+    " leading and trailing ",
+    "two  spaces,   three,\tone tab,\t\ttwo\n\n\nthree lines\r\n",
+    "    def indented(value):\n        return value + 1\n",
+    "digits 0 12 345 6789 10000000 3.14159",
+    "naïve café, Ünïcödé, Straße, e\u0301 as two",
+    "日本語のテキスト。中文文本，한국어",
+    "emoji 🙂👩‍👩‍👧‍👦🏳️‍🌈 and flags 🇩🇪",
+    "עברית العربية हिन्दी ไทย",
+    "zero\u200bwidth, \ufeffmark, \u00a0no break, \u3000wide",
+    "math ∑ᵢ xᵢ² ≤ ∞ and control \x01\x1f",
+    "</s> <unk> <0x41> <s> written as text",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    sample_text()[:5000],
+)
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def sentencepiece(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    texts = [sample_text()[start : start + 500] for start in range(0, 20_000, 500)]
+    return train_sentencepiece(texts, folder / "trained", vocab_size=600, model_type=request.param)
+
+
+def test_a_sentencepiece_model_gives_equal_ids(sentencepiece: Path, tmp_path: Path) -> None:
+    source = TokenizerSource(type="SentencePieceTokenizer", model=str(sentencepiece))
+    facts, tokens = export_tokenizer(source, tmp_path, TEXTS[-1])
+    pieces, ours = load_tokenizer(sentencepiece), AutoTokenizer.from_pretrained(tmp_path)
+    assert tokens == pieces.EncodeAsIds(TEXTS[-1])
+    for text in TEXTS:
+        ids = ours(text, add_special_tokens=False)["input_ids"]
+        if "</s>" in text:
+            # As everywhere in transformers, a special token in a text is that token.
+            assert ids[0] == 1
+            continue
+        assert ids == pieces.EncodeAsIds(text), repr(text)
+        assert ours.decode(ids) == text
+    assert (facts.eod, ours.eos_token_id, ours.pad_token_id, len(ours)) == (1, 1, 1, 600)
+    assert ours.padding_side == "left"
+
+
+def test_a_tokenizer_json_gives_equal_ids(sentencepiece: Path, tmp_path: Path) -> None:
+    made = TokenizerSource(type="SentencePieceTokenizer", model=str(sentencepiece))
+    export_tokenizer(made, tmp_path / "json", TEXTS[-1])
+    (tmp_path / "json" / "tokenizer.model").unlink()
+    (tmp_path / "json" / "tokenization_evil.py").write_text("raise SystemExit")
+    source = TokenizerSource(type="HuggingFaceTokenizer", model=str(tmp_path / "json"))
+    facts, tokens = export_tokenizer(source, tmp_path / "out", TEXTS[-1])
+    before, after = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("json", "out"))
+    assert facts.eod_token == after.eos_token == "</s>"
+    for text in TEXTS:
+        assert before(text)["input_ids"] == after(text)["input_ids"], repr(text)
+    assert tokens == after(TEXTS[-1])["input_ids"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+
+
+def test_a_model_that_normalises_is_refused(tmp_path: Path) -> None:
+    """Its ids would be others than those of the tokens it was trained on."""
+    import sentencepiece as library
+
+    text = tmp_path / "text"
+    text.write_text(sample_text())
+    library.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "nfkc"), vocab_size=600, byte_fallback=True, minloglevel=2
+    )
+    source = TokenizerSource(type="SentencePieceTokenizer", model=str(tmp_path / "nfkc.model"))
+    with pytest.raises(UserError, match="cannot be expressed as a tokenizer"):
+        export_tokenizer(source, tmp_path / "out", sample_text())
+
+
+def test_nothing_in_the_configuration_runs_code(sentencepiece: Path, tmp_path: Path) -> None:
+    source = TokenizerSource(type="SentencePieceTokenizer", model=str(sentencepiece))
+    export_tokenizer(source, tmp_path, "text")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and "auto_map" not in config
