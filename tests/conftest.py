@@ -1,6 +1,10 @@
 """What every test stands on: Megatron on this machine, and fresh memory that is never zero by luck."""
 
+import os
 import signal
+
+# Two workers of pytest share two cores; before torch is imported, so that it counts here and in every process started.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -16,7 +20,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # torch.empty returns NaN, so that a kernel that forgets to write shows (torch fills it in deterministic mode).
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
