@@ -132,7 +132,7 @@ def _last_losses(file: Path, step: int) -> dict[str, float]:
             except ValueError:
                 # The line that a killed run was writing.
                 continue
-            if entry["iteration"] <= step:
+            if entry.get("iteration", step + 1) <= step:
                 found |= {name: entry[f"{name}lm loss"] for name in ("", "validation ") if f"{name}lm loss" in entry}
     return {f"{name or 'training '}loss": loss for name, loss in found.items()}
 

@@ -4,7 +4,7 @@ A checkpoint (torch_dist) holds a tensor in chunks, as the ranks had it; reading
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ from megatron_txssm.launch.preflight import saved_step
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 
-# Bytes that are read at a time. Each read parses the checkpoint's index again, which is large with many ranks.
-_READ_BYTES = 256_000_000
 _ANOTHER = "copy it again, or take another step with --step"
 
 
@@ -31,8 +29,9 @@ class SavedModel:
     recipe: Recipe
     # Without padding, in the order of the model's layers.
     shapes: dict[str, Shape]
-    # Name -> torch's TensorStorageMetadata: whole size, dtype, chunks.
+    # Name -> torch's TensorStorageMetadata: whole size, dtype, chunks; and the whole index that they are from.
     entries: Mapping[str, Any]
+    index: Any
 
     def dtype(self, name: str) -> Any:
         return self.entries[name].properties.dtype
@@ -41,27 +40,10 @@ class SavedModel:
         """Name -> whole tensor, without the vocabulary's padding; UserError where a file is damaged."""
         import torch
 
-        whole: dict[str, Any] = {}
-        for batch in self._batches(names):
-            read = {name: torch.empty(self.entries[name].size, dtype=self.dtype(name)) for name in batch}
-            self._load(read)
-            for name, tensor in read.items():
-                rows = self.shapes[name][0]
-                whole[name] = tensor if len(tensor) == rows else tensor[:rows].clone()
-        return whole
-
-    def _batches(self, names: Iterable[str]) -> Iterable[Sequence[str]]:
-        batch: list[str] = []
-        nbytes = 0
-        for name in names:
-            size = self.entries[name].size.numel() * self.dtype(name).itemsize
-            if batch and nbytes + size > _READ_BYTES:
-                yield batch
-                batch, nbytes = [], 0
-            batch.append(name)
-            nbytes += size
-        if batch:
-            yield batch
+        tensors = {name: torch.empty(self.entries[name].size, dtype=self.dtype(name)) for name in names}
+        self._load(tensors)
+        rows = {name: self.shapes[name][0] for name in tensors}
+        return {name: t if len(t) == rows[name] else t[: rows[name]].clone() for name, t in tensors.items()}
 
     def _load(self, tensors: dict[str, Any]) -> None:
         from torch.distributed.checkpoint import CheckpointException, load
@@ -71,7 +53,7 @@ class SavedModel:
         try:
             # It says that it reads in one process, which is what it was asked for.
             with warnings.catch_warnings(action="ignore"):
-                load(tensors, storage_reader=IndexReader(self.folder), no_dist=True)
+                load(tensors, storage_reader=IndexReader(self.folder, self.index), no_dist=True)
         # torch's CheckpointException is no Exception.
         except (Exception, CheckpointException) as error:
             raise UserError(f"{self.folder} is damaged ({_said(error)}); {_ANOTHER}") from None
@@ -103,7 +85,7 @@ def open_checkpoint(path: Path, step: int | None = None) -> SavedModel:
     shapes = model_shapes(recipe)
     if fault := compare_shapes({name: _without_padding(recipe, name, e) for name, e in entries.items()}, shapes):
         raise UserError(f"{folder} is not the model that {made_by} describes: {fault}; {_ANOTHER}")
-    return SavedModel(checkpoints, folder, step, recipe, shapes, entries)
+    return SavedModel(checkpoints, folder, step, recipe, shapes, entries, index)
 
 
 def _without_padding(recipe: Recipe, name: str, entry: Any) -> Shape:

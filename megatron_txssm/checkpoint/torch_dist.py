@@ -1,6 +1,7 @@
 """Reading torch's distributed checkpoints from anybody: their index is a pickle, here one that can name no function."""
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,9 +47,18 @@ class _Unpickler(pickle.Unpickler):
 
 
 class IndexReader(FileSystemReader):
-    """torch's FileSystemReader, whose index may hold nothing but an index. Tensors are read with weights_only=True."""
+    """torch's FileSystemReader, whose index may hold nothing but an index. Tensors are read with weights_only=True.
+
+    An `index` that was read before is not read again: with many ranks it is large.
+    """
+
+    def __init__(self, folder: Path, index: Metadata | None = None):
+        super().__init__(folder)
+        self.index = index
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self.index is not None:
+            return self.index
         with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as stream:
             metadata = _Unpickler(stream).load()
         if not isinstance(metadata, Metadata):

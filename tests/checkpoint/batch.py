@@ -33,7 +33,7 @@ def run_batches(batches: list[Batch], folder: Path) -> None:
     file.write_text(json.dumps(batches, default=str))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
 
 
