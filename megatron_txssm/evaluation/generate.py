@@ -135,6 +135,8 @@ def write(args: argparse.Namespace, prompt: str, terminal: TextIO) -> int:
         if not text.endswith("\ufffd"):
             print(text[len(written) :], file=terminal, end="", flush=True)
             written = text
+    # A character that was never completed.
+    print(decoder.decode(tokens + new)[len(written) :], file=terminal, end="")
     print(f"\n\n{_speed(len(tokens), len(new), begin, first, time.perf_counter())}", file=terminal)
     return 0
 

@@ -1,0 +1,111 @@
+"""txssm generate: how a token is chosen, what the command prints, and what it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from megatron_txssm.checkpoint.hf_tokenizer import export_tokenizer
+from megatron_txssm.cli import main
+from megatron_txssm.data.corpus_recipe import TokenizerSource
+from megatron_txssm.data.tokenizer import train_sentencepiece
+from megatron_txssm.evaluation.decoding import Sampling, sample
+from tests.hf.tiny import generate, tiny_model
+
+PROMPT = "a token's own position"
+
+
+def counts(logits: list[float], draws: int = 4000, text: tuple[int, ...] = (), **sampling: float) -> list[float]:
+    """How often each token is drawn, as a share."""
+    generator = torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {"temperature": 1.0, "top_k": 0} | sampling
+    drawn = [sample(torch.tensor(logits), Sampling(**options), generator, list(text)) for _ in range(draws)]
+    return torch.bincount(torch.tensor(drawn), minlength=len(logits)).div(draws).tolist()
+
+
+def softmax(logits: list[float]) -> list[float]:
+    return torch.tensor(logits, dtype=torch.float64).softmax(-1).tolist()
+
+
+LOGITS = [2.0, 1.0, 0.0, -1.0]
+
+
+def test_tokens_are_drawn_by_their_probability() -> None:
+    # 4,000 draws: a deviation of 0.008 at most.
+    assert counts(LOGITS) == pytest.approx(softmax(LOGITS), abs=0.03)
+    assert counts(LOGITS, temperature=2.0) == pytest.approx(softmax([1.0, 0.5, 0.0, -0.5]), abs=0.03)
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    assert counts(LOGITS, draws=20, temperature=0) == [1, 0, 0, 0]
+
+
+def test_top_k_and_top_p_leave_the_tail_out() -> None:
+    share = softmax(LOGITS[:2])
+    assert counts(LOGITS, top_k=2) == pytest.approx([*share, 0, 0], abs=0.03)
+    # The likeliest has 0.64, the first two together 0.88.
+    assert counts(LOGITS, top_p=0.7) == pytest.approx([*share, 0, 0], abs=0.03)
+    assert counts(LOGITS, draws=200, top_p=0.6) == [1, 0, 0, 0]
+    assert counts(LOGITS, draws=200, top_p=1e-9) == [1, 0, 0, 0], "one token remains"
+
+
+def test_a_repetition_penalty_weighs_on_what_stands_in_the_text() -> None:
+    expected = softmax([1.0, 1.0, 0.0, -2.0])
+    assert counts(LOGITS, text=(0, 3, 3), repetition_penalty=2.0) == pytest.approx(expected, abs=0.03)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and a tokenizer as `txssm convert export` leaves them."""
+    made = tmp_path_factory.mktemp("generate")
+    texts = [line for line in Path(torch.__file__).with_name("functional.py").read_text().splitlines() if line.strip()]
+    tokenizer = train_sentencepiece(texts, made / "tokenizer", 400)
+    tiny_model(vocab_size=400).save_pretrained(made / "model")
+    export_tokenizer(TokenizerSource(type="SentencePieceTokenizer", model=str(tokenizer)), made / "model", PROMPT)
+    return made / "model"
+
+
+def test_the_command_prints_what_the_model_generates(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--temperature", "0", "--max-new-tokens", "12"]
+    assert main(["generate", str(folder), "--prompt", PROMPT, *options]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = generate(tiny_model(vocab_size=400), tokenizer(PROMPT, return_tensors="pt").input_ids, max_new_tokens=12)
+    said = capsys.readouterr().out
+    assert f"TransXSSMForCausalLM, {tiny_model(vocab_size=400).num_parameters():,} parameters\n" in said
+    assert f"\n\n{tokenizer.decode(ids[0])}\n\n" in said
+    assert "12 new tokens, " in said and said.endswith(" tokens/s\n")
+
+
+def test_a_seed_gives_the_same_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main(["generate", str(folder), "--prompt", PROMPT, "--seed", seed, "--temperature", "2"]) == 0
+        texts.append(capsys.readouterr().out.rpartition("\n\n")[0])
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--prompt", ""], "--prompt is empty"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0 must be at least 0"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature nan must be at least 0"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
+        (["--prompt", "a", "--top-p", "0"], "--top-p 0.0 must be above 0"),
+        (["--prompt", "a", "--repetition-penalty", "0"], "--repetition-penalty 0.0 must be above 0"),
+    ],
+)
+def test_a_wrong_option(folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], wanted: str) -> None:
+    assert main(["generate", str(folder), *options]) == 2
+    assert wanted in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
+    assert "holds no checkpoint; name a run's folder" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"model_type": "nothing known"}')
+    assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be loaded" in error and error.count("\n") == 1
