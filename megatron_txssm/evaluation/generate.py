@@ -120,6 +120,8 @@ def write(args: argparse.Namespace, prompt: str, terminal: TextIO) -> int:
         tokens = decoder.encode(prompt)
     except ValueError as error:
         raise UserError(f"--prompt {prompt!r} cannot be tokenised: {error}") from error
+    if not tokens:
+        raise UserError(f"--prompt {prompt!r} gives no token; give more text")
     print(f"{decoder.description}\n\n{prompt}", file=terminal, end="", flush=True)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
     written, new = decoder.decode(tokens), []
