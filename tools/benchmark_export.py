@@ -53,7 +53,7 @@ def main() -> int:
 
 def make_checkpoint(recipe_name: str, out: Path) -> None:
     """A `release` checkpoint of random weights, by Megatron."""
-    from megatron_txssm.checkpoint.load import ONE_PROCESS, build_model
+    from megatron_txssm.checkpoint.load import build_model, one_process_recipe
     from megatron_txssm.checkpoint.worker import WITHOUT_DATA
     from megatron_txssm.recipe.loader import load_recipe
 
@@ -61,7 +61,7 @@ def make_checkpoint(recipe_name: str, out: Path) -> None:
     recipe = load_recipe(recipe_name, WITHOUT_DATA)
     (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     model = build_model(
-        load_recipe(recipe_name, (*WITHOUT_DATA, *ONE_PROCESS)), [f"--save={out}", "--no-save-optim", "--no-save-rng"]
+        one_process_recipe(recipe_name, WITHOUT_DATA), [f"--save={out}", "--no-save-optim", "--no-save-rng"]
     )
     import torch
     from megatron.training.checkpointing import save_checkpoint

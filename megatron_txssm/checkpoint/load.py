@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import check_tokenizer_file
 
 # Megatron's own modules, as they need no GPU.
-ONE_PROCESS = (
+_ONE_PROCESS = (
     "training.transformer_impl=local",
     "parallel.tensor_model_parallel_size=1",
     "parallel.pipeline_model_parallel_size=1",
@@ -26,6 +27,8 @@ ONE_PROCESS = (
     "logging.tensorboard=false",
     "logging.wandb_project=null",
 )
+# Of Megatron's arguments those that change when ranks talk to one another, not what a model computes.
+_COMMUNICATION = re.compile(r"overlap|tp[-_]comm|nccl|sharp")
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,19 @@ def checkpoint_recipe(checkpoint: Path, overrides: tuple[str, ...] = ()) -> Reci
         )
     if not (checkpoint / "recipe.yaml").is_file():
         raise UserError(f"{checkpoint} has no recipe.yaml beside its checkpoints; `txssm pretrain` writes one")
-    recipe = load_recipe(checkpoint / "recipe.yaml", (*ONE_PROCESS, *overrides))
-    recipe = load_recipe(checkpoint / "recipe.yaml", (*ONE_PROCESS, *overrides, *_without_data(recipe, checkpoint)))
+    file = checkpoint / "recipe.yaml"
+    recipe = one_process_recipe(file, (*overrides, *_without_data(load_recipe(file, overrides), checkpoint)))
     if recipe.megatron.get("trust_remote_code"):
         raise UserError(f"{checkpoint / 'recipe.yaml'} asks for trust_remote_code; remove it if you trust that code")
     check_tokenizer_file(recipe)
     return recipe
+
+
+def one_process_recipe(name: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """A recipe, changed by `overrides`, for one process that has no GPU and does not train."""
+    stated = load_recipe(name, overrides).megatron
+    without = (f"megatron.{key}=null" for key in stated if _COMMUNICATION.search(key))
+    return load_recipe(name, (*overrides, *_ONE_PROCESS, *without))
 
 
 def _without_data(recipe: Recipe, checkpoint: Path) -> tuple[str, ...]:

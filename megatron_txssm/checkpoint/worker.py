@@ -50,12 +50,12 @@ def save_megatron(folder: str, recipe: str, out: str) -> None:
     of the probability is, by Jensen's inequality, at most one token's average share.
     """
     from megatron_txssm.checkpoint.hf_folder import open_hf_folder
-    from megatron_txssm.checkpoint.load import ONE_PROCESS, build_model
+    from megatron_txssm.checkpoint.load import build_model, one_process_recipe
     from megatron_txssm.recipe.loader import load_recipe
 
     source = open_hf_folder(Path(folder), load_recipe(recipe))
     options = [f"--save={out}", "--no-save-optim", "--no-save-rng"]
-    model = build_model(load_recipe(recipe, (*ONE_PROCESS, *WITHOUT_DATA)), options)
+    model = build_model(one_process_recipe(recipe, WITHOUT_DATA), options)
     _fill(model, source)
     from megatron.training.checkpointing import save_checkpoint
 
