@@ -85,29 +85,33 @@ def transxssm_block_spec(config: Any, vp_stage: int | None = None) -> Transforme
         table_precision=getattr(args, "rotary_table_precision", DEFAULTS["rotary_table_precision"]),
     )
     pattern = getattr(args, "layer_pattern", DEFAULTS["layer_pattern"])
-    return hybrid_block_spec(config, pattern, state_space_config(args), rotary, vp_stage=vp_stage)
+    # Where no layer is one, sizes that fit no state-space layer are no fault.
+    state_space = state_space_config(args) if STATE_SPACE in pattern else None
+    return hybrid_block_spec(config, pattern, state_space, rotary, vp_stage=vp_stage)
 
 
 def hybrid_block_spec(
     config: Any,
     layer_pattern: str,
-    state_space: StateSpaceConfig,
+    state_space: StateSpaceConfig | None,
     rotary: UnifiedRotaryEmbedding,
     *,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """The block spec of one pipeline stage, from explicit settings; modules by `config.transformer_impl`."""
+    """The block spec of one pipeline stage, from explicit settings; modules by `config.transformer_impl`.
+
+    `state_space` is None where the pattern has no state-space layer.
+    """
     for name, value in BUILT_IN.items():
         if (asked := getattr(config, name, value)) != value:
             raise UserError(f"{name}={asked} is not supported by TransXSSM's layers; use {value}")
     # Otherwise Megatron saves all layers as one stacked tensor, which layers of different kinds cannot be.
     getattr(config, "transformer", config).hetereogenous_dist_checkpoint = True
     backend = TorchSpecProvider() if config.transformer_impl == "local" else get_backend(config.transformer_impl)
-    layers = {
-        STATE_SPACE: _layer_spec(config, backend, "in_proj", _state_space_spec(backend, state_space, rotary)),
-        ATTENTION: _layer_spec(config, backend, "linear_qkv", _attention_spec(backend, rotary)),
-    }
+    layers = {ATTENTION: _layer_spec(config, backend, "linear_qkv", _attention_spec(backend, rotary))}
+    if state_space is not None:
+        layers[STATE_SPACE] = _layer_spec(config, backend, "in_proj", _state_space_spec(backend, state_space, rotary))
     kinds = layer_kinds(layer_pattern, config.num_layers)
     return TransformerBlockSubmodules(
         layer_specs=[layers[kinds[index]] for index in _stage_layers(config, vp_stage, pp_rank)],

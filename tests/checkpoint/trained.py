@@ -54,8 +54,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     # Twice as wide inside.
     "mamba2": {"layer_pattern": "S", "state_num_heads": 8, **_MAMBA2},
     "jamba": {"layer_pattern": "SA", **_MAMBA2},
-    # Heads wider than hidden_size / num_attention_heads.
-    "llama3": {"layer_pattern": "A", "kv_channels": 16},
+    # Heads wider than hidden_size / num_attention_heads; and sizes that no state-space layer could have.
+    "llama3": {"layer_pattern": "A", "kv_channels": 16, "state_head_dim": 64},
 }
 _PP2 = {"pipeline_model_parallel_size": 2}
 _TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
