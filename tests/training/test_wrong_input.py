@@ -79,7 +79,7 @@ def test_a_checkpoint_of_another_architecture(interrupted: tuple[TinyRun, Done])
 
 def test_generate_without_a_checkpoint(tiny: TinyRun) -> None:
     done = txssm("generate", str(tiny.folder), "--prompt", "1 2")
-    check_message(done, 2, f"{tiny.folder} holds no checkpoint", "name a run's checkpoints folder")
+    check_message(done, 2, f"{tiny.folder} holds no checkpoint", "name a run's folder or its checkpoints")
 
 
 @pytest.mark.parametrize(
