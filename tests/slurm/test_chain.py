@@ -142,6 +142,7 @@ def test_a_chain_runs_through_although_a_task_is_killed(sandbox: Sandbox, tmp_pa
     assert ours == pytest.approx(theirs, abs=1e-5)
 
     assert (run / "export" / "model.safetensors").exists()
+    assert json.loads((run / "export" / "verification.json").read_text())["passed"]
     assert json.loads((run / "export" / "export.json").read_text())["step"] == 20
     assert json.loads((run / "evaluation" / "validation.json").read_text())["step"] == 20
 
