@@ -7,12 +7,11 @@ import argparse
 import difflib
 import importlib
 import os
-import re
 import sys
 from collections.abc import Sequence
 
 from megatron_txssm import __version__
-from megatron_txssm.errors import UserError
+from megatron_txssm.errors import UserError, readable
 
 # Verb -> (module, one line of help).
 VERBS: dict[str, tuple[str, str]] = {
@@ -80,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except UserError as error:
-        print(f"error: {_readable(str(error))}", file=sys.stderr)
+        print(f"error: {readable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -88,12 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader has gone (`txssm recipes | head`); closing stdout must not complain, either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-
-
-def _readable(text: str) -> str:
-    """A message may hold what somebody typed or a file says: nothing that a terminal obeys, no word without an end."""
-    text = "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
-    return re.sub(r"\S{400,}", lambda word: f"{word[0][:200]}...{word[0][-50:]}", text)
 
 
 def _run(words: list[str]) -> int:

@@ -1,5 +1,13 @@
 """What the command line prints without a traceback."""
 
+import re
+
 
 class UserError(Exception):
     """A mistake the user can mend: name, value, remedy. The command line prints it and exits with 2."""
+
+
+def readable(text: str) -> str:
+    """A message may hold what somebody typed or a file says: nothing that a terminal obeys, no word without an end."""
+    text = "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+    return re.sub(r"\S{400,}", lambda word: f"{word[0][:200]}...{word[0][-50:]}", text)

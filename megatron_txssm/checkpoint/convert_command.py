@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from megatron_txssm.checkpoint.layouts import LAYOUTS, choose_layout
 from megatron_txssm.checkpoint.new_folder import check_absent, complete_folder, doing, progress_bar
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.tensors import DTYPES
+from megatron_txssm.checkpoint.verify import NotTheSame
 from megatron_txssm.checkpoint.worker import TaskFailed
 from megatron_txssm.cli import add_verb
-from megatron_txssm.errors import UserError
+from megatron_txssm.errors import UserError, readable
 from megatron_txssm.launch.environment import adopt_slurm_step
 
 EXAMPLES = {
@@ -37,7 +39,7 @@ EXAMPLES = {
 SUMMARIES = {
     "export": "write a checkpoint's weights as a Hugging Face model, whatever layout it was saved at; no GPU needed",
     "import": "make a Megatron checkpoint of a Hugging Face model, to train on from",
-    "verify": "compare two models, each a checkpoint or a folder of weights: tensors, logits, decoding",
+    "verify": "compare two models, each a checkpoint or a folder of weights; exit code 1 where they differ",
 }
 
 
@@ -77,7 +79,7 @@ def _add_export(command: argparse.ArgumentParser) -> None:
 
 
 def _add_import(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", metavar="HF", type=Path, help="a folder with model.safetensors and config.json")
+    command.add_argument("folder", metavar="HF", type=Path, help="a folder with model.safetensors, or several of them")
     command.add_argument("out", metavar="OUT", type=Path, help="the checkpoints folder to make")
     command.add_argument(
         "--recipe", metavar="RECIPE", help="describes the model and its training (default: recipe.yaml in the folder)"
@@ -90,7 +92,7 @@ def _add_verify(command: argparse.ArgumentParser) -> None:
         command.add_argument(
             name, metavar=name.upper(), type=Path, help="a run, its checkpoints, or a Hugging Face folder"
         )
-    command.add_argument("--step", type=int, metavar="N", help="which checkpoint of a run (default: the newest)")
+    command.add_argument("--step", type=int, metavar="N", help="which checkpoint of A (default: the newest)")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the proof to a file, too")
 
 
@@ -100,11 +102,22 @@ def run(args: argparse.Namespace) -> int:
     if os.environ.get("RANK", "0") != "0":
         return 0
     commands = {"export": export, "import": import_weights, "verify": verify}
+    # What a killed job leaves is removed, as at Ctrl-C.
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return commands[args.command](args)
-    except TaskFailed as error:
-        print(f"error: {error}", file=sys.stderr)
+    except NotTheSame as error:
+        print(
+            f"error: the conversion does not give the same model, and nothing was written:\n{error}\nTo look at it: "
+            "convert with --no-verify, then `txssm convert verify`",
+            file=sys.stderr,
+        )
         return 1
+    except TaskFailed as error:
+        print(readable(f"error: {error}"), file=sys.stderr)
+        return 3
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def export(args: argparse.Namespace) -> int:
@@ -156,8 +169,10 @@ def _write_facts(planned: Any, folder: Path) -> None:
 def verify(args: argparse.Namespace) -> int:
     from megatron_txssm.checkpoint.verify import prove_equal
 
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise UserError(f"--json {args.json}: no such folder; make it first")
     with doing("comparing"):
-        proof = prove_equal(_open(args.a, args.step), _open(args.b, args.step))
+        proof = prove_equal(_open(args.a, args.step), _open(args.b, None))
     if args.json:
         args.json.write_text(json.dumps(proof.to_json(), indent=2) + "\n", encoding="utf-8")
     for line in proof.summary():

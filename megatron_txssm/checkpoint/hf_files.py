@@ -12,7 +12,7 @@ from megatron_txssm.checkpoint.kept_tokenizer import tokenizer_source
 from megatron_txssm.checkpoint.layouts import ARCHITECTURES, hf_config
 from megatron_txssm.checkpoint.verify import TOKENS, Proof, random_tokens, sample_text
 from megatron_txssm.data.manifest import TokenizerFacts
-from megatron_txssm.errors import UserError
+from megatron_txssm.errors import UserError, readable
 from megatron_txssm.hf.standalone import AUTO_MAP, write_code
 
 
@@ -27,7 +27,9 @@ def write_tokenizer(export: Export, folder: Path) -> tuple[TokenizerFacts | None
                 return facts, tokens[:TOKENS], "the Python manual"
             raise UserError(f"its ids reach {max(tokens)}, beyond vocab_size={saved.recipe.data.vocab_size}")
     except UserError as error:
-        print(f"warning: no tokenizer is exported: {error}", file=sys.stderr)
+        print(readable(f"warning: no tokenizer is exported: {error}"), file=sys.stderr)
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
     return None, random_tokens(saved.recipe.data.vocab_size), "random tokens"
 
 
@@ -41,21 +43,24 @@ def write_configuration(export: Export, facts: TokenizerFacts | None, folder: Pa
     config = hf_config(export.saved.recipe, export.layout, str(max(dtypes, key=dtypes.count)).removeprefix("torch."))
     eod = None if facts is None else facts.eod
     # Documents follow one another in training, so that the token that ends one also begins the next.
-    tokens = {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": eod}
+    tokens = {"bos_token_id": eod, "eos_token_id": eod}
     version = {"transformers_version": transformers.__version__}
     if export.layout == "transxssm":
         config |= {"auto_map": AUTO_MAP}
         write_code(folder)
     _write(folder / "config.json", config | tokens | version)
-    _write(folder / "generation_config.json", tokens | {"use_cache": config["use_cache"]} | version)
+    # Not in config.json: the embedding of what that names as padding would never be trained.
+    padding = {"pad_token_id": eod, "use_cache": config["use_cache"]}
+    _write(folder / "generation_config.json", tokens | padding | version)
 
 
 def write_model_card(export: Export, folder: Path, name: str, proof: Proof | None) -> None:
     """README.md: what was trained, how far, how the conversion was checked; `name` is what to load it by."""
-    (folder / "README.md").write_text("\n".join(_card(export, name, proof)) + "\n", encoding="utf-8")
+    lines = _card(export, name, proof, (folder / "tokenizer.json").is_file())
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _card(export: Export, name: str, proof: Proof | None) -> list[str]:
+def _card(export: Export, name: str, proof: Proof | None, has_tokenizer: bool) -> list[str]:
     recipe, step = export.saved.recipe, export.saved.step
     kinds = recipe.layer_kinds
     loaded = export.layout in ARCHITECTURES
@@ -80,7 +85,7 @@ def _card(export: Export, name: str, proof: Proof | None) -> list[str]:
         *(f"| {figure} | {value} |" for figure, value in _figures(export).items()),
         "",
     ]
-    if loaded:
+    if loaded and has_tokenizer:
         remote = ", trust_remote_code=True" if export.layout == "transxssm" else ""
         lines += [
             "## Use",

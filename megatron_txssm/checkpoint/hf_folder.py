@@ -4,6 +4,7 @@ Nothing of such a folder is run: no pickle is opened, and no code that came with
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -132,15 +133,16 @@ def _read_index(folder: Path) -> dict[str, tuple[str, Shape, Any]]:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; name one that holds model.safetensors")
     several = folder / "model.safetensors.index.json"
-    if several.is_file():
+    # One file comes first in transformers, too.
+    if (folder / "model.safetensors").is_file():
+        files, weight_map = ["model.safetensors"], None
+    elif several.is_file():
         weight_map = _read_json(several).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise UserError(f"{several} has no weight_map; copy it again")
         files = sorted(set(weight_map.values()))
         if strange := [file for file in files if Path(file).name != file or not file.endswith(".safetensors")]:
             raise UserError(f"{several} names {strange[0]!r}, which is no safetensors file in its own folder")
-    elif (folder / "model.safetensors").is_file():
-        files, weight_map = ["model.safetensors"], None
     else:
         pickled = next((file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)), None)
         why = f"; {pickled} is a pickle, which could run code: save it as safetensors" if pickled else ""
@@ -195,6 +197,8 @@ def _check_config(folder: Path, config: dict[str, Any], recipe: Recipe, layout: 
 
     if config.get("model_type") != layout:
         raise UserError(f"{folder / 'config.json'} has model_type={config.get('model_type')!r}, not {layout!r}")
+    if config.get("quantization_config"):
+        raise UserError(f"{folder} is a quantized model; import the one that it was made from")
     classes = {"llama": LlamaConfig, "granitemoehybrid": GraniteMoeHybridConfig, "transxssm": TransXSSMConfig}
     wanted = hf_config(recipe, layout)
     try:
@@ -203,6 +207,9 @@ def _check_config(folder: Path, config: dict[str, Any], recipe: Recipe, layout: 
         raise UserError(
             f"{folder / 'config.json'} is no {layout} configuration: {' '.join(str(error).split())}"
         ) from None
+    if layout == "granitemoehybrid":
+        # Limits of dt. Not in hf_config: JSON has no infinity.
+        wanted["time_step_limit"] = (0.0, math.inf)
     for name, value in wanted.items():
         ours = getattr(found, name, None)
         if name == "rope_parameters":

@@ -8,8 +8,8 @@ from megatron_txssm.checkpoint.mapping import plan
 from megatron_txssm.planning.parameters import ModelSizes
 
 
-def load_hf_model(source: HfFolder, dtype: Any = None) -> Any:
-    """A model for inference, in fp32 or another torch.dtype.
+def load_hf_model(source: HfFolder) -> Any:
+    """A model for inference, in fp32.
 
     Layouts that transformers has a class for are loaded by it. The others become our class's tensors first.
     """
@@ -19,9 +19,9 @@ def load_hf_model(source: HfFolder, dtype: Any = None) -> Any:
     # Registers our class with AutoModelForCausalLM.
     from megatron_txssm.hf import TransXSSMConfig, TransXSSMForCausalLM
 
-    dtype = dtype or torch.float32
     if source.layout in ARCHITECTURES:
-        return AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).eval()
+        options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "attn_implementation": "sdpa"}
+        return AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32, **options).eval()
     config = TransXSSMConfig(**hf_config(source.recipe, "transxssm"))
     sizes, state = ModelSizes.from_recipe(source.recipe), {}
     for group in plan("transxssm", source.shapes):
@@ -29,4 +29,4 @@ def load_hf_model(source: HfFolder, dtype: Any = None) -> Any:
     model = TransXSSMForCausalLM(config)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
-    return model.to(dtype).eval()
+    return model.float().eval()

@@ -13,7 +13,7 @@ from megatron_txssm.checkpoint.new_folder import check_absent, complete_folder, 
 from megatron_txssm.checkpoint.tensors import KEPT_IN_FP32
 from megatron_txssm.data.corpus_recipe import TokenizerSource
 from megatron_txssm.data.tokenizer_files import install_tokenizer
-from megatron_txssm.errors import UserError
+from megatron_txssm.errors import UserError, readable
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 
@@ -64,5 +64,5 @@ def _keep_tokenizer(source: Path, folder: Path) -> None:
     try:
         install_tokenizer(tokenizer, folder / "tokenizer")
     except UserError as error:
-        print(f"warning: the tokenizer is not imported: {error}", file=sys.stderr)
+        print(readable(f"warning: the tokenizer is not imported: {error}"), file=sys.stderr)
         shutil.rmtree(folder / "tokenizer", ignore_errors=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_txssm.data.corpus_recipe import TokenizerSource
 from megatron_txssm.data.manifest import Corpus, TokenizerFacts, read_tokenizer_facts
 from megatron_txssm.data.tokenizer_files import install_tokenizer
-from megatron_txssm.errors import UserError
+from megatron_txssm.errors import UserError, readable
 from megatron_txssm.recipe.recipe import Recipe
 
 
@@ -25,7 +25,7 @@ def keep_tokenizer(recipe: Recipe, checkpoints: Path) -> None:
             return
         install_tokenizer(source, partial)
     except UserError as error:
-        print(f"warning: no tokenizer is kept beside the checkpoints: {error}", file=sys.stderr)
+        print(readable(f"warning: no tokenizer is kept beside the checkpoints: {error}"), file=sys.stderr)
         shutil.rmtree(partial, ignore_errors=True)
         return
     shutil.rmtree(checkpoints / "tokenizer", ignore_errors=True)

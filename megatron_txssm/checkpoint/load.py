@@ -12,7 +12,7 @@ from megatron_txssm.checkpoint.kept_tokenizer import tokenizer_source
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.preflight import saved_step
 from megatron_txssm.recipe.loader import load_recipe
-from megatron_txssm.recipe.megatron_args import megatron_arguments
+from megatron_txssm.recipe.megatron_args import destination, megatron_arguments
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import check_tokenizer_file
 
@@ -27,8 +27,13 @@ _ONE_PROCESS = (
     "logging.tensorboard=false",
     "logging.wandb_project=null",
 )
-# Of Megatron's arguments those that change when ranks talk to one another, not what a model computes.
-_COMMUNICATION = re.compile(r"overlap|tp[-_]comm|nccl|sharp")
+# Of a recipe's `megatron:` section, by the name in Megatron's namespace, what changes the function of a model.
+# The rest is of training, of a cluster or a GPU, or names files and code, which nobody else's checkpoint shall do here.
+_OF_THE_MODEL = re.compile(
+    r"mock_data|activation_func_clamp_value|glu_linear_offset|squared_relu|openai_gelu|quick_geglu|onnx_safe"
+    r"|apply_query_key_layer_scaling|apply_residual_connection_post_layernorm|layernorm_zero_centered_gamma"
+    r"|window_attn_skip_freq|use_mup|mup_.*"
+)
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,17 @@ def checkpoint_recipe(checkpoint: Path, overrides: tuple[str, ...] = ()) -> Reci
         raise UserError(f"{checkpoint} has no recipe.yaml beside its checkpoints; `txssm pretrain` writes one")
     file = checkpoint / "recipe.yaml"
     recipe = one_process_recipe(file, (*overrides, *_without_data(load_recipe(file, overrides), checkpoint)))
-    if recipe.megatron.get("trust_remote_code"):
-        raise UserError(f"{checkpoint / 'recipe.yaml'} asks for trust_remote_code; remove it if you trust that code")
     check_tokenizer_file(recipe)
     return recipe
 
 
 def one_process_recipe(name: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """A recipe, changed by `overrides`, for one process that has no GPU and does not train."""
+    """A recipe, changed by `overrides`, for one process that has no GPU and does not train.
+
+    Of its `megatron:` section remains what the model's function depends on (_OF_THE_MODEL).
+    """
     stated = load_recipe(name, overrides).megatron
-    without = (f"megatron.{key}=null" for key in stated if _COMMUNICATION.search(key))
+    without = (f"megatron.{key}=null" for key in stated if not _OF_THE_MODEL.fullmatch(destination(key)))
     return load_recipe(name, (*overrides, *_ONE_PROCESS, *without))
 
 

@@ -38,6 +38,8 @@ def complete_folder(out: Path, nbytes: int) -> Iterator[Path]:
         yield partial
         partial.rename(out)
     except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{out} cannot be made: {error}") from None
         raise UserError(
             f"{out} cannot be written: {error.strerror}; it takes {nbytes:,} bytes: make room, or name another OUT"
         ) from None

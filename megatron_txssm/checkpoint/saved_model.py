@@ -102,11 +102,12 @@ def _step_folder(checkpoints: Path, step: int | None) -> tuple[int, Path]:
     named = "latest_checkpointed_iteration.txt" if step is None else f"--step {step}"
     step = saved_step(checkpoints) if step is None else step
     assert step is not None
-    # A `release` counts as step 0.
-    for folder in (checkpoints / f"iter_{step:07d}", checkpoints / "release"):
-        if folder.is_dir() and (step == 0 or folder.name != "release"):
-            return step, folder
-    there = ", ".join(path.name.removeprefix("iter_").lstrip("0") for path in sorted(checkpoints.glob("iter_*")))
+    # A `release` counts as step 0. Megatron goes by the tracker, too.
+    is_release = step == 0 and "release" in (checkpoints / "latest_checkpointed_iteration.txt").read_text()
+    folder = checkpoints / ("release" if is_release else f"iter_{step:07d}")
+    if folder.is_dir():
+        return step, folder
+    there = ", ".join(str(int(path.name.removeprefix("iter_"))) for path in sorted(checkpoints.glob("iter_*[0-9]")))
     raise UserError(f"{checkpoints} has no step {step}, which {named} names; use --step with one of {there or 'none'}")
 
 

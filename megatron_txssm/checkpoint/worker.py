@@ -6,6 +6,8 @@ TASK is a function of this module and JSON its arguments. `run_task` starts one,
 """
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,15 +34,32 @@ class TaskFailed(Exception):
 
 def run_task(task: str, **arguments: Any) -> None:
     """Run a task to its end; UserError as it raised one, TaskFailed where it failed."""
-    words = [sys.executable, "-m", "megatron_txssm.checkpoint.worker", task, json.dumps(arguments, default=str)]
-    with tempfile.NamedTemporaryFile("w+", prefix=f"txssm-{task}-", suffix=".log", delete=False) as log:
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, check=False)
-    said = Path(log.name).read_text(encoding="utf-8", errors="replace").strip()
-    if done.returncode not in (0, 2):
-        raise TaskFailed(f"{said.rpartition(chr(10))[2]} ({task}, exit code {done.returncode}; its log: {log.name})")
-    Path(log.name).unlink()
-    if done.returncode == 2:
-        raise UserError(said.rpartition("error: ")[2] or f"{task} failed")
+    # -P: the current folder may be a downloaded one, whose json.py is not to be imported.
+    words = [sys.executable, "-P", "-m", "megatron_txssm.checkpoint.worker", task, json.dumps(arguments, default=str)]
+    # Both sides of a comparison compute on the CPU.
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    handle, name = tempfile.mkstemp(prefix=f"txssm-{task}-", suffix=".log")
+    code = None
+    try:
+        with open(handle, "w", encoding="utf-8") as log:
+            done = subprocess.run(
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
+            )
+        code = done.returncode
+        said = Path(name).read_text(encoding="utf-8", errors="replace").strip()
+    finally:
+        # Of a failure alone something is to be learned from it.
+        if code in (None, 0, 2):
+            Path(name).unlink()
+    if code == 2:
+        raise UserError(said.rpartition("\nerror: ")[2].removeprefix("error: "))
+    if code == -signal.SIGKILL:
+        raise TaskFailed(
+            f"{task} was killed, most likely for want of memory: it takes some 7 bytes a parameter; "
+            "ask for more, or leave the proof out with --no-verify"
+        )
+    if code != 0:
+        raise TaskFailed(f"{said.rpartition(chr(10))[2]} ({task}, exit code {code}; its log: {name})")
 
 
 def save_megatron(folder: str, recipe: str, out: str) -> None:
@@ -127,6 +146,7 @@ def hf_logits(folder: str, recipe: str | None, tokens: list[int], decoded: int, 
 
     from megatron_txssm.checkpoint.hf_folder import open_hf_folder
     from megatron_txssm.checkpoint.hf_model import load_hf_model
+    from megatron_txssm.evaluation.decoding import HfText
     from megatron_txssm.recipe.loader import load_recipe
 
     model = load_hf_model(open_hf_folder(Path(folder), load_recipe(recipe) if recipe else None))
@@ -135,13 +155,9 @@ def hf_logits(folder: str, recipe: str | None, tokens: list[int], decoded: int, 
     with torch.inference_mode():
         tokens_BL = torch.tensor([tokens])
         full_LV = model(tokens_BL, use_cache=False).logits[0]
-        cached, steps = model.config.use_cache, []
-        cache = model(tokens_BL[:, :first], use_cache=cached, logits_to_keep=1).past_key_values
-        for n in range(first, len(tokens)):
-            new_BL = tokens_BL[:, n if cached else 0 : n + 1]
-            output = model(new_BL, past_key_values=cache, use_cache=cached, logits_to_keep=1)
-            cache = output.past_key_values
-            steps.append(output.logits[0, -1])
+        text = HfText(model)
+        text.next_logits(tokens[:first])
+        steps = [text.next_logits([token]) for token in tokens[first:]]
     _save(out, full_LV, steps)
 
 

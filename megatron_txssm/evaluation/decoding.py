@@ -64,6 +64,26 @@ class MegatronDecoder:
         return next_token_logits(self.model, self.context, tokens, self.vocab_size)
 
 
+class HfText:
+    """A text as a transformers model has read it, with its cache; without one (`use_cache: false`), all of it anew."""
+
+    def __init__(self, model: Any):
+        self.model, self.seen = model, list[int]()
+        self.cache: Any = None
+
+    def next_logits(self, tokens: list[int]) -> Any:
+        """[vocabulary] fp32 logits of the token behind `tokens`, which continue the text."""
+        import torch
+
+        cached = self.model.config.use_cache
+        self.seen += tokens
+        with torch.inference_mode():
+            tokens_BL = torch.tensor([tokens if cached else self.seen], device=self.model.device)
+            output = self.model(tokens_BL, past_key_values=self.cache, use_cache=cached, logits_to_keep=1)
+        self.cache = output.past_key_values
+        return output.logits[0, -1].float()
+
+
 class HfDecoder:
     """A folder of weights, or a model's name on the Hugging Face hub; none of its code is run."""
 
@@ -85,16 +105,17 @@ class HfDecoder:
                 # A layout that transformers has no class for.
                 model: Any = load_hf_model(open_hf_folder(Path(name)))
             else:
-                model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
+                model = AutoModelForCausalLM.from_pretrained(
+                    name, dtype="auto", use_safetensors=True, trust_remote_code=False
+                )
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except UserError:
             raise
         except Exception as error:  # of the hub, of transformers and of safetensors, of many kinds
             raise UserError(f"{name} cannot be loaded: {str(error).strip().partition(chr(10))[0]}") from None
-        self.model = model.to(device).eval()
+        self.text = HfText(model.to(device).eval())
         self.description = f"{name}: {type(model).__name__}, {model.num_parameters():,} parameters"
         self.eod = self.tokenizer.eos_token_id
-        self.cache: Any = None
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -103,13 +124,7 @@ class HfDecoder:
         return self.tokenizer.decode(tokens)
 
     def next_logits(self, tokens: list[int]) -> Any:
-        import torch
-
-        with torch.inference_mode():
-            tokens_BL = torch.tensor([tokens], device=self.model.device)
-            output = self.model(tokens_BL, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache = output.past_key_values
-        return output.logits[0, -1].float()
+        return self.text.next_logits(tokens)
 
 
 def generate_tokens(

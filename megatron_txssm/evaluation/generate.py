@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_txssm.checkpoint.hf_folder import is_hf_folder
-from megatron_txssm.checkpoint.saved_model import find_checkpoints
+from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.cli import add_verb
-from megatron_txssm.errors import UserError
+from megatron_txssm.errors import UserError, readable
 
 EXAMPLES = (
     "txssm generate runs/demo --prompt 'def main('",
@@ -61,13 +61,12 @@ def run(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt:
         raise UserError("--prompt is empty; give at least one character")
-    model = Path(args.model)
-    if is_hf_folder(model) or (not model.exists() and _HUB_NAME.fullmatch(args.model)):
+    model = Path(args.model).expanduser()
+    # runs/dmo, where there is a folder runs, is a slip and no name on the hub.
+    on_the_hub = _HUB_NAME.fullmatch(args.model) and not model.parent.exists()
+    if is_hf_folder(model) or on_the_hub:
         return write(args, prompt, sys.stdout)
-    from megatron_txssm.checkpoint.load import checkpoint_recipe
-
-    args.model = find_checkpoints(model)
-    checkpoint_recipe(args.model)
+    args.model = open_checkpoint(model).checkpoints
     return _by_megatron(args, prompt)
 
 
@@ -100,7 +99,7 @@ def _by_megatron(args: argparse.Namespace, prompt: str) -> int:
             traceback.print_exc()
             failure = error
     if failure is not None:
-        print(f"error: {type(failure).__name__}: {failure}\nIts log: {log}", file=sys.stderr)
+        print(readable(f"error: {type(failure).__name__}: {failure}\nIts log: {log}"), file=sys.stderr)
         return 1
     log.unlink()
     return 0
@@ -124,7 +123,7 @@ def write(args: argparse.Namespace, prompt: str, terminal: TextIO) -> int:
         raise UserError(f"--prompt {prompt!r} gives no token; give more text")
     print(f"{decoder.description}\n\n{prompt}", file=terminal, end="", flush=True)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
-    written, new = decoder.decode(tokens), []
+    written, new = decoder.decode(tokens), list[int]()
     begin = first = time.perf_counter()
     for token in generate_tokens(decoder, tokens, args.max_new_tokens, sampling, args.seed):
         if not new:
@@ -135,12 +134,19 @@ def write(args: argparse.Namespace, prompt: str, terminal: TextIO) -> int:
         text = decoder.decode(tokens + new)
         # The last token may be the first bytes of a character that the next ones complete.
         if not text.endswith("\ufffd"):
-            print(text[len(written) :], file=terminal, end="", flush=True)
+            print(_shown(text[len(written) :], terminal), file=terminal, end="", flush=True)
             written = text
     # A character that was never completed.
-    print(decoder.decode(tokens + new)[len(written) :], file=terminal, end="")
+    print(_shown(decoder.decode(tokens + new)[len(written) :], terminal), file=terminal, end="")
     print(f"\n\n{_speed(len(tokens), len(new), begin, first, time.perf_counter())}", file=terminal)
     return 0
+
+
+def _shown(text: str, terminal: TextIO) -> str:
+    """On a terminal without what it would obey: a model may write anything."""
+    if not terminal.isatty():
+        return text
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
 def _speed(prompt: int, new: int, begin: float, first: float, end: float) -> str:

@@ -70,7 +70,7 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
 
     def __init__(self, config: TransXSSMConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             TransXSSMDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.checkpoint.hf_folder import is_hf_folder
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
 
@@ -27,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not is_hf_folder(args.folder):
+    if not (args.folder / "config.json").is_file():
         raise UserError(f"{args.folder} is no Hugging Face model; make one with `txssm convert export RUN OUT`")
     if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
         raise UserError(f"the server needs {', '.join(missing)}: pip install 'transformers[serving]'")

@@ -33,9 +33,7 @@ def code_files() -> dict[str, str]:
     return dict(sorted(files.items()))
 
 
-def write_code(folder: Path) -> list[str]:
-    """Write `code_files` into `folder`; returns their names."""
-    files = code_files()
-    for name, text in files.items():
+def write_code(folder: Path) -> None:
+    """Write `code_files` into `folder`."""
+    for name, text in code_files().items():
         (folder / name).write_text(text, encoding="utf-8")
-    return list(files)

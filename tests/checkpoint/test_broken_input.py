@@ -174,6 +174,16 @@ DAMAGED: dict[str, tuple[str, Damage, list[str]]] = {
         change_json(CONFIG, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
         ["has rope_parameters=", "'rope_theta': 500000.0"],
     ),
+    "limits of dt": (
+        "granite",
+        change_json(CONFIG, time_step_limit=[0.1, 0.2]),
+        ["has time_step_limit=(0.1, 0.2)", "asks for (0.0, inf)"],
+    ),
+    "a quantized model": (
+        "llama",
+        change_json(CONFIG, quantization_config={"quant_method": "fp8"}),
+        ["is a quantized model; import the one that it was made from"],
+    ),
     "scaled positions": (
         "llama",
         change_json(

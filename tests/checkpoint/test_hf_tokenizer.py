@@ -8,9 +8,12 @@ from transformers import AutoTokenizer
 
 from megatron_txssm.checkpoint.hf_tokenizer import export_tokenizer
 from megatron_txssm.checkpoint.verify import sample_text
+from megatron_txssm.cli import main
 from megatron_txssm.data.corpus_recipe import TokenizerSource
 from megatron_txssm.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_txssm.data.tokenizer_files import install_tokenizer
 from megatron_txssm.errors import UserError
+from tests.checkpoint.untrained import make_run
 
 TEXTS = (
     "",
@@ -90,3 +93,17 @@ def test_nothing_in_the_configuration_runs_code(sentencepiece: Path, tmp_path: P
     export_tokenizer(source, tmp_path, "text")
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and "auto_map" not in config
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_not_there(
+    sentencepiece: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 600 tokens, beside a model of 301: a warning, and neither its files nor a card that speaks of them."""
+    run, out = make_run(tmp_path), tmp_path / "out"
+    source = TokenizerSource(type="SentencePieceTokenizer", model=str(sentencepiece))
+    install_tokenizer(source, run / "checkpoints" / "tokenizer")
+    assert main(["convert", "export", str(run), str(out), "--no-verify"]) == 0
+    assert "warning: no tokenizer is exported: its ids reach" in capsys.readouterr().err
+    assert not list(out.glob("tokenizer*"))
+    assert "AutoTokenizer" not in (out / "README.md").read_text()
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] is None

@@ -2,7 +2,7 @@
 
 from megatron_txssm.checkpoint.load import one_process_recipe
 from megatron_txssm.checkpoint.worker import WITHOUT_DATA
-from megatron_txssm.recipe.megatron_args import megatron_arguments
+from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
 
 CLUSTER = (
     "parallel.tensor_model_parallel_size=4",
@@ -11,7 +11,15 @@ CLUSTER = (
     "parallel.virtual_pipeline_stages=3",
     "megatron.tp_comm_overlap=true",
     "megatron.--nccl-ub=true",
-    "megatron.recompute_modules=[core_attn]",
+    "megatron.fp32-residual-connection=true",
+    "megatron.optimizer_cpu_offload=true",
+)
+# What somebody else's recipe might ask for, in any spelling.
+HOSTILE = (
+    "megatron.--trust-remote-code=true",
+    "megatron.non-persistent-ckpt-type=global",
+    "megatron.non_persistent_global_ckpt_dir=/tmp/theirs",
+    "megatron.config_logger_dir=/tmp/anywhere",
 )
 
 
@@ -21,8 +29,22 @@ def test_what_only_a_cluster_needs_is_left_out() -> None:
     assert parallel.tensor_model_parallel_size == parallel.pipeline_model_parallel_size == 1
     assert parallel.virtual_pipeline_stages is None and not parallel.sequence_parallel
     words = megatron_arguments(recipe)
-    assert not [word for word in words if "overlap" in word or "comm" in word or "nccl" in word]
+    for word in ("overlap", "nccl", "residual-connection", "offload"):
+        assert not [flag for flag in words if word in flag], word
     assert words[words.index("--transformer-impl") + 1] == "local"
-    assert words[words.index("--recompute-modules") + 1] == "core_attn", "the rest of the section stays"
     # What the model computes is the recipe's.
     assert recipe.model == one_process_recipe("transxssm_1.3b").model
+
+
+def test_what_changes_the_model_stays() -> None:
+    """So that a proof fails where transformers' side does not know of it."""
+    recipe = one_process_recipe("transxssm_1.3b", (*WITHOUT_DATA, "megatron.apply-layernorm-1p=true"))
+    assert parse_megatron_arguments(megatron_arguments(recipe)).layernorm_zero_centered_gamma
+
+
+def test_a_foreign_recipe_names_no_code_and_no_files() -> None:
+    recipe = one_process_recipe("transxssm_1.3b", (*HOSTILE, *WITHOUT_DATA))
+    args = parse_megatron_arguments(megatron_arguments(recipe))
+    assert not args.trust_remote_code
+    assert args.non_persistent_ckpt_type is None and args.non_persistent_global_ckpt_dir is None
+    assert args.config_logger_dir == ""

@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from megatron_txssm.hf.layers_transxssm import TransXSSMStateSpaceMixer
-from tests.hf.tiny import VARIANTS, VOCABULARY, padded_left, random_ids, tiny_config, tiny_model, worst_difference
+from tests.hf.tiny import (
+    PADDING,
+    VARIANTS,
+    VOCABULARY,
+    padded_left,
+    random_ids,
+    tiny_config,
+    tiny_model,
+    worst_difference,
+)
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -121,3 +130,13 @@ def test_decoding_compiles_to_one_graph(variant: str) -> None:
         cache = output.past_key_values
         logits.append(output.logits)
     assert worst_difference(torch.cat(logits, dim=1), model(ids).logits) < 1e-4
+
+
+def test_the_embedding_of_the_padding_token_is_trained() -> None:
+    """Here the token that ends a document is the padding, too."""
+    model = tiny_model(tie_word_embeddings=False)
+    ids = random_ids(1, 12)
+    ids[0, 5] = PADDING
+    model(ids, labels=ids).loss.backward()
+    gradient = model.model.embed_tokens.weight.grad
+    assert gradient is not None and gradient[PADDING].norm() > 1e-6
