@@ -12,7 +12,7 @@ from megatron_txssm.checkpoint.kept_tokenizer import tokenizer_source
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.preflight import saved_step
 from megatron_txssm.recipe.loader import load_recipe
-from megatron_txssm.recipe.megatron_args import destination, megatron_arguments
+from megatron_txssm.recipe.megatron_args import megatron_arguments
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import check_tokenizer_file
 
@@ -27,11 +27,12 @@ _ONE_PROCESS = (
     "logging.tensorboard=false",
     "logging.wandb_project=null",
 )
-# Of a recipe's `megatron:` section, by the name in Megatron's namespace, what changes the function of a model.
+# Of a recipe's `megatron:` section what changes the function of a model, by its flags with underscores.
 # The rest is of training, of a cluster or a GPU, or names files and code, which nobody else's checkpoint shall do here.
 _OF_THE_MODEL = re.compile(
     r"mock_data|activation_func_clamp_value|glu_linear_offset|squared_relu|openai_gelu|quick_geglu|onnx_safe"
     r"|apply_query_key_layer_scaling|apply_residual_connection_post_layernorm|layernorm_zero_centered_gamma"
+    r"|apply_layernorm_1p"
     r"|window_attn_skip_freq|use_mup|mup_.*"
 )
 
@@ -69,7 +70,8 @@ def one_process_recipe(name: str | Path, overrides: tuple[str, ...] = ()) -> Rec
     Of its `megatron:` section remains what the model's function depends on (_OF_THE_MODEL).
     """
     stated = load_recipe(name, overrides).megatron
-    without = (f"megatron.{key}=null" for key in stated if not _OF_THE_MODEL.fullmatch(destination(key)))
+    spelled = {key: key.lstrip("-").replace("-", "_") for key in stated}
+    without = (f"megatron.{key}=null" for key in stated if not _OF_THE_MODEL.fullmatch(spelled[key]))
     return load_recipe(name, (*overrides, *_ONE_PROCESS, *without))
 
 

@@ -72,12 +72,6 @@ def owners() -> dict[str, str]:
     return owned
 
 
-def destination(key: str) -> str:
-    """The name in Megatron's namespace of a key of the `megatron:` section, however it is spelled."""
-    action = _actions().get(_spelling(key))
-    return action.dest if action else key
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"Megatron's parser: {message}")
