@@ -162,5 +162,5 @@ def test_a_damaged_checkpoint(found_by_workers: dict[str, Done]) -> None:
 @pytest.mark.slow
 def test_generate_from_a_damaged_checkpoint(found_by_workers: dict[str, Done]) -> None:
     done = found_by_workers["generate"]
-    check_message(done, 2, "damaged/run/checkpoints/iter_0000009/__0_0.distcp is cut short", "copy it again")
+    check_message(done, 2, "damaged/run/checkpoints/iter_", ".distcp is cut short", "copy it again")
     assert done.stdout == ""
