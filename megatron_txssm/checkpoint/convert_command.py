@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_txssm.checkpoint.importer import import_weights
 from megatron_txssm.checkpoint.layouts import LAYOUTS, choose_layout
-from megatron_txssm.checkpoint.new_folder import check_absent, complete_folder, doing, progress_bar
+from megatron_txssm.checkpoint.new_folder import check_absent, complete_folder, progress_bar
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.tensors import DTYPES
 from megatron_txssm.checkpoint.verify import NotTheSame
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    from megatron_txssm.checkpoint.export import plan_export, write_weights
+    from megatron_txssm.checkpoint.export import Export, write_weights
     from megatron_txssm.checkpoint.hf_files import write_configuration, write_model_card, write_tokenizer
     from megatron_txssm.checkpoint.verify import prove_export
 
@@ -129,17 +129,14 @@ def export(args: argparse.Namespace) -> int:
         raise UserError(f"--max-file-gb {args.max_file_gb:g} must be above 0")
     check_absent(args.out)
     saved = open_checkpoint(args.checkpoint, args.step)
-    planned = plan_export(saved, choose_layout(saved.recipe, args.layout), args.dtype)
+    planned = Export(saved, choose_layout(saved.recipe, args.layout), args.dtype)
     with complete_folder(args.out, planned.nbytes) as folder:
         with progress_bar("exporting", planned.nbytes) as advance:
             limit = int(args.max_file_gb * 1e9)
             hashes = write_weights(planned, folder, max_file_bytes=limit, advance=advance)
         shutil.copyfile(saved.checkpoints / "recipe.yaml", folder / "recipe.yaml")
-        facts, tokens, text = write_tokenizer(planned, folder)
-        write_configuration(planned, facts, folder)
-        proof = None
-        if not args.no_verify:
-            proof = prove_export(planned, folder, hashes, tokens, text)
+        write_configuration(planned, write_tokenizer(planned, folder), folder)
+        proof = None if args.no_verify else prove_export(saved, folder, hashes)
         write_model_card(planned, folder, args.out.name, proof)
         _write_facts(planned, folder)
     what = f"step {saved.step}, layout {planned.layout}, {planned.numel:,} parameters, {planned.nbytes:,} bytes"
@@ -171,8 +168,7 @@ def verify(args: argparse.Namespace) -> int:
 
     if args.json and not args.json.absolute().parent.is_dir():
         raise UserError(f"--json {args.json}: no such folder; make it first")
-    with doing("comparing"):
-        proof = prove_equal(_open(args.a, args.step), _open(args.b, None))
+    proof = prove_equal(_open(args.a, args.step), _open(args.b, None))
     if args.json:
         args.json.write_text(json.dumps(proof.to_json(), indent=2) + "\n", encoding="utf-8")
     for line in proof.summary():

@@ -7,26 +7,37 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megatron_txssm.checkpoint.mapping import Group, hf_tensors, plan
 from megatron_txssm.checkpoint.saved_model import SavedModel
-from megatron_txssm.checkpoint.tensors import DTYPES, KEPT_IN_FP32, cast
+from megatron_txssm.checkpoint.tensors import DTYPES, is_kept_in_fp32
 from megatron_txssm.planning.parameters import ModelSizes
 
 
 @dataclass(frozen=True)
 class Export:
-    """What is to be written: groups of tensors, and the tensors themselves, without data."""
+    """What is to be written. A `dtype` of bf16 leaves KEPT_IN_FP32 as they are."""
 
     saved: SavedModel
     layout: str
     # A key of DTYPES; None: each tensor as it is saved.
     dtype: str | None
-    groups: tuple[Group, ...]
-    # Name -> tensor on torch's meta device.
-    tensors: dict[str, Any]
+
+    @cached_property
+    def sizes(self) -> ModelSizes:
+        return ModelSizes.from_recipe(self.saved.recipe)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        return plan(self.layout, self.saved.shapes)
+
+    @cached_property
+    def tensors(self) -> dict[str, Any]:
+        """Name -> tensor without data, on torch's meta device."""
+        return hf_tensors(self.groups, self.sizes, self.dtype_of)
 
     @property
     def nbytes(self) -> int:
@@ -36,22 +47,15 @@ class Export:
     def numel(self) -> int:
         return sum(tensor.numel() for tensor in self.tensors.values())
 
+    def dtype_of(self, name: str) -> Any:
+        """The torch.dtype of one of Megatron's tensors in the export."""
+        import torch
+
+        as_saved = self.dtype is None or is_kept_in_fp32(name)
+        return self.saved.dtype(name) if as_saved else getattr(torch, DTYPES[self.dtype or ""])
+
     def group_bytes(self, group: Group) -> int:
         return sum(self.tensors[name].nbytes for name in group.hf)
-
-
-def plan_export(saved: SavedModel, layout: str, dtype: str | None = None) -> Export:
-    """What an export of a checkpoint holds. bf16 leaves KEPT_IN_FP32 as they are."""
-    import torch
-
-    def dtype_of(name: str) -> Any:
-        if dtype is None or name.rpartition(".")[2] in KEPT_IN_FP32:
-            return saved.dtype(name)
-        return getattr(torch, DTYPES[dtype])
-
-    groups = tuple(plan(layout, saved.shapes))
-    tensors = hf_tensors(groups, ModelSizes.from_recipe(saved.recipe), dtype_of)
-    return Export(saved, layout, dtype, groups, tensors)
 
 
 def write_weights(
@@ -106,9 +110,9 @@ def sha256_of(tensor: Any) -> str:
 
 def _converted(export: Export, group: Group, hashes: dict[str, str]) -> dict[str, Any]:
     read = export.saved.read(group.megatron)
-    tensors = {name: cast(name, tensor, export.dtype) for name, tensor in read.items()}
+    tensors = {name: tensor.to(export.dtype_of(name)) for name, tensor in read.items()}
     hashes |= {name: sha256_of(tensor) for name, tensor in tensors.items()}
-    return group.to_hf(tensors, ModelSizes.from_recipe(export.saved.recipe))
+    return group.to_hf(tensors, export.sizes)
 
 
 def _write_file(file: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:

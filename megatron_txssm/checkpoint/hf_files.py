@@ -10,27 +10,27 @@ from megatron_txssm.checkpoint.export import Export
 from megatron_txssm.checkpoint.hf_tokenizer import export_tokenizer
 from megatron_txssm.checkpoint.kept_tokenizer import tokenizer_source
 from megatron_txssm.checkpoint.layouts import ARCHITECTURES, hf_config
-from megatron_txssm.checkpoint.verify import TOKENS, Proof, random_tokens, sample_text
+from megatron_txssm.checkpoint.verify import Proof, sample_text
 from megatron_txssm.data.manifest import TokenizerFacts
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.hf.standalone import AUTO_MAP, write_code
 
 
-def write_tokenizer(export: Export, folder: Path) -> tuple[TokenizerFacts | None, list[int], str]:
-    """Write the run's tokenizer; returns what is known of it, tokens to test the model with, and what they are."""
-    saved, text = export.saved, sample_text()
+def write_tokenizer(export: Export, folder: Path) -> TokenizerFacts | None:
+    """Write the run's tokenizer; returns what is known of it. None, and a warning, where it cannot be had."""
+    saved = export.saved
     try:
         source = tokenizer_source(saved.recipe, saved.checkpoints)
         if source is not None:
-            facts, tokens = export_tokenizer(source, folder, text)
+            facts, tokens = export_tokenizer(source, folder, sample_text())
             if max(tokens) < saved.recipe.data.vocab_size:
-                return facts, tokens[:TOKENS], "the Python manual"
+                return facts
             raise UserError(f"its ids reach {max(tokens)}, beyond vocab_size={saved.recipe.data.vocab_size}")
     except UserError as error:
         print(readable(f"warning: no tokenizer is exported: {error}"), file=sys.stderr)
         for file in folder.glob("tokenizer*"):
             file.unlink()
-    return None, random_tokens(saved.recipe.data.vocab_size), "random tokens"
+    return None
 
 
 def write_configuration(export: Export, facts: TokenizerFacts | None, folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_txssm.checkpoint.hf_folder import open_hf_folder
 from megatron_txssm.checkpoint.new_folder import check_absent, complete_folder, doing
-from megatron_txssm.checkpoint.tensors import KEPT_IN_FP32
+from megatron_txssm.checkpoint.tensors import is_kept_in_fp32
 from megatron_txssm.data.corpus_recipe import TokenizerSource
 from megatron_txssm.data.tokenizer_files import install_tokenizer
 from megatron_txssm.errors import UserError, readable
@@ -25,16 +25,12 @@ def import_weights(args: argparse.Namespace) -> int:
 
     check_absent(args.out)
     source = open_hf_folder(args.folder, load_recipe(args.recipe) if args.recipe else None)
-    # Where the weights were trained is no place of this checkpoint's.
-    recipe = _as_yaml(source.recipe)
     with complete_folder(args.out, _checkpoint_bytes(source.recipe, source.shapes)) as folder:
-        (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        (folder / "recipe.yaml").write_text(_as_yaml(source.recipe), encoding="utf-8")
         with doing("building the model in Megatron"):
             run_task("save_megatron", folder=args.folder.absolute(), recipe=folder / "recipe.yaml", out=folder)
         _keep_tokenizer(args.folder, folder)
-        proof = None
-        if not args.no_verify:
-            proof = prove_import(source, folder)
+        proof = None if args.no_verify else prove_import(source, folder)
     print(f"{args.out}: from layout {source.layout}; train on with --set checkpoint.load_from={args.out}")
     for line in proof.summary() if proof else ():
         print(line)
@@ -42,14 +38,14 @@ def import_weights(args: argparse.Namespace) -> int:
 
 
 def _as_yaml(recipe: Recipe) -> str:
-    """The recipe without its places on disk."""
+    """The recipe without the places where the weights were trained, which are not this checkpoint's."""
     checkpoint = replace(recipe.checkpoint, directory=None, load_from=None)
     return replace(recipe, run_directory=None, checkpoint=checkpoint).to_yaml()
 
 
 def _checkpoint_bytes(recipe: Recipe, shapes: dict[str, Any]) -> int:
     weight = 2 if recipe.training.precision == "bf16" else 4
-    sizes = {name: 4 if name.rpartition(".")[2] in KEPT_IN_FP32 else weight for name in shapes}
+    sizes = {name: 4 if is_kept_in_fp32(name) else weight for name in shapes}
     return sum(math.prod(shape) * sizes[name] for name, shape in shapes.items())
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.checkpoint.kept_tokenizer import tokenizer_source
-from megatron_txssm.errors import UserError
-from megatron_txssm.launch.preflight import saved_step
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.megatron_args import megatron_arguments
 from megatron_txssm.recipe.recipe import Recipe
@@ -48,16 +46,10 @@ class LoadedModel:
 
 
 def checkpoint_recipe(checkpoint: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """The recipe that a checkpoint directory holds, for one process; UserError where there is no checkpoint.
+    """The recipe that a checkpoint directory holds, for one process.
 
     It needs no data, and takes the tokenizer that lies beside the checkpoints.
     """
-    if saved_step(checkpoint) is None:
-        raise UserError(
-            f"{checkpoint} holds no checkpoint; name a run's checkpoints folder, such as runs/demo/checkpoints"
-        )
-    if not (checkpoint / "recipe.yaml").is_file():
-        raise UserError(f"{checkpoint} has no recipe.yaml beside its checkpoints; `txssm pretrain` writes one")
     file = checkpoint / "recipe.yaml"
     recipe = one_process_recipe(file, (*overrides, *_without_data(load_recipe(file, overrides), checkpoint)))
     check_tokenizer_file(recipe)
@@ -88,7 +80,7 @@ def _without_data(recipe: Recipe, checkpoint: Path) -> tuple[str, ...]:
 
 def load_model(checkpoint: Path, overrides: tuple[str, ...] = (), *, step: int | None = None) -> LoadedModel:
     """Load a checkpoint (the newest, or that of a `step`) into this process, which must not have initialised Megatron
-    yet. `overrides` change the recipe, as --set does.
+    yet. `overrides` change the recipe, as --set does. `saved_model.open_checkpoint` says what is wrong with one.
     """
     recipe = checkpoint_recipe(checkpoint, overrides)
     options = ["--no-load-optim", "--no-load-rng", f"--load={checkpoint}"]

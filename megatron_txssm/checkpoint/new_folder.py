@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from megatron_txssm.errors import UserError
 
@@ -69,11 +70,11 @@ def progress_bar(what: str, nbytes: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def doing(what: str) -> Iterator[None]:
-    """Say what takes its time, where a person looks on."""
+def doing(what: str, terminal: TextIO | None = None) -> Iterator[None]:
+    """Say what takes its time, where a person looks on; on standard output, unless another `terminal` is named."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(file=terminal)
     if not console.is_terminal:
         yield
         return

@@ -40,13 +40,9 @@ class Weights(Protocol):
         ...
 
 
-def cast(name: str, tensor: Any, dtype: str | None) -> Any:
-    """`tensor` in a dtype of DTYPES (None: as it is), but KEPT_IN_FP32 stay as they are."""
-    import torch
-
-    if dtype is None or name.rpartition(".")[2] in KEPT_IN_FP32:
-        return tensor
-    return tensor.to(getattr(torch, DTYPES[dtype]))
+def is_kept_in_fp32(name: str) -> bool:
+    """Of a tensor's name, Megatron's or Hugging Face's."""
+    return name.rpartition(".")[2] in KEPT_IN_FP32
 
 
 def model_shapes(recipe: Recipe) -> dict[str, Shape]:

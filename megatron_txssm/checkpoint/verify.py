@@ -16,7 +16,7 @@ from megatron_txssm.checkpoint.export import sha256_of
 from megatron_txssm.checkpoint.hf_folder import HfFolder, open_hf_folder
 from megatron_txssm.checkpoint.new_folder import doing
 from megatron_txssm.checkpoint.saved_model import SavedModel, open_checkpoint
-from megatron_txssm.checkpoint.tensors import DTYPES, Weights, compare_shapes
+from megatron_txssm.checkpoint.tensors import Weights, compare_shapes
 from megatron_txssm.checkpoint.worker import run_task
 from megatron_txssm.data.tokenizer import load_tokenizer
 from megatron_txssm.errors import UserError
@@ -188,26 +188,24 @@ def random_tokens(vocab_size: int) -> list[int]:
     return torch.randint(vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def prove_export(export: Any, folder: Path, hashes: dict[str, str], tokens: list[int], text: str) -> Proof:
-    """Of a folder that was just written: write verification.json; NotTheSame where it is another model."""
-    written = open_hf_folder(folder)
-    inexact = {name for name, group in written.groups.items() if not group.transform.exact}
-    with doing("verifying: the tensors, read back"):
-        tensors = compare_tensors(export.saved, written, list(written.shapes), hashes, inexact)
-    with doing("verifying: logits, by Megatron and by transformers"):
-        rounded = DTYPES[export.dtype] if export.dtype == "bf16" else None
-        logits = compare_logits(export.saved, written, tokens, text, rounded)
-    return _checked(Proof(tensors, logits), folder)
+def prove_export(saved: SavedModel, folder: Path, hashes: dict[str, str]) -> Proof:
+    """Of a folder that was just written: write verification.json; NotTheSame where it is another model.
+
+    `hashes`: of Megatron's tensors as they were exported.
+    """
+    return _checked(prove_equal(saved, open_hf_folder(folder), hashes), folder)
 
 
 def prove_import(source: HfFolder, folder: Path) -> Proof:
     """Of a checkpoint that was just written: write verification.json; NotTheSame where it is another model."""
-    with doing("verifying: tensors, and logits by Megatron and by transformers"):
-        return _checked(prove_equal(source, open_checkpoint(folder)), folder)
+    return _checked(prove_equal(source, open_checkpoint(folder)), folder)
 
 
-def prove_equal(a: Source, b: Source) -> Proof:
-    """Whether two models are the same, up to the dtype of the coarser one; UserError where they have other tensors."""
+def prove_equal(a: Source, b: Source, known: dict[str, str] | None = None) -> Proof:
+    """Whether two models are the same, up to the dtype of the coarser one; UserError where they have other tensors.
+
+    `known`: see `compare_tensors`.
+    """
     if fault := compare_shapes(b.shapes, a.shapes):
         raise UserError(f"these are models of other sizes: in the second, {fault}")
     names = list(a.shapes)
@@ -215,10 +213,12 @@ def prove_equal(a: Source, b: Source) -> Proof:
     for side in (a, b):
         if isinstance(side, HfFolder):
             inexact |= {name for name, group in side.groups.items() if not group.transform.exact}
-    tensors = compare_tensors(a, b, names, inexact=inexact)
-    coarse = next((dtype for side in (a, b) if (dtype := str(side.dtype(names[0]))) == "torch.bfloat16"), None)
+    with doing("verifying: the tensors, read back"):
+        tensors = compare_tensors(a, b, names, known, inexact)
+    rounded = "bfloat16" if "torch.bfloat16" in (str(a.dtype(names[0])), str(b.dtype(names[0]))) else None
     tokens, text = _tokens_for(a, b)
-    return Proof(tensors, compare_logits(a, b, tokens, text, coarse and "bfloat16"))
+    with doing("verifying: logits, by Megatron and by transformers"):
+        return Proof(tensors, compare_logits(a, b, tokens, text, rounded))
 
 
 def _checked(proof: Proof, folder: Path) -> Proof:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.checkpoint.tensors import KEPT_IN_FP32, Weights
+from megatron_txssm.checkpoint.tensors import Weights, is_kept_in_fp32
 from megatron_txssm.errors import UserError
 
 # Overrides for a model that is given its weights: no tokens, no tokenizer.
@@ -165,7 +165,7 @@ def _round(model: Any, to: str | None) -> None:
     import torch
 
     for name, parameter in model.named_parameters():
-        if to is not None and name.rpartition(".")[2] not in KEPT_IN_FP32:
+        if to is not None and not is_kept_in_fp32(name):
             parameter.data = parameter.data.to(getattr(torch, to)).to(parameter.dtype)
 
 

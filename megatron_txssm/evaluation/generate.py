@@ -7,11 +7,11 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_txssm.checkpoint.hf_folder import is_hf_folder
+from megatron_txssm.checkpoint.new_folder import doing
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError, readable
@@ -109,7 +109,7 @@ def write(args: argparse.Namespace, prompt: str, terminal: TextIO) -> int:
     """Load the model and write the prompt and what follows it to `terminal`, piece by piece."""
     from megatron_txssm.evaluation.decoding import HfDecoder, MegatronDecoder, Sampling, generate_tokens
 
-    with _status(terminal, f"loading {args.model}"):
+    with doing(f"loading {args.model}", terminal):
         if isinstance(args.model, Path):
             # A token has a byte at least.
             decoder = MegatronDecoder(args.model, len(prompt.encode()) + args.max_new_tokens)
@@ -153,9 +153,3 @@ def _speed(prompt: int, new: int, begin: float, first: float, end: float) -> str
     """The prompt's pass ends with the first new token; the others tell the speed of decoding."""
     said = f"{prompt} tokens of prompt in {first - begin:.1f} s, {new} new tokens"
     return said if new < 2 else f"{said}, {(new - 1) / (end - first):.1f} tokens/s"
-
-
-def _status(terminal: TextIO, what: str) -> Any:
-    from rich.console import Console
-
-    return Console(file=terminal).status(what) if terminal.isatty() else nullcontext()

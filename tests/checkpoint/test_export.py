@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_txssm.checkpoint.export import plan_export, write_weights
+from megatron_txssm.checkpoint.export import Export, write_weights
 from megatron_txssm.checkpoint.hf_files import write_configuration
 from megatron_txssm.checkpoint.hf_folder import open_hf_folder
 from megatron_txssm.checkpoint.layouts import choose_layout
@@ -92,7 +92,7 @@ def test_of_several_tasks_one_exports(run_folder: Path, tmp_path: Path, monkeypa
 
 def test_the_bar_hears_of_every_byte(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved, heard = open_checkpoint(run_folder), []
-    planned = plan_export(saved, choose_layout(saved.recipe, None), "bf16")
+    planned = Export(saved, choose_layout(saved.recipe, None), "bf16")
     hashes = write_weights(planned, tmp_path, max_file_bytes=30_000, advance=heard.append)
     assert sum(heard) == planned.nbytes and hashes.keys() == saved.shapes.keys()
     with progress_bar("exporting", sum(heard)) as advance:
@@ -104,7 +104,7 @@ def test_a_broken_mapping_is_seen_in_the_tensors(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = open_checkpoint(run_folder)
-    planned = plan_export(saved, "transxssm")
+    planned = Export(saved, "transxssm", None)
     hashes = write_weights(planned, tmp_path, max_file_bytes=10**9)
     (tmp_path / "recipe.yaml").write_text(saved.recipe.to_yaml())
     write_configuration(planned, None, tmp_path)

@@ -6,10 +6,6 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import nested_values
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training import global_vars
-from megatron.training.argument_utils import gpt_config_from_args
-from megatron.training.arguments import validate_args
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import megatron_txssm.hf  # noqa: F401  (our class)
@@ -18,10 +14,9 @@ from megatron_txssm.checkpoint.layouts import ARCHITECTURES, LAYOUTS, hf_config,
 from megatron_txssm.checkpoint.mapping import CONCAT, DECAY_RATE, HALVES, QKV, SAME, Group, hf_tensors, plan
 from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER, layer_of, model_shapes
 from megatron_txssm.planning.parameters import ModelSizes, count_parameters
-from megatron_txssm.platform import prepare_platform
 from megatron_txssm.recipe.loader import load_recipe
-from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
 from megatron_txssm.recipe.recipe import Recipe
+from tests.built_model import build_model
 
 # Every size differs from every other; 11 rows of padding.
 SMALL = (
@@ -60,14 +55,7 @@ def recipe(request: pytest.FixtureRequest) -> Recipe:
 def test_shapes_are_those_of_megatrons_own_checkpoint(
     one_process: None, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = parse_megatron_arguments([*megatron_arguments(recipe), *prepare_platform()])
-    args.rank, args.world_size = 0, 1
-    args._is_global_batch_size_explicitly_specified = True
-    validate_args(args)
-    args.padded_vocab_size = recipe.padded_vocab_size
-    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
-    config = gpt_config_from_args(args)
-    model: Any = config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    model = build_model(recipe, monkeypatch)
     saved: dict[str, tuple[int, ...]] = {}
     for entry in nested_values(model.sharded_state_dict()):
         for shard in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
@@ -192,7 +180,9 @@ def test_files_are_filled_in_order() -> None:
     names = ("t1", "t2", "t9", "t1b", "t3")
     tensors = {name: torch.empty(n, 10, dtype=torch.bfloat16) for name, n in zip(names, rows, strict=True)}
     nothing: Any = None
-    export = Export(nothing, "megatron", "bf16", groups, tensors)
+    export = Export(nothing, "megatron", "bf16")
+    # In place of what it would derive from a checkpoint.
+    vars(export).update(groups=groups, tensors=tensors)
     files = split_files(export, 100)
     assert list(files) == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
     held = [[name for group in file for name in group.hf] for file in files.values()]

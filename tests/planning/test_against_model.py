@@ -4,10 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training import global_vars
-from megatron.training.argument_utils import gpt_config_from_args
-from megatron.training.arguments import validate_args
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,10 +11,9 @@ from megatron_txssm.model.layer_pattern import ATTENTION, STATE_SPACE
 from megatron_txssm.model.state_space_mixer import StateSpaceMixer
 from megatron_txssm.planning.flops import FORWARD_AND_BACKWARD, flops_per_token
 from megatron_txssm.planning.parameters import count_parameters
-from megatron_txssm.platform import prepare_platform
 from megatron_txssm.recipe.loader import load_recipe
-from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
 from megatron_txssm.recipe.recipe import Recipe
+from tests.built_model import build_model
 
 ARCHITECTURES = ("transxssm_320m", "llama3_320m", "mamba2_320m", "jamba_320m")
 # Every size differs from every other, so that a formula that takes the wrong one shows.
@@ -61,15 +56,7 @@ def recipe(request: pytest.FixtureRequest) -> Recipe:
 
 @pytest.fixture
 def model(one_process: None, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """As `megatron.training.pretrain` builds it from the recipe's arguments."""
-    args = parse_megatron_arguments([*megatron_arguments(recipe), *prepare_platform()])
-    args.rank, args.world_size = 0, 1
-    args._is_global_batch_size_explicitly_specified = True
-    validate_args(args)
-    args.padded_vocab_size = recipe.padded_vocab_size
-    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
-    config = gpt_config_from_args(args)
-    return config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    return build_model(recipe, monkeypatch)
 
 
 def test_every_parameter_is_counted(recipe: Recipe, model: Any) -> None:
