@@ -5,6 +5,7 @@ Source of the kernels: arXiv:2405.21060. mamba-ssm is imported where a kernel is
 
 # B=batch L=sequence H=heads P=head dim G=groups N=state
 
+import functools
 import importlib.util
 
 from torch import Tensor
@@ -12,7 +13,12 @@ from torch import Tensor
 
 def is_available(x: Tensor) -> bool:
     """Whether the kernels can take `x`: it is on a CUDA device, and mamba-ssm is installed."""
-    return x.is_cuda and importlib.util.find_spec("mamba_ssm") is not None
+    return x.is_cuda and _is_installed()
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("mamba_ssm") is not None
 
 
 def ssd_triton(
