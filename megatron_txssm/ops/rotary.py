@@ -2,6 +2,8 @@
 
 # B=batch L=sequence G=groups N=state R=N/2 planes of rotation
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ def apply_rotary(x_BLGN: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> Tensor:
 
     Half-split pairing, as Megatron's attention has it (rotary_interleaved=False). Computed in fp32 (fp64 for fp64
     inputs) and returned in x's type: with bf16 tables the rotation would change lengths and depend on more than m - n.
+    Nothing of x is kept for the backward pass, which turns back. The tables have no gradient.
     """
     width, planes = x_BLGN.shape[-1], cos_LR.shape[-1]
     if width % 2:
@@ -20,6 +23,26 @@ def apply_rotary(x_BLGN: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> Tensor:
     if width != 2 * planes:
         raise ValueError(f"width={width} does not fit a table of {planes} planes; use a table for width {width}")
     dtype = accumulation_dtype(x_BLGN)
-    first, second = x_BLGN.to(dtype).chunk(2, dim=-1)
-    cos, sin = cos_LR.to(dtype).unsqueeze(-2), sin_LR.to(dtype).unsqueeze(-2)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BLGN.dtype)
+    return _Rotation.apply(x_BLGN, cos_LR.to(dtype).unsqueeze(-2), sin_LR.to(dtype).unsqueeze(-2))
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BLGN: Tensor, cos_L1R: Tensor, sin_L1R: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_L1R, sin_L1R)
+        return _turned(x_BLGN, cos_L1R, sin_L1R)
+
+    @staticmethod
+    def backward(ctx: Any, dy_BLGN: Tensor) -> tuple[Tensor, None, None]:
+        cos_L1R, sin_L1R = ctx.saved_tensors
+        return _Rotation.apply(dy_BLGN, cos_L1R, -sin_L1R), None, None
+
+
+def _turned(x_BLGN: Tensor, cos_L1R: Tensor, sin_L1R: Tensor) -> Tensor:
+    """Written where it belongs: no halves that are put together afterwards."""
+    turned_BLGN = torch.empty(x_BLGN.shape, dtype=cos_L1R.dtype, device=x_BLGN.device)
+    first, second = x_BLGN.chunk(2, dim=-1)
+    turned_first, turned_second = turned_BLGN.chunk(2, dim=-1)
+    torch.mul(first, cos_L1R, out=turned_first).addcmul_(second, sin_L1R, value=-1)
+    torch.mul(second, cos_L1R, out=turned_second).addcmul_(first, sin_L1R)
+    return turned_BLGN.to(x_BLGN.dtype)

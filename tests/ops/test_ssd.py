@@ -23,7 +23,15 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 NAMES = ("x", "dt", "A", "B", "C", "initial_state")
 
 
-def make_inputs(length: int, groups: int, dtype: torch.dtype = torch.float64, batch: int = BATCH) -> dict[str, Tensor]:
+def make_inputs(
+    length: int,
+    groups: int,
+    dtype: torch.dtype = torch.float64,
+    *,
+    batch: int = BATCH,
+    head_dim: int = HEAD_DIM,
+    state: int = STATE,
+) -> dict[str, Tensor]:
     """What a mixer sends at initialisation: dt = softplus(...) around 1e-3 … 1e-1, A in -1 … -16."""
     generator = torch.Generator().manual_seed(1000 * length + groups)
 
@@ -34,12 +42,12 @@ def make_inputs(length: int, groups: int, dtype: torch.dtype = torch.float64, ba
         return torch.empty(HEADS).uniform_(low, high, generator=generator)
 
     inputs = {
-        "x": normal(batch, length, HEADS, HEAD_DIM),
+        "x": normal(batch, length, HEADS, head_dim),
         "dt": F.softplus(0.5 * normal(batch, length, HEADS) + spread(1e-3, 1e-1).expm1().log()),
         "A": -spread(1, 16),
-        "B": normal(batch, length, groups, STATE),
-        "C": normal(batch, length, groups, STATE),
-        "initial_state": normal(batch, HEADS, HEAD_DIM, STATE),
+        "B": normal(batch, length, groups, state),
+        "C": normal(batch, length, groups, state),
+        "initial_state": normal(batch, HEADS, head_dim, state),
     }
     return {name: tensor.to(dtype) for name, tensor in inputs.items()}
 
@@ -185,6 +193,16 @@ def test_gradients_of_packed_documents():
     inputs = make_inputs(80, groups=2)
     expected = run(ssd_reference, inputs, seq_idx=seq_idx)
     assert_close(run(ssd_torch, inputs, chunk_size=16, seq_idx=seq_idx), expected, TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 700), (3, 300), (5, 90)])
+def test_documents_across_blocks_and_rows(batch, length):
+    """A block is 256 tokens: several of a row, a whole one and a part, rows that share one."""
+    inputs = make_inputs(length, groups=2, batch=batch)
+    starts = torch.rand(batch, length, generator=torch.Generator().manual_seed(0)) < 0.02
+    seq_idx = starts.cumsum(1)
+    expected = run(ssd_reference, inputs, seq_idx=seq_idx)
+    assert_close(run(ssd_torch, inputs, chunk_size=64, seq_idx=seq_idx), expected, TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("boundary", [5, 15, 16, 17, 40])
