@@ -17,6 +17,7 @@ BOOTSTRAP_INPUTS = (
     "tools/bootstrap",
     "requirements.lock",
     "tests/te/requirements.txt",
+    "tests/ops/requirements.txt",
     "pyproject.toml",
     ".python-version",
 )
@@ -153,10 +154,13 @@ def test_pyenv_versions_are_found_behind_a_failing_shim(checkout: Checkout):
 
 
 def test_packages_come_from_the_lock_with_hashes_and_nothing_else(ready: Checkout):
-    locked, editable, beside = [call for call in ready.uv_calls() if call.startswith("pip install")]
+    locked, editable, *beside = [call for call in ready.uv_calls() if call.startswith("pip install")]
     assert "--require-hashes" in locked and "--requirement requirements.lock" in locked
     assert "--no-deps" in editable and "--no-build-isolation" in editable and "--editable ." in editable
-    assert "--require-hashes" in beside and "--no-deps" in beside and "--target" in beside
+    for call, name in zip(beside, ("transformer_engine", "mamba_ssm"), strict=True):
+        assert "--require-hashes" in call and "--no-deps" in call and f"/.venv/{name} " in call
+    # Built without its CUDA part: what installs the whole of it must not find this wheel.
+    assert "--no-cache-dir" in beside[1]
 
 
 def test_a_second_run_returns_at_once(ready: Checkout):
@@ -179,7 +183,7 @@ def test_a_changed_input_updates_the_environment_in_place(ready: Checkout, chang
         file.write("\n# changed\n")
     calls = len(ready.uv_calls())
     assert ready.bootstrap().returncode == 0
-    assert len(ready.uv_calls()) == calls + 3
+    assert len(ready.uv_calls()) == calls + 4
     assert ready.state != before
     assert kept.exists()
 
@@ -232,8 +236,8 @@ def test_two_at_once_install_once(checkout: Checkout):
     ]
     messages = [process.communicate(timeout=120)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], messages
-    # The lock, the package, Transformer Engine's Python part.
-    assert len([call for call in checkout.uv_calls() if call.startswith("pip install")]) == 3
+    # The lock, the package, the Python parts of Transformer Engine and mamba-ssm.
+    assert len([call for call in checkout.uv_calls() if call.startswith("pip install")]) == 4
     assert sum("waiting for it" in message for message in messages) == 1
 
 

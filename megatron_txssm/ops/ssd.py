@@ -2,6 +2,7 @@
 
 # B=batch L=sequence H=heads P=head dim G=groups N=state
 
+import torch
 from torch import Tensor
 
 from megatron_txssm.ops.ssd_reference import ssd_reference
@@ -58,8 +59,11 @@ def ssd_step(
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """One token, as decoding computes it: `(y_BHP in x's type, the new state_BHPN)`; shapes as in `ssd`, without L."""
-    step = ssd_step_triton if _chosen(backend, x_BHP) == "triton" else reference_step
-    return step(x_BHP, dt_BH, A_H, B_BGN, C_BGN, state_BHPN)
+    inputs = (x_BHP, dt_BH, A_H, B_BGN, C_BGN, state_BHPN)
+    # The kernel has no backward.
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    by_kernel = _chosen(backend, x_BHP) == "triton" and not differentiated
+    return (ssd_step_triton if by_kernel else reference_step)(*inputs)
 
 
 def _chosen(backend: str, x: Tensor) -> str:

@@ -1,24 +1,56 @@
 """SSD by mamba-ssm's Triton kernels, behind the signatures of `ssd_torch` and `ssd_step`; CUDA only.
 
-Source of the kernels: arXiv:2405.21060. mamba-ssm is imported where a kernel is called, so that nothing else needs it.
+Source of the kernels: arXiv:2405.21060; what is said of them here holds for mamba-ssm 2.3.2.post1, which is imported
+where a kernel is called, so that nothing else needs it.
+
+Precision: sums are fp32, but the operands of every product are rounded to x's type (chunk states, too), and on a GPU
+those of fp32 tensors to TF32, unless TRITON_F32_DEFAULT=ieee is in the environment.
+
+Reproducible bits: kernels that add without atomics are taken under torch.use_deterministic_algorithms, which Megatron's
+`--deterministic-mode` sets. The block sizes, which order the sums, are fixed only if that holds, or
+MAMBA_DETERMINISTIC=1 is in the environment, when mamba-ssm is imported; else each process tries which are the fastest.
+Megatron imports it before it reads its arguments: training/pretrain.py sets the variable.
 """
 
 # B=batch L=sequence H=heads P=head dim G=groups N=state
 
 import functools
-import importlib.util
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+# What a kernel can address: it multiplies indices and strides in 32 bits and does not notice when they overflow
+# (mamba issue 1015).
+MAX_OFFSET = 2**31 - 1
 
 
 def is_available(x: Tensor) -> bool:
-    """Whether the kernels can take `x`: it is on a CUDA device, and mamba-ssm is installed."""
-    return x.is_cuda and _is_installed()
+    """Whether the kernels can take `x`: it is on a CUDA device and no fp64, and mamba-ssm can be imported."""
+    return x.is_cuda and x.dtype != torch.float64 and import_error() is None
 
 
 @functools.cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("mamba_ssm") is not None
+def import_error() -> ImportError | None:
+    """Why the kernels cannot be imported; None where they can."""
+    try:
+        _kernels()
+    except ImportError as error:
+        return error
+    return None
+
+
+def _kernels() -> tuple[Any, Any]:
+    """mamba-ssm's scan of a sequence and its step of one token."""
+    from mamba_ssm.ops.triton.selective_state_update import (  # pyright: ignore[reportMissingImports]
+        selective_state_update,
+    )
+    from mamba_ssm.ops.triton.ssd_combined import (  # pyright: ignore[reportMissingImports]
+        mamba_chunk_scan_combined,
+    )
+
+    return mamba_chunk_scan_combined, selective_state_update
 
 
 def ssd_triton(
@@ -32,16 +64,18 @@ def ssd_triton(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The function of `ssd_reference`: `(y_BLHP in x's type, final_state_BHPN in fp32)`."""
-    try:
-        from mamba_ssm.ops.triton.ssd_combined import (  # pyright: ignore[reportMissingImports]
-            mamba_chunk_scan_combined,
-        )
-    except ImportError as error:
-        raise ImportError(
-            "backend='triton' needs mamba-ssm: pip install mamba-ssm (see requirements-gpu.txt)"
-        ) from error
-    y_BLHP, final_state_BHPN = mamba_chunk_scan_combined(
+    """The function of `ssd_reference`: `(y_BLHP in x's type, final_state_BHPN in fp32)`.
+
+    Any length and any strides. `chunk_size` is rounded up to a power of two of at least 16, as the kernels' blocks are.
+    """
+    if x_BLHP.dtype == torch.float64:
+        raise ValueError("x.dtype=torch.float64 is none of the kernels' types; use fp32, bf16 or backend='torch'")
+    scan, _ = _require_kernels()
+    chunk_size = max(16, 1 << (chunk_size - 1).bit_length())
+    # They multiply tensors of one type.
+    B_BLGN, C_BLGN = B_BLGN.to(x_BLHP.dtype), C_BLGN.to(x_BLHP.dtype)
+    _check_size(x_BLHP, dt_BLH, B_BLGN, C_BLGN, chunk_size)
+    y_BLHP, final_state_BHPN = scan(
         x_BLHP,
         dt_BLH,
         A_H,
@@ -49,7 +83,7 @@ def ssd_triton(
         C_BLGN,
         chunk_size=chunk_size,
         initial_states=initial_state,
-        seq_idx=None if seq_idx is None else seq_idx.int().contiguous(),
+        seq_idx=None if seq_idx is None else _number_documents(seq_idx),
         return_final_states=True,
     )
     return y_BLHP, final_state_BHPN.float()
@@ -58,15 +92,48 @@ def ssd_triton(
 def ssd_step_triton(
     x_BHP: Tensor, dt_BH: Tensor, A_H: Tensor, B_BGN: Tensor, C_BGN: Tensor, state_BHPN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The function of `ssd_step`: `(y_BHP in x's type, the new state in fp32)`."""
-    from mamba_ssm.ops.triton.selective_state_update import (  # pyright: ignore[reportMissingImports]
-        selective_state_update,
-    )
-
+    """The function of `ssd_step`: `(y_BHP in x's type, the new state in fp32)`. The kernel has no backward."""
+    _, step = _require_kernels()
     head_dim, state_size = state_BHPN.shape[-2:]
     # The kernel writes into the state it is given.
     state_BHPN = state_BHPN.float().clone()
     dt_BHP = dt_BH[..., None].expand(-1, -1, head_dim)
     A_HPN = A_H[:, None, None].expand(-1, head_dim, state_size)
-    y_BHP = selective_state_update(state_BHPN, x_BHP, dt_BHP, A_HPN, B_BGN, C_BGN, dt_softplus=False)
+    # It asks for the strides of its optional D and dt_bias, absent or not.
+    zeros_HP = A_H.new_zeros(()).expand(A_H.shape[0], head_dim)
+    y_BHP = step(state_BHPN, x_BHP, dt_BHP, A_HPN, B_BGN, C_BGN, D=zeros_HP, dt_bias=zeros_HP, dt_softplus=False)
     return y_BHP, state_BHPN
+
+
+def _require_kernels() -> tuple[Any, Any]:
+    if (error := import_error()) is not None:
+        raise ImportError(
+            f"backend='triton' needs mamba-ssm, which cannot be imported ({error}): docs/gpu.md says how to install it"
+        ) from error
+    return _kernels()
+
+
+def _number_documents(seq_idx: Tensor) -> Tensor:
+    """0, 1, 2, … by the changes of `seq_idx` so far, int32.
+
+    The kernels give the initial state to the documents numbered 0, and a chunk's state to a later chunk's tokens of the
+    same number, whatever stands between them.
+    """
+    changes = seq_idx[:, 1:] != seq_idx[:, :-1]
+    return F.pad(changes.cumsum(1, dtype=torch.int32), (1, 0))
+
+
+def _check_size(x_BLHP: Tensor, dt_BLH: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, chunk_size: int) -> None:
+    """ValueError where an offset in a tensor, ours or the kernels' own, would overflow."""
+    batch, length, heads, head_dim = x_BLHP.shape
+    groups, state_size = B_BLGN.shape[2:]
+    ours = [(t.shape[0] - 1) * t.stride(0) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN)]
+    ours += [(length - 1) * t.stride(1) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN)]
+    chunks = -(-length // chunk_size)
+    # y, the scores of pairs, the states of chunks.
+    a_chunk = max(chunk_size * heads * head_dim, groups * chunk_size**2, heads * head_dim * state_size)
+    if max(*ours, batch * chunks * a_chunk) > MAX_OFFSET:
+        raise ValueError(
+            f"x.shape={list(x_BLHP.shape)} is more than the kernels can address in 32 bits; "
+            "use a smaller micro-batch, more tensor-parallel processes or backend='torch'"
+        )

@@ -1,0 +1,74 @@
+"""Runs triton_checks.py in processes of their own: without a GPU under Triton's interpreter, else on the GPU.
+
+Triton decides when it is imported whether it interprets. mamba-ssm must not be importable anywhere else without its
+compiled part (tests/ops/requirements.txt says why), so it lies in a folder beside the environment's packages, which
+tools/bootstrap fills.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+PACKAGES = Path(sys.prefix) / "mamba_ssm"
+
+
+def run_checks(*arguments: str, paths: tuple[Path, ...] = (), **environment: str) -> str:
+    """What pytest says of triton_checks.py, all of whose tests passed."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--noconftest", "-q", *arguments]
+    done = subprocess.run(
+        [*command, str(HERE / "triton_checks.py")],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, (*paths, HERE))),
+            "PYTEST_ADDOPTS": "",
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_the_pinned_version_is_that_of_gpu_nodes() -> None:
+    files = (HERE / "requirements.txt", ROOT / "requirements-gpu.txt", ROOT / "docs/gpu.md")
+    for package in ("mamba-ssm", "einops"):
+        pins = [pin for file in files for pin in re.findall(rf"\b{package}==(\S+)", file.read_text())]
+        assert len(pins) > 1 and len(set(pins)) == 1, pins
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processors", ["1", "132"])
+def test_kernels_by_the_interpreter(processors: str) -> None:
+    """With one processor, and with an H100's: then the heads of a group fall to several programs."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, on which the test below runs the kernels")
+    if not (PACKAGES / "mamba_ssm").is_dir():
+        command = "MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-deps --no-build-isolation"
+        options = f"--no-cache-dir --require-hashes --target {PACKAGES} -r tests/ops/requirements.txt"
+        pytest.skip(f"no {PACKAGES}; make it: {command} {options}")
+    environment = {"TRITON_INTERPRET": "1", "MAMBA_DETERMINISTIC": "1", "INTERPRETED_PROCESSORS": processors}
+    only = () if processors == "1" else ("-k", "recurrence and 77-1 or bf16")
+    said = run_checks("-p", "triton_interpreter", *only, paths=(PACKAGES,), **environment)
+    assert re.search(r"^\d+ passed", said, re.MULTILINE), said
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: `python -m pytest -m gpu tests/ops`")
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_kernels_on_the_gpu(precision: str) -> None:
+    if importlib.util.find_spec("mamba_ssm") is None:
+        pytest.skip("needs mamba-ssm; docs/gpu.md says how to install it")
+    run_checks(TRITON_F32_DEFAULT=precision)

@@ -1,0 +1,200 @@
+"""mamba-ssm's kernels behind `ssd` against the recurrence; test_ssd_triton.py runs this file, in a process of its own.
+
+On CPU tensors by Triton's interpreter (triton_interpreter.py), or on a GPU. "Relative" error and the reference are
+those of test_ssd.py.
+"""
+
+# B=batch L=sequence H=heads P=head dim G=groups N=state
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from test_ssd import (  # pyright: ignore[reportMissingImports]
+    HEADS,
+    NAMES,
+    assert_close,
+    make_inputs,
+    run,
+)
+from torch import Tensor
+
+from megatron_txssm.ops.ssd import ssd, ssd_step
+from megatron_txssm.ops.ssd_reference import ssd_reference
+from megatron_txssm.ops.ssd_reference import ssd_step as reference_step
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# Under TRITON_F32_DEFAULT=ieee, which the interpreter does anyway; TF32 has 10 bits. bf16 has 8, and what goes from one
+# product into the next is rounded to it (the interpreter cuts it off). Not measured on a GPU yet (docs/gpu-status.md).
+FP32 = 1e-5 if INTERPRETED or os.environ.get("TRITON_F32_DEFAULT") == "ieee" else 5e-3
+BF16 = 2**-6
+SIZES: Any = {"head_dim": 16, "state": 16}
+
+
+def by_kernels(
+    *tensors: Tensor, chunk_size: int = 32, initial_state: Tensor | None = None, seq_idx: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`ssd` on the device; what comes back, and the gradients, are CPU tensors."""
+    x, dt, A, B, C = (tensor.to(DEVICE) for tensor in tensors)
+    initial_state, seq_idx = (t if t is None else t.to(DEVICE) for t in (initial_state, seq_idx))
+    y, state = ssd(
+        x, dt, A, B, C, chunk_size=chunk_size, initial_state=initial_state, seq_idx=seq_idx, backend="triton"
+    )
+    return y.cpu(), state.cpu()
+
+
+def numbered(*rows: list[int], numbers: list[int] | None = None) -> Tensor:
+    """seq_idx of rows of documents, given by their lengths."""
+    return torch.stack(
+        [torch.repeat_interleave(torch.tensor(numbers or range(len(row))), torch.tensor(row)) for row in rows]
+    )
+
+
+def check(inputs: dict[str, Tensor], tolerance: float = FP32, **options: Any) -> None:
+    """Output, final state and the gradients of all six inputs, through both."""
+    seq_idx = options.get("seq_idx")
+    actual = run(by_kernels, {name: tensor.float() for name, tensor in inputs.items()}, **options)
+    assert_close(actual, run(ssd_reference, inputs, seq_idx=seq_idx), tolerance)
+
+
+@pytest.mark.parametrize(("length", "groups"), [(1, 2), (5, HEADS), (32, 1), (77, 1), (77, 2), (77, HEADS)])
+def test_kernels_equal_the_recurrence(length: int, groups: int) -> None:
+    check(make_inputs(length, groups, **SIZES))
+
+
+def test_sizes_of_a_real_model() -> None:
+    check(make_inputs(70, 1, batch=1, head_dim=64, state=128), chunk_size=64)
+
+
+# With chunks of 16: documents end inside a chunk, several times in it, at its edge, after one token; and the last chunk
+# is not full. The two rows of the batch are packed differently.
+DOCUMENTS = (([5, 11, 3, 1, 25], [16, 1, 28]), ([45], [44, 1]), ([1, 33, 11], [17, 15, 13]))
+
+
+@pytest.mark.parametrize("rows", DOCUMENTS, ids=str)
+def test_packed_documents_behind_an_initial_state(rows: tuple[list[int], ...]) -> None:
+    """The state belongs to the first document of each row only, which may end in any chunk."""
+    check(make_inputs(45, 2, **SIZES), chunk_size=16, seq_idx=numbered(*rows))
+
+
+@pytest.mark.parametrize("numbers", [[7, 8, 9, 10, 11], [0, 1, 0, 1, 0], [-1, -2, -1, 0, -3]])
+def test_the_change_of_a_number_counts_not_its_value(numbers: list[int]) -> None:
+    x, dt, A, B, C, state = make_inputs(45, 2, torch.float32, **SIZES).values()
+    lengths = [3, 17, 9, 10, 6]
+    results = [
+        by_kernels(x, dt, A, B, C, initial_state=state, chunk_size=16, seq_idx=numbered(lengths, lengths, numbers=n))
+        for n in (numbers, [0, 1, 2, 3, 4])
+    ]
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_training_without_a_state() -> None:
+    """What a model in training asks for: no initial state, and only the output is used."""
+    inputs = make_inputs(45, 2, **SIZES)
+    del inputs["initial_state"]
+    results = []
+    for function, dtype in ((by_kernels, torch.float32), (ssd_reference, torch.float64)):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs.values()]
+        y, _ = function(*leaves)
+        results.append(dict(zip(inputs, torch.autograd.grad(y.square().sum(), leaves), strict=True)))
+    assert_close(*results, FP32)
+
+
+def test_views_of_one_projection_as_the_mixer_makes_them() -> None:
+    """Tokens before batch, x, B, C and dt side by side: no dimension but the last is contiguous."""
+    inputs = make_inputs(45, 2, **SIZES)
+    widths = {name: inputs[name].flatten(2).shape[-1] for name in ("x", "B", "C", "dt")}
+    packed_LBE = torch.cat([inputs[name].flatten(2) for name in widths], dim=-1).transpose(0, 1).contiguous()
+
+    def gradient(function: Any, packed_LBE: Tensor) -> dict[str, Tensor]:
+        leaf = packed_LBE.clone().requires_grad_()
+        parts = dict(zip(widths, leaf.transpose(0, 1).split(list(widths.values()), dim=-1), strict=True))
+        x, B, C = (parts[name].unflatten(-1, (-1, 16)) for name in ("x", "B", "C"))
+        y, state = function(x, parts["dt"], inputs["A"].to(leaf), B, C)
+        return {"y": y, "packed": torch.autograd.grad(y.square().sum() + state.square().sum(), leaf)[0]}
+
+    assert_close(gradient(by_kernels, packed_LBE.float()), gradient(ssd_reference, packed_LBE), FP32)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 40, 64])
+def test_any_chunk_size(chunk_size: int) -> None:
+    *inputs, state = make_inputs(70, 1, torch.float32, **SIZES).values()
+    results = by_kernels(*inputs, initial_state=state, chunk_size=chunk_size)
+    expected = ssd_reference(*(tensor.double() for tensor in inputs), initial_state=state.double())
+    assert_close(*(dict(zip(("y", "state"), pair, strict=True)) for pair in (results, expected)), FP32)
+
+
+def test_bf16_inputs() -> None:
+    inputs = make_inputs(45, 2, torch.float32, **SIZES)
+    for name in ("x", "B", "C"):
+        inputs[name] = inputs[name].bfloat16()
+    seq_idx = numbered(*DOCUMENTS[0])
+    actual = run(by_kernels, inputs, chunk_size=16, seq_idx=seq_idx)
+    assert actual["y"].dtype == actual["dx"].dtype == torch.bfloat16
+    assert actual["final_state"].dtype == actual["ddt"].dtype == actual["dA"].dtype == torch.float32
+
+    # The cotangent of a bf16 y is bf16: round it in the same way, or its rounding would count as an error.
+    def rounded_y(*arguments: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        y, final_state = ssd_reference(*arguments, **options)
+        return y.bfloat16(), final_state
+
+    expected = run(rounded_y, {name: t.double() for name, t in inputs.items()}, seq_idx=seq_idx)
+    assert_close(actual, expected, BF16)
+
+
+def one_token(groups: int, dtype: torch.dtype) -> list[Tensor]:
+    """x, dt, A, B, C of a token, and the state before it."""
+    inputs = make_inputs(1, groups, dtype, **SIZES)
+    return [tensor if name in ("A", "initial_state") else tensor[:, 0] for name, tensor in inputs.items()]
+
+
+@pytest.mark.parametrize("groups", [1, 2, HEADS])
+def test_a_step_equals_the_recurrences_and_leaves_the_old_state(groups: int) -> None:
+    x, dt, A, B, C, state = (tensor.to(DEVICE) for tensor in one_token(groups, torch.float32))
+    before = state.clone()
+    y, new = ssd_step(x, dt, A, B, C, state, backend="triton")
+    expected = reference_step(*one_token(groups, torch.float64))
+    assert_close({"y": y.cpu(), "state": new.cpu()}, dict(zip(("y", "state"), expected, strict=True)), FP32)
+    assert torch.equal(state, before)
+
+
+def test_a_step_that_is_differentiated_is_not_the_kernels() -> None:
+    x, dt, A, B, C, state = (tensor.to(DEVICE) for tensor in one_token(2, torch.float32))
+    y, new = ssd_step(x, dt, A, B, C, state.requires_grad_(), backend="triton")
+    (gradient,) = torch.autograd.grad(y.sum() + new.sum(), state)
+    assert gradient.abs().min() > 0
+
+
+def test_what_the_kernels_cannot_do_is_refused() -> None:
+    inputs = [make_inputs(20, 2, **SIZES)[name].to(DEVICE) for name in NAMES[:5]]
+    with pytest.raises(ValueError, match=r"x.dtype=torch.float64 is none .* use fp32, bf16 or backend='torch'"):
+        ssd(*inputs, chunk_size=16, backend="triton")
+    # 2^31 numbers, of which none is in memory.
+    x, dt, B = (torch.empty(1, 2**20, *shape, device="meta") for shape in ((32, 64), (32,), (4, 128)))
+    with pytest.raises(ValueError, match=r"x.shape=\[1, 1048576, 32, 64\] is more .* use a smaller micro-batch"):
+        ssd(x, dt, torch.empty(32, device="meta"), B, B, chunk_size=256, backend="triton")
+
+
+def test_deterministic_algorithms_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mamba_ssm.utils.determinism import use_deterministic_mode  # pyright: ignore[reportMissingImports]
+
+    monkeypatch.delenv("MAMBA_DETERMINISTIC", raising=False)
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    for on in (True, False):
+        torch.use_deterministic_algorithms(on)
+        assert use_deterministic_mode() is on
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="an interpreter adds in one order; a GPU may not")
+def test_deterministic_kernels_repeat_their_bits() -> None:
+    inputs = make_inputs(4096, 1, torch.float32, head_dim=64, state=128)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    first, second = (run(by_kernels, inputs, chunk_size=256) for _ in range(2))
+    torch.use_deterministic_algorithms(before)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
