@@ -30,6 +30,8 @@ def add_transxssm_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument("--ssd-chunk-size", type=int, help="tokens per chunk of the state-space scan")
     group.add_argument("--length-scaling-base", type=int, help="scale C by log_base(position) beyond this many tokens")
     group.add_argument("--rotary-table-precision", choices=("fp32", "fp64"), help="precision of the angles")
+    # A field of Megatron's TransformerConfig, to which Megatron hands every argument of a field's name.
+    group.add_argument("--fp8-dot-product-attention", action="store_true", help="FP8 in core attention (needs FP8)")
     group.add_argument("--blend-stages", help="JSON of a training blend that changes (recipes: data.stages)")
     parser.set_defaults(**DEFAULTS)
     return parser

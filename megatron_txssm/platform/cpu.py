@@ -203,12 +203,15 @@ def _adapt_megatron() -> None:
     import megatron.core.distributed.param_and_grad_buffer as param_and_grad_buffer
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed
+    import megatron.training.initialize as initialize
     import megatron.training.training as training
 
     from megatron_txssm.platform.adam import Adam
 
     # pretrain() asserts a GPU unless told otherwise, and offers no argument to tell it.
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
+    # --tp-comm-overlap concerns Transformer Engine's layers alone.
+    initialize._initialize_tp_communicators = _nothing
     # Without apex and TE Megatron takes torch's Adam, which its distributed optimizer cannot resume (see adam.py).
     if not distributed.HAVE_APEX_OR_TE:
         optimizer.Adam = distributed.Adam = Adam

@@ -42,6 +42,13 @@ def _query_groups(value: int | None, recipe: "Recipe") -> list[str]:
     return [] if value is None else ["--group-query-attention", "--num-query-groups", str(value)]
 
 
+def _bf16_ends(layers: int, recipe: "Recipe") -> list[str]:
+    if layers == 0:
+        return []
+    counts = ["--num-layers-at-start-in-bf16", str(layers), "--num-layers-at-end-in-bf16", str(layers)]
+    return ["--first-last-layers-bf16", *counts]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """Architecture."""
@@ -227,6 +234,33 @@ class Training:
         "--transformer-impl",
         default="transformer_engine",
         choices=("local", "transformer_engine"),
+    )
+    fp8: str | None = setting(
+        "FP8 in the layers' GEMMs: e4m3, or hybrid (e5m2 for gradients); null: none. local: emulated",
+        "--fp8-format",
+        default=None,
+        choices=("hybrid", "e4m3"),
+        owns=("--fp4-format", "--fp4-recipe", "--fp4-quantizer-factory"),
+    )
+    fp8_recipe: str = setting(
+        "what FP8 numbers are scaled by: the maxima of steps before, of a tensor, of its blocks, of blocks of 32",
+        "--fp8-recipe",
+        default="delayed",
+        choices=("delayed", "tensorwise", "blockwise", "mxfp8"),
+        owns=("--fp8-quantizer-factory",),
+        render=lambda value, recipe: argument("--fp8-recipe", value if recipe.training.fp8 else None),
+    )
+    fp8_attention: bool = setting(
+        "FP8 in core attention, too; which GPU can: docs/fp8.md", "--fp8-dot-product-attention", default=False
+    )
+    first_last_layers_bf16: int = setting(
+        "layers at the beginning, and as many at the end, that stay in bf16 under FP8",
+        "--first-last-layers-bf16",
+        "--num-layers-at-start-in-bf16",
+        "--num-layers-at-end-in-bf16",
+        default=0,
+        at_least=0,
+        render=_bf16_ends,
     )
 
 

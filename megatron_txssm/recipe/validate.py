@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.fp8_checks import check_fp8
 from megatron_txssm.recipe.recipe import Recipe
 
 
@@ -17,6 +18,7 @@ def validate(recipe: Recipe, world_size: int | None = None) -> None:
     _check_tensor_parallel(recipe)
     _check_other_parallel(recipe)
     _check_length(recipe)
+    check_fp8(recipe)
     _check_data(recipe)
     if world_size is not None:
         _check_world_size(recipe, world_size)

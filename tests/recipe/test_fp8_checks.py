@@ -1,0 +1,181 @@
+"""FP8 in recipes: what would be dropped or has no kernel is refused, sizes fit, and each recipe suits its GPU."""
+
+import pytest
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.fp8_checks import check_fp8, check_fp8_on
+from megatron_txssm.recipe.loader import load_recipe, recipe_names
+from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
+
+H100, B200, ADA, AMPERE, RTX_50 = (9, 0), (10, 0), (8, 9), (8, 0), (12, 0)
+# What torch 2.13 brings.
+CUDNN = (9, 20, 0)
+OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
+FP8_RECIPES = [name for name in recipe_names() if "_fp8_" in name]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "wanted"),
+    [
+        ("transxssm_1.3b", ["fp8_attention=true"], "fp8_attention=true has no effect without training.fp8"),
+        ("transxssm_1.3b", ["fp8_recipe=mxfp8"], "fp8_recipe=mxfp8 has no effect without training.fp8"),
+        ("transxssm_1.3b", ["first_last_layers_bf16=1"], "first_last_layers_bf16=1 has no effect without"),
+        ("transxssm_1.3b", ["fp8=hybrid", "precision=fp32"], "fp8=hybrid needs training.precision=bf16, not fp32"),
+        ("transxssm_1.3b", ["fp8=e5m2"], "must be one of hybrid, e4m3"),
+        (
+            "transxssm_1.3b_fp8_h100",
+            ["fp8_recipe=blockwise"],
+            "fp8_attention=true would be dropped by Megatron with training.fp8_recipe=blockwise",
+        ),
+        (
+            "transxssm_1.3b_fp8_h100",
+            ["first_last_layers_bf16=1"],
+            "first_last_layers_bf16=1 is not possible with training.fp8_recipe=delayed",
+        ),
+        (
+            "transxssm_1.3b_fp8_b200",
+            ["first_last_layers_bf16=12"],
+            "first_last_layers_bf16=12 leaves no layer to FP8; use at most 11",
+        ),
+        ("mamba2_1.3b_fp8_h100", ["fp8_attention=true"], "has no effect: layer_pattern=S has no attention"),
+        # 768 + 2·4·128 + 12 rows.
+        (
+            "transxssm_320m",
+            ["fp8=hybrid"],
+            "in-projection has 1804 rows (one of them is dt's for each head); use state_n",
+        ),
+        ("transxssm_320m", ["fp8=hybrid"], "use state_num_heads of 16, or another state_size"),
+    ],
+)
+def test_a_contradiction_names_value_and_remedy(name: str, overrides: list[str], wanted: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(name, [f"training.{override}" for override in overrides])
+    assert wanted in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["model.ffn_hidden_size=6008"], "the FFN has 6008 channels; use ffn_hidden_size of 6000 or 6016"),
+        (["model.kv_channels=72", "model.num_attention_heads=31"], "use kv_channels of 64 or 80"),
+        (
+            ["training.seq_length=8", "training.micro_batch_size=1"],
+            "has 8 tokens; use a seq_length that is a multiple of 16",
+        ),
+        (["parallel.tensor_model_parallel_size=4"], "in-projection has 1032 rows"),
+    ],
+)
+def test_sides_of_gemms_are_multiples_of_sixteen(overrides: list[str], wanted: str) -> None:
+    base = ["training.fp8=hybrid", "training.fp8_attention=false"]
+    with pytest.raises(UserError) as error:
+        load_recipe("transxssm_1.3b", [*base, *overrides])
+    assert "needs multiples of 16" in str(error.value) and wanted in str(error.value)
+
+
+def test_blocks_of_32_need_multiples_of_32() -> None:
+    """2064 rows of the in-projection on each of two ranks are 129 x 16."""
+    load_recipe("transxssm_1.3b_fp8_h100", ["parallel.tensor_model_parallel_size=2"])
+    with pytest.raises(UserError, match=r"multiples of 32, but on a rank .* 2064 rows .* state_num_heads of 64"):
+        load_recipe("transxssm_1.3b_fp8_b200", ["parallel.tensor_model_parallel_size=2"])
+
+
+def test_the_remedy_for_the_state_space_is_one() -> None:
+    heads = ["model.state_num_heads=16", "model.state_head_dim=48"]
+    assert load_recipe("transxssm_320m", ["training.fp8=hybrid", *heads]).state_space is not None
+
+
+def test_emulation_takes_any_size() -> None:
+    load_recipe("transxssm_320m", ["training.fp8=hybrid", "training.transformer_impl=local"])
+
+
+def test_sequence_parallel_ranks_share_the_tokens() -> None:
+    layout = ["parallel.tensor_model_parallel_size=2", "training.micro_batch_size=1", "training.seq_length=16"]
+    load_recipe("transxssm_1.3b_fp8_h100", layout)
+    with pytest.raises(UserError, match="a micro-batch has 8 tokens; use a seq_length that is a multiple of 32"):
+        load_recipe("transxssm_1.3b_fp8_h100", [*layout, "parallel.sequence_parallel=true"])
+
+
+def test_packed_documents_have_no_fp8_attention() -> None:
+    recipe = load_recipe("transxssm_1.3b_fp8_h100")
+    object.__setattr__(recipe.data, "isolate_documents", True)
+    with pytest.raises(UserError, match=r"does not go with data\.isolate_documents=true"):
+        check_fp8(recipe)
+    object.__setattr__(recipe.training, "fp8_attention", False)
+    check_fp8(recipe)
+
+
+@pytest.mark.parametrize("name", FP8_RECIPES)
+def test_each_recipe_suits_the_gpu_of_its_name(name: str) -> None:
+    check_fp8_on(load_recipe(name), H100 if name.endswith("h100") else B200, CUDNN)
+
+
+def test_there_is_a_recipe_for_each_architecture() -> None:
+    architectures = {name.split("_")[0] for name in FP8_RECIPES if name.endswith("_h100")}
+    assert architectures == {"transxssm", "llama3", "mamba2", "jamba"}
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "gpu", "wanted"),
+    [
+        ("transxssm_1.3b_fp8_h100", [], AMPERE, "needs compute capability 8.9 or more, .*8.0.*; set training.fp8=null"),
+        ("transxssm_1.3b_fp8_h100", [], ADA, "it has no FP8 attention"),
+        ("transxssm_1.3b_fp8_h100", [], RTX_50, "it has no FP8 attention"),
+        ("transxssm_1.3b_fp8_h100", ["training.fp8_recipe=tensorwise"], H100, "has FP8 attention from Blackwell on"),
+        ("transxssm_1.3b_fp8_h100", ["model.num_attention_heads=32"], H100, "128 channels only, not 64; .*heads=16"),
+        ("transxssm_1.3b_fp8_b200", [], H100, "mxfp8 needs compute capability 10.0"),
+        ("transxssm_1.3b_fp8_b200", [], RTX_50, "has no GEMM in all layouts"),
+        ("transxssm_1.3b_fp8_b200", ["training.fp8_attention=true"], B200, "needs cuDNN 9.21 or newer .*not 9.20.0"),
+        ("mamba2_1.3b_fp8_h100", ["training.fp8_recipe=blockwise"], ADA, "blockwise needs compute capability 9.0"),
+    ],
+)
+def test_what_a_gpu_has_no_kernel_for_is_refused(
+    name: str, overrides: list[str], gpu: tuple[int, int], wanted: str
+) -> None:
+    recipe = load_recipe(name, overrides)
+    with pytest.raises(UserError, match=wanted):
+        check_fp8_on(recipe, gpu, CUDNN)
+    # Emulation needs nothing of a GPU.
+    check_fp8_on(load_recipe(name, [*overrides, "training.transformer_impl=local"]), gpu, CUDNN)
+
+
+def test_other_pairs_of_recipe_and_gpu_work() -> None:
+    for override in ("training.fp8_recipe=tensorwise", "model.num_attention_heads=32"):
+        check_fp8_on(load_recipe("transxssm_1.3b_fp8_h100", [override]), B200, CUDNN)
+    mxfp8 = load_recipe("transxssm_1.3b_fp8_b200", ["training.fp8_attention=true"])
+    check_fp8_on(mxfp8, B200, (9, 21, 0))
+    ends = ["training.fp8_recipe=tensorwise", "training.fp8_attention=false", "training.first_last_layers_bf16=2"]
+    check_fp8_on(load_recipe("transxssm_1.3b_fp8_h100", ends), ADA, CUDNN)
+    check_fp8_on(load_recipe("transxssm_1.3b"), AMPERE, CUDNN)
+
+
+def test_an_environment_variable_may_not_change_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVTE_DPA_FP8_RECIPE", "F16")
+    with pytest.raises(UserError, match="NVTE_DPA_FP8_RECIPE would change"):
+        check_fp8_on(load_recipe("transxssm_1.3b_fp8_h100"), H100, CUDNN)
+
+
+def test_megatron_gets_the_settings() -> None:
+    args = parse_megatron_arguments(megatron_arguments(load_recipe("transxssm_1.3b_fp8_h100", OWN_DATA)))
+    assert (args.fp8, args.fp8_recipe, args.fp8_dot_product_attention) == ("hybrid", "delayed", True)
+    assert (args.fp8_amax_history_len, args.fp8_amax_compute_algo) == (1024, "max")
+    assert not args.first_last_layers_bf16
+    ends = ["training.first_last_layers_bf16=2", *OWN_DATA]
+    args = parse_megatron_arguments(megatron_arguments(load_recipe("transxssm_1.3b_fp8_b200", ends)))
+    assert (args.fp8, args.fp8_recipe, args.fp8_dot_product_attention) == ("e4m3", "mxfp8", False)
+    assert args.first_last_layers_bf16
+    assert (args.num_layers_at_start_in_bf16, args.num_layers_at_end_in_bf16) == (2, 2)
+    plain = parse_megatron_arguments(megatron_arguments(load_recipe("transxssm_1.3b", OWN_DATA)))
+    assert (plain.fp8, plain.fp8_dot_product_attention) == (None, False)
+
+
+@pytest.mark.parametrize("flag", ["fp8_recipe", "fp8", "first_last_layers_bf16", "fp8_dot_product_attention", "fp4"])
+def test_the_megatron_section_cannot_contradict(flag: str) -> None:
+    with pytest.raises(UserError, match=f"megatron.{flag}=.*: set training"):
+        megatron_arguments(load_recipe("transxssm_1.3b_fp8_h100", [*OWN_DATA, f"megatron.{flag}=true"]))
+
+
+def test_the_scales_of_all_recipes_are_known() -> None:
+    field = type(load_recipe("transxssm_1.3b").training).__dataclass_fields__["fp8_recipe"]
+    for way in field.metadata["setting"].choices:
+        overrides = ["training.fp8=hybrid", f"training.fp8_recipe={way}"]
+        check_fp8_on(load_recipe("transxssm_1.3b", overrides), B200, CUDNN)
