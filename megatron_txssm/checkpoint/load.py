@@ -17,6 +17,11 @@ from megatron_txssm.recipe.validate import check_tokenizer_file
 # Megatron's own modules, as they need no GPU.
 _ONE_PROCESS = (
     "training.transformer_impl=local",
+    # A way to train; the weights are those of a bf16 model.
+    "training.fp8=null",
+    "training.fp8_recipe=delayed",
+    "training.fp8_attention=false",
+    "training.first_last_layers_bf16=0",
     "parallel.tensor_model_parallel_size=1",
     "parallel.pipeline_model_parallel_size=1",
     "parallel.virtual_pipeline_stages=null",

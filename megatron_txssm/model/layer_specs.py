@@ -8,6 +8,7 @@ gives that our arguments too.
 
 from typing import Any
 
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, get_backend
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
@@ -26,6 +27,7 @@ from megatron.training import get_args
 from megatron_txssm.compat import mend_megatron
 from megatron_txssm.errors import UserError
 from megatron_txssm.model.arguments import DEFAULTS, state_space_config
+from megatron_txssm.model.fp8_emulation import Float8SpecProvider, emulated_fp8
 from megatron_txssm.model.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
 from megatron_txssm.model.local_modules import TorchSpecProvider
 from megatron_txssm.model.self_attention import UnifiedRotarySelfAttention
@@ -106,17 +108,32 @@ def hybrid_block_spec(
     for name, value in BUILT_IN.items():
         if (asked := getattr(config, name, value)) != value:
             raise UserError(f"{name}={asked} is not supported by TransXSSM's layers; use {value}")
+    transformer: Any = getattr(config, "transformer", config)
     # Otherwise Megatron saves all layers as one stacked tensor, which layers of different kinds cannot be.
-    getattr(config, "transformer", config).hetereogenous_dist_checkpoint = True
+    transformer.hetereogenous_dist_checkpoint = True
     backend = TorchSpecProvider() if config.transformer_impl == "local" else get_backend(config.transformer_impl)
+    layers = fp8_layers = _layer_specs(config, backend, state_space, rotary)
+    if config.transformer_impl == "local" and emulated_fp8(transformer):
+        fp8_backend = Float8SpecProvider(attention=transformer.fp8_dot_product_attention)
+        fp8_layers = _layer_specs(config, fp8_backend, state_space, rotary)
+    kinds = layer_kinds(layer_pattern, config.num_layers)
+    return TransformerBlockSubmodules(
+        layer_specs=[
+            (layers if is_first_last_bf16_layer(transformer, index) else fp8_layers)[kinds[index]]
+            for index in _stage_layers(config, vp_stage, pp_rank)
+        ],
+        layer_norm=backend.layer_norm(rms_norm=True),
+    )
+
+
+def _layer_specs(
+    config: Any, backend: BackendSpecProvider, state_space: StateSpaceConfig | None, rotary: UnifiedRotaryEmbedding
+) -> dict[str, ModuleSpec]:
+    """A layer of each kind."""
     layers = {ATTENTION: _layer_spec(config, backend, "linear_qkv", _attention_spec(backend, rotary))}
     if state_space is not None:
         layers[STATE_SPACE] = _layer_spec(config, backend, "in_proj", _state_space_spec(backend, state_space, rotary))
-    kinds = layer_kinds(layer_pattern, config.num_layers)
-    return TransformerBlockSubmodules(
-        layer_specs=[layers[kinds[index]] for index in _stage_layers(config, vp_stage, pp_rank)],
-        layer_norm=backend.layer_norm(rms_norm=True),
-    )
+    return layers
 
 
 def _stage_layers(config: Any, vp_stage: int | None, pp_rank: int | None) -> range | list[int]:

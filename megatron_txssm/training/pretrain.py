@@ -69,9 +69,10 @@ def _report(error: BaseException, terminal: TextIO, exit_code: int, log: Path | 
 
 def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     """Initialise Megatron from the recipe and run its loop to the end."""
-    from megatron_txssm.platform import prepare_platform
+    from megatron_txssm.platform import check_gpu, prepare_platform
 
     platform_arguments = prepare_platform()
+    check_gpu(recipe)
     import torch.distributed
     from megatron.core.enums import ModelType
     from megatron.training import pretrain as megatron_pretrain
@@ -90,6 +91,9 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     if args.rank == 0:
         keep_recipe(recipe, recipe.run_path)
         describe_checkpoints_at_saves(recipe)
+        if args.fp8 and args.transformer_impl == "local":
+            emulated = f"FP8 ({args.fp8_recipe}) is emulated, as there is no Transformer Engine"
+            print(f"{emulated}: same rounding, no speed", file=terminal, flush=True)
     shield_saves_from_sigterm()
     # Megatron's handler saves and stops at SIGTERM, which clusters send; a person's Ctrl-C shall do the same.
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
