@@ -17,6 +17,7 @@ from megatron_txssm.recipe.validate import check_tokenizer_file
 # Megatron's own modules, as they need no GPU.
 _ONE_PROCESS = (
     "training.transformer_impl=local",
+    "model.ssd_backend=auto",
     # A way to train; the weights are those of a bf16 model.
     "training.fp8=null",
     "training.fp8_recipe=delayed",

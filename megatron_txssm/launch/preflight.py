@@ -11,7 +11,7 @@ from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import check_files, validate
 
 # Fields of `model` that change how it is computed or was started, not what a checkpoint holds.
-_FREE_AT_RESUME = ("chunk_size", "init_method_std", "rotary_table_precision")
+_FREE_AT_RESUME = ("chunk_size", "ssd_backend", "init_method_std", "rotary_table_precision")
 # Those that lengthen the context of a trained model.
 _FREE_AT_FINE_TUNING = (
     "model.rotary_base",

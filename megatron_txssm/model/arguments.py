@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from megatron_txssm.model.layer_pattern import DEFAULT_LAYER_PATTERN
-from megatron_txssm.model.state_space_config import POSITION_ENCODINGS, StateSpaceConfig
+from megatron_txssm.model.state_space_config import POSITION_ENCODINGS, SSD_BACKENDS, StateSpaceConfig
 
 # Where Megatron was started without our arguments (stock pretrain_gpt.py --spec), these hold.
 DEFAULTS: dict[str, Any] = {
@@ -13,6 +13,7 @@ DEFAULTS: dict[str, Any] = {
     "state_space_gated": False,
     "state_space_no_dt_bias": False,
     "ssd_chunk_size": 256,
+    "ssd_backend": "auto",
     "length_scaling_base": None,
     "rotary_table_precision": "fp32",
 }
@@ -28,6 +29,7 @@ def add_transxssm_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument("--state-space-gated", action="store_true", help="Mamba-2's output gate and grouped RMSNorm")
     group.add_argument("--state-space-no-dt-bias", action="store_true", help="no learned bias under dt's softplus")
     group.add_argument("--ssd-chunk-size", type=int, help="tokens per chunk of the state-space scan")
+    group.add_argument("--ssd-backend", choices=SSD_BACKENDS, help="what computes the state-space scan")
     group.add_argument("--length-scaling-base", type=int, help="scale C by log_base(position) beyond this many tokens")
     group.add_argument("--rotary-table-precision", choices=("fp32", "fp64"), help="precision of the angles")
     # A field of Megatron's TransformerConfig, to which Megatron hands every argument of a field's name.
@@ -51,5 +53,6 @@ def state_space_config(args: Namespace) -> StateSpaceConfig:
         gated=ours["state_space_gated"],
         dt_bias=not ours["state_space_no_dt_bias"],
         chunk_size=ours["ssd_chunk_size"],
+        ssd_backend=ours["ssd_backend"],
         length_scaling_base=ours["length_scaling_base"],
     )

@@ -6,8 +6,10 @@ state-space mixer in the place of self-attention. Stock Megatron-LM's pretrain_g
 gives that our arguments too.
 """
 
+import warnings
 from typing import Any
 
+import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, get_backend
@@ -34,6 +36,7 @@ from megatron_txssm.model.self_attention import UnifiedRotarySelfAttention
 from megatron_txssm.model.state_space_config import StateSpaceConfig
 from megatron_txssm.model.state_space_mixer import StateSpaceMixer, StateSpaceMixerSubmodules
 from megatron_txssm.model.unified_rope import UnifiedRotaryEmbedding
+from megatron_txssm.ops.ssd_triton import why_unavailable
 
 # What the layers below are built with. Megatron has arguments for other values, which they would not follow.
 BUILT_IN: dict[str, Any] = {
@@ -89,7 +92,20 @@ def transxssm_block_spec(config: Any, vp_stage: int | None = None) -> Transforme
     pattern = getattr(args, "layer_pattern", DEFAULTS["layer_pattern"])
     # Where no layer is one, sizes that fit no state-space layer are no fault.
     state_space = state_space_config(args) if STATE_SPACE in pattern else None
+    if state_space is not None:
+        check_ssd_backend(state_space.ssd_backend)
     return hybrid_block_spec(config, pattern, state_space, rotary, vp_stage=vp_stage)
+
+
+def check_ssd_backend(backend: str) -> None:
+    """UserError where the kernels are asked for and cannot run; a warning where "auto" goes without them on a GPU."""
+    reason = None if backend == "torch" else why_unavailable()
+    if reason is None:
+        return
+    if backend == "triton":
+        raise UserError(f"ssd_backend=triton cannot run here: {reason}; set model.ssd_backend to auto or torch")
+    if torch.cuda.is_available():
+        warnings.warn(f"ssd_backend=auto scans in PyTorch, which is slower: {reason}", stacklevel=2)
 
 
 def hybrid_block_spec(

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from megatron_txssm.errors import UserError
 
 POSITION_ENCODINGS = ("rope", "conv1d_d", "a_t")
+# What computes the scan; "auto" is mamba-ssm's Triton kernels where they can run, else PyTorch.
+SSD_BACKENDS = ("auto", "torch", "triton")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class StateSpaceConfig:
     dt_bias: bool = True
     # Chunk length of the parallel scan, in tokens (the paper's chunk_len).
     chunk_size: int = 256
+    # One of SSD_BACKENDS.
+    ssd_backend: str = "auto"
     # Appendix A: beyond this many tokens, C is scaled by log_base(position). None: never.
     length_scaling_base: int | None = None
     # Taps of the causal convolution of "conv1d_d".
@@ -42,6 +46,8 @@ class StateSpaceConfig:
             raise UserError(
                 f"position_encoding={self.position_encoding!r} is unknown; use one of {', '.join(POSITION_ENCODINGS)}"
             )
+        if self.ssd_backend not in SSD_BACKENDS:
+            raise UserError(f"ssd_backend={self.ssd_backend!r} is unknown; use one of {', '.join(SSD_BACKENDS)}")
         for name in ("hidden_size", "num_heads", "head_dim", "state_size", "num_groups", "chunk_size", "conv_kernel"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")

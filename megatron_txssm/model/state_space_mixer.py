@@ -198,7 +198,9 @@ class StateSpaceMixer(MegatronModule):
 
         if x_BLHP.shape[1] == 1 and cache.state_BHPN is not None:
             x_BHP, dt_BH, B_BGN, C_BGN = (t.squeeze(1) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN))
-            y_BHP, state_BHPN = ssd_step(x_BHP, dt_BH, A_H, B_BGN, C_BGN, cache.state_BHPN)
+            y_BHP, state_BHPN = ssd_step(
+                x_BHP, dt_BH, A_H, B_BGN, C_BGN, cache.state_BHPN, backend=self.state_space.ssd_backend
+            )
             y_BLHP = y_BHP.unsqueeze(1)
         else:
             y_BLHP, state_BHPN = ssd(
@@ -209,6 +211,7 @@ class StateSpaceMixer(MegatronModule):
                 C_BLGN,
                 chunk_size=self.state_space.chunk_size,
                 initial_state=cache.state_BHPN,
+                backend=self.state_space.ssd_backend,
             )
         if self.conv_sizes:
             y_BLHP = y_BLHP + (self.D[:, None] * x_BLHP).to(y_BLHP.dtype)

@@ -31,6 +31,16 @@ def is_available(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64 and import_error() is None
 
 
+def why_unavailable() -> str | None:
+    """What keeps the kernels from running in this process; None where nothing does."""
+    if not torch.cuda.is_available():
+        return "it needs a CUDA device, and there is none"
+    error = import_error()
+    if error is not None:
+        return f"it needs mamba-ssm, which cannot be imported ({error}): docs/gpu.md says how to install it"
+    return None
+
+
 @functools.cache
 def import_error() -> ImportError | None:
     """Why the kernels cannot be imported; None where they can."""

@@ -146,6 +146,7 @@ class Recipe:
             gated=model.state_gated,
             dt_bias=model.state_dt_bias,
             chunk_size=model.chunk_size,
+            ssd_backend=model.ssd_backend,
             length_scaling_base=model.length_scaling_base,
         )
 

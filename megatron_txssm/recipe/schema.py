@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_txssm.model.layer_pattern import DEFAULT_LAYER_PATTERN
-from megatron_txssm.model.state_space_config import POSITION_ENCODINGS
+from megatron_txssm.model.state_space_config import POSITION_ENCODINGS, SSD_BACKENDS
 from megatron_txssm.recipe.setting import Blend, Stages, Weights, argument, setting
 
 if TYPE_CHECKING:
@@ -114,6 +114,12 @@ class Model:
         render=lambda biased, recipe: [] if biased else ["--state-space-no-dt-bias"],
     )
     chunk_size: int = setting("tokens per chunk of the state-space scan", "--ssd-chunk-size", default=256, at_least=1)
+    ssd_backend: str = setting(
+        "what computes it: PyTorch, mamba-ssm's Triton kernels, or those where they can run (auto)",
+        "--ssd-backend",
+        default="auto",
+        choices=SSD_BACKENDS,
+    )
     length_scaling_base: int | None = setting(
         "tokens beyond which C is scaled by log_base(position) (appendix A); null: never",
         "--length-scaling-base",

@@ -71,6 +71,7 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     """Initialise Megatron from the recipe and run its loop to the end."""
     from megatron_txssm.platform import check_gpu, prepare_platform
 
+    follow_deterministic_mode(recipe)
     platform_arguments = prepare_platform()
     check_gpu(recipe)
     import torch.distributed
@@ -114,6 +115,15 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     finally:
         monitor.close()
     torch.distributed.destroy_process_group()
+
+
+def follow_deterministic_mode(recipe: Recipe) -> None:
+    """Tell mamba-ssm of Megatron's --deterministic-mode before it is imported, which Megatron does too early itself.
+
+    Else its kernels add without atomics, but in blocks of the size that each run finds to be the fastest.
+    """
+    if any(on and key.lstrip("-").replace("-", "_") == "deterministic_mode" for key, on in recipe.megatron.items()):
+        os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
 
 
 def write_stacks_when_asked() -> None:

@@ -1,5 +1,6 @@
 """The block spec: which layer stands where, whose angles attention takes, the model that Megatron builds from it."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ from tiny import HIDDEN, VOCABULARY, build_gpt, perturb, relative_error, state_s
 from torch import Tensor
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.model.layer_specs import hybrid_block_spec
+from megatron_txssm.model.layer_specs import check_ssd_backend, hybrid_block_spec
 from megatron_txssm.model.self_attention import UnifiedRotarySelfAttention
 from megatron_txssm.model.state_space_config import POSITION_ENCODINGS
 from megatron_txssm.model.state_space_mixer import StateSpaceMixer
 from megatron_txssm.model.unified_rope import UnifiedRotaryEmbedding
+from megatron_txssm.ops import ssd_triton
 
 LETTERS = {StateSpaceMixer: "S", UnifiedRotarySelfAttention: "A"}
 # No slice of it is another one's twin.
@@ -67,6 +69,21 @@ def test_an_uneven_layout_is_followed(one_process: None) -> None:
 def test_pattern_errors_name_value_and_remedy(one_process: None, pattern: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         kinds(transformer_config(num_layers=8), pattern)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_kernels_that_cannot_run_are_refused_or_missed(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(ssd_triton, "import_error", lambda: ImportError("No module named 'mamba_ssm'"))
+    reason = r"mamba-ssm, which cannot be imported \(No module named 'mamba_ssm'\)" if gpu else "a CUDA device"
+    with pytest.raises(UserError, match=rf"ssd_backend=triton cannot run here: it needs {reason}.* auto or torch"):
+        check_ssd_backend("triton")
+    with warnings.catch_warnings(record=True, action="always") as said:
+        check_ssd_backend("torch")
+        assert not said
+        check_ssd_backend("auto")
+    # On a CPU nobody expects them.
+    assert len(said) == gpu
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,14 @@ def test_groups_must_fall_whole_to_the_ranks() -> None:
         state_space_config(num_groups=3)
     with pytest.raises(UserError, match=r"state_size=7 is odd.*use 8"):
         state_space_config(state_size=7)
+    with pytest.raises(UserError, match=r"ssd_backend='cuda' is unknown; use one of auto, torch, triton"):
+        state_space_config(ssd_backend="cuda")
+
+
+def test_the_backend_is_handed_to_the_operator(one_process: None) -> None:
+    mixer = build_mixer(state_space_config(ssd_backend="triton"))
+    with pytest.raises(ImportError, match=r"backend='triton' needs mamba-ssm"):
+        mixer(torch.zeros(3, 1, HIDDEN))
 
 
 def test_a_mixer_refuses_a_layout_that_would_split_a_group(one_process: None) -> None:

@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.training.pretrain import follow_deterministic_mode
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PACKAGES = Path(sys.prefix) / "mamba_ssm"
@@ -47,6 +50,14 @@ def test_the_pinned_version_is_that_of_gpu_nodes() -> None:
     for package in ("mamba-ssm", "einops"):
         pins = [pin for file in files for pin in re.findall(rf"\b{package}==(\S+)", file.read_text())]
         assert len(pins) > 1 and len(set(pins)) == 1, pins
+
+
+@pytest.mark.parametrize("word", ["deterministic_mode", "--deterministic-mode"])
+def test_a_deterministic_run_tells_mamba_ssm(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for on, value in (("false", None), ("true", "1")):
+        monkeypatch.delenv("MAMBA_DETERMINISTIC", raising=False)
+        follow_deterministic_mode(load_recipe("demo_cpu", [f"megatron.{word}={on}"]))
+        assert os.environ.get("MAMBA_DETERMINISTIC") == value
 
 
 @pytest.mark.slow

@@ -100,7 +100,8 @@ def test_training_without_a_state() -> None:
         leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs.values()]
         y, _ = function(*leaves)
         results.append(dict(zip(inputs, torch.autograd.grad(y.square().sum(), leaves), strict=True)))
-    assert_close(*results, FP32)
+    actual, expected = results
+    assert_close(actual, expected, FP32)
 
 
 def test_views_of_one_projection_as_the_mixer_makes_them() -> None:
@@ -122,9 +123,9 @@ def test_views_of_one_projection_as_the_mixer_makes_them() -> None:
 @pytest.mark.parametrize("chunk_size", [1, 40, 64])
 def test_any_chunk_size(chunk_size: int) -> None:
     *inputs, state = make_inputs(70, 1, torch.float32, **SIZES).values()
-    results = by_kernels(*inputs, initial_state=state, chunk_size=chunk_size)
+    y, final = by_kernels(*inputs, initial_state=state, chunk_size=chunk_size)
     expected = ssd_reference(*(tensor.double() for tensor in inputs), initial_state=state.double())
-    assert_close(*(dict(zip(("y", "state"), pair, strict=True)) for pair in (results, expected)), FP32)
+    assert_close({"y": y, "state": final}, dict(zip(("y", "state"), expected, strict=True)), FP32)
 
 
 def test_bf16_inputs() -> None:

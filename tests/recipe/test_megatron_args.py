@@ -49,7 +49,7 @@ def test_every_flag_of_the_table_is_megatrons() -> None:
 def test_the_state_space_sizes_survive_the_way_through_megatron() -> None:
     from megatron_txssm.model.arguments import state_space_config
 
-    for override in ("model.length_scaling_base=4096", "model.state_dt_bias=false"):
+    for override in ("model.length_scaling_base=4096", "model.ssd_backend=torch", "model.state_dt_bias=false"):
         recipe = load_recipe("mamba2_1.3b", [*OWN_DATA, override])
         assert state_space_config(parse_megatron_arguments(megatron_arguments(recipe))) == recipe.state_space
     assert recipe.state_space is not None and not recipe.state_space.dt_bias

@@ -40,6 +40,11 @@ def test_a_wrong_field(tiny: TinyRun, fields: list[str], wanted: list[str]) -> N
     assert not tiny.run.exists()
 
 
+def test_kernels_that_cannot_run(tiny: TinyRun) -> None:
+    done = tiny.pretrain(fields=["model.ssd_backend=triton"])
+    check_message(done, 2, "ssd_backend=triton cannot run here", "CUDA", "set model.ssd_backend to auto or torch")
+
+
 def test_a_typo_in_the_file(tiny: TinyRun) -> None:
     tiny.recipe.write_text(tiny.recipe.read_text().replace("hidden_size: 32", "hiden_size: 32", 1))
     check_message(tiny.pretrain(), 2, str(tiny.recipe), "'model.hiden_size'", "did you mean 'hidden_size'?")
