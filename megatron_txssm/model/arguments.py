@@ -4,7 +4,12 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from megatron_txssm.model.layer_pattern import DEFAULT_LAYER_PATTERN
-from megatron_txssm.model.state_space_config import POSITION_ENCODINGS, SSD_BACKENDS, StateSpaceConfig
+from megatron_txssm.model.state_space_config import (
+    CONTEXT_PARALLEL_METHODS,
+    POSITION_ENCODINGS,
+    SSD_BACKENDS,
+    StateSpaceConfig,
+)
 
 # Where Megatron was started without our arguments (stock pretrain_gpt.py --spec), these hold.
 DEFAULTS: dict[str, Any] = {
@@ -16,6 +21,8 @@ DEFAULTS: dict[str, Any] = {
     "ssd_backend": "auto",
     "length_scaling_base": None,
     "rotary_table_precision": "fp32",
+    "state_context_parallel": "state_passing",
+    "isolate_documents": False,
 }
 
 
@@ -32,6 +39,10 @@ def add_transxssm_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument("--ssd-backend", choices=SSD_BACKENDS, help="what computes the state-space scan")
     group.add_argument("--length-scaling-base", type=int, help="scale C by log_base(position) beyond this many tokens")
     group.add_argument("--rotary-table-precision", choices=("fp32", "fp64"), help="precision of the angles")
+    group.add_argument(
+        "--state-context-parallel", choices=CONTEXT_PARALLEL_METHODS, help="what state-space layers exchange"
+    )
+    group.add_argument("--isolate-documents", action="store_true", help="neither attention nor state crosses documents")
     # A field of Megatron's TransformerConfig, to which Megatron hands every argument of a field's name.
     group.add_argument("--fp8-dot-product-attention", action="store_true", help="FP8 in core attention (needs FP8)")
     group.add_argument("--blend-stages", help="JSON of a training blend that changes (recipes: data.stages)")
@@ -55,4 +66,5 @@ def state_space_config(args: Namespace) -> StateSpaceConfig:
         chunk_size=ours["ssd_chunk_size"],
         ssd_backend=ours["ssd_backend"],
         length_scaling_base=ours["length_scaling_base"],
+        context_parallel_method=ours["state_context_parallel"],
     )

@@ -41,7 +41,6 @@ from megatron_txssm.ops.ssd_triton import why_unavailable
 # What the layers below are built with. Megatron has arguments for other values, which they would not follow.
 BUILT_IN: dict[str, Any] = {
     "normalization": "RMSNorm",
-    "context_parallel_size": 1,
     "add_bias_linear": False,
     "add_qkv_bias": False,
     "qk_layernorm": False,

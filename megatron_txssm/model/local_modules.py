@@ -8,8 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.parallel_state import get_context_parallel_group
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+
+from megatron_txssm.model.context_parallel import Zigzag
+from megatron_txssm.model.documents import PackedDocuments
 
 
 class RMSNorm(nn.Module):
@@ -47,7 +51,7 @@ class FinalRMSNorm(RMSNorm):
 class ScaledDotProductAttention(nn.Module):
     """Causal core attention by torch's fused kernels; Megatron's local one materialises every score.
 
-    Queries are the last S of T positions, so the same code serves training (S = T), prompts in pieces and decoding.
+    Under context parallelism keys and values are gathered from all ranks. With packed documents each is computed alone.
     """
 
     def __init__(
@@ -56,6 +60,9 @@ class ScaledDotProductAttention(nn.Module):
         super().__init__()
         self.dropout = config.attention_dropout
         self.softmax_scale = kwargs.get("softmax_scale")
+        pg_collection = kwargs.get("pg_collection")
+        cp_group = get_context_parallel_group(check_initialized=False) if pg_collection is None else pg_collection.cp
+        self.zigzag = Zigzag.of(cp_group if config.context_parallel_size > 1 else None)
 
     def forward(
         self,
@@ -65,11 +72,27 @@ class ScaledDotProductAttention(nn.Module):
         attention_mask: Tensor | None,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: PackedDocuments | None = None,
     ) -> Tensor:
         """[S, B, H, D], [T, B, H_kv, D], [T, B, H_kv, D] → [S, B, H·D]."""
+        if self.zigzag.size > 1:
+            key, value = self.zigzag.gather_tokens(torch.stack([key, value], dim=2)).unbind(2)
         if packed_seq_params is not None:
-            raise ValueError("packed sequences need transformer_impl: transformer_engine")
+            rows: list[list[Tensor]] = [[] for _ in range(query.shape[1])]
+            for row, queries, keys in packed_seq_params.segments(self.zigzag):
+                own = slice(row, row + 1)
+                rows[row].append(self._attend(query[queries, own], key[keys, own], value[keys, own]))
+            out = torch.cat([torch.cat(segments) for segments in rows], dim=1)
+        elif self.zigzag.size > 1:
+            ranges = self.zigzag.ranges(query.shape[0])
+            pieces = zip(query.chunk(len(ranges)), ranges, strict=True)
+            out = torch.cat([self._attend(piece, key[: r.stop], value[: r.stop]) for piece, r in pieces])
+        else:
+            out = self._attend(query, key, value)
+        return out.flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[S, B, H, D]; queries are the last S of T positions: all of them, or what decoding adds to a prompt."""
         num_queries, num_keys = query.shape[0], key.shape[0]
         mask = None
         if 1 < num_queries < num_keys:
@@ -83,7 +106,7 @@ class ScaledDotProductAttention(nn.Module):
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )
-        return out.permute(2, 0, 1, 3).flatten(2)
+        return out.permute(2, 0, 1, 3)
 
 
 class TorchSpecProvider(LocalSpecProvider):

@@ -10,6 +10,7 @@ from megatron_txssm.errors import UserError
 POSITION_ENCODINGS = ("rope", "conv1d_d", "a_t")
 # What computes the scan; "auto" is mamba-ssm's Triton kernels where they can run, else PyTorch.
 SSD_BACKENDS = ("auto", "torch", "triton")
+CONTEXT_PARALLEL_METHODS = ("state_passing", "all_to_all")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class StateSpaceConfig:
     ssd_backend: str = "auto"
     # Appendix A: beyond this many tokens, C is scaled by log_base(position). None: never.
     length_scaling_base: int | None = None
+    # What context-parallel ranks exchange: the states between their pieces of the sequence, or all activations, so that
+    # each scans a share of the heads.
+    context_parallel_method: str = "state_passing"
     # Taps of the causal convolution of "conv1d_d".
     conv_kernel: int = 4
 
@@ -63,6 +67,19 @@ class StateSpaceConfig:
             )
         if self.length_scaling_base is not None and self.length_scaling_base < 2:
             raise UserError(f"length_scaling_base={self.length_scaling_base} tokens must be at least 2")
+
+    def check_context_parallel(self, size: int, tensor_parallel_size: int, piece_length: int) -> None:
+        """UserError unless `size` context-parallel ranks can share a sequence of pieces of `piece_length` tokens."""
+        if size > 1 and self.conv_sizes and piece_length < self.conv_kernel - 1:
+            raise UserError(
+                f"context_parallel_size={size} leaves pieces of {piece_length} tokens, fewer than the "
+                f"{self.conv_kernel - 1} that the convolution looks back; use longer sequences"
+            )
+        if self.context_parallel_method == "all_to_all" and self.num_groups % (tensor_parallel_size * size) != 0:
+            raise UserError(
+                f"num_groups={self.num_groups} is not divisible by tensor_model_parallel_size={tensor_parallel_size} x "
+                f"context_parallel_size={size}; use state_context_parallel: state_passing, or more groups"
+            )
 
     def check_tensor_parallel(self, size: int) -> None:
         """UserError unless whole groups (and so whole heads) fall to each of `size` tensor-parallel ranks."""

@@ -1,8 +1,9 @@
 """The state-space mixer: what stands in a state-space layer where an attention layer has its self-attention.
 
 B=batch  L=sequence length  D=hidden size  H=heads  P=head dim  G=groups  N=state size  K=convolution kernel
-H and G count this tensor-parallel rank's share, [L, B, D] is Megatron's layout; under sequence parallelism the mixer's
-input and output hold L / tensor_model_parallel_size tokens, and the projections gather and scatter them.
+H and G count this tensor-parallel rank's share, L this context-parallel rank's, [L, B, D] is Megatron's layout; under
+sequence parallelism the mixer's input and output hold L / tensor_model_parallel_size tokens, and the projections gather
+and scatter them.
 """
 
 from collections.abc import Callable
@@ -24,10 +25,13 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 
 from megatron_txssm.compat import split_tensor_factory
+from megatron_txssm.model.context_parallel import Zigzag
+from megatron_txssm.model.documents import PackedDocuments
+from megatron_txssm.model.piecewise_scan import documents_before, scan
 from megatron_txssm.model.state_space_config import StateSpaceConfig
 from megatron_txssm.model.unified_rope import UnifiedRotaryEmbedding, length_scale
 from megatron_txssm.ops.rotary import apply_rotary
-from megatron_txssm.ops.ssd import ssd, ssd_step
+from megatron_txssm.ops.ssd import ssd_step
 
 # They set the decay exp(dt·A), which compounds over thousands of tokens: in bf16 its logarithm would have three digits.
 FP32_PARAMETERS = ("A_log", "dt_bias", "D")
@@ -75,6 +79,7 @@ class StateSpaceMixer(MegatronModule):
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.tp_size = self.pg_collection.tp.size()
         state_space.check_tensor_parallel(self.tp_size)
+        self.zigzag = Zigzag.of(self.pg_collection.cp)
         self.in_proj_sizes = {part: size // self.tp_size for part, size in state_space.in_proj_sizes.items()}
         self.conv_sizes = {part: size // self.tp_size for part, size in state_space.conv_sizes.items()}
 
@@ -156,16 +161,15 @@ class StateSpaceMixer(MegatronModule):
         """[L, B, D] → ([L, B, D], bias=None).
 
         With an `inference_context` (Megatron's StaticInferenceContext) the tokens continue the sequence that the
-        layer's cache in it has seen; L may be 1 or any number. Attention's keyword arguments that mean nothing here are
-        ignored.
+        layer's cache in it has seen; L may be 1 or any number. With `packed_seq_params` no state crosses a document's
+        end. Attention's keyword arguments that mean nothing here are ignored.
         """
-        if kwargs.get("packed_seq_params") is not None:
-            raise ValueError(
-                "packed sequences are not supported by state-space layers yet; pack without packed_seq_params"
-            )
+        documents = kwargs.get("packed_seq_params")
+        if documents is not None and not isinstance(documents, PackedDocuments):
+            raise ValueError("state-space layers take packed documents as documents.PackedDocuments only")
         cache, offset = self._cache(inference_context)
         projected_LBE, _ = self.in_proj(hidden_states)
-        y_BLE, cache = self._scan(projected_LBE.transpose(0, 1), offset, cache)
+        y_BLE, cache = self._scan(projected_LBE.transpose(0, 1), offset, cache, documents)
         if inference_context is not None:
             inference_context.key_value_memory_dict[self.layer_number] = cache
         return self.out_proj(y_BLE.transpose(0, 1).contiguous())
@@ -176,23 +180,26 @@ class StateSpaceMixer(MegatronModule):
             return StateSpaceCache(), 0
         if not inference_context.is_static_batching():
             raise ValueError("state-space layers decode with Megatron's StaticInferenceContext only")
+        if self.zigzag.size > 1:
+            raise ValueError("state-space layers decode without context parallelism only")
         offset = inference_context.sequence_len_offset
         if offset == 0:
             return StateSpaceCache(), 0
         return inference_context.key_value_memory_dict[self.layer_number], offset
 
-    def _scan(self, projected_BLE: Tensor, offset: int, cache: StateSpaceCache) -> tuple[Tensor, StateSpaceCache]:
+    def _scan(
+        self, projected_BLE: Tensor, offset: int, cache: StateSpaceCache, documents: PackedDocuments | None
+    ) -> tuple[Tensor, StateSpaceCache]:
         """Convolution, rotation and SSD of the packed projection; returns y and the cache behind the last token."""
         history_BEK = cache.history_BEK
         if self.conv_sizes:
-            projected_BLE, history_BEK = self._convolve(projected_BLE, history_BEK)
-        parts = dict(
-            zip(self.in_proj_sizes, projected_BLE.split(list(self.in_proj_sizes.values()), dim=-1), strict=True)
-        )
-        x_BLHP = parts["x"].unflatten(-1, (-1, self.state_space.head_dim))
-        B_BLGN, C_BLGN = (parts[part].unflatten(-1, (-1, self.state_space.state_size)) for part in ("B", "C"))
-        B_BLGN, C_BLGN = self._rotate(B_BLGN, C_BLGN, offset)
-        dt_BLH = parts["dt"].float()
+            projected_BLE, history_BEK = self._convolve(projected_BLE, history_BEK, documents)
+        sizes = self.in_proj_sizes
+        merged = [sizes.get("z", 0), sizes["x"], sizes["B"] + sizes["C"], sizes["dt"]]
+        z_BLE, x_BLE, BC_BLE, dt_BLH = projected_BLE.split(merged, dim=-1)
+        x_BLHP = x_BLE.unflatten(-1, (-1, self.state_space.head_dim))
+        B_BLGN, C_BLGN = self._rotate(BC_BLE, offset, documents)
+        dt_BLH = dt_BLH.float()
         dt_BLH = F.softplus(dt_BLH if self.dt_bias is None else dt_BLH + self.dt_bias)
         A_H = -torch.exp(self.A_log)
 
@@ -203,47 +210,79 @@ class StateSpaceMixer(MegatronModule):
             )
             y_BLHP = y_BHP.unsqueeze(1)
         else:
-            y_BLHP, state_BHPN = ssd(
+            y_BLHP, state_BHPN = scan(
                 x_BLHP,
                 dt_BLH,
                 A_H,
                 B_BLGN,
                 C_BLGN,
-                chunk_size=self.state_space.chunk_size,
+                state_space=self.state_space,
+                zigzag=self.zigzag,
+                document_BL=None if documents is None else documents.document_BL,
                 initial_state=cache.state_BHPN,
-                backend=self.state_space.ssd_backend,
             )
         if self.conv_sizes:
             y_BLHP = y_BLHP + (self.D[:, None] * x_BLHP).to(y_BLHP.dtype)
         y_BLE = y_BLHP.to(projected_BLE.dtype).flatten(2)
         if self.state_space.gated:
-            y_BLE = self._gated_norm(y_BLE, parts["z"])
+            y_BLE = self._gated_norm(y_BLE, z_BLE)
         return y_BLE, StateSpaceCache(state_BHPN, history_BEK)
 
-    def _rotate(self, B_BLGN: Tensor, C_BLGN: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-        """Unified RoPE (eq. 2, 3) and appendix A's scaling of C."""
-        length = B_BLGN.shape[1]
+    def _rotate(self, BC_BLE: Tensor, offset: int, documents: PackedDocuments | None) -> tuple[Tensor, Tensor]:
+        """B and C, both turned at once by Unified RoPE (eq. 2, 3), C scaled as in appendix A; [B, L, G, N] each."""
+        BC_BLGN = BC_BLE.unflatten(-1, (-1, self.state_space.state_size))
+        ranges = self.zigzag.ranges(BC_BLE.shape[1], offset)
         if self.state_space.position_encoding == "rope":
-            cos_LR, sin_LR = self.rotary.cos_sin(
-                length, self.state_space.state_size, offset=offset, device=B_BLGN.device
-            )
-            B_BLGN, C_BLGN = apply_rotary(B_BLGN, cos_LR, sin_LR), apply_rotary(C_BLGN, cos_LR, sin_LR)
+            width, device = self.state_space.state_size, BC_BLE.device
+            tables = [self.rotary.cos_sin(r.stop - r.start, width, offset=r.start, device=device) for r in ranges]
+            cos_LR, sin_LR = tables[0] if len(tables) == 1 else map(torch.cat, zip(*tables, strict=True))
+            BC_BLGN = apply_rotary(BC_BLGN, cos_LR, sin_LR)
+        B_BLGN, C_BLGN = BC_BLGN.chunk(2, dim=2)
         if self.state_space.length_scaling_base is not None:
-            positions_L = torch.arange(offset, offset + length, device=C_BLGN.device)
-            scale_L = length_scale(positions_L, self.state_space.length_scaling_base)
-            C_BLGN = C_BLGN * scale_L[:, None, None].to(C_BLGN.dtype)
+            if documents is None:
+                positions_BL = torch.cat([torch.arange(r.start, r.stop, device=BC_BLE.device) for r in ranges])[None]
+            else:
+                assert documents.position_BL is not None
+                positions_BL = self.zigzag.own(documents.position_BL)
+            scale_BL = length_scale(positions_BL, self.state_space.length_scaling_base)
+            C_BLGN = C_BLGN * scale_BL[..., None, None].to(C_BLGN.dtype)
         return B_BLGN, C_BLGN
 
-    def _convolve(self, projected_BLE: Tensor, history_BEK: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mamba-2's causal depthwise convolution and SiLU over the packed x, B, C; E counts the channels of a part."""
+    def _convolve(
+        self, projected_BLE: Tensor, history_BEK: Tensor | None, documents: PackedDocuments | None
+    ) -> tuple[Tensor, Tensor]:
+        """Mamba-2's causal depthwise convolution and SiLU over the packed x, B, C; E counts the channels of a part.
+
+        A context-parallel rank convolves its pieces as rows of their own, behind the last inputs of the piece before.
+        """
         channels, kernel = self.conv1d_weight.shape[0], self.conv1d_weight.shape[-1]
         before = self.in_proj_sizes.get("z", 0)
         z, xBC_BLE, dt = projected_BLE.split([before, channels, self.in_proj_sizes["dt"]], dim=-1)
-        if history_BEK is None:
+        xBC_blE = self.zigzag.fold(xBC_BLE)
+        if self.zigzag.size > 1:
+            history_BEK = self.zigzag.previous_tails(xBC_blE, kernel - 1).mT
+        elif history_BEK is None:
             history_BEK = xBC_BLE.new_zeros(xBC_BLE.shape[0], channels, kernel - 1)
-        seen_BEL = torch.cat([history_BEK, xBC_BLE.transpose(1, 2)], dim=-1)
-        out_BEL = F.silu(F.conv1d(seen_BEL, self.conv1d_weight, self.conv1d_bias, groups=channels))
-        return torch.cat([z, out_BEL.transpose(1, 2), dt], dim=-1), seen_BEL[..., seen_BEL.shape[-1] - (kernel - 1) :]
+        seen_bEl = torch.cat([history_BEK, xBC_blE.mT], dim=-1)
+        if documents is None:
+            out_bEl = F.conv1d(seen_bEl, self.conv1d_weight, self.conv1d_bias, groups=channels)
+        else:
+            out_bEl = self._convolve_documents(seen_bEl, documents)
+        out_BLE = self.zigzag.unfold(F.silu(out_bEl).mT)
+        return torch.cat([z, out_BLE, dt], dim=-1), seen_bEl[..., seen_bEl.shape[-1] - (kernel - 1) :]
+
+    def _convolve_documents(self, seen_bEl: Tensor, documents: PackedDocuments) -> Tensor:
+        """The convolution tap by tap, each where it stays inside the document."""
+        kernel = self.conv1d_weight.shape[-1]
+        assert documents.document_BL is not None
+        own_bl = self.zigzag.fold(self.zigzag.own(documents.document_BL))
+        seen_bl = torch.cat([documents_before(documents.document_BL, self.zigzag, kernel - 1), own_bl], dim=1)
+        length = own_bl.shape[1]
+        out_bEl = self.conv1d_bias[:, None]
+        for tap in range(kernel):
+            inside_b1l = (seen_bl[:, tap : tap + length] == own_bl)[:, None]
+            out_bEl = out_bEl + self.conv1d_weight[:, :, tap] * (seen_bEl[..., tap : tap + length] * inside_b1l)
+        return out_bEl
 
     def _gated_norm(self, y_BLE: Tensor, z_BLE: Tensor) -> Tensor:
         """Mamba-2's gate, then RMSNorm within each group: groups never cross ranks, so any layout gives the same."""

@@ -148,6 +148,7 @@ class Recipe:
             chunk_size=model.chunk_size,
             ssd_backend=model.ssd_backend,
             length_scaling_base=model.length_scaling_base,
+            context_parallel_method=self.parallel.state_context_parallel,
         )
 
     def to_yaml(self) -> str:

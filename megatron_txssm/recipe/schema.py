@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_txssm.model.layer_pattern import DEFAULT_LAYER_PATTERN
-from megatron_txssm.model.state_space_config import POSITION_ENCODINGS, SSD_BACKENDS
+from megatron_txssm.model.state_space_config import CONTEXT_PARALLEL_METHODS, POSITION_ENCODINGS, SSD_BACKENDS
 from megatron_txssm.recipe.setting import Blend, Stages, Weights, argument, setting
 
 if TYPE_CHECKING:
@@ -178,6 +178,12 @@ class Parallel:
     )
     context_parallel_size: int = setting(
         "processes that share each sequence", "--context-parallel-size", default=1, at_least=1
+    )
+    state_context_parallel: str = setting(
+        "what the state-space layers of these exchange: states between pieces of the sequence, or all activations",
+        "--state-context-parallel",
+        default="state_passing",
+        choices=CONTEXT_PARALLEL_METHODS,
     )
     sequence_parallel: bool = setting(
         "split norms and residuals over the tensor-parallel processes; without effect where there is one",
@@ -363,6 +369,12 @@ class Data:
         "--make-vocab-size-divisible-by",
         default=128,
         at_least=1,
+    )
+    isolate_documents: bool = setting(
+        "neither attention nor the state crosses the end of a document inside a sample",
+        "--isolate-documents",
+        default=False,
+        owns=("--reset-position-ids", "--reset-attention-mask", "--dataloader-inter-document-masking"),
     )
     cache_path: str | None = setting(
         "folder of Megatron's shuffled indices; null: beside the data", "--data-cache-path", default=None

@@ -128,6 +128,12 @@ def _check_tensor_parallel(recipe: Recipe) -> None:
         value = getattr(model, name)
         if value is not None:
             _check_divisible(name, value, "tensor_model_parallel_size", size, _short_list(value))
+    if model.ffn_hidden_size // size % 2 != 0:
+        raise UserError(
+            f"ffn_hidden_size={model.ffn_hidden_size} leaves {model.ffn_hidden_size // size} channels to each "
+            f"tensor-parallel process, an odd number, which Megatron's warm-up of SwiGLU cannot halve; "
+            f"use {model.ffn_hidden_size + size}"
+        )
     if recipe.state_space is not None:
         with _recipe_names():
             recipe.state_space.check_tensor_parallel(size)
@@ -137,8 +143,8 @@ def _check_tensor_parallel(recipe: Recipe) -> None:
     )
     if recipe.parallel.sequence_parallel:
         _check_divisible(
-            "seq_length",
-            recipe.training.seq_length,
+            "seq_length / context_parallel_size",
+            recipe.training.seq_length // recipe.parallel.context_parallel_size,
             "tensor_model_parallel_size",
             size,
             "or set sequence_parallel: false",
@@ -161,8 +167,16 @@ def _check_other_parallel(recipe: Recipe) -> None:
             f"virtual_pipeline_stages={virtual}; use virtual_pipeline_stages of one of "
             f"{', '.join(map(str, divisors(num_layers // pipeline)))}"
         )
-    if parallel.context_parallel_size > 1:
-        raise UserError(f"context_parallel_size={parallel.context_parallel_size} is not supported yet; use 1")
+    context, length = parallel.context_parallel_size, recipe.training.seq_length
+    if context > 1 and length % (2 * context) != 0:
+        raise UserError(
+            f"seq_length={length} is not divisible by 2 x context_parallel_size={context}, the pieces of a sequence; "
+            f"use a multiple of {2 * context}"
+        )
+    if recipe.state_space is not None:
+        with _recipe_names():
+            tensor = parallel.tensor_model_parallel_size
+            recipe.state_space.check_context_parallel(context, tensor, length // (2 * context))
 
 
 def _check_length(recipe: Recipe) -> None:

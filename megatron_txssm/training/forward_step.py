@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.parallel_state import get_context_parallel_group
 from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
 from megatron_txssm.compat import get_args
 from megatron_txssm.errors import UserError
+from megatron_txssm.model.context_parallel import Zigzag
+from megatron_txssm.model.documents import PackedDocuments
 from megatron_txssm.training.staged_blend import StagedDatasetBuilder
 from megatron_txssm.training.validation_sets import by_subset
 
@@ -43,9 +46,11 @@ def datasets_provider(num_samples: list[Any], vp_stage: int | None = None) -> li
         mmap_bin_files=args.mmap_bin_files,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         tokenizer=checked_tokenizer(),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
+        reset_position_ids=False,
+        reset_attention_mask=False,
         eod_mask_loss=args.eod_mask_loss,
+        # Positions restart with every document, which is how forward_step learns of them.
+        inter_document_masking=args.isolate_documents,
         # Attention is causal by construction; a mask would cost L² bytes a sample.
         create_attention_mask=False,
     )
@@ -78,10 +83,11 @@ def checked_tokenizer() -> Any:
 def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
     """One micro-batch through this stage: (output, a function from output to Megatron's loss triple)."""
     batch = next(data_iterator)
-    tokens, labels, loss_mask, position_ids = (
-        batch[key].to(torch.cuda.current_device(), non_blocking=True) for key in BATCH_KEYS
-    )
-    output = model(tokens, position_ids, None, labels=labels)
+    batch = {key: batch[key].to(torch.cuda.current_device(), non_blocking=True) for key in BATCH_KEYS}
+    documents = PackedDocuments.from_position_ids(batch["position_ids"]) if get_args().isolate_documents else None
+    zigzag = Zigzag.of(get_context_parallel_group())
+    tokens, labels, loss_mask, position_ids = (zigzag.own(batch[key]) for key in BATCH_KEYS)
+    output = model(tokens, position_ids, None, labels=labels, packed_seq_params=documents)
     return output, partial(loss_function, loss_mask)
 
 

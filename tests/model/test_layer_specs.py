@@ -88,7 +88,7 @@ def test_kernels_that_cannot_run_are_refused_or_missed(gpu: bool, monkeypatch: p
 
 @pytest.mark.parametrize(
     ("field", "value", "built"),
-    [("context_parallel_size", 2, 1), ("qk_layernorm", True, False), ("normalization", "LayerNorm", "RMSNorm")],
+    [("qk_layernorm", True, False), ("normalization", "LayerNorm", "RMSNorm")],
 )
 def test_what_the_layers_would_not_follow_is_refused(
     one_process: None, field: str, value: object, built: object

@@ -29,8 +29,10 @@ from tiny import (
 from torch import Tensor
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.model.documents import PackedDocuments
 from megatron_txssm.model.state_space_config import POSITION_ENCODINGS, StateSpaceConfig
 from megatron_txssm.model.state_space_mixer import FP32_PARAMETERS, StateSpaceMixer
+from megatron_txssm.ops import ssd_triton
 
 VARIANTS = [(encoding, gated) for encoding in POSITION_ENCODINGS for gated in (False, True)]
 variants = pytest.mark.parametrize(("encoding", "gated"), VARIANTS, ids=[f"{e}{'-gated' * g}" for e, g in VARIANTS])
@@ -282,7 +284,8 @@ def test_groups_must_fall_whole_to_the_ranks() -> None:
         state_space_config(ssd_backend="cuda")
 
 
-def test_the_backend_is_handed_to_the_operator(one_process: None) -> None:
+def test_the_backend_is_handed_to_the_operator(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssd_triton, "import_error", lambda: ImportError("not here"))
     mixer = build_mixer(state_space_config(ssd_backend="triton"))
     with pytest.raises(ImportError, match=r"backend='triton' needs mamba-ssm"):
         mixer(torch.zeros(3, 1, HIDDEN))
@@ -294,9 +297,25 @@ def test_a_mixer_refuses_a_layout_that_would_split_a_group(one_process: None) ->
         build_mixer(state_space_config(), pg_collection=three_ranks)
 
 
+@variants
+def test_packed_documents_are_documents_alone(one_process: None, encoding: str, gated: bool) -> None:
+    """Rows of a batch are packed differently; output and every gradient, of the input's parts too."""
+    mixer = build(encoding, gated, length_scaling_base=3)
+    lengths = ([5, 1, 15], [9, 12])
+    positions_BL = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    leaves = {**dict(mixer.named_parameters()), "input": hidden_states().requires_grad_()}
+    packed, _ = mixer(leaves["input"], packed_seq_params=PackedDocuments.from_position_ids(positions_BL))
+    rows = zip(leaves["input"].unbind(1), lengths, strict=True)
+    alone = [torch.cat([mixer(part[:, None])[0] for part in row_LD.split(n)]) for row_LD, n in rows]
+    expected = torch.cat(alone, dim=1)
+    assert relative_error(packed, expected) < 1e-5
+    ours, theirs = gradients(packed, leaves), gradients(expected, leaves)
+    assert {name: error for name in leaves if (error := relative_error(ours[name], theirs[name])) > 1e-5} == {}
+
+
 def test_packed_sequences_and_other_caches_are_refused(one_process: None) -> None:
     mixer = build("rope", gated=False)
-    with pytest.raises(ValueError, match="packed sequences are not supported"):
+    with pytest.raises(ValueError, match=r"as documents.PackedDocuments only"):
         mixer(hidden_states(), packed_seq_params=object())
     dynamic = SimpleNamespace(is_static_batching=lambda: False)
     with pytest.raises(ValueError, match="StaticInferenceContext only"):

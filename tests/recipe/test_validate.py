@@ -58,12 +58,26 @@ from megatron_txssm.recipe.validate import check_files, data_parallel_size, vali
             "use virtual_pipeline_stages of one of 1, 2, 3, 6",
         ),
         ("transxssm_320m", ["parallel.virtual_pipeline_stages=2"], "needs pipeline_model_parallel_size above 1"),
-        ("transxssm_320m", ["parallel.context_parallel_size=2"], "context_parallel_size=2 is not supported yet"),
-        ("llama3_320m", ["parallel.context_parallel_size=2"], "context_parallel_size=2 is not supported yet"),
+        (
+            "transxssm_320m",
+            ["parallel.context_parallel_size=3"],
+            "seq_length=4096 is not divisible by 2 x context_parallel_size=3",
+        ),
+        (
+            "transxssm_320m",
+            ["parallel.context_parallel_size=8", "parallel.state_context_parallel=all_to_all"],
+            "state_num_groups=4 is not divisible by tensor_model_parallel_size=1 x context_parallel_size=8; "
+            "use state_context_parallel: state_passing, or more groups",
+        ),
+        (
+            "jamba_320m",
+            ["parallel.context_parallel_size=2", "training.seq_length=8", "training.global_batch_tokens=64"],
+            "context_parallel_size=2 leaves pieces of 2 tokens, fewer than the 3 that the convolution looks back",
+        ),
         (
             "demo_cpu",
             ["training.seq_length=257", "training.global_batch_tokens=2056"],
-            "seq_length=257 is not divisible",
+            "seq_length / context_parallel_size=257 is not divisible",
         ),
         ("demo_cpu", ["training.global_batch_tokens=5000"], "is not a multiple of seq_length=256; the nearest is 5120"),
         (
