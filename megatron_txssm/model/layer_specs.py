@@ -29,6 +29,7 @@ from megatron.training import get_args
 from megatron_txssm.compat import mend_megatron
 from megatron_txssm.errors import UserError
 from megatron_txssm.model.arguments import DEFAULTS, state_space_config
+from megatron_txssm.model.document_attention import isolating
 from megatron_txssm.model.fp8_emulation import Float8SpecProvider, emulated_fp8
 from megatron_txssm.model.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
 from megatron_txssm.model.local_modules import TorchSpecProvider
@@ -208,12 +209,16 @@ def _state_space_spec(
 
 
 def _attention_spec(backend: BackendSpecProvider, rotary: UnifiedRotaryEmbedding) -> ModuleSpec:
+    core_attention: Any = backend.core_attention()
+    # Our local one takes packed documents by itself.
+    if not isinstance(backend, TorchSpecProvider):
+        core_attention = isolating(core_attention)
     return ModuleSpec(
         module=UnifiedRotarySelfAttention,
         params={"attn_mask_type": AttnMaskType.causal, "rotary": rotary},
         submodules=SelfAttentionSubmodules(
             linear_qkv=_column_parallel_linear(backend),
-            core_attention=backend.core_attention(),
+            core_attention=core_attention,
             linear_proj=backend.row_parallel_linear(),
             q_layernorm=IdentityOp,
             k_layernorm=IdentityOp,

@@ -57,10 +57,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *argu
 
 @contextlib.contextmanager
 def model_parallel(
-    tensor: int = 1, pipeline: int = 1, *, virtual: int | None = None, seed: int = 1234
+    tensor: int = 1, pipeline: int = 1, *, context: int = 1, virtual: int | None = None, seed: int = 1234
 ) -> Iterator[None]:
     """Megatron's parallel state over the ranks of this world, for the time of a `with`."""
-    parallel_state.initialize_model_parallel(tensor, pipeline, virtual_pipeline_model_parallel_size=virtual)
+    parallel_state.initialize_model_parallel(
+        tensor, pipeline, virtual_pipeline_model_parallel_size=virtual, context_parallel_size=context
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     yield
     parallel_state.destroy_model_parallel()
