@@ -9,6 +9,10 @@ from megatron_txssm.errors import UserError
 if TYPE_CHECKING:
     from megatron_txssm.recipe.recipe import Recipe
 
+# Without it Transformer Engine 2.20 refuses to resume a run of delayed FP8 scaling, whose history it saves as a pickle.
+# A checkpoint of Megatron holds others, which Megatron loads in any case: see the README on whose to load.
+ALLOW_EXTRA_STATE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+
 
 def prepare_platform() -> list[str]:
     """Make Megatron run on this machine; returns the Megatron arguments that the machine needs.
@@ -21,9 +25,16 @@ def prepare_platform() -> list[str]:
 
     if torch.cuda.is_available():
         check_devices(torch.cuda.device_count())
+        os.environ.setdefault(ALLOW_EXTRA_STATE, "1")
         # apex's kernel; Megatron's own linear layers refuse to be built without it unless told.
-        fused = importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
-        return [] if fused else ["--no-gradient-accumulation-fusion"]
+        if importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):
+            return []
+        if importlib.util.find_spec("transformer_engine"):
+            from megatron_txssm.platform.gradient_accumulation import stand_in_for_apex
+
+            stand_in_for_apex()
+            return []
+        return ["--no-gradient-accumulation-fusion"]
     from megatron_txssm.platform import cpu
 
     cpu.install()

@@ -177,7 +177,7 @@ def test_attention_rounds_what_it_takes_and_the_gradient_of_what_it_gives(one_pr
     config = transformer_config(fp8="hybrid", fp8_recipe="tensorwise", fp8_dot_product_attention=True)
     layer: Any = build_gpt("A", config).decoder.layers[0]
     attention = layer.self_attention.core_attention
-    assert type(attention) is Float8ScaledDotProductAttention
+    assert isinstance(attention, Float8ScaledDotProductAttention)
     q, k, v = (numbers(12, 2, 4, 8, seed=seed).requires_grad_() for seed in range(3))
     grad = numbers(12, 2, 32, seed=4)
     out = attention(q, k, v, None)

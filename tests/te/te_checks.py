@@ -89,7 +89,7 @@ def test_the_classes_are_transformer_engines(one_rank: None) -> None:
     assert type(state_space.self_attention.out_proj) is te.TERowParallelLinear
     assert type(attention.self_attention.linear_qkv) is te.TELayerNormColumnParallelLinear
     assert type(attention.self_attention.linear_proj) is te.TERowParallelLinear
-    assert type(attention.self_attention.core_attention) is te.TEDotProductAttention
+    assert isinstance(attention.self_attention.core_attention, te.TEDotProductAttention)
     for layer in (state_space, attention):
         assert type(layer.mlp.linear_fc1) is te.TELayerNormColumnParallelLinear
         assert type(layer.mlp.linear_fc2) is te.TERowParallelLinear
@@ -136,13 +136,16 @@ def test_two_ranks_have_the_shards_of_the_local_modules(one_of_two_ranks: None) 
             assert parameter.partition_dim == (1 if name == "out_proj.weight" else 0), name
 
 
-def test_a_checkpoint_of_local_modules_loads_into_transformer_engines(one_rank: None, tmp_path: Path) -> None:
-    local, engine = (build(implementation) for implementation in IMPLEMENTATIONS)
-    perturb(local)
-    dist_checkpointing.save(local.sharded_state_dict(metadata=metadata()), str(tmp_path))
-    state = dist_checkpointing.load(engine.sharded_state_dict(metadata=metadata()), str(tmp_path))
-    engine.load_state_dict(state)
-    written, read = (assembled([pieces(model, dict(model.named_parameters()))]) for model in (local, engine))
+@pytest.mark.parametrize(("saved", "loaded"), [IMPLEMENTATIONS, IMPLEMENTATIONS[::-1]], ids=["from-local", "to-local"])
+def test_a_checkpoint_of_one_implementation_loads_into_the_other(
+    one_rank: None, tmp_path: Path, saved: str, loaded: str
+) -> None:
+    source, target = build(saved), build(loaded)
+    perturb(source)
+    dist_checkpointing.save(source.sharded_state_dict(metadata=metadata()), str(tmp_path))
+    state = dist_checkpointing.load(target.sharded_state_dict(metadata=metadata()), str(tmp_path))
+    target.load_state_dict(state)
+    written, read = (assembled([pieces(model, dict(model.named_parameters()))]) for model in (source, target))
     assert written.keys() == read.keys()
     assert all(torch.equal(tensor, read[key]) for key, tensor in written.items())
 

@@ -1,4 +1,4 @@
-"""Runs te_checks.py in a process of its own, in which Transformer Engine is importable.
+"""Runs te_checks.py and te_fp8_checks.py in a process of its own, in which Transformer Engine is importable.
 
 Its Python part must not be importable anywhere else (te_stub.py says why), so it lies in a folder beside the
 environment's packages, which tools/bootstrap fills from requirements.txt.
@@ -16,6 +16,7 @@ import torch
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PACKAGES = Path(sys.prefix) / "transformer_engine"
+CHECKS = [str(HERE / name) for name in ("te_checks.py", "te_fp8_checks.py")]
 
 
 def test_the_pinned_version_is_that_of_gpu_nodes() -> None:
@@ -35,7 +36,7 @@ def test_block_spec_of_transformer_engines_classes() -> None:
         pytest.skip(f"no {PACKAGES}; make it: {command}")
     paths = [str(path) for path in (PACKAGES, HERE, ROOT / "tests" / "model")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "te_stub", "-p", "no:cacheprovider", "-q", str(HERE / "te_checks.py")],
+        [sys.executable, "-m", "pytest", "-p", "te_stub", "-p", "no:cacheprovider", "-q", *CHECKS],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTEST_ADDOPTS": "", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -44,4 +45,4 @@ def test_block_spec_of_transformer_engines_classes() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout
-    assert re.search(r"^7 passed", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^80 passed", done.stdout, re.MULTILINE), done.stdout
