@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "megatron_txssm.launch.local",
         "pretrain a recipe: on processes of this machine, or under torchrun or srun",
     ),
+    "check": ("megatron_txssm.check.command", "prove that a recipe's parallel layouts compute what one process does"),
     "submit": ("megatron_txssm.launch.submit_command", "queue a recipe's pretraining on a Slurm cluster"),
     "jobs": ("megatron_txssm.launch.jobs_command", "list your Slurm jobs, and how far their runs are"),
     "logs": ("megatron_txssm.launch.logs_command", "show what a run's job prints, as it grows"),

@@ -33,7 +33,7 @@ _ONE_PROCESS = (
 )
 # Of a recipe's `megatron:` section what changes the function of a model, by its flags with underscores.
 # The rest is of training, of a cluster or a GPU, or names files and code, which nobody else's checkpoint shall do here.
-_OF_THE_MODEL = re.compile(
+OF_THE_MODEL = re.compile(
     r"mock_data|activation_func_clamp_value|glu_linear_offset|squared_relu|openai_gelu|quick_geglu|onnx_safe"
     r"|apply_query_key_layer_scaling|apply_residual_connection_post_layernorm|layernorm_zero_centered_gamma"
     r"|apply_layernorm_1p"
@@ -65,11 +65,11 @@ def checkpoint_recipe(checkpoint: Path, overrides: tuple[str, ...] = ()) -> Reci
 def one_process_recipe(name: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """A recipe, changed by `overrides`, for one process that has no GPU and does not train.
 
-    Of its `megatron:` section remains what the model's function depends on (_OF_THE_MODEL).
+    Of its `megatron:` section remains what the model's function depends on (OF_THE_MODEL).
     """
     stated = load_recipe(name, overrides).megatron
     spelled = {key: key.lstrip("-").replace("-", "_") for key in stated}
-    without = (f"megatron.{key}=null" for key in stated if not _OF_THE_MODEL.fullmatch(spelled[key]))
+    without = (f"megatron.{key}=null" for key in stated if not OF_THE_MODEL.fullmatch(spelled[key]))
     return load_recipe(name, (*overrides, *_ONE_PROCESS, *without))
 
 

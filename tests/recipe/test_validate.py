@@ -44,6 +44,12 @@ from megatron_txssm.recipe.validate import check_files, data_parallel_size, vali
             ["model.num_query_groups=1", "parallel.tensor_model_parallel_size=2"],
             "num_query_groups=1 is not divisible by tensor_model_parallel_size=2",
         ),
+        (
+            "llama3_320m",
+            ["model.ffn_hidden_size=4098", "parallel.tensor_model_parallel_size=2"],
+            "ffn_hidden_size=4098 leaves 2049 channels to each tensor-parallel process, an odd number, which "
+            "Megatron's warm-up of SwiGLU cannot halve; use 4100",
+        ),
         ("transxssm_320m", ["model.kv_channels=63"], "set kv_channels=64"),
         ("transxssm_320m", ["model.rope_scaling=linear"], "needs rotary_interpolation_factor"),
         ("transxssm_320m", ["model.rotary_interpolation_factor=2"], "set rope_scaling: linear"),

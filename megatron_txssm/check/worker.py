@@ -1,8 +1,9 @@
 """One rank of several runs of Megatron's own loop, one after another: each step's loss and full gradients go to files.
 
-    torchrun --nproc-per-node 2 tests/parity/worker.py cases.json
+    torchrun --nproc-per-node 2 -m megatron_txssm.check.worker tasks.json fp32
 
-A case is {"out": folder, "arguments": Megatron's}. Runs share a process, since its imports take longer than a run.
+A task is {"out": folder, "arguments": Megatron's, "recipe": file or null}; a recipe's arguments come first. Runs share
+a process, since its imports take longer than a run. `runs.py` starts the ranks and reads the files.
 """
 
 import json
@@ -13,9 +14,17 @@ from typing import Any
 
 import torch
 
+from megatron_txssm.errors import UserError
+from megatron_txssm.launch.environment import end_with_launcher
 
-def main(cases_file: str) -> None:
+
+def main(tasks_file: str, precision: str) -> None:
+    end_with_launcher()
     torch.set_num_threads(1)
+    if precision == "fp64":
+        from megatron_txssm.check.double import compute_in_double
+
+        compute_in_double()
     from megatron_txssm.platform import prepare_platform
 
     platform_arguments = prepare_platform()
@@ -24,9 +33,24 @@ def main(cases_file: str) -> None:
     from megatron_txssm.compat import mend_megatron
 
     mend_megatron()
-    for case in json.loads(Path(cases_file).read_text()):
-        run(Path(case["out"]), [*case["arguments"], *platform_arguments])
+    for task in json.loads(Path(tasks_file).read_text(encoding="utf-8")):
+        out = Path(task["out"])
+        try:
+            run(out, [*_recipe_arguments(task["recipe"]), *task["arguments"], *platform_arguments])
+        except UserError as error:
+            # Refused on every rank, before the first collective: the next run can go on in these processes.
+            (out / "refused").write_text(str(error), encoding="utf-8")
+        except BaseException as error:
+            (out / f"failed_{os.environ['RANK']}").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+            raise
         training.destroy_global_state()
+
+
+def _recipe_arguments(recipe: str | None) -> list[str]:
+    from megatron_txssm.recipe.loader import load_recipe
+    from megatron_txssm.recipe.megatron_args import megatron_arguments
+
+    return [] if recipe is None else megatron_arguments(load_recipe(recipe))
 
 
 def run(out: Path, arguments: list[str]) -> None:
@@ -68,7 +92,9 @@ def run(out: Path, arguments: list[str]) -> None:
     finally:
         training.setup_model_and_optimizer, training.training_log = setup, log
     if args.rank == args.world_size - 1:
-        (out / "losses.json").write_text(json.dumps(losses))
+        # Whole or not at all: that it is there says that the run is done.
+        (out / "losses.partial").write_text(json.dumps(losses), encoding="utf-8")
+        (out / "losses.partial").rename(out / "losses.json")
 
 
 def dump_gradients(path: Path, models: list[Any]) -> None:
@@ -78,7 +104,8 @@ def dump_gradients(path: Path, models: list[Any]) -> None:
 
     shards = []
     for model in models:
-        fetch_reduced_shards(model)
+        if model.ddp_config.use_distributed_optimizer:
+            fetch_reduced_shards(model)
         owners = {parameter.data_ptr(): parameter for parameter in model.parameters()}
         for entry in nested_values(model.module.sharded_state_dict()):
             if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
@@ -101,5 +128,4 @@ def fetch_reduced_shards(model: Any) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    main(sys.argv[1])
+    main(*sys.argv[1:])

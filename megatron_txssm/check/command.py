@@ -1,0 +1,85 @@
+"""txssm check <command>: prove on this machine, without a GPU, what a recipe's layouts must not change."""
+
+import argparse
+import importlib
+import signal
+import sys
+from typing import Any
+
+from megatron_txssm.cli import add_verb
+from megatron_txssm.errors import UserError
+
+EXAMPLES = {
+    "parity": (
+        "txssm check parity demo_cpu",
+        "txssm check parity transxssm_1.3b --nproc 8 --set model.state_num_groups=2",
+        "txssm check parity my_recipe.yaml --nproc 2 --layout tp2_sp --layout pp2_vpp2",
+        "txssm check parity demo_cpu --fuzz 300 --seed 7",
+    ),
+}
+SUMMARIES = {
+    "parity": "compare the loss and every gradient of all parallel layouts with one process, for a recipe made small",
+}
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = add_verb(subparsers, "check", [examples[0] for examples in EXAMPLES.values()])
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="<command>", required=True)
+    add = {"parity": _add_parity}
+    for name, summary in SUMMARIES.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog="\n  ".join(["examples:", *EXAMPLES[name]]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add[name](command)
+
+
+def _add_parity(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", metavar="RECIPE", help="a name that `txssm recipes` lists, or a YAML file")
+    command.add_argument(
+        "--nproc", type=int, default=4, metavar="N", help="processes of the largest layouts (default: 4)"
+    )
+    command.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change a field")
+    command.add_argument(
+        "--layout",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="compare this one only, such as tp2_sp, or `recipe` for the recipe's own; repeatable (default: all)",
+    )
+    command.add_argument("--steps", type=int, default=2, metavar="N", help="optimizer steps (default: 2)")
+    command.add_argument(
+        "--precision",
+        choices=("fp32", "fp64"),
+        help="to compute in: fp64 hides no fault behind rounding (default: fp32, with --fuzz fp64)",
+    )
+    command.add_argument(
+        "--fuzz",
+        type=int,
+        metavar="N",
+        help="draw N architectures, lengths and layouts at random instead of taking the recipe's",
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="what --fuzz draws from (default: 0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    for name in ("nproc", "steps"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
+    if args.fuzz is not None and args.fuzz < 1:
+        raise UserError(f"--fuzz {args.fuzz} must be at least 1")
+    if args.fuzz is not None and args.layout:
+        raise UserError("--fuzz draws layouts itself; leave --layout out")
+    args.precision = args.precision or ("fp32" if args.fuzz is None else "fp64")
+    module = "megatron_txssm.check.parity" if args.fuzz is None else "megatron_txssm.check.fuzz"
+    # Processes and temporary files do not outlive us, whether we end by Ctrl-C, SIGTERM or a closed terminal.
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in numbers}
+    try:
+        return importlib.import_module(module).check(args)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,99 @@
+"""The parallel layouts that a check compares with one process."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_txssm.check.shrink import Changes, changed
+from megatron_txssm.errors import UserError
+from megatron_txssm.model.state_space_config import CONTEXT_PARALLEL_METHODS
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.validate import data_parallel_size, divisors, validate
+
+# How a recipe lays out itself.
+AS_STATED = "recipe"
+ONE_PROCESS: Changes = {
+    "parallel.tensor_model_parallel_size": 1,
+    "parallel.pipeline_model_parallel_size": 1,
+    "parallel.virtual_pipeline_stages": None,
+    "parallel.context_parallel_size": 1,
+    "parallel.state_context_parallel": "state_passing",
+    "parallel.sequence_parallel": False,
+    "parallel.use_distributed_optimizer": False,
+    "parallel.recompute": "none",
+    "megatron.overlap_grad_reduce": None,
+    "megatron.overlap_param_gather": None,
+}
+_OVERLAP: Changes = {"megatron.overlap_grad_reduce": True, "megatron.overlap_param_gather": True}
+_ZERO1: Changes = {"parallel.use_distributed_optimizer": True}
+
+
+# Each is itself only, as a key of tables: its changes have no hash.
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A name such as tp2_sp_pp2, the processes it takes, and what it changes in a recipe."""
+
+    name: str
+    processes: int
+    changes: Changes
+
+    def of(self, recipe: Recipe) -> Recipe:
+        return changed(recipe, self.changes)
+
+
+def all_layouts(nproc: int) -> list[Layout]:
+    """The recipe's own, and every one of 1, …, `nproc` processes (of those that divide `nproc`), legal or not."""
+    found = [Layout(AS_STATED, nproc, {})]
+    for name in ("full", "selective"):
+        found.append(Layout(f"recompute_{name}", 1, ONE_PROCESS | {"parallel.recompute": name}))
+    for processes in divisors(nproc):
+        for tensor in divisors(processes):
+            for pipeline in divisors(processes // tensor):
+                for context in divisors(processes // tensor // pipeline):
+                    sizes = {"tp": tensor, "pp": pipeline, "cp": context}
+                    found += _variants(processes, sizes | {"dp": processes // (tensor * pipeline * context)})
+    return found
+
+
+def why_not(layout: Layout, recipe: Recipe, small: Recipe) -> str | None:
+    """Why a recipe cannot be laid out so, in its own numbers where these are to blame; None where it can."""
+    try:
+        data_parallel_size(layout.of(recipe), layout.processes)
+        validate(layout.of(recipe))
+        validate(layout.of(small), layout.processes)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _variants(processes: int, sizes: dict[str, int]) -> Iterator[Layout]:
+    """One way to divide the processes, with what goes with it: alone each feature by itself, mixed all of them."""
+    mixed = sum(size > 1 for size in sizes.values()) > 1
+    parts = [_parts(axis, size, mixed) for axis, size in sizes.items() if size > 1]
+    combined: list[tuple[str, Changes]] = [("", {})] if parts else []
+    for choices in parts:
+        combined = [(f"{name}_{more}", done | changes) for name, done in combined for more, changes in choices]
+    for name, changes in combined:
+        yield Layout(name.lstrip("_"), processes, ONE_PROCESS | changes)
+
+
+def _parts(axis: str, size: int, mixed: bool) -> list[tuple[str, Changes]]:
+    """The ways to use `size` processes on one axis: (name, changes)."""
+    name = f"{axis}{size}"
+    if axis == "tp":
+        plain = {"parallel.tensor_model_parallel_size": size}
+        ways = [(name, plain), (f"{name}_sp", plain | {"parallel.sequence_parallel": True})]
+        return ways[1:] if mixed else ways
+    if axis == "pp":
+        plain = {"parallel.pipeline_model_parallel_size": size}
+        return [(name, plain), (f"{name}_vpp2", plain | {"parallel.virtual_pipeline_stages": 2})]
+    if axis == "cp":
+        plain = {"parallel.context_parallel_size": size}
+        return [
+            (
+                name if method == "state_passing" else f"{name}_{method}",
+                plain | {"parallel.state_context_parallel": method},
+            )
+            for method in CONTEXT_PARALLEL_METHODS
+        ]
+    ways = [(name, {}), (f"{name}_zero1", _ZERO1), (f"{name}_zero1_overlap", _ZERO1 | _OVERLAP)]
+    return ways[2:] if mixed else ways

@@ -1,0 +1,177 @@
+"""txssm check parity: loss and gradients of a recipe's parallel layouts, compared with one process."""
+
+import argparse
+import itertools
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.check.layouts import ONE_PROCESS, Layout, all_layouts, why_not
+from megatron_txssm.check.progress import progress_bar
+from megatron_txssm.check.shrink import changed, left_out, shrink
+from megatron_txssm.check.tokens import write_tokens
+from megatron_txssm.errors import UserError, readable
+from megatron_txssm.recipe.loader import load_recipe, nearest
+from megatron_txssm.recipe.recipe import Recipe
+
+# By precision: nats per token, and ‖g − g_one‖ / ‖g_one‖ of a parameter.
+BOUNDS = {"fp32": (1e-6, 1e-5), "fp64": (1e-9, 1e-8)}
+# Exit code where a layout does not compute what one process does.
+DIFFERENT = 3
+
+
+class RunFailed(Exception):
+    """The run that the others are compared with failed, for another reason than a user's mistake."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far a layout is from one process; or what ended it."""
+
+    loss_error: float = math.inf
+    gradient_error: float = math.inf
+    # The parameter with that error.
+    parameter: str = ""
+    failure: str | None = None
+    precision: str = "fp32"
+
+    @property
+    def same(self) -> bool:
+        loss_bound, gradient_bound = BOUNDS[self.precision]
+        return self.loss_error <= loss_bound and self.gradient_error <= gradient_bound
+
+    @property
+    def word(self) -> str:
+        return "same" if self.same else "FAILED" if self.failure else "DIFFERENT"
+
+
+def check(args: argparse.Namespace) -> int:
+    """The verb; returns the exit code."""
+    recipe = load_recipe(args.recipe, args.overrides)
+    with tempfile.TemporaryDirectory(prefix="txssm-check-") as name:
+        folder = Path(name)
+        small = shrink(recipe, folder / "tokens", nproc=args.nproc, steps=args.steps)
+        layouts, refused = _legal(recipe, small, args.nproc, args.layout)
+        if not layouts:
+            raise UserError(f"--nproc {args.nproc}: no layout of {recipe.name} to compare:\n{_listed(refused)}")
+        print(described(recipe, small, args.precision), flush=True)
+        write_tokens(folder / "tokens")
+        try:
+            verdicts = compare(small, layouts, folder, args.precision)
+        except RunFailed as error:
+            print(readable(f"error: {error}"), file=sys.stderr)
+            return DIFFERENT
+    _print_table(verdicts)
+    print(bounds(args.precision))
+    if refused:
+        print(f"\nnot legal for this recipe:\n{_listed(refused)}")
+    different = [layout.name for layout, verdict in verdicts.items() if not verdict.same]
+    if different:
+        print(f"\nNOT the same as one process: {', '.join(different)}")
+        return DIFFERENT
+    print(f"\nthe same as one process: all {len(verdicts)} layout{'s' if len(verdicts) > 1 else ''}")
+    return 0
+
+
+def bounds(precision: str) -> str:
+    loss_bound, gradient_bound = BOUNDS[precision]
+    return f"bounds: {loss_bound:g} nats per token, {gradient_bound:g} of the norm of a parameter's gradient"
+
+
+def described(recipe: Recipe, small: Recipe, precision: str) -> str:
+    """In one line what is compared, and in another what of the recipe is not there."""
+    model, training = small.model, small.training
+    lines = [
+        f"{recipe.name}, made small: {model.num_layers} layers ({small.layer_kinds}), hidden_size {model.hidden_size}, "
+        f"{small.global_batch_size} samples of {training.seq_length} tokens, {training.train_iters} steps, {precision}"
+    ]
+    if entries := left_out(recipe):
+        lines.append(f"without megatron: {', '.join(entries)}")
+    return "\n".join(lines)
+
+
+def compare(small: Recipe, layouts: Sequence[Layout], folder: Path, precision: str) -> dict[Layout, Verdict]:
+    """Run each layout and one process, and compare them; UserError or RunFailed where one process has no result."""
+    from megatron_txssm.check.runs import RecipeRun, run_all
+
+    reference = RecipeRun(folder / "one_process", changed(small, ONE_PROCESS))
+    runs = {layout: RecipeRun(folder / layout.name, layout.of(small)) for layout in layouts}
+    sizes = sorted({1, *(layout.processes for layout in layouts)})
+    with progress_bar("comparing layouts", len(runs) + 1) as advance:
+        for size in sizes:
+            batch = [run for layout, run in runs.items() if layout.processes == size]
+            run_all(size, [reference, *batch] if size == 1 else batch, precision=precision, advance=advance)
+            if size == 1 and (refusal := reference.refusal()):
+                raise UserError(refusal)
+            if size == 1 and (failure := reference.failure()):
+                raise RunFailed(f"one process fails, and there is nothing to compare with: {failure}")
+    return {layout: verdict(run, reference, precision) for layout, run in runs.items()}
+
+
+def verdict(run: Any, reference: Any, precision: str) -> Verdict:
+    """Compare two runs of one recipe."""
+    from megatron_txssm.check.runs import worst_gradient
+
+    if failure := run.failure():
+        return Verdict(failure=failure)
+    losses, expected = run.losses(), reference.losses()
+    steps = sorted(expected)
+    if losses.keys() != expected.keys():
+        return Verdict(failure=f"it has losses of the steps {sorted(losses)}, one process of {steps}")
+    errors = [abs(losses[step] - expected[step]) for step in steps]
+    gradient_error, parameter = worst_gradient(run, reference, steps)
+    loss_error = math.inf if any(map(math.isnan, errors)) else max(errors)
+    return Verdict(loss_error, gradient_error, parameter, precision=precision)
+
+
+def _legal(
+    recipe: Recipe, small: Recipe, nproc: int, names: Sequence[str]
+) -> tuple[list[Layout], list[tuple[Layout, str]]]:
+    """The layouts to compare, all or those of `names`, and those that the recipe cannot have, each with the reason."""
+    found = all_layouts(nproc)
+    known = [layout.name for layout in found]
+    for name in names:
+        if name not in known:
+            hint = nearest(name, known) or f"; use some of {', '.join(known)}"
+            raise UserError(f"--layout {name}: no layout of up to {nproc} processes is called so{hint}")
+    asked = [layout for layout in found if not names or layout.name in names]
+    reasons = [(layout, why_not(layout, recipe, small)) for layout in asked]
+    refused = [(layout, reason) for layout, reason in reasons if reason is not None]
+    if names and refused:
+        layout, reason = refused[0]
+        raise UserError(f"--layout {layout.name}: {reason}")
+    return [layout for layout, reason in reasons if reason is None], refused
+
+
+def _listed(refused: Sequence[tuple[Layout, str]]) -> str:
+    """A line for each reason, with the layouts that it is the reason for."""
+
+    def of(entry: tuple[Layout, str]) -> str:
+        return entry[1]
+
+    groups = itertools.groupby(sorted(refused, key=of), key=of)
+    return "\n".join(f"  {', '.join(layout.name for layout, _ in group)}: {reason}" for reason, group in groups)
+
+
+def _print_table(verdicts: dict[Layout, Verdict]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("layout", ">processes", ">loss error", ">worst gradient error", "of", "verdict"):
+        table.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", no_wrap=True)
+    for layout, result in verdicts.items():
+        errors = ("", "") if result.failure else (f"{result.loss_error:.1e}", f"{result.gradient_error:.1e}")
+        table.add_row(layout.name, str(layout.processes), *errors, result.parameter, result.word)
+    width = None if sys.stdout.isatty() else 240
+    Console(markup=False, highlight=False, width=width).print(table)
+    for line in _failures(verdicts):
+        print(line)
+
+
+def _failures(verdicts: dict[Layout, Verdict]) -> Iterator[str]:
+    return (f"{layout.name}: {result.failure}" for layout, result in verdicts.items() if result.failure)

@@ -1,0 +1,174 @@
+"""Runs of the training loop on processes of this machine, for comparison: each leaves its losses and gradients."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from megatron_txssm.recipe.recipe import Recipe
+
+# The module that each rank runs.
+WORKER = "megatron_txssm.check.worker"
+# Behind a recipe's own arguments. A collective that one rank does not enter is a failure soon.
+_ARGUMENTS = ("--num-workers", "0", "--distributed-timeout-minutes", "3")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, and the folder where its files go."""
+
+    out: Path
+
+    def task(self) -> dict[str, Any]:
+        """What the worker is told beside `out`: a recipe's file, or none, and Megatron arguments behind it."""
+        raise NotImplementedError
+
+    def losses(self) -> dict[int, float]:
+        """The loss of each step, in nats per token."""
+        return {int(step): loss for step, loss in json.loads((self.out / "losses.json").read_text()).items()}
+
+    def gradients(self, step: int) -> dict[str, Tensor]:
+        """Whole gradients by the parameter's name in the checkpoint; an element that no rank holds is NaN."""
+        whole: dict[str, Tensor] = {}
+        for file in self.out.glob(f"gradients_{step}_*.pt"):
+            for key, shape, offset, piece in torch.load(file, weights_only=True):
+                where = tuple(slice(start, start + size) for start, size in zip(offset, piece.shape, strict=True))
+                whole.setdefault(key, torch.full(shape, torch.nan, dtype=piece.dtype))[where] = piece
+        return whole
+
+    def refusal(self) -> str | None:
+        """The message of a UserError, such as what Megatron says of arguments that it does not take."""
+        file = self.out / "refused"
+        return file.read_text(encoding="utf-8") if file.exists() else None
+
+    def failure(self) -> str | None:
+        """What ended the run, in one sentence; None where nothing did."""
+        file = self.out / "failure"
+        return file.read_text(encoding="utf-8") if file.exists() else self.refusal()
+
+    def is_done(self) -> bool:
+        return (self.out / "losses.json").exists() or self.failure() is not None
+
+
+@dataclass(frozen=True)
+class RecipeRun(Run):
+    """One run of a recipe."""
+
+    recipe: Recipe
+
+    def task(self) -> dict[str, Any]:
+        file = self.out / "recipe.yaml"
+        file.write_text(self.recipe.to_yaml(), encoding="utf-8")
+        return {"recipe": str(file), "arguments": _ARGUMENTS}
+
+
+def run_all(
+    world_size: int, runs: Sequence[Run], *, precision: str = "fp32", advance: Callable[[], None] | None = None
+) -> None:
+    """Do `runs` one after another on `world_size` gloo processes; `advance` is called as each ends.
+
+    precision: what fp32 is computed in, fp32 or fp64 (see double.py).
+
+    One that fails ends its processes: it keeps a `failure()`, and those behind it go on in new ones.
+    """
+    waiting = list(runs)
+    while waiting:
+        _launch(world_size, waiting, precision, advance or (lambda: None))
+        waiting = [run for run in waiting if not run.is_done()]
+
+
+def _launch(world_size: int, runs: list[Run], precision: str, advance: Callable[[], None]) -> None:
+    """Start the processes, and wait until they have done all of `runs`, or failed in one."""
+    for run in runs:
+        run.out.mkdir(parents=True, exist_ok=True)
+    tasks = [{"out": str(run.out), "recipe": None, **run.task()} for run in runs]
+    tasks_file = runs[0].out / "tasks.json"
+    tasks_file.write_text(json.dumps(tasks), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    # PYTHONSAFEPATH: a json.py in the current folder is not to be imported.
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    # The launcher leaves folders behind.
+    environment["TMPDIR"] = str(runs[0].out)
+    handle, log = tempfile.mkstemp(prefix="txssm-check-", suffix=".log")
+    with open(handle, "wb") as stream:
+        process = subprocess.Popen(
+            [*command, "-m", WORKER, str(tasks_file), precision],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            # Ctrl-C is for us alone, who end them all.
+            start_new_session=True,
+        )
+    failed = False
+    try:
+        for run in runs:
+            while not run.is_done():
+                # In this order: what it wrote before it ended counts.
+                ended = process.poll() is not None
+                if ended and not run.is_done():
+                    _note_failure(run, process.returncode, log)
+                    failed = True
+                time.sleep(0.05)
+            advance()
+            if failed:
+                return
+        process.wait(timeout=60)
+    finally:
+        _kill(process)
+        if not failed:
+            Path(log).unlink(missing_ok=True)
+
+
+def _note_failure(run: Run, code: int, log: str) -> None:
+    """Leave a sentence in the run's folder: what the first of its ranks that failed had to say."""
+    said = sorted(run.out.glob("failed_*"), key=lambda file: file.stat().st_mtime_ns)
+    if said:
+        rank = said[0].name.partition("_")[2]
+        text = said[0].read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0]
+        sentence = f"rank {rank} failed: {text}"
+    else:
+        sentence = f"the processes ended with exit code {code} and without a word"
+    (run.out / "failure").write_text(f"{sentence} (log: {log})", encoding="utf-8")
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """End the launcher and its workers, unless they have ended."""
+    if process.poll() is None:
+        launcher = psutil.Process(process.pid)
+        for member in [*launcher.children(recursive=True), launcher]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait()
+
+
+def worst_gradient(run: Run, reference: Run, steps: Sequence[int]) -> tuple[float, str]:
+    """The largest ‖g − g_ref‖ / ‖g_ref‖ of a parameter, and its name; the norms run over all steps.
+
+    Not step by step: the gradient of a vector with one number a head is a sum that may all but cancel at one step, and
+    then shows the rounding of its terms. Infinite where a gradient is missing, in part or whole, or is zero in the
+    reference, where it would prove nothing.
+    """
+    ours = [run.gradients(step) for step in steps]
+    theirs = [reference.gradients(step) for step in steps]
+    keys = {key for gradients in ours + theirs for key in gradients}
+    return max((_gradient_error(key, ours, theirs), key) for key in sorted(keys))
+
+
+def _gradient_error(key: str, ours: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]]) -> float:
+    if not all(key in gradients for gradients in ours + theirs):
+        return float("inf")
+    expected = torch.stack([gradients[key] for gradients in theirs])
+    error = float((torch.stack([gradients[key] for gradients in ours]) - expected).norm() / expected.norm())
+    return float("inf") if error != error else error

@@ -1,0 +1,191 @@
+"""A recipe made small: the same structure and the same legal layouts, in a model that trains in a second.
+
+Sizes shrink to numbers that the same parallel sizes divide, as far as these divide the number of processes; what is
+small already stays as it is.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.check.tokens import VOCAB_SIZE
+from megatron_txssm.checkpoint.load import OF_THE_MODEL
+from megatron_txssm.recipe.recipe import Recipe
+
+# Dotted field -> value, as --set takes them.
+Changes = dict[str, Any]
+
+# Of a recipe's `megatron:` section what changes how gradients come about; see OF_THE_MODEL for the rest that stays.
+_OF_THE_GRADIENTS = re.compile(
+    r"overlap_grad_reduce|overlap_param_gather|ddp_bucket_size|ddp_num_buckets|calculate_per_token_loss|eod_mask_loss"
+    r"|cp_comm_type|recompute_modules|accumulate_allreduce_grads_in_fp32"
+)
+
+
+WITHOUT_FP8: Changes = {
+    "training.fp8": None,
+    "training.fp8_attention": False,
+    "training.first_last_layers_bf16": 0,
+}
+
+
+def changed(recipe: Recipe, changes: Changes) -> Recipe:
+    """The recipe with other values in some fields, unchecked; None in its `megatron:` section takes an entry out."""
+    sections: dict[str, Changes] = {}
+    for dotted, value in changes.items():
+        section, _, name = dotted.partition(".")
+        sections.setdefault(section, {})[name] = value
+    megatron = recipe.megatron | sections.pop("megatron", {})
+    return dataclasses.replace(
+        recipe,
+        **{name: dataclasses.replace(getattr(recipe, name), **fields) for name, fields in sections.items()},
+        megatron={name: value for name, value in megatron.items() if value is not None},
+    )
+
+
+def as_words(recipe: Recipe, changes: Changes) -> list[str]:
+    """What of the changes changes the recipe, as a command line has it."""
+    words = []
+    for dotted, value in changes.items():
+        section, _, name = dotted.partition(".")
+        fields = recipe.megatron if section == "megatron" else vars(getattr(recipe, section))
+        if fields.get(name) != value:
+            words += ["--set", f"{dotted}={value if isinstance(value, str) else json.dumps(value)}"]
+    return words
+
+
+def shrink(recipe: Recipe, tokens: Path, *, nproc: int, steps: int) -> Recipe:
+    """The recipe for checks on up to `nproc` processes: small, fp32, on the token file of `write_tokens`."""
+    changes = _model(recipe, nproc) | _training(recipe, nproc, steps) | _without_surroundings(recipe, tokens)
+    return changed(recipe, changes)
+
+
+def left_out(recipe: Recipe) -> list[str]:
+    """The entries of a recipe's `megatron:` section that do not stay."""
+    return [key for key in recipe.megatron if not _stays(key)]
+
+
+def _stays(key: str) -> bool:
+    spelled = key.lstrip("-").replace("-", "_")
+    if spelled == "mock_data":
+        return False
+    return bool(OF_THE_MODEL.fullmatch(spelled) or _OF_THE_GRADIENTS.fullmatch(spelled))
+
+
+def _smaller(number: int, keep: int, at_least: int) -> int:
+    """A number around `at_least` that the divisors of `keep` divide where they divide `number`, and only there."""
+    if number <= 2 * at_least:
+        return number
+    common = math.gcd(number, keep)
+    factors = (k for k in itertools.count(1) if math.gcd(k, keep) == 1 and common * k >= at_least)
+    return common * next(factors)
+
+
+def _model(recipe: Recipe, nproc: int) -> Changes:
+    model = recipe.model
+    query_groups = model.num_query_groups and _smaller(model.num_query_groups, nproc, at_least=4)
+    if query_groups and model.num_query_groups:
+        heads = query_groups * min(model.num_attention_heads // model.num_query_groups, 4)
+    else:
+        heads = _smaller(model.num_attention_heads, nproc, at_least=4)
+    hidden_size = _smaller(model.hidden_size, 1, at_least=48)
+    changes = {
+        "num_layers": _num_layers(recipe, nproc),
+        "hidden_size": hidden_size,
+        "ffn_hidden_size": _smaller(model.ffn_hidden_size, 2 * nproc, at_least=64),
+        "num_attention_heads": heads,
+        "num_query_groups": query_groups,
+        "kv_channels": _smaller(recipe.kv_channels, 2, at_least=8),
+        # Activations start as large as in the wide model.
+        "init_method_std": model.init_method_std * math.sqrt(model.hidden_size / hidden_size),
+        **_state_space(recipe, nproc),
+    }
+    return {f"model.{name}": value for name, value in changes.items()}
+
+
+def _num_layers(recipe: Recipe, nproc: int) -> int:
+    """As few repetitions of the pattern as pipelines with one or two stages a process divide where they did."""
+    keep, num_layers = 2 * nproc, recipe.model.num_layers
+    period = len(recipe.model.layer_pattern)
+    repeated = range(period, num_layers + 1, period)
+    return next(n for n in repeated if math.gcd(n, keep) == math.gcd(num_layers, keep))
+
+
+def _state_space(recipe: Recipe, nproc: int) -> Changes:
+    mixer = recipe.state_space
+    if mixer is None:
+        return {}
+    groups = _smaller(mixer.num_groups, nproc, at_least=4)
+    seq_length, short = recipe.training.seq_length, _seq_length(recipe, nproc)
+    base = mixer.length_scaling_base
+    return {
+        "state_size": _smaller(mixer.state_size, 2, at_least=16),
+        "state_head_dim": _smaller(mixer.head_dim, 1, at_least=8),
+        "state_num_groups": groups,
+        "state_num_heads": groups * min(mixer.num_heads // mixer.num_groups, 4),
+        "chunk_size": _chunk_size(mixer.chunk_size, seq_length, short, nproc),
+        "length_scaling_base": base and max(2, round(base * short / seq_length)),
+    }
+
+
+def _seq_length(recipe: Recipe, nproc: int) -> int:
+    # Context parallelism divides a sequence into two pieces a process.
+    return _smaller(recipe.training.seq_length, 2 * nproc, at_least=40)
+
+
+def _chunk_size(chunk: int, seq_length: int, short: int, nproc: int) -> int:
+    """A chunk that divides the short sequence where the recipe's divides its own."""
+    if short == seq_length:
+        return chunk
+    if seq_length % chunk == 0:
+        return short // math.gcd(seq_length // chunk, 2 * nproc)
+    if chunk > seq_length:
+        return short + 8
+    return next(size for size in itertools.count(short // 3) if short % size != 0)
+
+
+def _training(recipe: Recipe, nproc: int, steps: int) -> Changes:
+    seq_length = _seq_length(recipe, nproc)
+    micro_batch_size = min(recipe.training.micro_batch_size, 2)
+    samples, each = recipe.global_batch_size, micro_batch_size * nproc
+    if samples > 16 or samples % each != 0:
+        samples = each
+    return {
+        "training.seq_length": seq_length,
+        "training.micro_batch_size": micro_batch_size,
+        "training.global_batch_tokens": samples * seq_length,
+        "training.train_tokens": None,
+        "training.train_iters": steps,
+        "training.precision": "fp32",
+        "training.transformer_impl": "local",
+        **WITHOUT_FP8,
+        # The first steps shall move the weights; WSD would need its length.
+        "optimizer.warmup_fraction": 0.0,
+        "optimizer.decay_style": "constant",
+    }
+
+
+def _without_surroundings(recipe: Recipe, tokens: Path) -> Changes:
+    """No corpus, tokenizer, checkpoints or reports."""
+    data = dict.fromkeys(("corpus", "weights", "stages", "train", "validation", "tokenizer_model", "cache_path"))
+    return {
+        **{f"data.{name}": value for name, value in data.items()},
+        "data.blend": ((1.0, str(tokens)),),
+        "data.split": "100,0,0",
+        "data.tokenizer_type": "NullTokenizer",
+        "data.vocab_size": VOCAB_SIZE,
+        "data.make_vocab_size_divisible_by": _smaller(recipe.data.make_vocab_size_divisible_by, 8, at_least=8),
+        "checkpoint.directory": None,
+        "checkpoint.save_interval": None,
+        "checkpoint.load_from": None,
+        "logging.log_interval": 1,
+        "logging.eval_interval": None,
+        "logging.eval_iters": 0,
+        "logging.tensorboard": False,
+        "logging.wandb_project": None,
+        **{f"megatron.{key}": None for key in left_out(recipe)},
+    }

@@ -1,0 +1,133 @@
+"""A recipe made small has the same structure and the same legal layouts; what fuzzing draws can be repeated."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megatron_txssm.check.fuzz import Draw, draw
+from megatron_txssm.check.layouts import all_layouts
+from megatron_txssm.check.shrink import WITHOUT_FP8, changed, left_out, shrink
+from megatron_txssm.cli import build_parser
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.loader import load_recipe, recipe_names
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.validate import validate
+
+TOKENS = Path("tokens")
+
+
+def is_legal(recipe: Recipe) -> bool:
+    try:
+        validate(recipe)
+    except UserError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("nproc", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [(name, []) for name in recipe_names()]
+    + [
+        ("llama3_320m", ["model.num_query_groups=3", "model.ffn_hidden_size=4098"]),
+        ("llama3_320m", ["model.num_layers=7", "training.seq_length=4095", "training.global_batch_tokens=32760"]),
+        ("mamba2_320m", ["model.num_layers=18", "model.state_num_groups=2", "data.make_vocab_size_divisible_by=2"]),
+        ("transxssm_320m", ["model.layer_pattern=SSA", "model.num_layers=6", "model.chunk_size=300"]),
+        ("jamba_320m", ["model.chunk_size=8192", "model.length_scaling_base=1024", "model.state_size=33"]),
+    ],
+)
+def test_a_small_recipe_has_the_layouts_of_the_large_one(name: str, overrides: list[str], nproc: int) -> None:
+    recipe = load_recipe(name, overrides)
+    small = shrink(recipe, TOKENS, nproc=nproc, steps=2)
+    # FP8, which asks for sizes of its own, has no small counterpart.
+    recipe = changed(recipe, WITHOUT_FP8)
+    for layout in all_layouts(nproc)[1:]:
+        assert is_legal(layout.of(small)) == is_legal(layout.of(recipe)), layout.name
+    assert shrink(small, TOKENS, nproc=nproc, steps=2) == small
+
+
+def test_what_makes_the_model_stays() -> None:
+    recipe = load_recipe(
+        "jamba_1.3b",
+        ["model.num_query_groups=8", "model.rope_scaling=linear", "model.rotary_interpolation_factor=4"],
+    )
+    small = shrink(recipe, TOKENS, nproc=4, steps=3)
+    for name in (
+        "layer_pattern",
+        "attention_position_encoding",
+        "position_encoding",
+        "state_gated",
+        "state_dt_bias",
+        "rotary_base",
+        "rope_scaling",
+        "rotary_interpolation_factor",
+        "rotary_table_precision",
+        "tie_embeddings",
+        "norm_epsilon",
+    ):
+        assert getattr(small.model, name) == getattr(recipe.model, name), name
+    assert small.layer_kinds == recipe.layer_kinds[:8]
+    assert small.model.num_attention_heads == 4 * (small.model.num_query_groups or 0)
+    assert small.optimizer.learning_rate == recipe.optimizer.learning_rate
+    assert small.train_iters == 3
+    # As many chunks a sequence, up to what layouts can tell apart, and the embedding is padded.
+    assert small.training.seq_length // small.model.chunk_size == 8
+    assert small.padded_vocab_size > small.data.vocab_size
+    assert small.megatron == {"overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
+def test_of_the_megatron_section_stays_what_gradients_depend_on() -> None:
+    recipe = load_recipe(
+        "llama3_320m", ["megatron.squared_relu=false", "megatron.profile=true", "megatron.ddp_bucket_size=1000"]
+    )
+    assert left_out(recipe) == ["profile"]
+    assert set(shrink(recipe, TOKENS, nproc=2, steps=1).megatron) == {
+        "overlap_grad_reduce",
+        "overlap_param_gather",
+        "squared_relu",
+        "ddp_bucket_size",
+    }
+
+
+def fuzzed() -> list[Draw]:
+    recipe = load_recipe("transxssm_320m")
+    return [draw(recipe, 4, seed=3, number=number) for number in range(200)]
+
+
+def test_fuzzing_draws_the_same_again_and_reaches_every_kind() -> None:
+    draws = fuzzed()
+    assert [each.changes for each in draws] == [each.changes for each in fuzzed()]
+    for name, wanted in (
+        ("model.position_encoding", {"rope", "conv1d_d", "a_t"}),
+        ("model.state_gated", {True, False}),
+        ("model.tie_embeddings", {True, False}),
+        ("parallel.tensor_model_parallel_size", {1, 2, 4}),
+        ("parallel.pipeline_model_parallel_size", {1, 2, 4}),
+        ("parallel.context_parallel_size", {1, 2, 4}),
+        ("parallel.state_context_parallel", {"state_passing", "all_to_all"}),
+        ("data.isolate_documents", {True, False}),
+        ("parallel.virtual_pipeline_stages", {None, 2}),
+        ("parallel.sequence_parallel", {True, False}),
+        ("parallel.recompute", {"none", "selective", "full"}),
+        ("megatron.overlap_grad_reduce", {None, True}),
+        ("training.micro_batch_size", {1, 2}),
+    ):
+        assert {each.changes[name] for each in draws} == wanted, name
+    patterns = {frozenset(each.changes["model.layer_pattern"]) for each in draws}
+    assert patterns == {frozenset("S"), frozenset("A"), frozenset("SA")}
+    assert {each.processes for each in draws} == {1, 2, 4}
+
+
+def test_a_printed_command_repeats_what_was_drawn() -> None:
+    recipe = load_recipe("transxssm_320m")
+    args = build_parser("check").parse_args(["check", "parity", "transxssm_320m", "--fuzz", "5", "--precision", "fp64"])
+    for drawn in fuzzed()[:50]:
+        words = shlex.split(drawn.command(args, recipe))
+        repeated = build_parser("check").parse_args(words[1:])
+        again = load_recipe(repeated.recipe, repeated.overrides)
+        sizes = {"nproc": repeated.nproc, "steps": repeated.steps}
+        wanted = shrink(changed(recipe, drawn.changes), TOKENS, nproc=drawn.processes, steps=args.steps)
+        # An entry that is null says nothing.
+        assert changed(shrink(again, TOKENS, **sizes), {}) == wanted
+        assert repeated.layout == ["recipe"] and repeated.precision == "fp64"
