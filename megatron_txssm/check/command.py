@@ -53,8 +53,9 @@ def _add_parity(command: argparse.ArgumentParser) -> None:
     command.add_argument("--steps", type=int, default=2, metavar="N", help="optimizer steps (default: 2)")
     command.add_argument(
         "--precision",
-        choices=("fp32", "fp64"),
-        help="to compute in: fp64 hides no fault behind rounding (default: fp32, with --fuzz fp64)",
+        choices=("fp64", "fp32"),
+        default="fp64",
+        help="what to compute in (default: fp64, where rounding neither hides a fault nor looks like one)",
     )
     command.add_argument(
         "--fuzz",
@@ -73,7 +74,6 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--fuzz {args.fuzz} must be at least 1")
     if args.fuzz is not None and args.layout:
         raise UserError("--fuzz draws layouts itself; leave --layout out")
-    args.precision = args.precision or ("fp32" if args.fuzz is None else "fp64")
     module = "megatron_txssm.check.parity" if args.fuzz is None else "megatron_txssm.check.fuzz"
     # Processes and temporary files do not outlive us, whether we end by Ctrl-C, SIGTERM or a closed terminal.
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]

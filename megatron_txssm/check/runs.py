@@ -78,7 +78,7 @@ def run_all(
 ) -> None:
     """Do `runs` one after another on `world_size` gloo processes; `advance` is called as each ends.
 
-    precision: what fp32 is computed in, fp32 or fp64 (see double.py).
+    precision: fp32 or fp64, what the fp32 of a recipe is computed in (see double.py).
 
     One that fails ends its processes: it keeps a `failure()`, and those behind it go on in new ones.
     """
