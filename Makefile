@@ -1,6 +1,6 @@
 # Every target makes the environment first when it is missing (tools/bootstrap); when it is there, that takes no time.
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slurm check lint format format-check types hooks lock clean clean-env
+.PHONY: help env demo test test-slurm test-te check lint format format-check types hooks lock clean clean-env
 
 BIN := .venv/bin
 # Extra arguments of the command behind the target: make test ARGS="-k rope -x"
@@ -20,6 +20,11 @@ test: env  ## run all tests but those of tests/slurm: make test ARGS="-k rope"
 
 test-slurm: env  ## run the tests on a simulated Slurm cluster: needs root and Debian's slurm-wlm and munge
 	$(BIN)/python -m pytest tests/slurm $(ARGS)
+
+test-te: env  ## run tests/te against Transformer Engine, compiled for this machine's CPU: needs g++ and 1 GB
+	tools/build_te_cpu
+	PYTHONPATH=.venv/transformer_engine_compiled:tests/te:tests/model $(BIN)/python -m pytest -p te_stub -p no:cacheprovider -n 0 \
+	  tests/te/te_checks.py tests/te/te_fp8_checks.py $(ARGS)
 
 check: lint format-check types  ## lint, formatting and types: what .ci/run checks
 

@@ -129,10 +129,11 @@ def _check_attention(recipe: "Recipe") -> None:
             "training.fp8_attention=true would be dropped by Megatron with training.fp8_recipe=blockwise, which "
             "Transformer Engine has no FP8 attention for; use delayed (Hopper) or tensorwise (Blackwell)"
         )
-    if getattr(recipe.data, "isolate_documents", False):
+    if recipe.data.isolate_documents:
+        # So say the messages in Transformer Engine's library, and torch 2.13 brings cuDNN 9.20.
         raise UserError(
-            "training.fp8_attention=true does not go with data.isolate_documents=true: Transformer Engine's FP8 "
-            "attention takes no packed documents (its layout thd); set one of them to false"
+            "training.fp8_attention=true does not go with data.isolate_documents=true: FP8 attention trains on packed "
+            "documents on Blackwell with cuDNN 9.23 only; set one of them to false"
         )
     if recipe.kv_channels > 128 or recipe.kv_channels % 16 != 0:
         raise UserError(

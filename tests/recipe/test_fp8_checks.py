@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.fp8_checks import check_fp8, check_fp8_on
+from megatron_txssm.recipe.fp8_checks import check_fp8_on
 from megatron_txssm.recipe.loader import load_recipe, recipe_names
 from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
 
@@ -96,12 +96,17 @@ def test_sequence_parallel_ranks_share_the_tokens() -> None:
 
 
 def test_packed_documents_have_no_fp8_attention() -> None:
-    recipe = load_recipe("transxssm_1.3b_fp8_h100")
-    object.__setattr__(recipe.data, "isolate_documents", True)
     with pytest.raises(UserError, match=r"does not go with data\.isolate_documents=true"):
-        check_fp8(recipe)
-    object.__setattr__(recipe.training, "fp8_attention", False)
-    check_fp8(recipe)
+        load_recipe("transxssm_1.3b_fp8_h100", ["data.isolate_documents=true"])
+    load_recipe("transxssm_1.3b_fp8_h100", ["data.isolate_documents=true", "training.fp8_attention=false"])
+
+
+def test_context_parallel_ranks_share_the_tokens() -> None:
+    layout = ["parallel.context_parallel_size=2", "training.micro_batch_size=1"]
+    load_recipe("transxssm_1.3b_fp8_h100", layout)
+    short = ["training.seq_length=16", "model.chunk_size=4"]
+    with pytest.raises(UserError, match="a micro-batch has 8 tokens; use a seq_length that is a multiple of 32"):
+        load_recipe("transxssm_1.3b_fp8_h100", [*layout, *short])
 
 
 @pytest.mark.parametrize("name", FP8_RECIPES)

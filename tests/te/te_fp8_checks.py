@@ -136,7 +136,7 @@ def test_what_a_gpu_cannot_scale_is_refused(
         check_fp8_on(recipe, gpu, (9, 20, 0))
 
 
-def has_attention(way: str) -> bool:
+def has_attention(way: str, **others: Any) -> bool:
     """Whether Transformer Engine's Python lets a backend pass; the last word on the fused one is cuDNN's."""
     made = CLASSES[way](fp8_dpa=True)
     parameters = attention_utils.AttentionParams(
@@ -153,6 +153,7 @@ def has_attention(way: str) -> bool:
         is_training=True,
         fp8=True,
         fp8_meta={"recipe": made, "local_recipes": [made]},
+        **others,
     )
     flash, _, fused, _, unfused, *_ = attention_utils.get_attention_backend(parameters)
     return bool(flash or fused or unfused)
@@ -181,6 +182,18 @@ def test_what_has_no_attention_is_refused(
     # Without GEMMs of that kind, attention does not matter.
     supported = not (way == "mxfp8" and not BLACKWELL <= gpu < (12, 0))
     assert accepted is (supported and has_attention(way))
+
+
+@pytest.mark.parametrize("communication", ["p2p", "all_gather", "a2a"])
+def test_context_parallelism_keeps_fp8_attention(
+    monkeypatch: pytest.MonkeyPatch, report: Any, communication: str
+) -> None:
+    report(HOPPER)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention_utils, "get_cudnn_version", lambda: (9, 20, 0))
+    found = attention_utils.FusedAttnBackend.FP8.value
+    monkeypatch.setattr(attention_utils, "_get_fused_attn_backend", lambda **_: (found, ""))
+    assert has_attention("delayed", context_parallel=True, cp_comm_type=communication)
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name.endswith(("_h100", "_b200"))])

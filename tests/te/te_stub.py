@@ -5,15 +5,19 @@ extension that is compiled on a GPU node. Constructing a module needs none of th
 functions raise. Also stubbed: onnxscript and onnx (for the export of models) and einops (in a cache of attention),
 which the wheel imports without naming them in its metadata.
 
+Where the extension was compiled (tools/build_te_cpu), it is used, and only those three are stubbed.
+
 Install before the first import of Megatron, and only in a process of its own: with the bare wheel on the path, `import
 transformer_engine` raises RuntimeError, which Megatron's `except ImportError` does not catch.
 """
 
 import importlib
 import importlib.machinery
+import importlib.util
 import os
 import sys
 import types
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -68,15 +72,22 @@ def _kernel(name: str) -> Any:
 
 def install() -> None:
     assert "megatron.core" not in sys.modules, "Megatron has looked for Transformer Engine already"
-    # Under this variable the package looks for no compiled library.
-    os.environ["NVTE_PROJECT_BUILDING"] = "1"
-    compiled: Any = CompiledStub("transformer_engine_torch")
-    compiled.get_cudnn_version = lambda: 92000
-    stubs = {"transformer_engine_torch": compiled}
-    stubs |= {name: mock.MagicMock(name=name) for name in ("onnx", "onnxscript", "einops")}
+    stubs: dict[str, Any] = {name: mock.MagicMock(name=name) for name in ("onnx", "onnxscript", "einops")}
+    compiled = is_compiled()
+    if not compiled:
+        # Under this variable the package looks for no compiled library.
+        os.environ["NVTE_PROJECT_BUILDING"] = "1"
+        extension: Any = CompiledStub("transformer_engine_torch")
+        extension.get_cudnn_version = lambda: 92000
+        stubs["transformer_engine_torch"] = extension
     for name, stub in stubs.items():
         stub.__spec__ = importlib.machinery.ModuleSpec(name, None)
         sys.modules[name] = stub
+    if compiled:
+        # Its libraries, which the extension is linked to.
+        importlib.import_module("torch")
+        importlib.import_module("transformer_engine.pytorch")
+        return
     import transformer_engine.common as common  # pyright: ignore[reportMissingImports]
 
     common.load_framework_extension = lambda framework: None
@@ -84,6 +95,13 @@ def install() -> None:
     for name in [name for name in sys.modules if name.startswith("transformer_engine.pytorch")]:
         del sys.modules[name]
     importlib.import_module("transformer_engine.pytorch")
+
+
+def is_compiled() -> bool:
+    """Whether the package on the path holds its extension."""
+    spec = importlib.util.find_spec("transformer_engine")
+    folders = spec.submodule_search_locations if spec else None
+    return any(list(Path(folder).glob("wheel_lib/transformer_engine_torch*.so")) for folder in folders or ())
 
 
 install()
