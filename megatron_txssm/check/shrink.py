@@ -28,6 +28,7 @@ _OF_THE_GRADIENTS = re.compile(
 
 WITHOUT_FP8: Changes = {
     "training.fp8": None,
+    "training.fp8_recipe": "delayed",
     "training.fp8_attention": False,
     "training.first_last_layers_bf16": 0,
 }
