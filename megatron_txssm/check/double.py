@@ -1,9 +1,8 @@
 """Everything that is fp32 computed in fp64, in a process of its own: what still differs is no rounding.
 
-In fp32, equal layouts may differ by 1e-4 and more: where a gradient is what is left of terms that cancel (that of a
-state-space layer's C at the first token, under a gated norm that spans one head), and in the steps behind Adam's first,
-which moves a weight by the whole learning rate even where its gradient is but rounding. A fault of that size would not
-show.
+In fp32, equal layouts may differ by 1e-2: where a gradient is what is left of terms that cancel (that of a state-space
+layer's C at the first token of a document, under a gated norm that spans one head), and more with every step. A fault
+of that size would not show.
 """
 
 import importlib

@@ -167,6 +167,8 @@ def _training(recipe: Recipe, nproc: int, steps: int) -> Changes:
         # The first steps shall move the weights; WSD would need its length.
         "optimizer.warmup_fraction": 0.0,
         "optimizer.decay_style": "constant",
+        # Else Adam's first step moves a weight whose gradient is but rounding by the whole learning rate.
+        "optimizer.adam_eps": max(recipe.optimizer.adam_eps, 1e-3),
     }
 
 
