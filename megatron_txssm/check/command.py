@@ -16,16 +16,21 @@ EXAMPLES = {
         "txssm check parity my_recipe.yaml --nproc 2 --layout tp2_sp --layout pp2_vpp2",
         "txssm check parity demo_cpu --fuzz 300 --seed 7",
     ),
+    "leakage": (
+        "txssm check leakage demo_cpu",
+        "txssm check leakage transxssm_1.3b --packings 1000 --layout tp2_sp_cp2",
+    ),
 }
 SUMMARIES = {
     "parity": "compare the loss and every gradient of all parallel layouts with one process, for a recipe made small",
+    "leakage": "show that data.isolate_documents keeps one document's logits free of another's, to the last bit",
 }
 
 
 def add_parser(subparsers: Any) -> None:
     parser = add_verb(subparsers, "check", [examples[0] for examples in EXAMPLES.values()])
     commands = parser.add_subparsers(title="commands", dest="command", metavar="<command>", required=True)
-    add = {"parity": _add_parity}
+    add = {"parity": _add_parity, "leakage": _add_leakage}
     for name, summary in SUMMARIES.items():
         command = commands.add_parser(
             name,
@@ -37,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
         add[name](command)
 
 
-def _add_parity(command: argparse.ArgumentParser) -> None:
+def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("recipe", metavar="RECIPE", help="a name that `txssm recipes` lists, or a YAML file")
     command.add_argument(
         "--nproc", type=int, default=4, metavar="N", help="processes of the largest layouts (default: 4)"
@@ -48,8 +53,13 @@ def _add_parity(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="compare this one only, such as tp2_sp, or `recipe` for the recipe's own; repeatable (default: all)",
+        help="this one only, such as tp2_sp, or `recipe` for the recipe's own; repeatable (default: all)",
     )
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="what is drawn at random (default: 0)")
+
+
+def _add_parity(command: argparse.ArgumentParser) -> None:
+    _add_common(command)
     command.add_argument("--steps", type=int, default=2, metavar="N", help="optimizer steps (default: 2)")
     command.add_argument(
         "--precision",
@@ -63,18 +73,22 @@ def _add_parity(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="draw N architectures, lengths and layouts at random instead of taking the recipe's",
     )
-    command.add_argument("--seed", type=int, default=0, metavar="S", help="what --fuzz draws from (default: 0)")
+
+
+def _add_leakage(command: argparse.ArgumentParser) -> None:
+    _add_common(command)
+    command.add_argument("--packings", type=int, default=200, metavar="N", help="at random (default: 200)")
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("nproc", "steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} must be at least 1")
-    if args.fuzz is not None and args.fuzz < 1:
-        raise UserError(f"--fuzz {args.fuzz} must be at least 1")
-    if args.fuzz is not None and args.layout:
+    for name in ("nproc", "steps", "fuzz", "packings"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} must be at least 1")
+    fuzz = args.command == "parity" and args.fuzz is not None
+    if fuzz and args.layout:
         raise UserError("--fuzz draws layouts itself; leave --layout out")
-    module = "megatron_txssm.check.parity" if args.fuzz is None else "megatron_txssm.check.fuzz"
+    module = f"megatron_txssm.check.{'fuzz' if fuzz else args.command}"
     # Processes and temporary files do not outlive us, whether we end by Ctrl-C, SIGTERM or a closed terminal.
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in numbers}

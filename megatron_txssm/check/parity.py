@@ -55,9 +55,9 @@ def check(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="txssm-check-") as name:
         folder = Path(name)
         small = shrink(recipe, folder / "tokens", nproc=args.nproc, steps=args.steps)
-        layouts, refused = _legal(recipe, small, args.nproc, args.layout)
+        layouts, refused = legal_layouts(recipe, small, args.nproc, args.layout)
         if not layouts:
-            raise UserError(f"--nproc {args.nproc}: no layout of {recipe.name} to compare:\n{_listed(refused)}")
+            raise UserError(f"--nproc {args.nproc}: no layout of {recipe.name} to compare:\n{listed(refused)}")
         print(described(recipe, small, args.precision), flush=True)
         write_tokens(folder / "tokens")
         try:
@@ -68,7 +68,7 @@ def check(args: argparse.Namespace) -> int:
     _print_table(verdicts)
     print(bounds(args.precision))
     if refused:
-        print(f"\nnot legal for this recipe:\n{_listed(refused)}")
+        print(f"\nnot legal for this recipe:\n{listed(refused)}")
     different = [layout.name for layout, verdict in verdicts.items() if not verdict.same]
     if different:
         print(f"\nNOT the same as one process: {', '.join(different)}")
@@ -128,7 +128,7 @@ def verdict(run: Any, reference: Any, precision: str) -> Verdict:
     return Verdict(loss_error, gradient_error, parameter, precision=precision)
 
 
-def _legal(
+def legal_layouts(
     recipe: Recipe, small: Recipe, nproc: int, names: Sequence[str]
 ) -> tuple[list[Layout], list[tuple[Layout, str]]]:
     """The layouts to compare, all or those of `names`, and those that the recipe cannot have, each with the reason."""
@@ -147,7 +147,7 @@ def _legal(
     return [layout for layout, reason in reasons if reason is None], refused
 
 
-def _listed(refused: Sequence[tuple[Layout, str]]) -> str:
+def listed(refused: Sequence[tuple[Layout, str]]) -> str:
     """A line for each reason, with the layouts that it is the reason for."""
 
     def of(entry: tuple[Layout, str]) -> str:

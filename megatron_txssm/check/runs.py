@@ -34,9 +34,14 @@ class Run:
         """What the worker is told beside `out`: a recipe's file, or none, and Megatron arguments behind it."""
         raise NotImplementedError
 
+    @property
+    def result(self) -> Path:
+        """The file that says that all is done."""
+        return self.out / "losses.json"
+
     def losses(self) -> dict[int, float]:
         """The loss of each step, in nats per token."""
-        return {int(step): loss for step, loss in json.loads((self.out / "losses.json").read_text()).items()}
+        return {int(step): loss for step, loss in json.loads(self.result.read_text()).items()}
 
     def gradients(self, step: int) -> dict[str, Tensor]:
         """Whole gradients by the parameter's name in the checkpoint; an element that no rank holds is NaN."""
@@ -58,7 +63,7 @@ class Run:
         return file.read_text(encoding="utf-8") if file.exists() else self.refusal()
 
     def is_done(self) -> bool:
-        return (self.out / "losses.json").exists() or self.failure() is not None
+        return self.result.exists() or self.failure() is not None
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 2 -m megatron_txssm.check.worker tasks.json fp32
 
-A task is {"out": folder, "arguments": Megatron's, "recipe": file or null}; a recipe's arguments come first. Runs share
-a process, since its imports take longer than a run. `runs.py` starts the ranks and reads the files.
+A task is {"out": folder, "arguments": Megatron's, "recipe": file or null}; a recipe's arguments come first. With
+"packings" it is one of `txssm check leakage`. Runs share a process, since its imports take longer than a run. `runs.py`
+starts the ranks and reads the files.
 """
 
 import json
@@ -30,13 +31,18 @@ def main(tasks_file: str, precision: str) -> None:
     platform_arguments = prepare_platform()
     from megatron.training import training
 
+    from megatron_txssm.check import leakage_worker
     from megatron_txssm.compat import mend_megatron
 
     mend_megatron()
     for task in json.loads(Path(tasks_file).read_text(encoding="utf-8")):
         out = Path(task["out"])
         try:
-            run(out, [*_recipe_arguments(task["recipe"]), *task["arguments"], *platform_arguments])
+            arguments = [*_recipe_arguments(task["recipe"]), *task["arguments"], *platform_arguments]
+            if "packings" in task:
+                leakage_worker.run(out, arguments, task["packings"], task["seed"])
+            else:
+                run(out, arguments)
         except UserError as error:
             # Refused on every rank, before the first collective: the next run can go on in these processes.
             (out / "refused").write_text(str(error), encoding="utf-8")

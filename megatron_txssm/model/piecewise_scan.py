@@ -37,9 +37,9 @@ def scan(
         return kernel(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, initial_state=initial_state, seq_idx=document_BL)
     assert initial_state is None, "decoding knows no context parallelism"
     if state_space.context_parallel_method == "all_to_all":
-        inputs = [zigzag.heads_for_tokens(t) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN)]
+        x, dt, B, C = (zigzag.heads_for_tokens(t) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN))
         A_of_heads_H = A_H.unflatten(0, (zigzag.size, -1))[zigzag.rank]
-        y_BLHP, _ = kernel(*inputs[:2], A_of_heads_H, *inputs[2:], seq_idx=document_BL)
+        y_BLHP, _ = kernel(x, dt, A_of_heads_H, B, C, seq_idx=document_BL)
         return zigzag.tokens_for_heads(y_BLHP), None
 
     x_blHP, dt_blH, B_blGN, C_blGN = (zigzag.fold(t) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN))

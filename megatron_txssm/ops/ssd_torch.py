@@ -58,9 +58,10 @@ class _Block(NamedTuple):
     last: bool
 
 
-def _blocks(batch: int, length: int, chunk_size: int, device: torch.device) -> Iterator[_Block]:
+def _blocks(x_BLHP: Tensor, chunk_size: int) -> Iterator[_Block]:
     """Row by row from left to right; rows that are shorter than a block share one."""
-    block_tokens = CPU_BLOCK_TOKENS if device.type == "cpu" else batch * length
+    batch, length = x_BLHP.shape[:2]
+    block_tokens = CPU_BLOCK_TOKENS if x_BLHP.device.type == "cpu" else batch * length
     rows = max(1, block_tokens // length)
     step = max(1, block_tokens // chunk_size) * chunk_size
     for row in range(0, batch, rows):
@@ -92,9 +93,7 @@ class _Scratch:
         if x.device.type != "cpu":
             return cls(dtype, x.device)
         kept = _kept_scratch.__dict__
-        if dtype not in kept:
-            kept[dtype] = cls(dtype, x.device)
-        return kept[dtype]
+        return kept.setdefault(str(dtype), cls(dtype, x.device))
 
 
 _kept_scratch = threading.local()
@@ -212,7 +211,7 @@ class _Ssd(torch.autograd.Function):
         scratch = _Scratch.of(x_BLHP)
         y_BLHP = torch.empty_like(x_BLHP, memory_format=torch.contiguous_format)
         state_BHPN = initial_state_BHPN.to(**scratch.options, copy=True)
-        blocks = list(_blocks(*x_BLHP.shape[:2], chunk_size, x_BLHP.device))
+        blocks = list(_blocks(x_BLHP, chunk_size))
         entering = []
         for block in blocks:
             entering.append(state_BHPN[block.rows].clone() if not block.first else None)
@@ -226,9 +225,11 @@ class _Ssd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_BLHP: Tensor, dstate_BHPN: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        inputs, initial_state_BHPN, entering = _Inputs(*saved[:6]), saved[6], saved[7:]
+        x, dt, A, B, C, document_BL, initial_state_BHPN, *entering = saved
+        inputs = _Inputs(x, dt, A, B, C, document_BL)
         scratch = _Scratch.of(dy_BLHP)
-        gradients = _Inputs(*(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[:5]), None)
+        dx, ddt, dA, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, A, B, C))
+        gradients = _Inputs(dx, ddt, dA, dB, dC, None)
         dA_H = torch.zeros_like(inputs.A_H, dtype=torch.float64)
         dstate_BHPN = dstate_BHPN.to(**scratch.options, copy=True)
         for block, entering_BHPN in reversed(list(zip(ctx.blocks, entering, strict=True))):
@@ -242,7 +243,7 @@ class _Ssd(torch.autograd.Function):
             )
             dA_H += (dlog_BCQH * operands.dt_BCQH).sum((0, 1, 2))
         dinitial = dstate_BHPN.to(initial_state_BHPN.dtype)
-        return *gradients[:2], dA_H.to(inputs.A_H.dtype), *gradients[3:5], dinitial, None, None
+        return dx, ddt, dA_H.to(A.dtype), dB, dC, dinitial, None, None
 
 
 def _forward_block(operands: _Operands, state_BHPN: Tensor, y_BLHP: Tensor) -> None:

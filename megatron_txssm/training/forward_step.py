@@ -83,12 +83,21 @@ def checked_tokenizer() -> Any:
 def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
     """One micro-batch through this stage: (output, a function from output to Megatron's loss triple)."""
     batch = next(data_iterator)
-    batch = {key: batch[key].to(torch.cuda.current_device(), non_blocking=True) for key in BATCH_KEYS}
-    documents = PackedDocuments.from_position_ids(batch["position_ids"]) if get_args().isolate_documents else None
-    zigzag = Zigzag.of(get_context_parallel_group())
-    tokens, labels, loss_mask, position_ids = (zigzag.own(batch[key]) for key in BATCH_KEYS)
+    documents = packed_documents(batch["position_ids"]) if get_args().isolate_documents else None
+    tokens, labels, loss_mask, position_ids = (on_this_rank(batch[key]) for key in BATCH_KEYS)
     output = model(tokens, position_ids, None, labels=labels, packed_seq_params=documents)
     return output, partial(loss_function, loss_mask)
+
+
+def packed_documents(position_ids_BL: Tensor) -> PackedDocuments:
+    """The documents of a micro-batch, from positions that restart with each."""
+    return PackedDocuments.from_position_ids(position_ids_BL.to(torch.cuda.current_device(), non_blocking=True))
+
+
+def on_this_rank(whole_BL: Tensor) -> Tensor:
+    """This context-parallel rank's tokens, on its device."""
+    own = Zigzag.of(get_context_parallel_group()).own(whole_BL)
+    return own.to(torch.cuda.current_device(), non_blocking=True)
 
 
 def loss_function(loss_mask_BL: Tensor, losses_BL: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

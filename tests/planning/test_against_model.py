@@ -89,6 +89,11 @@ def test_flops_are_those_of_the_model(recipe: Recipe, model: Any) -> None:
         # So with the chunks of the scan.
         whole, half = (sizes.scan_flops_per_token(length, whole_chunks=flag) for flag in (True, False))
         expected += FORWARD_AND_BACKWARD * kinds.count(STATE_SPACE) * (whole - half)
+        # What its backward pass computes again: scores, and what every chunk adds to the state.
+        scores = 2 * min(sizes.chunk_size, length) * sizes.num_groups * sizes.state_size
+        again = scores + 2 * sizes.inner_size * sizes.state_size
+        # The counter does not know baddbmm_, by which the scores' gradients become B's and C's.
+        expected += kinds.count(STATE_SPACE) * (again - 2 * scores)
         # The backward pass of the convolution, see above: twice its forward pass.
         convolution = 2 * sum(sizes.conv_sizes.values()) * sizes.conv_kernel
         expected -= 2 * kinds.count(STATE_SPACE) * convolution

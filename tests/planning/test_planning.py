@@ -27,7 +27,7 @@ def test_counts_of_a_model_small_enough_for_the_margin() -> None:
             "model.layer_pattern=SA",
             "model.num_layers=2",
             "model.hidden_size=8",
-            "model.ffn_hidden_size=10",
+            "model.ffn_hidden_size=12",
             "model.num_attention_heads=4",
             "model.num_query_groups=2",
             "model.state_head_dim=4",
@@ -43,9 +43,9 @@ def test_counts_of_a_model_small_enough_for_the_margin() -> None:
     assert count.attention == 2 * 64 + 2 * 32
     # x 8, B and C 2x6 each, dt 2; output 8x8; A_log and dt_bias.
     assert count.state_space == 8 * (8 + 12 + 12 + 2) + 64 + 4
-    assert count.ffn == 2 * 3 * 8 * 10
+    assert count.ffn == 2 * 3 * 8 * 12
     assert count.norms == 5 * 8
-    assert count.total == sum((1024, 192, 340, 480, 40))
+    assert count.total == sum((1024, 192, 340, 576, 40))
 
 
 def test_an_untied_head_counts_twice() -> None:

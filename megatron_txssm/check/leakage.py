@@ -1,0 +1,114 @@
+"""txssm check leakage: does a document change what is computed of the next one, in any layout?"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.check.layouts import ONE_PROCESS, Layout
+from megatron_txssm.check.parity import DIFFERENT, legal_layouts, listed
+from megatron_txssm.check.progress import progress_bar
+from megatron_txssm.check.shrink import shrink
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """What a layout showed, by mode ("isolated", "packed"): logits compared, changed, and the largest change."""
+
+    of_mode: dict[str, dict[str, float]] | None
+    failure: str | None = None
+
+    @property
+    def isolated(self) -> bool:
+        """Not a bit changed behind the first document; and without isolation some did, so that the check can see."""
+        return self.of_mode is not None and self.of_mode["isolated"]["changed"] == 0 < self.of_mode["packed"]["changed"]
+
+
+def check(args: argparse.Namespace) -> int:
+    """The verb; returns the exit code."""
+    recipe = load_recipe(args.recipe, args.overrides)
+    with tempfile.TemporaryDirectory(prefix="txssm-check-") as name:
+        folder = Path(name)
+        small = shrink(recipe, folder / "tokens", nproc=args.nproc, steps=1)
+        layouts, refused = legal_layouts(recipe, small, args.nproc, args.layout)
+        if not args.layout:
+            layouts = [Layout("one_process", 1, ONE_PROCESS), *(layout for layout in layouts if _matters(layout))]
+        if not layouts:
+            raise UserError(f"--nproc {args.nproc}: no layout of {recipe.name} to check:\n{listed(refused)}")
+        print(
+            f"{recipe.name}, made small: {small.model.num_layers} layers ({small.layer_kinds}), samples of "
+            f"{small.training.seq_length} tokens, {args.packings} random packings, each with two first documents",
+            flush=True,
+        )
+        leaks = _run(small, layouts, folder, args.packings, args.seed)
+    _print_table(leaks)
+    if not recipe.data.isolate_documents:
+        print(f"\n{recipe.name} trains with data.isolate_documents=false: as in the column of leaks")
+    leaky = [layout.name for layout, found in leaks.items() if not found.isolated]
+    if leaky:
+        print(f"\nNOT isolated under data.isolate_documents=true: {', '.join(leaky)}")
+        return DIFFERENT
+    print("\ndata.isolate_documents=true isolates documents, bit for bit: all layouts")
+    return 0
+
+
+def _matters(layout: Layout) -> bool:
+    """What data parallelism and recomputation change is behind the forward pass."""
+    return not any(part.startswith(("dp", "recompute")) for part in layout.name.split("_"))
+
+
+def _run(small: Recipe, layouts: Sequence[Layout], folder: Path, packings: int, seed: int) -> dict[Layout, Leaks]:
+    from megatron_txssm.check.runs import RecipeRun, run_all
+
+    @dataclass(frozen=True)
+    class LeakageRun(RecipeRun):
+        def task(self) -> dict[str, Any]:
+            return super().task() | {"packings": packings, "seed": seed}
+
+        @property
+        def result(self) -> Path:
+            return self.out / "leaks.json"
+
+    runs = {layout: LeakageRun(folder / layout.name, layout.of(small)) for layout in layouts}
+    with progress_bar("looking for leaks", len(runs)) as advance:
+        for size in sorted({layout.processes for layout in layouts}):
+            batch = [run for layout, run in runs.items() if layout.processes == size]
+            run_all(size, batch, advance=advance)
+    return {layout: _leaks(run.failure, run.result) for layout, run in runs.items()}
+
+
+def _leaks(failure: Callable[[], str | None], result: Path) -> Leaks:
+    said = failure()
+    return Leaks(None, said) if said else Leaks(json.loads(result.read_text(encoding="utf-8")))
+
+
+def _print_table(leaks: dict[Layout, Leaks]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("layout", ">processes", ">logits compared", ">changed, isolated", ">changed, not isolated", "verdict"):
+        table.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", no_wrap=True)
+    for layout, found in leaks.items():
+        cells = ["", "", ""]
+        if found.of_mode:
+            isolated, packed = found.of_mode["isolated"], found.of_mode["packed"]
+            share = packed["changed"] / packed["compared"]
+            cells = [
+                f"{isolated['compared']:,.0f}",
+                f"{isolated['changed']:,.0f}",
+                f"{share:.1%}, by up to {packed['largest']:.1e}",
+            ]
+        verdict = "isolated" if found.isolated else "FAILED" if found.failure else "LEAKS"
+        table.add_row(layout.name, str(layout.processes), *cells, verdict)
+    Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 240).print(table)
+    for layout, found in leaks.items():
+        if found.failure:
+            print(f"{layout.name}: {found.failure}")
