@@ -53,9 +53,8 @@ class _Block(NamedTuple):
     rows: slice
     tokens: slice
     chunks: int
-    # The first and the last of its rows.
+    # Whether it is the first of its rows.
     first: bool
-    last: bool
 
 
 def _blocks(x_BLHP: Tensor, chunk_size: int) -> Iterator[_Block]:
@@ -68,7 +67,7 @@ def _blocks(x_BLHP: Tensor, chunk_size: int) -> Iterator[_Block]:
         for start in range(0, length, step):
             end = min(start + step, length)
             chunks = -(-(end - start) // chunk_size)
-            yield _Block(slice(row, min(row + rows, batch)), slice(start, end), chunks, start == 0, end == length)
+            yield _Block(slice(row, min(row + rows, batch)), slice(start, end), chunks, start == 0)
 
 
 class _Scratch:
@@ -83,7 +82,10 @@ class _Scratch:
         size = torch.Size(shape).numel()
         buffer = self.buffers.get(name)
         if buffer is None or buffer.numel() < size:
-            buffer = self.buffers[name] = torch.empty(size, **{**self.options, "dtype": dtype or self.options["dtype"]})
+            # What is made in inference mode could not be written to outside.
+            with torch.inference_mode(False):
+                buffer = torch.empty(size, **{**self.options, "dtype": dtype or self.options["dtype"]})
+            self.buffers[name] = buffer
         return buffer[:size].view(shape)
 
     @classmethod

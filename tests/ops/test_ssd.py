@@ -205,6 +205,15 @@ def test_documents_across_blocks_and_rows(batch, length):
     assert_close(run(ssd_torch, inputs, chunk_size=64, seq_idx=seq_idx), expected, TOLERANCE[torch.float64])
 
 
+def test_what_is_computed_in_inference_mode_does_not_bind_training():
+    inputs = make_inputs(20, groups=2, dtype=torch.float32, head_dim=HEAD_DIM + 64)
+    with torch.inference_mode():
+        expected, _ = ssd_torch(*(inputs[name] for name in NAMES[:5]), chunk_size=8)
+    assert torch.equal(
+        run(ssd_torch, {**inputs, "initial_state": 0 * inputs["initial_state"]}, chunk_size=8)["y"], expected
+    )
+
+
 @pytest.mark.parametrize("boundary", [5, 15, 16, 17, 40])
 def test_nothing_leaks_between_documents(boundary):
     length = 50
