@@ -91,8 +91,8 @@ def test_loss_and_gradients_equal_one_process(runs, variant, layout):
     print(f"loss {loss_error:.1e}, gradient {gradient_error:.1e} ({where})")
     assert loss_error <= 1e-6
     assert gradient_error <= 1e-5, where
-    # The runs learn; otherwise equality would mean little.
-    assert expected[END] < expected[STEPS[0]]
+    # Weights and data move on from step to step; otherwise equality would mean little.
+    assert len(set(expected.values())) == len(STEPS)
 
 
 @pytest.mark.parametrize("layout", CONTINUED_BY)
