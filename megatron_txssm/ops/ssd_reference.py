@@ -9,11 +9,22 @@ Source: arXiv:2405.21060 (Mamba-2), section 3; arXiv:2506.09507, section 2.1. Th
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """The type of states and decays: fp32 for bf16, fp16 and fp32 inputs, fp64 for fp64 ones."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def number_documents(seq_idx_BL: Tensor) -> Tensor:
+    """Numbers the packed documents 0, 1, 2, … by the changes of `seq_idx` so far, [B, L], int32.
+
+    Unlike `seq_idx` itself a number never comes back: equal ones mean no reset in between. The initial state belongs to
+    number 0.
+    """
+    changes = seq_idx_BL[:, 1:] != seq_idx_BL[:, :-1]
+    return F.pad(changes.cumsum(1, dtype=torch.int32), (1, 0))
 
 
 def ssd_step(

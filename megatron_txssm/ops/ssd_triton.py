@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from megatron_txssm.ops.ssd_reference import number_documents
 
 # What a kernel can address: it multiplies indices and strides in 32 bits and does not notice when they overflow
 # (mamba issue 1015).
@@ -93,7 +94,9 @@ def ssd_triton(
         C_BLGN,
         chunk_size=chunk_size,
         initial_states=initial_state,
-        seq_idx=None if seq_idx is None else _number_documents(seq_idx),
+        # They give the initial state to the documents numbered 0, and a chunk's state to a later chunk's tokens of the
+        # same number, whatever stands between them.
+        seq_idx=None if seq_idx is None else number_documents(seq_idx),
         return_final_states=True,
     )
     return y_BLHP, final_state_BHPN.float()
@@ -121,16 +124,6 @@ def _require_kernels() -> tuple[Any, Any]:
             f"backend='triton' needs mamba-ssm, which cannot be imported ({error}): docs/gpu.md says how to install it"
         ) from error
     return _kernels()
-
-
-def _number_documents(seq_idx: Tensor) -> Tensor:
-    """0, 1, 2, … by the changes of `seq_idx` so far, int32.
-
-    The kernels give the initial state to the documents numbered 0, and a chunk's state to a later chunk's tokens of the
-    same number, whatever stands between them.
-    """
-    changes = seq_idx[:, 1:] != seq_idx[:, :-1]
-    return F.pad(changes.cumsum(1, dtype=torch.int32), (1, 0))
 
 
 def _check_size(x_BLHP: Tensor, dt_BLH: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, chunk_size: int) -> None:
