@@ -1,6 +1,7 @@
 """txssm <verb>: finds the verb's module and runs it. A verb's module is imported only when that verb is asked for.
 
-A module of `VERBS` has `add_parser(subparsers)`, which calls `add_verb`, and `run(args) -> int | None`, the exit code.
+A module of `VERBS` has `add_parser(subparsers)`, which calls `add_verb` or `add_commands`, and `run(args) -> int |
+None`, the exit code.
 """
 
 import argparse
@@ -8,7 +9,8 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron_txssm import __version__
 from megatron_txssm.errors import UserError, readable
@@ -47,13 +49,25 @@ examples:
 def add_verb(subparsers: "argparse._SubParsersAction", verb: str, examples: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of one verb, with its help from `VERBS` and its examples at the end of --help."""
     _, summary = VERBS[verb]
-    return subparsers.add_parser(
-        verb,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog="\n  ".join(["examples:", *examples]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    return subparsers.add_parser(verb, **_help(summary, examples))
+
+
+def add_commands(
+    subparsers: "argparse._SubParsersAction", verb: str, commands: Mapping[str, tuple[str, Sequence[str]]]
+) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of a verb's commands, by name; `commands`: name -> (one line of help, examples)."""
+    parser = add_verb(subparsers, verb, [examples[0] for _, examples in commands.values()])
+    action = parser.add_subparsers(title="commands", dest="command", metavar="<command>", required=True)
+    return {name: action.add_parser(name, **_help(*about)) for name, about in commands.items()}
+
+
+def _help(summary: str, examples: Sequence[str]) -> dict[str, Any]:
+    return {
+        "help": summary,
+        "description": summary[0].upper() + summary[1:] + ".",
+        "epilog": "\n  ".join(["examples:", *examples]),
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
 
 
 def build_parser(verb: str | None = None) -> argparse.ArgumentParser:

@@ -6,39 +6,33 @@ import signal
 import sys
 from typing import Any
 
-from megatron_txssm.cli import add_verb
+from megatron_txssm.cli import add_commands
 from megatron_txssm.errors import UserError
 
-EXAMPLES = {
+# Command -> (one line of help, examples).
+COMMANDS = {
     "parity": (
-        "txssm check parity demo_cpu",
-        "txssm check parity transxssm_1.3b --nproc 8 --set model.state_num_groups=2",
-        "txssm check parity my_recipe.yaml --nproc 2 --layout tp2_sp --layout pp2_vpp2",
-        "txssm check parity demo_cpu --fuzz 300 --seed 7",
+        "compare the loss and every gradient of all parallel layouts with one process, for a recipe made small",
+        (
+            "txssm check parity demo_cpu",
+            "txssm check parity transxssm_1.3b --nproc 8 --set model.state_num_groups=2",
+            "txssm check parity my_recipe.yaml --nproc 2 --layout tp2_sp --layout pp2_vpp2",
+            "txssm check parity demo_cpu --fuzz 300 --seed 7",
+        ),
     ),
     "leakage": (
-        "txssm check leakage demo_cpu",
-        "txssm check leakage transxssm_1.3b --packings 1000 --layout tp2_sp_cp2",
+        "show that data.isolate_documents keeps one document's logits free of another's, to the last bit",
+        (
+            "txssm check leakage demo_cpu",
+            "txssm check leakage transxssm_1.3b --packings 1000 --layout tp2_sp_cp2",
+        ),
     ),
-}
-SUMMARIES = {
-    "parity": "compare the loss and every gradient of all parallel layouts with one process, for a recipe made small",
-    "leakage": "show that data.isolate_documents keeps one document's logits free of another's, to the last bit",
 }
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = add_verb(subparsers, "check", [examples[0] for examples in EXAMPLES.values()])
-    commands = parser.add_subparsers(title="commands", dest="command", metavar="<command>", required=True)
     add = {"parity": _add_parity, "leakage": _add_leakage}
-    for name, summary in SUMMARIES.items():
-        command = commands.add_parser(
-            name,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
-            epilog="\n  ".join(["examples:", *EXAMPLES[name]]),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+    for name, command in add_commands(subparsers, "check", COMMANDS).items():
         add[name](command)
 
 

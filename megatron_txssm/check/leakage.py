@@ -4,16 +4,15 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_txssm.check.layouts import ONE_PROCESS, Layout
 from megatron_txssm.check.parity import DIFFERENT, legal_layouts, listed
-from megatron_txssm.check.progress import progress_bar
 from megatron_txssm.check.shrink import shrink
 from megatron_txssm.errors import UserError
+from megatron_txssm.progress import progress_bar
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 
@@ -65,28 +64,18 @@ def _matters(layout: Layout) -> bool:
 
 
 def _run(small: Recipe, layouts: Sequence[Layout], folder: Path, packings: int, seed: int) -> dict[Layout, Leaks]:
-    from megatron_txssm.check.runs import RecipeRun, run_all
+    from megatron_txssm.check.runs import LeakageRun, run_all
 
-    @dataclass(frozen=True)
-    class LeakageRun(RecipeRun):
-        def task(self) -> dict[str, Any]:
-            return super().task() | {"packings": packings, "seed": seed}
-
-        @property
-        def result(self) -> Path:
-            return self.out / "leaks.json"
-
-    runs = {layout: LeakageRun(folder / layout.name, layout.of(small)) for layout in layouts}
+    runs = {layout: LeakageRun(folder / layout.name, layout.of(small), packings, seed) for layout in layouts}
     with progress_bar("looking for leaks", len(runs)) as advance:
         for size in sorted({layout.processes for layout in layouts}):
             batch = [run for layout, run in runs.items() if layout.processes == size]
             run_all(size, batch, advance=advance)
-    return {layout: _leaks(run.failure, run.result) for layout, run in runs.items()}
+    return {layout: _leaks(run.failure(), run.result) for layout, run in runs.items()}
 
 
-def _leaks(failure: Callable[[], str | None], result: Path) -> Leaks:
-    said = failure()
-    return Leaks(None, said) if said else Leaks(json.loads(result.read_text(encoding="utf-8")))
+def _leaks(failure: str | None, result: Path) -> Leaks:
+    return Leaks(None, failure) if failure else Leaks(json.loads(result.read_text(encoding="utf-8")))
 
 
 def _print_table(leaks: dict[Layout, Leaks]) -> None:

@@ -78,10 +78,25 @@ class RecipeRun(Run):
         return {"recipe": str(file), "arguments": _ARGUMENTS}
 
 
+@dataclass(frozen=True)
+class LeakageRun(RecipeRun):
+    """One layout of `txssm check leakage`: random packings from a seed, and no training."""
+
+    packings: int
+    seed: int
+
+    def task(self) -> dict[str, Any]:
+        return super().task() | {"packings": self.packings, "seed": self.seed}
+
+    @property
+    def result(self) -> Path:
+        return self.out / "leaks.json"
+
+
 def run_all(
-    world_size: int, runs: Sequence[Run], *, precision: str = "fp32", advance: Callable[[], None] | None = None
+    world_size: int, runs: Sequence[Run], *, precision: str = "fp32", advance: Callable[[int], object] | None = None
 ) -> None:
-    """Do `runs` one after another on `world_size` gloo processes; `advance` is called as each ends.
+    """Do `runs` one after another on `world_size` gloo processes; `advance(1)` is called as each ends.
 
     precision: fp32 or fp64, what the fp32 of a recipe is computed in (see double.py).
 
@@ -89,11 +104,11 @@ def run_all(
     """
     waiting = list(runs)
     while waiting:
-        _launch(world_size, waiting, precision, advance or (lambda: None))
+        _launch(world_size, waiting, precision, advance or (lambda _: None))
         waiting = [run for run in waiting if not run.is_done()]
 
 
-def _launch(world_size: int, runs: list[Run], precision: str, advance: Callable[[], None]) -> None:
+def _launch(world_size: int, runs: list[Run], precision: str, advance: Callable[[int], object]) -> None:
     """Start the processes, and wait until they have done all of `runs`, or failed in one."""
     for run in runs:
         run.out.mkdir(parents=True, exist_ok=True)
@@ -126,7 +141,7 @@ def _launch(world_size: int, runs: list[Run], precision: str, advance: Callable[
                     _note_failure(run, process.returncode, log)
                     failed = True
                 time.sleep(0.05)
-            advance()
+            advance(1)
             if failed:
                 return
         # All is written; on a busy machine they take their time to end.

@@ -12,49 +12,46 @@ from typing import Any
 
 from megatron_txssm.checkpoint.importer import import_weights
 from megatron_txssm.checkpoint.layouts import LAYOUTS, choose_layout
-from megatron_txssm.checkpoint.new_folder import check_absent, complete_folder, progress_bar
+from megatron_txssm.checkpoint.new_folder import check_absent, complete_folder
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.tensors import DTYPES
 from megatron_txssm.checkpoint.verify import NotTheSame
 from megatron_txssm.checkpoint.worker import TaskFailed
-from megatron_txssm.cli import add_verb
+from megatron_txssm.cli import add_commands
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.launch.environment import adopt_slurm_step
+from megatron_txssm.progress import progress_bar
 
-EXAMPLES = {
+# Command -> (one line of help, examples).
+COMMANDS = {
     "export": (
-        "txssm convert export runs/demo exports/demo",
-        "txssm convert export runs/transxssm_1.3b exports/transxssm_1.3b --dtype bf16 --max-file-gb 5",
-        "txssm convert export runs/jamba_320m exports/jamba --step 20000 --layout granitemoehybrid",
+        "write a checkpoint's weights as a Hugging Face model, whatever layout it was saved at; no GPU needed",
+        (
+            "txssm convert export runs/demo exports/demo",
+            "txssm convert export runs/transxssm_1.3b exports/transxssm_1.3b --dtype bf16 --max-file-gb 5",
+            "txssm convert export runs/jamba_320m exports/jamba --step 20000 --layout granitemoehybrid",
+        ),
     ),
     "import": (
-        "txssm convert import exports/demo imported/demo",
-        "txssm convert import downloads/some-llama imported/llama --recipe my_llama.yaml",
+        "make a Megatron checkpoint of a Hugging Face model, to train on from",
+        (
+            "txssm convert import exports/demo imported/demo",
+            "txssm convert import downloads/some-llama imported/llama --recipe my_llama.yaml",
+        ),
     ),
     "verify": (
-        "txssm convert verify runs/demo exports/demo",
-        "txssm convert verify exports/demo imported/demo",
+        "compare two models, each a checkpoint or a folder of weights; exit code 1 where they differ",
+        (
+            "txssm convert verify runs/demo exports/demo",
+            "txssm convert verify exports/demo imported/demo",
+        ),
     ),
-}
-SUMMARIES = {
-    "export": "write a checkpoint's weights as a Hugging Face model, whatever layout it was saved at; no GPU needed",
-    "import": "make a Megatron checkpoint of a Hugging Face model, to train on from",
-    "verify": "compare two models, each a checkpoint or a folder of weights; exit code 1 where they differ",
 }
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = add_verb(subparsers, "convert", [examples[0] for examples in EXAMPLES.values()])
-    commands = parser.add_subparsers(title="commands", dest="command", metavar="<command>", required=True)
     add = {"export": _add_export, "import": _add_import, "verify": _add_verify}
-    for name, summary in SUMMARIES.items():
-        command = commands.add_parser(
-            name,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
-            epilog="\n  ".join(["examples:", *EXAMPLES[name]]),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+    for name, command in add_commands(subparsers, "convert", COMMANDS).items():
         add[name](command)
 
 
@@ -131,7 +128,7 @@ def export(args: argparse.Namespace) -> int:
     saved = open_checkpoint(args.checkpoint, args.step)
     planned = Export(saved, choose_layout(saved.recipe, args.layout), args.dtype)
     with complete_folder(args.out, planned.nbytes) as folder:
-        with progress_bar("exporting", planned.nbytes) as advance:
+        with progress_bar("exporting", planned.nbytes, of_bytes=True) as advance:
             limit = int(args.max_file_gb * 1e9)
             hashes = write_weights(planned, folder, max_file_bytes=limit, advance=advance)
         shutil.copyfile(saved.checkpoints / "recipe.yaml", folder / "recipe.yaml")

@@ -1,15 +1,12 @@
-"""A folder that appears complete or not at all, and a bar for what takes its time."""
+"""A folder that appears complete or not at all."""
 
 import errno
 import os
 import shutil
-import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from megatron_txssm.errors import UserError
 
@@ -46,37 +43,3 @@ def complete_folder(out: Path, nbytes: int) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def progress_bar(what: str, nbytes: int) -> Iterator[Callable[[int], None]]:
-    """A function to tell of bytes that are done; a bar, where a person looks on, from the fifth second on."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    progress = Progress(
-        TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn(), disable=not sys.stdout.isatty()
-    )
-    task, shown_from = progress.add_task("", total=nbytes), time.monotonic() + 5
-
-    def advance(count: int) -> None:
-        progress.advance(task, count)
-        if time.monotonic() > shown_from:
-            progress.start()
-
-    try:
-        yield advance
-    finally:
-        progress.stop()
-
-
-@contextmanager
-def doing(what: str, terminal: TextIO | None = None) -> Iterator[None]:
-    """Say what takes its time, where a person looks on; on standard output, unless another `terminal` is named."""
-    from rich.console import Console
-
-    console = Console(file=terminal)
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(what):
-        yield

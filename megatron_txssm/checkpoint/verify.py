@@ -14,12 +14,12 @@ from typing import Any
 
 from megatron_txssm.checkpoint.export import sha256_of
 from megatron_txssm.checkpoint.hf_folder import HfFolder, open_hf_folder
-from megatron_txssm.checkpoint.new_folder import doing
 from megatron_txssm.checkpoint.saved_model import SavedModel, open_checkpoint
 from megatron_txssm.checkpoint.tensors import Weights, compare_shapes
 from megatron_txssm.checkpoint.worker import run_task
 from megatron_txssm.data.tokenizer import load_tokenizer
 from megatron_txssm.errors import UserError
+from megatron_txssm.progress import doing
 
 # Largest difference of fp32 logits, in units of the largest logit (but at least of 1): the order of sums differs.
 TOLERANCE = 1e-5

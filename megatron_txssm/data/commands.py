@@ -4,7 +4,7 @@ import argparse
 import importlib
 from typing import Any
 
-from megatron_txssm.cli import add_verb
+from megatron_txssm.cli import add_commands
 
 # Command -> (module with add_arguments_ and run_ functions of that name, one line of help, examples).
 COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -54,17 +54,9 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = add_verb(subparsers, "data", [examples[0] for _, _, examples in COMMANDS.values()])
-    commands = parser.add_subparsers(title="commands", dest="command", metavar="<command>", required=True)
-    for name, (module, summary, examples) in COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
-            epilog="\n  ".join(["examples:", *examples]),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        importlib.import_module(module).add_arguments(command)
+    about = {name: (summary, examples) for name, (_, summary, examples) in COMMANDS.items()}
+    for name, command in add_commands(subparsers, "data", about).items():
+        importlib.import_module(COMMANDS[name][0]).add_arguments(command)
 
 
 def run(args: argparse.Namespace) -> int | None:

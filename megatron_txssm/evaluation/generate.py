@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_txssm.checkpoint.hf_folder import is_hf_folder
-from megatron_txssm.checkpoint.new_folder import doing
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError, readable
+from megatron_txssm.progress import doing
 
 EXAMPLES = (
     "txssm generate runs/demo --prompt 'def main('",

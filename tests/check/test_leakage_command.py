@@ -1,6 +1,5 @@
 """txssm check leakage as a user runs it: documents that are isolated, and a layout where they are not."""
 
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,14 +8,6 @@ from megatron_txssm.check import runs
 from megatron_txssm.cli import main
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of temporary files, this test's alone."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
 
 
 def rows_of(said: str) -> dict[str, list[str]]:

@@ -20,12 +20,13 @@ from megatron_txssm.checkpoint.hf_files import write_configuration
 from megatron_txssm.checkpoint.hf_folder import open_hf_folder
 from megatron_txssm.checkpoint.layouts import choose_layout
 from megatron_txssm.checkpoint.mapping import HALVES, TABLES
-from megatron_txssm.checkpoint.new_folder import complete_folder, progress_bar
+from megatron_txssm.checkpoint.new_folder import complete_folder
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.torch_dist import IndexReader
 from megatron_txssm.checkpoint.verify import compare_tensors
 from megatron_txssm.cli import main
 from megatron_txssm.errors import UserError
+from megatron_txssm.progress import progress_bar
 from tests.checkpoint.untrained import Evil, make_run, random_weights
 
 
@@ -95,7 +96,7 @@ def test_the_bar_hears_of_every_byte(run_folder: Path, tmp_path: Path, capsys: p
     planned = Export(saved, choose_layout(saved.recipe, None), "bf16")
     hashes = write_weights(planned, tmp_path, max_file_bytes=30_000, advance=heard.append)
     assert sum(heard) == planned.nbytes and hashes.keys() == saved.shapes.keys()
-    with progress_bar("exporting", sum(heard)) as advance:
+    with progress_bar("exporting", sum(heard), of_bytes=True) as advance:
         advance(1)
     assert capsys.readouterr().out == "", "nobody looks on"
 
