@@ -68,13 +68,8 @@ class StateSpaceConfig:
         if self.length_scaling_base is not None and self.length_scaling_base < 2:
             raise UserError(f"length_scaling_base={self.length_scaling_base} tokens must be at least 2")
 
-    def check_context_parallel(self, size: int, tensor_parallel_size: int, piece_length: int) -> None:
-        """UserError unless `size` context-parallel ranks can share a sequence of pieces of `piece_length` tokens."""
-        if size > 1 and self.conv_sizes and piece_length < self.conv_kernel - 1:
-            raise UserError(
-                f"context_parallel_size={size} leaves pieces of {piece_length} tokens, fewer than the "
-                f"{self.conv_kernel - 1} that the convolution looks back; use longer sequences"
-            )
+    def check_context_parallel(self, size: int, tensor_parallel_size: int) -> None:
+        """UserError where heads are to be exchanged, and whole groups do not fall to each of `size` ranks."""
         if self.context_parallel_method == "all_to_all" and self.num_groups % (tensor_parallel_size * size) != 0:
             raise UserError(
                 f"num_groups={self.num_groups} is not divisible by tensor_model_parallel_size={tensor_parallel_size} x "

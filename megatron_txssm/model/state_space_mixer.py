@@ -80,6 +80,7 @@ class StateSpaceMixer(MegatronModule):
         self.tp_size = self.pg_collection.tp.size()
         state_space.check_tensor_parallel(self.tp_size)
         self.zigzag = Zigzag.of(self.pg_collection.cp)
+        state_space.check_context_parallel(self.zigzag.size, self.tp_size)
         self.in_proj_sizes = {part: size // self.tp_size for part, size in state_space.in_proj_sizes.items()}
         self.conv_sizes = {part: size // self.tp_size for part, size in state_space.conv_sizes.items()}
 

@@ -36,6 +36,7 @@ def main() -> None:
     if not os.path.isfile(script):
         print(f"error: no file {script}; give the path of Megatron-LM's pretrain_gpt.py\n{USAGE}", file=sys.stderr)
         sys.exit(2)
+    _refuse_what_its_loop_ignores(sys.argv[2:])
     platform_arguments = prepare_platform()
     from megatron_txssm.compat import mend_megatron
 
@@ -44,6 +45,14 @@ def main() -> None:
     sys.argv[:] = [*sys.argv[1:], *platform_arguments]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     runpy.run_path(script, run_name="__main__")
+
+
+def _refuse_what_its_loop_ignores(arguments: list[str]) -> None:
+    """Exit where an argument of ours asks for what `txssm pretrain` does with the data."""
+    for argument in arguments:
+        if argument.partition("=")[0] in ("--isolate-documents", "--blend-stages"):
+            print(f"error: {argument} is obeyed by `txssm pretrain` only; leave it out here", file=sys.stderr)
+            sys.exit(2)
 
 
 def register_arguments() -> None:

@@ -175,8 +175,13 @@ def _check_other_parallel(recipe: Recipe) -> None:
         )
     if recipe.state_space is not None:
         with _recipe_names():
-            tensor = parallel.tensor_model_parallel_size
-            recipe.state_space.check_context_parallel(context, tensor, length // (2 * context))
+            recipe.state_space.check_context_parallel(context, parallel.tensor_model_parallel_size)
+        piece, looks_back = length // (2 * context), recipe.state_space.conv_kernel - 1
+        if context > 1 and recipe.state_space.conv_sizes and piece < looks_back:
+            raise UserError(
+                f"context_parallel_size={context} leaves pieces of {piece} tokens, fewer than the {looks_back} that "
+                "the convolution looks back; use a longer seq_length"
+            )
 
 
 def _check_length(recipe: Recipe) -> None:

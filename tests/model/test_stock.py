@@ -145,3 +145,16 @@ def test_a_wrong_command_line_ends_with_its_usage(
         stock.main()
     assert stop.value.code == 2
     assert stock.USAGE in capsys.readouterr().err
+
+
+def test_what_only_our_loop_obeys_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Otherwise a run would train on documents that leak into each other."""
+    script = tmp_path / "pretrain_gpt.py"
+    script.touch()
+    monkeypatch.setattr(sys, "argv", ["stock", str(script), "--isolate-documents"])
+    with pytest.raises(SystemExit) as stop:
+        stock.main()
+    assert stop.value.code == 2
+    assert "--isolate-documents is obeyed by `txssm pretrain` only" in capsys.readouterr().err
