@@ -15,7 +15,12 @@ from megatron_txssm.recipe.recipe import Recipe
 
 def build_model(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A GPTModel; needs the fixture `one_process`."""
-    args = parse_megatron_arguments([*megatron_arguments(recipe), *prepare_platform()])
+    return build_with_arguments(recipe, prepare_platform(), monkeypatch)
+
+
+def build_with_arguments(recipe: Recipe, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The same with Megatron arguments behind the recipe's, where the platform's are not wanted."""
+    args = parse_megatron_arguments([*megatron_arguments(recipe), *arguments])
     args.rank, args.world_size = 0, 1
     args._is_global_batch_size_explicitly_specified = True
     validate_args(args)

@@ -13,10 +13,6 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.fp8_utils import get_fp8_context, get_fp8_recipe
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training import global_vars
-from megatron.training.argument_utils import gpt_config_from_args
-from megatron.training.arguments import validate_args
 from te_checks import build, metadata, world  # pyright: ignore[reportMissingImports]
 from tiny import transformer_config  # pyright: ignore[reportMissingImports]
 from transformer_engine.common import recipe as scaling  # pyright: ignore[reportMissingImports]
@@ -30,7 +26,7 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.platform import ALLOW_EXTRA_STATE
 from megatron_txssm.recipe.fp8_checks import check_fp8_on
 from megatron_txssm.recipe.loader import load_recipe, recipe_names
-from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
+from tests.built_model import build_with_arguments
 
 HOPPER, BLACKWELL = (9, 0), (10, 0)
 CLASSES = {
@@ -204,14 +200,7 @@ def test_each_recipe_builds_transformer_engines_layers(
     report(HOPPER if name.endswith("h100") else BLACKWELL)
     one = ["parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"]
     recipe = load_recipe(name, [*OWN_DATA, "megatron.tp_comm_overlap=null", *one, *SMALL])
-    args = parse_megatron_arguments([*megatron_arguments(recipe), "--no-gradient-accumulation-fusion"])
-    args.rank, args.world_size = 0, 1
-    args._is_global_batch_size_explicitly_specified = True
-    validate_args(args)
-    args.padded_vocab_size = recipe.padded_vocab_size
-    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
-    config = gpt_config_from_args(args)
-    model = config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    model = build_with_arguments(recipe, ["--no-gradient-accumulation-fusion"], monkeypatch)
     transformer = model.config
     assert (transformer.fp8, transformer.fp8_dot_product_attention) == (
         recipe.training.fp8,
