@@ -17,7 +17,7 @@ ALLOW_EXTRA_STATE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 def prepare_platform() -> list[str]:
     """Make Megatron run on this machine; returns the Megatron arguments that the machine needs.
 
-    Call it before the first import of Megatron. Only this file asks whether there is a GPU.
+    Call it before the first import of Megatron. Here alone the platform is chosen.
     """
     # Megatron insists on it before Blackwell: with one queue, a collective starts before the GEMM it shall overlap.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
