@@ -5,7 +5,8 @@ Checked against megatron-core 0.19.2 (tests/test_compat.py); at an upgrade, look
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def get_args() -> argparse.Namespace:
 
 
 def mend_megatron() -> None:
-    """Repair, once per process, five faults of Megatron 0.19.2 that hit every platform."""
+    """Repair, once per process, seven faults of Megatron 0.19.2 that hit every platform."""
     global _mended
     if _mended:
         return
@@ -34,6 +35,8 @@ def mend_megatron() -> None:
     _find_distributed_optimizer_state()
     _find_mixed_precision_optimizer_state()
     _save_parameters_of_padded_buckets()
+    _resume_under_another_schedule()
+    _decay_weights_from_the_first_step()
 
 
 def _use_compiled_dataset_helpers() -> None:
@@ -135,3 +138,95 @@ def _save_parameters_of_padded_buckets() -> None:
                 holder.numel_unpadded = numel
 
     optimizer.sharded_param_state_fully_reshardable = build_with_padding
+
+
+def _resume_under_another_schedule() -> None:
+    """Another learning rate at a resume is refused, whatever the switches say.
+
+    A saved parameter group belongs to the one of this run that has the same learning rates; and what it holds replaces
+    the run's own. Here groups that differ in their rates alone belong together, and the switches are obeyed:
+    --override-opt-param-scheduler keeps all settings of this run, --use-checkpoint-opt-param-scheduler takes all of the
+    checkpoint's, Adam's betas and epsilon included.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+    for optimizer in (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer):
+        setattr(optimizer, "load_state_dict", _with_one_schedule(optimizer.load_state_dict))
+
+
+def _with_one_schedule(load: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(load)
+    def wrapped(self: Any, state_dict: dict[str, Any]) -> None:
+        ours_holds, theirs_holds = (
+            get_args().override_opt_param_scheduler,
+            get_args().use_checkpoint_opt_param_scheduler,
+        )
+        if (ours_holds or theirs_holds) and not self.is_stub_optimizer:
+            saved = state_dict.get("optimizer", state_dict)["param_groups"]
+            for ours, theirs in _pairs_of_groups(self.optimizer.param_groups, saved):
+                target, source = (theirs, ours) if ours_holds else (ours, theirs)
+                target.update({key: value for key, value in source.items() if key not in ("params", "step")})
+        load(self, state_dict)
+
+    return wrapped
+
+
+def _pairs_of_groups(
+    ours: list[dict[str, Any]], theirs: list[dict[str, Any]]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """The groups of both sides that differ in their schedule alone; several such, by their learning rates' order."""
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+    schedule = ("max_lr", "min_lr", "start_wd", "end_wd")
+    kinds: dict[tuple[Any, ...], tuple[list[dict[str, Any]], list[dict[str, Any]]]] = defaultdict(lambda: ([], []))
+    for side, groups in enumerate((ours, theirs)):
+        for group in groups:
+            kind = (
+                *(group.get(key) for key in param_group_identifier_keys if key not in schedule),
+                group.get("default_config"),
+            )
+            kinds[kind][side].append(group)
+    for pair in kinds.values():
+        # A group that one side lacks is for Megatron to name.
+        yield from zip(*(sorted(side, key=lambda group: group["max_lr"]) for side in pair), strict=False)
+
+
+def _decay_weights_from_the_first_step() -> None:
+    """The first step after a resume has this run's weight decay, even where the checkpoint's holds."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    load = OptimizerParamScheduler.load_state_dict
+
+    @functools.wraps(load)
+    def load_and_set(self: Any, state_dict: dict[str, Any]) -> None:
+        load(self, state_dict)
+        self.step(0)
+
+    setattr(OptimizerParamScheduler, "load_state_dict", load_and_set)
+
+
+def tell_failed_writes() -> None:
+    """Let a save that fails say why on every rank; Megatron passes on the exception's type alone (idempotent)."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    writer: Any = FileSystemWriterAsync
+    write = writer.write_preloaded_data
+    if hasattr(write, "__txssm__"):
+        return
+
+    @functools.wraps(write)
+    def write_or_raise(*args: Any, **kwargs: Any) -> Any:
+        written = write(*args, **kwargs)
+        error = written[1]
+        # A thread's goes through a queue, which Megatron reads.
+        if isinstance(error, Exception) and kwargs.get("results_queue") is None:
+            # torch's writer of archives fails once more at the end, and hides what the file system said.
+            said = error
+            while not isinstance(said, OSError) and said.__context__ is not None:
+                said = said.__context__
+            raise said if isinstance(said, OSError) else error
+        return written
+
+    setattr(write_or_raise, "__txssm__", True)
+    writer.write_preloaded_data = staticmethod(write_or_raise)

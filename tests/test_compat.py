@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,16 +48,21 @@ def unmended(monkeypatch: pytest.MonkeyPatch):
     """Megatron as its wheel has it, whatever an earlier test mended."""
     import megatron.core.datasets.utils as utils
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.training import global_vars
 
     monkeypatch.setattr(compat, "_mended", False)
+    switches = {"override_opt_param_scheduler": False, "use_checkpoint_opt_param_scheduler": False}
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", SimpleNamespace(**switches))
     for owner, names in (
         (DistributedOptimizer, ("load_state_dict", "sharded_param_state_fully_reshardable")),
         (Float16OptimizerWithFloat16Params, ("sharded_state_dict", "load_state_dict")),
+        (FP32Optimizer, ("load_state_dict",)),
+        (OptimizerParamScheduler, ("load_state_dict",)),
     ):
         for name in names:
-            method = getattr(owner, name)
-            monkeypatch.setattr(owner, name, getattr(method, "__wrapped__", method))
+            monkeypatch.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
     build: Any = DistributedOptimizer.__dict__["_build_optimizer_group_ranges"].__func__
     monkeypatch.setattr(
         DistributedOptimizer, "_build_optimizer_group_ranges", classmethod(getattr(build, "__wrapped__", build))
@@ -71,7 +77,7 @@ def test_mending_twice_wraps_once(unmended) -> None:
     compat.mend_megatron()
     mended = optimizer.load_state_dict
     assert mended is not plain
-    assert mended.__wrapped__ is plain
+    assert inspect.unwrap(mended) is plain
     compat.mend_megatron()
     assert optimizer.load_state_dict is mended
 

@@ -144,14 +144,27 @@ def explain_failed_loads() -> None:
         except (Exception, CheckpointException) as error:
             folder = get_args().load
             raise RuntimeError(
-                f"the newest checkpoint in {folder} cannot be loaded ({_cause(error)}); if its files are damaged, "
-                "write an older step into latest_checkpointed_iteration.txt"
+                f"the newest checkpoint in {folder} cannot be loaded ({first_cause(error)}); {_advice(folder, error)}"
             ) from error
 
     training.load_checkpoint = load_or_explain
 
 
-def _cause(error: BaseException) -> str:
+def _advice(folder: str, error: BaseException) -> str:
+    """What to do about it: nobody shall go back to an older step whose newest one is sound."""
+    from megatron_txssm.checkpoint.saved_model import damage_of_newest
+
+    if damage := damage_of_newest(Path(folder)):
+        return f"{damage}; to go back, write an older step into {folder}/latest_checkpointed_iteration.txt"
+    if "OptimizerParamScheduler" in str(error):
+        return (
+            "it was trained under another schedule: set megatron.override_opt_param_scheduler=true to go on under this "
+            "recipe's, or megatron.use_checkpoint_opt_param_scheduler=true to keep the checkpoint's"
+        )
+    return "its files are all there and of full length, so look first at what changed since it was saved"
+
+
+def first_cause(error: BaseException) -> str:
     """The first line of what went wrong, on the first rank that failed."""
     failures = getattr(error, "failures", None)
     if failures:

@@ -88,6 +88,17 @@ def open_checkpoint(path: Path, step: int | None = None) -> SavedModel:
     return SavedModel(checkpoints, folder, step, recipe, shapes, entries, index)
 
 
+def damage_of_newest(checkpoints: Path) -> str:
+    """What is missing of a run's newest checkpoint, optimizer state included; empty where every file is whole."""
+    try:
+        _, folder = _step_folder(checkpoints, None)
+        index = _read_index(folder)
+        _check_files(folder, index.storage_data, index.state_dict_metadata)
+    except UserError as error:
+        return str(error).removesuffix(f"; {_ANOTHER}")
+    return ""
+
+
 def _without_padding(recipe: Recipe, name: str, entry: Any) -> Shape:
     rows, *rest = entry.size
     return (min(rows, recipe.data.vocab_size) if name in (EMBEDDING, OUTPUT_LAYER) else rows, *rest)
@@ -132,7 +143,7 @@ def _check_files(folder: Path, storage: Mapping[Any, Any], tensors: Mapping[str,
     for name, end in sorted(ends.items()):
         file = folder / name
         if not file.is_file():
-            raise UserError(f"{file} is missing, one of {len(ends)} files with weights; {_ANOTHER}")
+            raise UserError(f"{file} is missing, one of {len(ends)} files of tensors; {_ANOTHER}")
         if (size := file.stat().st_size) < end:
             raise UserError(f"{file} is cut short: {size:,} bytes of at least {end:,}; {_ANOTHER}")
 
