@@ -1,11 +1,13 @@
 """What can be known to be wrong before a run starts: its layout, its files, the checkpoints it would resume from."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.planning.parameters import checkpoint_bytes
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import check_files, validate
@@ -19,7 +21,11 @@ _FREE_AT_FINE_TUNING = (
     "model.rotary_interpolation_factor",
     "model.length_scaling_base",
 )
-_SCHEDULE = ("learning_rate", "min_learning_rate_ratio", "weight_decay", "warmup_fraction", "decay_style")
+# Adam's own settings, too: without a switch, Megatron would take the checkpoint's, and say nothing.
+_SCHEDULE = (
+    *("learning_rate", "min_learning_rate_ratio", "weight_decay", "warmup_fraction", "decay_style"),
+    *("adam_beta1", "adam_beta2", "adam_eps"),
+)
 # Megatron's arguments: the recipe's schedule holds, or the checkpoint's.
 _SCHEDULE_SWITCHES = ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")
 
@@ -31,6 +37,8 @@ def check_run(recipe: Recipe, world_size: int) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         check_files(recipe)
     check_checkpoint(recipe)
+    if not is_finished(recipe):
+        check_room(recipe)
 
 
 def check_checkpoint(recipe: Recipe) -> None:
@@ -38,6 +46,8 @@ def check_checkpoint(recipe: Recipe) -> None:
     source = recipe.checkpoint.load_from
     if source is not None and saved_step(Path(source)) is None:
         raise UserError(f"checkpoint.load_from={source} holds no checkpoint; name a run's checkpoints folder")
+    if source is not None:
+        _check_newest(Path(source))
     if source is not None and (made_by := Path(source) / "recipe.yaml").is_file():
         # Megatron drops what a smaller model has no place for, and names nothing that two encodings share.
         theirs, ours = _architecture(load_recipe(made_by)), _architecture(recipe)
@@ -48,7 +58,10 @@ def check_checkpoint(recipe: Recipe) -> None:
                 f"checkpoint.load_from={source} holds another model ({differences}); use that model's recipe"
             )
     folder = recipe.checkpoint_path
-    if recipe.checkpoint.save_interval is None or saved_step(folder) is None or not (folder / "recipe.yaml").is_file():
+    if recipe.checkpoint.save_interval is None or saved_step(folder) is None:
+        return
+    _check_newest(folder)
+    if not (folder / "recipe.yaml").is_file():
         return
     saved = load_recipe(folder / "recipe.yaml")
     if differences := _differences(_architecture(saved), _architecture(recipe)):
@@ -57,11 +70,13 @@ def check_checkpoint(recipe: Recipe) -> None:
             "use another run_directory or checkpoint.directory, or remove it"
         )
     # Megatron refuses another schedule unless it is told which one holds.
-    told = any(recipe.megatron.get(key) for key in _SCHEDULE_SWITCHES)
+    stated = {key.lstrip("-").replace("-", "_"): value for key, value in recipe.megatron.items()}
+    told = any(stated.get(key) for key in _SCHEDULE_SWITCHES)
     if not told and (differences := _differences(_schedule(saved), _schedule(recipe))):
         raise UserError(
             f"{folder} was trained under another schedule ({differences}); "
-            f"set megatron.{_SCHEDULE_SWITCHES[0]}=true to go on under the new one"
+            f"set megatron.{_SCHEDULE_SWITCHES[0]}=true to go on under the new one, "
+            f"or megatron.{_SCHEDULE_SWITCHES[1]}=true to keep the old one"
         )
 
 
@@ -69,7 +84,22 @@ def is_finished(recipe: Recipe) -> bool:
     """Whether the run's newest checkpoint is of its last step; Megatron would fail for want of samples."""
     if recipe.checkpoint.save_interval is None or recipe.megatron.get("skip_train"):
         return False
-    return (saved_step(recipe.checkpoint_path) or 0) >= recipe.train_iters
+    newest = newest_checkpoint(recipe.checkpoint_path)
+    return newest is not None and newest.is_dir() and (saved_step(recipe.checkpoint_path) or 0) >= recipe.train_iters
+
+
+def check_room(recipe: Recipe) -> None:
+    """UserError without space for one checkpoint where the run writes them."""
+    if recipe.checkpoint.save_interval is None:
+        return
+    needed, folder = checkpoint_bytes(recipe), recipe.checkpoint_path.absolute()
+    there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise UserError(
+            f"{there} has {free / 1e9:.2f} GB left, and a checkpoint of {recipe.name} takes {needed / 1e9:.2f} GB; "
+            "make room, or state another run_directory or checkpoint.directory"
+        )
 
 
 def changed_data(recipe: Recipe) -> str:
@@ -119,6 +149,34 @@ def saved_step(folder: Path) -> int | None:
             f"{tracker} says {text[:40]!r}, not a step; write the number of the newest iter_* folder into it"
         )
     return int(text)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The folder of a directory's newest checkpoint, which need not be there; None where it holds none."""
+    step = saved_step(folder)
+    if step is None:
+        return None
+    is_release = step == 0 and "release" in (folder / "latest_checkpointed_iteration.txt").read_text()
+    return folder / ("release" if is_release else f"iter_{step:07d}")
+
+
+def _check_newest(folder: Path) -> None:
+    """UserError where the checkpoint that Megatron would load is gone, or was not written to its end."""
+    newest, tracker = newest_checkpoint(folder), folder / "latest_checkpointed_iteration.txt"
+    assert newest is not None
+    # Of torch_dist, which writes its index last; other formats of Megatron's have neither file.
+    if not newest.is_dir():
+        what = f"{newest} is not there"
+    elif (newest / "metadata.json").is_file() and not (newest / ".metadata").is_file():
+        what = f"{newest} has no index (.metadata)"
+    else:
+        return
+    steps = [path.parent.name.removeprefix("iter_").lstrip("0") for path in sorted(folder.glob("iter_*/.metadata"))]
+    others = f"write another step into it ({', '.join(steps)})" if steps else "there is no other step"
+    raise UserError(
+        f"{tracker} names the newest checkpoint, but {what}; put it back, {others}, or remove {tracker.name} "
+        "to begin again"
+    )
 
 
 def make_run_directory(recipe: Recipe) -> None:

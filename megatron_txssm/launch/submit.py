@@ -19,8 +19,7 @@ from megatron_txssm.data.shard import write_file_atomically
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
 from megatron_txssm.launch.batch_script import HOME, Options, render
-from megatron_txssm.launch.preflight import check_run, is_finished, make_run_directory
-from megatron_txssm.planning.parameters import checkpoint_bytes
+from megatron_txssm.launch.preflight import check_room, check_run, is_finished, make_run_directory
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import validate
@@ -158,7 +157,7 @@ def plan_submission(
     if not slurm.PLAIN_PATH.fullmatch(str(run)):
         raise UserError(f"run_directory={str(run)!r} holds characters that a batch script cannot; use another")
     scripts = _scripts(recipe, run, layout, options, args)
-    _check_room(recipe)
+    check_room(recipe)
     if shutil.which("sbatch") or not args.dry_run:
         _check_cluster(recipe, scripts)
     else:
@@ -182,20 +181,6 @@ def _scripts(recipe: Recipe, run: Path, layout: Layout, options: Options, args: 
         scripts["convert"] = script("convert", {}, str(run), f"{run}/export")
         scripts["evaluate"] = script("evaluate", layout.options, str(run))
     return scripts
-
-
-def _check_room(recipe: Recipe) -> None:
-    """Space for one checkpoint where the run writes them."""
-    if recipe.checkpoint.save_interval is None:
-        return
-    needed, folder = checkpoint_bytes(recipe), recipe.checkpoint_path.absolute()
-    there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise UserError(
-            f"{there} has {free / 1e9:.2f} GB left, and a checkpoint of {recipe.name} takes {needed / 1e9:.2f} GB; "
-            "make room, or state another run_directory or checkpoint.directory"
-        )
 
 
 def _check_cluster(recipe: Recipe, scripts: dict[str, str]) -> None:

@@ -408,6 +408,7 @@ def test_close_knows_a_finished_run(tmp_path: Path) -> None:
     recipe = load_recipe("demo_cpu", [f"run_directory={tmp_path}/run"])
     recipe.checkpoint_path.mkdir(parents=True)
     (recipe.checkpoint_path / "latest_checkpointed_iteration.txt").write_text(f"{recipe.train_iters}\n")
+    (recipe.checkpoint_path / f"iter_{recipe.train_iters:07d}").mkdir()
     assert close(some_attempt(recipe.run_path), recipe).cause == "finished"
 
 

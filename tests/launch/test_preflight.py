@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,10 +12,12 @@ from megatron_txssm.launch.local import launch
 from megatron_txssm.launch.preflight import (
     changed_data,
     check_checkpoint,
+    check_room,
     is_finished,
     make_run_directory,
     saved_step,
 )
+from megatron_txssm.planning.parameters import checkpoint_bytes
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 
@@ -28,6 +31,16 @@ def save(recipe: Recipe, step: str = "40\n") -> None:
     recipe.checkpoint_path.mkdir(parents=True)
     (recipe.checkpoint_path / "recipe.yaml").write_text(recipe.to_yaml())
     (recipe.checkpoint_path / "latest_checkpointed_iteration.txt").write_text(step)
+    name = f"iter_{int(step):07d}" if step.strip().isdecimal() else "release"
+    (recipe.checkpoint_path / name).mkdir()
+
+
+def finish(recipe: Recipe) -> Path:
+    """The folder of the last step's checkpoint."""
+    (recipe.checkpoint_path / "latest_checkpointed_iteration.txt").write_text(str(recipe.train_iters))
+    newest = recipe.checkpoint_path / f"iter_{recipe.train_iters:07d}"
+    newest.mkdir()
+    return newest
 
 
 def changed(recipe: Recipe, **model: object) -> Recipe:
@@ -75,7 +88,12 @@ def test_another_vocabulary_is_named(recipe: Recipe) -> None:
 
 @pytest.mark.parametrize(
     ("section", "field", "value"),
-    [("training", "train_iters", 7), ("optimizer", "learning_rate", 0.5), ("optimizer", "decay_style", "linear")],
+    [
+        ("training", "train_iters", 7),
+        ("optimizer", "learning_rate", 0.5),
+        ("optimizer", "decay_style", "linear"),
+        ("optimizer", "adam_beta2", 0.5),
+    ],
 )
 def test_another_schedule_is_named_with_the_remedy(recipe: Recipe, section: str, field: str, value: object) -> None:
     save(recipe)
@@ -84,8 +102,9 @@ def test_another_schedule_is_named_with_the_remedy(recipe: Recipe, section: str,
     with pytest.raises(UserError) as error:
         check_checkpoint(other)
     assert f"({section}.{field}: {getattr(old, field)} there, {value} here)" in str(error.value)
-    assert "set megatron.override_opt_param_scheduler=true" in str(error.value)
-    check_checkpoint(dataclasses.replace(other, megatron={"override_opt_param_scheduler": True}))
+    for switch in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"):
+        assert f"megatron.{switch}=true" in str(error.value)
+        check_checkpoint(dataclasses.replace(other, megatron={switch: True}))
 
 
 def test_a_run_that_neither_saves_nor_resumes_looks_at_no_checkpoint(recipe: Recipe) -> None:
@@ -155,13 +174,53 @@ def test_a_finished_run_is_not_started_again(
     assert not is_finished(recipe)
     save(recipe, str(recipe.train_iters - 1))
     assert not is_finished(recipe)
-    (recipe.checkpoint_path / "latest_checkpointed_iteration.txt").write_text(str(recipe.train_iters))
+    finish(recipe)
     assert is_finished(recipe)
     # Evaluation alone takes no training samples.
     assert not is_finished(dataclasses.replace(recipe, megatron={"skip_train": True}))
     monkeypatch.setattr("megatron_txssm.launch.local.check_run", lambda recipe, world_size: None)
     assert launch(recipe, 2, ["--no-such-option"]) == 0
     assert f"demo_cpu: finished before; {recipe.checkpoint_path} holds step 320" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("as_source", [False, True])
+def test_a_newest_checkpoint_that_is_gone_is_named_with_what_is_there(
+    recipe: Recipe, as_source: bool, tmp_path: Path
+) -> None:
+    save(recipe)
+    for step in (40, 80):
+        (recipe.checkpoint_path / f"iter_{step:07d}").mkdir(exist_ok=True)
+        (recipe.checkpoint_path / f"iter_{step:07d}" / ".metadata").touch()
+    finish(recipe).rmdir()
+    assert not is_finished(recipe)
+    if as_source:
+        here = dataclasses.replace(
+            recipe.checkpoint, directory=str(tmp_path / "new"), load_from=str(recipe.checkpoint_path)
+        )
+        recipe = dataclasses.replace(recipe, checkpoint=here)
+    with pytest.raises(
+        UserError, match=r"iteration.txt names .*iter_0000320 is not there; .* another step .*\(40, 80\)"
+    ):
+        check_checkpoint(recipe)
+
+
+def test_a_newest_checkpoint_without_its_index_is_named(recipe: Recipe) -> None:
+    save(recipe)
+    (recipe.checkpoint_path / "iter_0000040" / "metadata.json").touch()
+    with pytest.raises(UserError, match=r"has no index \(.metadata\); put it back, there is no other step, or remove"):
+        check_checkpoint(recipe)
+
+
+def test_room_for_a_checkpoint(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = checkpoint_bytes(recipe)
+    for free, enough in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        if enough:
+            check_room(recipe)
+        else:
+            with pytest.raises(UserError, match=r"has .* GB left, and a checkpoint of demo_cpu takes .*; make room"):
+                check_room(recipe)
+    check_room(dataclasses.replace(recipe, checkpoint=dataclasses.replace(recipe.checkpoint, save_interval=None)))
 
 
 def test_other_data_than_the_checkpoints_are_named(recipe: Recipe) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.cli import main
-from megatron_txssm.launch import slurm, submit
+from megatron_txssm.launch import preflight, slurm, submit
 from megatron_txssm.launch.batch_script import HOME
 from megatron_txssm.planning.parameters import checkpoint_bytes
 from megatron_txssm.recipe.loader import load_recipe
@@ -209,7 +209,7 @@ def test_a_controller_that_is_away(cluster: Cluster, capsys: pytest.CaptureFixtu
 def test_a_disk_without_room_for_a_checkpoint(
     cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submit, "checkpoint_bytes", lambda recipe: 10**24)
+    monkeypatch.setattr(preflight, "checkpoint_bytes", lambda recipe: 10**24)
     home = Path.cwd()
     assert_refused(cluster, capsys, submit_demo(), f"{home} has ", "a checkpoint of demo_cpu takes", "make room")
     # A run that saves nothing needs none.
@@ -387,6 +387,7 @@ def test_a_finished_run_needs_no_job(cluster: Cluster, capsys: pytest.CaptureFix
     recipe = load_recipe("demo_cpu", FIELDS)
     recipe.checkpoint_path.mkdir(parents=True)
     (recipe.checkpoint_path / "latest_checkpointed_iteration.txt").write_text(str(recipe.train_iters))
+    (recipe.checkpoint_path / f"iter_{recipe.train_iters:07d}").mkdir()
     assert submit_demo() == 0
     assert "demo_cpu: finished before; runs/demo/checkpoints holds step 320" in capsys.readouterr().out
     assert cluster.queued == []
