@@ -1,5 +1,6 @@
 """Which process of a run this is, as the launcher's environment variables say: torchrun's, or those of a Slurm step."""
 
+import contextlib
 import ctypes
 import os
 import re
@@ -7,6 +8,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.slurm import hostnames
@@ -71,6 +73,24 @@ def end_with_launcher() -> None:
     pr_set_pdeathsig = 1
     if "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM))
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process and its helpers now, whatever they wait for.
+
+    Python itself would wait for every helper at exit, for ever: Megatron's, with which a save collects what was
+    written, ends only when it is asked to, and no longer asked after an exception.
+    """
+    import psutil
+
+    for helper in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            helper.kill()
+    for stream in (sys.stdout, sys.stderr):
+        # A full disk, or a terminal that is gone.
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _tasks_per_node(text: str) -> list[int]:

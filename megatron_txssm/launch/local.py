@@ -13,6 +13,7 @@ from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.environment import adopt_slurm_step, is_worker
 from megatron_txssm.launch.preflight import changed_data, check_run, is_finished, make_run_directory, saved_step
+from megatron_txssm.launch.run_lock import check_not_running
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 
@@ -71,6 +72,7 @@ def launch(recipe: Recipe, nproc: int, command: list[str], *, port: int | None =
     if is_finished(recipe):
         print(f"{recipe.name}: finished before; {recipe.checkpoint_path} holds step {recipe.train_iters}")
         return 0
+    check_not_running(recipe)
     make_run_directory(recipe)
     print(f"{recipe.name}: {nproc} process{'es' if nproc > 1 else ''}, run directory {recipe.run_path}", flush=True)
     if changes := changed_data(recipe):

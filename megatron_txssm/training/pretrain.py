@@ -1,17 +1,18 @@
 """One worker of a run: a recipe in, Megatron's pretrain loop, checkpoints and metrics out."""
 
+import contextlib
 import faulthandler
 import os
 import signal
 import sys
 from collections.abc import Callable
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.environment import attempt_folder, end_with_launcher
+from megatron_txssm.launch.environment import attempt_folder, end_process, end_with_launcher
 from megatron_txssm.launch.preflight import check_run, is_finished, make_run_directory
+from megatron_txssm.launch.run_lock import RunLock
 from megatron_txssm.recipe.megatron_args import (
     megatron_arguments,
     parse_megatron_arguments,
@@ -19,13 +20,14 @@ from megatron_txssm.recipe.megatron_args import (
 )
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.training.output import redirect_output
+from megatron_txssm.training.saving import keep_recipe, prepare_saves
 
 
 def run_worker(recipe: Recipe, work: Callable[[Recipe, TextIO], None] | None = None) -> int:
     """Train as the recipe says, or do other `work` with it, as the rank that the environment names.
 
-    Returns the exit code: 0 at the end, or when an exit signal, interval or duration stopped the run and all is saved;
-    1 for a failure of this rank; 2 for a user's mistake.
+    Returns 0 at the end, or when an exit signal, interval or duration stopped the run and all is saved. Else the
+    process ends here, at once: with exit code 1 for a failure of this rank, 2 for a user's mistake.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     log = recipe.run_path / "logs" / f"rank_{rank}.log"
@@ -38,22 +40,25 @@ def run_worker(recipe: Recipe, work: Callable[[Recipe, TextIO], None] | None = N
                 print(f"{recipe.name}: finished before; {recipe.checkpoint_path} holds step {recipe.train_iters}")
             return 0
         make_run_directory(recipe)
-        terminal = redirect_output(log)
-        write_stacks_when_asked()
-        (work or pretrain)(recipe, terminal)
+        with RunLock(recipe) if rank == 0 else contextlib.nullcontext():
+            terminal = redirect_output(log)
+            write_stacks_when_asked()
+            (work or pretrain)(recipe, terminal)
     except UserError as error:
-        return _report(error, terminal, exit_code=2)
+        _report(error, terminal)
+        end_process(2)
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:  # a failure of this rank; torch's CheckpointException is no Exception
         import traceback
 
         traceback.print_exc()
-        return _report(error, terminal, exit_code=1, log=log)
+        _report(error, terminal, log=log)
+        end_process(1)
     return 0
 
 
-def _report(error: BaseException, terminal: TextIO, exit_code: int, log: Path | None = None) -> int:
+def _report(error: BaseException, terminal: TextIO, log: Path | None = None) -> None:
     """Hand the error to torchrun's agent, which knows what failed first; under srun say it here."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -64,7 +69,6 @@ def _report(error: BaseException, terminal: TextIO, exit_code: int, log: Path | 
     else:
         message = f"rank {os.environ['RANK']} failed: {type(error).__name__}: {error}"
         print(f"error: {message}\nIts log: {log}", file=terminal)
-    return exit_code
 
 
 def pretrain(recipe: Recipe, terminal: TextIO) -> None:
@@ -91,11 +95,10 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     args = initialize_arguments([*arguments, *platform_arguments])
     if args.rank == 0:
         keep_recipe(recipe, recipe.run_path)
-        describe_checkpoints_at_saves(recipe)
         if args.fp8 and args.transformer_impl == "local":
             emulated = f"FP8 ({args.fp8_recipe}) is emulated, as there is no Transformer Engine"
             print(f"{emulated}: same rounding, no speed", file=terminal, flush=True)
-    shield_saves_from_sigterm()
+    prepare_saves(recipe, args.rank)
     # Megatron's handler saves and stops at SIGTERM, which clusters send; a person's Ctrl-C shall do the same.
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     monitor = TrainingMonitor(recipe, terminal)
@@ -178,56 +181,3 @@ def model_config(args: Any) -> Any:
     config = gpt_config_from_args(args)
     config.pre_wrap_hooks.append(initialize)
     return config
-
-
-def keep_recipe(recipe: Recipe, folder: Path) -> None:
-    """Write the resolved recipe into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "recipe.yaml.partial"
-    partial.write_text(recipe.to_yaml(), encoding="utf-8")
-    partial.replace(folder / "recipe.yaml")
-
-
-def shield_saves_from_sigterm() -> None:
-    """Let the processes that Megatron starts in order to save live through SIGTERM.
-
-    Slurm sends it to every process of a step. Megatron's handler spares the ranks and their data loaders, but the
-    process that collects what was written would die of it, and with it every later save: above all the one that
-    SIGTERM asks for. What is started while a signal is blocked has it blocked for life.
-    """
-    from megatron.training import training
-
-    save = training.save_checkpoint
-
-    def save_with_sigterm_blocked(*args: Any, **kwargs: Any) -> Any:
-        # Python's own helper; starting it unblocks SIGTERM.
-        resource_tracker.ensure_running()
-        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        try:
-            return save(*args, **kwargs)
-        finally:
-            # One that came meanwhile reaches Megatron's handler now.
-            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-
-    training.save_checkpoint = save_with_sigterm_blocked
-
-
-def describe_checkpoints_at_saves(recipe: Recipe) -> None:
-    """Put recipe and tokenizer beside the checkpoints when one is saved, not before: a run that cannot resume leaves
-    theirs as they are.
-    """
-    from megatron.training import training
-
-    from megatron_txssm.checkpoint.kept_tokenizer import keep_tokenizer
-
-    save, described = training.save_checkpoint, False
-
-    def save_with_description(*args: Any, **kwargs: Any) -> Any:
-        nonlocal described
-        if not described:
-            keep_recipe(recipe, recipe.checkpoint_path)
-            keep_tokenizer(recipe, recipe.checkpoint_path)
-            described = True
-        return save(*args, **kwargs)
-
-    training.save_checkpoint = save_with_description

@@ -47,7 +47,8 @@ def train(recipe: str) -> None:
     from megatron_txssm.recipe.loader import load_recipe
     from megatron_txssm.recipe.megatron_args import megatron_arguments
     from megatron_txssm.training.forward_step import datasets_provider, forward_step
-    from megatron_txssm.training.pretrain import describe_checkpoints_at_saves, initialize_arguments, model_config
+    from megatron_txssm.training.pretrain import initialize_arguments, model_config
+    from megatron_txssm.training.saving import describe_checkpoints_at_saves
 
     loaded, save = load_recipe(recipe), training.save_checkpoint
     args = initialize_arguments([*megatron_arguments(loaded), *prepare_platform()])
