@@ -1,8 +1,7 @@
 """txssm evaluate: the loss of a run's newest checkpoint on all of its validation data, by Megatron's own evaluation.
 
-Each sample counts once: Megatron's full validation goes over a set once per micro-batch of a training step, and repeats
-samples where the data-parallel ranks do not divide them; here a step has one micro-batch, and empty samples fill up.
-As in Megatron, a shard's last tokens, less than a sample, are left out.
+Each sample counts once: Megatron's full validation goes over a set once per micro-batch of a training step; here a step
+has one micro-batch. As in Megatron, a shard's last tokens, less than a sample, are left out.
 """
 
 import argparse
@@ -202,30 +201,13 @@ class _Validation:
 
 
 def _validation_sets(num_samples: list[Any], vp_stage: int | None = None, *, args: Any) -> list[Any]:
-    """Megatron's datasets, but only those for validation, each filled up for the data-parallel ranks."""
+    """The run's datasets, but only those for validation."""
     from megatron_txssm.training.forward_step import datasets_provider
 
     # Else the training shards' indices would be built, for nothing.
     args.train_data_path = args.blend_stages = None
     _, validation, _ = datasets_provider(num_samples, vp_stage)
-    sets = validation if isinstance(validation, list) else [validation]
-    return [None, [WholeSet(samples, args.data_parallel_size) for samples in sets], None]
-
-
-class WholeSet:
-    """A validation set, filled up to a multiple of `copies` with samples whose loss does not count."""
-
-    def __init__(self, samples: Any, copies: int):
-        self.samples, self.copies = samples, copies
-        # Megatron's loader reads a validation set whole.
-        self.split = samples.split if hasattr(samples, "split") else samples.index_split
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.samples) / self.copies) * self.copies
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self.samples[min(index, len(self.samples) - 1)]
-        return sample if index < len(self.samples) else sample | {"loss_mask": sample["loss_mask"] * 0}
+    return [None, validation, None]
 
 
 def report(recipe: Recipe, step: int, results: dict[str, tuple[float, int]], terminal: TextIO) -> None:

@@ -417,7 +417,7 @@ class Logging:
         render=lambda value, recipe: ["--eval-interval", str(value or recipe.train_iters + 1)],
     )
     eval_iters: int | None = setting(
-        "batches per validation; 0: none; null: all of every validation set, with a loss for each",
+        "global batches per validation, each time the same; 0: none; null: all of every set, with a loss for each",
         "--eval-iters",
         default=10,
         at_least=0,

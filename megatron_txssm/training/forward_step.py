@@ -20,7 +20,7 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.model.context_parallel import Zigzag
 from megatron_txssm.model.documents import PackedDocuments
 from megatron_txssm.training.staged_blend import StagedDatasetBuilder
-from megatron_txssm.training.validation_sets import by_subset
+from megatron_txssm.training.validation_sets import fixed_validation, samples_of_one_validation
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -28,10 +28,13 @@ BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 def datasets_provider(num_samples: list[Any], vp_stage: int | None = None) -> list[Any]:
     """Megatron's train, validation and test GPTDataset over blends of `.bin/.idx` shards; `--blend-stages` obeyed.
 
-    `num_samples`: of each split, None for all of it once.
+    `num_samples`: of each split, None for all of it once. Of validation, Megatron asks for as many as all validations
+    of a training would read; ours read the same, which so depend no more on the length of the training.
     Every pipeline stage and tensor-parallel rank reads its own batches, in the same order.
     """
     args = get_args()
+    if num_samples[1] is not None:
+        num_samples = [num_samples[0], samples_of_one_validation(args), num_samples[2]]
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -59,9 +62,7 @@ def datasets_provider(num_samples: list[Any], vp_stage: int | None = None) -> li
     else:
         builder = StagedDatasetBuilder(args.blend_stages, num_samples, lambda: True, config)
     train, validation, test = builder.build()
-    if args.validation_set_names and isinstance(validation, list):
-        validation = by_subset(validation)
-    return [train, validation, test]
+    return [train, fixed_validation(validation, args), test]
 
 
 # Tells Megatron that every rank may call the provider.

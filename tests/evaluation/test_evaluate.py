@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from megatron.core.datasets.utils import Split
 
 from megatron_txssm.cli import main
-from megatron_txssm.evaluation.evaluate import WholeSet, evaluation_recipe
+from megatron_txssm.evaluation.evaluate import evaluation_recipe
 from tests.data.corpus_fixture import make_corpus, make_recipe, random_documents
 from tests.training.tiny_run import txssm
 
@@ -150,23 +148,6 @@ def test_without_validation_data(tmp_path: Path, capsys: pytest.CaptureFixture[s
     )
     refused(["evaluate", str(run), *words], "name token files with --set data.train=PREFIX", capsys)
     assert not (run / "evaluation").exists()
-
-
-def test_a_set_is_filled_up_with_samples_that_do_not_count() -> None:
-    class Samples:
-        index_split = Split.valid
-
-        def __len__(self) -> int:
-            return 5
-
-        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-            assert index < 5
-            return {"tokens": torch.full((3,), index), "loss_mask": torch.ones(3)}
-
-    filled = WholeSet(Samples(), copies=4)
-    assert len(filled) == 8 and filled.split is Split.valid
-    assert [int(filled[index]["tokens"][0]) for index in range(8)] == [0, 1, 2, 3, 4, 4, 4, 4]
-    assert [float(filled[index]["loss_mask"].sum()) for index in range(8)] == [3, 3, 3, 3, 3, 0, 0, 0]
 
 
 def refused(words: list[str], wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
