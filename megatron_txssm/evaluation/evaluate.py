@@ -105,11 +105,11 @@ def evaluate(recipe: Recipe, terminal: TextIO) -> None:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from rich.console import Console
     from rich.progress import Progress
 
     from megatron_txssm.checkpoint.load import explain_failed_loads
     from megatron_txssm.compat import mend_megatron
+    from megatron_txssm.progress import beside_the_log
     from megatron_txssm.training.pretrain import initialize_arguments, model_config
 
     mend_megatron()
@@ -118,7 +118,7 @@ def evaluate(recipe: Recipe, terminal: TextIO) -> None:
     # Megatron's handler waits for the end of a training step, which does not come.
     args.exit_signal_handler = False
     hidden = args.rank > 0 or not terminal.isatty()
-    with Progress(console=Console(file=terminal), transient=True, disable=hidden) as progress:
+    with Progress(**beside_the_log(terminal), transient=True, disable=hidden) as progress:
         validation = _Validation(recipe, args, partial(progress.update, progress.add_task("evaluating")))
         config = pretrain_cfg_container_from_args(args, model_config(args))
         try:
@@ -170,12 +170,15 @@ class _Validation:
 
     def forward_step(self, data_iterator: Any, model: Any) -> Any:
         """Megatron's forward step, whose losses are summed here, too: Megatron's own sum is fp32."""
+        from rich.markup import escape
+
         from megatron_txssm.training.forward_step import forward_step
 
         output, loss_function = forward_step(data_iterator, model)
         self.batches += 1
         number = len(self.results)
-        self.progress(completed=self.batches, total=self.args.eval_iters[number], description=self.names[number])
+        name = escape(self.names[number])
+        self.progress(completed=self.batches, total=self.args.eval_iters[number], description=name)
         return output, partial(self._add, loss_function)
 
     def _add(self, loss_function: Callable[..., Any], losses_BL: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import json
 import time
-from datetime import timedelta
 from typing import Any, TextIO
 
 import torch
@@ -12,6 +11,7 @@ from megatron.training import training as megatron_training
 from megatron_txssm.compat import get_args
 from megatron_txssm.planning.flops import flops_per_token
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.training.display import make_display
 
 
 class TrainingMonitor:
@@ -137,75 +137,3 @@ def _from_last_stage(losses: dict[str, float]) -> dict[str, float]:
     box = [losses]
     torch.distributed.broadcast_object_list(box, src=torch.distributed.get_world_size() - 1)
     return box[0]
-
-
-def make_display(terminal: TextIO, train_iters: int) -> "PlainDisplay | BarDisplay":
-    """A progress bar where a person looks on, plain lines elsewhere."""
-    return BarDisplay(terminal, train_iters) if terminal.isatty() else PlainDisplay(terminal, train_iters)
-
-
-class PlainDisplay:
-    """One line per logged step."""
-
-    def __init__(self, terminal: TextIO, train_iters: int):
-        self.terminal = terminal
-        self.train_iters = train_iters
-        self.start_time: float | None = None
-        self.start_iteration = 0
-
-    def step(self, metrics: dict[str, Any]) -> None:
-        self.note(
-            f"iteration {metrics['iteration']}/{self.train_iters} | {describe(metrics)} | ETA {self._eta(metrics)}"
-        )
-
-    def note(self, text: str) -> None:
-        print(text, file=self.terminal, flush=True)
-
-    def close(self) -> None: ...
-
-    def _eta(self, metrics: dict[str, Any]) -> str:
-        """Remaining time at the pace since the first logged step, evaluations and saves included."""
-        now, iteration = time.monotonic(), metrics["iteration"]
-        if self.start_time is None:
-            self.start_time, self.start_iteration = now, iteration
-            return "-"
-        pace = (now - self.start_time) / max(1, iteration - self.start_iteration)
-        return str(timedelta(seconds=round(pace * (self.train_iters - iteration))))
-
-
-class BarDisplay:
-    """rich's progress bar, with notes above it."""
-
-    def __init__(self, terminal: TextIO, train_iters: int):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-            console=Console(file=terminal),
-        )
-        self.task = self.progress.add_task("", total=train_iters)
-        self.progress.start()
-
-    def step(self, metrics: dict[str, Any]) -> None:
-        self.progress.update(self.task, completed=metrics["iteration"], description=describe(metrics))
-
-    def note(self, text: str) -> None:
-        self.progress.console.print(text, highlight=False)
-
-    def close(self) -> None:
-        self.progress.stop()
-
-
-def describe(metrics: dict[str, Any]) -> str:
-    """`loss 4.1234 | 12,345 tokens/s | 0.12 TFLOP/s per rank | lr 3.0e-04`."""
-    parts = [f"loss {metrics['lm loss']:.4f}"] if "lm loss" in metrics else []
-    parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
-    parts.append(f"{metrics['model_tflops_per_second_per_rank']:.3g} TFLOP/s per rank")
-    if metrics["learning_rate"] is not None:
-        parts.append(f"lr {metrics['learning_rate']:.1e}")
-    return " | ".join(parts)

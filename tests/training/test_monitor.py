@@ -1,9 +1,6 @@
-"""What a run tells: lines or a bar, exact losses on file, throughput, the remaining time."""
+"""What a run tells: exact losses on file, throughput, validation losses."""
 
-import contextlib
 import json
-import os
-import pty
 import re
 from io import StringIO
 from pathlib import Path
@@ -16,15 +13,7 @@ import torch
 from megatron_txssm.planning.flops import flops_per_token
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.training import monitor
-from megatron_txssm.training.monitor import BarDisplay, PlainDisplay, TrainingMonitor, describe, make_display
-
-METRICS = {
-    "iteration": 20,
-    "lm loss": 4.123456,
-    "tokens_per_second": 12345.6,
-    "model_tflops_per_second_per_rank": 0.1234,
-    "learning_rate": 3e-4,
-}
+from megatron_txssm.training.monitor import TrainingMonitor
 
 
 class Clock:
@@ -35,8 +24,6 @@ class Clock:
 
     def perf_counter(self) -> float:
         return self.now
-
-    monotonic = perf_counter
 
 
 @pytest.fixture
@@ -170,62 +157,3 @@ def test_validation_losses(megatron: FakeMegatron) -> None:
     count = len(megatron.metrics)
     megatron.loop.evaluate_and_print_results([None])
     assert len(megatron.metrics) == count
-
-
-def test_one_line() -> None:
-    assert describe(METRICS) == "loss 4.1235 | 12,346 tokens/s | 0.123 TFLOP/s per rank | lr 3.0e-04"
-    assert describe(METRICS | {"learning_rate": None}) == "loss 4.1235 | 12,346 tokens/s | 0.123 TFLOP/s per rank"
-
-
-def test_remaining_time_of_a_resumed_run(clock: Clock) -> None:
-    terminal = StringIO()
-    display = PlainDisplay(terminal, train_iters=100)
-    for iteration, now in ((61, 1000.0), (71, 1020.0), (81, 1060.0)):
-        clock.now = now
-        display.step(METRICS | {"iteration": iteration})
-    # 2 s a step after ten steps, 3 s after twenty; the 60 steps of the first run count for nothing.
-    assert re.findall(r"ETA (\S+)", terminal.getvalue()) == ["-", "0:00:58", "0:00:57"]
-
-
-def test_plain_lines_where_nobody_looks(tmp_path: Path) -> None:
-    with open(tmp_path / "log", "w+") as file:
-        display = make_display(file, 100)
-        assert isinstance(display, PlainDisplay)
-        display.step(METRICS)
-        display.close()
-        file.seek(0)
-        text = file.read()
-    assert text.startswith("iteration 20/100 | loss 4.1235 | ")
-    assert text.count("\n") == 1
-    assert "\x1b" not in text and "\r" not in text
-
-
-def read_all(terminal: int) -> str:
-    """What a closed terminal was sent; one read may give only the first part."""
-    pieces = []
-    with contextlib.suppress(OSError):  # EIO: the other side is closed, and all is read
-        while piece := os.read(terminal, 1 << 16):
-            pieces.append(piece)
-    os.close(terminal)
-    return b"".join(pieces).decode()
-
-
-def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "140")
-    ours, theirs = pty.openpty()
-    with os.fdopen(theirs, "w") as terminal:
-        display = make_display(terminal, 100)
-        assert isinstance(display, BarDisplay)
-        display.step(METRICS | {"iteration": 90})
-        task = display.progress.tasks[0]
-        # Resumed at 90: the steps of the first run say nothing of the pace.
-        assert (task.completed, task.total, task.speed) == (90, 100, None)
-        display.note("iteration 20 | validation lm loss 3.2500")
-        display.close()
-    text = read_all(ours)
-    assert "90/100" in text
-    assert "loss 4.1235" in text
-    assert "validation lm loss 3.2500" in text
-    # It redraws its line.
-    assert "\x1b[2K" in text

@@ -1,0 +1,91 @@
+"""What a person or a job's output file sees of a training: a bar and a line of figures, or plain lines."""
+
+import time
+from datetime import timedelta
+from typing import Any, TextIO
+
+from megatron_txssm.progress import beside_the_log, terminal_console
+
+
+def make_display(terminal: TextIO, train_iters: int) -> "PlainDisplay | BarDisplay":
+    """A progress bar where a person looks on and the terminal can redraw it, plain lines elsewhere."""
+    redraws = terminal.isatty() and terminal_console(terminal).is_interactive
+    return BarDisplay(terminal, train_iters) if redraws else PlainDisplay(terminal, train_iters)
+
+
+class PlainDisplay:
+    """One line per logged step."""
+
+    def __init__(self, terminal: TextIO, train_iters: int):
+        self.terminal = terminal
+        self.train_iters = train_iters
+        self.start_time: float | None = None
+        self.start_iteration = 0
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        self.note(
+            f"iteration {metrics['iteration']}/{self.train_iters} | {describe(metrics)} | ETA {self._eta(metrics)}"
+        )
+
+    def note(self, text: str) -> None:
+        print(text, file=self.terminal, flush=True)
+
+    def close(self) -> None: ...
+
+    def _eta(self, metrics: dict[str, Any]) -> str:
+        """Remaining time at the pace since the first logged step, evaluations and saves included."""
+        now, iteration = time.monotonic(), metrics["iteration"]
+        if self.start_time is None:
+            self.start_time, self.start_iteration = now, iteration
+            return "-"
+        pace = (now - self.start_time) / max(1, iteration - self.start_iteration)
+        return str(timedelta(seconds=round(pace * (self.train_iters - iteration))))
+
+
+class BarDisplay:
+    """rich's progress bar, as wide as the terminal, a line of figures under it, and notes above both."""
+
+    def __init__(self, terminal: TextIO, train_iters: int):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.text import Text
+
+        class BarAndFigures(Progress):
+            figures = ""
+
+            def get_renderables(self) -> Any:
+                yield from super().get_renderables()
+                yield Text(self.figures, no_wrap=True, overflow="ellipsis")
+
+        self.progress = BarAndFigures(
+            TextColumn("training"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            expand=True,
+            **beside_the_log(terminal),
+        )
+        self.task = self.progress.add_task("", total=train_iters)
+        self.progress.start()
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        self.progress.figures = describe(metrics)
+        self.progress.update(self.task, completed=metrics["iteration"])
+
+    def note(self, text: str) -> None:
+        # Its brackets are the names of validation sets, no colours; the terminal itself breaks a long line.
+        self.progress.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self.progress.stop()
+
+
+def describe(metrics: dict[str, Any]) -> str:
+    """`loss 4.1234 | 12,345 tokens/s | 0.12 TFLOP/s per rank | lr 3.0e-04`, and how many steps were skipped, if any."""
+    parts = [f"loss {metrics['lm loss']:.4f}"] if "lm loss" in metrics else []
+    if metrics.get("skipped_steps"):
+        parts.append(f"skipped {metrics['skipped_steps']} steps")
+    parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+    parts.append(f"{metrics['model_tflops_per_second_per_rank']:.3g} TFLOP/s per rank")
+    if metrics["learning_rate"] is not None:
+        parts.append(f"lr {metrics['learning_rate']:.1e}")
+    return " | ".join(parts)
