@@ -8,7 +8,7 @@ from megatron_txssm.recipe.recipe import Recipe
 FORWARD_AND_BACKWARD = 3
 
 
-def flops_per_token(model: Recipe | ModelSizes, seq_length: int) -> float:
+def flops_per_token(model: Recipe | ModelSizes, seq_length: int, document_length: float | None = None) -> float:
     """Model FLOPs per token of training, forward and backward; a multiply-add counts two.
 
     2 per weight and token forward and twice that backward, the 6·parameters of arXiv:2204.02311 (appendix B) and
@@ -18,12 +18,16 @@ def flops_per_token(model: Recipe | ModelSizes, seq_length: int) -> float:
     (megatron.training.training.num_floating_point_operations). State-space layers add the scan,
     `StateSpaceConfig.flops_per_token`: linear in the length.
 
+    `document_length`: where attention ends at a document's borders, the mean length of the document that a token is in,
+    so the sum of the documents' squared lengths over the number of tokens; None: the whole sample is one.
+
     Not counted: norms, rotations, activations, softmax, residuals, the optimizer, and recomputed activations: model
     FLOPs, as MFU has them, not hardware FLOPs. Megatron's count cannot serve: it bills a state-space layer at twice
     our inner width and with a gate.
     """
     sizes = ModelSizes.from_recipe(model) if isinstance(model, Recipe) else model
-    scores = 2.0 * seq_length * sizes.num_attention_heads * sizes.kv_channels
+    attended = seq_length if document_length is None else document_length
+    scores = 2.0 * attended * sizes.num_attention_heads * sizes.kv_channels
     attention = FORWARD_AND_BACKWARD * (2.0 * sizes.attention_weights + scores)
     # The mixer's own figure has the backward pass in it.
     mixer = sizes.state_space.flops_per_token(seq_length) if sizes.state_space else 0.0

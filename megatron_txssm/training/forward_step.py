@@ -11,7 +11,9 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.parallel_state import get_context_parallel_group
+from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_tokenizer
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
@@ -84,7 +86,10 @@ def checked_tokenizer() -> Any:
 def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
     """One micro-batch through this stage: (output, a function from output to Megatron's loss triple)."""
     batch = next(data_iterator)
-    documents = packed_documents(batch["position_ids"]) if get_args().isolate_documents else None
+    documents = None
+    if get_args().isolate_documents:
+        documents = packed_documents(batch["position_ids"])
+        count_documents(batch["position_ids"], model)
     tokens, labels, loss_mask, position_ids = (on_this_rank(batch[key]) for key in BATCH_KEYS)
     output = model(tokens, position_ids, None, labels=labels, packed_seq_params=documents)
     return output, partial(loss_function, loss_mask)
@@ -93,6 +98,16 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tupl
 def packed_documents(position_ids_BL: Tensor) -> PackedDocuments:
     """The documents of a micro-batch, from positions that restart with each."""
     return PackedDocuments.from_position_ids(position_ids_BL.to(torch.cuda.current_device(), non_blocking=True))
+
+
+def count_documents(position_ids_BL: Tensor, model: Any) -> None:
+    """Tell Megatron's loop the documents' lengths; it sums them over the ranks, and attention is billed by them."""
+    # Once a micro-batch: a rank with several virtual stages gets it for each.
+    if model.training and not get_attr_wrapped_model(model, "vp_stage"):
+        positions = position_ids_BL.flatten()
+        starts = (positions == 0).nonzero().flatten()
+        ends = torch.nn.functional.pad(starts, (0, 1), value=len(positions))
+        update_seqlen_stats_from_cu_seqlens(ends.to(torch.int32))
 
 
 def on_this_rank(whole_BL: Tensor) -> Tensor:

@@ -1,15 +1,22 @@
-"""What a run tells while it trains: a progress bar or plain lines, metrics.jsonl, TensorBoard's throughput."""
+"""What a run tells while it trains: its display, metrics.jsonl, throughput and learning rate in Megatron's logs."""
 
+import contextlib
+import functools
+import inspect
 import json
+import os
 import time
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.training import get_tensorboard_writer, get_wandb_writer
 from megatron.training import training as megatron_training
 
 from megatron_txssm.compat import get_args
 from megatron_txssm.planning.flops import flops_per_token
+from megatron_txssm.planning.parameters import ModelSizes
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.training.display import make_display
 
@@ -18,51 +25,73 @@ class TrainingMonitor:
     """Listens to Megatron's loop through the functions it calls after each step and each evaluation.
 
     Every rank has one, since the loss is broadcast from the last pipeline stage; rank 0 writes. `metrics.jsonl` holds
-    one JSON object a line: every step's loss at full precision, every validation loss. A resumed run appends to it, so
-    the last line of an iteration counts.
+    one JSON object a line: every step's own loss at full precision, every validation loss. A resumed run appends to it,
+    so the last line of an iteration counts.
+
+    The learning rate is the one that the step used. Throughput is the mean since the last logged step, over the time
+    spent in training steps: reading data is in it, validations and saves are not.
     """
 
     def __init__(self, recipe: Recipe, terminal: TextIO):
         self.args = get_args()
         self.metrics_file = recipe.run_path / "metrics.jsonl"
-        self.display = make_display(terminal, self.args.train_iters) if self.args.rank == 0 else None
-        self.flops_per_token = flops_per_token(recipe, recipe.training.seq_length)
-        self.interval_seconds = 0.0
-        self.interval_steps = 0
+        self.display = None
+        if self.args.rank == 0:
+            end_last_line(self.metrics_file)
+            self.display = make_display(terminal, self.args.train_iters)
+        self.sizes = ModelSizes.from_recipe(recipe)
+        self.learning_rate: float | None = None
+        # Of the last step's global batch.
+        self.batch_tokens, self.batch_flops = 0, 0.0
+        # Since the last logged step.
+        self.interval_seconds, self.interval_tokens, self.interval_flops = 0.0, 0, 0.0
+        self.skipped_steps = 0
         self.iteration: int | None = None
+        # The step and the data of the last validation.
+        self.validated: tuple[int | None, str] | None = None
         # One entry a validation set, by loss; None where the time limit came first.
         self.validation_losses: list[dict[str, torch.Tensor] | None] = []
 
     def install(self) -> None:
         """Hook into Megatron's loop, which offers no callbacks of its own."""
         log, step = megatron_training.training_log, megatron_training.train_step
+        log_signature = inspect.signature(log)
         evaluate, evaluate_all = megatron_training.evaluate, megatron_training.evaluate_and_print_results
 
+        @functools.wraps(step)
         def timed_step(*args: Any, **kwargs: Any) -> Any:
+            # The scheduler moves on within the step, after which Megatron logs the next step's rate.
+            self.learning_rate = get_canonical_lr_for_logging(args[3].param_groups)
             start = time.perf_counter()
             result = step(*args, **kwargs)
             self.interval_seconds += time.perf_counter() - start
-            self.interval_steps += 1
             return result
 
-        def log_and_report(
-            loss_dict: Any, total: Any, learning_rate: Any, iteration: int, *args: Any, **kw: Any
-        ) -> Any:
-            result = log(loss_dict, total, learning_rate, iteration, *args, **kw)
-            grad_norm = kw["grad_norm"] if "grad_norm" in kw else args[3]
-            self.on_step(iteration, loss_dict, learning_rate, grad_norm)
+        @functools.wraps(log)
+        def log_and_report(*args: Any, **kwargs: Any) -> Any:
+            call = log_signature.bind(*args, **kwargs)
+            told = call.arguments
+            told["learning_rate"] = self.learning_rate
+            result = log(*call.args, **call.kwargs)
+            self.on_step(told["iteration"], told["loss_dict"], told["grad_norm"], skipped=bool(told["skipped_iter"]))
             return result
 
+        @functools.wraps(evaluate)
         def evaluate_and_keep(*args: Any, **kwargs: Any) -> Any:
             result = evaluate(*args, **kwargs)
             self.validation_losses.append(result[0])
             return result
 
+        @functools.wraps(evaluate_all)
         def evaluate_all_and_report(*args: Any, **kwargs: Any) -> Any:
+            # Megatron says which data it is in words: "iteration 9 on test set".
+            data = "test" if str(args[0]).endswith("test set") else "validation"
+            # At its end, Megatron validates the step again that it has just validated.
+            if self.validated == (self.iteration, data):
+                return None
             self.validation_losses = []
             result = evaluate_all(*args, **kwargs)
-            # Megatron says which data it was in words: "iteration 9 on test set".
-            self.on_validation("test" if str(args[0]).endswith("test set") else "validation")
+            self.on_validation(data)
             return result
 
         megatron_training.training_log = log_and_report
@@ -72,33 +101,45 @@ class TrainingMonitor:
         # Megatron bills a state-space layer as attention of another width; ours counts what the model computes.
         megatron_training.num_floating_point_operations = self.floating_point_operations
 
-    def floating_point_operations(self, args: Any, batch_size: int, *_: Any, **__: Any) -> float:
-        """Model FLOPs of one global batch, forward and backward; what Megatron's own throughput line divides."""
-        return self.flops_per_token * batch_size * args.seq_length
+    def floating_point_operations(
+        self, args: Any, batch_size: int, seqlen_squared_sum_in_batch: float | None = None, **_: Any
+    ) -> float:
+        """Model FLOPs of one global batch, forward and backward; what Megatron's own throughput line divides.
 
-    def on_step(
-        self, iteration: int, loss_dict: dict[str, torch.Tensor], learning_rate: float | None, grad_norm: Any
-    ) -> None:
+        `seqlen_squared_sum_in_batch`: of the isolated documents that the batch holds, on all ranks, as `forward_step`
+        counts them; None where samples are not divided.
+        """
+        self.batch_tokens = batch_size * args.seq_length
+        squares = seqlen_squared_sum_in_batch
+        document_length = args.seq_length if squares is None else squares / self.batch_tokens
+        self.batch_flops = self.batch_tokens * flops_per_token(self.sizes, args.seq_length, document_length)
+        return self.batch_flops
+
+    def on_step(self, iteration: int, loss_dict: dict[str, torch.Tensor], grad_norm: Any, *, skipped: bool) -> None:
         self.iteration = iteration
         losses = _from_last_stage({key: float(value) for key, value in loss_dict.items()})
-        tokens_per_step = self.args.global_batch_size * self.args.seq_length
-        tokens_per_second = tokens_per_step * self.interval_steps / max(self.interval_seconds, 1e-9)
+        self.interval_tokens += self.batch_tokens
+        self.interval_flops += self.batch_flops
+        self.skipped_steps += skipped
+        seconds = max(self.interval_seconds, 1e-9)
+        tokens_per_second = self.interval_tokens / seconds
         metrics = {
             "iteration": iteration,
             **losses,
-            "learning_rate": learning_rate,
+            "learning_rate": self.learning_rate,
             "grad_norm": None if grad_norm is None else float(grad_norm),
+            "skipped": skipped,
             "consumed_tokens": self.args.consumed_train_samples * self.args.seq_length,
             "tokens_per_second": tokens_per_second,
-            "model_tflops_per_second_per_rank": tokens_per_second * self.flops_per_token / 1e12 / self.args.world_size,
+            "model_tflops_per_second_per_rank": self.interval_flops / seconds / 1e12 / self.args.world_size,
             "peak_memory_bytes": torch.cuda.max_memory_allocated(),
         }
         if self.display:
             self._write(metrics)
         if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
-            self.interval_seconds, self.interval_steps = 0.0, 0
+            self.interval_seconds, self.interval_tokens, self.interval_flops = 0.0, 0, 0.0
             if self.display:
-                self.display.step(metrics)
+                self.display.step(metrics | {"skipped_steps": self.skipped_steps})
             # Megatron keeps its writers on the last rank.
             if writer := get_tensorboard_writer():
                 writer.add_scalar("tokens-per-second", tokens_per_second, iteration)
@@ -108,6 +149,8 @@ class TrainingMonitor:
     def on_validation(self, data: str = "validation") -> None:
         """Report the losses of every validation (or test) set; several are told apart as in TensorBoard."""
         sets = [losses for losses in self.validation_losses if losses is not None]
+        if len(sets) == len(self.validation_losses):
+            self.validated = self.iteration, data
         known = self.args.validation_set_names or range(len(sets))
         names = [f"{data}-{name}" for name in known] if len(sets) > 1 else [data]
         losses = {
@@ -128,6 +171,13 @@ class TrainingMonitor:
     def _write(self, metrics: dict[str, Any]) -> None:
         with open(self.metrics_file, "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
+
+
+def end_last_line(file: Path) -> None:
+    """Let what is appended begin on a line of its own, also where a killed run left half of one."""
+    with contextlib.suppress(FileNotFoundError), open(file, "rb+") as lines:
+        if lines.seek(0, os.SEEK_END) and os.pread(lines.fileno(), 1, lines.tell() - 1) != b"\n":
+            lines.write(b"\n")
 
 
 def _from_last_stage(losses: dict[str, float]) -> dict[str, float]:

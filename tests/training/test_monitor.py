@@ -1,4 +1,4 @@
-"""What a run tells: exact losses on file, throughput, validation losses."""
+"""What a run tells: exact losses on file, the learning rate of each step, throughput, each validation once."""
 
 import json
 import re
@@ -57,29 +57,57 @@ class FakeMegatron:
         monkeypatch.setattr(monitor, "get_tensorboard_writer", lambda: writer)
         monkeypatch.setattr(monitor, "get_wandb_writer", lambda: None)
         loop: Any = monitor.megatron_training
-        monkeypatch.setattr(loop, "training_log", lambda *a, **k: "logged")
+        monkeypatch.setattr(loop, "training_log", self._training_log)
         monkeypatch.setattr(loop, "train_step", self._train_step)
         monkeypatch.setattr(loop, "evaluate", lambda losses: (losses, None, False))
-        monkeypatch.setattr(loop, "evaluate_and_print_results", lambda sets: [loop.evaluate(s) for s in sets])
+        monkeypatch.setattr(loop, "evaluate_and_print_results", self._evaluate_all)
         monkeypatch.setattr(loop, "num_floating_point_operations", None)
         self.loop = loop
+        self.optimizer = SimpleNamespace(param_groups=[{"default_config": True, "lr": 0.0}])
+        self.logged: list[float | None] = []
+        self.validations = 0
         self.recipe = load_recipe("demo_cpu", [f"run_directory={run}"])
         self.terminal = StringIO()
         self.monitor = TrainingMonitor(self.recipe, self.terminal)
         self.monitor.install()
 
-    def _train_step(self, seconds: float) -> str:
+    def _train_step(self, forward: Any, data: Any, model: Any, optimizer: Any, seconds: float) -> str:
         self.clock.now += seconds
+        # As Megatron's scheduler does at the end of a step.
+        optimizer.param_groups[0]["lr"] += 1e-4
         return "stepped"
 
-    def step(self, iteration: int, loss: Any = 4.0, seconds: float = 2.0) -> None:
-        assert self.loop.train_step(seconds) == "stepped"
+    def _training_log(
+        self, loss_dict: Any, total_loss_dict: Any, learning_rate: float | None, iteration: int, loss_scale: float,
+        report_memory_flag: bool, skipped_iter: int, grad_norm: Any, params_norm: Any, num_zeros_in_grad: Any,
+        max_attention_logit: Any, pg_collection: Any = None,
+    ) -> str:  # fmt: skip
+        self.logged.append(learning_rate)
+        return "logged"
+
+    def _evaluate_all(self, prefix: str, sets: list[Any]) -> None:
+        self.validations += 1
+        for losses in sets:
+            self.loop.evaluate(losses)
+
+    def step(
+        self, iteration: int, loss: Any = 4.0, seconds: float = 2.0, skipped: bool = False, squares: float | None = None
+    ) -> None:
+        assert self.loop.train_step(None, None, None, self.optimizer, seconds=seconds) == "stepped"
         self.args.consumed_train_samples += self.args.global_batch_size
-        # Megatron's own call, by position.
+        self.loop.num_floating_point_operations(
+            self.args, self.args.global_batch_size, seqlen_squared_sum_in_batch=squares, total_real_tokens_in_batch=None
+        )
+        losses = {"lm loss": torch.as_tensor(loss)}
+        rate = self.optimizer.param_groups[0]["lr"]
+        # Megatron's own call: most by position.
         logged = self.loop.training_log(
-            {"lm loss": torch.as_tensor(loss)}, {}, 3e-4, iteration, 1.0, False, 0, torch.tensor(0.5), None, None
+            losses, {}, rate, iteration, 1.0, False, int(skipped), torch.tensor(0.5), None, None, 0, pg_collection=None
         )
         assert logged == "logged"
+
+    def validate(self, *sets: dict[str, torch.Tensor] | None, prefix: str = "iteration 5") -> None:
+        self.loop.evaluate_and_print_results(prefix, list(sets))
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -101,7 +129,20 @@ def test_losses_are_kept_exactly(megatron: FakeMegatron) -> None:
     assert [line["iteration"] for line in megatron.metrics] == [1, 2, 3]
     assert [line["consumed_tokens"] for line in megatron.metrics] == [2048, 4096, 6144]
     assert megatron.metrics[0]["grad_norm"] == 0.5
-    assert megatron.metrics[0]["learning_rate"] == 3e-4
+
+
+def test_the_learning_rate_is_the_one_that_the_step_used(megatron: FakeMegatron) -> None:
+    for iteration in (1, 2, 3):
+        megatron.step(iteration)
+    assert [line["learning_rate"] for line in megatron.metrics] == [0.0, 1e-4, 2e-4]
+    assert megatron.logged == [0.0, 1e-4, 2e-4], "what Megatron's line, TensorBoard and W&B show"
+
+
+def test_skipped_steps_are_shown(megatron: FakeMegatron) -> None:
+    for iteration, skipped in enumerate([False, True, True, False], start=1):
+        megatron.step(iteration, skipped=skipped)
+    assert [line["skipped"] for line in megatron.metrics] == [False, True, True, False]
+    assert re.findall(r"skipped (\d) step", megatron.terminal.getvalue()) == ["1", "2", "2"]
 
 
 def test_throughput(megatron: FakeMegatron) -> None:
@@ -114,6 +155,17 @@ def test_throughput(megatron: FakeMegatron) -> None:
     assert megatron.metrics[0]["model_tflops_per_second_per_rank"] == pytest.approx(expected)
     # What Megatron's own line divides by its time.
     assert megatron.loop.num_floating_point_operations(megatron.args, 8) == pytest.approx(tokens * flops)
+
+
+def test_attention_within_documents_is_billed_for_their_lengths(megatron: FakeMegatron) -> None:
+    """8 samples of 256 tokens, whole in the first step; in the second each is documents of 192 and 64."""
+    megatron.step(1, seconds=1.0, squares=8 * 256**2)
+    megatron.step(2, seconds=1.0, squares=8 * (192**2 + 64**2))
+    rates = [line["model_tflops_per_second_per_rank"] * 1e12 * 4 for line in megatron.metrics]
+    assert rates[0] == pytest.approx(8 * 256 * flops_per_token(megatron.recipe, 256))
+    # Of two layers of scores, forward and backward: a query meets half its document, 4 heads of 32 channels wide.
+    saved = 3 * 2 * 2 * (8 / 2) * (256**2 - 192**2 - 64**2) * 4 * 32
+    assert rates[0] - rates[1] == pytest.approx(saved)
 
 
 def test_time_between_steps_is_not_training(megatron: FakeMegatron, clock: Clock) -> None:
@@ -140,7 +192,7 @@ def test_lines_come_at_the_interval_and_at_the_end(
 def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, clock: Clock, tmp_path: Path) -> None:
     megatron = FakeMegatron(monkeypatch, clock, tmp_path, rank=1)
     megatron.step(1)
-    megatron.loop.evaluate_and_print_results([{"lm loss": torch.tensor(3.0)}])
+    megatron.validate({"lm loss": torch.tensor(3.0)})
     megatron.monitor.close()
     assert megatron.terminal.getvalue() == ""
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -148,12 +200,40 @@ def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, clock: Clock, t
 
 def test_validation_losses(megatron: FakeMegatron) -> None:
     megatron.step(5)
-    megatron.loop.evaluate_and_print_results([{"lm loss": torch.tensor(3.25)}])
+    megatron.validate({"lm loss": torch.tensor(3.25)})
     assert megatron.metrics[-1] == {"iteration": 5, "validation lm loss": 3.25}
     assert megatron.terminal.getvalue().endswith("iteration 5 | validation lm loss 3.2500\n")
-    megatron.loop.evaluate_and_print_results([{"lm loss": torch.tensor(x)} for x in (3.0, 2.0)])
-    assert megatron.metrics[-1] == {"iteration": 5, "validation-0 lm loss": 3.0, "validation-1 lm loss": 2.0}
+    megatron.step(6)
+    megatron.validate(*({"lm loss": torch.tensor(x)} for x in (3.0, 2.0)))
+    assert megatron.metrics[-1] == {"iteration": 6, "validation-0 lm loss": 3.0, "validation-1 lm loss": 2.0}
     # The time limit came first: nothing to tell.
     count = len(megatron.metrics)
-    megatron.loop.evaluate_and_print_results([None])
-    assert len(megatron.metrics) == count
+    megatron.step(7)
+    megatron.validate(None)
+    assert len(megatron.metrics) == count + 1
+
+
+def test_a_step_is_validated_once(megatron: FakeMegatron) -> None:
+    """Megatron validates at the interval and at the end, which may be the same step."""
+    megatron.step(5)
+    megatron.validate(None)
+    assert megatron.validations == 1
+    for prefix in ("iteration 5", "iteration 5 on validation set", "iteration 5 on test set"):
+        megatron.validate({"lm loss": torch.tensor(3.0)}, prefix=prefix)
+    assert megatron.validations == 3
+    assert megatron.metrics[1:] == [{"iteration": 5, f"{data} lm loss": 3.0} for data in ("validation", "test")]
+    megatron.step(6)
+    megatron.validate({"lm loss": torch.tensor(3.0)}, prefix="iteration 6 on validation set")
+    assert megatron.validations == 4
+
+
+def test_a_line_that_a_kill_cut_off_does_not_spoil_the_next(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, tmp_path: Path
+) -> None:
+    file = tmp_path / "metrics.jsonl"
+    for before in ("", '{"iteration": 1}\n', '{"iteration": 1}\n{"iteration": 2, "lm l'):
+        file.write_text(before)
+        FakeMegatron(monkeypatch, clock, tmp_path).step(2)
+        *_, last = file.read_text().splitlines()
+        assert json.loads(last)["lm loss"] == 4.0
+        assert file.read_text().count("\n") == before.count("\n") + 1 + (not before.endswith("\n") and before != "")
