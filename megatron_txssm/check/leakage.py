@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.progress import progress_bar
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.table import print_table
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,7 @@ def _leaks(failure: str | None, result: Path) -> Leaks:
 
 
 def _print_table(leaks: dict[Layout, Leaks]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("layout", ">processes", ">logits compared", ">changed, isolated", ">changed, not isolated", "verdict"):
-        table.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", no_wrap=True)
+    rows = []
     for layout, found in leaks.items():
         cells = ["", "", ""]
         if found.of_mode:
@@ -96,8 +91,9 @@ def _print_table(leaks: dict[Layout, Leaks]) -> None:
                 f"{share:.1%}, by up to {packed['largest']:.1e}",
             ]
         verdict = "isolated" if found.isolated else "FAILED" if found.failure else "LEAKS"
-        table.add_row(layout.name, str(layout.processes), *cells, verdict)
-    Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 240).print(table)
+        rows.append((layout.name, str(layout.processes), verdict, *cells))
+    numbers = (">logits compared", ">changed, isolated", ">changed, not isolated")
+    print_table(("layout", ">processes", "verdict", *numbers), rows)
     for layout, found in leaks.items():
         if found.failure:
             print(f"{layout.name}: {found.failure}")

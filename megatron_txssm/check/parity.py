@@ -17,6 +17,7 @@ from megatron_txssm.errors import UserError, readable
 from megatron_txssm.progress import progress_bar
 from megatron_txssm.recipe.loader import load_recipe, nearest
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.table import print_table
 
 # By precision: nats per token, and ‖g − g_one‖ / ‖g_one‖ of a parameter.
 BOUNDS = {"fp32": (1e-6, 1e-5), "fp64": (1e-9, 1e-7)}
@@ -158,17 +159,11 @@ def listed(refused: Sequence[tuple[Layout, str]]) -> str:
 
 
 def _print_table(verdicts: dict[Layout, Verdict]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("layout", ">processes", ">loss error", ">worst gradient error", "of", "verdict"):
-        table.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", no_wrap=True)
+    rows = []
     for layout, result in verdicts.items():
         errors = ("", "") if result.failure else (f"{result.loss_error:.1e}", f"{result.gradient_error:.1e}")
-        table.add_row(layout.name, str(layout.processes), *errors, result.parameter, result.word)
-    width = None if sys.stdout.isatty() else 240
-    Console(markup=False, highlight=False, width=width).print(table)
+        rows.append((layout.name, str(layout.processes), result.word, *errors, result.parameter))
+    print_table(("layout", ">processes", "verdict", ">loss error", ">worst gradient error", "of"), rows)
     for line in _failures(verdicts):
         print(line)
 

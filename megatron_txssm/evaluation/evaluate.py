@@ -21,6 +21,7 @@ from megatron_txssm.launch.local import add_run_arguments, launch, smallest_worl
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.megatron_args import megatron_arguments, whole_validation_arguments
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.table import print_table
 
 EXAMPLES = (
     "txssm evaluate runs/demo",
@@ -215,19 +216,12 @@ def _validation_sets(num_samples: list[Any], vp_stage: int | None = None, *, arg
 
 def report(recipe: Recipe, step: int, results: dict[str, tuple[float, int]], terminal: TextIO) -> None:
     """Write RUN/evaluation/validation.json and print it as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
     from megatron_txssm.data.manifest import write_json
 
     sets = {name: {"loss": loss, "perplexity": math.exp(loss), "tokens": n} for name, (loss, n) in results.items()}
     file = recipe.run_path / "validation.json"
     write_json(file, {"name": recipe.name, "step": step, "checkpoint": recipe.checkpoint.load_from, "sets": sets})
 
-    table = Table("validation set", box=None)
-    for heading in ("nats/token", "perplexity", "tokens"):
-        table.add_column(heading, justify="right")
-    for name, (loss, tokens) in results.items():
-        table.add_row(name, f"{loss:.4f}", f"{math.exp(loss):,.2f}", f"{tokens:,}")
-    Console(file=terminal).print(table)
+    rows = [(name, f"{loss:.4f}", f"{math.exp(loss):,.2f}", f"{tokens:,}") for name, (loss, tokens) in results.items()]
+    print_table(("validation set", ">nats/token", ">perplexity", ">tokens"), rows, terminal)
     print(f"step {step}; {file}", file=terminal)

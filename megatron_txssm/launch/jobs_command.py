@@ -11,6 +11,7 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
 from megatron_txssm.launch.run_folder import last_step
 from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.table import print_table
 
 
 def add_parser(subparsers: Any) -> None:
@@ -18,31 +19,27 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
     jobs = [job for job in slurm.queue() if not job.is_over]
     if not jobs:
         print("no jobs")
         return 0
-    table = Table("job", box=None, pad_edge=False)
-    for column in ("name", "state", "nodes", "restarts", "time left", "step", "run"):
-        table.add_column(column, overflow="fold")
-    for job in sorted(jobs, key=lambda job: job.job_id):
-        folder = job.script.parent
-        ours = (folder / "submission.json").is_file()
-        table.add_row(
-            job.job_id,
-            job.name,
-            f"{job.state} ({job.reason})" if job.state == "PENDING" else job.state,
-            job.nodes,
-            str(job.restarts),
-            _time_left(job),
-            _step(folder) if ours and job.script.stem == "pretrain" else "",
-            _shown(folder) if ours else "",
-        )
-    Console().print(table)
+    print_table(("job", "state", "run", "step", "time left", "nodes", ">restarts", "name"), map(_row, jobs))
     return 0
+
+
+def _row(job: slurm.Job) -> tuple[str, ...]:
+    folder = job.script.parent
+    ours = (folder / "submission.json").is_file()
+    return (
+        job.job_id,
+        f"{job.state} ({job.reason})" if job.state == "PENDING" else job.state,
+        _shown(folder) if ours else "",
+        _step(folder) if ours and job.script.stem == "pretrain" else "",
+        _time_left(job),
+        job.nodes,
+        str(job.restarts),
+        job.name,
+    )
 
 
 def _time_left(job: slurm.Job) -> str:
