@@ -4,6 +4,7 @@ import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -102,6 +103,19 @@ def test_the_table_shows_every_recipe_with_its_size() -> None:
     assert "320.8M" in rows["transxssm_320m"]
     assert "3 x SSSSSSSA" in rows["transxssm_1.3b"]
     assert "2,097,152" in rows["llama3_1.3b"]
+
+
+def test_megatrons_arguments_need_no_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes", "transxssm_320m", "--megatron-args"]) == 0
+    out, error = capsys.readouterr()
+    words = shlex.split(out)
+    assert words[words.index("--hidden-size") + 1] == "768"
+    assert not {"--train-data-path", "--tokenizer-type", "--tokenizer-model"} & set(words)
+    assert error.startswith("without the corpus's --train-data-path, ") and error.count("\n") == 1
+    assert error.endswith("; make it: txssm data shard smollm_corpus\n")
 
 
 def test_one_recipe_is_printed_in_full() -> None:

@@ -103,7 +103,7 @@ def recipe_blend(recipe: Recipe) -> CorpusBlend:
     try:
         corpus = open_corpus(data.corpus)
     except UserError as error:
-        raise UserError(f"data.corpus: {error}") from None
+        raise type(error)(f"data.corpus: {error}") from None
     if data.stages is None:
         return blend_corpus(corpus, recipe.train_iters * batch, data.weights)
     weights = [_normalised(stage["weights"], corpus) for stage in data.stages]

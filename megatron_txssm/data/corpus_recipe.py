@@ -6,7 +6,9 @@ A YAML file of recipes/corpora/, or any path. Each section's fields are declared
 # setting() returns a dataclasses.field.
 # ruff: noqa: RUF009
 
+import contextlib
 import dataclasses
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,10 +125,13 @@ _SECTIONS = {"tokenizer": TokenizerSource, "slurm": Slurm}
 def load_corpus_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> CorpusRecipe:
     """The checked recipe of a file, or of a name in recipes/corpora/; overrides: "subsets.web.limit=100"."""
     path = find_corpus_recipe(str(name_or_path))
-    if path.is_dir():
-        raise UserError(f"{path} holds no corpus (no {KEPT_RECIPE}); make one: txssm data shard --help")
+    if os.path.isdir(path) or (not os.path.exists(path) and path.suffix not in (".yaml", ".yml")):
+        raise UserError(f"{path} holds no corpus (no {KEPT_RECIPE}); {how_to_make(path)}")
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        hint = nearest(path.name, [file.name for file in path.parent.glob("*.y*ml")])
+        raise UserError(f"{path}: no such corpus recipe{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a corpus recipe: {error}") from None
     data = load_yaml(text, str(path))
@@ -143,7 +148,8 @@ def load_corpus_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) 
 
 def find_corpus_recipe(name: str) -> Path:
     """The file of a corpus recipe, of a corpus directory, or of a name in recipes/corpora/."""
-    if (Path(name) / KEPT_RECIPE).is_file():
+    # Path.is_file would raise for a name that is too long.
+    if os.path.isfile(Path(name) / KEPT_RECIPE):
         return Path(name) / KEPT_RECIPE
     if name.endswith((".yaml", ".yml")) or "/" in name:
         return Path(name)
@@ -154,6 +160,21 @@ def find_corpus_recipe(name: str) -> Path:
             "and a path ends in .yaml"
         )
     return paths[name]
+
+
+def how_to_make(directory: str | Path) -> str:
+    """A remedy where a directory holds no corpus: the neighbour that does, or the command that makes it."""
+    directory = Path(directory)
+    if hint := nearest(directory.name, [path.parent.name for path in directory.parent.glob("*/plan.json")]):
+        return hint.removeprefix("; ")
+    # Its recipe names what the demo writes first.
+    commands = {name: f"txssm data shard {name}" for name in corpus_recipe_files()} | {"python_library": "txssm demo"}
+    for name, command in commands.items():
+        # A broken recipe of the user's own is not what is asked about.
+        with contextlib.suppress(UserError):
+            if load_corpus_recipe(name).path.resolve() == directory.resolve():
+                return f"make it: {command}"
+    return "`txssm data shard RECIPE` makes one, of a corpus recipe as docs/data.md describes it"
 
 
 def corpus_recipe_files() -> dict[str, Path]:

@@ -151,8 +151,12 @@ def is_held_out(text: str, fraction: float) -> bool:
     return zlib.crc32(text.encode()) < fraction * 2**32
 
 
+class NoCorpus(UserError):
+    """A directory holds no corpus, or an unfinished one; the message names the command that makes it."""
+
+
 def open_corpus(directory: str | Path) -> Corpus:
-    """The corpus in a directory; UserError where there is none, or it is not finished, with what remains to do."""
+    """The corpus in a directory; NoCorpus where there is none, or it is not finished, with what remains to do."""
     directory = Path(directory)
     plan, facts = read_plan(directory), read_tokenizer_facts(directory)
     subsets = {}
@@ -160,7 +164,7 @@ def open_corpus(directory: str | Path) -> Corpus:
         manifests = tuple(read_manifest(directory, name, task) for task in range(len(tasks)))
         finished = tuple(manifest for manifest in manifests if manifest is not None)
         if len(finished) < len(tasks):
-            raise UserError(
+            raise NoCorpus(
                 f"{directory}: {len(tasks) - len(finished)} of the {len(tasks)} tasks of {name} are not finished; "
                 f"go on with `txssm data shard {directory}/corpus.yaml`"
             )
@@ -241,15 +245,21 @@ def add_counts(counts: Any) -> dict[str, int]:
 
 
 def read_plan(directory: str | Path) -> Plan:
-    """The plan of a corpus directory; UserError where there is none."""
+    """The plan of a corpus directory; NoCorpus where there is none."""
     path = Path(directory) / "plan.json"
     try:
         # Read by every task's end as well as its beginning; the file never changes once it is there.
         return _read_plan(path, path.stat().st_mtime_ns)
     except FileNotFoundError:
-        raise UserError(f"{directory} holds no corpus (no plan.json); make one: txssm data shard --help") from None
+        raise NoCorpus(f"{directory} holds no corpus (no plan.json); {_how_to_make(directory)}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a plan ({error}); delete it and shard again") from None
+
+
+def _how_to_make(directory: str | Path) -> str:
+    from megatron_txssm.data.corpus_recipe import how_to_make
+
+    return how_to_make(directory)
 
 
 @functools.lru_cache(maxsize=4)
@@ -267,6 +277,10 @@ def read_tokenizer_facts(directory: Path) -> TokenizerFacts:
     path = directory / "tokenizer" / "facts.json"
     try:
         return TokenizerFacts(**json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        raise NoCorpus(
+            f"{directory} holds no corpus (no {path.relative_to(directory)}); {_how_to_make(directory)}"
+        ) from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not readable ({error}); shard the corpus again") from None
 

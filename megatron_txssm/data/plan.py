@@ -6,12 +6,14 @@ shards. It is written once: files that come later are not part of the corpus.
 
 import fnmatch
 import math
+import os
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from megatron_txssm.data.corpus_recipe import KEPT_RECIPE, CorpusRecipe, SubsetSource
-from megatron_txssm.data.manifest import Plan, Slice, read_plan, read_tokenizer_facts, write_plan
+from megatron_txssm.data.manifest import NoCorpus, Plan, Slice, read_plan, read_tokenizer_facts, write_plan
 from megatron_txssm.errors import UserError
 
 # Files that can be read, by their endings; only parquet can be read from the middle.
@@ -136,4 +138,9 @@ def corpus_directory(name: str) -> Path:
     """The directory of a corpus recipe or a corpus, by name or path."""
     from megatron_txssm.data.corpus_recipe import load_corpus_recipe
 
-    return Path(name) if (Path(name) / "plan.json").exists() else load_corpus_recipe(name).path
+    if os.path.exists(Path(name) / "plan.json"):
+        return Path(name)
+    directory = load_corpus_recipe(name).path
+    if not (directory / "plan.json").exists():
+        raise NoCorpus(f"{directory} holds no corpus (no plan.json); make it: txssm data shard {shlex.quote(name)}")
+    return directory

@@ -25,6 +25,7 @@ from megatron_txssm.data.manifest import write_json
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
 from megatron_txssm.launch.preflight import saved_step
+from megatron_txssm.recipe.loader import nearest
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.setting import shown
 
@@ -171,8 +172,10 @@ def find_run(text: str) -> Path:
         for job in slurm.queue():
             if job.job_id == text and (job.script.parent / "submission.json").is_file():
                 return job.script.parent
+    known = sorted(path.parent.name for path in Path("runs").glob("*/recipe.yaml"))
     raise UserError(
         f"{shown(text)} is no run: no such folder with a recipe.yaml, here or in runs/, and no job of this number"
+        f"{nearest(Path(text).name, known) or (f'; runs/ has {", ".join(known[:20])}' if known else '')}"
     )
 
 

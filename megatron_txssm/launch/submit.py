@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_txssm import __version__
-from megatron_txssm.data.manifest import write_json
+from megatron_txssm.data.manifest import NoCorpus, write_json
 from megatron_txssm.data.shard import write_file_atomically
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
 from megatron_txssm.launch.batch_script import HOME, Options, render
-from megatron_txssm.launch.preflight import check_room, check_run, is_finished, make_run_directory
+from megatron_txssm.launch.preflight import check_checkpoint, check_room, check_run, is_finished, make_run_directory
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import validate
@@ -146,7 +146,13 @@ def plan_submission(
     recipe = load_recipe(recipe_name, overrides)
     corpus = _corpus_to_shard(recipe, args.corpus) if args.chain else None
     if corpus is None:
-        check_run(recipe, layout.world_size)
+        try:
+            check_run(recipe, layout.world_size)
+        except NoCorpus as error:
+            if not args.dry_run:
+                raise UserError(f"{error} (or let --chain shard it first)") from None
+            print(f"warning: a submission would be refused: {error}", file=sys.stderr)
+            check_checkpoint(recipe)
     else:
         # Its shards are not there yet; the job itself checks them.
         validate(recipe, layout.world_size)

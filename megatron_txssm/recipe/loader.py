@@ -7,6 +7,7 @@ Every layer is checked by itself, so that a mistake is reported with the place w
 import dataclasses
 import difflib
 import itertools
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,11 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe file") from None
+        raise UserError(f"{path}: no such recipe file{_near_file(path)}") from None
+    except IsADirectoryError:
+        inside = [str(file) for file in sorted(path.glob("*.y*ml"))]
+        hint = f"name a file in it: {', '.join(inside[:5])}" if inside else "a recipe is a YAML file"
+        raise UserError(f"{path}: cannot be read as a recipe: it is a folder; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a recipe: {error}") from None
     data = load_yaml(text, str(path))
@@ -109,9 +114,19 @@ def _file_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
 def _extended(base: str, path: Path) -> Path:
     beside = path.parent / base
     if beside.suffix in (".yaml", ".yml") or "/" in base:
+        if not os.path.exists(beside):
+            raise UserError(f"{path}: extends={shown(base)}: no such recipe file as {beside}{_near_file(beside)}")
         return beside
     beside = path.parent / f"{base}.yaml"
-    return beside if beside.exists() else find_recipe(base)
+    try:
+        return beside if beside.exists() else find_recipe(base)
+    except UserError as error:
+        raise UserError(f"{path}: extends={shown(base)}: {error}") from None
+
+
+def _near_file(path: Path) -> str:
+    """The file beside it that may be meant, as a hint."""
+    return nearest(str(path), map(str, path.parent.glob("*.y*ml")))
 
 
 def _parse_override(text: str) -> dict[str, Any]:

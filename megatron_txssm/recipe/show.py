@@ -1,13 +1,16 @@
 """`txssm recipes`: the table of recipes, one recipe in full, its Megatron arguments, or the table of fields."""
 
 import argparse
+import dataclasses
 import json
 import shlex
+import sys
 from typing import Any
 
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe, recipe_names
+from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.table import print_table
 
 
@@ -45,9 +48,24 @@ def _print_recipe(name: str, overrides: list[str], megatron: bool) -> None:
     if not megatron:
         print(recipe.to_yaml(), end="")
         return
+    print(shlex.join(_megatron_words(recipe)))
+
+
+def _megatron_words(recipe: Recipe) -> list[str]:
+    """Megatron's command line; where the corpus is not made yet, without what only it knows."""
+    from megatron_txssm.data.manifest import NoCorpus
     from megatron_txssm.recipe.megatron_args import megatron_arguments
 
-    print(shlex.join(megatron_arguments(recipe)))
+    try:
+        return megatron_arguments(recipe)
+    except NoCorpus as error:
+        print(f"without the corpus's --train-data-path, --valid-data-path and tokenizer: {error}", file=sys.stderr)
+    words = megatron_arguments(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, corpus=None)))
+    if recipe.data.tokenizer_type is None:
+        # What a recipe without a corpus would have.
+        place = words.index("--tokenizer-type")
+        del words[place : place + 2]
+    return words
 
 
 def _print_table() -> None:
@@ -77,9 +95,6 @@ def _print_table() -> None:
 
 
 def _print_fields() -> None:
-    from dataclasses import MISSING
-
-    from megatron_txssm.recipe.recipe import Recipe
     from megatron_txssm.recipe.schema import SECTIONS
     from megatron_txssm.recipe.setting import section_fields, type_name
 
@@ -88,7 +103,7 @@ def _print_fields() -> None:
         for field in section_fields(section):
             rules = field.setting
             # As one would write it in a recipe.
-            default = "required" if field.default is MISSING else json.dumps(field.default).strip('"')
+            default = "required" if field.required else json.dumps(field.default).strip('"')
             kind = " | ".join(rules.choices) or type_name(field.type)
             dotted = f"{name}.{field.name}".lstrip(".")
             rows.append((dotted, default, kind, rules.explanation, " ".join(rules.flags)))

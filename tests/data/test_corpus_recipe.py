@@ -11,6 +11,7 @@ from megatron_txssm.data.corpus_recipe import (
     CorpusRecipe,
     SubsetSource,
     find_corpus_recipe,
+    how_to_make,
     load_corpus_recipe,
 )
 from megatron_txssm.data.manifest import Plan, Slice, write_plan
@@ -313,10 +314,31 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, content: bytes, messa
 
 
 def test_a_missing_file_and_a_folder_without_a_corpus_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nothing\.yaml: cannot be read as a corpus recipe"):
-        load_corpus_recipe(tmp_path / "nothing.yaml")
+    (tmp_path / "something.yaml").touch()
+    with pytest.raises(UserError, match=r"somthing\.yaml: no such corpus recipe; did you mean 'something\.yaml'\?"):
+        load_corpus_recipe(tmp_path / "somthing.yaml")
     with pytest.raises(UserError, match=r"holds no corpus \(no corpus\.yaml\)"):
         load_corpus_recipe(tmp_path)
+
+
+def test_the_remedy_for_a_missing_corpus_is_the_command_that_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert how_to_make("data/smollm-corpus") == "make it: txssm data shard smollm_corpus"
+    assert how_to_make(tmp_path / "data" / "smollm-corpus") == "make it: txssm data shard smollm_corpus"
+    # One cannot shard it before the demo has written its texts.
+    assert how_to_make(Path("runs/demo/data/vocab_1024")) == "make it: txssm demo"
+    assert how_to_make("elsewhere").startswith("`txssm data shard RECIPE` makes one")
+    # A recipe of the user's own, beside one that is broken.
+    own = tmp_path / "recipes" / "corpora"
+    own.mkdir(parents=True)
+    (own / "broken.yaml").write_text("output: [\n")
+    (own / "mine.yaml").write_text(load(tmp_path, output="my/corpus").to_yaml())
+    assert how_to_make("my/corpus") == "make it: txssm data shard mine"
+    (tmp_path / "my" / "corpora").mkdir(parents=True)
+    (tmp_path / "my" / "corpora" / "plan.json").touch()
+    assert how_to_make("my/corpus") == "did you mean 'corpora'?"
 
 
 def test_a_corpus_directory_goes_on_where_it_lies_though_it_was_moved(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_what_holds_no_corpus_is_a_clear_error(tmp_path: Path, capsys: pytest.Ca
         CorpusStatus(tmp_path)
     for name, message in (
         (str(tmp_path), "holds no corpus"),
-        (str(tmp_path / "missing"), "cannot be read as a corpus recipe"),
+        (str(tmp_path / "missing"), "holds no corpus"),
         ("smolm_corpus", "did you mean 'smollm_corpus'?"),
     ):
         assert main(["data", "status", name]) == 2
@@ -222,7 +222,10 @@ def test_what_holds_no_corpus_is_a_clear_error(tmp_path: Path, capsys: pytest.Ca
 def test_a_recipe_that_is_not_begun_is_a_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     recipe = web_recipe(tmp_path, tmp_path)
     assert main(["data", "status", str(recipe)]) == 2
-    assert f"error: {tmp_path / 'corpus'} holds no corpus (no plan.json); make one" in capsys.readouterr().err
+    assert (
+        f"error: {tmp_path / 'corpus'} holds no corpus (no plan.json); make it: txssm data shard {recipe}\n"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_corpus_may_be_named_by_its_recipe(corpus: Path, capsys: pytest.CaptureFixture) -> None:

@@ -228,6 +228,15 @@ def test_no_run_is_a_clear_message(runs: Path, text: str) -> None:
         find_run(text)
 
 
+def test_a_misspelt_run_is_told_the_nearest_or_all(runs: Path) -> None:
+    with pytest.raises(UserError, match=r"did you mean 'by_hand'\?"):
+        find_run("runs/by_hnad")
+    (runs / "other").mkdir()
+    (runs / "other" / "recipe.yaml").touch()
+    with pytest.raises(UserError, match=r"of this number; runs/ has by_hand, other$"):
+        find_run("zzz")
+
+
 def test_an_unknown_job_is_asked_of_slurm(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no squeue on this machine"):
         find_run("4711")

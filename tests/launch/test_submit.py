@@ -173,6 +173,17 @@ def test_missing_data_and_an_unknown_recipe(cluster: Cluster, capsys: pytest.Cap
     assert_refused(cluster, capsys, main(["submit", "./no.yaml", *LAYOUT]), "no such recipe file")
 
 
+def test_a_corpus_that_is_not_made_yet(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["submit", "transxssm_320m", "--nodes=1", "--nproc-per-node=2"]
+    assert_refused(cluster, capsys, main(words), "make it: txssm data shard smollm_corpus", "--chain")
+    # To look at the script, one need not have 500 GB.
+    assert main([*words, "--dry-run"]) == 0
+    out, error = capsys.readouterr()
+    assert "#SBATCH --nodes=1" in out
+    assert error.startswith("warning: a submission would be refused: data.corpus: data/smollm-corpus holds no corpus")
+    assert cluster.queued == [] and not Path("runs").exists()
+
+
 def test_slurms_own_reason(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
     cluster.refuses("#SBATCH --partition=nowhere")
     code = submit_demo("--partition", "nowhere")

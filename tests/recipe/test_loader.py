@@ -22,7 +22,7 @@ def write(folder: Path, name: str, text: str) -> Path:
     return path
 
 
-def refusal(path: Path, *overrides: str) -> str:
+def refusal(path: str | Path, *overrides: str) -> str:
     with pytest.raises(UserError) as error:
         load_recipe(path, overrides)
     message = str(error.value)
@@ -235,6 +235,26 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     assert "no such recipe file" in refusal(tmp_path / "missing.yaml")
     (tmp_path / "folder.yaml").mkdir()
     assert "cannot be read as a recipe" in refusal(tmp_path / "folder.yaml")
+
+
+def test_a_misspelt_file_and_a_folder_are_told_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: demo_cpu\n")
+    assert f"did you mean '{tmp_path}/mine.yaml'?" in refusal(tmp_path / "mien.yaml")
+    assert f"name a file in it: {tmp_path}/mine.yaml" in refusal(f"{tmp_path}/")
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("bsae.yaml", "no such recipe file as {folder}/bsae.yaml; did you mean '{folder}/base.yaml'?"),
+        ("demo_cpuu", "no recipe is named 'demo_cpuu'; did you mean 'demo_cpu'?"),
+    ],
+)
+def test_a_missing_base_names_the_file_that_extends_it(tmp_path: Path, base: str, message: str) -> None:
+    (tmp_path / "base.yaml").write_text("extends: demo_cpu\n")
+    (tmp_path / "mine.yaml").write_text(f"extends: {base}\n")
+    expected = f"{tmp_path}/mine.yaml: extends='{base}': {message.format(folder=tmp_path)}"
+    assert refusal(tmp_path / "mine.yaml").startswith(expected)
 
 
 @pytest.mark.parametrize("name", ["../../etc", "a/b", "-x", "a b", "", "."])
