@@ -21,7 +21,7 @@ Changes = dict[str, Any]
 
 # Of a recipe's `megatron:` section what changes how gradients come about; see OF_THE_MODEL for the rest that stays.
 _OF_THE_GRADIENTS = re.compile(
-    r"overlap_grad_reduce|overlap_param_gather|ddp_bucket_size|ddp_num_buckets|calculate_per_token_loss|eod_mask_loss"
+    r"overlap_grad_reduce|overlap_param_gather|ddp_bucket_size|ddp_num_buckets"
     r"|cp_comm_type|recompute_modules|accumulate_allreduce_grads_in_fp32"
 )
 

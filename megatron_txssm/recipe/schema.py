@@ -240,6 +240,13 @@ class Training:
         owns=("--fp16",),
         render=lambda value, recipe: ["--bf16"] if value == "bf16" else [],
     )
+    mask_end_of_document: bool = setting(
+        "no loss where the model reads the end of a document; every other token of a step weighs the same",
+        "--eod-mask-loss",
+        # Else Megatron averages each rank's and micro-batch's tokens by themselves, however many a mask leaves there.
+        "--calculate-per-token-loss",
+        default=False,
+    )
     seed: int = setting("of initial weights and data order", "--seed", default=1234, at_least=0)
     transformer_impl: str = setting(
         "local: Megatron's own modules; transformer_engine: NVIDIA's, GPU only",

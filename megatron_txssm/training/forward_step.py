@@ -37,6 +37,7 @@ def datasets_provider(num_samples: list[Any], vp_stage: int | None = None) -> li
     args = get_args()
     if num_samples[1] is not None:
         num_samples = [num_samples[0], samples_of_one_validation(args), num_samples[2]]
+    tokenizer: Any = WithoutPadding(checked_tokenizer())
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -50,7 +51,7 @@ def datasets_provider(num_samples: list[Any], vp_stage: int | None = None) -> li
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
-        tokenizer=checked_tokenizer(),
+        tokenizer=tokenizer,
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=args.eod_mask_loss,
@@ -81,6 +82,25 @@ def checked_tokenizer() -> Any:
             f"data.tokenizer_model={args.tokenizer_model}; set data.vocab_size={tokenizer.vocab_size}"
         )
     return tokenizer
+
+
+class WithoutPadding:
+    """A tokenizer for Megatron's datasets, whose samples hold no padding.
+
+    They would take the loss from every token of the padding token's id, and read token 0 in its place: text that a
+    document may hold.
+    """
+
+    pad = -1
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        # Not while the object is being made, as by pickle.
+        if name == "tokenizer":
+            raise AttributeError(name)
+        return getattr(self.tokenizer, name)
 
 
 def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
