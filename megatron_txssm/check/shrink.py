@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.check.tokens import VOCAB_SIZE
-from megatron_txssm.checkpoint.load import OF_THE_MODEL
 from megatron_txssm.recipe.recipe import Recipe
 
 # Dotted field -> value, as --set takes them.
 Changes = dict[str, Any]
 
-# Of a recipe's `megatron:` section what changes how gradients come about; see OF_THE_MODEL for the rest that stays.
+# Of a recipe's `megatron:` section what changes how gradients come about; nothing in it changes the model.
 _OF_THE_GRADIENTS = re.compile(
     r"overlap_grad_reduce|overlap_param_gather|ddp_bucket_size|ddp_num_buckets"
     r"|cp_comm_type|recompute_modules|accumulate_allreduce_grads_in_fp32"
@@ -67,14 +66,7 @@ def shrink(recipe: Recipe, tokens: Path, *, nproc: int, steps: int) -> Recipe:
 
 def left_out(recipe: Recipe) -> list[str]:
     """The entries of a recipe's `megatron:` section that do not stay."""
-    return [key for key in recipe.megatron if not _stays(key)]
-
-
-def _stays(key: str) -> bool:
-    spelled = key.lstrip("-").replace("-", "_")
-    if spelled == "mock_data":
-        return False
-    return bool(OF_THE_MODEL.fullmatch(spelled) or _OF_THE_GRADIENTS.fullmatch(spelled))
+    return [key for key in recipe.megatron if not _OF_THE_GRADIENTS.fullmatch(key)]
 
 
 def _smaller(number: int, keep: int, at_least: int) -> int:
@@ -164,9 +156,10 @@ def _training(recipe: Recipe, nproc: int, steps: int) -> Changes:
         "training.precision": "fp32",
         "training.transformer_impl": "local",
         **WITHOUT_FP8,
-        # The first steps shall move the weights; WSD would need its length.
+        # The first steps shall move the weights.
         "optimizer.warmup_fraction": 0.0,
         "optimizer.decay_style": "constant",
+        "optimizer.wsd_decay_fraction": None,
         # Else Adam's first step moves a weight whose gradient is but rounding by the whole learning rate.
         "optimizer.adam_eps": max(recipe.optimizer.adam_eps, 1e-3),
     }

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +30,6 @@ _ONE_PROCESS = (
     "logging.tensorboard=false",
     "logging.wandb_project=null",
 )
-# Of a recipe's `megatron:` section what changes the function of a model, by its flags with underscores.
-# The rest is of training, of a cluster or a GPU, or names files and code, which nobody else's checkpoint shall do here.
-OF_THE_MODEL = re.compile(
-    r"mock_data|activation_func_clamp_value|glu_linear_offset|squared_relu|openai_gelu|quick_geglu|onnx_safe"
-    r"|apply_query_key_layer_scaling|apply_residual_connection_post_layernorm|layernorm_zero_centered_gamma"
-    r"|apply_layernorm_1p"
-    r"|window_attn_skip_freq|use_mup|mup_.*"
-)
 
 
 @dataclass(frozen=True)
@@ -65,11 +56,10 @@ def checkpoint_recipe(checkpoint: Path, overrides: tuple[str, ...] = ()) -> Reci
 def one_process_recipe(name: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """A recipe, changed by `overrides`, for one process that has no GPU and does not train.
 
-    Of its `megatron:` section remains what the model's function depends on (OF_THE_MODEL).
+    Of its `megatron:` section remains only what stands for data: the rest is of training, of a cluster or a GPU, or
+    names files and code, which nobody else's checkpoint shall do here. Nothing in it changes a model's function.
     """
-    stated = load_recipe(name, overrides).megatron
-    spelled = {key: key.lstrip("-").replace("-", "_") for key in stated}
-    without = (f"megatron.{key}=null" for key in stated if not OF_THE_MODEL.fullmatch(spelled[key]))
+    without = (f"megatron.{key}=null" for key in load_recipe(name, overrides).megatron if key != "mock_data")
     return load_recipe(name, (*overrides, *_ONE_PROCESS, *without))
 
 

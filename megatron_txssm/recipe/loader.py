@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.megatron_section import entry, known_names
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.schema import ALTERNATIVES, SECTIONS
 from megatron_txssm.recipe.setting import Field, convert, section_fields, shown, type_name
@@ -23,7 +24,7 @@ _PACKAGE_RECIPES = Path(__file__).parents[2] / "recipes"
 _TOP = {field.name: field for field in section_fields(Recipe)}
 _FIELDS = {name: {field.name: field for field in section_fields(section)} for name, section in SECTIONS.items()}
 
-# Dotted field name -> value; `megatron.x` for the free section.
+# Dotted field name -> value; `megatron.x`, x a name in Megatron's namespace, for the free section.
 Layer = dict[str, Any]
 
 
@@ -173,7 +174,10 @@ def _checked_section(section: str, entries: dict[str, Any], source: str) -> Laye
     for name, value in entries.items():
         dotted = f"{section}.{name}"
         if section == "megatron":
-            layer[dotted] = _plain(value, dotted, source)
+            known, converted = _megatron_entry(name, _plain(value, dotted, source), source)
+            if f"megatron.{known}" in layer:
+                raise UserError(f"{source}: {dotted} stands twice, the other time in another spelling; state it once")
+            layer[f"megatron.{known}"] = converted
         elif name in _FIELDS[section]:
             layer[dotted] = _converted(value, _FIELDS[section][name], dotted, source)
         else:
@@ -204,6 +208,16 @@ def _converted(value: Any, field: Field, dotted: str, source: str) -> Any:
     except ValueError as error:
         hint = nearest(value, field.setting.choices) if isinstance(value, str) else ""
         raise UserError(f"{source}: {dotted}={shown(value)} {error}{hint}") from None
+
+
+def _megatron_entry(name: str, value: Any, source: str) -> tuple[str, Any]:
+    try:
+        return entry(name, value)
+    except KeyError as unknown:
+        hint = nearest(unknown.args[0], known_names())
+        raise UserError(f"{source}: megatron.{name}: Megatron has no such argument{hint}") from None
+    except ValueError as error:
+        raise UserError(f"{source}: megatron.{name}={shown(value)}{error}") from None
 
 
 def _plain(value: Any, dotted: str, source: str) -> Any:

@@ -28,7 +28,7 @@ class Recipe:
     data: Data
     checkpoint: Checkpoint
     logging: Logging
-    # Any other Megatron argument, by its name in Megatron's namespace or by its flag.
+    # Other Megatron arguments, by their names in Megatron's namespace.
     megatron: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -71,6 +71,12 @@ class Recipe:
         return math.ceil((self.training.train_tokens or 0) / self.training.global_batch_tokens)
 
     @property
+    def wsd_decay_iters(self) -> int | None:
+        """The last optimizer steps, in which WSD lowers the learning rate."""
+        share = self.optimizer.wsd_decay_fraction
+        return None if share is None else max(1, round(share * self.train_iters))
+
+    @property
     def stage_iters(self) -> tuple[int, ...]:
         """Optimizer steps of each of `data.stages`; the last takes what is left, which may be less than nothing."""
         stages = self.data.stages or ({},)
@@ -90,7 +96,11 @@ class Recipe:
         """Megatron's tokenizer class: as stated, or else the corpus's."""
         if self.data.tokenizer_type is not None:
             return self.data.tokenizer_type
-        return "HuggingFaceTokenizer" if self.data.corpus is None else self._corpus_tokenizer.tokenizer.type
+        if self.data.corpus is not None:
+            return self._corpus_tokenizer.tokenizer.type
+        # Made-up tokens need none.
+        mock = self.megatron.get("mock_data") and self.data.tokenizer_model is None
+        return "NullTokenizer" if mock else "HuggingFaceTokenizer"
 
     @property
     def tokenizer_model(self) -> str | None:

@@ -218,7 +218,7 @@ class Training:
         "tokens per optimizer step, a multiple of seq_length",
         "--global-batch-size",
         at_least=1,
-        owns=("--batch-size", "--step-batch-size-schedule"),
+        owns=("--batch-size",),
         render=lambda value, recipe: ["--global-batch-size", str(recipe.global_batch_size)],
     )
     train_tokens: int | None = setting(
@@ -259,14 +259,12 @@ class Training:
         "--fp8-format",
         default=None,
         choices=("hybrid", "e4m3"),
-        owns=("--fp4-format", "--fp4-recipe", "--fp4-quantizer-factory"),
     )
     fp8_recipe: str = setting(
         "what FP8 numbers are scaled by: the maxima of steps before, of a tensor, of its blocks, of blocks of 32",
         "--fp8-recipe",
         default="delayed",
         choices=("delayed", "tensorwise", "blockwise", "mxfp8"),
-        owns=("--fp8-quantizer-factory",),
         render=lambda value, recipe: argument("--fp8-recipe", value if recipe.training.fp8 else None),
     )
     fp8_attention: bool = setting(
@@ -314,6 +312,21 @@ class Optimizer:
         default="cosine",
         choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     )
+    wsd_decay_fraction: float | None = setting(
+        "share of the steps, the last, in which WSD lowers the learning rate; it needs this, no other takes it",
+        "--lr-wsd-decay-iters",
+        default=None,
+        above=0,
+        below=1,
+        render=lambda share, recipe: argument("--lr-wsd-decay-iters", recipe.wsd_decay_iters),
+    )
+    wsd_decay_shape: str = setting(
+        "how it does",
+        "--lr-wsd-decay-style",
+        default="exponential",
+        choices=("exponential", "linear", "cosine", "minus_sqrt"),
+        render=lambda shape, recipe: argument("--lr-wsd-decay-style", shape if recipe.wsd_decay_iters else None),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,7 +364,7 @@ class Data:
     )
     split: str | None = setting("shares of train, validation and test in blend: 99,1,0", "--split", default=None)
     tokenizer_type: str | None = setting(
-        "Megatron's tokenizer class; null: the corpus's, without a corpus HuggingFaceTokenizer",
+        "Megatron's tokenizer class; null: the corpus's; or else HuggingFaceTokenizer, for mock data NullTokenizer",
         "--tokenizer-type",
         default=None,
         choices=("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"),
@@ -368,7 +381,7 @@ class Data:
         "--vocab-size",
         "--padded-vocab-size",
         at_least=1,
-        owns=("--no-pad-vocab-size",),
+        owns=("--no-pad-vocab-size", "--disable-pad-vocab-size"),
         render=lambda size, recipe: ["--vocab-size", str(size), "--padded-vocab-size", str(recipe.padded_vocab_size)],
     )
     make_vocab_size_divisible_by: int = setting(

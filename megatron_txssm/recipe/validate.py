@@ -19,6 +19,7 @@ def validate(recipe: Recipe, world_size: int | None = None) -> None:
     _check_other_parallel(recipe)
     _check_length(recipe)
     check_fp8(recipe)
+    _check_schedule(recipe)
     _check_data(recipe)
     if world_size is not None:
         _check_world_size(recipe, world_size)
@@ -200,9 +201,28 @@ def _check_length(recipe: Recipe) -> None:
     )
 
 
+def _check_schedule(recipe: Recipe) -> None:
+    optimizer, share = recipe.optimizer, recipe.optimizer.wsd_decay_fraction
+    if optimizer.decay_style == "WSD" and share is None:
+        raise UserError(
+            "optimizer.decay_style=WSD needs optimizer.wsd_decay_fraction, the share of the steps, such as 0.1, "
+            "in which the learning rate falls at the end"
+        )
+    if optimizer.decay_style != "WSD" and share is not None:
+        raise UserError(
+            f"optimizer.wsd_decay_fraction={share:g} has no effect with decay_style={optimizer.decay_style}; "
+            "set optimizer.decay_style=WSD, or leave it out"
+        )
+    if share is not None and share + optimizer.warmup_fraction > 1:
+        raise UserError(
+            f"optimizer.warmup_fraction={optimizer.warmup_fraction:g} and wsd_decay_fraction={share:g} are more than "
+            "all steps; make one smaller"
+        )
+
+
 def _check_data(recipe: Recipe) -> None:
     data = recipe.data
-    mock = any(recipe.megatron.get(key) for key in ("mock_data", "mock-data", "--mock-data"))
+    mock = recipe.megatron.get("mock_data")
     sources = ["megatron.mock_data"] if mock else []
     sources += [f"data.{name}" for name in ("corpus", "train", "blend") if getattr(data, name)]
     if len(sources) > 1:

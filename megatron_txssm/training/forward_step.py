@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.parallel_state import get_context_parallel_group
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import get_tokenizer
@@ -61,7 +61,8 @@ def datasets_provider(num_samples: list[Any], vp_stage: int | None = None) -> li
         create_attention_mask=False,
     )
     if args.blend_stages is None:
-        builder = BlendedMegatronDatasetBuilder(GPTDataset, num_samples, lambda: True, config)
+        kind = MockGPTDataset if args.mock_data else GPTDataset
+        builder = BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config)
     else:
         builder = StagedDatasetBuilder(args.blend_stages, num_samples, lambda: True, config)
     train, validation, test = builder.build()

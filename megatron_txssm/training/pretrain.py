@@ -125,7 +125,7 @@ def follow_deterministic_mode(recipe: Recipe) -> None:
 
     Else its kernels add without atomics, but in blocks of the size that each run finds to be the fastest.
     """
-    if any(on and key.lstrip("-").replace("-", "_") == "deterministic_mode" for key, on in recipe.megatron.items()):
+    if recipe.megatron.get("deterministic_mode"):
         os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
 
 

@@ -79,13 +79,12 @@ def test_what_makes_the_model_stays() -> None:
 
 def test_of_the_megatron_section_stays_what_gradients_depend_on() -> None:
     recipe = load_recipe(
-        "llama3_320m", ["megatron.squared_relu=false", "megatron.profile=true", "megatron.ddp_bucket_size=1000"]
+        "llama3_320m", ["megatron.mock_data=false", "megatron.profile=true", "megatron.ddp-bucket-size=1000"]
     )
-    assert left_out(recipe) == ["profile"]
+    assert left_out(recipe) == ["mock_data", "profile"]
     assert set(shrink(recipe, TOKENS, nproc=2, steps=1).megatron) == {
         "overlap_grad_reduce",
         "overlap_param_gather",
-        "squared_relu",
         "ddp_bucket_size",
     }
 

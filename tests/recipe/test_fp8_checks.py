@@ -173,7 +173,7 @@ def test_megatron_gets_the_settings() -> None:
     assert (plain.fp8, plain.fp8_dot_product_attention) == (None, False)
 
 
-@pytest.mark.parametrize("flag", ["fp8_recipe", "fp8", "first_last_layers_bf16", "fp8_dot_product_attention", "fp4"])
+@pytest.mark.parametrize("flag", ["fp8_recipe", "fp8", "first_last_layers_bf16", "fp8_dot_product_attention"])
 def test_the_megatron_section_cannot_contradict(flag: str) -> None:
     with pytest.raises(UserError, match=f"megatron.{flag}=.*: set training"):
         megatron_arguments(load_recipe("transxssm_1.3b_fp8_h100", [*OWN_DATA, f"megatron.{flag}=true"]))

@@ -139,14 +139,12 @@ def test_later_overrides_win_and_null_gives_back_the_default_meaning(minimal: Pa
 def test_extends_states_only_what_differs(tmp_path: Path) -> None:
     folder = tmp_path / "sub"
     folder.mkdir()
-    write(
-        tmp_path, "root", MINIMAL + "description: the root\nmegatron: {log_throughput: true, recompute_modules: [a]}\n"
-    )
-    write(tmp_path, "middle", "extends: root\nmodel: {hidden_size: 256}\nmegatron: {recompute_modules: [b]}\n")
+    write(tmp_path, "root", MINIMAL + "description: the root\nmegatron: {log_throughput: true, profile_ranks: [1]}\n")
+    write(tmp_path, "middle", "extends: root\nmodel: {hidden_size: 256}\nmegatron: {profile_ranks: [2]}\n")
     path = write(folder, "leaf", "extends: ../middle.yaml\nmodel: {num_layers: 16}\n")
     recipe = load_recipe(path)
     assert (recipe.model.num_layers, recipe.model.hidden_size, recipe.model.ffn_hidden_size) == (16, 256, 256)
-    assert recipe.megatron == {"log_throughput": True, "recompute_modules": ["b"]}
+    assert recipe.megatron == {"log_throughput": True, "profile_ranks": [2]}
     # What names a recipe is its own.
     assert (recipe.name, recipe.description) == ("leaf", "")
 

@@ -6,7 +6,6 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe, recipe_names
 from megatron_txssm.recipe.megatron_args import (
     megatron_arguments,
-    owners,
     parse_megatron_arguments,
     whole_validation_arguments,
 )
@@ -37,13 +36,6 @@ def test_megatrons_parser_takes_every_recipe(name: str) -> None:
     assert not args.untie_embeddings_and_output_weights
     assert (args.attention_dropout, args.hidden_dropout) == (0.0, 0.0)
     assert args.save == args.load == str(recipe.checkpoint_path)
-
-
-def test_every_flag_of_the_table_is_megatrons() -> None:
-    from megatron_txssm.recipe.megatron_args import _parser
-
-    known = {flag for action in _parser()._actions for flag in action.option_strings}
-    assert set(owners()) <= known
 
 
 def test_the_state_space_sizes_survive_the_way_through_megatron() -> None:
@@ -94,60 +86,6 @@ def test_sequence_parallelism_needs_tensor_parallelism() -> None:
 def test_without_an_interval_nothing_is_saved() -> None:
     args = parsed("demo_cpu", "checkpoint.save_interval=null", "logging.tensorboard=false")
     assert args.save is args.load is args.tensorboard_dir is None
-
-
-@pytest.mark.parametrize(
-    ("override", "name", "value"),
-    [
-        ("megatron.overlap_grad_reduce=true", "overlap_grad_reduce", True),
-        ("megatron.overlap-grad-reduce=true", "overlap_grad_reduce", True),
-        ("megatron.--overlap-grad-reduce=true", "overlap_grad_reduce", True),
-        ("megatron.overlap_grad_reduce=false", "overlap_grad_reduce", False),
-        ("megatron.recompute_modules=[core_attn, mlp]", "recompute_modules", ["core_attn", "mlp"]),
-        ("megatron.recompute_modules=core_attn", "recompute_modules", ["core_attn"]),
-        # The flag says the opposite of the name in the namespace.
-        ("megatron.bias_swiglu_fusion=false", "bias_swiglu_fusion", False),
-        ("megatron.bias_swiglu_fusion=true", "bias_swiglu_fusion", True),
-        ("megatron.no_bias_swiglu_fusion=true", "bias_swiglu_fusion", False),
-        ("megatron.no_bias_swiglu_fusion=false", "bias_swiglu_fusion", True),
-        ("megatron.inference_wandb_logging=false", "inference_wandb_logging", False),
-        ("megatron.inference_wandb_logging=true", "inference_wandb_logging", True),
-        ("megatron.exit_interval=7", "exit_interval", 7),
-        ("megatron.log_timers_to_tensorboard=null", "log_timers_to_tensorboard", False),
-    ],
-)
-def test_any_other_argument_passes_through(override: str, name: str, value: object) -> None:
-    assert getattr(parsed("demo_cpu", override), name) == value
-
-
-@pytest.mark.parametrize(
-    ("override", "wanted"),
-    [
-        ("overlap_grad_reduc=true", "Megatron has no such argument; did you mean 'overlap_grad_reduce'?"),
-        ("hidden_size=5", "set model.hidden_size instead, the recipe's field for --hidden-size"),
-        ("--lr=5", "set optimizer.learning_rate instead"),
-        ("fp16=true", "set training.precision instead"),
-        ("train_samples=5", "set training.train_tokens instead"),
-        ("layer_pattern=A", "set model.layer_pattern instead"),
-        ("swiglu=true", "every recipe has --swiglu; leave it out"),
-        ("hidden_dropout=0.1", "every recipe has --hidden-dropout 0"),
-        ("yaml_cfg=x", "it replaces every argument"),
-        ("rotary_percent=0.5", "Unified RoPE rotates every channel"),
-        ("exit_interval=soon", "argument --exit-interval: invalid int value: 'soon'"),
-        ("attention_backend=magic", "must be one of flash, fused, unfused, local, auto"),
-        ("exit_interval=true", "must be a value, not true"),
-        ("exit_interval=[1, 2]", "must be one value, not a list"),
-        ("overlap_grad_reduce=1", "must be true or false"),
-        ("recompute_modules=[--yaml-cfg, x]", "begins with a dash"),
-        ("rampup_batch_size=[1, 2]", "expected 3 arguments"),
-    ],
-)
-def test_what_megatron_or_the_recipe_refuses_is_named(override: str, wanted: str) -> None:
-    with pytest.raises(UserError) as error:
-        megatron_arguments(load_recipe("demo_cpu", [*OWN_DATA, f"megatron.{override}"]))
-    message = str(error.value)
-    assert message.startswith(f"megatron.{override.split('=')[0]}")
-    assert wanted in message
 
 
 def test_a_command_line_that_megatron_cannot_parse() -> None:

@@ -1,0 +1,187 @@
+"""The `megatron:` section: one spelling, known arguments, and a table that covers all of Megatron's parser."""
+
+import argparse
+import runpy
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.megatron_args import _parser, megatron_arguments, parse_megatron_arguments
+from megatron_txssm.recipe.megatron_section import owners, passing, resolve
+from megatron_txssm.recipe.megatron_table import NAMES_OF_FIELDS, OTHER_FLAGS, REFUSED
+from megatron_txssm.recipe.schema import FIXED_ARGUMENTS
+
+REPOSITORY = Path(__file__).parents[2]
+OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
+FIXED = {words[0] for words in FIXED_ARGUMENTS}
+OWNED = {f"--{flag.replace('_', '-')}" for flag in owners()}
+ACTIONS = {action.dest: action for action in _parser()._actions}
+
+
+def spelled(flag: str) -> str:
+    return flag.lstrip("-").replace("-", "_")
+
+
+def is_switch(action: argparse.Action) -> bool:
+    return action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction)
+
+
+def kind(action: argparse.Action) -> tuple[str, tuple[str, ...], bool]:
+    """How the table writes what an argument takes."""
+    if is_switch(action):
+        return ("off" if action.default is True else "on"), (), False
+    name = getattr(action.type, "__name__", "text")
+    choices = tuple(str(getattr(choice, "name", choice)) for choice in action.choices or ())
+    return (name if name in ("int", "float") and not choices else "text"), choices, action.nargs is not None
+
+
+def test_every_argument_of_megatron_is_in_exactly_one_table() -> None:
+    """After an upgrade: sort in what is named here, and say in docs what it does."""
+    misplaced = {}
+    for name, action in ACTIONS.items():
+        ours = bool((FIXED | OWNED) & set(action.option_strings))
+        places = [*(["ours"] if ours else []), *(["passes"] if name in passing() else [])]
+        places += [reason for reason, text in REFUSED.items() for word in text.split() if fnmatchcase(name, word)]
+        if len(places) != 1:
+            misplaced[name] = places
+    assert misplaced == {}
+
+
+def test_the_tables_name_nothing_else() -> None:
+    patterns = [word for text in REFUSED.values() for word in text.split()]
+    assert [word for word in patterns if not any(fnmatchcase(name, word) for name in ACTIONS)] == []
+    assert set(passing()) <= set(ACTIONS) and set(NAMES_OF_FIELDS) <= set(ACTIONS)
+    flags = {flag for action in ACTIONS.values() for flag in action.option_strings}
+    assert flags >= OWNED and set(OTHER_FLAGS) <= {spelled(flag) for flag in flags}
+
+
+def test_every_flag_means_what_megatron_takes_it_for() -> None:
+    for action in _parser()._actions:
+        for flag in action.option_strings:
+            if {flag} & (FIXED | OWNED) or spelled(flag) in ACTIONS:
+                continue
+            # By either flag of a pair the argument is set; `--no-x` of such a pair says the opposite.
+            off = action.const is False or (isinstance(action, argparse.BooleanOptionalAction) and "--no-" in flag)
+            assert resolve(flag) == (action.dest, off), flag
+
+
+@pytest.mark.parametrize("name", passing())
+def test_what_passes_has_megatrons_kind_and_arrives(name: str) -> None:
+    found, action = passing()[name], ACTIONS[name]
+    expected = kind(action)
+    # recompute_modules has less than Megatron's choices: the other modules are not in these layers.
+    if name != "recompute_modules":
+        assert (found.kind, found.choices, found.is_list) == expected
+    values: list[Any] = (
+        [True, False] if found.is_switch else [found.choices[-1] if found.choices else SAMPLES[found.kind]]
+    )
+    for value in values:
+        found.check(value)
+        arrived = getattr(parse_megatron_arguments(found.words(value)), name)
+        listed = arrived if isinstance(arrived, list) else [arrived]
+        assert [str(getattr(item, "name", item or False)) for item in listed] == [str(value)]
+
+
+SAMPLES = {"int": 3, "float": 0.25, "text": "odd $text"}
+
+
+def test_the_page_is_made_from_the_tables() -> None:
+    """python tools/document_megatron_arguments.py > docs/megatron-arguments.md"""
+    page = runpy.run_path(str(REPOSITORY / "tools" / "document_megatron_arguments.py"))["page"]
+    assert (REPOSITORY / "docs" / "megatron-arguments.md").read_text(encoding="utf-8") == page()
+
+
+@pytest.mark.parametrize(
+    ("override", "name", "value"),
+    [
+        ("overlap_grad_reduce=true", "overlap_grad_reduce", True),
+        ("overlap-grad-reduce=true", "overlap_grad_reduce", True),
+        ("--overlap-grad-reduce=true", "overlap_grad_reduce", True),
+        ("overlap_grad_reduce=false", "overlap_grad_reduce", False),
+        ("recompute_modules=[core_attn, mlp]", "recompute_modules", ["core_attn", "mlp"]),
+        ("recompute_modules=core_attn", "recompute_modules", ["core_attn"]),
+        # The flag says the opposite of the name in the namespace.
+        ("bias_swiglu_fusion=false", "bias_swiglu_fusion", False),
+        ("bias_swiglu_fusion=true", "bias_swiglu_fusion", True),
+        ("no_bias_swiglu_fusion=true", "bias_swiglu_fusion", False),
+        ("no_bias_swiglu_fusion=false", "bias_swiglu_fusion", True),
+        ("disable-gloo-process-groups=true", "use_gloo_process_groups", False),
+        ("use_gloo_process_groups=false", "use_gloo_process_groups", False),
+        ("exit_interval=7", "exit_interval", 7),
+        ("log_timers_to_tensorboard=null", "log_timers_to_tensorboard", False),
+    ],
+)
+def test_an_argument_passes_under_any_spelling(override: str, name: str, value: object) -> None:
+    recipe = load_recipe("demo_cpu", [*OWN_DATA, f"megatron.{override}"])
+    assert list(recipe.megatron) == [name]
+    assert getattr(parse_megatron_arguments(megatron_arguments(recipe)), name) == value
+
+
+def test_another_spelling_replaces_what_was_inherited(tmp_path: Path) -> None:
+    inherited = tmp_path / "inherited.yaml"
+    inherited.write_text(
+        "extends: transxssm_320m\nmegatron: {--overlap-grad-reduce: false, no-bias-swiglu-fusion: true}\n"
+    )
+    recipe = load_recipe(inherited, ["megatron.bias-swiglu-fusion=true"])
+    assert recipe.megatron == {"overlap_grad_reduce": False, "overlap_param_gather": True, "bias_swiglu_fusion": True}
+
+
+@pytest.mark.parametrize("second", ["overlap-grad-reduce", "--overlap_grad_reduce"])
+def test_two_spellings_in_one_file_are_a_contradiction(tmp_path: Path, second: str) -> None:
+    file = tmp_path / "twice.yaml"
+    file.write_text(f"extends: demo_cpu\nmegatron: {{overlap_grad_reduce: true, {second}: false}}\n")
+    with pytest.raises(UserError, match="stands twice, the other time in another spelling"):
+        load_recipe(file)
+
+
+@pytest.mark.parametrize("key", ["mock_data", "mock-data", "--mock-data"])
+def test_readers_of_the_section_know_every_spelling(key: str) -> None:
+    with pytest.raises(UserError, match=r"megatron\.mock_data and data\.corpus exclude each other"):
+        load_recipe("transxssm_320m", [f"megatron.{key}=true"])
+
+
+@pytest.mark.parametrize(
+    ("override", "wanted"),
+    [
+        ("overlap_grad_reduc=true", "Megatron has no such argument; did you mean 'overlap_grad_reduce'?"),
+        ("no_exit_interval=true", "Megatron has no such argument"),
+        ("hidden_size=5", "set model.hidden_size instead, the recipe's field for --hidden-size"),
+        ("--lr=5", "set optimizer.learning_rate instead"),
+        ("layernorm_epsilon=1e-6", "set model.norm_epsilon instead"),
+        ("fp16=true", "set training.precision instead"),
+        ("train_samples=5", "set training.train_tokens instead"),
+        ("layer_pattern=A", "set model.layer_pattern instead"),
+        ("eod_mask_loss=true", "set training.mask_end_of_document instead"),
+        ("calculate_per_token_loss=true", "set training.mask_end_of_document instead"),
+        ("lr_wsd_decay_iters=5", "set optimizer.wsd_decay_fraction instead"),
+        ("swiglu=true", "every recipe has --swiglu; leave it out"),
+        ("hidden_dropout=0.1", "every recipe has --hidden-dropout 0"),
+        ("yaml_cfg=x", "it replaces arguments"),
+        ("rotary_percent=0.5", "Unified RoPE rotates every channel"),
+        ("apply_layernorm_1p=true", "it would change what the model computes"),
+        ("fp32_residual_connection=true", "it would change what the model computes"),
+        ("window_size=[4, 0]", "it would change what the model computes"),
+        ("rampup_batch_size=[8, 8, 100]", "state training.global_batch_tokens"),
+        ("fp4_format=e2m1", "there is no FP4 here"),
+        ("moe_router_topk=2", "no experts"),
+        ("exit_interval=soon", "must be an integer"),
+        ("exit_interval=1.5", "must be an integer"),
+        ("lr_warmup_init=slow", "must be a number"),
+        ("attention_backend=magic", "must be one of flash, fused, unfused, local, auto"),
+        ("exit_interval=true", "must be a value, not true"),
+        ("exit_interval=[1, 2]", "must be one value, not a list"),
+        ("overlap_grad_reduce=1", "must be true or false"),
+        ("recompute_modules=[layernorm]", "must be one of core_attn, mlp"),
+        ("cp_comm_type=[--yaml-cfg, x]", "begins with a dash"),
+    ],
+)
+def test_what_is_refused_is_named(override: str, wanted: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe("demo_cpu", [*OWN_DATA, f"megatron.{override}"])
+    message = str(error.value)
+    assert message.startswith(f"--set megatron.{override}: megatron.{override.split('=')[0]}")
+    assert wanted in message
