@@ -54,6 +54,10 @@ BUILT_IN: dict[str, Any] = {
     "num_moe_experts": None,
     "mtp_num_layers": None,
     "rotary_interleaved": False,
+    # Transformer Engine's norms would follow, our local ones and exports not.
+    "layernorm_zero_centered_gamma": False,
+    # Its fp32 meets bf16 weights.
+    "fp32_residual_connection": False,
     # Of Megatron's GPTModelConfig.
     "rotary_percent": 1.0,
     "rope_scaling": False,

@@ -1,6 +1,7 @@
 """The block spec: which layer stands where, whose angles attention takes, the model that Megatron builds from it."""
 
 import warnings
+from argparse import Namespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tiny import HIDDEN, VOCABULARY, build_gpt, perturb, relative_error, state_s
 from torch import Tensor
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.model import layer_specs
 from megatron_txssm.model.layer_specs import check_ssd_backend, hybrid_block_spec
 from megatron_txssm.model.self_attention import UnifiedRotarySelfAttention
 from megatron_txssm.model.state_space_config import POSITION_ENCODINGS
@@ -88,7 +90,25 @@ def test_kernels_that_cannot_run_are_refused_or_missed(gpu: bool, monkeypatch: p
 
 @pytest.mark.parametrize(
     ("field", "value", "built"),
-    [("qk_layernorm", True, False), ("normalization", "LayerNorm", "RMSNorm")],
+    [
+        ("normalization", "LayerNorm", "RMSNorm"),
+        ("add_bias_linear", True, False),
+        ("add_qkv_bias", True, False),
+        ("qk_layernorm", True, False),
+        ("qk_l2_norm", True, False),
+        ("attention_output_gate", True, False),
+        ("softmax_type", "learnable", "vanilla"),
+        ("window_size", 128, None),
+        ("multi_latent_attention", True, False),
+        ("experimental_attention_variant", "gated_delta_net", None),
+        ("num_moe_experts", 4, None),
+        ("mtp_num_layers", 1, None),
+        ("rotary_interleaved", True, False),
+        ("layernorm_zero_centered_gamma", True, False),
+        ("fp32_residual_connection", True, False),
+        ("rotary_percent", 0.5, 1.0),
+        ("rope_scaling", True, False),
+    ],
 )
 def test_what_the_layers_would_not_follow_is_refused(
     one_process: None, field: str, value: object, built: object
@@ -97,6 +117,24 @@ def test_what_the_layers_would_not_follow_is_refused(
     setattr(config, field, value)
     with pytest.raises(UserError, match=rf"{field}={value} is not supported by TransXSSM's layers; use {built}"):
         spec_of(config)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("reset_position_ids", True),
+        ("reset_attention_mask", True),
+        ("heterogeneous_layers_config_path", "layers.json"),
+        ("position_embedding_type", "learned_absolute"),
+    ],
+)
+def test_arguments_that_the_layers_would_not_follow_are_refused(
+    monkeypatch: pytest.MonkeyPatch, argument: str, value: object
+) -> None:
+    args = Namespace(**{"position_embedding_type": "rope"} | {argument: value})
+    monkeypatch.setattr(layer_specs, "get_args", lambda: args)
+    with pytest.raises(UserError, match=f"{argument}={value} is not supported by TransXSSM's layers"):
+        layer_specs.transxssm_block_spec(None)
 
 
 def test_layers_of_different_kinds_are_saved_one_by_one(one_process: None) -> None:

@@ -1,0 +1,73 @@
+"""The paper's numbers (arXiv:2506.09507, table 4 and appendix B.1) as the recipes of its models train by them."""
+
+import pytest
+
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
+
+OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
+ARCHITECTURES = ("transxssm", "llama3", "mamba2", "jamba")
+# Width, heads, peak learning rate, tokens a step.
+SCALES = {"320m": (768, 12, 3e-4, 2**20), "1.3b": (2048, 32, 2e-4, 2**21)}
+# Layers, mixer of the state-space layers, attention's position encoding, gate of a state-space layer.
+KINDS = {
+    "transxssm": ("SSSSSSSA", "rope", "rope", False),
+    "llama3": ("A", None, "rope", None),
+    "mamba2": ("S", "conv1d_d", None, True),
+    "jamba": ("SSSSSSSA", "conv1d_d", "none", True),
+}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_model_of_the_paper_trains_by_its_numbers(architecture: str, scale: str) -> None:
+    recipe = load_recipe(f"{architecture}_{scale}", OWN_DATA)
+    args = parse_megatron_arguments(megatron_arguments(recipe))
+    width, heads, peak, batch_tokens = SCALES[scale]
+    assert (args.num_layers, args.hidden_size, args.num_attention_heads) == (24, width, heads)
+    assert args.lr == peak and args.min_lr == pytest.approx(peak / 10)
+    assert args.global_batch_size * args.seq_length == batch_tokens
+    assert (args.lr_warmup_fraction, args.lr_decay_style, args.lr_decay_iters) == (0.1, "cosine", None)
+    assert (args.optimizer, args.adam_beta1, args.adam_beta2) == ("adam", 0.9, 0.999)
+    assert (args.weight_decay, args.clip_grad) == (0.01, 1.0)
+    assert args.normalization == "RMSNorm" and not args.add_bias_linear and args.swiglu
+    pattern, encoding, attention_encoding, gated = KINDS[architecture]
+    assert args.layer_pattern == pattern
+    if "S" in pattern:
+        assert (args.mamba_state_dim, args.ssd_chunk_size, args.mamba_head_dim) == (128, 256, 64)
+        assert (args.position_encoding, args.state_space_gated) == (encoding, gated)
+    if "A" in pattern:
+        assert args.position_embedding_type == attention_encoding
+    # GPT-NeoX-20B's tokens, and SmolLM-Corpus as SmolLM-1 weighs its subsets.
+    assert args.vocab_size == 50277
+    assert load_recipe(f"{architecture}_{scale}").data.weights == {
+        "fineweb-edu-dedup": 0.75,
+        "cosmopedia-v2": 0.16,
+        "python-edu": 0.09,
+    }
+
+
+@pytest.mark.parametrize(("scale", "tokens"), [("320m", 6.4e9), ("1.3b", 26e9)])
+def test_training_takes_twenty_tokens_a_parameter(scale: str, tokens: float) -> None:
+    for architecture in ARCHITECTURES:
+        training = load_recipe(f"{architecture}_{scale}").training
+        assert (training.train_tokens, training.seq_length, training.precision) == (tokens, 4096, "bf16")
+
+
+def test_what_a_recipe_need_not_state_has_the_papers_value_or_megatrons() -> None:
+    """Fields that no recipe of the repository states: their defaults train the paper's models."""
+    args = parse_megatron_arguments(megatron_arguments(load_recipe("transxssm_320m", OWN_DATA)))
+    assert (args.rotary_base, args.rotary_seq_len_interpolation_factor, args.rotary_table_precision) == (
+        10_000,
+        None,
+        "fp32",
+    )
+    assert (args.init_method_std, args.layernorm_epsilon, args.adam_eps) == (0.02, 1e-5, 1e-8)
+    assert (args.length_scaling_base, args.state_space_no_dt_bias, args.kv_channels) == (None, False, None)
+    assert (args.attention_dropout, args.hidden_dropout, args.seed) == (0.0, 0.0, 1234)
+
+
+def test_checkpoints_load_at_any_layout() -> None:
+    args = parse_megatron_arguments(megatron_arguments(load_recipe("transxssm_320m", OWN_DATA)))
+    assert (args.ckpt_format, args.dist_ckpt_optim_fully_reshardable) == ("torch_dist", True)
+    assert args.exit_signal_handler
