@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Speed and memory of `txssm data shard` beside its rivals, in one run on one machine, with identical tokens.
+"""Speed and memory of `txssm data shard` beside its rivals, in one run on one machine, with identical tokens (exit 1
+where they are not).
 
 The seconds are those of whole commands, their start included; gigatoken's are those of its call alone.
 
@@ -56,15 +57,18 @@ def compare_speed(args: argparse.Namespace, folder: Path) -> None:
         "Megatron-LM classic": lambda: megatron_classic(folder, tokenizer, args),
     }
     print(f"{size / 1e6:.0f} MB of text in {FILES} parquet files, {args.workers} workers")
-    first = None
+    first, digests = None, set()
     for name, run in rivals.items():
         seconds, digest = timed(run)
         first = first or seconds
+        digests |= {digest} - {None}
         same = "" if digest is None else f"  tokens {digest[:12]}"
         print(
             f"{name:38} {seconds:8.2f} s {size / 1e6 / seconds:8.2f} MB/s  ours is {seconds / first:6.2f} x{same}",
             flush=True,
         )
+    if len(digests) > 1:
+        raise SystemExit("error: the tokens differ; the seconds above compare nothing")
 
 
 def compare_memory(args: argparse.Namespace, folder: Path) -> None:

@@ -88,6 +88,10 @@ class TaskManifest:
     encoder: str
     compared_documents: int
     shards: dict[str, ShardRecord]
+    # Encoded by the reference alone, for characters on which the two may differ.
+    referred_documents: int = 0
+    # Where a comparison found one: {"document", "detail", "characters" (doubtful from there on; none: every text is)}.
+    differences: tuple[dict[str, Any], ...] = ()
     format: int = FORMAT
 
 
@@ -190,6 +194,7 @@ def read_manifest(directory: Path, subset: str, task: int) -> TaskManifest | Non
             raise UserError(f"{path}: format {data['format']}, this version reads {FORMAT}; shard the corpus again")
         data["sources"] = tuple(Slice(**piece) for piece in data["sources"])
         data["broken_places"] = tuple(data["broken_places"])
+        data["differences"] = tuple(data.get("differences", ()))
         data["shards"] = {split: ShardRecord(**record) for split, record in data["shards"].items()}
         if (data["subset"], data["task"]) != (subset, task):
             raise ValueError(f"it is that of {data['subset']} task {data['task']}")

@@ -10,19 +10,20 @@ import functools
 import os
 import socket
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from megatron_txssm.data.broken_rows import BrokenRows
+from megatron_txssm.data.checked_encoder import CheckedEncoder
 from megatron_txssm.data.corpus_recipe import CorpusRecipe
-from megatron_txssm.data.encoder import Encoder, compare, load_encoders
+from megatron_txssm.data.encoder import Encoder, FastEncoder, load_encoders
 from megatron_txssm.data.fetch import with_texts
 from megatron_txssm.data.manifest import (
     SPLITS,
@@ -45,9 +46,6 @@ from megatron_txssm.errors import UserError
 # Texts encoded at a time: enough to lose no time between them, little memory.
 BATCH_BYTES = 2_000_000
 BATCH_DOCUMENTS = 1024
-# Encoded by the reference as well: a 400th of the documents, and the first ones up to this many bytes of text.
-COMPARED_SHARE = 400
-COMPARED_FIRST_BYTES = 20_000
 # Sources of documents kept in memory until they are written as one row group.
 SOURCES_PER_GROUP = 50_000
 SECONDS_BETWEEN_STATUS = 1.0
@@ -90,18 +88,17 @@ class _Task:
         )
         self.reader = RowReader(self.source, read_plan(recipe.path).tasks[subset][task], self.broken)
         self.status = _Status(self.folder / f"{task:05d}.status.json")
-        self.compared = self.compared_first_bytes = 0
 
     def run(self) -> TaskManifest:
         for path in self.folder.glob(f"{self.task:05d}.*.partial"):
             path.unlink(missing_ok=True)
         splits = {split: _SplitWriter(self.folder / f"{self.task:05d}.{split}", self.facts) for split in SPLITS}
         try:
-            encoder, reference = _encoders(self.recipe.path, self.recipe.tokenizer.encoder)
+            encoder = CheckedEncoder(*_encoders(self.recipe.path, self.recipe.tokenizer.encoder))
             # Closed at an error, too, or the threads that fetch blobs would go on.
             with contextlib.closing(with_texts(self.reader)) as documents:
                 for batch in _batches(documents):
-                    self._write(batch, splits, encoder, reference)
+                    self._write(batch, splits, encoder)
                     self.status.update(self._facts(splits) | {"encoder": encoder.name})
             self.broken.finish()
             for writer in splits.values():
@@ -125,25 +122,13 @@ class _Task:
             for writer in splits.values():
                 writer.discard()
 
-    def _write(
-        self, batch: list[Document], splits: dict[str, "_SplitWriter"], encoder: Encoder, reference: Encoder
-    ) -> None:
-        if not encoder.is_reference:
-            sample = [document for document in batch if self._is_compared(document)]
-            places = [f"{self.subset}: {document.id}" for document in sample]
-            compare(encoder, reference, [document.text for document in sample], places)
-            self.compared += len(sample)
+    def _write(self, batch: list[Document], splits: dict[str, "_SplitWriter"], encoder: CheckedEncoder) -> None:
+        ids = encoder.encode(batch)
         held_out = [is_held_out(document.text, self.source.validation_fraction) for document in batch]
         for split, wanted in zip(SPLITS, (False, True), strict=True):
-            documents = [document for document, held in zip(batch, held_out, strict=True) if held == wanted]
-            if documents:
-                splits[split].write(documents, *encoder.encode([document.text for document in documents]))
-
-    def _is_compared(self, document: Document) -> bool:
-        if self.compared_first_bytes < COMPARED_FIRST_BYTES:
-            self.compared_first_bytes += len(document.text)
-            return True
-        return zlib.crc32(document.text.encode()) % COMPARED_SHARE == 0
+            chosen = [number for number, held in enumerate(held_out) if held == wanted]
+            if chosen:
+                splits[split].write([batch[number] for number in chosen], [ids[number] for number in chosen])
 
     def _facts(self, splits: dict[str, "_SplitWriter"]) -> dict[str, Any]:
         return {
@@ -155,7 +140,7 @@ class _Task:
             "progress": round(self.reader.progress, 4),
         }
 
-    def _manifest(self, splits: dict[str, "_SplitWriter"], encoder: Encoder) -> TaskManifest:
+    def _manifest(self, splits: dict[str, "_SplitWriter"], encoder: CheckedEncoder) -> TaskManifest:
         return TaskManifest(
             subset=self.subset,
             task=self.task,
@@ -166,7 +151,9 @@ class _Task:
             broken_places=tuple(self.broken.places),
             tokenizer=self.facts.fingerprint,
             encoder=encoder.name,
-            compared_documents=self.compared,
+            compared_documents=encoder.compared,
+            referred_documents=encoder.referred,
+            differences=tuple(encoder.differences),
             shards={split: writer.record() for split, writer in splits.items() if writer.shard.documents},
         )
 
@@ -182,9 +169,10 @@ class _SplitWriter:
         self._sources = pq.ParquetWriter(partial_path(self.sources_path), _SOURCES, compression="zstd")
         self._pending: list[dict[str, Any]] = []
 
-    def write(self, documents: list[Document], ids: Any, lengths: Any) -> None:
-        self.shard.write(ids, lengths)
-        self.inner_eods += int((ids == self.eod).sum())
+    def write(self, documents: list[Document], ids: list[np.ndarray]) -> None:
+        joined = np.concatenate(ids)
+        self.shard.write(joined, np.fromiter(map(len, ids), np.int64, len(ids)))
+        self.inner_eods += int((joined == self.eod).sum())
         self.text_bytes += sum(len(document.text.encode()) for document in documents)
         self._pending += [document.metadata for document in documents]
         if len(self._pending) >= SOURCES_PER_GROUP:
@@ -269,8 +257,8 @@ def _task_lock(directory: Path, subset: str, task: int) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoders(directory: Path, choice: str) -> tuple[Encoder, Encoder]:
-    """(the encoder, the reference), once in a process; UserError where the corpus's tokenizer was changed."""
+def _encoders(directory: Path, choice: str) -> tuple[FastEncoder | None, Encoder]:
+    """(the fast encoder, the reference), once in a process; UserError where the corpus's tokenizer was changed."""
     return load_encoders(directory / "tokenizer", check_tokenizer(directory), choice)
 
 

@@ -27,6 +27,8 @@ class SubsetStatus:
     # Share of the source bytes that is read, running tasks included.
     progress: float = 0.0
     rows: int = 0
+    # Left out by the recipe's filters.
+    filtered: int = 0
     documents: int = 0
     tokens: int = 0
     # UTF-8 bytes of the texts that are tokenised.
@@ -34,6 +36,10 @@ class SubsetStatus:
     broken: dict[str, int] = field(default_factory=dict)
     # What made the tokens: library, version, and why it was not gigatoken.
     encoders: set[str] = field(default_factory=set)
+    # Documents with characters on which gigatoken and the reference may differ: encoded by the reference.
+    referred: int = 0
+    # (task, where the two differed unforeseen), of finished tasks.
+    differences: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
@@ -90,6 +96,9 @@ class CorpusStatus:
         status.finished += 1
         status.rows += manifest.rows
         status.encoders.add(manifest.encoder)
+        status.referred += manifest.referred_documents
+        status.filtered += manifest.filtered
+        status.differences += [(manifest.task, found) for found in manifest.differences]
         status.broken = add_counts([status.broken, manifest.broken])
         for record in manifest.shards.values():
             status.documents += record.documents

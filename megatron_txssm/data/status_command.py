@@ -66,6 +66,18 @@ def print_status(subsets: list[SubsetStatus]) -> None:
         if s.broken:
             reasons = ", ".join(f"{number:,} × {reason}" for reason, number in s.broken.items())
             console.print(f"{s.name}: {reasons}; their places are in its tasks' manifests")
+        if s.filtered:
+            console.print(f"{s.name}: {s.filtered:,} of {s.rows:,} rows left out by its filters")
+        if s.referred:
+            console.print(
+                f"{s.name}: {s.referred:,} documents with rare characters, encoded by the reference tokenizer"
+            )
+        for task, found in s.differences[:FAILURES_SHOWN]:
+            since = f"texts with {', '.join(found['characters'])}" if found["characters"] else "every text"
+            console.print(
+                f"{s.name} task {task}: {found['document']}: {found['detail']}; the reference's are taken, and {since} "
+                "encoded by it from there on. Please report the text"
+            )
         for task, error in sorted(s.failed.items())[:FAILURES_SHOWN]:
             console.print(f"{s.name} task {task} failed: {error}")
 
