@@ -9,6 +9,7 @@ import math
 import os
 import shlex
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +36,44 @@ def make_plan(recipe: CorpusRecipe) -> Plan:
 def list_files(name: str, subset: SubsetSource) -> list[tuple[str, int]]:
     """(path relative to the source, bytes) of the files of a subset, in the order of their names."""
     from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
 
     try:
         system, root = url_to_fs(subset.source)
-        listing: Any = system.find(root, detail=True)
-        found = {path.removeprefix(root).lstrip("/"): int(facts["size"] or 0) for path, facts in listing.items()}
+        if isinstance(system, LocalFileSystem):
+            found = dict(_local_files(Path(root)))
+        else:
+            listing: Any = system.find(root, detail=True)
+            found = {path.removeprefix(root).lstrip("/"): int(facts["size"] or 0) for path, facts in listing.items()}
     except Exception as error:  # of many kinds: the network's, the hub's, the file system's
         raise UserError(f"subsets.{name}.source={subset.source} cannot be listed: {error}") from None
-    wanted = sorted(path for path in found if _matches(path, subset.glob))
+    # Checkpoints of editors, caches of downloads, what a Mac leaves in an archive.
+    hidden = {path for path in found if any(part.startswith(".") for part in path.split("/"))}
+    wanted = sorted(path for path in found.keys() - hidden if _matches(path, subset.glob))
     files = [path for path in wanted if path.endswith(PARQUET_SUFFIXES + JSONL_SUFFIXES)]
     if not files:
         other = f"; {len(wanted)} match {subset.glob!r}, such as {wanted[0]}" if wanted else ""
         other = other if any(found) else "; it is empty, or no folder"
+        other += f"; {len(hidden)} are hidden and left out, such as {min(hidden)}" if hidden else ""
         raise UserError(
             f"subsets.{name}.source={subset.source} holds no {', '.join(PARQUET_SUFFIXES + JSONL_SUFFIXES)} file that "
             f"matches glob={subset.glob!r}{other}"
         )
     return [(path, found[path]) for path in files[: subset.max_files]]
+
+
+def _local_files(root: Path) -> Iterator[tuple[str, int]]:
+    """(path in the folder, bytes) of its files; those in linked folders, too, which fsspec leaves out."""
+    if root.is_file():
+        yield "", root.stat().st_size
+    for folder, folders, files in os.walk(root, followlinks=True):
+        # A link to a folder above would go on for ever.
+        above = {os.path.realpath(folder), *map(str, Path(os.path.realpath(folder)).parents)}
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(folder, name)) not in above]
+        for name in files:
+            path = os.path.join(folder, name)
+            # A link to nothing is an unreadable file for who reads it.
+            yield os.path.relpath(path, root), os.stat(path).st_size if os.path.exists(path) else 0
 
 
 def plan_subset(name: str, subset: SubsetSource, files: list[tuple[str, int]]) -> tuple[tuple[Slice, ...], ...]:

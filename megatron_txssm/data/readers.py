@@ -44,6 +44,9 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 Row = dict[str, Any]
+# The value of a field that a row does not have.
+MISSING: Any = object()
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class RowReader(PipelineStep):
@@ -66,7 +69,9 @@ class RowReader(PipelineStep):
         self.progress = 0.0
         self.filters = [_Filter(text) for text in subset.filters]
         self.text_field = subset.blob_field or subset.text_field
-        self.fields = {self.text_field, *(f.field for f in self.filters), *PLACEHOLDER.findall(subset.origin or "")}
+        # Beside the text's, whose lack makes a broken row.
+        self.other_fields = {*(f.field for f in self.filters), *PLACEHOLDER.findall(subset.origin or "")}
+        self.fields = {self.text_field, *self.other_fields}
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Generator[Document]:
         """The documents, in the order of the files and of their rows; `limit` of them at most."""
@@ -74,14 +79,24 @@ class RowReader(PipelineStep):
         total = sum(piece.bytes for piece in self.pieces) or 1
         for index, piece in enumerate(self.pieces):
             self.progress = sum(before.bytes for before in self.pieces[:index]) / total
+            unseen, last = self.other_fields, None
             for number, row in self._rows(piece):
                 self.broken.seen()
+                if row is not None and unseen:
+                    unseen, last = {field for field in unseen if _value(row, field) is MISSING}, row
                 document = self._document(piece.file, number, row)
                 if document is None:
                     continue
                 yield document
                 if left is not None and (left := left - 1) == 0:
-                    return
+                    break
+            if unseen and last is not None:
+                raise UserError(
+                    f"{piece.file} has no field {min(unseen)!r} in any row that was read; the last has "
+                    f"{', '.join(last)}: correct origin or filters of its subset"
+                )
+            if left == 0:
+                return
 
     def _rows(self, piece: Slice) -> Iterator[tuple[int, Row | None]]:
         """(row number, fields), or None for a row that was reported; a file that fails is reported."""
@@ -114,25 +129,31 @@ class RowReader(PipelineStep):
 
     def _columns(self, piece: Slice, schema: Any) -> list[str]:
         """What is to be read: of a structure only the fields that are wanted."""
-        columns = set()
-        for field in self.fields:
-            name, fields = "", schema
-            for part in field.split("."):
-                if part not in fields.names:
-                    raise UserError(
-                        f"{piece.file} has no field {field!r}; {name or 'it'} has {', '.join(fields.names)}: correct "
-                        "text_field, blob_field, origin or filters of its subset"
-                    )
-                name, fields = f"{name}.{part}".lstrip("."), fields.field(part).type
-                # What is within a text, as JSON, is not in the schema.
-                if not pa.types.is_struct(fields):
-                    break
-            columns.add(name)
-        return sorted(columns)
+        return sorted({self._column(piece, field, schema) for field in self.fields})
+
+    def _column(self, piece: Slice, field: str, schema: Any) -> str:
+        column, names, fields = "", field.split("."), schema
+        while names:
+            # A column's own name may have dots.
+            sizes = [size for size in reversed(range(1, len(names) + 1)) if ".".join(names[:size]) in fields.names]
+            if not sizes:
+                raise UserError(
+                    f"{piece.file} has no field {field!r}; {column or 'it'} has {', '.join(fields.names)}: correct "
+                    "text_field, blob_field, origin or filters of its subset"
+                )
+            name, names = ".".join(names[: sizes[0]]), names[sizes[0] :]
+            column, fields = f"{column}.{name}".lstrip("."), fields.field(name).type
+            # What is within a text, as JSON, is not in the schema.
+            if not pa.types.is_struct(fields):
+                break
+        return column
 
     def _jsonl(self, piece: Slice) -> Iterator[tuple[int, Row | None]]:
         with _open_lines(self.subset.source, piece.file) as stream:
             for number, line in enumerate(stream):
+                line = line.removeprefix(_BYTE_ORDER_MARK)
+                if line.isspace() or not line:
+                    continue
                 try:
                     row = orjson.loads(line)
                     if not isinstance(row, dict):
@@ -150,6 +171,8 @@ class RowReader(PipelineStep):
             self.filtered += 1
             return None
         text = _value(row, self.text_field)
+        known = text is not MISSING
+        text = text if known else None
         if isinstance(text, bytes):
             try:
                 text = text.decode("utf-8")
@@ -157,7 +180,6 @@ class RowReader(PipelineStep):
                 self.broken.report(file, number, INVALID_UTF8, str(error))
                 return None
         if not text:
-            known = self.text_field.split(".")[0] in row
             detail = "" if known else f"no field {self.text_field!r}; it has {', '.join(row)}"
             self.broken.report(file, number, NULL_TEXT if text is None else EMPTY_TEXT, detail)
             return None
@@ -173,7 +195,7 @@ class RowReader(PipelineStep):
         if template is None:
             return None
         values = {name: _value(row, name) for name in PLACEHOLDER.findall(template)}
-        if any(value is None for value in values.values()):
+        if any(value is None or value is MISSING for value in values.values()):
             return None
         return PLACEHOLDER.sub(lambda found: str(_text(values[found[1]])), template)
 
@@ -239,19 +261,27 @@ def _bytes_type(arrow: Any) -> Any:
     return pa.large_binary() if pa.types.is_large_string(arrow) else arrow
 
 
-def _value(row: Row, field: str) -> Any:
-    """The value of a field, `a.b` for one within a structure, or within JSON; None where there is none."""
-    value: Any = row
-    for name in field.split("."):
-        if isinstance(value, str | bytes):
-            try:
-                value = orjson.loads(value)
-            except ValueError:
-                return None
-        if not isinstance(value, dict):
-            return None
-        value = value.get(name)
-    return value
+def _value(row: Any, field: str) -> Any:
+    """The value of a field, or MISSING; `a.b` is a field of this name, or b within a structure, or JSON, a.
+
+    What is within null is null.
+    """
+    if isinstance(row, str | bytes):
+        try:
+            row = orjson.loads(row)
+        except ValueError:
+            return MISSING
+    if row is None:
+        return None
+    if not isinstance(row, dict):
+        return MISSING
+    if field in row:
+        return row[field]
+    names = field.split(".")
+    for number in reversed(range(1, len(names))):
+        if (outer := ".".join(names[:number])) in row:
+            return _value(row[outer], ".".join(names[number:]))
+    return MISSING
 
 
 def _text(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 import time
 
 from megatron_txssm.data.corpus_recipe import CorpusRecipe, load_corpus_recipe
@@ -115,5 +116,8 @@ def _print_plan(recipe: CorpusRecipe) -> int:
         largest = max(sum(piece.bytes for piece in task) for task in tasks)
         total = sum(size for _, size in files)
         table.add_row(name, f"{len(files):,}", f"{total / 1e9:,.2f} GB", f"{len(tasks):,}", f"{largest / 1e6:,.0f} MB")
-    Console().print(table)
+    Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+    for name, subset in recipe.subsets.items():
+        if subset.filters:
+            print(f"{name}: only rows with {' and '.join(subset.filters)}")
     return 0

@@ -133,6 +133,7 @@ class _Task:
     def _facts(self, splits: dict[str, "_SplitWriter"]) -> dict[str, Any]:
         return {
             "rows": self.broken.rows,
+            "filtered": self.reader.filtered,
             "broken": sum(self.broken.counts.values()),
             "documents": sum(writer.shard.documents for writer in splits.values()),
             "tokens": sum(writer.shard.tokens for writer in splits.values()),

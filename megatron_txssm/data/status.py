@@ -114,5 +114,5 @@ class CorpusStatus:
             status.running += 1
             status.progress += weight * facts["progress"]
             status.encoders.add(facts["encoder"])
-            for name in ("rows", "documents", "tokens", "text_bytes"):
+            for name in ("rows", "filtered", "documents", "tokens", "text_bytes"):
                 setattr(status, name, getattr(status, name) + facts[name])

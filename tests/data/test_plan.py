@@ -124,6 +124,21 @@ def test_listed_are_files_that_can_be_read_with_their_sizes(tmp_path: Path) -> N
     assert list_files("web", SubsetSource(source=str(tmp_path))) == [(name, len(name)) for name in expected]
 
 
+def test_linked_folders_are_followed_and_hidden_ones_left_out(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    touch(tmp_path, "elsewhere/deep/b.jsonl", "elsewhere/.cache/e.jsonl", "f.jsonl")
+    touch(source, "a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", "sub/._a.jsonl", "sub/.git/x.jsonl")
+    (source / "linked").symlink_to(tmp_path / "elsewhere")
+    (source / "g.jsonl").symlink_to(tmp_path / "f.jsonl")
+    (source / "sub" / "round").symlink_to(source)
+    (source / "to_nothing.jsonl").symlink_to(tmp_path / "missing")
+    listed = dict(list_files("web", SubsetSource(source=str(source))))
+    assert listed == {"a.jsonl": 7, "g.jsonl": 7, "linked/deep/b.jsonl": 22, "to_nothing.jsonl": 0}
+    (source / "linked").unlink()
+    with pytest.raises(UserError, match=r"; 3 are hidden and left out, such as .ipynb_checkpoints/a-checkpoint.jsonl"):
+        list_files("web", SubsetSource(source=str(source), glob="b*"))
+
+
 def test_glob_and_max_files_choose_among_them(tmp_path: Path) -> None:
     touch(tmp_path, "2.parquet", "1.parquet", "sub/0.parquet", "1.jsonl")
 
@@ -166,10 +181,12 @@ def test_the_plan_command_counts_and_writes_nothing(tmp_path: Path, capsys: pyte
     source.mkdir()
     for name, size in (("a.jsonl", 700_000), ("b.parquet", 2_500_000), ("c.jsonl", 300_000)):
         (source / name).write_bytes(bytes(size))
-    recipe = web_recipe(tmp_path, source, task_bytes=1_000_000)
+    recipe = web_recipe(tmp_path, source, task_bytes=1_000_000, filters=["score > 3", "lang == en"])
     assert main(["data", "shard", str(recipe), "--plan"]) == 0
     # a; b in three; c: c does not share a's task, since b stands between them.
-    row = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("web"))
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line.split() for line in lines if line.startswith("web "))
+    assert lines[-1] == "web: only rows with score > 3 and lang == en"
     assert row == ["web", "3", "0.00", "GB", "5", "1", "MB"]
     assert not (tmp_path / "corpus").exists()
 

@@ -161,7 +161,7 @@ def test_lines_that_cannot_be_used_are_counted_with_their_row(tmp_path: Path, su
         1: (b'{"text": "caf\xe9"}', INVALID_UTF8),
         2: (b'{"text": "cut of', INVALID_JSON),
         4: (b'["text"]', INVALID_JSON),
-        5: (b"", INVALID_JSON),
+        5: (b"\0", INVALID_JSON),
         6: (b'{"text": null}', NULL_TEXT),
         7: (b'{"text": ""}', EMPTY_TEXT),
         9: (b'{"body": "another field"}', NULL_TEXT),
@@ -314,7 +314,6 @@ FILTERED: list[dict[str, Any]] = [
         ("meta.lang == en", {1}),
         ("meta.n >= 3", {0, 3}),
         ("meta == x", set()),
-        ("score.deeper == 1", set()),
     ],
 )
 def test_filters_keep_rows_that_have_the_field_and_meet_the_condition(
@@ -330,6 +329,58 @@ def test_filters_keep_rows_that_have_the_field_and_meet_the_condition(
         read = Read(tmp_path, file, filters=(condition,))
         assert {row for _, row in read.rows} == kept, file
         assert read.reader.filtered == len(rows) - len(kept) and read.broken.rows == len(rows) and not read.places
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"filters": ("scor > 3",)}, "scor"),
+        ({"filters": ("score.deeper == 1",)}, "score.deeper"),
+        ({"filters": ("meta.score > 3",)}, "meta.score"),
+        ({"filters": ("score > 0", "ratoi > 0")}, "ratoi"),
+        ({"origin": "{adress}"}, "adress"),
+        ({"origin": "{adress}", "limit": 2}, "adress"),
+    ],
+)
+def test_a_field_that_no_row_of_a_file_has_is_a_mistake_of_the_recipe(
+    tmp_path: Path, fields: dict[str, Any], name: str
+) -> None:
+    rows = [{"text": "x", **row} for row in FILTERED if row["meta"] is not None]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError) as caught:
+        Read(tmp_path, "a.jsonl", **fields)
+    assert str(caught.value) == (
+        f"a.jsonl has no field {name!r} in any row that was read; the last has text, score, ratio, lang, ok, meta: "
+        "correct origin or filters of its subset"
+    )
+    # One row that has it is enough: a field may be optional. What lies within null may be there.
+    outer, _, inner = name.partition(".")
+    for row in ({"text": "x", outer: {inner: 9} if inner else 9}, {"text": "x", outer: None}):
+        (tmp_path / "b.jsonl").write_text('{"text": "first"}\n' + json.dumps({"score": 9, **row}) + "\n")
+        Read(tmp_path, "b.jsonl", **fields)
+
+
+def test_blank_lines_and_byte_order_marks_are_no_rows(tmp_path: Path) -> None:
+    for suffix, pack in PACKED.items():
+        first, second = (json.dumps({"text": text}) for text in TEXTS[:2])
+        content = f"\ufeff\n\n{first}\r\n \t\n\ufeff{second}\n\n\n"
+        (tmp_path / f"a{suffix}").write_bytes(pack(content.encode()))
+        read = Read(tmp_path, f"a{suffix}", most_broken=0)
+        # Rows are lines, so that a document is found again.
+        assert read.texts == TEXTS[:2] and [row for _, row in read.rows] == [2, 4] and read.broken.rows == 2
+
+
+def test_a_field_with_a_dot_is_a_column_of_this_name_or_one_within_another(tmp_path: Path) -> None:
+    flat = [{"doc.text": TEXTS[0], "doc.meta": {"url.raw": "u"}, "doc": None}]
+    nested = [{"doc": {"text": TEXTS[0], "meta": {"url.raw": "u"}}}]
+    packed = [{"doc": json.dumps(nested[0]["doc"])}]
+    for number, rows in enumerate((flat, nested, packed)):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(rows[0]) + "\n")
+        write_table(tmp_path / f"{number}.parquet", **pa.Table.from_pylist(rows).to_pydict())
+        for file in (f"{number}.jsonl", f"{number}.parquet"):
+            fields: dict[str, Any] = {"origin": "{doc.meta.url.raw}", "filters": ("doc.text != x",)}
+            read = Read(tmp_path, file, text_field="doc.text", **fields)
+            assert (read.texts, read.origins) == (TEXTS[:1], ["u"]), file
 
 
 def test_every_filter_must_be_met(tmp_path: Path) -> None:
@@ -437,11 +488,14 @@ def test_with_a_higher_threshold_the_command_finishes_and_the_manifest_holds_the
     assert "1 × invalid UTF-8" in capsys.readouterr().out
 
 
-def test_a_task_without_a_usable_row_is_finished_and_holds_no_shard(tmp_path: Path) -> None:
+def test_a_task_without_a_usable_row_is_finished_and_holds_no_shard(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "a.jsonl").write_bytes(lines_of(TEXTS))
-    assert shard(web_recipe(tmp_path, source, filters=["score > 3"])) == 0
+    assert shard(web_recipe(tmp_path, source, filters=["text == other"])) == 0
     manifest = manifest_of(tmp_path / "corpus")
     assert manifest.shards == {} and manifest.filtered == manifest.rows == len(TEXTS)
+    assert "web: 8 of 8 rows left out by its filters" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "corpus" / "web").iterdir()} == {"00000.json", "manifest.json"}

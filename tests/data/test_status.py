@@ -34,7 +34,15 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def say(corpus: Path, task: int, state: str, *, ago: float = 0.0, **facts: Any) -> None:
     """What a running task leaves, `ago` seconds after it last said so; it has no manifest."""
     (corpus / "web" / f"{task:05d}.json").unlink()
-    counts = {"rows": 100, "broken": 0, "documents": 100, "tokens": 1000, "text_bytes": 10_000, "progress": 0.5}
+    counts = {
+        "rows": 100,
+        "filtered": 0,
+        "broken": 0,
+        "documents": 100,
+        "tokens": 1000,
+        "text_bytes": 10_000,
+        "progress": 0.5,
+    }
     place = {"host": "node1", "pid": 1, "started": 0.0, "updated": time.time() - ago, "encoder": "gigatoken 1"}
     write_json(corpus / "web" / f"{task:05d}.status.json", counts | place | {"state": state} | facts)
 
