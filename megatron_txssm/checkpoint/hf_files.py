@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.checkpoint.export import Export
+from megatron_txssm.checkpoint.hf_config import hf_config
 from megatron_txssm.checkpoint.hf_tokenizer import export_tokenizer
 from megatron_txssm.checkpoint.kept_tokenizer import tokenizer_source
-from megatron_txssm.checkpoint.layouts import ARCHITECTURES, hf_config
+from megatron_txssm.checkpoint.layouts import ARCHITECTURES
 from megatron_txssm.checkpoint.verify import Proof, sample_text
 from megatron_txssm.data.manifest import TokenizerFacts
 from megatron_txssm.errors import UserError, readable
@@ -34,13 +35,13 @@ def write_tokenizer(export: Export, folder: Path) -> TokenizerFacts | None:
 
 
 def write_configuration(export: Export, facts: TokenizerFacts | None, folder: Path) -> None:
-    """config.json, generation_config.json and, for our class, its code. Nothing for layouts transformers lacks."""
-    if export.layout not in ARCHITECTURES:
+    """config.json, generation_config.json and, for our class, its code. Nothing for Megatron's own layout."""
+    dtypes = [tensor.dtype for tensor in export.tensors.values()]
+    config = hf_config(export.saved.recipe, export.layout, str(max(dtypes, key=dtypes.count)).removeprefix("torch."))
+    if not config:
         return
     import transformers
 
-    dtypes = [tensor.dtype for tensor in export.tensors.values()]
-    config = hf_config(export.saved.recipe, export.layout, str(max(dtypes, key=dtypes.count)).removeprefix("torch."))
     eod = None if facts is None else facts.eod
     # Documents follow one another in training, so that the token that ends one also begins the next.
     tokens = {"bos_token_id": eod, "eos_token_id": eod}

@@ -4,14 +4,16 @@ Nothing of such a folder is run: no pickle is opened, and no code that came with
 """
 
 import json
-import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.checkpoint.layouts import ARCHITECTURES, hf_config
+from megatron_txssm.checkpoint.config_check import check_config
+from megatron_txssm.checkpoint.hf_config import REFERENCE_TYPE
+from megatron_txssm.checkpoint.layouts import ARCHITECTURES, refusal
 from megatron_txssm.checkpoint.mapping import Group, hf_tensors, plan
 from megatron_txssm.checkpoint.tensors import Shape, compare_shapes, model_shapes
 from megatron_txssm.errors import UserError
@@ -25,11 +27,8 @@ _SIGNS = {
     "model.word_embed.weight": "reference",
     "model.layers.0.shared_mlp.input_linear.weight": "granitemoehybrid",
 }
-# What config.json says of use, not of the model.
-_NO_MATTER = {
-    *("architectures", "dtype", "use_cache", "max_position_embeddings", "initializer_range", "attention_dropout"),
-    *("chunk_size", "mamba_chunk_size", "num_experts_per_tok"),
-}
+# The embedding, in the layouts that call an LM head lm_head.
+_EMBEDDINGS = {"model.embed_tokens.weight", "model.word_embed.weight"}
 
 
 @dataclass(frozen=True)
@@ -69,20 +68,17 @@ class HfFolder:
                 self._convert(group, ModelSizes.from_recipe(self.recipe))
 
     def _convert(self, group: Group, sizes: ModelSizes) -> dict[str, Any]:
-        from safetensors import SafetensorError, safe_open
-
-        tensors: dict[str, Any] = {}
-        for name in group.hf:
-            file = self.folder / self.index[name][0]
-            try:
-                with safe_open(file, framework="pt") as stream:
-                    tensors[name] = stream.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file} is damaged ({error}); copy it again") from None
+        tensors = {name: _read_tensor(self.folder / self.index[name][0], name) for name in group.hf}
         try:
             return group.from_hf(tensors, sizes)
         except ValueError as error:
             raise UserError(f"{self.folder}: {group.hf[0]} {error}") from None
+
+
+def lacks_a_class(folder: Path) -> bool:
+    """Whether transformers has no class for a folder's layout: Megatron's names, or the authors'."""
+    file = folder / "config.json"
+    return not file.is_file() or _read_json(file).get("model_type") == REFERENCE_TYPE
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -106,9 +102,20 @@ def open_hf_folder(folder: Path, recipe: Recipe | None = None) -> HfFolder:
         if not (folder / "recipe.yaml").is_file():
             raise UserError(f"{folder} has no recipe.yaml; name a recipe that describes this model with --recipe")
         recipe = load_recipe(folder / "recipe.yaml")
-    if layout in ARCHITECTURES:
-        _check_config(folder, config, recipe, layout)
-    opened = HfFolder(folder, layout, recipe, _without_leftovers(index, recipe))
+    if reason := refusal(recipe, layout):
+        raise UserError(
+            f"{folder} has layout {layout}, which cannot hold recipe {recipe.name}: {reason}; "
+            "name a recipe that describes this model with --recipe"
+        )
+    if layout in ARCHITECTURES or (config and layout == "reference"):
+        check_config(folder, config, recipe, layout)
+    elif layout == "reference":
+        print(
+            f"warning: {folder} has no config.json: that its rotary base, epsilon and heads are those of recipe "
+            f"{recipe.name} cannot be checked",
+            file=sys.stderr,
+        )
+    opened = HfFolder(folder, layout, recipe, _without_leftovers(folder, index, recipe))
     sizes = ModelSizes.from_recipe(recipe)
     wanted = {name: tuple(t.shape) for name, t in hf_tensors(plan(layout, opened.shapes), sizes).items()}
     if fault := compare_shapes({name: shape for name, (_, shape, _) in opened.index.items()}, wanted):
@@ -120,12 +127,35 @@ def open_hf_folder(folder: Path, recipe: Recipe | None = None) -> HfFolder:
     return opened
 
 
-def _without_leftovers(index: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+def _without_leftovers(folder: Path, index: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Without what transformers once saved beside the weights: tables, and the embedding again as its LM head."""
     drop = {name for name in index if name.endswith("rotary_emb.inv_freq")}
-    if recipe.model.tie_embeddings:
+    if recipe.model.tie_embeddings and "lm_head.weight" in index and (names := _EMBEDDINGS & index.keys()):
+        _check_tied(folder, index, recipe, min(names))
         drop.add("lm_head.weight")
     return {name: entry for name, entry in index.items() if name not in drop}
+
+
+def _check_tied(folder: Path, index: dict[str, Any], recipe: Recipe, embedding: str) -> None:
+    """UserError unless a tied model's LM head holds what its embedding does."""
+    import torch
+
+    head, rows = (_read_tensor(folder / index[name][0], name) for name in ("lm_head.weight", embedding))
+    if not torch.equal(head, rows):
+        raise UserError(
+            f"{folder}: lm_head.weight holds other values than {embedding}, but recipe {recipe.name} has "
+            "model.tie_embeddings: true; name a recipe that describes this model with --recipe"
+        )
+
+
+def _read_tensor(file: Path, name: str) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as stream:
+            return stream.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is damaged ({error}); copy it again") from None
 
 
 def _read_index(folder: Path) -> dict[str, tuple[str, Shape, Any]]:
@@ -187,35 +217,3 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{file} is not what it should be: it holds a {type(found).__name__}; copy it again")
     return found
-
-
-def _check_config(folder: Path, config: dict[str, Any], recipe: Recipe, layout: str) -> None:
-    """UserError where config.json describes another computation than the recipe, though the shapes may be the same."""
-    from transformers import GraniteMoeHybridConfig, LlamaConfig
-
-    from megatron_txssm.hf import TransXSSMConfig
-
-    if config.get("model_type") != layout:
-        raise UserError(f"{folder / 'config.json'} has model_type={config.get('model_type')!r}, not {layout!r}")
-    if config.get("quantization_config"):
-        raise UserError(f"{folder} is a quantized model; import the one that it was made from")
-    classes = {"llama": LlamaConfig, "granitemoehybrid": GraniteMoeHybridConfig, "transxssm": TransXSSMConfig}
-    wanted = hf_config(recipe, layout)
-    try:
-        found = classes[layout].from_dict(config)
-    except Exception as error:  # whatever transformers makes of a wrong value
-        raise UserError(
-            f"{folder / 'config.json'} is no {layout} configuration: {' '.join(str(error).split())}"
-        ) from None
-    if layout == "granitemoehybrid":
-        # Limits of dt. Not in hf_config: JSON has no infinity.
-        wanted["time_step_limit"] = (0.0, math.inf)
-    for name, value in wanted.items():
-        ours = getattr(found, name, None)
-        if name == "rope_parameters":
-            ours = {key: ours.get(key) for key in value} if isinstance(ours, dict) else ours
-        if name not in _NO_MATTER and ours != value:
-            raise UserError(
-                f"{folder / 'config.json'} has {name}={ours!r}, where recipe {recipe.name} asks for {value!r}; "
-                "name a recipe that describes this model with --recipe"
-            )

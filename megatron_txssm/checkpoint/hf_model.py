@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from megatron_txssm.checkpoint.hf_config import hf_config
 from megatron_txssm.checkpoint.hf_folder import HfFolder
-from megatron_txssm.checkpoint.layouts import ARCHITECTURES, hf_config
+from megatron_txssm.checkpoint.layouts import ARCHITECTURES
 from megatron_txssm.checkpoint.mapping import plan
 from megatron_txssm.planning.parameters import ModelSizes
 

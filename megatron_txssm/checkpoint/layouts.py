@@ -1,27 +1,24 @@
-"""The layouts of a conversion: which model each can hold, and the config.json that describes the model in it.
+"""The layouts of a conversion, and which model each can hold.
 
 transxssm         our transformers model (hf/); every model of a recipe
 llama             transformers' LlamaForCausalLM: attention with RoPE in every layer
 granitemoehybrid  transformers' GraniteMoeHybridForCausalLM, of which the Mamba-2 and Jamba baselines are instances
-reference         the parameter names of the authors' public code (arXiv:2506.09507); weights alone
+reference         the authors' public code (arXiv:2506.09507)
 megatron          Megatron's own names; weights alone
 """
 
-from typing import Any
-
 from megatron_txssm.checkpoint.mapping import TABLES
 from megatron_txssm.errors import UserError
-from megatron_txssm.model.layer_pattern import ATTENTION, STATE_SPACE
+from megatron_txssm.model.layer_pattern import ATTENTION
 from megatron_txssm.recipe.recipe import Recipe
 
 LAYOUTS = (*TABLES, "megatron")
-# Those that transformers can load, with the architecture in their config.json.
+# Those that transformers can load, with the class in their config.json.
 ARCHITECTURES = {
     "transxssm": "TransXSSMForCausalLM",
     "llama": "LlamaForCausalLM",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
 }
-_LAYER_TYPES = {STATE_SPACE: "linear_attention", ATTENTION: "full_attention"}
 
 
 def choose_layout(recipe: Recipe, asked: str | None) -> str:
@@ -93,81 +90,3 @@ def _reference_misfits(recipe: Recipe) -> list[tuple[bool, str]]:
         (model.rotary_table_precision != "fp32", "its rotary angles are computed in fp64"),
         (not model.tie_embeddings, "its LM head is not tied to the embedding"),
     ]
-
-
-def hf_config(recipe: Recipe, layout: str, dtype: str = "float32") -> dict[str, Any]:
-    """What config.json says of a model; `layout` is one of ARCHITECTURES. Every rotary setting is stated."""
-    model = recipe.model
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model.rotary_base)}
-    if model.rope_scaling == "linear":
-        rope |= {"rope_type": "linear", "factor": float(model.rotary_interpolation_factor or 1)}
-    common = {
-        "architectures": [ARCHITECTURES[layout]],
-        "model_type": layout,
-        "vocab_size": recipe.data.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_query_groups or model.num_attention_heads,
-        "head_dim": recipe.kv_channels,
-        "rope_parameters": rope,
-        "max_position_embeddings": recipe.training.seq_length,
-        "rms_norm_eps": model.norm_epsilon,
-        "initializer_range": model.init_method_std,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": model.tie_embeddings,
-        "use_cache": True,
-        "dtype": dtype,
-    }
-    stock = {"attention_bias": False, "hidden_act": "silu"}
-    if layout == "llama":
-        return common | stock | {"mlp_bias": False}
-    return common | (_transxssm(recipe) if layout == "transxssm" else stock | _granite(recipe))
-
-
-def _transxssm(recipe: Recipe) -> dict[str, Any]:
-    model = recipe.model
-    return {
-        "layer_types": [_LAYER_TYPES[kind] for kind in recipe.layer_kinds],
-        "attention_position_encoding": model.attention_position_encoding,
-        "position_encoding": model.position_encoding,
-        "state_size": model.state_size,
-        "state_num_heads": model.state_num_heads or model.hidden_size // model.state_head_dim,
-        "state_head_dim": model.state_head_dim,
-        "state_num_groups": model.state_num_groups,
-        "state_gated": model.state_gated,
-        "state_dt_bias": model.state_dt_bias,
-        "conv_kernel": recipe.state_space.conv_kernel if recipe.state_space else 4,
-        "chunk_size": model.chunk_size,
-        "length_scaling_base": model.length_scaling_base,
-        "rotary_table_precision": model.rotary_table_precision,
-    }
-
-
-def _granite(recipe: Recipe) -> dict[str, Any]:
-    """Without experts, its layers are a mixer and the shared FFN; every multiplier that Granite has is one."""
-    mixer, rotates = recipe.state_space, recipe.model.attention_position_encoding == "rope"
-    assert mixer is not None
-    return {
-        "layer_types": [_LAYER_TYPES[kind] for kind in recipe.layer_kinds],
-        "position_embedding_type": "rope" if rotates else None,
-        "shared_intermediate_size": recipe.model.ffn_hidden_size,
-        "num_local_experts": 0,
-        "num_experts_per_tok": 0,
-        "embedding_multiplier": 1.0,
-        "logits_scaling": 1.0,
-        "residual_multiplier": 1.0,
-        "attention_multiplier": recipe.kv_channels**-0.5,
-        "mamba_n_heads": mixer.num_heads,
-        "mamba_d_head": mixer.head_dim,
-        "mamba_n_groups": mixer.num_groups,
-        "mamba_d_state": mixer.state_size,
-        "mamba_d_conv": mixer.conv_kernel,
-        "mamba_expand": mixer.inner_size // recipe.model.hidden_size,
-        "mamba_chunk_size": mixer.chunk_size,
-        "mamba_conv_bias": True,
-        # transformers' cache cannot say how long it is without an attention layer: without it, generate() runs.
-        "use_cache": recipe.has_attention,
-        "mamba_proj_bias": False,
-    }

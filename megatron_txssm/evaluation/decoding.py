@@ -94,15 +94,14 @@ class HfDecoder:
 
         # Registers our class with AutoModelForCausalLM.
         import megatron_txssm.hf  # noqa: F401
-        from megatron_txssm.checkpoint.hf_folder import open_hf_folder
+        from megatron_txssm.checkpoint.hf_folder import lacks_a_class, open_hf_folder
         from megatron_txssm.checkpoint.hf_model import load_hf_model
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            if Path(name).is_dir() and not Path(name, "config.json").is_file():
-                # A layout that transformers has no class for.
+            if Path(name).is_dir() and lacks_a_class(Path(name)):
                 model: Any = load_hf_model(open_hf_folder(Path(name)))
             else:
                 model = AutoModelForCausalLM.from_pretrained(

@@ -167,7 +167,7 @@ DAMAGED: dict[str, tuple[str, Damage, list[str]]] = {
     "another epsilon": (
         "llama",
         change_json(CONFIG, rms_norm_eps=1e-6),
-        ["has rms_norm_eps=1e-06, where recipe run asks for 1e-05; name a recipe", "--recipe"],
+        ["has rms_norm_eps=1e-06, where recipe run asks for 0.001; name a recipe", "--recipe"],
     ),
     "another rotary base": (
         "llama",
@@ -241,7 +241,11 @@ def test_a_broken_folder(sources: dict[str, Path], tmp_path: Path, case: str, re
     ("source", "recipe", "wanted"),
     [
         ("transxssm", "llama", ["has head_dim=8, where recipe run asks for 16", "--recipe"]),
-        ("llama", "transxssm", ["asks for", "--recipe"]),
+        (
+            "llama",
+            "transxssm",
+            ["has layout llama, which cannot hold recipe run: it has state-space layers", "--recipe"],
+        ),
         ("granite", "transxssm", ["--recipe"]),
         ("llama", "granite", []),
     ],

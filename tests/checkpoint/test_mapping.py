@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import megatron_txssm.hf  # noqa: F401  (our class)
 from megatron_txssm.checkpoint.export import Export, split_files
-from megatron_txssm.checkpoint.layouts import ARCHITECTURES, LAYOUTS, hf_config, refusal
+from megatron_txssm.checkpoint.hf_config import hf_config
+from megatron_txssm.checkpoint.layouts import ARCHITECTURES, LAYOUTS, refusal
 from megatron_txssm.checkpoint.mapping import CONCAT, DECAY_RATE, HALVES, QKV, SAME, Group, hf_tensors, plan
 from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER, layer_of, model_shapes
 from megatron_txssm.planning.parameters import ModelSizes, count_parameters

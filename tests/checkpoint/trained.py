@@ -47,10 +47,14 @@ _MODEL = {
     "chunk_size": 16,
     # Large, so that every layer's part in the logits is.
     "init_method_std": 0.1,
+    # Not what any class takes by itself, and large enough to show in the logits.
+    "norm_epsilon": 1e-3,
+    "rotary_base": 500,
 }
 _MAMBA2 = {"position_encoding": "conv1d_d", "state_gated": True, "attention_position_encoding": "none"}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "transxssm": {"layer_pattern": "SSSA"},
+    # A proof's 512 tokens go beyond the base.
+    "transxssm": {"layer_pattern": "SSSA", "length_scaling_base": 100},
     # Twice as wide inside.
     "mamba2": {"layer_pattern": "S", "state_num_heads": 8, **_MAMBA2},
     "jamba": {"layer_pattern": "SA", **_MAMBA2},

@@ -1,0 +1,142 @@
+"""Whether a folder's config.json describes the computation that a recipe does.
+
+Every key counts: it is compared, or known not to change what a model computes, or refused.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.checkpoint.hf_config import REFERENCE_TYPE, hf_config
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.recipe import Recipe
+
+# What config.json says of training, of use and of where it comes from.
+_NO_MATTER = {
+    *("architectures", "auto_map", "dtype", "torch_dtype", "model_type", "name_or_path", "tokenizer_class"),
+    *("transformers_version", "transformers.js_config", "unsloth_version", "unsloth_fixed", "is_llama_config"),
+    *("use_cache", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "num_labels", "problem_type"),
+    *("max_position_embeddings", "initializer_range", "init_method", "attention_dropout", "hidden_dropout"),
+    *("chunk_size", "mamba_chunk_size", "ssd_chunk_size", "pretraining_tp"),
+    # Of experts, which no layout holds.
+    *("num_experts_per_tok", "output_router_logits", "router_aux_loss_coef"),
+}
+# Keys that transformers reads into other fields, which are compared.
+_READ_ELSEWHERE = {"rope_theta", "rope_scaling", "partial_rotary_factor", "layers_block_type", "head_dim"}
+# What a class has, but a model of ours does not come to: without experts, Granite's FFN is the shared one.
+_UNUSED = {"granitemoehybrid": {"intermediate_size"}}
+# Of keys that some writers add, the value that changes nothing.
+_AS_ALWAYS = {"normalization_function": "rmsnorm"}
+# What the authors' class takes where its config.json is silent.
+_REFERENCE_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32768,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 8,
+    "num_key_value_heads": None,
+    "attn_layer_period": 8,
+    "attn_layer_offset": 7,
+    "hidden_act": "silu",
+    "hidden_bias": False,
+    "rope_theta": 10000.0,
+    "rope_scaling": {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2048},
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "dynamic_mask_ratio": 0.0,
+}
+
+
+def check_config(folder: Path, config: dict[str, Any], recipe: Recipe, layout: str) -> None:
+    """UserError where config.json describes another computation than the recipe, though the shapes may be the same.
+
+    `config`: its content.
+    """
+    ours, theirs = _ours(recipe, layout), read_config(folder, config, layout)
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise UserError(
+                f"{folder / 'config.json'} has {name}={theirs[name]!r}, where recipe {recipe.name} asks for {value!r}; "
+                "name a recipe that describes this model with --recipe"
+            )
+
+
+def read_config(folder: Path, config: dict[str, Any], layout: str) -> dict[str, Any]:
+    """What a folder's config.json says of a model's function, by the name of its field; UserError for what is unknown.
+
+    `config`: its content.
+    """
+    file = folder / "config.json"
+    model_type = REFERENCE_TYPE if layout == "reference" else layout
+    if config.get("model_type") != model_type:
+        raise UserError(f"{file} has model_type={config.get('model_type')!r}, not {model_type!r}")
+    if config.get("quantization_config"):
+        raise UserError(f"{folder} is a quantized model; import the one that it was made from")
+    found = _reference_fields(config) if layout == "reference" else _load(folder, layout)
+    for name, value in config.items():
+        known = name in found or name in _NO_MATTER | _READ_ELSEWHERE or name in _generation_settings()
+        harmless = not value or name.startswith("_") or _AS_ALWAYS.get(name) == value
+        if not known and not harmless and name not in _UNUSED.get(layout, set()):
+            raise UserError(
+                f"{file} has {name}={value!r}, which is unknown here and may change what the model computes; "
+                "if it does not, import a copy of the folder without it"
+            )
+    return found
+
+
+def _ours(recipe: Recipe, layout: str) -> dict[str, Any]:
+    """What `read_config` gives of an export of the recipe's model."""
+    config = hf_config(recipe, layout)
+    return _reference_fields(config) if layout == "reference" else _fields(_class(layout)(**config), layout)
+
+
+def _load(folder: Path, layout: str) -> dict[str, Any]:
+    """The fields of a folder's config.json as transformers reads them."""
+    try:
+        return _fields(_class(layout).from_pretrained(folder, local_files_only=True), layout)
+    except Exception as error:  # whatever transformers makes of a wrong value
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder / 'config.json'} is no {layout} configuration: {reason}") from None
+
+
+def _class(layout: str) -> Any:
+    from transformers import GraniteMoeHybridConfig, LlamaConfig
+
+    from megatron_txssm.hf import TransXSSMConfig
+
+    return {"llama": LlamaConfig, "granitemoehybrid": GraniteMoeHybridConfig, "transxssm": TransXSSMConfig}[layout]
+
+
+def _fields(config: Any, layout: str) -> dict[str, Any]:
+    """Of one of transformers' configurations, the fields that matter."""
+    names = {field.name for field in dataclasses.fields(config)} - _NO_MATTER - _UNUSED.get(layout, set())
+    found = {name: getattr(config, name) for name in sorted(names)}
+    # Granite's class reads it, but has no field for it.
+    found["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found["rope_parameters"] = {
+        name: value
+        for name, value in config.rope_parameters.items()
+        if value is not None and name != "type" and (name, value) != ("partial_rotary_factor", 1)
+    }
+    if layout == "granitemoehybrid" and found["position_embedding_type"] != "rope":
+        # Whatever else it says ("nope"), there are no positions.
+        found |= {"position_embedding_type": None, "rope_parameters": None}
+    return found
+
+
+def _reference_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The same of the authors' configuration, whose class is not here."""
+    found = {name: config.get(name, default) for name, default in _REFERENCE_DEFAULTS.items()}
+    found["num_key_value_heads"] = found["num_key_value_heads"] or found["num_attention_heads"]
+    scaling = found["rope_scaling"]
+    if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "default":
+        found["rope_scaling"] = None
+    return found
+
+
+def _generation_settings() -> set[str]:
+    """Older versions of transformers keep them in config.json, newer ones leave them out as they read it."""
+    from transformers import GenerationConfig
+
+    return set(GenerationConfig().to_dict())

@@ -1,0 +1,132 @@
+"""What config.json says of a recipe's model, in every layout that has one."""
+
+from typing import Any
+
+from megatron_txssm.checkpoint.layouts import ARCHITECTURES
+from megatron_txssm.model.layer_pattern import ATTENTION, STATE_SPACE
+from megatron_txssm.recipe.recipe import Recipe
+
+# The authors' name for their class's configuration.
+REFERENCE_TYPE = "TransXSSM"
+_LAYER_TYPES = {STATE_SPACE: "linear_attention", ATTENTION: "full_attention"}
+# Granite's own names. Transformers reads them as those above from 5.13 on; llama.cpp knows no others.
+_GRANITE_LAYER_TYPES = {STATE_SPACE: "mamba", ATTENTION: "attention"}
+
+
+def hf_config(recipe: Recipe, layout: str, dtype: str = "float32") -> dict[str, Any]:
+    """What config.json says of a model, every rotary setting stated; empty for a layout that has no config.json."""
+    if layout == "reference":
+        return _reference(recipe)
+    if layout not in ARCHITECTURES:
+        return {}
+    model = recipe.model
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model.rotary_base)}
+    if model.rope_scaling == "linear":
+        rope |= {"rope_type": "linear", "factor": float(model.rotary_interpolation_factor or 1)}
+    common = {
+        "architectures": [ARCHITECTURES[layout]],
+        "model_type": layout,
+        "vocab_size": recipe.data.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups or model.num_attention_heads,
+        "head_dim": recipe.kv_channels,
+        "rope_parameters": rope,
+        "max_position_embeddings": recipe.training.seq_length,
+        "rms_norm_eps": model.norm_epsilon,
+        "initializer_range": model.init_method_std,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": model.tie_embeddings,
+        "use_cache": True,
+        "dtype": dtype,
+    }
+    if layout == "transxssm":
+        return common | _transxssm(recipe)
+    common |= {"attention_bias": False, "hidden_act": "silu"} | _older_names(rope)
+    return common | ({"mlp_bias": False} if layout == "llama" else _granite(recipe))
+
+
+def _older_names(rope: dict[str, Any]) -> dict[str, Any]:
+    """The rotation for readers that know no `rope_parameters`: they would take base 10,000, and no scaling."""
+    scaling = {"type": rope["rope_type"]} | {name: value for name, value in rope.items() if name != "rope_theta"}
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if scaling["type"] == "default" else scaling}
+
+
+def _transxssm(recipe: Recipe) -> dict[str, Any]:
+    model = recipe.model
+    return {
+        "layer_types": [_LAYER_TYPES[kind] for kind in recipe.layer_kinds],
+        "attention_position_encoding": model.attention_position_encoding,
+        "position_encoding": model.position_encoding,
+        "state_size": model.state_size,
+        "state_num_heads": model.state_num_heads or model.hidden_size // model.state_head_dim,
+        "state_head_dim": model.state_head_dim,
+        "state_num_groups": model.state_num_groups,
+        "state_gated": model.state_gated,
+        "state_dt_bias": model.state_dt_bias,
+        "conv_kernel": recipe.state_space.conv_kernel if recipe.state_space else 4,
+        "chunk_size": model.chunk_size,
+        "length_scaling_base": model.length_scaling_base,
+        "rotary_table_precision": model.rotary_table_precision,
+    }
+
+
+def _granite(recipe: Recipe) -> dict[str, Any]:
+    """Without experts, its layers are a mixer and the shared FFN; every multiplier that Granite has is one."""
+    mixer, rotates = recipe.state_space, recipe.model.attention_position_encoding == "rope"
+    assert mixer is not None
+    return {
+        "layer_types": [_GRANITE_LAYER_TYPES[kind] for kind in recipe.layer_kinds],
+        "position_embedding_type": "rope" if rotates else None,
+        "shared_intermediate_size": recipe.model.ffn_hidden_size,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "embedding_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": recipe.kv_channels**-0.5,
+        "mamba_n_heads": mixer.num_heads,
+        "mamba_d_head": mixer.head_dim,
+        "mamba_n_groups": mixer.num_groups,
+        "mamba_d_state": mixer.state_size,
+        "mamba_d_conv": mixer.conv_kernel,
+        "mamba_expand": mixer.inner_size // recipe.model.hidden_size,
+        "mamba_chunk_size": mixer.chunk_size,
+        "mamba_conv_bias": True,
+        # transformers' cache cannot say how long it is without an attention layer: without it, generate() runs.
+        "use_cache": recipe.has_attention,
+        "mamba_proj_bias": False,
+    }
+
+
+def _reference(recipe: Recipe) -> dict[str, Any]:
+    """The authors' class has no field for what all of its models share."""
+    model = recipe.model
+    return {
+        "architectures": ["TransXSSMForCausalLM"],
+        "model_type": REFERENCE_TYPE,
+        "vocab_size": recipe.data.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups or model.num_attention_heads,
+        "attn_layer_period": 8,
+        "attn_layer_offset": 7,
+        "hidden_act": "silu",
+        "hidden_bias": False,
+        "rope_theta": float(model.rotary_base),
+        # Theirs is "dynamic" unless another is stated.
+        "rope_scaling": None,
+        "rms_norm_eps": model.norm_epsilon,
+        "tie_word_embeddings": model.tie_embeddings,
+        "dynamic_mask_ratio": 0.0,
+        "ssd_chunk_size": model.chunk_size,
+        "max_position_embeddings": recipe.training.seq_length,
+        "initializer_range": model.init_method_std,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "use_cache": True,
+    }
