@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_txssm.checkpoint.export import Export
 from megatron_txssm.checkpoint.hf_config import hf_config
-from megatron_txssm.checkpoint.hf_tokenizer import export_tokenizer
+from megatron_txssm.checkpoint.hf_tokenizer import export_tokenizer, padding_id
 from megatron_txssm.checkpoint.kept_tokenizer import tokenizer_source
 from megatron_txssm.checkpoint.layouts import ARCHITECTURES
 from megatron_txssm.checkpoint.verify import Proof, sample_text
@@ -23,7 +23,7 @@ def write_tokenizer(export: Export, folder: Path) -> TokenizerFacts | None:
     try:
         source = tokenizer_source(saved.recipe, saved.checkpoints)
         if source is not None:
-            facts, tokens = export_tokenizer(source, folder, sample_text())
+            facts, tokens = export_tokenizer(source, folder, sample_text(), saved.recipe.data.vocab_size)
             if max(tokens) < saved.recipe.data.vocab_size:
                 return facts
             raise UserError(f"its ids reach {max(tokens)}, beyond vocab_size={saved.recipe.data.vocab_size}")
@@ -51,7 +51,7 @@ def write_configuration(export: Export, facts: TokenizerFacts | None, folder: Pa
         write_code(folder)
     _write(folder / "config.json", config | tokens | version)
     # Not in config.json: the embedding of what that names as padding would never be trained.
-    padding = {"pad_token_id": eod, "use_cache": config["use_cache"]}
+    padding = {"pad_token_id": None if facts is None else padding_id(folder), "use_cache": config["use_cache"]}
     _write(folder / "generation_config.json", tokens | padding | version)
 
 
@@ -87,6 +87,7 @@ def _card(export: Export, name: str, proof: Proof | None, has_tokenizer: bool) -
         "",
     ]
     if loaded and has_tokenizer:
+        # For the tokenizer, too: transformers reads config.json first, which names code.
         remote = ", trust_remote_code=True" if export.layout == "transxssm" else ""
         lines += [
             "## Use",
@@ -94,7 +95,7 @@ def _card(export: Export, name: str, proof: Proof | None, has_tokenizer: bool) -
             "```python",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}"{remote})',
             f'model = AutoModelForCausalLM.from_pretrained("{name}"{remote})',
             'inputs = tokenizer("Once upon a time", return_tensors="pt")',
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",

@@ -14,8 +14,12 @@ from megatron_txssm.errors import UserError
 _SPACE = "\u2581"
 
 
-def export_tokenizer(source: TokenizerSource, folder: Path, text: str) -> tuple[TokenizerFacts, list[int]]:
-    """Write a tokenizer to `folder`; returns what is to be known of it, and the tokens of a test text.
+def export_tokenizer(
+    source: TokenizerSource, folder: Path, text: str, vocab_size: int | None = None
+) -> tuple[TokenizerFacts, list[int]]:
+    """Write a tokenizer to `folder`, for a model of `vocab_size` tokens (None: enough for all of them).
+
+    Returns what is to be known of it, and the tokens of a test text.
 
     UserError where it cannot be read, or a SentencePiece model gives `text` other tokens than its tokenizer.json.
     """
@@ -23,21 +27,48 @@ def export_tokenizer(source: TokenizerSource, folder: Path, text: str) -> tuple[
 
     facts = install_tokenizer(source, folder)
     (folder / "facts.json").unlink()
+    file, config_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if facts.type == "SentencePieceTokenizer":
-        _from_sentencepiece(folder / "tokenizer.model").save(str(folder / "tokenizer.json"))
+        _from_sentencepiece(folder / "tokenizer.model").save(str(file))
+        pad_token = _sentencepiece_padding(folder / "tokenizer.model", facts.eod)
+    else:
+        _leave_texts_alone(file)
+        pad_token = json.loads(config_file.read_bytes()).get("pad_token")
+    tokenizer = Tokenizer.from_file(str(file))
+    pad = None if pad_token is None else tokenizer.token_to_id(pad_token)
+    if pad is None or pad >= (vocab_size or pad + 1):
+        # Padding is masked: without a token of its own, any serves.
+        pad_token = facts.eod_token
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": facts.eod_token,
-        # Padding is masked: any token serves.
-        "pad_token": facts.eod_token,
+        "pad_token": pad_token,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tokens = tokenizer.encode(text).ids
     if facts.type == "SentencePieceTokenizer" and tokens != load_tokenizer(source.model).EncodeAsIds(text):
         raise UserError(f"{source.model} cannot be expressed as a tokenizer.json: a test text becomes other tokens")
     return facts, tokens
+
+
+def _leave_texts_alone(file: Path) -> None:
+    """Let a tokenizer.json put no token before or behind a text, and cut or pad none: training never did."""
+    described = json.loads(file.read_text(encoding="utf-8"))
+    post = described.get("post_processor") or {}
+    steps = post.get("processors", []) if post.get("type") == "Sequence" else [post]
+    # The others are there to add tokens; this one mends offsets.
+    kept = next((step for step in steps if step.get("type") == "ByteLevel"), None)
+    if kept != described.get("post_processor") or described.get("truncation") or described.get("padding"):
+        described |= {"post_processor": kept, "truncation": None, "padding": None}
+        file.write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _sentencepiece_padding(model: Path, eod: int) -> str | None:
+    pieces = load_tokenizer(model)
+    pad = pieces.pad_id()
+    return pieces.IdToPiece(pad) if pad >= 0 and pad != eod else None
 
 
 def _from_sentencepiece(model: Path) -> Any:
@@ -87,3 +118,13 @@ def _unigram(pieces: Any) -> Any:
 
     scored = [(pieces.IdToPiece(n), pieces.GetScore(n)) for n in range(len(pieces))]
     return Unigram(scored, unk_id=pieces.unk_id(), byte_fallback=True)
+
+
+def padding_id(folder: Path) -> int:
+    """Of the tokenizer that `export_tokenizer` wrote to a folder."""
+    from tokenizers import Tokenizer
+
+    pad_token = json.loads((folder / "tokenizer_config.json").read_bytes())["pad_token"]
+    pad = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(pad_token)
+    assert pad is not None
+    return pad

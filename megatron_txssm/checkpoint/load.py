@@ -79,14 +79,21 @@ def load_model(checkpoint: Path, overrides: tuple[str, ...] = (), *, step: int |
     yet. `overrides` change the recipe, as --set does. `saved_model.open_checkpoint` says what is wrong with one.
     """
     recipe = checkpoint_recipe(checkpoint, overrides)
-    options = ["--no-load-optim", "--no-load-rng", f"--load={checkpoint}"]
-    # A `release` is step 0, which Megatron finds by itself.
-    model = build_model(recipe, options if not step else [*options, f"--ckpt-step={step}"])
+    model = build_model(recipe, load_options(checkpoint, step))
     from megatron.training import get_tokenizer, training
 
     explain_failed_loads()
     iteration, _ = training.load_checkpoint([model], None, None)
     return LoadedModel(model.eval(), get_tokenizer(), recipe, int(iteration))
+
+
+def load_options(checkpoint: Path, step: int | None) -> list[str]:
+    """Megatron's arguments for the weights of a step (None: the newest) and nothing else."""
+    options = ["--no-load-optim", "--no-load-rng", f"--load={checkpoint}"]
+    # In a corpus no text has a token around it that is not in the text; so no prompt has, whatever the tokenizer adds.
+    options += ["--tokenizer-hf-no-include-special-tokens"]
+    # A `release` is step 0, which Megatron finds by itself.
+    return [*options, f"--ckpt-step={step}"] if step else options
 
 
 def build_model(recipe: Recipe, options: list[str]) -> Any:

@@ -74,7 +74,7 @@ def _install_huggingface(source: TokenizerSource, folder: Path) -> TokenizerFact
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # what tokenizers raises
         raise UserError(f"tokenizer.model={source.model}: {path} is no tokenizer.json: {error}") from None
-    eod_token = source.eod_token or _eos_token(configs)
+    eod_token = source.eod_token or _named_token(configs, "eos_token")
     if eod_token is None:
         special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
         raise UserError(
@@ -88,11 +88,13 @@ def _install_huggingface(source: TokenizerSource, folder: Path) -> TokenizerFact
         shutil.copyfile(path, folder / "tokenizer.json.partial")
         (folder / "tokenizer.json.partial").replace(folder / "tokenizer.json")
     # What transformers needs to load it, and no more: a config from a hub may name code to run.
+    pad_token = _pad_token(tokenizer, configs, eod_token)
     write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": eod_token,
+            **({"pad_token": pad_token} if pad_token else {}),
             "clean_up_tokenization_spaces": False,
         },
     )
@@ -141,14 +143,28 @@ def _find_huggingface(model: str) -> tuple[Path, list[Path]]:
     return path, configs
 
 
-def _eos_token(configs: list[Path]) -> str | None:
+def _named_token(configs: list[Path], name: str) -> str | None:
+    """What the configuration files call the `name`, such as eos_token."""
     for path in configs:
         try:
-            token: Any = json.loads(path.read_bytes()).get("eos_token")
+            token: Any = json.loads(path.read_bytes()).get(name)
         except (OSError, ValueError, AttributeError):
             continue
         # Either the text, or the text with its properties.
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str) and token:
+            return token
+    return None
+
+
+def _pad_token(tokenizer: Any, configs: list[Path], eod_token: str) -> str | None:
+    """The tokenizer's own padding: as stated, or the special token of that name (GPT-NeoX-20B states none of its two).
+
+    Never the end of a document: what pads is left out of a loss, and a fine-tuned model would not learn to end.
+    """
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    named = [token for token in special if re.fullmatch(r"[<\[]\|?_?pad(ding)?_?\|?[>\]]", token, re.IGNORECASE)]
+    for token in (_named_token(configs, "pad_token"), *named):
+        if token is not None and token != eod_token and tokenizer.token_to_id(token) is not None:
             return token
     return None

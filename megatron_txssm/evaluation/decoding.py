@@ -117,7 +117,8 @@ class HfDecoder:
         self.eod = self.tokenizer.eos_token_id
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        # As the model's other users get it: an export adds nothing, another model may want what its tokenizer adds.
+        return self.tokenizer(text).input_ids
 
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens)

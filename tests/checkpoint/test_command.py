@@ -75,6 +75,9 @@ def test_a_whole_model_lies_there(story: Story) -> None:
     assert set(json.loads((story.exported / "export.json").read_text())["sha256"]) == files - {"export.json"}
     card = (story.exported / "README.md").read_text()
     assert "Verified against Megatron's own model" in card and "identical" in card
+    # Else transformers asks, and waits for an answer.
+    for name in ("AutoTokenizer", "AutoModelForCausalLM"):
+        assert f'{name}.from_pretrained("tiny", trust_remote_code=True)' in card
     config = json.loads((story.exported / "config.json").read_text())
     assert (config["eos_token_id"], config["vocab_size"]) == (1, 304)
     assert sorted(file.name for file in story.imported.iterdir()) == [

@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_txssm.checkpoint.hf_tokenizer import export_tokenizer
+from megatron_txssm.checkpoint.hf_tokenizer import export_tokenizer, padding_id
 from megatron_txssm.checkpoint.verify import sample_text
 from megatron_txssm.cli import main
 from megatron_txssm.data.corpus_recipe import TokenizerSource
+from megatron_txssm.data.encoder import load_encoders
 from megatron_txssm.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_txssm.data.tokenizer_files import install_tokenizer
 from megatron_txssm.errors import UserError
 from tests.checkpoint.untrained import make_run
+from tests.data.corpus_recipes import byte_level_bpe
 
 TEXTS = (
     "",
@@ -86,6 +88,57 @@ def test_a_model_that_normalises_is_refused(tmp_path: Path) -> None:
     source = TokenizerSource(type="SentencePieceTokenizer", model=str(tmp_path / "nfkc.model"))
     with pytest.raises(UserError, match="cannot be expressed as a tokenizer"):
         export_tokenizer(source, tmp_path / "out", sample_text())
+
+
+BEGIN, END, PAD = "<|begin|>", "<|endoftext|>", "<|padding|>"
+
+
+def bpe_that_adds(folder: Path, sequence: bool) -> TokenizerSource:
+    """A tokenizer.json that puts a token before every text and behind it, and cuts and pads texts."""
+    from tokenizers import AddedToken, Tokenizer, processors
+
+    tokenizer = Tokenizer.from_str(byte_level_bpe())
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (BEGIN, PAD)])
+    ids = [(token, tokenizer.token_to_id(token)) for token in (BEGIN, END)]
+    adding = processors.TemplateProcessing(single=f"{BEGIN} $A {END}", special_tokens=ids)
+    level = processors.ByteLevel(trim_offsets=False)
+    tokenizer.post_processor = processors.Sequence([level, adding]) if sequence else adding
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END, "bos_token": BEGIN}))
+    return TokenizerSource(type="HuggingFaceTokenizer", model=str(folder))
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_no_token_is_added_that_training_never_saw(tmp_path: Path, sequence: bool) -> None:
+    """Corpus, Megatron and export read a text alike; the padding is the tokenizer's own."""
+    from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
+
+    source = bpe_that_adds(tmp_path / "source", sequence)
+    kept = tmp_path / "kept"
+    facts = install_tokenizer(source, kept)
+    _, tokens = export_tokenizer(TokenizerSource(type=facts.type, model=str(kept)), tmp_path / "out", TEXTS[-1])
+    ours = AutoTokenizer.from_pretrained(tmp_path / "out")
+    megatron = HuggingFaceTokenizer(str(kept), include_special_tokens=False)
+    corpus, _ = load_encoders(kept, facts, "reference")
+    for text in TEXTS:
+        expected = corpus.encode([text])[0].tolist()
+        assert ours(text)["input_ids"] == expected == megatron.text_to_ids(text), repr(text)
+    assert ours(TEXTS[-1])["input_ids"] == tokens and len(tokens) > 1000
+    assert (ours.pad_token, ours.eos_token, ours.bos_token) == (PAD, END, None)
+    assert padding_id(tmp_path / "out") == ours.pad_token_id == ours.eos_token_id + 1201
+    before, _ = load_encoders(kept, facts, "reference")
+    assert AutoTokenizer.from_pretrained(kept)("one")["input_ids"] != before.encode(["one"])[0].tolist(), "it does add"
+
+
+def test_padding_beyond_the_models_vocabulary_is_none(tmp_path: Path) -> None:
+    source = bpe_that_adds(tmp_path / "source", sequence=False)
+    for vocab_size, pad_token in ((1202, PAD), (1201, END)):
+        out = tmp_path / str(vocab_size)
+        export_tokenizer(source, out, "text", vocab_size)
+        assert json.loads((out / "tokenizer_config.json").read_text())["pad_token"] == pad_token
 
 
 def test_nothing_in_the_configuration_runs_code(sentencepiece: Path, tmp_path: Path) -> None:

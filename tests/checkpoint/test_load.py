@@ -1,6 +1,8 @@
 """What a checkpoint's recipe becomes where one process without a GPU loads it."""
 
-from megatron_txssm.checkpoint.load import one_process_recipe
+from pathlib import Path
+
+from megatron_txssm.checkpoint.load import load_options, one_process_recipe
 from megatron_txssm.checkpoint.worker import WITHOUT_DATA
 from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
 
@@ -42,3 +44,12 @@ def test_a_foreign_recipe_names_no_code_and_no_files() -> None:
     assert not args.trust_remote_code
     assert args.non_persistent_ckpt_type is None and args.non_persistent_global_ckpt_dir is None
     assert args.config_logger_dir == ""
+
+
+def test_a_prompt_is_read_as_the_corpus_was() -> None:
+    """Without what a tokenizer puts around a text."""
+    recipe = one_process_recipe("transxssm_1.3b", WITHOUT_DATA)
+    for step, expected in ((None, None), (0, None), (7, 7)):
+        args = parse_megatron_arguments([*megatron_arguments(recipe), *load_options(Path("there"), step)])
+        assert args.tokenizer_hf_no_include_special_tokens
+        assert (args.load, args.ckpt_step, args.no_load_optim) == ("there", expected, True)

@@ -70,6 +70,40 @@ def test_the_end_of_a_document_is_what_the_files_beside_the_tokenizer_say(
         assert (facts.eod_token, facts.eod) == (EOD_TOKEN, expected["id"])
 
 
+@pytest.mark.parametrize(
+    ("stated", "special", "kept"),
+    [
+        (None, [], None),
+        ("a", [], "a"),
+        # No token of its vocabulary.
+        ("<none>", [], None),
+        # What pads would be left out of the loss.
+        (EOD_TOKEN, [], None),
+        # GPT-NeoX-20B, which states none; and others' names for it.
+        (None, ["<|padding|>"], "<|padding|>"),
+        (EOD_TOKEN, ["[PAD]"], "[PAD]"),
+        (None, ["<pad>"], "<pad>"),
+        (None, ["<padlock>"], None),
+        ("a", ["<pad>"], "a"),
+    ],
+)
+def test_the_padding_is_the_tokenizers_own(
+    tmp_path: Path, stated: str | None, special: list[str], kept: str | None
+) -> None:
+    from tokenizers import AddedToken, Tokenizer
+
+    folder = write_bpe(tmp_path / "model", tokenizer_config={"eos_token": EOD_TOKEN, "pad_token": stated})
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    install(tmp_path, folder)
+    written = json.loads((tmp_path / "installed" / "tokenizer_config.json").read_text())
+    assert written.get("pad_token") == kept
+    # And from the copy.
+    install_tokenizer(TokenizerSource(model=str(tmp_path / "installed")), tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text()) == written
+
+
 def test_the_recipe_may_name_another_end_of_a_document(tmp_path: Path) -> None:
     folder = write_bpe(tmp_path / "model", tokenizer_config={"eos_token": EOD_TOKEN})
     facts = install(tmp_path, folder, eod_token="a")
