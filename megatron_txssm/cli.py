@@ -33,7 +33,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("megatron_txssm.evaluation.generate", "continue a prompt with a checkpoint or a Hugging Face model"),
     "convert": ("megatron_txssm.checkpoint.convert_command", "checkpoints to Hugging Face models and back, proven"),
     "serve": ("megatron_txssm.hf.serve_command", "answer OpenAI-style requests with a Hugging Face model"),
-    "evaluate": ("megatron_txssm.evaluation.evaluate", "the loss of a run's newest checkpoint on all validation data"),
+    "evaluate": ("megatron_txssm.evaluation.evaluate", "the loss of a run's checkpoint on all validation data"),
 }
 
 EXAMPLES = """\

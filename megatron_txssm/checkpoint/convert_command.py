@@ -90,6 +90,7 @@ def _add_verify(command: argparse.ArgumentParser) -> None:
             name, metavar=name.upper(), type=Path, help="a run, its checkpoints, or a Hugging Face folder"
         )
     command.add_argument("--step", type=int, metavar="N", help="which checkpoint of A (default: the newest)")
+    command.add_argument("--step-b", type=int, metavar="N", help="which checkpoint of B (default: the newest)")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the proof to a file, too")
 
 
@@ -118,14 +119,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    from megatron_txssm.checkpoint.export import Export, write_weights
-    from megatron_txssm.checkpoint.hf_files import write_configuration, write_model_card, write_tokenizer
-    from megatron_txssm.checkpoint.verify import prove_export
-
     if not args.max_file_gb > 0:
         raise UserError(f"--max-file-gb {args.max_file_gb:g} must be above 0")
     check_absent(args.out)
     saved = open_checkpoint(args.checkpoint, args.step)
+    # What follows imports transformers, for which nobody is to wait who mistyped a path.
+    from megatron_txssm.checkpoint.export import Export, write_weights
+    from megatron_txssm.checkpoint.hf_files import write_configuration, write_model_card, write_tokenizer
+    from megatron_txssm.checkpoint.verify import prove_export
+
     planned = Export(saved, choose_layout(saved.recipe, args.layout), args.dtype)
     with complete_folder(args.out, planned.nbytes) as folder:
         with progress_bar("exporting", planned.nbytes, of_bytes=True) as advance:
@@ -165,7 +167,7 @@ def verify(args: argparse.Namespace) -> int:
 
     if args.json and not args.json.absolute().parent.is_dir():
         raise UserError(f"--json {args.json}: no such folder; make it first")
-    proof = prove_equal(_open(args.a, args.step), _open(args.b, None))
+    proof = prove_equal(_open(args.a, args.step, "--step"), _open(args.b, args.step_b, "--step-b"))
     if args.json:
         args.json.write_text(json.dumps(proof.to_json(), indent=2) + "\n", encoding="utf-8")
     for line in proof.summary():
@@ -174,10 +176,14 @@ def verify(args: argparse.Namespace) -> int:
     return 0 if proof.passed else 1
 
 
-def _open(path: Path, step: int | None) -> Any:
+def _open(path: Path, step: int | None, option: str) -> Any:
     from megatron_txssm.checkpoint.hf_folder import is_hf_folder, open_hf_folder
 
-    return open_hf_folder(path) if is_hf_folder(path) else open_checkpoint(path, step)
+    if not is_hf_folder(path):
+        return open_checkpoint(path, step, option)
+    if step is not None:
+        raise UserError(f"{option} {step} is of checkpoints, but {path} is a Hugging Face folder; leave it out")
+    return open_hf_folder(path)
 
 
 def _sha256(file: Path) -> str:

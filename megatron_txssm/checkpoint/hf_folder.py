@@ -4,6 +4,7 @@ Nothing of such a folder is run: no pickle is opened, and no code that came with
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -84,7 +85,8 @@ def lacks_a_class(folder: Path) -> bool:
 def is_hf_folder(path: Path) -> bool:
     """Whether a folder looks like exported weights, not like a run or its checkpoints."""
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "config.json")
-    return any((path / name).is_file() for name in names)
+    # Path.is_file would raise for a name that is too long.
+    return any(os.path.isfile(path / name) for name in names)
 
 
 def open_hf_folder(folder: Path, recipe: Recipe | None = None) -> HfFolder:

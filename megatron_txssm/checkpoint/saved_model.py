@@ -3,6 +3,7 @@
 A checkpoint (torch_dist) holds a tensor in chunks, as the ranks had it; reading puts them together.
 """
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,10 +13,8 @@ from typing import Any
 from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER, Shape, compare_shapes, model_shapes
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.preflight import saved_step
-from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.loader import load_recipe, recipe_names
 from megatron_txssm.recipe.recipe import Recipe
-
-_ANOTHER = "copy it again, or take another step with --step"
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,8 @@ class SavedModel:
     # Name -> torch's TensorStorageMetadata: whole size, dtype, chunks; and the whole index that they are from.
     entries: Mapping[str, Any]
     index: Any
+    # The command line's, by which another step is chosen.
+    option: str = "--step"
 
     def dtype(self, name: str) -> Any:
         return self.entries[name].properties.dtype
@@ -56,11 +57,14 @@ class SavedModel:
                 load(tensors, storage_reader=IndexReader(self.folder, self.index), no_dist=True)
         # torch's CheckpointException is no Exception.
         except (Exception, CheckpointException) as error:
-            raise UserError(f"{self.folder} is damaged ({_said(error)}); {_ANOTHER}") from None
+            raise UserError(f"{self.folder} is damaged ({_said(error)}); {_another(self.option)}") from None
 
 
 def find_checkpoints(path: Path) -> Path:
     """The checkpoints folder of a run folder, or `path` where it is one; UserError where there is no checkpoint."""
+    # Path.exists would raise for a name that is too long.
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such folder; {how_to_make(path)}")
     candidates = [path, path / "checkpoints"]
     # Only where it is stated: a copied run's recipe still names the old place.
     if (path / "recipe.yaml").is_file() and (stated := load_recipe(path / "recipe.yaml").checkpoint.directory):
@@ -71,31 +75,46 @@ def find_checkpoints(path: Path) -> Path:
     raise UserError(f"{path} holds no checkpoint; name a run's folder or its checkpoints, such as runs/demo")
 
 
-def open_checkpoint(path: Path, step: int | None = None) -> SavedModel:
-    """The newest checkpoint of a run, or that of a `step`; UserError unless it is whole."""
+def how_to_make(path: Path) -> str:
+    """The command that makes a run's folder, or an export, that is not there."""
+    if path.parent.name == "exports":
+        return f"`txssm convert export {Path('runs') / path.name} {path}` makes it"
+    if path.name == "demo":
+        return "`txssm demo` makes runs/demo"
+    if path.name in recipe_names():
+        return f"`txssm pretrain {path.name}` makes runs/{path.name}"
+    return "`txssm pretrain RECIPE` makes a run, `txssm convert export RUN OUT` a Hugging Face folder"
+
+
+def open_checkpoint(path: Path, step: int | None = None, option: str = "--step") -> SavedModel:
+    """The newest checkpoint of a run, or that of a `step`; UserError unless it is whole. `option` chose the step."""
     checkpoints = find_checkpoints(path)
     made_by = checkpoints / "recipe.yaml"
     if not made_by.is_file():
         raise UserError(f"{checkpoints} has no recipe.yaml beside its checkpoints; `txssm pretrain` writes one")
     recipe = load_recipe(made_by)
-    step, folder = _step_folder(checkpoints, step)
-    index = _read_index(folder)
+    step, folder = step_folder(checkpoints, step, option)
+    index = _read_index(folder, option)
     entries = {name: entry for name, entry in index.state_dict_metadata.items() if _is_weight(name, entry)}
-    _check_files(folder, index.storage_data, entries)
+    _check_files(folder, index.storage_data, entries, option)
     shapes = model_shapes(recipe)
     if fault := compare_shapes({name: _without_padding(recipe, name, e) for name, e in entries.items()}, shapes):
-        raise UserError(f"{folder} is not the model that {made_by} describes: {fault}; {_ANOTHER}")
-    return SavedModel(checkpoints, folder, step, recipe, shapes, entries, index)
+        raise UserError(f"{folder} is not the model that {made_by} describes: {fault}; {_another(option)}")
+    return SavedModel(checkpoints, folder, step, recipe, shapes, entries, index, option)
+
+
+def _another(option: str) -> str:
+    return f"copy it again, or take another step with {option}"
 
 
 def damage_of_newest(checkpoints: Path) -> str:
     """What is missing of a run's newest checkpoint, optimizer state included; empty where every file is whole."""
     try:
-        _, folder = _step_folder(checkpoints, None)
-        index = _read_index(folder)
-        _check_files(folder, index.storage_data, index.state_dict_metadata)
+        _, folder = step_folder(checkpoints, None)
+        index = _read_index(folder, "--step")
+        _check_files(folder, index.storage_data, index.state_dict_metadata, "--step")
     except UserError as error:
-        return str(error).removesuffix(f"; {_ANOTHER}")
+        return str(error).removesuffix(f"; {_another('--step')}")
     return ""
 
 
@@ -109,8 +128,9 @@ def _is_weight(name: str, entry: Any) -> bool:
     return hasattr(entry, "size") and "optimizer" not in name.split(".")
 
 
-def _step_folder(checkpoints: Path, step: int | None) -> tuple[int, Path]:
-    named = "latest_checkpointed_iteration.txt" if step is None else f"--step {step}"
+def step_folder(checkpoints: Path, step: int | None, option: str = "--step") -> tuple[int, Path]:
+    """(step, its folder) of a run's checkpoints, the newest for None; UserError with the steps that there are."""
+    named = "latest_checkpointed_iteration.txt" if step is None else f"{option} {step}"
     step = saved_step(checkpoints) if step is None else step
     assert step is not None
     # A `release` counts as step 0. Megatron goes by the tracker, too.
@@ -119,22 +139,23 @@ def _step_folder(checkpoints: Path, step: int | None) -> tuple[int, Path]:
     if folder.is_dir():
         return step, folder
     there = ", ".join(str(int(path.name.removeprefix("iter_"))) for path in sorted(checkpoints.glob("iter_*[0-9]")))
-    raise UserError(f"{checkpoints} has no step {step}, which {named} names; use --step with one of {there or 'none'}")
+    remedy = f"use {option} with one of {there}" if there else "there is none: copy the checkpoints again"
+    raise UserError(f"{checkpoints} has no step {step}, which {named} names; {remedy}")
 
 
-def _read_index(folder: Path) -> Any:
+def _read_index(folder: Path, option: str) -> Any:
     """torch's Metadata of a torch_dist checkpoint."""
     from megatron_txssm.checkpoint.torch_dist import IndexReader
 
     if not (folder / ".metadata").is_file():
-        raise UserError(f"{folder} is no whole torch_dist checkpoint: it has no .metadata; copy it again, or --step")
+        raise UserError(f"{folder} is no whole torch_dist checkpoint: it has no .metadata; {_another(option)}")
     try:
         return IndexReader(folder).read_metadata()
     except Exception as error:  # whatever the damage makes pickle raise
-        raise UserError(f"{folder / '.metadata'} is damaged ({_said(error)}); {_ANOTHER}") from None
+        raise UserError(f"{folder / '.metadata'} is damaged ({_said(error)}); {_another(option)}") from None
 
 
-def _check_files(folder: Path, storage: Mapping[Any, Any], tensors: Mapping[str, Any]) -> None:
+def _check_files(folder: Path, storage: Mapping[Any, Any], tensors: Mapping[str, Any], option: str) -> None:
     """UserError unless every file that holds a piece of `tensors` is there, up to the piece's last byte."""
     ends: dict[str, int] = {}
     for index, piece in storage.items():
@@ -143,9 +164,9 @@ def _check_files(folder: Path, storage: Mapping[Any, Any], tensors: Mapping[str,
     for name, end in sorted(ends.items()):
         file = folder / name
         if not file.is_file():
-            raise UserError(f"{file} is missing, one of {len(ends)} files of tensors; {_ANOTHER}")
+            raise UserError(f"{file} is missing, one of {len(ends)} files of tensors; {_another(option)}")
         if (size := file.stat().st_size) < end:
-            raise UserError(f"{file} is cut short: {size:,} bytes of at least {end:,}; {_ANOTHER}")
+            raise UserError(f"{file} is cut short: {size:,} bytes of at least {end:,}; {_another(option)}")
 
 
 def _said(error: BaseException) -> str:

@@ -40,12 +40,15 @@ class Sampling:
 
 
 class MegatronDecoder:
-    """A checkpoint, in Megatron's own model; `capacity` is the number of tokens of prompt and answer together."""
+    """The checkpoint of a step (None: the newest), in Megatron's own model.
 
-    def __init__(self, checkpoints: Path, capacity: int):
+    `capacity` is the number of tokens of prompt and answer together.
+    """
+
+    def __init__(self, checkpoints: Path, capacity: int, step: int | None = None):
         from megatron_txssm.checkpoint.load import load_model
 
-        loaded = load_model(checkpoints)
+        loaded = load_model(checkpoints, step=step)
         # Megatron may be imported from here on.
         from megatron.core.inference.contexts.static_context import StaticInferenceContext
 

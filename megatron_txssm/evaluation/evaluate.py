@@ -1,4 +1,4 @@
-"""txssm evaluate: the loss of a run's newest checkpoint on all of its validation data, by Megatron's own evaluation.
+"""txssm evaluate: the loss of a run's checkpoint on all of its validation data, by Megatron's own evaluation.
 
 Each sample counts once: Megatron's full validation goes over a set once per micro-batch of a training step; here a step
 has one micro-batch. As in Megatron, a shard's last tokens, less than a sample, are left out.
@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_txssm.checkpoint.saved_model import find_checkpoints
+from megatron_txssm.checkpoint.load import load_options
+from megatron_txssm.checkpoint.saved_model import find_checkpoints, step_folder
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.environment import adopt_slurm_step, is_worker
@@ -25,6 +26,7 @@ from megatron_txssm.table import print_table
 
 EXAMPLES = (
     "txssm evaluate runs/demo",
+    "txssm evaluate runs/demo --step 100",
     "txssm evaluate runs/demo --set parallel.tensor_model_parallel_size=1",
     "srun txssm evaluate runs/transxssm_1.3b",
 )
@@ -34,17 +36,21 @@ def add_parser(subparsers: Any) -> None:
     parser = add_verb(subparsers, "evaluate", EXAMPLES)
     add_run_arguments(parser)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder; results go to RUN/evaluation")
+    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest)")
 
 
 def run(args: argparse.Namespace) -> int:
     adopt_slurm_step()
     recipe = evaluation_recipe(args.run, args.overrides)
+    if args.step is not None:
+        step_folder(Path(recipe.checkpoint.load_from or ""), args.step)
     if is_worker():
         from megatron_txssm.training.pretrain import run_worker
 
-        return run_worker(recipe, evaluate)
+        return run_worker(recipe, partial(evaluate, step=args.step))
     nproc = smallest_world_size(recipe) if args.nproc is None else args.nproc
-    command = ["evaluate", str(args.run), *(word for text in args.overrides for word in ("--set", text))]
+    step = [] if args.step is None else ["--step", str(args.step)]
+    command = ["evaluate", str(args.run), *step, *(word for text in args.overrides for word in ("--set", text))]
     return launch(recipe, nproc, command, port=args.port)
 
 
@@ -97,8 +103,8 @@ def _check_validation_data(run: Path, recipe: Recipe) -> None:
         )
 
 
-def evaluate(recipe: Recipe, terminal: TextIO) -> None:
-    """As one worker of Megatron: evaluate and, as rank 0, write validation.json and the table."""
+def evaluate(recipe: Recipe, terminal: TextIO, *, step: int | None = None) -> None:
+    """As one worker of Megatron: evaluate a step (None: the newest); rank 0 writes validation.json and the table."""
     from megatron_txssm.platform import prepare_platform
 
     platform_arguments = prepare_platform()
@@ -115,7 +121,7 @@ def evaluate(recipe: Recipe, terminal: TextIO) -> None:
 
     mend_megatron()
     explain_failed_loads()
-    args = initialize_arguments([*megatron_arguments(recipe), *_evaluation_arguments(recipe), *platform_arguments])
+    args = initialize_arguments([*megatron_arguments(recipe), *evaluation_arguments(recipe, step), *platform_arguments])
     # Megatron's handler waits for the end of a training step, which does not come.
     args.exit_signal_handler = False
     hidden = args.rank > 0 or not terminal.isatty()
@@ -132,9 +138,9 @@ def evaluate(recipe: Recipe, terminal: TextIO) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _evaluation_arguments(recipe: Recipe) -> list[str]:
+def evaluation_arguments(recipe: Recipe, step: int | None) -> list[str]:
     """Behind the recipe's own, so that these hold."""
-    words = [f"--load={recipe.checkpoint.load_from}", "--no-load-optim", "--no-load-rng"]
+    words = load_options(Path(recipe.checkpoint.load_from or ""), step)
     words += whole_validation_arguments(recipe, int(os.environ["WORLD_SIZE"]))
     for flag, blend in (("--valid-data-path", recipe.data.validation), ("--data-path", recipe.data.blend)):
         # Without weights: all is read.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_txssm.checkpoint.hf_folder import is_hf_folder
-from megatron_txssm.checkpoint.saved_model import open_checkpoint
+from megatron_txssm.checkpoint.saved_model import how_to_make, open_checkpoint
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.progress import doing
@@ -19,6 +19,8 @@ from megatron_txssm.progress import doing
 EXAMPLES = (
     "txssm generate runs/demo --prompt 'def main('",
     "txssm generate exports/demo --prompt 'import os' --temperature 0 --max-new-tokens 50",
+    "txssm generate runs/transxssm_1.3b --step 20000 --prompt 'The aim of'",
+    "txssm generate --hub HuggingFaceTB/SmolLM2-135M --prompt 'The aim of'",
     "txssm generate exports/demo --prompt - --top-p 0.9 --repetition-penalty 1.1 < prompt.txt",
 )
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -27,8 +29,10 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 def add_parser(subparsers: Any) -> None:
     parser = add_verb(subparsers, "generate", EXAMPLES)
     parser.add_argument(
-        "model", metavar="CHECKPOINT_OR_HF", help="a run, its checkpoints, a Hugging Face folder, or a name on the hub"
+        "model", metavar="CHECKPOINT_OR_HF", help="a run, its checkpoints, a Hugging Face folder, or with --hub a name"
     )
+    parser.add_argument("--hub", action="store_true", help="the model is a name on the Hugging Face hub")
+    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest)")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue; -: standard input")
     parser.add_argument(
         "--max-new-tokens", type=int, default=100, metavar="N", help="stop after N tokens (default: 100)"
@@ -62,15 +66,21 @@ def run(args: argparse.Namespace) -> int:
     if not prompt:
         raise UserError("--prompt is empty; give at least one character")
     model = Path(args.model).expanduser()
-    # runs/dmo, where there is a folder runs, is a slip and no name on the hub.
-    on_the_hub = _HUB_NAME.fullmatch(args.model) and not model.parent.exists()
-    if is_hf_folder(model) or on_the_hub:
+    if args.hub or is_hf_folder(model):
+        args.model = args.model if args.hub else str(model)
         return write(args, prompt, sys.stdout)
-    args.model = open_checkpoint(model).checkpoints
+    if not os.path.exists(model) and _HUB_NAME.fullmatch(args.model):
+        raise UserError(f"{model}: no such folder; {how_to_make(model)} (add --hub for a name on the Hugging Face hub)")
+    saved = open_checkpoint(model, args.step)
+    args.model, args.step = saved.checkpoints, saved.step
     return _by_megatron(args, prompt)
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.hub and not _HUB_NAME.fullmatch(args.model):
+        raise UserError(f"--hub {args.model}: a name on the Hugging Face hub is ORGANISATION/MODEL")
+    if args.step is not None and (args.hub or is_hf_folder(Path(args.model).expanduser())):
+        raise UserError(f"--step {args.step} is of checkpoints, but {args.model} is a Hugging Face model; leave it out")
     least = {"max_new_tokens": 1, "temperature": 0, "top_k": 0}
     for name, value in least.items():
         if not getattr(args, name) >= value:
@@ -112,7 +122,7 @@ def write(args: argparse.Namespace, prompt: str, terminal: TextIO) -> int:
     with doing(f"loading {args.model}", terminal):
         if isinstance(args.model, Path):
             # A token has a byte at least.
-            decoder = MegatronDecoder(args.model, len(prompt.encode()) + args.max_new_tokens)
+            decoder = MegatronDecoder(args.model, len(prompt.encode()) + args.max_new_tokens, args.step)
         else:
             decoder = HfDecoder(args.model)
     try:

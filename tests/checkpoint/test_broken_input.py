@@ -268,7 +268,10 @@ def test_a_folder_that_is_none(sources: dict[str, Path], tmp_path: Path, refused
     file = sources["llama"] / WEIGHTS
     refused(["convert", "import", file, tmp_path / "out"], [f"{WEIGHTS} is no folder"])
     refused(["convert", "import", tmp_path, tmp_path / "out"], [f"has no {WEIGHTS}"])
-    refused(["convert", "verify", tmp_path / "none", sources["llama"]], ["none holds no checkpoint"])
+    refused(
+        ["convert", "verify", tmp_path / "none", sources["llama"]],
+        ["none: no such folder; `txssm pretrain RECIPE` makes a run, `txssm convert export RUN OUT` a Hug"],
+    )
     refused(["convert", "verify", sources["transxssm"], sources["llama"]], ["models of other sizes: in the second, "])
 
 

@@ -199,6 +199,18 @@ def test_a_wrong_option(run_folder: Path, tmp_path: Path, refused: Any) -> None:
     )
 
 
+def test_each_side_of_a_comparison_has_a_step(run_folder: Path, tmp_path: Path, refused: Any) -> None:
+    words = ["convert", "verify", run_folder, run_folder]
+    refused([*words, "--step", "3"], ["has no step 3, which --step 3 names; use --step with one of 1, 2"])
+    refused([*words, "--step-b", "3"], ["has no step 3, which --step-b 3 names; use --step-b with one of 1, 2"])
+    run = tmp_path / "copy" / "run"
+    shutil.copytree(run_folder, run)
+    cut_a_file(run)
+    refused(["convert", "verify", run_folder, run], ["is cut short", "or take another step with --step-b"])
+    (tmp_path / "config.json").touch()
+    refused(["convert", "verify", run_folder, tmp_path, "--step-b", "1"], ["--step-b 1 is of checkpoints, but "])
+
+
 def test_a_full_disk(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Any) -> None:
     import safetensors.torch
 

@@ -11,7 +11,9 @@ from megatron_txssm.checkpoint.hf_tokenizer import export_tokenizer
 from megatron_txssm.cli import main
 from megatron_txssm.data.corpus_recipe import TokenizerSource
 from megatron_txssm.data.tokenizer import train_sentencepiece
+from megatron_txssm.evaluation import generate as generate_command
 from megatron_txssm.evaluation.decoding import Sampling, sample
+from tests.checkpoint.untrained import make_run
 from tests.hf.tiny import generate, tiny_model
 
 PROMPT = "a token's own position"
@@ -95,6 +97,8 @@ def test_a_seed_gives_the_same_text(folder: Path, capsys: pytest.CaptureFixture[
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
         (["--prompt", "a", "--top-p", "0"], "--top-p 0.0 must be above 0"),
         (["--prompt", "a", "--repetition-penalty", "0"], "--repetition-penalty 0.0 must be above 0"),
+        (["--prompt", "a", "--step", "7"], "--step 7 is of checkpoints, but "),
+        (["--prompt", "a", "--hub"], "a name on the Hugging Face hub is ORGANISATION/MODEL"),
     ],
 )
 def test_a_wrong_option(folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], wanted: str) -> None:
@@ -109,3 +113,46 @@ def test_a_folder_that_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["generate", str(tmp_path), "--prompt", "a"]) == 2
     error = capsys.readouterr().err
     assert "cannot be loaded" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("runs/demo", "runs/demo: no such folder; `txssm demo` makes runs/demo (add --hub for a name on the Hugging"),
+        ("exports/mine", "no such folder; `txssm convert export runs/mine exports/mine` makes it (add --hub for"),
+        ("runs/transxssm_320m", "no such folder; `txssm pretrain transxssm_320m` makes runs/transxssm_320m"),
+        ("./runs/other", "no such folder; `txssm pretrain RECIPE` makes a run, `txssm convert export RUN OUT` a Hug"),
+        ("x" * 300, "no such folder; `txssm pretrain RECIPE` makes a run"),
+    ],
+)
+def test_what_is_not_there_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, wanted: str
+) -> None:
+    """Whether or not the folder above it is there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generate_command, "write", lambda *args: pytest.fail("it was asked for"))
+    for _ in range(2):
+        assert main(["generate", name, "--prompt", "a"]) == 2
+        error = capsys.readouterr().err
+        assert wanted in error and error.count("\n") == 1
+        (tmp_path / "runs").mkdir(exist_ok=True)
+
+
+def test_a_name_on_the_hub_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(generate_command, "write", lambda args, *rest: asked.append(args.model) or 0)
+    assert main(["generate", "--hub", "org/name-1.5", "--prompt", "a"]) == 0
+    assert asked == ["org/name-1.5"]
+
+
+def test_a_step_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path)
+    chosen = []
+    monkeypatch.setattr(
+        generate_command, "_by_megatron", lambda args, prompt: chosen.append((args.model, args.step)) or 0
+    )
+    for options in ([], ["--step", "1"]):
+        assert main(["generate", str(run), "--prompt", "a", *options]) == 0
+    assert chosen == [(run / "checkpoints", 2), (run / "checkpoints", 1)]
+    assert main(["generate", str(run), "--prompt", "a", "--step", "3"]) == 2
+    assert "has no step 3, which --step 3 names; use --step with one of 1, 2" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_txssm.cli import main
+from megatron_txssm.evaluation import evaluate as evaluate_command
 from megatron_txssm.evaluation.evaluate import evaluation_recipe
 from tests.data.corpus_fixture import make_corpus, make_recipe, random_documents
 from tests.training.tiny_run import txssm
@@ -118,6 +119,24 @@ def test_nothing_of_the_training_is_kept(run_folder: Path) -> None:
     assert recipe.run_path == run_folder / "evaluation"
     assert recipe.checkpoint.save_interval is None and recipe.checkpoint_arguments == []
     assert recipe.megatron == {"skip_train": True, "exit_duration_in_mins": None}
+
+
+@pytest.mark.slow
+def test_a_step_is_passed_on(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(evaluate_command, "launch", lambda recipe, nproc, command, port: started.append(command) or 0)
+    for options in ([], ["--step", "3"]):
+        assert main(["evaluate", str(run_folder), *options]) == 0
+    assert started == [["evaluate", str(run_folder)], ["evaluate", str(run_folder), "--step", "3"]]
+    for step, words in ((None, []), (3, ["--ckpt-step=3"])):
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        arguments = evaluate_command.evaluation_arguments(evaluation_recipe(run_folder, []), step)
+        assert f"--load={run_folder / 'checkpoints'}" in arguments
+        assert [word for word in arguments if word.startswith("--ckpt-step")] == words
+    wanted = "has no step 2, which --step 2 names; use --step with one of 3"
+    refused(["evaluate", str(run_folder), "--step", "2"], wanted, capsys)
 
 
 @pytest.mark.slow
