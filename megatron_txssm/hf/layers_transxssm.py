@@ -123,7 +123,7 @@ class TransXSSMStateSpaceMixer(nn.Module):
         before, behind = self.sizes.get("z", 0), self.sizes["dt"]
         z_BLE, xBC_BLE, dt_BLH = projected_BLE.split([before, self.conv_channels, behind], dim=-1)
         if config.position_encoding == "conv1d_d":
-            xBC_BLE, history_BEK = self._convolve(xBC_BLE, history_BEK, seq_idx)
+            xBC_BLE, history_BEK = self._convolve(xBC_BLE, history_BEK, mask_BL, seq_idx)
         x_BLE, B_BLE, C_BLE = xBC_BLE.split([self.sizes[part] for part in ("x", "B", "C")], dim=-1)
         x_BLHP = x_BLE.unflatten(-1, (-1, config.state_head_dim))
         B_BLGN, C_BLGN = (part.unflatten(-1, (-1, config.state_size)) for part in (B_BLE, C_BLE))
@@ -161,27 +161,42 @@ class TransXSSMStateSpaceMixer(nn.Module):
         y_BLE = y_BLHP.to(projected_BLE.dtype).flatten(2)
         return self.out_proj(self.norm(y_BLE, z_BLE) if config.state_gated else y_BLE)
 
-    def _convolve(self, xBC_BLE: Tensor, history_BEK: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mamba-2's causal depthwise convolution and SiLU; returns the last K-1 inputs, too.
+    def _convolve(
+        self, xBC_BLE: Tensor, history_BEK: Tensor | None, mask_BL: Tensor | None, seq_idx: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Mamba-2's causal depthwise convolution and SiLU; returns the last K-1 inputs that are no padding, too.
 
-        Where documents are packed, no tap reaches into another one's tokens.
+        No tap reaches padding, nor, where documents are packed, another one's tokens.
         """
         length, before = xBC_BLE.shape[1], self.config.conv_kernel - 1
         if history_BEK is None:
             history_BEK = xBC_BLE.new_zeros(xBC_BLE.shape[0], self.conv_channels, before)
         seen_BEL = torch.cat([history_BEK, xBC_BLE.transpose(1, 2)], dim=-1)
+        order_BL = None
+        if mask_BL is not None:
+            # Padding first, before the history: what is left is one text without gaps, whose end is the new history.
+            order_BL = F.pad(mask_BL.int(), (before, 0), value=1).argsort(dim=1, stable=True)
+            seen_BEL = seen_BEL.gather(2, order_BL[:, None].expand_as(seen_BEL))
         if seq_idx is None:
             out_BEL = self.conv1d(seen_BEL)
         else:
             bias_E: Any = self.conv1d.bias
             out_BEL = torch.zeros_like(seen_BEL[..., before:]) + bias_E[:, None]
-            documents = F.pad(seq_idx, (before, 0), value=-1)
+            # What precedes the first token are zeros, of whichever document.
+            documents = F.pad(seq_idx.expand(xBC_BLE.shape[:2]), (before, 0))
+            if order_BL is not None:
+                documents = documents.gather(1, order_BL)
             for tap in range(before + 1):
                 reach = slice(tap, tap + length)
-                same_document = (documents[:, None, reach] == seq_idx[:, None]).to(seen_BEL.dtype)
+                same_document = (documents[:, None, reach] == documents[:, None, before:]).to(seen_BEL.dtype)
                 out_BEL = out_BEL + self.conv1d.weight[:, 0, tap, None] * seen_BEL[..., reach] * same_document
         # A copy: a view would keep the inputs of the whole text in memory.
-        return F.silu(out_BEL).transpose(1, 2), seen_BEL[..., seen_BEL.shape[-1] - before :].clone()
+        history_BEK = seen_BEL[..., seen_BEL.shape[-1] - before :].clone()
+        if order_BL is not None:
+            # Back to where the tokens were; what the convolution says of padding is not used.
+            place_BL = (order_BL.argsort(dim=1)[:, before:] - before).clamp(min=0)
+            out_BEL = out_BEL.gather(2, place_BL[:, None].expand_as(out_BEL))
+        return F.silu(out_BEL).transpose(1, 2), history_BEK
 
 
 class TransXSSMGatedRMSNorm(nn.Module):

@@ -76,6 +76,21 @@ def test_padding_on_the_right_changes_nothing(variant: str) -> None:
 
 
 @variants
+@pytest.mark.parametrize("lengths", [[20, 1, 1, 8], [20, 10], [13, 7, 10], [30]], ids=str)
+@torch.no_grad()
+def test_padding_between_tokens_changes_nothing(variant: str, lengths: list[int]) -> None:
+    """A prompt with padding on the right, then more tokens; shorter rows, and one that is padding alone until then."""
+    model, ids = tiny_model(variant), random_ids(4, 30)
+    mask = torch.ones_like(ids)
+    for row, begin in enumerate((14, 11, 1, 0)):
+        mask[row, begin:20] = 0
+    logits, _ = in_parts(model, ids, lengths, mask)
+    for row, real in enumerate(mask.bool()):
+        alone = model(ids[row : row + 1, real]).logits[0]
+        assert worst_difference(logits[row, real], alone) < TOLERANCE, row
+
+
+@variants
 def test_gradients_flow_through_the_cache(variant: str) -> None:
     """Two halves of a text with the cache between them have the gradients of the whole."""
     model, ids = tiny_model(variant), random_ids(2, 40)
