@@ -7,6 +7,10 @@ class UserError(Exception):
     """A mistake the user can mend: name, value, remedy. The command line prints it and exits with 2."""
 
 
+class RequirementError(UserError, ImportError):
+    """A library that is missing, or of a version that cannot work."""
+
+
 def readable(text: str) -> str:
     """A message may hold what somebody typed or a file says: nothing that a terminal obeys, no word without an end."""
     text = "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)

@@ -1,5 +1,14 @@
 """TransXSSM as a transformers model; importing this registers it with transformers' Auto classes."""
 
+from megatron_txssm.errors import RequirementError
+
+try:
+    # First: what follows fails on other versions of transformers, and less clearly.
+    from megatron_txssm.hf.versions_transxssm import CACHE_NAME
+except ImportError as error:
+    raise RequirementError(str(error)) from None
+
+# isort: split
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from megatron_txssm.hf.cache_transxssm import TransXSSMCache
@@ -10,4 +19,4 @@ AutoConfig.register("transxssm", TransXSSMConfig)
 AutoModel.register(TransXSSMConfig, TransXSSMModel)
 AutoModelForCausalLM.register(TransXSSMConfig, TransXSSMForCausalLM)
 
-__all__ = ["TransXSSMCache", "TransXSSMConfig", "TransXSSMForCausalLM", "TransXSSMModel"]
+__all__ = ["CACHE_NAME", "TransXSSMCache", "TransXSSMConfig", "TransXSSMForCausalLM", "TransXSSMModel"]

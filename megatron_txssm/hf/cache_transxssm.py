@@ -47,7 +47,7 @@ class StateSpaceCacheLayer(LinearAttentionLayer):
 
 
 class TransXSSMCache(DynamicCache):
-    """The cache of one batch of texts: `TransXSSMCache(model.config)`, then `past_key_values` of forward or generate.
+    """The cache of one batch of texts: `TransXSSMCache(model.config)`, then `cache` of forward or generate.
 
     It counts the tokens that it has seen, as a model without attention layers has no keys that would tell.
     """
@@ -56,13 +56,15 @@ class TransXSSMCache(DynamicCache):
         kinds = {"linear_attention": StateSpaceCacheLayer, "full_attention": DynamicLayer}
         Cache.__init__(self, layers=[kinds[kind]() for kind in config.layer_types])
         self.seen_tokens = 0
+        # Its keys are those of several documents in a row, and nothing in it says which is whose.
+        self.packed = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen_tokens
 
     def reset(self) -> None:
         super().reset()
-        self.seen_tokens = 0
+        self.seen_tokens, self.packed = 0, False
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
         raise ValueError(

@@ -3,6 +3,10 @@
 Names are those of transformers where it has one, and otherwise those of the recipe's `model` section.
 """
 
+# First: what follows fails on other versions of transformers, and less clearly.
+from megatron_txssm.hf.versions_transxssm import CACHE_NAME
+
+# isort: split
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -20,7 +24,7 @@ class TransXSSMConfig(PreTrainedConfig):
     """Configuration of `TransXSSMForCausalLM`; huggingface_hub's StrictDataclassError where a field is wrong."""
 
     model_type = "transxssm"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers' own way to state it)
+    keys_to_ignore_at_inference = [CACHE_NAME]  # noqa: RUF012  (transformers' own way to state it)
 
     vocab_size: int = 50277
     hidden_size: int = 768

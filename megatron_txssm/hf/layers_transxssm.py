@@ -43,7 +43,7 @@ class TransXSSMAttention(nn.Module):
         hidden_states: Tensor,
         tables: RotaryTables,
         attention_mask: Tensor | None,
-        past_key_values: TransXSSMCache | None,
+        cache: TransXSSMCache | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """[B, L, D] → ([B, L, D], attention weights where the implementation gives them)."""
@@ -52,8 +52,8 @@ class TransXSSMAttention(nn.Module):
         if self.config.attention_position_encoding == "rope":
             q, k = apply_rotary(q, *tables[self.head_dim]), apply_rotary(k, *tables[self.head_dim])
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation or "eager", eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
         scaling = self.head_dim**-0.5
@@ -249,14 +249,14 @@ class TransXSSMDecoderLayer(GradientCheckpointingLayer):
         scale_C: Tensor | None = None,
         mask_BL: Tensor | None = None,
         seq_idx: Tensor | None = None,
-        past_key_values: TransXSSMCache | None = None,
+        cache: TransXSSMCache | None = None,
         **kwargs: Any,
     ) -> Tensor:
         normed = self.input_layernorm(hidden_states)
         if hasattr(self, "self_attn"):
-            mixed, _ = self.self_attn(normed, tables, attention_mask, past_key_values, **kwargs)
+            mixed, _ = self.self_attn(normed, tables, attention_mask, cache, **kwargs)
         else:
-            cache: Any = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-            mixed = self.mixer(normed, tables, scale_C, mask_BL, seq_idx, cache)
+            states: Any = None if cache is None else cache.layers[self.layer_idx]
+            mixed = self.mixer(normed, tables, scale_C, mask_BL, seq_idx, states)
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

@@ -5,18 +5,23 @@ It needs torch and transformers alone; on CUDA, mamba-ssm's kernels do the scan 
 B=batch  L=sequence length  R=planes of rotation (half of a vector's width)
 """
 
+# First: what follows fails on other versions of transformers, and less clearly.
+from megatron_txssm.hf.versions_transxssm import CACHE_NAME
+
+# isort: split
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
+from megatron_txssm.hf.arguments_transxssm import check_arguments, the_cache
 from megatron_txssm.hf.cache_transxssm import TransXSSMCache
 from megatron_txssm.hf.configuration_transxssm import TransXSSMConfig
 from megatron_txssm.hf.layers_transxssm import (
@@ -25,9 +30,8 @@ from megatron_txssm.hf.layers_transxssm import (
     TransXSSMDecoderLayer,
     TransXSSMStateSpaceMixer,
 )
+from megatron_txssm.hf.packing_transxssm import LENGTHS, attention_inputs, packed_documents, positions_in_documents
 from megatron_txssm.model.unified_rope import UnifiedRotaryEmbedding, length_scale
-
-logger = logging.get_logger(__name__)
 
 
 class TransXSSMPreTrainedModel(PreTrainedModel):
@@ -36,7 +40,7 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TransXSSMDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -94,38 +98,47 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
         past_key_values: TransXSSMCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: TransXSSMCache | None = None,
+        seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """`attention_mask` is 0 on padding, [B, tokens in the cache + L]; `position_ids` are [B or 1, L].
 
-        Without a mask and with nothing in the cache, position_ids that restart mark packed documents: neither attention
-        nor a state crosses their borders.
+        Documents may be packed in a row: `cu_seq_lens_q`, `seq_idx` ([B or 1, L]) or position_ids that restart say
+        where they begin. Neither attention nor a state nor a convolution crosses their borders, and positions, where
+        none are given, restart with them. `cache` and `past_key_values` are one argument.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        lengths = {name: kwargs.pop(name, None) for name in LENGTHS}
+        check_arguments(kwargs)
+        cache = the_cache(cache, past_key_values)
         hidden_states: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and self.training and self.gradient_checkpointing:
-            logger.warning_once("use_cache=True has no effect under gradient checkpointing")
-            use_cache, past_key_values = False, None
-        if use_cache and past_key_values is None:
-            past_key_values = TransXSSMCache(self.config)
-        check_cache(past_key_values)
-        seen, length = (past_key_values.get_seq_length() if past_key_values else 0), hidden_states.shape[1]
+        if self.training and self.gradient_checkpointing and torch.is_grad_enabled():
+            if cache is not None:
+                raise ValueError(
+                    "gradient checkpointing computes each layer twice, and a cache would take its tokens twice; leave "
+                    "the cache out, or compute under torch.no_grad()"
+                )
+            use_cache = False
+        if use_cache and cache is None:
+            cache = TransXSSMCache(self.config)
+        seen, (batch, length) = (cache.get_seq_length() if cache else 0), hidden_states.shape[:2]
         mask_BL = _padding(attention_mask, seen, length)
-        seq_idx = None
+        if seen:
+            check_continues(cache, seq_idx, lengths["cu_seq_lens_q"])
+            documents_BL = None
+        else:
+            documents_BL = packed_documents((batch, length), seq_idx, lengths["cu_seq_lens_q"], position_ids, mask_BL)
         if position_ids is None:
-            position_ids = _positions(attention_mask, seen, length, hidden_states.device)
-        elif attention_mask is None and not seen:
-            seq_idx = find_packed_sequence_indices(position_ids)
-        causal_mask = None
+            if documents_BL is None:
+                position_ids = _positions(attention_mask, seen, length, hidden_states.device)
+            else:
+                position_ids = positions_in_documents(documents_BL, mask_BL)
+        causal_mask, kernel = None, dict[str, Any]()
         if self.config.has_attention:
-            causal_mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=hidden_states,
-                attention_mask=attention_mask,
-                # transformers looks for packed documents only where there is no cache, be it empty.
-                past_key_values=past_key_values if seen else None,
-                position_ids=position_ids,
+            causal_mask, kernel = attention_inputs(
+                self.config, hidden_states, attention_mask, cache, documents_BL, lengths
             )
         scale_C = None
         if self.config.length_scaling_base is not None:
@@ -139,15 +152,17 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
                 attention_mask=causal_mask,
                 scale_C=scale_C,
                 mask_BL=mask_BL,
-                seq_idx=seq_idx,
-                past_key_values=past_key_values,
+                seq_idx=documents_BL,
+                cache=cache,
+                **kernel,
                 **kwargs,
             )
-        if past_key_values is not None:
-            past_key_values.seen_tokens += length
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
-        )
+        if cache is not None:
+            cache.seen_tokens += length
+            # What a graph is compiled for need not be packed.
+            cache.packed |= documents_BL is not None and not is_tracing(documents_BL)
+        returned: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **returned)
 
     def _tables(self, position_ids: Tensor) -> RotaryTables:
         """Cosines and sines, once for all layers; attention's heads and the state take theirs from one spectrum."""
@@ -165,15 +180,16 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
         return tables
 
 
-def check_cache(past_key_values: Any) -> None:
-    """TypeError for another class's cache, which could not hold the states.
-
-    By what ours has and no other, not by its class: a model that was loaded with its own code has its own class.
-    """
-    if past_key_values is not None and not hasattr(past_key_values, "seen_tokens"):
-        raise TypeError(
-            f"past_key_values is a {type(past_key_values).__name__}, which cannot hold the states of state-space "
-            "layers; use TransXSSMCache(model.config), or leave it to generate()"
+def check_continues(cache: TransXSSMCache, seq_idx: Tensor | None, cu_seq_lens: Tensor | None) -> None:
+    """ValueError where tokens behind a cache cannot be told to which document they belong."""
+    if cache.packed:
+        raise ValueError(
+            "the cache holds packed documents, and nothing says which of them goes on; read one document in each row"
+        )
+    if seq_idx is not None or cu_seq_lens is not None:
+        raise ValueError(
+            f"seq_idx and cu_seq_lens_q mark documents of a text that begins, and the cache holds {cache.seen_tokens} "
+            "tokens of one; leave them out, or the cache"
         )
 
 
@@ -186,14 +202,14 @@ def _padding(attention_mask: Tensor | None, seen: int, length: int) -> Tensor | 
             f"attention_mask.shape={list(attention_mask.shape)} does not fit {seen} tokens in the cache and {length} "
             f"new ones; use [batch, {seen + length}], 0 on padding"
         )
-    return attention_mask[:, -length:]
+    return attention_mask[:, -length:].bool()
 
 
 def _positions(attention_mask: Tensor | None, seen: int, length: int, device: torch.device) -> Tensor:
     """[B or 1, L]: the number of tokens before each one, padding not counted."""
     if attention_mask is None:
         return torch.arange(seen, seen + length, device=device)[None]
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    return (attention_mask.bool().long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
 
 
 class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
@@ -219,6 +235,8 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: TransXSSMCache | None = None,
+        seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, L, vocab_size], of the last `logits_to_keep` tokens where it is not 0; with `labels` the loss.
@@ -229,9 +247,10 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=the_cache(cache, past_key_values),
+            seq_idx=seq_idx,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -242,9 +261,9 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     def _prepare_cache_for_generation(
@@ -257,9 +276,9 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
                 f"cache_implementation={implementation!r} holds keys and values, but no states of state-space layers; "
                 "leave it out: the states are of constant size as they are"
             )
-        check_cache(model_kwargs.get("past_key_values"))
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = TransXSSMCache(self.config)
+        given = the_cache(model_kwargs.get("cache"), model_kwargs.get("past_key_values"))
+        if given is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE_NAME] = TransXSSMCache(self.config)
             return None
         default: Any = super()
         return default._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

@@ -100,7 +100,7 @@ def test_caches_without_states_are_refused_by_name(implementation: str) -> None:
 def test_caches_without_states_are_refused_as_objects(kind: Any, variant: str) -> None:
     model, ids = tiny_model(variant), random_ids(1, 9)
     options: dict[str, Any] = {"max_cache_len": 32} if kind is StaticCache else {}
-    message = rf"past_key_values is a {kind.__name__}, .* use TransXSSMCache\(model.config\)"
+    message = rf"the cache is a {kind.__name__}, .* use TransXSSMCache\(model.config\)"
     with pytest.raises(TypeError, match=message):
         model(ids, past_key_values=kind(config=model.config, **options))
     with pytest.raises(TypeError, match=message):
