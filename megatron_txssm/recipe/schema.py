@@ -448,13 +448,16 @@ class Logging:
         ),
     )
     tensorboard: bool = setting(
-        "write TensorBoard files to tensorboard/ in the run directory",
+        "write TensorBoard files to tensorboard/ in the run directory; with W&B always",
         "--tensorboard-dir",
         default=True,
-        render=lambda on, recipe: ["--tensorboard-dir", str(recipe.run_path / "tensorboard")] if on else [],
+        # Megatron sends W&B what it writes to TensorBoard, and nothing without it.
+        render=lambda on, recipe: (
+            ["--tensorboard-dir", str(recipe.run_path / "tensorboard")] if on or recipe.logging.wandb_project else []
+        ),
     )
     wandb_project: str | None = setting(
-        "Weights & Biases project; null: no W&B",
+        "Weights & Biases project, where a resumed run stays the same run; null: no W&B",
         "--wandb-project",
         "--wandb-save-dir",
         default=None,

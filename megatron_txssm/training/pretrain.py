@@ -87,6 +87,7 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     from megatron_txssm.compat import mend_megatron
     from megatron_txssm.training.forward_step import datasets_provider, forward_step
     from megatron_txssm.training.monitor import TrainingMonitor
+    from megatron_txssm.training.wandb_run import name_wandb_run
 
     mend_megatron()
     explain_failed_loads()
@@ -98,6 +99,7 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
         if args.fp8 and args.transformer_impl == "local":
             emulated = f"FP8 ({args.fp8_recipe}) is emulated, as there is no Transformer Engine"
             print(f"{emulated}: same rounding, no speed", file=terminal, flush=True)
+    name_wandb_run(recipe)
     prepare_saves(recipe, args.rank)
     # Megatron's handler saves and stops at SIGTERM, which clusters send; a person's Ctrl-C shall do the same.
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))

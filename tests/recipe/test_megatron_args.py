@@ -86,6 +86,8 @@ def test_sequence_parallelism_needs_tensor_parallelism() -> None:
 def test_without_an_interval_nothing_is_saved() -> None:
     args = parsed("demo_cpu", "checkpoint.save_interval=null", "logging.tensorboard=false")
     assert args.save is args.load is args.tensorboard_dir is None
+    args = parsed("demo_cpu", "logging.wandb_project=trial", "logging.tensorboard=false")
+    assert args.tensorboard_dir == "runs/demo/tensorboard", "without it, Megatron sends nothing to W&B"
 
 
 def test_a_command_line_that_megatron_cannot_parse() -> None:
