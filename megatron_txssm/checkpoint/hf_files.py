@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from megatron_txssm.checkpoint.hf_config import hf_config
 from megatron_txssm.checkpoint.hf_tokenizer import export_tokenizer, padding_id
 from megatron_txssm.checkpoint.kept_tokenizer import tokenizer_source
 from megatron_txssm.checkpoint.layouts import ARCHITECTURES
+from megatron_txssm.checkpoint.logged_losses import losses_at
 from megatron_txssm.checkpoint.verify import Proof, sample_text
 from megatron_txssm.data.manifest import TokenizerFacts
 from megatron_txssm.errors import UserError, readable
@@ -120,37 +120,8 @@ def _figures(export: Export) -> dict[str, str]:
         "precision": recipe.training.precision,
         "peak learning rate": f"{recipe.optimizer.learning_rate:g}",
     }
-    run = export.saved.checkpoints.parent
-    losses = _last_losses(run / "metrics.jsonl", step)
-    sets = _validation(run / "evaluation" / "validation.json", step)
-    losses |= {f"validation loss, {name}": entry["loss"] for name, entry in sets.items()}
+    losses = losses_at(export.saved.checkpoints.parent, step)
     return figures | {name: f"{loss:.4f} nats per token" for name, loss in losses.items()}
-
-
-def _last_losses(file: Path, step: int) -> dict[str, float]:
-    """Of the last lines of metrics.jsonl up to a step."""
-    if not file.is_file():
-        return {}
-    found: dict[str, float] = {}
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for line in deque(lines, maxlen=10_000):
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                # The line that a killed run was writing.
-                continue
-            if entry.get("iteration", step + 1) <= step:
-                found |= {name: entry[f"{name}lm loss"] for name in ("", "validation ") if f"{name}lm loss" in entry}
-    return {f"{name or 'training '}loss": loss for name, loss in found.items()}
-
-
-def _validation(file: Path, step: int) -> dict[str, Any]:
-    """By `txssm evaluate`, where it was run at this step."""
-    try:
-        found = json.loads(file.read_bytes())
-        return found["sets"] if found["step"] == step else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

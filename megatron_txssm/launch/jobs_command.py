@@ -9,7 +9,7 @@ from typing import Any
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
-from megatron_txssm.launch.run_folder import last_step
+from megatron_txssm.launch.run_folder import current_step
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.table import print_table
 
@@ -53,7 +53,7 @@ def _step(run: Path) -> str:
         total = f"{load_recipe(run / 'recipe.yaml').train_iters:,}"
     except UserError:
         total = "?"
-    return f"{last_step(run / 'metrics.jsonl') or 0:,} of {total}"
+    return f"{current_step(run / 'metrics.jsonl') or 0:,} of {total}"
 
 
 def _shown(folder: Path) -> str:

@@ -143,6 +143,13 @@ def last_step(metrics: Path, offset: int = 0) -> int | None:
     return max(steps, default=None)
 
 
+def current_step(metrics: Path) -> int | None:
+    """The step of the last line: a resumed run may have gone back. Only the end of the file is read."""
+    offset = metrics.stat().st_size - 65536 if metrics.exists() else 0
+    steps = [line["iteration"] for line in metrics_lines(metrics, max(0, offset)) if "grad_norm" in line]
+    return steps[-1] if steps else None
+
+
 def metrics_lines(metrics: Path, offset: int = 0) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; one that a kill cut off is left out."""
     lines = []

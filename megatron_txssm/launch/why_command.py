@@ -11,7 +11,7 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
 from megatron_txssm.launch.diagnosis import close, recorded
 from megatron_txssm.launch.preflight import is_finished
-from megatron_txssm.launch.run_folder import Attempt, attempts, find_run, last_step
+from megatron_txssm.launch.run_folder import Attempt, attempts, current_step, find_run
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 
@@ -75,7 +75,7 @@ def _now(recipe: Recipe, job: slurm.Job | None, running: Attempt | None) -> str:
     ago = f", {time.time() - metrics.stat().st_mtime:.0f} s ago" if metrics.exists() else ""
     return (
         f"attempt {running.number} of job {job.job_id} is {job.state} on {job.nodes}: "
-        f"step {last_step(metrics) or 0} of {recipe.train_iters}{ago}"
+        f"step {current_step(metrics) or 0} of {recipe.train_iters}{ago}"
     )
 
 

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.run_folder import Attempt, attempts, find_run, last_step, new_attempt, read_submission
+from megatron_txssm.launch.run_folder import (
+    Attempt,
+    attempts,
+    current_step,
+    find_run,
+    last_step,
+    new_attempt,
+    read_submission,
+)
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from tests.launch.some_attempt import some_attempt
@@ -186,9 +194,18 @@ def test_steps_behind_a_torn_line_count(tmp_path: Path) -> None:
 
 
 def test_no_step(tmp_path: Path) -> None:
-    assert last_step(tmp_path / "metrics.jsonl") is None
-    (tmp_path / "metrics.jsonl").write_text('{"iteration": 9, "validation loss": 3.0}\n')
-    assert last_step(tmp_path / "metrics.jsonl") is None
+    metrics = tmp_path / "metrics.jsonl"
+    assert last_step(metrics) is current_step(metrics) is None
+    metrics.write_text('{"iteration": 9, "validation loss": 3.0}\n')
+    assert last_step(metrics) is current_step(metrics) is None
+
+
+def test_a_run_that_went_back_is_where_its_last_line_is(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    steps = [*range(1, 1001), *range(801, 901)]
+    metrics.write_text("".join(f'{{"iteration": {step}, "grad_norm": 1.0, "x": "{"y" * 90}"}}\n' for step in steps))
+    assert metrics.stat().st_size > 65536
+    assert (last_step(metrics), current_step(metrics)) == (1000, 900)
 
 
 # --- Finding a run.

@@ -1,0 +1,47 @@
+"""The losses that a run has on file for one of its steps, as a model card states them."""
+
+import json
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+
+def losses_at(run: Path, step: int) -> dict[str, float]:
+    """Nats per token of training and of each validation set: by `txssm evaluate`, or else the newest on file."""
+    logged = _newest(run / "metrics.jsonl", step)
+    losses = {"training loss": logged.pop("lm loss")[1]} if "lm loss" in logged else {}
+    if evaluated := _evaluated(run / "evaluation" / "validation.json", step):
+        return losses | {f"validation loss, {name}": entry["loss"] for name, entry in evaluated.items()}
+    for key, (at, loss) in logged.items():
+        name = key.removeprefix("validation").removesuffix(" lm loss").removeprefix("-")
+        words = ["validation loss", *([name] if name else []), *([f"at step {at:,}"] if at != step else [])]
+        losses[", ".join(words)] = loss
+    return losses
+
+
+def _newest(metrics: Path, step: int) -> dict[str, tuple[int, float]]:
+    """Loss -> (its step, its value), up to `step`; a run that went back wrote steps again, and the last lines count."""
+    if not metrics.is_file():
+        return {}
+    found: dict[str, tuple[int, float]] = {}
+    with metrics.open(encoding="utf-8", errors="replace") as lines:
+        for line in deque(lines, maxlen=10_000):
+            try:
+                entry = json.loads(line)
+                at = int(entry["iteration"])
+                losses = {k: float(v) for k, v in entry.items() if k == "lm loss" or k.startswith("validation")}
+            except (ValueError, TypeError, KeyError, AttributeError):
+                # The line that a killed run was writing.
+                continue
+            if at <= step:
+                found |= {key: (at, loss) for key, loss in losses.items() if key not in found or at >= found[key][0]}
+    return found
+
+
+def _evaluated(file: Path, step: int) -> dict[str, Any]:
+    """By `txssm evaluate`, where it was run at this step."""
+    try:
+        found = json.loads(file.read_bytes())
+        return found["sets"] if found["step"] == step else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
