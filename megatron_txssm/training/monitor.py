@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,7 +19,7 @@ from megatron_txssm.compat import get_args
 from megatron_txssm.planning.flops import flops_per_token
 from megatron_txssm.planning.parameters import ModelSizes
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.training.display import make_display
+from megatron_txssm.training.display import BarDisplay, PlainDisplay, make_display
 
 
 class TrainingMonitor:
@@ -35,7 +36,7 @@ class TrainingMonitor:
     def __init__(self, recipe: Recipe, terminal: TextIO):
         self.args = get_args()
         self.metrics_file = recipe.run_path / "metrics.jsonl"
-        self.display = None
+        self.display: PlainDisplay | BarDisplay | None = None
         if self.args.rank == 0:
             end_last_line(self.metrics_file)
             self.display = make_display(terminal, self.args.train_iters)
@@ -134,12 +135,10 @@ class TrainingMonitor:
             "model_tflops_per_second_per_rank": self.interval_flops / seconds / 1e12 / self.args.world_size,
             "peak_memory_bytes": torch.cuda.max_memory_allocated(),
         }
-        if self.display:
-            self._write(metrics)
+        self._write(metrics)
         if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
             self.interval_seconds, self.interval_tokens, self.interval_flops = 0.0, 0, 0.0
-            if self.display:
-                self.display.step(metrics | {"skipped_steps": self.skipped_steps})
+            self._show(lambda display: display.step(metrics | {"skipped_steps": self.skipped_steps}))
             # Megatron keeps its writers on the last rank.
             if writer := get_tensorboard_writer():
                 writer.add_scalar("tokens-per-second", tokens_per_second, iteration)
@@ -160,15 +159,25 @@ class TrainingMonitor:
         }
         losses = _from_last_stage(losses)
         iteration = self.args.iteration if self.iteration is None else self.iteration
-        if self.display and losses:
+        if losses:
             self._write({"iteration": iteration, **losses})
-            self.display.note(f"iteration {iteration} | " + " | ".join(f"{k} {v:.4f}" for k, v in losses.items()))
+            words = " | ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+            self._show(lambda display: display.note(f"iteration {iteration} | {words}"))
 
     def close(self) -> None:
-        if self.display:
-            self.display.close()
+        self._show(lambda display: display.close())
+
+    def _show(self, what: Callable[[PlainDisplay | BarDisplay], None]) -> None:
+        """The terminal may be gone, by a hang-up or with the reader of a pipe: the training goes on without it."""
+        if self.display is not None:
+            try:
+                what(self.display)
+            except OSError:
+                self.display = None
 
     def _write(self, metrics: dict[str, Any]) -> None:
+        if self.args.rank > 0:
+            return
         with open(self.metrics_file, "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
 

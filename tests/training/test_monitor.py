@@ -237,3 +237,15 @@ def test_a_line_that_a_kill_cut_off_does_not_spoil_the_next(
         *_, last = file.read_text().splitlines()
         assert json.loads(last)["lm loss"] == 4.0
         assert file.read_text().count("\n") == before.count("\n") + 1 + (not before.endswith("\n") and before != "")
+
+
+def test_a_training_outlives_its_terminal(megatron: FakeMegatron, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(text: str) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(megatron.terminal, "write", gone)
+    for iteration in (1, 2):
+        megatron.step(iteration)
+    megatron.validate({"lm loss": torch.tensor(3.0)})
+    megatron.monitor.close()
+    assert [line["iteration"] for line in megatron.metrics] == [1, 2, 2]
