@@ -245,6 +245,13 @@ def _check_data(recipe: Recipe) -> None:
         raise UserError(
             f"data.split={data.split!r} needs data.blend; a corpus, data.train and data.validation are used whole"
         )
+    tested = any(share.strip(" 0.") for share in (data.split or "").split(",")[2:])
+    # `txssm evaluate` sets the latter, and leaves the test set alone.
+    if tested and recipe.logging.eval_iters is None and not recipe.megatron.get("skip_train"):
+        raise UserError(
+            f"data.split={data.split!r} has a test set, which Megatron cannot read whole after the training; "
+            "set its share, the third, to 0, or logging.eval_iters to a number of batches"
+        )
     if data.train and not data.validation and recipe.logging.eval_iters != 0:
         raise UserError("data.validation is missing; state it, or set logging.eval_iters=0")
     if data.corpus is None and recipe.tokenizer_type != "NullTokenizer" and not data.tokenizer_model:

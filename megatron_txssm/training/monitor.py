@@ -20,6 +20,7 @@ from megatron_txssm.planning.flops import flops_per_token
 from megatron_txssm.planning.parameters import ModelSizes
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.training.display import BarDisplay, PlainDisplay, make_display
+from megatron_txssm.training.validation_sets import of_each_set
 
 
 class TrainingMonitor:
@@ -56,8 +57,8 @@ class TrainingMonitor:
     def install(self) -> None:
         """Hook into Megatron's loop, which offers no callbacks of its own."""
         log, step = megatron_training.training_log, megatron_training.train_step
-        log_signature = inspect.signature(log)
         evaluate, evaluate_all = megatron_training.evaluate, megatron_training.evaluate_and_print_results
+        log_signature, evaluate_signature = inspect.signature(log), inspect.signature(evaluate_all)
 
         @functools.wraps(step)
         def timed_step(*args: Any, **kwargs: Any) -> Any:
@@ -85,13 +86,16 @@ class TrainingMonitor:
 
         @functools.wraps(evaluate_all)
         def evaluate_all_and_report(*args: Any, **kwargs: Any) -> Any:
+            call = evaluate_signature.bind(*args, **kwargs)
+            told = call.arguments
             # Megatron says which data it is in words: "iteration 9 on test set".
-            data = "test" if str(args[0]).endswith("test set") else "validation"
+            data = "test" if told["prefix"].endswith("test set") else "validation"
             # At its end, Megatron validates the step again that it has just validated.
             if self.validated == (self.iteration, data):
                 return None
+            told["data_iterator"] = of_each_set(told["data_iterator"], self.args)
             self.validation_losses = []
-            result = evaluate_all(*args, **kwargs)
+            result = evaluate_all(*call.args, **call.kwargs)
             self.on_validation(data)
             return result
 

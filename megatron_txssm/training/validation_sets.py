@@ -35,6 +35,17 @@ def samples_of_one_validation(args: Any) -> int:
     return args.eval_iters * args.eval_global_batch_size
 
 
+def of_each_set(iterators: Any, args: Any) -> Any:
+    """Megatron's iterators, as its validation of several sets reads them: for each set those of all virtual stages.
+
+    Megatron hands over for each virtual stage those of all sets, and would give a stage the tokens of one set and the
+    next stage the labels of another.
+    """
+    if args.multiple_validation_sets and args.virtual_pipeline_model_parallel_size is not None:
+        return [list(of_set) for of_set in zip(*iterators, strict=True)]
+    return iterators
+
+
 class FirstSamples:
     """The first `count` of `samples`, over and over: a loader that moves on reads them again.
 

@@ -113,6 +113,7 @@ from megatron_txssm.recipe.validate import check_files, data_parallel_size, vali
         ),
         ("demo_cpu", ["data.train=a", "data.validation=null"], "data.validation is missing"),
         ("demo_cpu", ["data.blend=x"], "data.blend needs data.split"),
+        ("demo_cpu", ["data.blend=x", "data.split='98,1,1'"], "data.split='98,1,1' has a test set, which Megatron"),
         ("demo_cpu", ["data.split='9,1,0'"], "data.split='9,1,0' needs data.blend"),
         (
             "demo_cpu",
@@ -125,6 +126,16 @@ def test_a_contradiction_names_value_and_remedy(name: str, overrides: list[str],
     with pytest.raises(UserError) as error:
         load_recipe(name, overrides)
     assert wanted in str(error.value)
+
+
+def test_a_test_set_of_a_few_batches_or_beside_an_evaluation() -> None:
+    blend = ["data.corpus=null", "data.blend=x", "data.tokenizer_type=NullTokenizer"]
+    for split, other in (
+        ("99,1,0.0", "name=a"),
+        ("98,1,1", "logging.eval_iters=3"),
+        ("98,1,1", "megatron.skip_train=true"),
+    ):
+        load_recipe("demo_cpu", [*blend, f"data.split='{split}'", other])
 
 
 @pytest.mark.parametrize(

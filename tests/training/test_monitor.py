@@ -48,6 +48,8 @@ class FakeMegatron:
             consumed_train_samples=0,
             pipeline_model_parallel_size=1,
             validation_set_names=None,
+            multiple_validation_sets=True,
+            virtual_pipeline_model_parallel_size=None,
         )
         vars(self.args).update(changes)
         self.clock = clock
@@ -85,9 +87,9 @@ class FakeMegatron:
         self.logged.append(learning_rate)
         return "logged"
 
-    def _evaluate_all(self, prefix: str, sets: list[Any]) -> None:
+    def _evaluate_all(self, prefix: str, data_iterator: list[Any]) -> None:
         self.validations += 1
-        for losses in sets:
+        for losses in data_iterator:
             self.loop.evaluate(losses)
 
     def step(

@@ -13,7 +13,7 @@ from megatron.core.datasets.utils import Split
 from megatron.training.datasets.data_samplers import MegatronFullValidationSampler, MegatronPretrainingSampler
 
 from megatron_txssm.recipe.loader import load_recipe
-from megatron_txssm.training.validation_sets import WholeSet, by_subset, fixed_validation
+from megatron_txssm.training.validation_sets import WholeSet, by_subset, fixed_validation, of_each_set
 from tests.data.corpus_fixture import make_corpus, make_recipe, random_documents
 from tests.training.tiny_run import VOCAB_SIZE, TinyRun
 
@@ -112,6 +112,15 @@ def test_a_set_read_whole_counts_each_sample_once(ranks: int) -> None:
         assert len({len(MegatronFullValidationSampler(len(samples), rank, ranks)) for rank in range(ranks)}) == 1
 
 
+def test_virtual_stages_read_the_same_set() -> None:
+    of_stages = [["web 0", "books 0", "code 0"], ["web 1", "books 1", "code 1"]]
+    several = {"multiple_validation_sets": True, "virtual_pipeline_model_parallel_size": 2}
+    wanted = [["web 0", "web 1"], ["books 0", "books 1"], ["code 0", "code 1"]]
+    assert of_each_set(of_stages, megatrons(**several)) == wanted
+    for less in ({"multiple_validation_sets": False}, {"virtual_pipeline_model_parallel_size": None}):
+        assert of_each_set(of_stages, megatrons(**several | less)) is of_stages
+
+
 def test_where_nothing_is_validated() -> None:
     assert fixed_validation(None, megatrons()) is None
     samples = Samples(5)
@@ -130,8 +139,10 @@ def test_a_recipe_names_a_set_for_each_subset(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_pipeline_with_larger_micro_batches_reads_a_set_whole(tiny: TinyRun) -> None:
-    layout = ["parallel.pipeline_model_parallel_size=2", "training.micro_batch_size=2"]
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_pipeline_with_larger_micro_batches_reads_a_set_whole(tiny: TinyRun, stages: int) -> None:
+    layout = ["parallel.pipeline_model_parallel_size=2", "training.micro_batch_size=2", "model.num_layers=4"]
+    layout.append(f"parallel.virtual_pipeline_stages={stages}")
     done = tiny.pretrain(fields=[*layout, "logging.eval_iters=null", "training.train_iters=1"])
     assert done.code == 0, done.stdout + done.stderr
     last = json.loads((tiny.run / "metrics.jsonl").read_text().splitlines()[-1])
