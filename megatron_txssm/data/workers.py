@@ -9,6 +9,7 @@ import signal
 import threading
 
 from megatron_txssm.data.corpus_recipe import CorpusRecipe
+from megatron_txssm.process_limits import check_temporary_folder
 
 # What a task imports. The command itself has no need of it.
 _IMPORTS = ["megatron_txssm.data.local_task", "gigatoken", "tokenizers"]
@@ -16,6 +17,7 @@ _IMPORTS = ["megatron_txssm.data.local_task", "gigatoken", "tokenizers"]
 
 def start_worker_server() -> multiprocessing.context.ForkServerContext:
     """Start the server, unless it runs; called early, it imports while the command prepares (idempotent)."""
+    check_temporary_folder()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTS)
     # It inherits this: a Ctrl-C while it imports is the command's business alone.

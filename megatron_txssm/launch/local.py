@@ -12,8 +12,16 @@ from typing import Any
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.environment import adopt_slurm_step, is_worker
-from megatron_txssm.launch.preflight import changed_data, check_run, is_finished, make_run_directory, saved_step
+from megatron_txssm.launch.preflight import (
+    changed_data,
+    check_machine,
+    check_run,
+    is_finished,
+    make_run_directory,
+    saved_step,
+)
 from megatron_txssm.launch.run_lock import check_not_running
+from megatron_txssm.process_limits import allow_open_files
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 
@@ -72,6 +80,8 @@ def launch(recipe: Recipe, nproc: int, command: list[str], *, port: int | None =
     if is_finished(recipe):
         print(f"{recipe.name}: finished before; {recipe.checkpoint_path} holds step {recipe.train_iters}")
         return 0
+    check_machine(recipe, nproc)
+    allow_open_files()
     check_not_running(recipe)
     make_run_directory(recipe)
     print(f"{recipe.name}: {nproc} process{'es' if nproc > 1 else ''}, run directory {recipe.run_path}", flush=True)

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--address", help="HOST:PORT of the rendezvous")
     parser.add_argument("--gpus", type=int, help="GPUs that the job has on this node")
     parser.add_argument("--free-bytes", type=int, help="that a checkpoint needs")
+    parser.add_argument("--open-files", type=int, default=0, help="that a rank keeps open")
     args = parser.parse_args()
     print(json.dumps(report(args)), flush=True)
 
@@ -52,6 +54,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     clock = _clock_offset(args.address, problems)
     _check_gpus(args.gpus, problems, warnings)
     _check_folder(args, problems)
+    _check_open_files(args.open_files, problems)
     for name, default in CACHES.items():
         folder = os.path.realpath(os.path.expanduser(os.environ.get(name, default)))
         if (kind := _file_system(folder)).startswith(_NETWORK):
@@ -126,6 +129,12 @@ def _check_folder(args: argparse.Namespace, problems: list[str]) -> None:
         return
     if free < needed:
         problems.append(f"{args.checkpoints} has {free:.1f} GB left; a checkpoint takes {needed:.1f} GB")
+
+
+def _check_open_files(needed: int, problems: list[str]) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        problems.append(f"a process may have {hard} files open (ulimit -Hn); for its shards a rank needs {needed}")
 
 
 def _check_owner(name: str, folder: str, problems: list[str]) -> None:

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.data.manifest import write_json
+from megatron_txssm.errors import UserError
 from megatron_txssm.launch.environment import rendezvous_port, srun_words, step_python
+from megatron_txssm.launch.preflight import number_of_shards
 from megatron_txssm.planning.parameters import checkpoint_bytes
+from megatron_txssm.process_limits import open_files
 from megatron_txssm.recipe.loader import find_recipe
 from megatron_txssm.recipe.recipe import Recipe
 
@@ -68,6 +71,7 @@ class NodePreflight:
             f"--address={self.nodes[0]}:{self.port}",
             f"--gpus={gpus_on_node()}",
             f"--free-bytes={checkpoint_bytes(self.recipe) if saves else 0}",
+            f"--open-files={self._open_files()}",
         ]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as srun:
             try:
@@ -77,6 +81,13 @@ class NodePreflight:
                 output, _ = srun.communicate()
         lines = [line for line in output.splitlines() if line.startswith('{"node": ')]
         return [json.loads(line) for line in lines]
+
+    def _open_files(self) -> int:
+        """Of a rank; 0 where the data cannot be read, which the ranks say."""
+        try:
+            return open_files(number_of_shards(self.recipe))
+        except UserError:
+            return 0
 
 
 def find_problems(reports: list[dict[str, Any]], nodes: list[str]) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.planning.parameters import checkpoint_bytes
+from megatron_txssm.process_limits import check_open_files, check_shared_memory, check_temporary_folder
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import check_files, validate
@@ -28,6 +29,9 @@ _SCHEDULE = (
 )
 # Megatron's arguments: the recipe's schedule holds, or the checkpoint's.
 _SCHEDULE_SWITCHES = ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")
+# The processes of Megatron's data loader, the batches that each prepares, and the bytes of a token in one: itself, its
+# label, its weight in the loss and its position.
+_LOADERS, _BATCHES_AHEAD, _BYTES_A_TOKEN = 2, 2, 8 + 8 + 4 + 8
 
 
 def check_run(recipe: Recipe, world_size: int) -> None:
@@ -39,6 +43,26 @@ def check_run(recipe: Recipe, world_size: int) -> None:
     check_checkpoint(recipe)
     if not is_finished(recipe):
         check_room(recipe)
+
+
+def check_machine(recipe: Recipe, processes: int) -> None:
+    """UserError where this machine cannot hold what `processes` ranks of the run need of it."""
+    check_temporary_folder()
+    check_open_files(number_of_shards(recipe))
+    stated = {key.lstrip("-").replace("-", "_"): value for key, value in recipe.megatron.items()}
+    loaders = _LOADERS if stated.get("num_workers") is None else int(stated["num_workers"])
+    batch = recipe.training.micro_batch_size * recipe.training.seq_length * _BYTES_A_TOKEN
+    check_shared_memory(processes * loaders * _BATCHES_AHEAD * batch)
+
+
+def number_of_shards(recipe: Recipe) -> int:
+    """Token files of the run, each named by its prefix."""
+    if recipe.data.corpus is None:
+        return sum(len(blend or ()) for blend in (recipe.data.train, recipe.data.validation, recipe.data.blend))
+    from megatron_txssm.data.blend import recipe_blend
+
+    blend = recipe_blend(recipe)
+    return len(blend.shards("train")) + len(blend.shards("validation"))
 
 
 def check_checkpoint(recipe: Recipe) -> None:

@@ -238,7 +238,9 @@ def coalesce_by_dtype(group: Any, device: Any = None, async_ops: bool = False) -
 
     assert device is None, "gloo coalesces the calls that torch has collected, not those of a device"
     collected = distributed_c10d._world.pg_coalesce_state
-    assert not collected.setdefault(group, []), "calls are being coalesced already"
+    assert not collected.get(group), "calls are being coalesced already"
+    # Outside an assert, which python -O leaves out: torch coalesces the calls of a group that is in here.
+    collected.setdefault(group, [])
     manager = distributed_c10d._CoalescingManager()
     yield manager
     calls = collected.pop(group)

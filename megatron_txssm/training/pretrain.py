@@ -11,8 +11,9 @@ from typing import Any, TextIO
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.environment import attempt_folder, end_process, end_with_launcher
-from megatron_txssm.launch.preflight import check_run, is_finished, make_run_directory
+from megatron_txssm.launch.preflight import check_machine, check_run, is_finished, make_run_directory
 from megatron_txssm.launch.run_lock import RunLock
+from megatron_txssm.process_limits import allow_open_files
 from megatron_txssm.recipe.megatron_args import (
     megatron_arguments,
     parse_megatron_arguments,
@@ -20,7 +21,7 @@ from megatron_txssm.recipe.megatron_args import (
 )
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.training.output import redirect_output
-from megatron_txssm.training.saving import keep_recipe, prepare_saves
+from megatron_txssm.training.saving import NOT_FINITE, explain_not_finite, keep_recipe, prepare_saves
 
 
 def run_worker(recipe: Recipe, work: Callable[[Recipe, TextIO], None] | None = None) -> int:
@@ -39,6 +40,9 @@ def run_worker(recipe: Recipe, work: Callable[[Recipe, TextIO], None] | None = N
             if rank == 0:
                 print(f"{recipe.name}: finished before; {recipe.checkpoint_path} holds step {recipe.train_iters}")
             return 0
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            check_machine(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+        allow_open_files()
         make_run_directory(recipe)
         with RunLock(recipe) if rank == 0 else contextlib.nullcontext():
             terminal = redirect_output(log)
@@ -114,6 +118,8 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
         )
     except SystemExit as stop:  # Megatron's way out after an exit signal, interval or duration: all is saved
         # Its bare sys.exit() follows an error message.
+        if stop.code in NOT_FINITE:
+            raise RuntimeError(explain_not_finite(recipe)) from None
         if stop.code != 0:
             raise RuntimeError(f"Megatron ended with exit code {stop.code}; see the log of this rank") from None
         note_signal(args.rank)

@@ -17,7 +17,59 @@ def prepare_saves(recipe: Recipe, rank: int) -> None:
     explain_failed_saves(recipe)
     if rank == 0:
         describe_checkpoints_at_saves(recipe)
+    refuse_broken_weights(recipe)
     shield_saves_from_sigterm()
+
+
+# Megatron's exit codes where a gradient is not finite, once more or when computed again.
+NOT_FINITE = (16, 17)
+
+
+def explain_not_finite(recipe: Recipe) -> str:
+    """What to say where Megatron stops for a gradient that is not finite."""
+    from megatron_txssm.compat import get_args
+
+    step, before = get_args().curr_iteration + 1, saved_step(recipe.checkpoint_path)
+    sound = (
+        "there is no checkpoint" if before is None else f"the newest checkpoint, of step {before}, has finite weights"
+    )
+    return (
+        f"the loss or a gradient of step {step} is NaN or infinite; {sound}. What may help: a lower "
+        "optimizer.learning_rate with megatron.override_opt_param_scheduler=true, from there or from an older step "
+        f"(its number in {recipe.checkpoint_path}/latest_checkpointed_iteration.txt)"
+    )
+
+
+def refuse_broken_weights(recipe: Recipe) -> None:
+    """Let no checkpoint be written from which a run could not go on: it would be the newest.
+
+    Its weights may be NaN or infinite. Or Megatron wants to save because a gradient is: whoever resumes from that only
+    computes the same step once more, "to establish a diagnostic", and ends, whatever the learning rate.
+    """
+    import torch
+    from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
+    from megatron.training import training
+
+    save = training.save_checkpoint
+
+    @functools.wraps(save)
+    def save_if_finite(iteration: int, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if get_rerun_state_machine().state is RerunState.WILL_RERUN_FROM_CHECKPOINT:
+            raise FloatingPointError(explain_not_finite(recipe))
+        broken = torch.zeros(1, dtype=torch.int, device=torch.cuda.current_device())
+        for parameter in (parameter.detach() for chunk in model for parameter in chunk.parameters()):
+            broken |= ~parameter.isfinite().all()
+        torch.distributed.all_reduce(broken, op=torch.distributed.ReduceOp.MAX)
+        if broken:
+            before = saved_step(recipe.checkpoint_path)
+            sound = "none before it is saved" if before is None else f"the newest checkpoint is that of step {before}"
+            raise FloatingPointError(
+                f"weights are NaN or infinite after step {iteration}, which is not saved; {sound}. metrics.jsonl shows "
+                "where it began; lower optimizer.learning_rate"
+            )
+        return save(iteration, model, *args, **kwargs)
+
+    training.save_checkpoint = save_if_finite
 
 
 def explain_failed_saves(recipe: Recipe) -> None:

@@ -23,6 +23,7 @@ from megatron_txssm.recipe.recipe import Recipe
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     # The workers of these tests train nothing.
     monkeypatch.setattr(local, "check_run", lambda recipe, world_size: None)
+    monkeypatch.setattr(local, "check_machine", lambda recipe, processes: None)
     return load_recipe("demo_cpu", [f"run_directory={tmp_path}/run"])
 
 

@@ -62,6 +62,7 @@ def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[argparse.N
             address=address,
             gpus=0,
             free_bytes=1000,
+            open_files=100,
         )
 
 
@@ -144,6 +145,12 @@ def test_there_is_no_nvidia_smi(args: argparse.Namespace, tmp_path: Path, monkey
 
 
 # --- The run folder.
+
+
+def test_a_process_that_may_not_open_the_shards(args: argparse.Namespace) -> None:
+    args.open_files = 2**62
+    [problem] = report(args)["problems"]
+    assert problem.endswith(f"(ulimit -Hn); for its shards a rank needs {2**62}")
 
 
 def test_a_folder_that_is_not_shared(args: argparse.Namespace) -> None:

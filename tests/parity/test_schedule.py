@@ -7,6 +7,12 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.parity.harness import Case, run_cases, write_tokens
 
+pytestmark = [
+    pytest.mark.slow,
+    # Of the checkpoint's reader, in this process.
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
+]
+
 SAVED, END = 2, 3
 # Optimizer -> (arguments, whether it is the distributed one, where its fp32 weights are saved).
 OPTIMIZERS = {
@@ -76,7 +82,6 @@ def test_the_checkpoints_schedule_holds(runs, optimizer):
 def test_the_runs_own_schedule_holds(runs, optimizer):
     start = weights(runs[optimizer, "start"], SAVED, optimizer)
     update, twice = (weights(runs[optimizer, end], END, optimizer) - start for end in ("undisturbed", "twice_the_rate"))
-    print(update.abs().max(), (twice - 2 * update).abs().max())
     assert update.abs().max() > 1e-4
-    # Differences of weights, of which the largest are 1.
-    torch.testing.assert_close(twice, 2 * update, rtol=1e-4, atol=3e-7)
+    # Differences of weights of up to 3, which are rounded to 2.4e-7.
+    torch.testing.assert_close(twice, 2 * update, rtol=1e-4, atol=1e-6)
