@@ -12,6 +12,7 @@ from typing import Any
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.environment import adopt_slurm_step, is_worker
+from megatron_txssm.launch.local_end import forget_local_end, note_local_end
 from megatron_txssm.launch.preflight import (
     changed_data,
     check_machine,
@@ -84,6 +85,7 @@ def launch(recipe: Recipe, nproc: int, command: list[str], *, port: int | None =
     allow_open_files()
     check_not_running(recipe)
     make_run_directory(recipe)
+    forget_local_end(recipe.run_path)
     print(f"{recipe.name}: {nproc} process{'es' if nproc > 1 else ''}, run directory {recipe.run_path}", flush=True)
     if changes := changed_data(recipe):
         print(f"warning: it goes on with other data than it was trained on ({changes})", flush=True)
@@ -124,7 +126,9 @@ def _launch_workers(recipe: Recipe, nproc: int, command: list[str], port: int) -
             if stop.received is None or not _ended_by_signal(failures):
                 return _explain(failures, recipe)
     if stop.received is None:
+        note_local_end(recipe.run_path, 0, "its processes ended by themselves, without an error")
         return 0
+    note_local_end(recipe.run_path, 128 + stop.received, f"it was told to stop ({signal.Signals(stop.received).name})")
     step = None if recipe.checkpoint.save_interval is None else saved_step(recipe.checkpoint_path)
     if step is None:
         print("stopped; there is no checkpoint to resume from")
@@ -147,11 +151,13 @@ def _explain(failures: Any, recipe: Recipe) -> int:
         message = message.get("message", "")
     kind, _, text = str(message).partition(": ")
     if kind == UserError.__name__:
+        note_local_end(recipe.run_path, 2, text)
         raise UserError(text)
     # Without a file of its own there is only torch's advice on how to make one.
     if "pytorch.org" in str(message):
         message = "it ended without a word"
     log = recipe.run_path / "logs" / f"rank_{rank}.log"
+    note_local_end(recipe.run_path, 1, f"rank {rank} failed (exit code {failure.exitcode}): {message}", str(log))
     print(f"error: rank {rank} failed (exit code {failure.exitcode}): {message}\nIts log: {log}", file=sys.stderr)
     return 1
 

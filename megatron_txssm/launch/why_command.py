@@ -10,7 +10,8 @@ from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
 from megatron_txssm.launch.diagnosis import close, recorded
-from megatron_txssm.launch.preflight import is_finished
+from megatron_txssm.launch.local_end import explain_local_end
+from megatron_txssm.launch.preflight import is_finished, saved_step
 from megatron_txssm.launch.run_folder import Attempt, attempts, current_step, find_run
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
@@ -38,6 +39,12 @@ def run(args: argparse.Namespace) -> int:
             print(_line(attempt))
     elif ended:
         _explain(ended[-1], recipe)
+    elif job is None and (known := list(explain_local_end(folder))):
+        print(f"{folder}: a run without Slurm")
+        for name, text in known:
+            _print(name, text)
+        _print("last step", f"{current_step(folder / 'metrics.jsonl') or 0} of {recipe.train_iters}")
+        _print("checkpoint", _newest(recipe, saved_step(recipe.checkpoint_path)))
     else:
         print(f"{folder}: no attempt has ended yet")
         if job is None:
@@ -58,10 +65,13 @@ def _explain(attempt: Attempt, recipe: Recipe) -> None:
         _print("node", diagnosis.node)
     _print("what exactly", diagnosis.detail)
     _print("last step", f"{attempt.last_step or 0} of {recipe.train_iters}")
-    saved = attempt.saved_after
-    _print("checkpoint", "none" if saved is None else f"step {saved} in {recipe.checkpoint_path}")
+    _print("checkpoint", _newest(recipe, attempt.saved_after))
     _print("what was done", attempt.action)
     _print("what to do", diagnosis.remedy)
+
+
+def _newest(recipe: Recipe, saved: int | None) -> str:
+    return "none" if saved is None else f"step {saved} in {recipe.checkpoint_path}"
 
 
 def _now(recipe: Recipe, job: slurm.Job | None, running: Attempt | None) -> str:

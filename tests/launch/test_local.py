@@ -104,11 +104,34 @@ def test_a_crash_is_one_message_with_rank_and_log(
     script: str, wanted: str, launch: Callable[..., int], recipe: Recipe, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert launch(script, nproc=2) == 1
+    # What rank 0 would write.
+    (recipe.run_path / "recipe.yaml").write_text(recipe.to_yaml())
     output = capfd.readouterr()
+    assert main(["why", str(recipe.run_path)]) == 0
+    told = capfd.readouterr().out
+    for text in (
+        "exit code      1",
+        f"what exactly   {wanted}",
+        "rank_1.log",
+        "last step      0 of",
+        "checkpoint     none",
+    ):
+        assert text in told
     assert output.err.startswith(f"error: {wanted}")
     assert output.err.endswith(f"Its log: {recipe.run_path}/logs/rank_1.log\n")
     assert output.err.count("\n") == 2
     assert output.out == f"demo_cpu: 2 processes, run directory {recipe.run_path}\n"
+
+
+def test_why_of_a_run_that_was_killed(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    logs = recipe.run_path / "logs"
+    logs.mkdir(parents=True)
+    (recipe.run_path / "recipe.yaml").write_text(recipe.to_yaml())
+    (logs / "rank_0.log").write_text("begins\nstep 7 begins\n\n")
+    assert main(["why", str(recipe.run_path)]) == 0
+    told = capsys.readouterr().out
+    assert "without a word: killed, or the machine went down" in told
+    assert "last words     step 7 begins" in told
 
 
 def send_when(file: Path, *numbers: int) -> threading.Thread:
