@@ -1,7 +1,9 @@
 """Megatron on CPU: where the adapter refuses, and for every mapping what would go wrong without it."""
 
+import ast
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -231,3 +233,31 @@ def test_tensors_of_several_dtypes_are_gathered_together(one_process, async_ops:
             dist.all_gather_into_tensor(tensor, tensor[:], async_op=async_ops)
     manager.wait()
     assert all(torch.equal(tensor, wanted) for tensor, wanted in zip(tensors, expected, strict=True))
+
+
+def test_no_assert_does_anything() -> None:
+    """Python's -O and PYTHONOPTIMIZE leave asserts out, with what they call."""
+    changing = {
+        "setdefault",
+        "pop",
+        "popitem",
+        "append",
+        "add",
+        "update",
+        "extend",
+        "insert",
+        "remove",
+        "discard",
+        "clear",
+    }
+    package = Path(cpu.__file__).parents[1]
+    found = [
+        f"{file.relative_to(package)}:{node.lineno}"
+        for file in sorted(package.rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Assert)
+        for call in ast.walk(node.test)
+        if (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr in changing)
+        or isinstance(call, ast.NamedExpr)
+    ]
+    assert found == []
