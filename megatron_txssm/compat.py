@@ -206,8 +206,12 @@ def _decay_weights_from_the_first_step() -> None:
     setattr(OptimizerParamScheduler, "load_state_dict", load_and_set)
 
 
+# What this process could not write into checkpoints, and why.
+failed_writes: list[Exception] = []
+
+
 def tell_failed_writes() -> None:
-    """Let a save that fails say why on every rank; Megatron passes on the exception's type alone (idempotent)."""
+    """Keep in `failed_writes` why a save failed: Megatron passes on the exception's type alone (idempotent)."""
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     writer: Any = FileSystemWriterAsync
@@ -216,17 +220,15 @@ def tell_failed_writes() -> None:
         return
 
     @functools.wraps(write)
-    def write_or_raise(*args: Any, **kwargs: Any) -> Any:
+    def write_and_note(*args: Any, **kwargs: Any) -> Any:
         written = write(*args, **kwargs)
-        error = written[1]
-        # A thread's goes through a queue, which Megatron reads.
-        if isinstance(error, Exception) and kwargs.get("results_queue") is None:
+        if isinstance(written[1], Exception):
             # torch's writer of archives fails once more at the end, and hides what the file system said.
-            said = error
+            said: BaseException = written[1]
             while not isinstance(said, OSError) and said.__context__ is not None:
                 said = said.__context__
-            raise said if isinstance(said, OSError) else error
+            failed_writes.append(said if isinstance(said, OSError) else written[1])
         return written
 
-    setattr(write_or_raise, "__txssm__", True)
-    writer.write_preloaded_data = staticmethod(write_or_raise)
+    setattr(write_and_note, "__txssm__", True)
+    writer.write_preloaded_data = staticmethod(write_and_note)

@@ -1,9 +1,9 @@
 """What is done around Megatron's save_checkpoint: signals wait, recipe and tokenizer are kept, a failure is told."""
 
 import functools
-import re
 import shutil
 import signal
+import time
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ def prepare_saves(recipe: Recipe, rank: int) -> None:
     shield_saves_from_sigterm()
 
 
+# What a rank waits that fails because of another.
+ANOTHERS_SECONDS = 2
 # Megatron's exit codes where a gradient is not finite, once more or when computed again.
 NOT_FINITE = (16, 17)
 
@@ -78,7 +80,7 @@ def explain_failed_saves(recipe: Recipe) -> None:
     from torch.distributed.checkpoint import CheckpointException
 
     from megatron_txssm.checkpoint.load import first_cause
-    from megatron_txssm.compat import tell_failed_writes
+    from megatron_txssm.compat import failed_writes, tell_failed_writes
 
     tell_failed_writes()
     save = training.save_checkpoint
@@ -90,7 +92,10 @@ def explain_failed_saves(recipe: Recipe) -> None:
         # torch's CheckpointException is no Exception.
         except (Exception, CheckpointException) as error:
             folder = recipe.checkpoint_path
-            cause = re.sub(r"RuntimeError: Worker failure: .*?error: ", "", first_cause(error))
+            if not (failed_writes or isinstance(error, OSError)):
+                # Another rank has the reason, and is to be the first to say so.
+                time.sleep(ANOTHERS_SECONDS)
+            cause = failed_writes[0] if failed_writes else first_cause(error)
             free = shutil.disk_usage(folder).free / 1e9
             before = saved_step(folder)
             goes_on = "begins again" if before is None else f"goes on from step {before}, the newest whole checkpoint"
