@@ -49,8 +49,11 @@ def run_locally(recipe: CorpusRecipe, plan: Plan, workers: int) -> None:
     if not tasks:
         return
     context = start_worker_server()
-    # Not the pool of datatrove's own run(), which waits for ever when a worker is killed, for its memory say.
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=begin_worker)
+    try:
+        # Not the pool of datatrove's own run(), which waits for ever when a worker is killed, for its memory say.
+        pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=begin_worker)
+    except OSError as error:  # where its semaphores lie
+        raise UserError(f"/dev/shm: {error.strerror}; processes share memory there: make room, and try again") from None
     try:
         # A Ctrl-C between two lines of the pool's start would leave it in a state that its end waits on for ever.
         with _ctrl_c_held_back():

@@ -1,6 +1,7 @@
 """A complete recipe, and the sizes and paths that follow from its fields."""
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,19 @@ class Recipe:
         from megatron_txssm.data.blend import megatron_arguments
 
         return megatron_arguments(self)
+
+    @property
+    def cache_path(self) -> str | None:
+        """Folder of Megatron's shuffled indices: as stated; None, beside the data; or the run's, where it must."""
+        data = self.data
+        if data.cache_path is not None:
+            return data.cache_path
+        prefixes = [prefix for blend in (data.train, data.validation, data.blend) for _, prefix in blend or ()]
+        folders = {Path(prefix).parent for prefix in prefixes}
+        if data.corpus is not None:
+            folders |= {path.parent for path in Path(data.corpus).glob("*/manifest.json")}
+        read_only = any(folder.is_dir() and not os.access(folder, os.W_OK) for folder in folders)
+        return str(self.run_path / "data_cache") if read_only else None
 
     @property
     def tokenizer_type(self) -> str:

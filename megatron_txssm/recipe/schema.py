@@ -397,7 +397,10 @@ class Data:
         owns=("--reset-position-ids", "--reset-attention-mask", "--dataloader-inter-document-masking"),
     )
     cache_path: str | None = setting(
-        "folder of Megatron's shuffled indices; null: beside the data", "--data-cache-path", default=None
+        "folder of Megatron's shuffled indices; null: beside the data, or in the run directory where that is read-only",
+        "--data-cache-path",
+        default=None,
+        render=lambda value, recipe: argument("--data-cache-path", recipe.cache_path),
     )
 
 

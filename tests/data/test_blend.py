@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -171,3 +172,16 @@ def test_the_command_names_mistakes(recipe_file: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         blend(corpus, "--tokens", "1.5")
     assert "'1.5' must be a number of tokens, such as 6.4e9" in capsys.readouterr().err
+
+
+def test_the_indices_of_a_corpus_that_cannot_be_written_to_go_to_the_run(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert arguments(recipe_file).data_cache_path is None
+    # Root may write to any folder that is not on a read-only file system.
+    read_only = recipe_file.parent / "corpus" / "books"
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != read_only)
+    assert arguments(recipe_file).data_cache_path == str(recipe_file.parent / "run" / "data_cache")
+    assert arguments(recipe_file, "data.cache_path=elsewhere").data_cache_path == "elsewhere"
+    own = ["data.corpus=null", f"data.train={read_only}/00000.train", "data.tokenizer_type=NullTokenizer"]
+    assert load_recipe(recipe_file, own).cache_path == str(recipe_file.parent / "run" / "data_cache")
