@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_txssm.data.manifest import Corpus, ShardRecord, Subset, open_corpus
+from megatron_txssm.data.manifest import Corpus, ShardRecord, Subset, open_corpus, read_plan
 from megatron_txssm.data.shard import check_shard
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import nearest
@@ -100,8 +100,10 @@ def recipe_blend(recipe: Recipe) -> CorpusBlend:
     """The blend of a recipe with data.corpus; UserError where the corpus is not finished or lacks what it names."""
     data, batch = recipe.data, recipe.training.global_batch_tokens
     assert data.corpus is not None
+    parts = [stage["weights"] for stage in data.stages or ()] or ([data.weights] if data.weights else [])
     try:
-        corpus = open_corpus(data.corpus)
+        # A subset without a weight may still be in the making.
+        corpus = open_corpus(data.corpus, {name for weights in parts for name in weights} if parts else None)
     except UserError as error:
         raise type(error)(f"data.corpus: {error}") from None
     if data.stages is None:
@@ -157,7 +159,7 @@ def _normalised(weights: Mapping[str, float], corpus: Corpus) -> Weights:
     """Weights that sum to 1; UserError for a subset that the corpus does not have, or has nothing to train on."""
     for name in weights:
         if name not in corpus.subsets:
-            known = corpus.subsets
+            known = read_plan(corpus.directory).tasks
             raise UserError(
                 f"the weights name {name!r}, but {corpus.directory} holds {', '.join(known)}{nearest(name, known)}"
             )

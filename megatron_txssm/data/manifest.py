@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,12 +160,17 @@ class NoCorpus(UserError):
     """A directory holds no corpus, or an unfinished one; the message names the command that makes it."""
 
 
-def open_corpus(directory: str | Path) -> Corpus:
-    """The corpus in a directory; NoCorpus where there is none, or it is not finished, with what remains to do."""
+def open_corpus(directory: str | Path, used: Collection[str] | None = None) -> Corpus:
+    """The corpus in a directory; NoCorpus where there is none, or it is not finished, with what remains to do.
+
+    used: the subsets that matter, None for all; another one may still be made, and is left out.
+    """
     directory = Path(directory)
     plan, facts = read_plan(directory), read_tokenizer_facts(directory)
     subsets = {}
     for name, tasks in plan.tasks.items():
+        if used is not None and name not in used:
+            continue
         manifests = tuple(read_manifest(directory, name, task) for task in range(len(tasks)))
         finished = tuple(manifest for manifest in manifests if manifest is not None)
         if len(finished) < len(tasks):

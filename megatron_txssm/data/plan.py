@@ -10,6 +10,7 @@ import os
 import shlex
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ FILES_PER_TASK = 1000
 
 
 def make_plan(recipe: CorpusRecipe) -> Plan:
-    """The plan in the corpus directory; made from the sources' file listings if there is none yet."""
-    if (recipe.path / "plan.json").exists():
-        return read_plan(recipe.path)
-    plan = Plan({name: plan_subset(name, subset, list_files(name, subset)) for name, subset in recipe.subsets.items()})
+    """The plan in the corpus directory; what it lacks is made from the sources' file listings."""
+    before = read_plan(recipe.path).tasks if (recipe.path / "plan.json").exists() else {}
+    new = {name: subset for name, subset in recipe.subsets.items() if name not in before}
+    if not new:
+        return Plan(before)
+    plan = Plan(before | {name: plan_subset(name, subset, list_files(name, subset)) for name, subset in new.items()})
     write_plan(recipe.path, plan)
     return plan
 
@@ -103,13 +106,19 @@ def plan_subset(name: str, subset: SubsetSource, files: list[tuple[str, int]]) -
 
 
 def freeze_recipe(recipe: CorpusRecipe) -> None:
-    """Keep the recipe in the corpus; UserError where the corpus was begun under another that gives other files."""
+    """Keep the recipe in the corpus; UserError where the corpus was begun under another that gives other files.
+
+    Subsets may have come since.
+    """
     from megatron_txssm.data.corpus_recipe import load_corpus_recipe
     from megatron_txssm.data.shard import write_file_atomically
 
     kept = recipe.path / KEPT_RECIPE
     if kept.exists() and (recipe.path / "plan.json").exists():
         before = load_corpus_recipe(kept)
+        # One that was added with a mistake, and did not come as far as the plan, may go again.
+        planned = read_plan(recipe.path).tasks
+        before = replace(before, subsets={name: before.subsets[name] for name in planned if name in before.subsets})
         differences = _differences(before, recipe)
         models = before.tokenizer.model, recipe.tokenizer.model
         if models[0] != models[1] and not _is_its_tokenizer(recipe):
@@ -117,7 +126,7 @@ def freeze_recipe(recipe: CorpusRecipe) -> None:
         if differences:
             raise UserError(
                 f"{recipe.path} was begun with another recipe ({'; '.join(differences)}); "
-                "use another output, or remove the folder"
+                "only new subsets may be added: use another output, or remove the folder"
             )
     recipe.path.mkdir(parents=True, exist_ok=True)
     write_file_atomically(kept, recipe.to_yaml().encode())
@@ -137,8 +146,9 @@ _FREE = ("blob_threads", "max_broken_fraction", "max_broken_files", "blob_url", 
 
 def _differences(there: CorpusRecipe, here: CorpusRecipe) -> list[str]:
     theirs, ours = _decisive(there), _decisive(here)
-    names = sorted(theirs.keys() | ours.keys())
-    return [f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here" for n in names if theirs.get(n) != ours.get(n)]
+    gone = [f"subset {name!r} is missing" for name in there.subsets if name not in here.subsets]
+    changed = [name for name in sorted(theirs) if name in ours and theirs[name] != ours[name]]
+    return gone + [f"{name}: {theirs[name]!r} there, {ours[name]!r} here" for name in changed]
 
 
 def _decisive(recipe: CorpusRecipe) -> dict[str, object]:

@@ -185,3 +185,14 @@ def test_the_indices_of_a_corpus_that_cannot_be_written_to_go_to_the_run(
     assert arguments(recipe_file, "data.cache_path=elsewhere").data_cache_path == "elsewhere"
     own = ["data.corpus=null", f"data.train={read_only}/00000.train", "data.tokenizer_type=NullTokenizer"]
     assert load_recipe(recipe_file, own).cache_path == str(recipe_file.parent / "run" / "data_cache")
+
+
+def test_a_subset_without_a_weight_may_be_in_the_making(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, make_corpus(tmp_path / "corpus", {"web": WEB, "books": BOOKS}))
+    (tmp_path / "corpus" / "books" / "00000.json").unlink()
+    assert list(recipe_blend(load_recipe(recipe, ["data.weights={web: 1}"])).corpus.subsets) == ["web"]
+    for weights in ("data.weights=null", "data.weights={web: 1, books: 1}"):
+        with pytest.raises(UserError, match="1 of the 1 tasks of books are not finished"):
+            recipe_blend(load_recipe(recipe, [weights]))
+    with pytest.raises(UserError, match=r"the weights name 'wbe', but .* holds web, books"):
+        recipe_blend(load_recipe(recipe, ["data.weights={wbe: 1}"]))

@@ -229,7 +229,6 @@ def test_a_corpus_goes_on_from_its_plan_though_its_sources_gained_files(
         ("subsets.web.task_bytes=7", "subsets.web.task_bytes: 500000000 there, 7 here"),
         ("subsets.web.glob=*.parquet", "subsets.web.glob: '**/*.*' there, '*.parquet' here"),
         ("subsets.web.filters=[a > 1]", "subsets.web.filters: () there, ('a > 1',) here"),
-        ("subsets.books={source: x}", "subsets.books.glob: None there, '**/*.*' here"),
         ("tokenizer.eod_token=x", "tokenizer.eod_token: '<|endoftext|>' there, 'x' here"),
     ],
 )
@@ -245,6 +244,28 @@ def test_a_corpus_is_not_gone_on_with_under_another_recipe(tmp_path: Path, overr
         plan.freeze_recipe(load_corpus_recipe(recipe, [override]))
     assert "was begun with another recipe" in str(caught.value) and difference in str(caught.value)
     assert (tmp_path / "corpus" / "corpus.yaml").read_bytes() == kept
+
+
+def test_a_subset_may_be_added_and_only_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run_tasks_here(monkeypatch)
+    for name in ("web", "books"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_text(json.dumps({"text": f"some words of {name}"}) + "\n")
+    recipe, corpus = web_recipe(tmp_path, tmp_path / "web"), tmp_path / "corpus"
+    assert shard(recipe) == 0
+    before = {path: path.read_bytes() for path in (corpus / "web").iterdir()}
+    # A mistake in the new one is corrected by the next command.
+    assert shard(corpus, "--set", "subsets.boks={source: missing}") == 2
+    assert "subsets.boks.source=missing holds no" in capsys.readouterr().err
+    added = ["--set", f"subsets.books={{source: {tmp_path / 'books'}, validation_fraction: 0}}"]
+    assert shard(recipe, *added) == 0
+    assert list(read_plan(corpus).tasks) == ["web", "books"] and manifest_of(corpus, subset="books").rows == 1
+    assert {path: path.read_bytes() for path in (corpus / "web").iterdir()} == before
+    # The corpus has the new recipe; the old one would leave a subset out.
+    assert shard(corpus) == 0 and shard(recipe) == 2
+    assert "was begun with another recipe (subset 'books' is missing)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
