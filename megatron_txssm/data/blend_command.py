@@ -3,14 +3,15 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_txssm.data.blend import CorpusBlend, Share, Stage, blend_corpus, recipe_blend
-from megatron_txssm.data.manifest import open_corpus
+from megatron_txssm.data.manifest import open_corpus, read_plan
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.setting import argument
 
 # Up to four epochs, repeated tokens are worth nearly as much as new ones (arXiv:2305.16264).
@@ -42,12 +43,37 @@ def run(args: argparse.Namespace) -> int:
         recipe = load_recipe(args.source, [*args.overrides, *length])
         if recipe.data.corpus is None:
             raise UserError(f"{recipe.name} names its token files itself; data blend needs a recipe with data.corpus")
+        if not args.megatron_args and not (Path(recipe.data.corpus) / "plan.json").exists() and _weights(recipe):
+            return _print_weights(recipe)
         blend, words = recipe_blend(recipe), recipe.corpus_arguments
     if args.megatron_args:
         print(shlex.join(words))
     else:
         _print_table(blend)
     _warn_of_repetition(blend)
+    return 0
+
+
+def _weights(recipe: Recipe) -> list[Mapping[str, float]]:
+    """Those of each stage, as far as the recipe alone tells."""
+    if recipe.data.stages is not None:
+        return [stage["weights"] for stage in recipe.data.stages]
+    return [] if recipe.data.weights is None else [recipe.data.weights]
+
+
+def _print_weights(recipe: Recipe) -> int:
+    """What would be drawn from a corpus that is not made yet."""
+    steps = [recipe.train_iters] if recipe.data.stages is None else recipe.stage_iters
+    for number, (weights, iters) in enumerate(zip(_weights(recipe), steps, strict=True), start=1):
+        tokens, total = iters * recipe.training.global_batch_tokens, sum(weights.values())
+        stage = "" if recipe.data.stages is None else f"stage {number}, "
+        print(f"{stage}{tokens:,} tokens:")
+        for name, weight in weights.items():
+            print(f"  {name:20} {weight / total:.4f} {tokens * weight / total:>20,.0f}")
+    try:
+        read_plan(recipe.data.corpus or "")
+    except UserError as error:
+        print(f"how often each is read is known once there is a corpus: {error}")
     return 0
 
 

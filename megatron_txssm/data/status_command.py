@@ -42,23 +42,11 @@ def run(args: argparse.Namespace) -> int:
 
 def print_status(subsets: list[SubsetStatus]) -> None:
     """A row per subset, then what is wrong."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("subset", ">tasks", ">documents", ">tokens", ">text", ">broken", "now"):
-        justify = "right" if column[0] == ">" else "left"
-        table.add_column(column.lstrip(">"), justify=justify, no_wrap=True)
-    for s in subsets:
-        now = {"running": s.running, "failed": len(s.failed), "lost": s.lost}
-        table.add_row(
-            s.name,
-            f"{s.finished:,}/{s.tasks:,}",
-            f"{s.documents:,}",
-            f"{s.tokens:,}",
-            f"{s.text_bytes / 1e6:,.1f} MB",
-            f"{sum(s.broken.values()):,}",
-            ", ".join(f"{number:,} {state}" for state, number in now.items() if number) or "-",
-        )
     # In a file or a pipe there is no width to keep to.
     console = Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+    table = _table(subsets)
+    if console.measure(table, options=console.options.update(width=10_000)).maximum > console.width:
+        table = _table(subsets, short=True)
     console.print(table)
     for encoder in sorted(set().union(*(s.encoders for s in subsets))):
         console.print(f"tokenizer: {encoder}")
@@ -80,6 +68,34 @@ def print_status(subsets: list[SubsetStatus]) -> None:
             )
         for task, error in sorted(s.failed.items())[:FAILURES_SHOWN]:
             console.print(f"{s.name} task {task} failed: {error}")
+
+
+def _table(subsets: list[SubsetStatus], short: bool = False) -> Table:
+    """short: 12,345,678 as 12.3M."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0) if short else (0, 1))
+    for column in ("subset", ">tasks", ">documents", ">tokens", ">text", ">broken"):
+        justify = "right" if column[0] == ">" else "left"
+        table.add_column(column.lstrip(">"), justify=justify, no_wrap=True)
+    table.add_column("now")
+
+    def text_of(number: int) -> str:
+        for size, unit in ((10**9, "B"), (10**6, "M")):
+            if short and number >= size:
+                return f"{number / size:,.1f}{unit}"
+        return f"{number:,}"
+
+    for s in subsets:
+        now = {"running": s.running, "failed": len(s.failed), "lost": s.lost}
+        table.add_row(
+            s.name,
+            f"{s.finished:,}/{s.tasks:,}",
+            text_of(s.documents),
+            text_of(s.tokens),
+            f"{s.text_bytes / 1e9:,.1f} GB" if short and s.text_bytes >= 10**9 else f"{s.text_bytes / 1e6:,.1f} MB",
+            text_of(sum(s.broken.values())),
+            ", ".join(f"{number:,} {state}" for state, number in now.items() if number) or "-",
+        )
+    return table
 
 
 def tasks_text(subsets: list[SubsetStatus]) -> str:

@@ -88,7 +88,23 @@ def _print_table(recipe: Recipe, step: int, ranks: int, traced: list["TracedSamp
     )
     # Into a file or pipe, one row stays one line.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 400
-    Console(markup=False, highlight=False, width=width).print(table)
+    console = Console(markup=False, highlight=False, width=width)
+    if console.measure(table, options=console.options.update(width=10_000)).maximum > width:
+        _print_list(traced)
+    else:
+        console.print(table)
+
+
+def _print_list(traced: list["TracedSample"]) -> None:
+    """The same where the table is wider than the terminal."""
+    for sample in traced:
+        rank, micro_batch, position = sample.data_parallel_rank, sample.micro_batch, sample.position
+        print(f"sample {sample.sample}: rank {rank}, micro-batch {micro_batch}, position {position}")
+        for part in sample.documents:
+            print(f"  tokens {_range(part.sample_tokens)}: {part.subset} {part.file}:{part.row}")
+            if part.origin:
+                print(f"    {part.origin}")
+            print(f"    {part.shard}, document {part.document}, its tokens {_range(part.document_tokens)}")
 
 
 def _print_texts(traced: list["TracedSample"], texts: list[str]) -> None:

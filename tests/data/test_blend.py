@@ -196,3 +196,22 @@ def test_a_subset_without_a_weight_may_be_in_the_making(tmp_path: Path) -> None:
             recipe_blend(load_recipe(recipe, [weights]))
     with pytest.raises(UserError, match=r"the weights name 'wbe', but .* holds web, books"):
         recipe_blend(load_recipe(recipe, ["data.weights={wbe: 1}"]))
+
+
+def test_what_a_recipe_would_draw_needs_no_corpus(
+    recipe_file: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    missing = ["--set", "data.corpus=data/smollm-corpus", "--set"]
+    blend(recipe_file, *missing, STAGES)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    # 5,000 tokens are 10 steps of 512.
+    assert lines[:3] == [["stage", "1,", "5,120", "tokens:"], ["web", "0.7500", "3,840"], ["books", "0.2500", "1,280"]]
+    assert lines[3:5] == [["stage", "2,", "5,120", "tokens:"], ["books", "1.0000", "5,120"]]
+    assert " ".join(lines[5]).endswith("holds no corpus (no plan.json); make it: txssm data shard smollm_corpus")
+    # Without weights, or for Megatron's arguments, nothing can be said.
+    for corpus, command in (("data/smollm-corpus", "data shard smollm_corpus"), ("runs/demo/data/vocab_1024", "demo")):
+        with pytest.raises(UserError, match=f"^data.corpus: {corpus} holds no corpus .*; make it: txssm {command}$"):
+            blend(recipe_file, "--set", f"data.corpus={corpus}")
+    with pytest.raises(UserError, match="`txssm data shard RECIPE` makes one"):
+        blend(recipe_file, "--set", "data.corpus=elsewhere", "--set", STAGES, "--megatron-args")

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_txssm.data import trace_command
-from megatron_txssm.data.lineage import TrainingData, megatron_initialized
+from megatron_txssm.data.lineage import Part, TracedSample, TrainingData, megatron_initialized
 from megatron_txssm.data.tokenizer import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
@@ -219,3 +220,23 @@ def test_the_command_prints_sources_and_text(tmp_path: Path, capfd: pytest.Captu
     printed = capfd.readouterr().out
     for part in sample["documents"]:
         assert f"--- a {part['file']}:{part['row']}" in printed and part["text"] in printed
+
+
+def test_in_a_narrow_terminal_a_trace_is_a_list(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    part = Part(
+        "fineweb-edu-dedup", "00012.train", 7, (0, 4), (65, 69), "train-00000-of-00234.parquet", 498, "https://x"
+    )
+    traced = [TracedSample(1, 0, 2, 3, (part,))]
+    recipe: Any = SimpleNamespace(name="small", training=SimpleNamespace(seq_length=32))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    trace_command._print_table(recipe, 2, 1, traced)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "sample 1: rank 0, micro-batch 2, position 3",
+        "  tokens 0-3: fineweb-edu-dedup train-00000-of-00234.parquet:498",
+        "    https://x",
+        "    00012.train, document 7, its tokens 65-68",
+    ]
+    monkeypatch.setenv("COLUMNS", "200")
+    trace_command._print_table(recipe, 2, 1, traced)
+    assert capsys.readouterr().out.splitlines()[2].split()[-3:] == ["00012.train", "7", "65-68"]

@@ -1,6 +1,8 @@
 """How far a corpus is, read from its files: finished, running, failed and lost tasks, and the words of the commands."""
 
 import json
+import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from megatron_txssm.cli import main
 from megatron_txssm.data import shard_task, status_command
 from megatron_txssm.data.manifest import Plan, Slice, write_json, write_plan
 from megatron_txssm.data.status import SILENT_SECONDS, CorpusStatus, SubsetStatus
+from megatron_txssm.data.status_command import print_status
 from megatron_txssm.errors import UserError
 from tests.data.in_process import manifest_of, run_tasks_here, shard, web_recipe
 
@@ -282,3 +285,19 @@ def test_a_mistaken_option_of_shard_is_a_clear_error(
 ) -> None:
     assert main(["data", "shard", *words]) == 2
     assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_a_narrow_terminal_cuts_no_number(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    status = SubsetStatus("fineweb-edu-dedup", tasks=1700, finished=1234, running=300, lost=2)
+    status.documents, status.tokens, status.text_bytes = 190_168_005, 249_812_345_678, 990_123_456_789
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for columns, *shown in (
+        ("80", "190.2M", "249.8B", "990.1"),
+        ("120", "190,168,005", "249,812,345,678", "990,123.5"),
+    ):
+        monkeypatch.setenv("COLUMNS", columns)
+        print_status([status])
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+        assert max(map(len, lines)) <= int(columns) and "…" not in "".join(lines)
+        words = " ".join(lines).split()
+        assert {"fineweb-edu-dedup", "1,234/1,700", *shown, "300", "running,"} <= set(words)
