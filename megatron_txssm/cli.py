@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_txssm import __version__
@@ -111,6 +112,10 @@ def _run(words: list[str]) -> int:
         hint = f"did you mean {matches[0]!r}?" if matches else f"use one of {', '.join(VERBS)}"
         raise UserError(f"unknown verb {verb!r}; {hint}")
     args = build_parser(verb).parse_args(words)
+    # A shell leaves `--json=~/proof` as it is.
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            setattr(args, name, Path(os.path.expanduser(value)))
     code = importlib.import_module(VERBS[args.verb][0]).run(args)
     sys.stdout.flush()
     return code or 0

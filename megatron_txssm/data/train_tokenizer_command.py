@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from megatron_txssm.data.tokenizer import train_sentencepiece
 
-    output = Path(args.output)
+    output = Path(args.output).expanduser()
     if output.suffix != ".model":
         raise UserError(f"--output {output} must end in .model")
     if args.bytes < 1:

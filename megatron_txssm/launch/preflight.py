@@ -10,7 +10,7 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.planning.parameters import checkpoint_bytes
 from megatron_txssm.process_limits import check_open_files, check_shared_memory, check_temporary_folder
 from megatron_txssm.recipe.loader import load_recipe
-from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.recipe import Recipe, with_paths
 from megatron_txssm.recipe.validate import check_files, validate
 
 # Fields of `model` that change how it is computed or was started, not what a checkpoint holds.
@@ -134,7 +134,8 @@ def changed_data(recipe: Recipe) -> str:
     made_by = recipe.checkpoint_path / "recipe.yaml"
     if recipe.checkpoint.save_interval is None or not saved_step(recipe.checkpoint_path) or not made_by.is_file():
         return ""
-    return _differences(_training_data(load_recipe(made_by)), _training_data(recipe))
+    theirs, ours = (with_paths(each, os.path.abspath) for each in (load_recipe(made_by), recipe))
+    return _differences(_training_data(theirs), _training_data(ours))
 
 
 def _training_data(recipe: Recipe) -> dict[str, Any]:

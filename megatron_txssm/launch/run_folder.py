@@ -1,6 +1,6 @@
 """What a run folder holds, above all of its Slurm jobs.
 
-RUN/recipe.yaml                   the resolved recipe
+RUN/recipe.yaml                   the resolved recipe, its paths independent of the current folder (recipe/paths.py)
 RUN/submission.json               how it was submitted last: command, commit, layout, job numbers
 RUN/pretrain.sbatch, …            the batch scripts
 RUN/logs/pretrain-17.out, …       what job 17 printed

@@ -111,7 +111,7 @@ class Submission:
         make_run_directory(self.recipe)
         try:
             (self.run / "logs").mkdir(exist_ok=True)
-            write_file_atomically(self.run / "recipe.yaml", self.recipe.to_yaml().encode())
+            write_file_atomically(self.run / "recipe.yaml", self.recipe.frozen(self.run).encode())
             for stage, script in self.scripts.items():
                 write_file_atomically(self.run / f"{stage}.sbatch", script.encode())
             write_json(self.run / "submission.json", self.record | {"jobs": {}})

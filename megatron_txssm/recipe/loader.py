@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.megatron_section import entry, known_names
+from megatron_txssm.recipe.megatron_section import entry, known_names, passing
+from megatron_txssm.recipe.paths import each_path, expanded
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.schema import ALTERNATIVES, SECTIONS
 from megatron_txssm.recipe.setting import Field, convert, section_fields, shown, type_name
@@ -31,7 +32,7 @@ Layer = dict[str, Any]
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The checked recipe of a file, or of a name in recipes/, with `overrides` such as "training.train_iters=20"."""
     path = find_recipe(name_or_path)
-    layers = [_checked(_parse_override(text), f"--set {text}", command_line=True) for text in overrides]
+    layers = [_checked(_parse_override(text), f"--set {text}", None) for text in overrides]
     return _build(_file_layers(path) + layers, path)
 
 
@@ -43,7 +44,7 @@ def recipe_names() -> list[str]:
 
 def find_recipe(name_or_path: str | Path) -> Path:
     """The file of a recipe; UserError names the nearest known recipe."""
-    text = str(name_or_path)
+    text = os.path.expanduser(name_or_path)
     if text.endswith((".yaml", ".yml")) or "/" in text:
         return Path(text)
     for path in _recipe_files():
@@ -99,7 +100,7 @@ def _file_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
         raise UserError(f"{path}: abstract={shown(abstract)} must be true or false")
     if abstract and not chain:
         raise UserError(f"{path}: this recipe is abstract: it states only what others share; extend it")
-    layer = _checked(data, str(path))
+    layer = _checked(data, str(path), path.parent.absolute())
     if base is None:
         return [layer]
     if not isinstance(base, str) or not base:
@@ -151,35 +152,36 @@ def _field(parts: Sequence[str]) -> Field | None:
     return _FIELDS.get(parts[0], {}).get(parts[1])
 
 
-def _checked(data: dict[str, Any], source: str, command_line: bool = False) -> Layer:
-    """One layer with known names and values of the right type."""
+def _checked(data: dict[str, Any], source: str, folder: Path | None) -> Layer:
+    """One layer with known names and values of the right type; `folder` is its file's, None for the command line."""
     layer: Layer = {}
+    command_line = folder is None
     known = [*_TOP, *SECTIONS, "megatron", *([] if command_line else ["extends", "abstract"])]
     for name, value in data.items():
         if name in _TOP:
-            layer[name] = _converted(value, _TOP[name], name, source)
+            layer[name] = _converted(value, _TOP[name], name, source, folder)
         elif name in _FIELDS or name == "megatron":
             # An empty section holds nothing.
             entries = {} if value is None and not command_line else value
             if not isinstance(entries, dict):
                 raise UserError(f"{source}: {name}={shown(value)} must be a section with fields")
-            layer.update(_checked_section(name, entries, source))
+            layer.update(_checked_section(name, entries, source, folder))
         else:
             raise UserError(f"{source}: unknown key {name!r}{nearest(name, known) or _elsewhere(name)}")
     return layer
 
 
-def _checked_section(section: str, entries: dict[str, Any], source: str) -> Layer:
+def _checked_section(section: str, entries: dict[str, Any], source: str, folder: Path | None) -> Layer:
     layer: Layer = {}
     for name, value in entries.items():
         dotted = f"{section}.{name}"
         if section == "megatron":
-            known, converted = _megatron_entry(name, _plain(value, dotted, source), source)
+            known, converted = _megatron_entry(name, _plain(value, dotted, source), source, folder)
             if f"megatron.{known}" in layer:
                 raise UserError(f"{source}: {dotted} stands twice, the other time in another spelling; state it once")
             layer[f"megatron.{known}"] = converted
         elif name in _FIELDS[section]:
-            layer[dotted] = _converted(value, _FIELDS[section][name], dotted, source)
+            layer[dotted] = _converted(value, _FIELDS[section][name], dotted, source, folder)
         else:
             hint = nearest(name, _FIELDS[section]) or _elsewhere(name)
             raise UserError(f"{source}: unknown key {dotted!r}{hint}")
@@ -200,19 +202,22 @@ _DYNAMIC = (
 )
 
 
-def _converted(value: Any, field: Field, dotted: str, source: str) -> Any:
+def _converted(value: Any, field: Field, dotted: str, source: str, folder: Path | None) -> Any:
     if dotted == "model.rope_scaling" and value == "dynamic":
         raise UserError(f"{source}: {dotted}='dynamic' {_DYNAMIC}")
     try:
-        return convert(value, field)
+        converted = convert(value, field)
+        return each_path(converted, lambda path: expanded(path, folder)) if field.setting.path else converted
     except ValueError as error:
         hint = nearest(value, field.setting.choices) if isinstance(value, str) else ""
         raise UserError(f"{source}: {dotted}={shown(value)} {error}{hint}") from None
 
 
-def _megatron_entry(name: str, value: Any, source: str) -> tuple[str, Any]:
+def _megatron_entry(name: str, value: Any, source: str, folder: Path | None) -> tuple[str, Any]:
     try:
-        return entry(name, value)
+        known, converted = entry(name, value)
+        is_path = passing()[known].kind == "path"
+        return known, each_path(converted, lambda path: expanded(path, folder)) if is_path else converted
     except KeyError as unknown:
         hint = nearest(unknown.args[0], known_names())
         raise UserError(f"{source}: megatron.{name}: Megatron has no such argument{hint}") from None

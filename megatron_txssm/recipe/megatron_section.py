@@ -20,7 +20,7 @@ class Argument:
     """One that passes: its name in Megatron's namespace, and the values it takes."""
 
     name: str
-    # on, off: a switch, with its value unless stated. Or int, float, text.
+    # on, off: a switch, with its value unless stated. Or int, float, text, path.
     kind: str
     choices: tuple[str, ...] = ()
     is_list: bool = False

@@ -6,7 +6,7 @@ Megatron's parser, so an upgrade that brings an argument fails until it is sorte
 made from these tables (`tools/document_megatron_arguments.py`).
 
 How a value is written: a bare name is a switch, off unless stated; `off` is a switch that is on unless stated. Others:
-int, float, text, each with + for a list, and a|b|c for one of these words.
+int, float, text, path, each with + for a list, and a|b|c for one of these words.
 """
 
 # What it is about -> arguments. None changes what a model computes.
@@ -39,7 +39,7 @@ PASSES: dict[str, str] = {
     """,
     "checks while training": """
         check_for_nan_in_loss_and_grad:off check_for_large_grads check_for_spiky_loss
-        rerun_mode:disabled|validate_results|report_stats result_rejected_tracker_filename:text
+        rerun_mode:disabled|validate_results|report_stats result_rejected_tracker_filename:path
         check_weight_hash_across_dp_replicas_interval:int
     """,
     "data and tokenizer": """
@@ -56,7 +56,7 @@ PASSES: dict[str, str] = {
         dist_ckpt_strictness:assume_ok_unexpected|log_unexpected|log_all|raise_unexpected|raise_all|return_unexpected|return_all|ignore_all
         distrib_optim_fully_reshardable_mem_efficient no_save_optim no_save_rng no_load_optim no_load_rng ckpt_step:int
         exit_on_missing_checkpoint non_persistent_save_interval:int non_persistent_ckpt_type:global|local|in_memory
-        non_persistent_global_ckpt_dir:text non_persistent_local_ckpt_dir:text
+        non_persistent_global_ckpt_dir:path non_persistent_local_ckpt_dir:path
         non_persistent_local_ckpt_algo:fully_parallel|atomic
     """,
     "reports": """
@@ -64,7 +64,7 @@ PASSES: dict[str, str] = {
         timing_log_option:max|minmax|all logging_level:int barrier_with_L1_time:off tensorboard_log_interval:int
         tensorboard_queue_size:int log_timers_to_tensorboard log_loss_scale_to_tensorboard:off
         log_validation_ppl_to_tensorboard log_memory_to_tensorboard log_world_size_to_tensorboard wandb_entity:text
-        config_logger_dir:text
+        config_logger_dir:path
     """,
     "garbage collection and profiling": """
         manual_gc manual_gc_interval:int manual_gc_eval:off profile profile_step_start:int profile_step_end:int
@@ -72,11 +72,11 @@ PASSES: dict[str, str] = {
         nvtx_ranges train_sync_interval:int
     """,
     "GPUs only (parsed by the tests, not run)": """
-        tp_comm_overlap tp_comm_overlap_cfg:text tp_comm_bootstrap_backend:nccl|mpi|gloo tp_comm_bulk_wgrad:off
+        tp_comm_overlap tp_comm_overlap_cfg:path tp_comm_bootstrap_backend:nccl|mpi|gloo tp_comm_bulk_wgrad:off
         tp_comm_bulk_dgrad:off tp_comm_overlap_ag:off tp_comm_overlap_rs:off tp_comm_overlap_rs_dgrad
         tp_comm_split_ag:off tp_comm_split_rs:off cp_comm_type:text+ pipeline_model_parallel_comm_backend:nccl|ucc
         nccl_ub disable_symmetric_registration use_sharp sharp_enabled_group:dp|dp_replica
-        nccl_communicator_config_path:text high_priority_stream_groups:text+ flight_recorder_dump_path:text
+        nccl_communicator_config_path:path high_priority_stream_groups:text+ flight_recorder_dump_path:path
         flight_recorder_trace_buffer_size:int flight_recorder_dump_on_timeout:off flight_recorder_include_stack_trace
         flight_recorder_include_only_active:off flight_recorder_extra_dump_on_exec:off
         attention_backend:flash|fused|unfused|local|auto flash_attention_version:2|3|4 fp8_param_gather
@@ -85,7 +85,7 @@ PASSES: dict[str, str] = {
         optimizer_cpu_offload optimizer_offload_fraction:float use_torch_optimizer_for_cpu_offload
         overlap_cpu_optimizer_d2h_h2d pin_cpu_grads:off pin_cpu_params:off gpu_sniff_test_interval:int
         log_device_memory_used log_energy log_straggler straggler_ctrlr_port:int straggler_minmax_count:int
-        disable_straggler_on_startup record_memory_history memory_snapshot_path:text
+        disable_straggler_on_startup record_memory_history memory_snapshot_path:path
     """,
 }
 

@@ -1,15 +1,19 @@
 """A complete recipe, and the sizes and paths that follow from its fields."""
 
+import dataclasses
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_txssm.model.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
 from megatron_txssm.model.state_space_config import StateSpaceConfig
+from megatron_txssm.recipe.megatron_section import passing
+from megatron_txssm.recipe.paths import each_path, escaped, frozen
 from megatron_txssm.recipe.schema import Checkpoint, Data, Logging, Model, Optimizer, Parallel, Training
-from megatron_txssm.recipe.setting import argument, setting
+from megatron_txssm.recipe.setting import argument, section_fields, setting
 
 if TYPE_CHECKING:
     from megatron_txssm.data.manifest import Corpus
@@ -21,7 +25,7 @@ class Recipe:
 
     name: str = setting("of the run; by default the file's name")
     description: str = setting("one line for the table of recipes", default="")
-    run_directory: str | None = setting("for everything a run writes; null: runs/<name>", default=None)
+    run_directory: str | None = setting("for everything a run writes; null: runs/<name>", default=None, path=True)
     model: Model
     parallel: Parallel
     training: Training
@@ -179,4 +183,33 @@ class Recipe:
         """Every field with its value, so that the text alone, without what the recipe extended, gives this recipe."""
         from megatron_txssm.recipe.loader import dump_recipe
 
-        return dump_recipe(self)
+        return dump_recipe(with_paths(self, escaped))
+
+    def frozen(self, folder: Path) -> str:
+        """`to_yaml` for a file in `folder` that depends on no current folder and may move with the run's folder."""
+        from megatron_txssm.recipe.loader import dump_recipe
+
+        run = Path(os.path.abspath(self.run_path))
+        stated = dataclasses.replace(self, run_directory=str(run))
+        return dump_recipe(with_paths(stated, lambda path: frozen(path, Path(os.path.abspath(folder)), run)))
+
+
+def with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
+    """The recipe with every path in it changed; a tokenizer's name on the Hub is none."""
+
+    def changed(values: Any) -> dict[str, Any]:
+        fields = (field for field in section_fields(type(values)) if field.setting.path)
+        return {field.name: each_path(getattr(values, field.name), change) for field in fields}
+
+    data = changed(recipe.data)
+    model = recipe.data.tokenizer_model
+    if model and not os.path.exists(model):
+        data["tokenizer_model"] = escaped(model)
+    known = passing()
+    return dataclasses.replace(
+        recipe,
+        **changed(recipe),
+        data=dataclasses.replace(recipe.data, **data),
+        checkpoint=dataclasses.replace(recipe.checkpoint, **changed(recipe.checkpoint)),
+        megatron={k: each_path(v, change) if known[k].kind == "path" else v for k, v in recipe.megatron.items()},
+    )

@@ -338,6 +338,7 @@ class Data:
         "--train-data-path",
         "--valid-data-path",
         default=None,
+        path=True,
         render=lambda value, recipe: recipe.corpus_arguments,
     )
     weights: Weights | None = setting(
@@ -355,12 +356,14 @@ class Data:
         "training data instead of a corpus: a prefix, or a list of [weight, prefix]",
         "--train-data-path",
         default=None,
+        path=True,
     )
-    validation: Blend | None = setting("validation data, likewise", "--valid-data-path", default=None)
+    validation: Blend | None = setting("validation data, likewise", "--valid-data-path", default=None, path=True)
     blend: Blend | None = setting(
         "one mixture for training and validation, instead of the two above",
         "--data-path",
         default=None,
+        path=True,
     )
     split: str | None = setting("shares of train, validation and test in blend: 99,1,0", "--split", default=None)
     tokenizer_type: str | None = setting(
@@ -374,6 +377,7 @@ class Data:
         "name on the Hugging Face hub, or path; null: the corpus's",
         "--tokenizer-model",
         default=None,
+        path=True,
         render=lambda value, recipe: argument("--tokenizer-model", recipe.tokenizer_model),
     )
     vocab_size: int = setting(
@@ -400,6 +404,7 @@ class Data:
         "folder of Megatron's shuffled indices; null: beside the data, or in the run directory where that is read-only",
         "--data-cache-path",
         default=None,
+        path=True,
         render=lambda value, recipe: argument("--data-cache-path", recipe.cache_path),
     )
 
@@ -413,6 +418,7 @@ class Checkpoint:
         "--save",
         "--load",
         default=None,
+        path=True,
         render=lambda value, recipe: recipe.checkpoint_arguments,
     )
     save_interval: int | None = setting(
@@ -423,7 +429,10 @@ class Checkpoint:
         owns=("--persistent-save-interval",),
     )
     load_from: str | None = setting(
-        "checkpoint directory whose weights a fresh run starts from, at step 0", "--pretrained-checkpoint", default=None
+        "checkpoint directory whose weights a fresh run starts from, at step 0",
+        "--pretrained-checkpoint",
+        default=None,
+        path=True,
     )
 
 

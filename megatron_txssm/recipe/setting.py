@@ -50,6 +50,8 @@ class Setting:
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
+    # A path, or a blend of them (paths.py).
+    path: bool = False
     render: Render | None = None
 
     def arguments(self, value: Any, recipe: "Recipe") -> list[str]:

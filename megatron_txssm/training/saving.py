@@ -111,7 +111,7 @@ def keep_recipe(recipe: Recipe, folder: Path) -> None:
     """Write the resolved recipe into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "recipe.yaml.partial"
-    partial.write_text(recipe.to_yaml(), encoding="utf-8")
+    partial.write_text(recipe.frozen(folder), encoding="utf-8")
     partial.replace(folder / "recipe.yaml")
 
 

@@ -344,7 +344,7 @@ def test_the_run_folder_of_a_submission(cluster: Cluster, capsys: pytest.Capture
         "submission.json",
     ]
     frozen = load_recipe(run / "recipe.yaml")
-    assert frozen == load_recipe("demo_cpu", [*FIELDS, "training.seed=7"])
+    assert frozen == load_recipe("demo_cpu", [*FIELDS, "training.seed=7", f"run_directory={run}"])
     script = (run / "pretrain.sbatch").read_text()
     options = {line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")}
     assert options >= {

@@ -300,8 +300,14 @@ def test_a_value_is_refused_or_arrives(site: Site, case: Case) -> None:
     run = Path(os.path.normpath(run))
     limits = ["--step-timeout=1800", "--stop-before=120", "--max-requeues=10"]
     assert case.argv == ["-m", "megatron_txssm.launch.supervisor", f"{run}/recipe.yaml", *limits]
+    # The run's recipe holds paths from the root; the tokenizer's, where there is such a file.
+    place = os.path.normpath(site.home / case.value)
     if case.place == "data.train":
-        assert case.recipe.data.train == ((1.0, case.value),)
+        assert case.recipe.data.train == ((1.0, place),)
+    elif case.place in ("checkpoint.directory", "run_directory"):
+        assert os.path.normpath(field_value(case.recipe, case.place)) == place
+    elif case.place == "data.tokenizer_model":
+        assert field_value(case.recipe, case.place) in (case.value, place)
     elif case.place == "--account":
         assert case.account == case.value
     elif not case.place.startswith("--") and case.place != "RECIPE":

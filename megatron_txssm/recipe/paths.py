@@ -1,0 +1,61 @@
+"""Paths in recipes: as a user writes them, and as a run's own recipe keeps them.
+
+A path may begin with `~` and hold `$NAME` or `${NAME}`, as in a shell; `$$` is a dollar. `$RECIPE_DIR` is the folder of
+the recipe's file. A relative path starts at the current folder. A run's recipe.yaml depends on no current folder: paths
+inside the run start at $RECIPE_DIR, so that the folder can be moved, and the others are absolute.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# What has no name in it stays: $(…), a dollar at the end.
+_VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
+RECIPE_DIR = "RECIPE_DIR"
+
+
+def expanded(path: str, recipe_dir: Path | None) -> str:
+    """The path without `~` and variables; ValueError where one has no value. `recipe_dir` is None on a command line."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[2] or match[3]
+        if name is None:
+            return "$"
+        found = str(recipe_dir) if name == RECIPE_DIR and recipe_dir else os.environ.get(name)
+        if not found:
+            raise ValueError(f"names ${name}, which is not set; set it, or write $$ for a dollar")
+        return found
+
+    # The home folder is taken as it is, whatever its name holds.
+    user, slash, rest = path.partition("/") if path.startswith("~") else ("", "", path)
+    home = os.path.expanduser(user)
+    if home.startswith("~"):
+        raise ValueError(f"begins with {home}, whose home folder is not known; write it out, or ./{path}")
+    return home + slash + _VARIABLE.sub(value, rest)
+
+
+def escaped(path: str) -> str:
+    """A path that `expanded` gives back as it is."""
+    path = path.replace("$", "$$")
+    return f"./{path}" if path.startswith("~") else path
+
+
+def frozen(path: str, folder: Path, run: Path) -> str:
+    """A path for the recipe.yaml in `folder`, which may belong to the run folder `run`; both absolute."""
+    place = Path(os.path.abspath(path))
+    inside = place.is_relative_to(folder) or (place.is_relative_to(run) and folder.is_relative_to(run))
+    if not inside:
+        return escaped(str(place))
+    relative = os.path.relpath(place, folder)
+    return f"${RECIPE_DIR}" if relative == "." else f"${RECIPE_DIR}/{escaped(relative)}"
+
+
+def each_path(value: Any, change: Callable[[str], str]) -> Any:
+    """A field's value with every path in it changed: a path, a blend of (weight, prefix), or None."""
+    if isinstance(value, str):
+        return change(value) if value else value
+    if isinstance(value, tuple):
+        return tuple((weight, change(prefix)) for weight, prefix in value)
+    return value
