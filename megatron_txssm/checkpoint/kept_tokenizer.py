@@ -4,12 +4,15 @@ CHECKPOINTS/recipe.yaml     the resolved recipe
 CHECKPOINTS/tokenizer/      tokenizer.json or tokenizer.model, and facts.json (data/tokenizer_files.py)
 """
 
+import contextlib
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from megatron_txssm.data.corpus_recipe import TokenizerSource
 from megatron_txssm.data.manifest import Corpus, TokenizerFacts, read_tokenizer_facts
+from megatron_txssm.data.shard import file_sha256
 from megatron_txssm.data.tokenizer_files import install_tokenizer
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.recipe.recipe import Recipe
@@ -47,6 +50,35 @@ def tokenizer_source(recipe: Recipe, checkpoints: Path) -> TokenizerSource | Non
         return _stated_source(recipe)
     kept = Corpus(checkpoints, facts, subsets={})
     return TokenizerSource(type=facts.type, model=kept.tokenizer_model, eod_token=facts.eod_token)
+
+
+def other_tokenizer(recipe: Recipe, checkpoints: Path) -> str:
+    """How the recipe's tokenizer differs from the one beside checkpoints; empty where not, or one is unknown."""
+    kept = kept_tokenizer(checkpoints)
+    own = None if kept is None else _stated_source(recipe)
+    beside = None if kept is None else tokenizer_source(recipe, checkpoints)
+    if kept is None or own is None or beside is None:
+        return ""
+    ours = _fingerprint(own)
+    if ours is None or ours == _fingerprint(beside):
+        return ""
+    # What is kept may differ from its source in how it is written.
+    if _fingerprint_as_kept(own) in (None, kept.fingerprint, _fingerprint_as_kept(beside)):
+        return ""
+    return f"SHA-256 {kept.fingerprint[:12]} in {checkpoints / 'tokenizer'}, {ours[:12]} in {own.model}"
+
+
+def _fingerprint(source: TokenizerSource) -> str | None:
+    """SHA-256 of a tokenizer's file; None where it is none on this machine."""
+    path = Path(source.model)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    return file_sha256(file) if file.is_file() else None
+
+
+def _fingerprint_as_kept(source: TokenizerSource) -> str | None:
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(UserError):
+        return install_tokenizer(source, Path(folder) / "tokenizer").fingerprint
+    return None
 
 
 def _stated_source(recipe: Recipe) -> TokenizerSource | None:

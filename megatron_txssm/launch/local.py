@@ -14,12 +14,12 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.launch.environment import adopt_slurm_step, is_worker
 from megatron_txssm.launch.local_end import forget_local_end, note_local_end
 from megatron_txssm.launch.preflight import (
-    changed_data,
     check_machine,
     check_run,
     is_finished,
     make_run_directory,
     saved_step,
+    warnings,
 )
 from megatron_txssm.launch.run_lock import check_not_running
 from megatron_txssm.process_limits import allow_open_files
@@ -87,8 +87,8 @@ def launch(recipe: Recipe, nproc: int, command: list[str], *, port: int | None =
     make_run_directory(recipe)
     forget_local_end(recipe.run_path)
     print(f"{recipe.name}: {nproc} process{'es' if nproc > 1 else ''}, run directory {recipe.run_path}", flush=True)
-    if changes := changed_data(recipe):
-        print(f"warning: it goes on with other data than it was trained on ({changes})", flush=True)
+    for warning in warnings(recipe):
+        print(f"warning: {warning}", flush=True)
     return _launch_workers(recipe, nproc, command, port or 0)
 
 

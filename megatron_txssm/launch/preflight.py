@@ -3,9 +3,12 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_txssm.checkpoint.kept_tokenizer import other_tokenizer
+from megatron_txssm.data.manifest import read_tokenizer_facts
 from megatron_txssm.errors import UserError
 from megatron_txssm.planning.parameters import checkpoint_bytes
 from megatron_txssm.process_limits import check_open_files, check_shared_memory, check_temporary_folder
@@ -93,6 +96,11 @@ def check_checkpoint(recipe: Recipe) -> None:
             f"{folder} holds checkpoints of another model ({differences}); "
             "use another run_directory or checkpoint.directory, or remove it"
         )
+    if other := other_tokenizer(recipe, folder):
+        raise UserError(
+            f"{folder} holds checkpoints of a model that reads by another tokenizer ({other}); "
+            "use that one's corpus, or another run_directory"
+        )
     # Megatron refuses another schedule unless it is told which one holds.
     stated = {key.lstrip("-").replace("-", "_"): value for key, value in recipe.megatron.items()}
     told = any(stated.get(key) for key in _SCHEDULE_SWITCHES)
@@ -102,6 +110,26 @@ def check_checkpoint(recipe: Recipe) -> None:
             f"set megatron.{_SCHEDULE_SWITCHES[0]}=true to go on under the new one, "
             f"or megatron.{_SCHEDULE_SWITCHES[1]}=true to keep the old one"
         )
+
+
+def warnings(recipe: Recipe) -> Iterator[str]:
+    """What a run may do, and its user hardly wants."""
+    if changes := changed_data(recipe):
+        yield f"it goes on with other data than it was trained on ({changes})"
+    source = recipe.checkpoint.load_from
+    if source is not None and (other := other_tokenizer(recipe, Path(source))):
+        yield f"checkpoint.load_from={source} is of a model that reads by another tokenizer ({other})"
+    corpus = Path(recipe.data.corpus or "")
+    if (corpus / "tokenizer" / "facts.json").is_file():
+        facts = read_tokenizer_facts(corpus)
+        never = recipe.padded_vocab_size - facts.vocab_size
+        if never > max(facts.vocab_size // 10, recipe.data.make_vocab_size_divisible_by):
+            weights = never * recipe.model.hidden_size * (1 if recipe.model.tie_embeddings else 2)
+            yield (
+                f"data.vocab_size={recipe.data.vocab_size}, but the tokenizer of {corpus} has "
+                f"{facts.vocab_size} tokens: {weights / 1e6:.1f}M weights are of tokens that never come; "
+                "set data.vocab_size=null to have as many as the tokenizer"
+            )
 
 
 def is_finished(recipe: Recipe) -> bool:
@@ -153,6 +181,8 @@ def _schedule(recipe: Recipe) -> dict[str, Any]:
     return {
         "training.train_iters": recipe.train_iters,
         "training.global_batch_tokens": recipe.training.global_batch_tokens,
+        # The schedule counts samples.
+        "samples a step (global_batch_tokens / training.seq_length)": recipe.global_batch_size,
     } | {f"optimizer.{name}": getattr(recipe.optimizer, name) for name in _SCHEDULE}
 
 

@@ -19,7 +19,14 @@ from megatron_txssm.data.shard import write_file_atomically
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
 from megatron_txssm.launch.batch_script import HOME, Options, render
-from megatron_txssm.launch.preflight import check_checkpoint, check_room, check_run, is_finished, make_run_directory
+from megatron_txssm.launch.preflight import (
+    check_checkpoint,
+    check_room,
+    check_run,
+    is_finished,
+    make_run_directory,
+    warnings,
+)
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import validate
@@ -156,6 +163,9 @@ def plan_submission(
     else:
         # Its shards are not there yet; the job itself checks them.
         validate(recipe, layout.world_size)
+    if corpus is None:
+        for warning in warnings(recipe):
+            print(f"warning: {warning}", file=sys.stderr)
     if is_finished(recipe) and not args.chain:
         print(f"{recipe.name}: finished before; {recipe.checkpoint_path} holds step {recipe.train_iters}")
         return None

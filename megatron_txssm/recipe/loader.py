@@ -244,6 +244,8 @@ def _build(layers: list[Layer], path: Path) -> Recipe:
                         merged.pop(name, None)
         merged.update(layer)
     merged.setdefault("name", path.stem)
+    if merged.get("data.vocab_size") is None and merged.get("data.corpus") is not None:
+        merged["data.vocab_size"] = _corpus_vocab_size(merged["data.corpus"], path)
     sections = {name: _section(name, merged, path) for name in SECTIONS}
     top = {name: merged[name] for name in _TOP if name in merged}
     megatron = {k.partition(".")[2]: v for k, v in merged.items() if k.startswith("megatron.")}
@@ -255,11 +257,23 @@ def _build(layers: list[Layer], path: Path) -> Recipe:
     return recipe
 
 
+def _corpus_vocab_size(corpus: str, path: Path) -> int:
+    from megatron_txssm.data.manifest import read_tokenizer_facts
+
+    try:
+        return read_tokenizer_facts(Path(corpus)).vocab_size
+    except UserError as error:
+        raise UserError(
+            f"{path}: data.vocab_size is not stated, and data.corpus={corpus} does not tell it ({error}); "
+            "state it to use the recipe before the corpus is made"
+        ) from None
+
+
 def _section(section: str, merged: Layer, path: Path) -> Any:
     values = {}
     for field in _FIELDS[section].values():
         dotted = f"{section}.{field.name}"
-        if dotted in merged:
+        if dotted in merged and not (field.setting.found and merged[dotted] is None):
             values[field.name] = merged[dotted]
         elif field.required:
             raise UserError(f"{path}: {dotted} is missing ({field.setting.explanation}; {type_name(field.type)})")

@@ -381,10 +381,11 @@ class Data:
         render=lambda value, recipe: argument("--tokenizer-model", recipe.tokenizer_model),
     )
     vocab_size: int = setting(
-        "the tokenizer's tokens, before padding",
+        "the tokenizer's tokens, before padding; null, or not stated: as many as the corpus's has",
         "--vocab-size",
         "--padded-vocab-size",
         at_least=1,
+        found=True,
         owns=("--no-pad-vocab-size", "--disable-pad-vocab-size"),
         render=lambda size, recipe: ["--vocab-size", str(size), "--padded-vocab-size", str(recipe.padded_vocab_size)],
     )

@@ -52,6 +52,8 @@ class Setting:
     below: float | None = None
     # A path, or a blend of them (paths.py).
     path: bool = False
+    # null is allowed, and stands for a value that the loader finds.
+    found: bool = False
     render: Render | None = None
 
     def arguments(self, value: Any, recipe: "Recipe") -> list[str]:
@@ -115,6 +117,8 @@ def type_name(hint: Any) -> str:
 
 def convert(value: Any, field: Field) -> Any:
     """`value`, read from YAML, as the field's type; ValueError says what is expected."""
+    if value is None and field.setting.found:
+        return None
     converted = _as_type(value, field.type)
     if converted is None:
         return None
