@@ -52,12 +52,15 @@ def check_devices(count: int) -> None:
 
 
 def check_gpu(recipe: "Recipe") -> None:
-    """UserError where this process's GPU cannot do what the recipe asks of one."""
+    """UserError where this process's GPU, or its lack of one, cannot do what the recipe asks."""
     import torch
 
     from megatron_txssm.recipe.fp8_checks import check_fp8_on
+    from megatron_txssm.recipe.megatron_section import of_gpus
 
     if not torch.cuda.is_available():
+        if names := of_gpus(recipe.megatron):
+            raise UserError(f"megatron.{names[0]}={recipe.megatron[names[0]]} needs a GPU; set it to null here")
         return
     # 92000 is cuDNN 9.20.0.
     cudnn = torch.backends.cudnn.version() or 0

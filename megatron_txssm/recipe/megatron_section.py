@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from megatron_txssm.recipe.megatron_table import NAMES_OF_FIELDS, OTHER_FLAGS, PASSES, REFUSED
+from megatron_txssm.recipe.megatron_table import GPUS_ONLY, NAMES_OF_FIELDS, OTHER_FLAGS, PASSES, REFUSED
 from megatron_txssm.recipe.schema import FIXED_ARGUMENTS, SECTIONS
 from megatron_txssm.recipe.setting import argument, section_fields
 
@@ -67,6 +67,12 @@ class Argument:
 def passing() -> dict[str, Argument]:
     """The arguments that a recipe may pass on, by name."""
     return {found.name: found for text in PASSES.values() for found in map(_read, text.split())}
+
+
+def of_gpus(entries: dict[str, Any]) -> list[str]:
+    """The names of a section's entries that ask for what only a GPU has."""
+    names = [word.partition(":")[0] for word in PASSES[GPUS_ONLY].split()]
+    return [name for name in names if passing()[name].words(entries.get(name))]
 
 
 def entry(key: str, value: Any) -> tuple[str, Any]:

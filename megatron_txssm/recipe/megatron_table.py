@@ -9,6 +9,8 @@ How a value is written: a bare name is a switch, off unless stated; `off` is a s
 int, float, text, path, each with + for a list, and a|b|c for one of these words.
 """
 
+GPUS_ONLY = "GPUs only (parsed by the tests, not run)"
+
 # What it is about -> arguments. None changes what a model computes.
 PASSES: dict[str, str] = {
     "communication between processes": """
@@ -47,7 +49,7 @@ PASSES: dict[str, str] = {
         null_tokenizer_eod_id:int trust_remote_code
     """,
     "checkpoints": """
-        save_retain_interval:int async_save async_strategy:nvrx|mcore use_persistent_ckpt_worker
+        save_retain_interval:int async_save async_strategy:nvrx|mcore
         async_ckpt_cpu_priority:int async_ckpt_io_priority:int async_ckpt_use_cpu_shm dist_ckpt_workers:int
         ckpt_fully_parallel_save:off ckpt_fully_parallel_load
         ckpt_fully_parallel_load_exchange_algo:broadcast|gather_rounds|gather_object
@@ -71,7 +73,7 @@ PASSES: dict[str, str] = {
         profile_ranks:int+ use_pytorch_profiler pytorch_profiler_collect_shapes pytorch_profiler_collect_callstack
         nvtx_ranges train_sync_interval:int
     """,
-    "GPUs only (parsed by the tests, not run)": """
+    GPUS_ONLY: """
         tp_comm_overlap tp_comm_overlap_cfg:path tp_comm_bootstrap_backend:nccl|mpi|gloo tp_comm_bulk_wgrad:off
         tp_comm_bulk_dgrad:off tp_comm_overlap_ag:off tp_comm_overlap_rs:off tp_comm_overlap_rs_dgrad
         tp_comm_split_ag:off tp_comm_split_rs:off cp_comm_type:text+ pipeline_model_parallel_comm_backend:nccl|ucc
@@ -84,8 +86,8 @@ PASSES: dict[str, str] = {
         main_params_dtype:fp32|fp16 exp_avg_dtype:fp32|fp16|bf16|fp8 exp_avg_sq_dtype:fp32|fp16|bf16|fp8
         optimizer_cpu_offload optimizer_offload_fraction:float use_torch_optimizer_for_cpu_offload
         overlap_cpu_optimizer_d2h_h2d pin_cpu_grads:off pin_cpu_params:off gpu_sniff_test_interval:int
-        log_device_memory_used log_energy log_straggler straggler_ctrlr_port:int straggler_minmax_count:int
-        disable_straggler_on_startup record_memory_history memory_snapshot_path:path
+        log_device_memory_used log_energy use_persistent_ckpt_worker log_straggler straggler_ctrlr_port:int
+        straggler_minmax_count:int disable_straggler_on_startup record_memory_history memory_snapshot_path:path
     """,
 }
 

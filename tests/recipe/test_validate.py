@@ -97,6 +97,13 @@ from megatron_txssm.recipe.validate import check_files, data_parallel_size, vali
             ["parallel.tensor_model_parallel_size=2", "data.make_vocab_size_divisible_by=3"],
             "make_vocab_size_divisible_by=3 is not divisible by tensor_model_parallel_size=2; use a multiple of 2",
         ),
+        ("demo_cpu", ["optimizer.decay_style=WSD"], "decay_style=WSD needs optimizer.wsd_decay_fraction"),
+        ("demo_cpu", ["optimizer.wsd_decay_fraction=0.1"], "has no effect with decay_style=cosine"),
+        (
+            "demo_cpu",
+            ["optimizer.decay_style=WSD", "optimizer.wsd_decay_fraction=0.95"],
+            "optimizer.warmup_fraction=0.1 and wsd_decay_fraction=0.95 are more than all steps",
+        ),
         ("demo_cpu", ["data.train=null", "data.corpus=null"], "data.corpus is missing"),
         ("transxssm_320m", ["megatron.mock_data=true"], "megatron.mock_data and data.corpus exclude each other"),
         ("transxssm_320m", ["data.validation=a"], "data.validation goes with data.train; a corpus holds its own"),
