@@ -102,8 +102,7 @@ def check_checkpoint(recipe: Recipe) -> None:
             "use that one's corpus, or another run_directory"
         )
     # Megatron refuses another schedule unless it is told which one holds.
-    stated = {key.lstrip("-").replace("-", "_"): value for key, value in recipe.megatron.items()}
-    told = any(stated.get(key) for key in _SCHEDULE_SWITCHES)
+    told = any(recipe.megatron.get(key) for key in _SCHEDULE_SWITCHES)
     if not told and (differences := _differences(_schedule(saved), _schedule(recipe))):
         raise UserError(
             f"{folder} was trained under another schedule ({differences}); "
