@@ -14,12 +14,11 @@ GPUS_ONLY = "GPUs only (parsed by the tests, not run)"
 # What it is about -> arguments. None changes what a model computes.
 PASSES: dict[str, str] = {
     "communication between processes": """
-        overlap_grad_reduce overlap_param_gather overlap_param_gather_with_optimizer_step align_grad_reduce:off
-        align_param_gather:off ddp_num_buckets:int ddp_bucket_size:int ddp_pad_buckets_for_high_nccl_busbw
-        ddp_reduce_scatter_with_fp32_accumulation ddp_average_in_collective grad_reduce_in_bf16
-        accumulate_allreduce_grads_in_fp32 num_distributed_optimizer_instances:int use_tp_pp_dp_mapping
-        overlap_p2p_comm_warmup_flush microbatch_group_size_per_vp_stage:int use_gloo_process_groups:off
-        distributed_timeout_minutes:int distributed_timeout_seconds_after_init:int
+        overlap_grad_reduce overlap_param_gather align_grad_reduce:off align_param_gather:off ddp_num_buckets:int
+        ddp_bucket_size:int ddp_pad_buckets_for_high_nccl_busbw ddp_reduce_scatter_with_fp32_accumulation
+        grad_reduce_in_bf16 accumulate_allreduce_grads_in_fp32 use_tp_pp_dp_mapping overlap_p2p_comm_warmup_flush
+        microbatch_group_size_per_vp_stage:int use_gloo_process_groups:off distributed_timeout_minutes:int
+        distributed_timeout_seconds_after_init:int
     """,
     "layers of each pipeline stage": """
         decoder_first_pipeline_num_layers:int decoder_last_pipeline_num_layers:int pipeline_model_parallel_layout:text
@@ -49,10 +48,9 @@ PASSES: dict[str, str] = {
         null_tokenizer_eod_id:int trust_remote_code
     """,
     "checkpoints": """
-        save_retain_interval:int async_save async_strategy:nvrx|mcore
-        async_ckpt_cpu_priority:int async_ckpt_io_priority:int async_ckpt_use_cpu_shm dist_ckpt_workers:int
-        ckpt_fully_parallel_save:off ckpt_fully_parallel_load
-        ckpt_fully_parallel_load_exchange_algo:broadcast|gather_rounds|gather_object
+        save_retain_interval:int async_save async_strategy:nvrx|mcore async_ckpt_cpu_priority:int
+        async_ckpt_io_priority:int async_ckpt_use_cpu_shm dist_ckpt_workers:int ckpt_fully_parallel_save:off
+        ckpt_fully_parallel_load ckpt_fully_parallel_load_exchange_algo:broadcast|gather_rounds|gather_object
         ckpt_fully_parallel_save_process_group:dp|ep_dp ckpt_fully_parallel_load_process_group:dp|ep_dp
         ckpt_assume_constant_structure ckpt_load_validate_sharding_integrity:off
         dist_ckpt_strictness:assume_ok_unexpected|log_unexpected|log_all|raise_unexpected|raise_all|return_unexpected|return_all|ignore_all
@@ -62,11 +60,11 @@ PASSES: dict[str, str] = {
         non_persistent_local_ckpt_algo:fully_parallel|atomic
     """,
     "reports": """
-        log_params_norm log_throughput log_progress log_num_zeros_in_grad log_memory_interval:int timing_log_level:0|1|2
-        timing_log_option:max|minmax|all logging_level:int barrier_with_L1_time:off tensorboard_log_interval:int
-        tensorboard_queue_size:int log_timers_to_tensorboard log_loss_scale_to_tensorboard:off
-        log_validation_ppl_to_tensorboard log_memory_to_tensorboard log_world_size_to_tensorboard wandb_entity:text
-        config_logger_dir:path
+        log_params_norm log_throughput log_progress log_num_zeros_in_grad log_memory_interval:int
+        timing_log_level:0|1|2 timing_log_option:max|minmax|all logging_level:int barrier_with_L1_time:off
+        tensorboard_log_interval:int tensorboard_queue_size:int log_timers_to_tensorboard
+        log_loss_scale_to_tensorboard:off log_validation_ppl_to_tensorboard log_memory_to_tensorboard
+        log_world_size_to_tensorboard wandb_entity:text config_logger_dir:path
     """,
     "garbage collection and profiling": """
         manual_gc manual_gc_interval:int manual_gc_eval:off profile profile_step_start:int profile_step_end:int
@@ -86,8 +84,9 @@ PASSES: dict[str, str] = {
         main_params_dtype:fp32|fp16 exp_avg_dtype:fp32|fp16|bf16|fp8 exp_avg_sq_dtype:fp32|fp16|bf16|fp8
         optimizer_cpu_offload optimizer_offload_fraction:float use_torch_optimizer_for_cpu_offload
         overlap_cpu_optimizer_d2h_h2d pin_cpu_grads:off pin_cpu_params:off gpu_sniff_test_interval:int
-        log_device_memory_used log_energy use_persistent_ckpt_worker log_straggler straggler_ctrlr_port:int
-        straggler_minmax_count:int disable_straggler_on_startup record_memory_history memory_snapshot_path:path
+        log_device_memory_used log_energy use_persistent_ckpt_worker ddp_average_in_collective log_straggler
+        straggler_ctrlr_port:int straggler_minmax_count:int disable_straggler_on_startup record_memory_history
+        memory_snapshot_path:path
     """,
 }
 
@@ -105,9 +104,9 @@ REFUSED: dict[str, str] = {
         layernorm_zero_centered_gamma apply_residual_connection_post_layernorm fp32_residual_connection add_qkv_bias
         glu_linear_offset activation_func_clamp_value qk_* attention_output_gate softmax_type window_size
         window_attn_skip_freq multi_latent_attention experimental_attention_variant dsa_* linear_* use_mup mup_*
-        openai_gelu squared_relu quick_geglu onnx_safe relative_attention_* apply_query_key_layer_scaling
-        q_lora_rank kv_lora_rank v_head_dim cache_mla_latents mla_down_proj_fusion heterogeneous_layers_config_*
-        mtp_* mamba_training_ssm_states_dtype fp8_output_proj tokenizer_hf_* apply_wd_to_qk_layernorm
+        openai_gelu squared_relu quick_geglu onnx_safe relative_attention_* apply_query_key_layer_scaling q_lora_rank
+        kv_lora_rank v_head_dim cache_mla_latents mla_down_proj_fusion heterogeneous_layers_config_* mtp_*
+        mamba_training_ssm_states_dtype fp8_output_proj tokenizer_hf_* apply_wd_to_qk_layernorm
     """,
     "its layers have one dense FFN each, no experts": """
         num_experts moe_* expert_model_parallel_size expert_tensor_parallel_* overlap_moe_expert_parallel_comm
@@ -140,13 +139,14 @@ REFUSED: dict[str, str] = {
         tensor_parallel_num_weight_shards
     """,
     "nothing shows yet that it leaves the state-space layers' results as they are": """
-        enable_cuda_graph external_cuda_graph cuda_graph_* te_rng_tracker cpu_offloading_*
-        fine_grained_* offload_modules min_offloaded_tensor_size delay_offload_until_cuda_graph
-        delta_offload_bytes_across_pp_ranks activation_offload_fraction defer_embedding_wgrad_compute
-        wgrad_deferral_limit fused_residual_rmsnorm use_transformer_engine_op_fuser use_te_activation_func
-        use_kitchen_attention kitchen_attention_backend batch_invariant_mode fp8_wgrad fp4_param_gather
-        account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split use_ring_exchange_p2p lazy_mpu_init
+        enable_cuda_graph external_cuda_graph cuda_graph_* te_rng_tracker cpu_offloading_* fine_grained_*
+        offload_modules min_offloaded_tensor_size delay_offload_until_cuda_graph delta_offload_bytes_across_pp_ranks
+        activation_offload_fraction defer_embedding_wgrad_compute wgrad_deferral_limit fused_residual_rmsnorm
+        use_transformer_engine_op_fuser use_te_activation_func use_kitchen_attention kitchen_attention_backend
+        batch_invariant_mode fp8_wgrad fp4_param_gather account_for_embedding_in_pipeline_split
+        account_for_loss_in_pipeline_split use_ring_exchange_p2p lazy_mpu_init
         ddp_param_name_patterns_for_fp32_local_accumulation fake_process_group enable_experimental
+        num_distributed_optimizer_instances
     """,
     "without effect here: what it is about has another form in this model or its data": """
         masked_softmax_fusion bias_gelu_fusion apply_rope_fusion use_fused_weighted_squared_relu use_flash_attn
@@ -159,9 +159,10 @@ REFUSED: dict[str, str] = {
         ckpt_fully_parallel_save_deprecated disable_msc_deprecated adlr_autoresume adlr_autoresume_interval
     """,
     "a run saves torch_dist and resumes from its own newest; set checkpoint.load_from to start from another": """
-        finetune override_ckpt_iteration load_main_params_from_ckpt auto_detect_ckpt_format ckpt_convert_*
-        dist_ckpt_save_pre_mcore_014 stream_ckpt_dequant replication replication_jump replication_factor
-        verify_integrity save_params_interval save_activations_interval save_wgrads_interval save_dgrads_interval
+        finetune override_ckpt_iteration overlap_param_gather_with_optimizer_step load_main_params_from_ckpt
+        auto_detect_ckpt_format ckpt_convert_* dist_ckpt_save_pre_mcore_014 stream_ckpt_dequant replication
+        replication_jump replication_factor verify_integrity save_params_interval save_activations_interval
+        save_wgrads_interval save_dgrads_interval
     """,
     "the tokenizer is the corpus's, or data.tokenizer_type and data.tokenizer_model": """
         vocab_file merge_file vocab_extra_ids metadata_path special_tokens tiktoken_* tokenizer_sentencepiece_*
@@ -174,11 +175,11 @@ REFUSED: dict[str, str] = {
         record_shapes
     """,
     "it is of other training than pretraining on text": """
-        rl_* grpo_* langrl_env_config perform_rl_step refit_method sft sft_tokenizer_prompt_format fim_* logits_*
-        ict_* biencoder_* bert_load titles_data_path query_in_block_prob use_one_sent_docs evidence_data_path
-        retriever_* block_data_path embedding_path indexer_* num_classes img_h img_w num_channels patch_dim
-        classes_fraction data_per_class_fraction data_sharding head_lr_mult vision_* swin_backbone_type mask_type
-        mask_factor iter_per_epoch dino_*
+        rl_* grpo_* langrl_env_config perform_rl_step refit_method sft sft_tokenizer_prompt_format fim_* logits_* ict_*
+        biencoder_* bert_load titles_data_path query_in_block_prob use_one_sent_docs evidence_data_path retriever_*
+        block_data_path embedding_path indexer_* num_classes img_h img_w num_channels patch_dim classes_fraction
+        data_per_class_fraction data_sharding head_lr_mult vision_* swin_backbone_type mask_type mask_factor
+        iter_per_epoch dino_*
     """,
     "it is of Megatron's own inference, which `txssm generate` and `txssm serve` do not use": """
         inference_* max_tokens_to_oom output_bert_embeddings bert_embedder_type use_legacy_static_engine
