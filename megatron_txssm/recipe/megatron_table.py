@@ -64,7 +64,7 @@ PASSES: dict[str, str] = {
         timing_log_level:0|1|2 timing_log_option:max|minmax|all logging_level:int barrier_with_L1_time:off
         tensorboard_log_interval:int tensorboard_queue_size:int log_timers_to_tensorboard
         log_loss_scale_to_tensorboard:off log_validation_ppl_to_tensorboard log_memory_to_tensorboard
-        log_world_size_to_tensorboard wandb_entity:text config_logger_dir:path
+        log_world_size_to_tensorboard wandb_entity:text
     """,
     "garbage collection and profiling": """
         manual_gc manual_gc_interval:int manual_gc_eval:off profile profile_step_start:int profile_step_end:int
@@ -145,7 +145,7 @@ REFUSED: dict[str, str] = {
         use_transformer_engine_op_fuser use_te_activation_func use_kitchen_attention kitchen_attention_backend
         batch_invariant_mode fp8_wgrad fp4_param_gather account_for_embedding_in_pipeline_split
         account_for_loss_in_pipeline_split use_ring_exchange_p2p lazy_mpu_init
-        ddp_param_name_patterns_for_fp32_local_accumulation fake_process_group enable_experimental
+        ddp_param_name_patterns_for_fp32_local_accumulation fake_process_group config_logger_dir enable_experimental
         num_distributed_optimizer_instances
     """,
     "without effect here: what it is about has another form in this model or its data": """

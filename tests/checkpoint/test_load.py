@@ -21,7 +21,7 @@ HOSTILE = (
     "megatron.--trust-remote-code=true",
     "megatron.non-persistent-ckpt-type=global",
     "megatron.non_persistent_global_ckpt_dir=/tmp/theirs",
-    "megatron.config_logger_dir=/tmp/anywhere",
+    "megatron.flight_recorder_dump_path=/tmp/anywhere",
 )
 
 
@@ -43,7 +43,7 @@ def test_a_foreign_recipe_names_no_code_and_no_files() -> None:
     args = parse_megatron_arguments(megatron_arguments(recipe))
     assert not args.trust_remote_code
     assert args.non_persistent_ckpt_type is None and args.non_persistent_global_ckpt_dir is None
-    assert args.config_logger_dir == ""
+    assert args.flight_recorder_dump_path is None
 
 
 def test_a_prompt_is_read_as_the_corpus_was() -> None:

@@ -12,7 +12,7 @@ from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.training.saving import keep_recipe
 
 # A place of each kind: a field of its own, a section's, a blend, Megatron's.
-PLACES = ("run_directory", "checkpoint.directory", "data.cache_path", "data.train", "megatron.config_logger_dir")
+PLACES = ("run_directory", "checkpoint.directory", "data.cache_path", "data.train", "megatron.memory_snapshot_path")
 
 
 def own_data(*more: str) -> list[str]:
