@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from megatron.training import get_tokenizer
+from megatron.training.global_vars import rebuild_tokenizer
 from tiny_run import VOCAB_SIZE, TinyRun
 
 from megatron_txssm.data.lineage import megatron_initialized
@@ -11,9 +13,13 @@ from megatron_txssm.training.forward_step import datasets_provider
 END_OF_DOCUMENT = VOCAB_SIZE - 1
 
 
-def samples(tiny: TinyRun, *fields: str) -> dict[str, torch.Tensor]:
-    """Sixteen training samples as one batch."""
-    with megatron_initialized(load_recipe(tiny.recipe, fields), 1):
+def samples(tiny: TinyRun, *fields: str, pad: int | None = None) -> dict[str, torch.Tensor]:
+    """Sixteen training samples as one batch; `pad`: the id of the tokenizer's padding."""
+    with megatron_initialized(load_recipe(tiny.recipe, fields), 1) as args:
+        if pad is not None:
+            args.null_tokenizer_pad_id = pad
+            rebuild_tokenizer(args)
+            assert get_tokenizer().pad == pad
         train = datasets_provider([16, 1, 1])[0]
         return {key: torch.stack([train[index][key] for index in range(16)]) for key in train[0]}
 
@@ -30,7 +36,7 @@ def test_the_loss_is_masked_where_the_end_of_a_document_is_read(tiny: TinyRun, m
 
 
 def test_a_token_of_the_paddings_id_is_text(tiny: TinyRun) -> None:
-    plain, padded = samples(tiny), samples(tiny, "megatron.null_tokenizer_pad_id=5")
+    plain, padded = samples(tiny), samples(tiny, pad=5)
     assert (plain["tokens"] == 5).any()
     for key, expected in plain.items():
         assert torch.equal(padded[key], expected), key
