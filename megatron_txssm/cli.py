@@ -8,10 +8,12 @@ import argparse
 import difflib
 import importlib
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_txssm import __version__
 from megatron_txssm.errors import UserError, readable
@@ -33,8 +35,15 @@ VERBS: dict[str, tuple[str, str]] = {
     "why": ("megatron_txssm.launch.why_command", "say why a run's last attempt ended, and what to do"),
     "generate": ("megatron_txssm.evaluation.generate", "continue a prompt with a checkpoint or a Hugging Face model"),
     "convert": ("megatron_txssm.checkpoint.convert_command", "checkpoints to Hugging Face models and back, proven"),
-    "serve": ("megatron_txssm.hf.serve_command", "answer OpenAI-style requests with a Hugging Face model"),
     "evaluate": ("megatron_txssm.evaluation.evaluate", "the loss of a run's checkpoint on all validation data"),
+    "serve": ("megatron_txssm.evaluation.serve_command", "answer OpenAI-style requests with a Hugging Face model"),
+}
+
+# Headings of the help, and the verbs beneath them.
+GROUPS = {
+    "train": ("demo", "recipes", "data", "pretrain", "check"),
+    "on a Slurm cluster": ("submit", "jobs", "logs", "cancel", "why"),
+    "use what was trained": ("evaluate", "generate", "convert", "serve"),
 }
 
 EXAMPLES = """\
@@ -44,7 +53,10 @@ examples:
   txssm recipes transxssm_320m --megatron-args
   txssm data shard smollm_corpus --plan
   txssm pretrain demo_cpu --nproc 2 --set training.train_iters=20
-  txssm generate runs/demo --prompt 'def main('"""
+  txssm generate runs/demo --prompt 'def main('
+
+completion at the tab key, in bash and zsh:
+  eval "$(register-python-argcomplete txssm)\""""
 
 
 def add_verb(subparsers: "argparse._SubParsersAction", verb: str, examples: Sequence[str]) -> argparse.ArgumentParser:
@@ -58,7 +70,8 @@ def add_commands(
 ) -> dict[str, argparse.ArgumentParser]:
     """The parsers of a verb's commands, by name; `commands`: name -> (one line of help, examples)."""
     parser = add_verb(subparsers, verb, [examples[0] for _, examples in commands.values()])
-    action = parser.add_subparsers(title="commands", dest="command", metavar="<command>", required=True)
+    parser.set_defaults(show_help=parser.print_help)
+    action = parser.add_subparsers(title="commands", dest="command", metavar="<command>")
     return {name: action.add_parser(name, **_help(*about)) for name, about in commands.items()}
 
 
@@ -73,20 +86,53 @@ def _help(summary: str, examples: Sequence[str]) -> dict[str, Any]:
 
 def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
     """The whole command line's parser; only `verb` gets its options, as only its module is imported."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="txssm",
-        description="Pretraining of TransXSSM and its baselines on Megatron-Core.",
-        epilog=EXAMPLES,
+        usage="txssm [-h] [--version] <verb> ...",
+        description=f"Pretraining of TransXSSM and its baselines on Megatron-Core.\n\n{_verbs_help()}",
+        epilog=f"`txssm <verb> --help` has a verb's options and examples.\n\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"txssm {__version__}")
-    subparsers = parser.add_subparsers(title="verbs", dest="verb", metavar="<verb>", required=True)
-    for name, (module, summary) in VERBS.items():
+    # The description lists them in groups, which argparse does not have.
+    subparsers = parser.add_subparsers(prog="txssm", dest="verb", metavar="<verb>", help=argparse.SUPPRESS)
+    for name, (module, _) in VERBS.items():
         if name == verb:
             importlib.import_module(module).add_parser(subparsers)
         else:
-            subparsers.add_parser(name, help=summary)
+            subparsers.add_parser(name)
     return parser
+
+
+def _verbs_help() -> str:
+    # As argparse itself folds.
+    fold = textwrap.TextWrapper(shutil.get_terminal_size().columns - 2, subsequent_indent=" " * 13)
+    groups = []
+    for heading, verbs in GROUPS.items():
+        lines = [fold.fill(f"  {verb:10} {VERBS[verb][1]}") for verb in verbs]
+        groups.append("\n".join([f"{heading}:", *lines]))
+    return "\n\n".join(groups)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, which says of an unknown option which one may be meant, and does so under its own verb's usage."""
+
+    _words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._words = list(args or ())
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        known = self._option_string_actions
+        names = [word.partition("=")[0] for word in self._words]
+        unknown = [name for name in names if name.startswith("--") and not any(o.startswith(name) for o in known)]
+        matches = [(name, difflib.get_close_matches(name, known, n=1)) for name in unknown if len(name) > 2]
+        hints = [f"{name}: did you mean {near[0]}?" for name, near in matches if near]
+        super().error(readable("; ".join([message, *hints])))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,12 +152,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    if "_ARGCOMPLETE" in os.environ:
+        from megatron_txssm.completion import complete
+
+        complete()
     verb = words[0] if words and not words[0].startswith("-") else None
     if verb is not None and verb not in VERBS:
         matches = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean {matches[0]!r}?" if matches else f"use one of {', '.join(VERBS)}"
         raise UserError(f"unknown verb {verb!r}; {hint}")
-    args = build_parser(verb).parse_args(words)
+    parser = build_parser(verb)
+    args = parser.parse_args(words)
+    if args.verb is None or getattr(args, "command", "") is None:
+        # Whoever types that wants help; a script whose variable is empty must not take it for success.
+        getattr(args, "show_help", parser.print_help)()
+        return 2
     # A shell leaves `--json=~/proof` as it is.
     for name, value in vars(args).items():
         if isinstance(value, Path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_txssm.cli import VERBS, build_parser, main
+from megatron_txssm.cli import GROUPS, VERBS, build_parser, main
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -64,12 +64,64 @@ def test_mistakes_return_2(words: list[str], wanted: str, capsys: pytest.Capture
     assert wanted in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [[], ["--no-such-option"], ["recipes", "--no-such-option"]])
-def test_argparses_own_errors_exit_with_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--no-such-option"], "usage: txssm [-h]"),
+        (["--versoin"], "--versoin: did you mean --version?"),
+        (["recipes", "--no-such-option"], "usage: txssm recipes"),
+        (["pretrain", "demo_cpu", "--nporc", "2"], "unrecognized arguments: --nporc 2; --nporc: did you mean --nproc?"),
+        (["pretrain", "demo_cpu", "--nporc=2"], "--nporc: did you mean --nproc?"),
+        (["check", "parity", "demo_cpu", "--layot", "tp2"], "--layot: did you mean --layout?"),
+        (["submit", "demo_cpu", "--nods", "2"], "arguments are required: --nodes; --nods: did you mean --nodes?"),
+        (["submit", "demo_cpu", "--nodes"], "--nodes: expected one argument\n"),
+    ],
+)
+def test_argparses_own_errors_exit_with_2(words: list[str], wanted: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 2
-    assert "usage: txssm" in capsys.readouterr().err
+    assert wanted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["data"], ["check"], ["convert"]])
+def test_without_a_verb_or_command_the_help_is_shown(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    # 2, not 0: a script whose variable is empty has got nothing done.
+    assert main(words) == 2
+    out, error = capsys.readouterr()
+    assert out.startswith(" ".join(["usage: txssm", *words])) and "examples:" in out and not error
+
+
+def test_every_verb_is_in_one_group_of_the_help() -> None:
+    assert sorted(verb for verbs in GROUPS.values() for verb in verbs) == sorted(VERBS)
+
+
+# Prints the heavy modules that the help of each verb and command imports.
+ALL_HELP = """
+import contextlib, io, sys
+from megatron_txssm.cli import VERBS, build_parser, main
+
+def names(parser):
+    commands = [action.choices for action in parser._actions if action.dest == "command"]
+    return list(commands[0]) if commands else []
+
+for verb in VERBS:
+    (verbs,) = (action.choices for action in build_parser(verb)._actions if action.dest == "verb")
+    for words in ([verb], *([verb, name] for name in names(verbs[verb]))):
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+            main([*words, "--help"])
+        assert out.getvalue().startswith(" ".join(["usage: txssm", *words]))
+        print(*words, *(sorted(set(sys.argv[1:]) & set(sys.modules))))
+"""
+HEAVY = ("torch", "megatron", "transformers", "numpy", "pyarrow", "tokenizers", "huggingface_hub", "matplotlib")
+
+
+def test_no_help_imports_what_takes_seconds() -> None:
+    done = subprocess.run([sys.executable, "-c", ALL_HELP, *HEAVY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.splitlines()
+    assert {"serve", "convert export", "data train-tokenizer", "check parity"} <= set(shown), done.stdout
+    assert not [line for line in shown if set(line.split()) & set(HEAVY)]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
