@@ -18,8 +18,7 @@ _GAP, _INDENT = "  ", "    "
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], file: TextIO | None = None) -> None:
     """Print `rows` under the names of their `columns`; `>name` aligns a column to the right, as numbers need it."""
-    file = file or sys.stdout
-    for line in table_lines(columns, rows, terminal_width(file)):
+    for line in table_lines(columns, rows, terminal_width(file or sys.stdout)):
         print(line, file=file)
 
 

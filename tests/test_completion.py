@@ -63,5 +63,5 @@ def test_what_is_completed_exists_in_the_parsers() -> None:
         parser = build_parser(verb)
         add_completers(parser)
         (verbs,) = (action.choices for action in parser._actions if action.dest == "verb")
-        assert verbs is not None
+        assert isinstance(verbs, dict)
         assert [action for action in verbs[verb]._actions if action.dest == dest and hasattr(action, "completer")]

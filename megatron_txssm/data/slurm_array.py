@@ -16,7 +16,7 @@ from megatron_txssm.data.manifest import Plan, logging_folder
 from megatron_txssm.data.shard_task import ShardTask
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.batch_script import render
-from megatron_txssm.launch.slurm import PLAIN_PATH, run_slurm, sbatch_environment
+from megatron_txssm.launch.slurm import PLAIN_PATH, run_slurm, run_squeue, sbatch_environment
 
 # Slurm's own default, where the cluster does not tell.
 DEFAULT_MAX_ARRAY_SIZE = 1001
@@ -50,7 +50,7 @@ def cluster_max_array_size() -> int:
 
 def _squeue(job_name: str) -> list[str]:
     """The ids of this user's jobs of a name."""
-    return sorted(set(run_slurm("squeue", "--noheader", "--me", f"--name={job_name}", "--format=%F").split()))
+    return sorted(set(run_squeue("--me", "--all", f"--name={job_name}", "--format=%F").split()), key=int)
 
 
 class _Array(SlurmPipelineExecutor):

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     if not jobs:
         print("no jobs")
         return 0
-    print_table(("job", "state", "run", "step", "time left", "nodes", ">restarts", "name"), map(_row, jobs))
+    print_table(("job", "state", "run", "step", "time left", "nodes", ">attempt", "name"), map(_row, jobs))
     return 0
 
 
@@ -37,7 +37,7 @@ def _row(job: slurm.Job) -> tuple[str, ...]:
         _step(folder) if ours and job.script.stem == "pretrain" else "",
         _time_left(job),
         job.nodes,
-        str(job.restarts),
+        str(sum(1 for _ in folder.glob("attempts/*/attempt.json")) or "") if ours else "",
         job.name,
     )
 

@@ -1,6 +1,5 @@
 """Slurm's client commands, and what they answer."""
 
-import json
 import os
 import re
 import shlex
@@ -9,7 +8,6 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.setting import shown
@@ -18,6 +16,9 @@ from megatron_txssm.recipe.setting import shown
 PLAIN_WORD = re.compile(r"[\w.,:=@%/+\[\]*()-]+", re.ASCII)
 # A folder of a run, in whose name sbatch would replace a % pattern.
 PLAIN_PATH = re.compile(r"[\w.,:=@/+-]+", re.ASCII)
+# squeue's letters for the fields of `Job`, and what stands before a job and between its fields: no name holds that.
+_FIELDS = ("%i", "%j", "%T", "%r", "%N", "%P", "%o", "%x", "%e")
+_JOB, _FIELD = "\x1e", "\x1f"
 # States of a job that is over.
 OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 
@@ -48,7 +49,6 @@ class Job:
     partition: str
     # The file that sbatch was given.
     script: Path
-    restarts: int
     # Slurm's compressed list of nodes that the job avoids.
     excluded: str
     # Seconds since the epoch; 0 where it is not known.
@@ -63,53 +63,52 @@ def run_slurm(*command: str, stdin: str | None = None, env: dict[str, str] | Non
     """What a command of Slurm's prints; UserError with its own reason where it fails."""
     try:
         return subprocess.run(
-            command, check=True, capture_output=True, text=True, input=stdin, env=env, timeout=120
+            command, check=True, capture_output=True, text=True, errors="replace", input=stdin, env=env, timeout=120
         ).stdout
     except FileNotFoundError:
         raise UserError(f"there is no {command[0]} on this machine; run it on a login node of the cluster") from None
     except subprocess.CalledProcessError as error:
         reason = " ".join(error.stderr.split()) or f"exit code {error.returncode}"
-        raise UserError(f"{shlex.join(command)}: {reason}") from None
+        said = shlex.join(word for word in command if not word.startswith("--format="))
+        raise UserError(f"{said}: {reason}") from None
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(f"{command[0]} does not answer ({error}); is slurmctld up?") from None
 
 
 def queue() -> list[Job]:
-    """This user's jobs that are pending, running or ending."""
-    text = run_slurm("squeue", "--json")
-    try:
-        found = json.loads(text)["jobs"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"squeue --json answers something else ({error!r}); is Slurm at least 21.08?") from None
-    return [_job(entry) for entry in found if entry.get("user_id") == os.getuid()]
+    """This user's jobs that are pending, running or ending, in the order of their numbers.
+
+    As text: before 23.02, --json ignores --me and gets everybody's, 20 kB each.
+    """
+    form = _JOB + _FIELD.join(_FIELDS)
+    text = run_squeue("--me", "--all", f"--format={form}")
+    before, *entries = text.split(_JOB)
+    rows = [entry.removesuffix("\n").split(_FIELD) for entry in entries]
+    if before.strip() or any(len(row) != len(_FIELDS) for row in rows):
+        raise UserError(f"squeue answers {shown(text)}, not a list of jobs; does `squeue --me` work?")
+    return sorted(map(_job, rows), key=lambda job: [int(number) for number in re.findall(r"\d+", job.job_id)])
 
 
-def _job(entry: dict[str, Any]) -> Job:
-    state = entry["job_state"]
-    # Before 23.11 a word, since then a list; numbers became {"set": …, "number": …}.
-    states = state if isinstance(state, list) else [state]
-    array, task = _number(entry.get("array_job_id")), entry.get("array_task_id")
-    if isinstance(task, dict):
-        task = task["number"] if task.get("set") else None
-    is_task = bool(array) and task is not None
+def run_squeue(*options: str) -> str:
+    """What squeue prints, whatever the user has set for it; times in seconds since the epoch."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+    return run_slurm("squeue", "--noheader", *options, env=environment | {"SLURM_TIME_FORMAT": "%s"})
+
+
+def _job(row: list[str]) -> Job:
+    job_id, name, state, reason, nodes, partition, script, excluded, end_time = row
     return Job(
-        job_id=f"{array}_{task}" if is_task else str(_number(entry["job_id"])),
-        name=entry.get("name") or "",
-        state=next((name for name in states if name in OVER), states[0]),
-        reason=entry.get("state_reason") or "None",
-        nodes=entry.get("nodes") or "",
-        partition=entry.get("partition") or "",
-        script=Path(entry.get("command") or ""),
-        restarts=_number(entry.get("restart_cnt")),
-        excluded=entry.get("excluded_nodes") or "",
-        end_time=_number(entry.get("end_time")),
+        # Of an array's pending tasks, 17_[3-9%2], the array's.
+        job_id=job_id.partition("_[")[0],
+        name=name,
+        state=state,
+        reason=reason,
+        nodes=nodes,
+        partition=partition,
+        script=Path("" if script == "(null)" else script),
+        excluded=excluded,
+        end_time=int(end_time) if end_time.isdecimal() else 0,
     )
-
-
-def _number(value: Any) -> int:
-    if isinstance(value, dict):
-        value = value.get("number") if value.get("set", True) else 0
-    return int(value or 0)
 
 
 def check_submission(script: str) -> None:

@@ -162,7 +162,7 @@ def test_a_requeue_keeps_the_nodes_that_were_left_out_before(tmp_path: Path, mon
             raise UserError("scontrol requeue 21: Unable to contact slurm controller (connect failure)")
         return ""
 
-    job = slurm.Job("21", "x", "RUNNING", "None", "n[1-2]", "main", Path("/r/pretrain.sbatch"), 0, "n[7-8]", 0)
+    job = slurm.Job("21", "x", "RUNNING", "None", "n[1-2]", "main", Path("/r/pretrain.sbatch"), "n[7-8]", 0)
     monkeypatch.setattr(slurm, "queue", lambda: [job])
     monkeypatch.setattr(slurm, "hostnames", lambda nodes: {"n[7-8]": ["n7", "n8"], "": []}[nodes])
     monkeypatch.setattr(slurm, "run_slurm", run_slurm)

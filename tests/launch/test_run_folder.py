@@ -22,6 +22,7 @@ from megatron_txssm.launch.run_folder import (
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from tests.launch.some_attempt import some_attempt
+from tests.launch.some_queue import write_queue
 
 
 @pytest.fixture
@@ -254,19 +255,15 @@ def test_a_misspelt_run_is_told_the_nearest_or_all(runs: Path) -> None:
         find_run("zzz")
 
 
-def test_an_unknown_job_is_asked_of_slurm(runs: Path, tmp_path: Path) -> None:
+def test_an_unknown_job_is_asked_of_slurm(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="there is no squeue on this machine"):
         find_run("4711")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "submission.json").write_text("{}")
-    jobs = [
-        {"job_id": 4711, "user_id": uid, "job_state": "RUNNING", "command": str(folder / "pretrain.sbatch")}
-        # Of somebody else, in a folder of ours.
-        for uid, folder in ((os.getuid() + 1, runs / "b"), (os.getuid(), elsewhere))
-    ]
-    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho '{json.dumps({'jobs': jobs})}'\n")
-    (tmp_path / "squeue").chmod(0o755)
+    write_queue(tmp_path, {"job_id": 4711, "command": str(elsewhere / "pretrain.sbatch")})
+    # `runs` leaves nothing else on PATH.
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.defpath}")
     assert find_run("4711") == elsewhere
     with pytest.raises(UserError, match="is no run"):
         find_run("4712")

@@ -1,0 +1,89 @@
+"""What Slurm is asked, and how its answers are read; the answers are those of Slurm 22.05."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_txssm.cli import main
+from megatron_txssm.launch import slurm
+from tests.launch.some_queue import LETTERS, write_queue
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a stand-in for squeue, first on PATH."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return tmp_path
+
+
+def test_only_the_users_own_jobs_are_asked_for_in_a_format_of_ours(
+    cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a user's .bashrc may hold would leave jobs out, and change the times.
+    for name, value in (("SQUEUE_STATES", "RUNNING"), ("SQUEUE_FORMAT", "%i"), ("SLURM_TIME_FORMAT", "relative")):
+        monkeypatch.setenv(name, value)
+    write_queue(cluster)
+    assert slurm.queue() == []
+    words = (cluster / "squeue.args").read_text().rstrip("\n").split("\n")
+    assert "--me" in words and "--json" not in words
+    assert words[-1] == "--format=\x1e" + "\x1f".join(LETTERS.values())
+    variables = (cluster / "squeue.env").read_text().splitlines()
+    assert "SLURM_TIME_FORMAT=%s" in variables and not [line for line in variables if line.startswith("SQUEUE_")]
+
+
+def test_every_field_of_a_job(cluster: Path) -> None:
+    job = {"job_id": 17, "name": "a|b  c,日", "state": "RUNNING", "nodes": "n[1-2]", "excluded": "n3"}
+    write_queue(cluster, job | {"command": "/runs/a b/pretrain.sbatch", "end_time": 1795662822})
+    assert slurm.queue() == [
+        slurm.Job(
+            job_id="17",
+            name="a|b  c,日",
+            state="RUNNING",
+            reason="None",
+            nodes="n[1-2]",
+            partition="main",
+            script=Path("/runs/a b/pretrain.sbatch"),
+            excluded="n3",
+            end_time=1795662822,
+        )
+    ]
+
+
+def test_jobs_stand_in_the_order_of_their_numbers(cluster: Path) -> None:
+    numbers = ["100", "99", "9_10", "9_2", "9_[11-20%4]", "1000"]
+    write_queue(cluster, *({"job_id": number} for number in numbers))
+    assert [job.job_id for job in slurm.queue()] == ["9", "9_2", "9_10", "99", "100", "1000"]
+
+
+def test_a_pending_job_has_no_end_and_one_of_wrap_no_script(cluster: Path) -> None:
+    write_queue(cluster, {"job_id": 4, "state": "PENDING", "command": "(null)"})
+    (job,) = slurm.queue()
+    assert job.end_time == 0 and job.script == Path()
+
+
+def test_a_name_that_is_no_text(cluster: Path) -> None:
+    write_queue(cluster, {"job_id": 4, "name": "x"})
+    queue = cluster / "queue"
+    queue.write_bytes(queue.read_bytes().replace(b"\x1fx\x1f", b"\x1f\xff\n\x1f"))
+    assert slurm.queue()[0].name == "\ufffd\n"
+
+
+def test_txssm_jobs(cluster: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(cluster)
+    run = cluster / "runs" / "demo"
+    (run / "attempts" / "0001").mkdir(parents=True)
+    (run / "attempts" / "0001" / "attempt.json").touch()
+    (run / "submission.json").write_text("{}")
+    write_queue(
+        cluster,
+        {"job_id": 100, "state": "PENDING", "reason": "Priority", "nodes": ""},
+        {"job_id": 99, "command": str(run / "pretrain.sbatch"), "name": "demo-pretrain"},
+    )
+    assert main(["jobs"]) == 0
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert first.split() == ["99", "RUNNING", "runs/demo", "0", "of", "?", "n1", "1", "demo-pretrain"]
+    assert second.split() == ["100", "PENDING", "(Priority)", "x"]
+    write_queue(cluster)
+    assert main(["jobs"]) == 0
+    assert capsys.readouterr().out == "no jobs\n"
