@@ -15,14 +15,14 @@ from megatron_txssm.cli import VERBS, build_parser
 _OF_CORPORA = ("txssm data shard", "txssm data train-tokenizer")
 
 
-def complete() -> None:
-    """Answer the shell and end the process."""
+def complete(**answer: Any) -> None:
+    """Answer the shell and end the process, or as argcomplete.autocomplete's `answer` says."""
     import argcomplete
 
     typed = os.environ.get("COMP_LINE", "").split()
     parser = build_parser(next((word for word in typed[1:] if word in VERBS), None))
     add_completers(parser)
-    argcomplete.autocomplete(parser)
+    argcomplete.autocomplete(parser, **answer)
 
 
 def add_completers(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,8 @@ cat "$here/queue"
 def answer(*jobs: Mapping[str, str | int]) -> str:
     """A line for each job, as squeue of Slurm 22.05 answers to `queue()`."""
     usual = {"name": "x", "state": "RUNNING", "reason": "None", "nodes": "n1", "partition": "main", "end_time": "N/A"}
-    return "".join("\x1e" + "\x1f".join(str(({**usual, **job}).get(name, "")) for name in LETTERS) + "\n" for job in jobs)
+    rows = [{**usual, **job} for job in jobs]
+    return "".join("\x1e" + "\x1f".join(str(row.get(name, "")) for name in LETTERS) + "\n" for row in rows)
 
 
 def write_queue(folder: Path, *jobs: Mapping[str, str | int]) -> None:
