@@ -7,6 +7,7 @@ None`, the exit code.
 import argparse
 import difflib
 import importlib
+import io
 import os
 import shutil
 import sys
@@ -138,6 +139,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code: 2 for the user's mistakes, without a traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _prepare_output()
     try:
         return _run(words)
     except UserError as error:
@@ -151,6 +153,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
+def _prepare_output() -> None:
+    """What the terminal's alphabet lacks is written as \\u65e5 and fails no command; nor does a closed output."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _run(words: list[str]) -> int:
     if "_ARGCOMPLETE" in os.environ:
         from megatron_txssm.completion import complete
@@ -161,6 +171,10 @@ def _run(words: list[str]) -> int:
         matches = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean {matches[0]!r}?" if matches else f"use one of {', '.join(VERBS)}"
         raise UserError(f"unknown verb {verb!r}; {hint}")
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder has been deleted; change to one that is there") from None
     parser = build_parser(verb)
     args = parser.parse_args(words)
     if args.verb is None or getattr(args, "command", "") is None:

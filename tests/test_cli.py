@@ -1,5 +1,6 @@
 """The command line: help in under a second, exit codes, one line per mistake."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -145,6 +146,27 @@ def test_interrupt_and_closed_pipe_are_quiet(monkeypatch: pytest.MonkeyPatch) ->
         text=True,
     )
     assert done.stderr == ""
+
+
+def test_letters_that_the_terminal_lacks_and_no_output_fail_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text('extends: demo_cpu\ndescription: "größer"\n', encoding="utf-8")
+    command = [sys.executable, "-m", "megatron_txssm.cli", "recipes", str(tmp_path / "mine.yaml")]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "description: gr\\xf6\\xdfer\n" in done.stdout
+    closed = subprocess.run(f"{shlex.join(command)} >&-", shell=True, capture_output=True, text=True)
+    assert (closed.returncode, closed.stderr) == (0, "")
+
+
+def test_a_deleted_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command = f'cd gone && rmdir "$PWD" && {shlex.quote(sys.executable)} -m megatron_txssm.cli recipes'
+    # -m looks for the module in the current folder.
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: the current folder has been deleted; change to one that is there\n"
 
 
 def test_the_table_shows_every_recipe_with_its_size() -> None:
