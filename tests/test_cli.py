@@ -1,5 +1,6 @@
 """The command line: help in under a second, exit codes, one line per mistake."""
 
+import itertools
 import os
 import shlex
 import subprocess
@@ -198,3 +199,30 @@ def test_one_recipe_is_printed_in_full() -> None:
     fields = run("recipes", "--fields").stdout
     assert "training.global_batch_tokens" in fields
     assert "--mamba-state-dim" in fields
+
+
+def documented_commands() -> list[str]:
+    """Every `txssm …` of the help's examples and of the code blocks in README.md and docs/."""
+    root = Path(__file__).parents[1]
+    lines = []
+    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        for block in page.read_text(encoding="utf-8").split("```")[1::2]:
+            lines += block.splitlines()
+    for verb in VERBS:
+        (verbs,) = (action.choices for action in build_parser(verb)._actions if action.dest == "verb")
+        assert isinstance(verbs, dict)
+        lines += verbs[verb].epilog.splitlines()
+    return sorted({line.strip() for line in lines if line.strip().startswith("txssm ")})
+
+
+def test_documented_commands_have_the_options_that_they_show() -> None:
+    commands = documented_commands()
+    assert len(commands) > 50
+    for line in commands:
+        # Several on a line; no shell runs here, so what is behind < or | is none of the command's.
+        for command in line.partition("  #")[0].split("; "):
+            words = list(itertools.takewhile(lambda word: word not in ("<", "|", ">"), shlex.split(command)))[1:]
+            try:
+                build_parser(words[0]).parse_args(words)
+            except SystemExit:
+                pytest.fail(f"{line!r} does not parse")

@@ -13,7 +13,7 @@ from megatron_txssm.launch.supervisor import add_limits
 EXAMPLES = (
     "txssm submit transxssm_1.3b --nodes 4 --gpus-per-node 8 --time 24:00:00",
     "txssm submit transxssm_1.3b --nodes 4 --gpus-per-node 8 --partition batch --sbatch exclusive --dry-run",
-    "txssm submit demo_cpu --nodes 2 --nproc-per-node 2",
+    "txssm submit demo_cpu --nodes 2 --nproc-per-node 1",
     "txssm submit runs/transxssm_1.3b/recipe.yaml --nodes 8",
     "txssm submit transxssm_320m --nodes 1 --chain --corpus smollm_corpus",
 )
