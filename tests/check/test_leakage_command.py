@@ -25,9 +25,9 @@ def test_no_bit_of_a_document_reaches_the_next(
     said = capsys.readouterr().out
     rows = rows_of(said)
     for name in layouts:
-        # Processes, logits compared, changed under isolation, and without it.
-        assert int(rows[name][2].replace(",", "")) > 10_000 and rows[name][3] == "0"
-        assert float(rows[name][4].rstrip("%,")) > 50 and rows[name][-1] == "isolated"
+        # Processes, verdict, logits compared, changed under isolation, and without it.
+        assert int(rows[name][3].replace(",", "")) > 10_000 and rows[name][4] == "0"
+        assert float(rows[name][5].rstrip("%,")) > 50 and rows[name][2] == "isolated"
     assert f"{recipe} trains with data.isolate_documents=false" in said
     assert list(temporary.iterdir()) == []
 
@@ -39,8 +39,8 @@ def test_a_leak_is_caught(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert main(["check", "leakage", "demo_cpu", "--set", "data.isolate_documents=true", *words]) == 3
     said = capsys.readouterr().out
     rows = rows_of(said)
-    assert rows["tp2_sp"][-1] == "isolated"
-    assert rows["pp2"][-1] == "LEAKS" and int(rows["pp2"][3].replace(",", "")) > 1000
+    assert rows["tp2_sp"][2] == "isolated"
+    assert rows["pp2"][2] == "LEAKS" and int(rows["pp2"][4].replace(",", "")) > 1000
     assert said.endswith("NOT isolated under data.isolate_documents=true: pp2\n")
 
 
