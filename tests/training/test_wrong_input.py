@@ -161,7 +161,14 @@ def test_a_tokenizer_larger_than_the_vocabulary(found_by_workers: dict[str, Done
 @pytest.mark.slow
 def test_a_damaged_checkpoint(found_by_workers: dict[str, Done]) -> None:
     done = found_by_workers["damaged"]
-    check_message(done, 1, "damaged/run/checkpoints cannot be loaded", "latest_checkpointed_iteration.txt", "Its log:")
+    check_message(
+        done,
+        1,
+        "damaged/run/checkpoints cannot be loaded",
+        "is cut short",
+        "latest_checkpointed_iteration.txt",
+        "Its log:",
+    )
     assert "iteration" not in done.stdout
 
 
