@@ -125,7 +125,7 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             cache = TransXSSMCache(self.config)
         seen, (batch, length) = (cache.get_seq_length() if cache else 0), hidden_states.shape[:2]
         mask_BL = _padding(attention_mask, seen, length)
-        if seen:
+        if cache is not None and seen:
             check_continues(cache, seq_idx, lengths["cu_seq_lens_q"])
             documents_BL = None
         else:
