@@ -78,12 +78,14 @@ class HfText:
         """[vocabulary] fp32 logits of the token behind `tokens`, which continue the text."""
         import torch
 
+        from megatron_txssm.hf import CACHE_NAME
+
         cached = self.model.config.use_cache
         self.seen += tokens
         with torch.inference_mode():
             tokens_BL = torch.tensor([tokens if cached else self.seen], device=self.model.device)
-            output = self.model(tokens_BL, past_key_values=self.cache, use_cache=cached, logits_to_keep=1)
-        self.cache = output.past_key_values
+            output = self.model(tokens_BL, use_cache=cached, logits_to_keep=1, **{CACHE_NAME: self.cache})
+        self.cache = getattr(output, CACHE_NAME)
         return output.logits[0, -1].float()
 
 
