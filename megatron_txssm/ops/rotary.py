@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_txssm.ops.ssd_reference import accumulation_dtype
+from megatron_txssm.ops.tracing import is_traced
 
 
 def apply_rotary(x_BLGN: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> Tensor:
@@ -23,7 +24,13 @@ def apply_rotary(x_BLGN: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> Tensor:
     if width != 2 * planes:
         raise ValueError(f"width={width} does not fit a table of {planes} planes; use a table for width {width}")
     dtype = accumulation_dtype(x_BLGN)
-    return _Rotation.apply(x_BLGN, cos_LR.to(dtype).unsqueeze(-2), sin_LR.to(dtype).unsqueeze(-2))
+    cos_L1R, sin_L1R = cos_LR.to(dtype).unsqueeze(-2), sin_LR.to(dtype).unsqueeze(-2)
+    if is_traced(x_BLGN, cos_LR, sin_LR):
+        # In that type from the start: both uses of a half give one gradient, rounded once.
+        first, second = x_BLGN.to(dtype).chunk(2, dim=-1)
+        turned = (first * cos_L1R - second * sin_L1R, second * cos_L1R + first * sin_L1R)
+        return torch.cat(turned, dim=-1).to(x_BLGN.dtype)
+    return _Rotation.apply(x_BLGN, cos_L1R, sin_L1R)
 
 
 class _Rotation(torch.autograd.Function):

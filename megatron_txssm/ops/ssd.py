@@ -9,8 +9,9 @@ from megatron_txssm.ops.ssd_reference import ssd_reference
 from megatron_txssm.ops.ssd_reference import ssd_step as reference_step
 from megatron_txssm.ops.ssd_torch import ssd_torch
 from megatron_txssm.ops.ssd_triton import is_available, ssd_step_triton, ssd_triton
+from megatron_txssm.ops.tracing import is_traced
 
-# "auto": triton where it is available, otherwise torch.
+# "auto": triton where it is available and not traced, otherwise torch.
 BACKENDS = ("auto", "reference", "torch", "triton")
 
 
@@ -70,7 +71,8 @@ def _chosen(backend: str, x: Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not an SSD backend; use one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        return "triton" if is_available(x) else "torch"
+        # A compiler or a transform of functions sees nothing of a kernel.
+        return "triton" if is_available(x) and not is_traced(x) else "torch"
     return backend
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_txssm.ops.ssd_reference import accumulation_dtype
+from megatron_txssm.ops.tracing import is_traced
 
 # On a CPU: tokens of a chunk at most, and of a block. Measured on caches of 1 MiB a core (tools/benchmark_ssd.py).
 CPU_CHUNK_TOKENS = 64
@@ -66,7 +67,7 @@ class Scratch:
     def of(cls, x: Tensor) -> "Scratch":
         """For operands like x. On a CPU it is kept from call to call, 20 MB at the sizes of the recipes."""
         dtype = accumulation_dtype(x)
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or is_traced(x):
             return cls(dtype, x.device)
         kept = _kept_scratch.__dict__
         return kept.setdefault(str(dtype), cls(dtype, x.device))

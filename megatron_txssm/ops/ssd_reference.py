@@ -40,10 +40,11 @@ def ssd_step(
     decay_BH11 = torch.exp(dt_BH11 * A_H.to(dtype)[:, None, None])
     heads_per_group = x_BHP.shape[1] // B_BGN.shape[1]
     B_BH1N = B_BGN.to(dtype).repeat_interleave(heads_per_group, dim=1)[:, :, None, :]
-    C_BHN1 = C_BGN.to(dtype).repeat_interleave(heads_per_group, dim=1)[:, :, :, None]
+    C_BH1N = C_BGN.to(dtype).repeat_interleave(heads_per_group, dim=1)[:, :, None, :]
 
     state_BHPN = decay_BH11 * state_BHPN.to(dtype) + dt_BH11 * x_BHP.to(dtype)[..., None] * B_BH1N
-    y_BHP = (state_BHPN @ C_BHN1).squeeze(-1)
+    # Not a product of matrices, whose factors autocast would round to bf16.
+    y_BHP = (state_BHPN * C_BH1N).sum(-1)
     return y_BHP.to(x_BHP.dtype), state_BHPN
 
 

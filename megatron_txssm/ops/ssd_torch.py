@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_txssm.ops.ssd_blocks import CPU_CHUNK_TOKENS, Inputs, Operands, Scratch, blocks, bmm, write_tokens
 from megatron_txssm.ops.ssd_reference import accumulation_dtype, number_documents
+from megatron_txssm.ops.ssd_traced import ssd_traced
+from megatron_txssm.ops.tracing import is_traced
 
 
 def ssd_torch(
@@ -29,12 +30,17 @@ def ssd_torch(
 ) -> tuple[Tensor, Tensor]:
     """The function of `ssd_reference`, at any length: `(y_BLHP in x's type, final_state_BHPN in fp32 or fp64)`.
 
-    `chunk_size` (tokens) changes speed, memory and rounding, never the function; on a CPU it is at most 64. The
-    gradient has no gradient of its own.
+    `chunk_size` (tokens) changes speed, memory and rounding, never the function; on a CPU it is at most 64. What is
+    traced (tracing.py), or differentiated more than once, is computed by `ssd_traced`.
     """
+    if x_BLHP.device.type == "cpu":
+        chunk_size = min(chunk_size, CPU_CHUNK_TOKENS)
     if initial_state is None:
         shape = (x_BLHP.shape[0], *x_BLHP.shape[2:], B_BLGN.shape[-1])
         initial_state = x_BLHP.new_zeros(shape, dtype=accumulation_dtype(x_BLHP))
+    if is_traced(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, initial_state, seq_idx):
+        options = {"chunk_size": chunk_size, "initial_state": initial_state, "seq_idx": seq_idx}
+        return ssd_traced(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, **options)
     return _Ssd.apply(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, initial_state, seq_idx, chunk_size)
 
 
@@ -51,8 +57,6 @@ class _Ssd(torch.autograd.Function):
         seq_idx_BL: Tensor | None,
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
-        if x_BLHP.device.type == "cpu":
-            chunk_size = min(chunk_size, CPU_CHUNK_TOKENS)
         chunk_size = min(chunk_size, x_BLHP.shape[1])
         document_BL = None if seq_idx_BL is None else number_documents(seq_idx_BL)
         inputs = Inputs(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, document_BL)
@@ -69,9 +73,11 @@ class _Ssd(torch.autograd.Function):
         return y_BLHP, state_BHPN
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy_BLHP: Tensor, dstate_BHPN: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, document_BL, initial_state_BHPN, *entering = ctx.saved_tensors
+        # Grad mode is on where the gradient is to be differentiated in turn.
+        if torch.is_grad_enabled() or is_traced(dy_BLHP, dstate_BHPN):
+            return _traced_backward(ctx, dy_BLHP, dstate_BHPN)
         inputs = Inputs(x, dt, A, B, C, document_BL)
         scratch = Scratch.of(x)
         dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
@@ -90,6 +96,19 @@ class _Ssd(torch.autograd.Function):
             write_tokens(dC[here], of_block.dC_BCQGN)
             dA_H += (of_block.dlog_BCQH * operands.dt_BCQH).sum((0, 1, 2))
         return dx, ddt, dA_H.to(A.dtype), dB, dC, dstate_BHPN.to(initial_state_BHPN.dtype), None, None
+
+
+def _traced_backward(ctx: Any, dy_BLHP: Tensor, dstate_BHPN: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients as plain operators, which have gradients of their own."""
+    x, dt, A, B, C, document_BL, initial_state_BHPN, *_ = ctx.saved_tensors
+    inputs = (x, dt, A, B, C, initial_state_BHPN)
+    with torch.enable_grad():
+        outputs = ssd_traced(
+            x, dt, A, B, C, chunk_size=ctx.chunk_size, initial_state=initial_state_BHPN, seq_idx=document_BL
+        )
+    wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+    found = iter(torch.autograd.grad(outputs, wanted, (dy_BLHP, dstate_BHPN), create_graph=torch.is_grad_enabled()))
+    return *(next(found) if needed else None for needed in ctx.needs_input_grad[: len(inputs)]), None, None
 
 
 def _forward_block(operands: Operands, state_BHPN: Tensor, y_BLHP: Tensor) -> None:

@@ -30,5 +30,7 @@ def read_entering_state(share_BLH: Tensor, C_BLGN: Tensor, state_BHPN: Tensor) -
     # One GEMM per group, with its common C.
     state_BGKPN = state_BHPN.unflatten(1, (G, -1)).flatten(2, 3)
     C_BGLN = C_BLGN.to(state_BHPN.dtype).transpose(1, 2)
-    read_BGLKP = torch.matmul(C_BGLN, state_BGKPN.mT).unflatten(-1, (-1, head_dim))
+    # Autocast would round both factors to bf16.
+    with torch.autocast(C_BGLN.device.type, enabled=False):
+        read_BGLKP = torch.matmul(C_BGLN, state_BGKPN.mT).unflatten(-1, (-1, head_dim))
     return read_BGLKP.transpose(1, 2).flatten(2, 3) * share_BLH[..., None]
