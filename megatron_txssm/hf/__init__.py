@@ -14,7 +14,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from megatron_txssm.hf.cache_transxssm import TransXSSMCache
 from megatron_txssm.hf.configuration_transxssm import TransXSSMConfig
 from megatron_txssm.hf.modeling_transxssm import TransXSSMForCausalLM, TransXSSMModel
+from megatron_txssm.hf.standalone import write_code
 
+TransXSSMConfig.write_code = staticmethod(write_code)
 AutoConfig.register("transxssm", TransXSSMConfig)
 AutoModel.register(TransXSSMConfig, TransXSSMModel)
 AutoModelForCausalLM.register(TransXSSMConfig, TransXSSMForCausalLM)

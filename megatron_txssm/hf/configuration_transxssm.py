@@ -7,7 +7,10 @@ Names are those of transformers where it has one, and otherwise those of the rec
 from megatron_txssm.hf.versions_transxssm import CACHE_NAME
 
 # isort: split
-from typing import Any
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -24,6 +27,9 @@ class TransXSSMConfig(PreTrainedConfig):
     """Configuration of `TransXSSMForCausalLM`; huggingface_hub's StrictDataclassError where a field is wrong."""
 
     model_type = "transxssm"
+    # Writes the code into a folder and says what config.json is to name as auto_map. None where this file is a copy
+    # that lies beside weights: what was loaded from there, transformers copies.
+    write_code: ClassVar[Callable[[Path], dict[str, str]] | None] = None
     keys_to_ignore_at_inference = [CACHE_NAME]  # noqa: RUF012  (transformers' own way to state it)
 
     vocab_size: int = 50277
@@ -96,12 +102,13 @@ class TransXSSMConfig(PreTrainedConfig):
         for name, of in (("state_num_groups", "state_num_heads"), ("num_key_value_heads", "num_attention_heads")):
             if getattr(self, of) % getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)} does not divide {of}={getattr(self, of)}")
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
-        if rope_type not in ROPE_TYPES:
-            raise ValueError(
-                f"rope_type={rope_type!r} changes or scales the rotation in a way that a state-space layer's state "
-                f"cannot follow; use one of {', '.join(ROPE_TYPES)}"
-            )
+        check_rope_type(self.rope_parameters or {})
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """transformers' own, and the model's code beside it, for those who have not this package."""
+        if self.write_code is not None:
+            self.auto_map = self.write_code(Path(save_directory))
+        super().save_pretrained(save_directory, **kwargs)
 
     @property
     def has_attention(self) -> bool:
@@ -119,3 +126,13 @@ class TransXSSMConfig(PreTrainedConfig):
         group_channels = self.state_num_groups * self.state_size
         sizes |= {"x": self.state_inner_size, "B": group_channels, "C": group_channels}
         return sizes | {"dt": self.state_num_heads or 0}
+
+
+def check_rope_type(rope_parameters: dict[str, Any]) -> None:
+    """ValueError unless it is one of ROPE_TYPES."""
+    rope_type = rope_parameters.get("rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(
+            f"rope_type={rope_type!r} changes or scales the rotation in a way that a state-space layer's state "
+            f"cannot follow; use one of {', '.join(ROPE_TYPES)}"
+        )

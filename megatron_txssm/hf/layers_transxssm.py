@@ -4,6 +4,7 @@ B=batch  L=sequence length  D=hidden size  H=heads  P=head dim  G=groups  N=stat
 K=its taps  R=planes of rotation (half of a vector's width)
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from megatron_txssm.ops.ssd import ssd, ssd_step
 
 # Width of a vector -> cosines and sines of every token, each [B or 1, L, R], fp32.
 RotaryTables = dict[int, tuple[Tensor, Tensor]]
+
+# They set the decay exp(dt·A), which compounds over thousands of tokens.
+FP32_PARAMETERS = ("A_log", "dt_bias", "D")
 
 
 class TransXSSMAttention(nn.Module):
@@ -36,7 +40,7 @@ class TransXSSMAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=False)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.o_proj = residual_projection(query_size, config)
 
     def forward(
         self,
@@ -59,6 +63,13 @@ class TransXSSMAttention(nn.Module):
         scaling = self.head_dim**-0.5
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return self.o_proj(out.flatten(2)), weights
+
+
+def residual_projection(width: int, config: TransXSSMConfig) -> nn.Linear:
+    """A projection into the residual stream; the mark tells `_init_weights`, which transformers calls for it alone."""
+    projection = nn.Linear(width, config.hidden_size, bias=False)
+    setattr(projection, "into_residual_stream", True)
+    return projection
 
 
 def eager_attention(
@@ -91,15 +102,27 @@ class TransXSSMStateSpaceMixer(nn.Module):
         self.sizes = config.in_proj_sizes
         self.conv_channels = sum(self.sizes[part] for part in ("x", "B", "C"))
         self.in_proj = nn.Linear(config.hidden_size, sum(self.sizes.values()), bias=False)
-        self.A_log = nn.Parameter(torch.empty(heads))
-        self.dt_bias = nn.Parameter(torch.empty(heads)) if config.state_dt_bias else None
+        self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32)) if config.state_dt_bias else None
         if config.position_encoding == "conv1d_d":
-            self.D = nn.Parameter(torch.empty(heads))
+            self.D = nn.Parameter(torch.empty(heads, dtype=torch.float32))
             channels, taps = self.conv_channels, config.conv_kernel
             self.conv1d = nn.Conv1d(channels, channels, taps, groups=channels)
         if config.state_gated:
             self.norm = TransXSSMGatedRMSNorm(config)
-        self.out_proj = nn.Linear(config.state_inner_size, config.hidden_size, bias=False)
+        self.out_proj = residual_projection(config.state_inner_size, config)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TransXSSMStateSpaceMixer":
+        """Moves and casts as any module does, but FP32_PARAMETERS and their gradients are never cast to half."""
+        own = [parameter for name, parameter in self.named_parameters(recurse=False) if name in FP32_PARAMETERS]
+        keep = {id(tensor) for parameter in own for tensor in (parameter, parameter.grad) if tensor is not None}
+
+        def keep_fp32(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            narrower = result.dtype.itemsize < tensor.dtype.itemsize
+            return tensor.to(result.device) if id(tensor) in keep and narrower else result
+
+        return super()._apply(keep_fp32, recurse)
 
     def forward(
         self,
@@ -220,7 +243,7 @@ class TransXSSMMLP(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = residual_projection(config.intermediate_size, config)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))

@@ -23,8 +23,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from megatron_txssm.hf.arguments_transxssm import check_arguments, the_cache
 from megatron_txssm.hf.cache_transxssm import TransXSSMCache
-from megatron_txssm.hf.configuration_transxssm import TransXSSMConfig
+from megatron_txssm.hf.configuration_transxssm import TransXSSMConfig, check_rope_type
 from megatron_txssm.hf.layers_transxssm import (
+    FP32_PARAMETERS,
     RotaryTables,
     TransXSSMAttention,
     TransXSSMDecoderLayer,
@@ -48,8 +49,7 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # A state cannot go back: transformers then refuses assisted generation.
     _is_stateful = True
-    # They set the decay exp(dt·A), which compounds over thousands of tokens.
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "D"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = list(FP32_PARAMETERS)  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": TransXSSMDecoderLayer,
         "attentions": TransXSSMAttention,
@@ -57,16 +57,25 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As in training (Mamba-2's way): A uniform in [1, 16], dt log-uniform in [0.001, 0.1], D ones."""
+        """As in training: Megatron's way, and Mamba-2's for what is a state-space layer's own.
+
+        Normal with deviation initializer_range, divided by √(2 · layers) for projections into the residual stream; A
+        uniform in [1, 16], dt log-uniform in [0.001, 0.1], the convolution uniform within 1/√taps, D ones.
+        """
         super()._init_weights(module)
+        if isinstance(module, nn.Linear) and getattr(module, "into_residual_stream", False):
+            init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5)
         if isinstance(module, TransXSSMStateSpaceMixer):
             init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log())
             if module.dt_bias is not None:
                 log_range = torch.tensor([1e-3, 1e-1]).log().tolist()
                 dt = torch.empty_like(module.dt_bias).uniform_(*log_range).exp()
                 init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))
-            if hasattr(module, "D"):
+            if self.config.position_encoding == "conv1d_d":
                 init.ones_(module.D)
+                bound = self.config.conv_kernel**-0.5
+                for parameter in module.conv1d.parameters():
+                    init.uniform_(parameter, -bound, bound)
 
 
 class TransXSSMModel(TransXSSMPreTrainedModel):
@@ -79,12 +88,7 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             TransXSSMDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        rope = config.rope_parameters or {}
-        self.rotary = UnifiedRotaryEmbedding(
-            base=rope.get("rope_theta", 10000.0),
-            interpolation_factor=rope.get("factor", 1.0) if rope.get("rope_type") == "linear" else 1.0,
-            table_precision=config.rotary_table_precision,
-        )
+        self._rotary()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -166,18 +170,27 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
 
     def _tables(self, position_ids: Tensor) -> RotaryTables:
         """Cosines and sines, once for all layers; attention's heads and the state take theirs from one spectrum."""
-        config, widths = self.config, set()
+        config, rotary, widths = self.config, self._rotary(), set()
         if config.has_attention and config.attention_position_encoding == "rope":
             widths.add(config.head_dim)
         if config.position_encoding == "rope":
             widths.add(config.state_size)
-        positions_L, tables = position_ids.flatten(), RotaryTables()
+        positions_L = position_ids.flatten()
+        tables: RotaryTables = {}
         for width in widths:
-            cos_LR, sin_LR = self.rotary.cos_sin(
-                len(positions_L), width, positions_L=positions_L, device=positions_L.device
-            )
+            cos_LR, sin_LR = rotary.cos_sin(len(positions_L), width, positions_L=positions_L, device=positions_L.device)
             tables[width] = cos_LR.unflatten(0, position_ids.shape), sin_LR.unflatten(0, position_ids.shape)
         return tables
+
+    def _rotary(self) -> UnifiedRotaryEmbedding:
+        """As the configuration says now: rope_parameters may have been changed since it was made, or the model."""
+        rope = self.config.rope_parameters or {}
+        check_rope_type(rope)
+        return UnifiedRotaryEmbedding(
+            base=rope.get("rope_theta", 10000.0),
+            interpolation_factor=rope.get("factor", 1.0) if rope.get("rope_type") == "linear" else 1.0,
+            table_precision=self.config.rotary_table_precision,
+        )
 
 
 def check_continues(cache: TransXSSMCache, seq_idx: Tensor | None, cu_seq_lens: Tensor | None) -> None:

@@ -33,7 +33,9 @@ def code_files() -> dict[str, str]:
     return dict(sorted(files.items()))
 
 
-def write_code(folder: Path) -> None:
-    """Write `code_files` into `folder`."""
+def write_code(folder: Path) -> dict[str, str]:
+    """Write `code_files` into `folder`; returns a copy of AUTO_MAP."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name, text in code_files().items():
         (folder / name).write_text(text, encoding="utf-8")
+    return dict(AUTO_MAP)

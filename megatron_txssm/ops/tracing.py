@@ -20,4 +20,4 @@ def _is_plain(tensor: Tensor | None) -> bool:
     if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
         return False
     # torch.func wraps tensors in its own, which have no public mark.
-    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from megatron_txssm.hf import TransXSSMConfig
-from tests.hf.tiny import VARIANTS, tiny_config
+from megatron_txssm.hf import TransXSSMConfig, TransXSSMForCausalLM
+from tests.hf.tiny import VARIANTS, random_ids, tiny_config, tiny_model, worst_difference
 
 
 def test_the_defaults_are_the_paper_s_320m() -> None:
@@ -40,6 +41,23 @@ def test_rotations_that_a_state_cannot_follow_are_refused(rope_type: str) -> Non
         StrictDataclassError, match=rf"rope_type='{rope_type}' changes or scales .* use one of default, linear"
     ):
         tiny_config(rope_parameters=rope)
+
+
+def test_a_rotation_changed_later_is_obeyed_or_refused() -> None:
+    """Before the model is made and behind that, as a whole and in place."""
+    ids, slow = random_ids(1, 30), {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+    expected = tiny_model(rope_parameters=slow)(ids).logits
+    model = tiny_model()
+    assert worst_difference(model(ids).logits, expected) > 1e-2
+    model.config.rope_parameters = slow
+    assert torch.equal(model(ids).logits, expected)
+    config = tiny_config()
+    config.rope_parameters = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 2.0}
+    with pytest.raises(ValueError, match="rope_type='yarn' changes or scales"):
+        TransXSSMForCausalLM(config)
+    model.config.rope_parameters["rope_type"] = "dynamic"
+    with pytest.raises(ValueError, match="rope_type='dynamic' changes or scales"):
+        model(ids)
 
 
 @pytest.mark.parametrize(

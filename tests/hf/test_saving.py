@@ -1,5 +1,6 @@
 """save_pretrained and from_pretrained: the same logits again, however the weights were stored and wherever they go."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from megatron_txssm.hf import TransXSSMForCausalLM, TransXSSMModel
+from megatron_txssm.hf.standalone import AUTO_MAP, code_files
 from tests.hf.tiny import VARIANTS, VOCABULARY, generate, random_ids, tiny_config, tiny_model
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -67,6 +69,31 @@ def test_what_sets_the_decay_stays_fp32(variant: str, dtype: torch.dtype, tmp_pa
     tokens = generate(half, ids, max_new_tokens=5)
     assert tokens.shape == (2, 25)
     assert (logits.float() - model(ids).logits).norm() < 0.05 * model(ids).logits.norm()
+
+
+@pytest.mark.parametrize("cast", ["from_config", "to", "bfloat16"])
+def test_what_sets_the_decay_stays_fp32_however_a_model_is_cast(cast: str) -> None:
+    """From a configuration nothing reads what from_pretrained keeps in fp32; a later cast does not either."""
+    if cast == "from_config":
+        model = AutoModelForCausalLM.from_config(tiny_config("mamba2"), dtype=torch.bfloat16)
+    else:
+        model: Any = tiny_model("mamba2")
+        model = model.to(torch.bfloat16) if cast == "to" else model.bfloat16()
+    for name, parameter in model.named_parameters():
+        expected = torch.float32 if name.rpartition(".")[2] in FP32 else torch.bfloat16
+        assert parameter.dtype == expected, name
+    assert {parameter.dtype for parameter in model.double().parameters()} == {torch.float64}
+
+
+def test_the_code_is_saved_beside_the_weights(tmp_path: Path) -> None:
+    """Also when a model is loaded from such a folder by this package's class, and saved elsewhere."""
+    model = tiny_model()
+    for folder in (tmp_path / "first", tmp_path / "again"):
+        model.save_pretrained(folder)
+        assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
+        assert {name: (folder / name).read_text() for name in code_files()} == code_files()
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert type(model) is TransXSSMForCausalLM
 
 
 @pytest.mark.parametrize(

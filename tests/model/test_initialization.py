@@ -1,5 +1,6 @@
 """initialize_by_name: weights are a function of the seed and the parameter's name, whatever the layout."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from tiny import Piece, assembled, build_gpt, perturb, pieces, state_space_confi
 from torch import Tensor, nn
 
 from megatron_txssm.model.initialization import ROWS_PER_DRAW, initialize_by_name
+from tests.distributions import assert_uniform
 
 PATTERN = "SSAS"
 STATE_SPACE = state_space_config(position_encoding="conv1d_d", gated=True)
@@ -80,7 +82,9 @@ def test_the_global_random_state_is_left_alone(one_process: None) -> None:
 
 def test_values_are_megatrons_and_mamba_2s(one_process: None) -> None:
     config = transformer_config(num_layers=2, hidden_size=128, ffn_hidden_size=256, init_method_std=0.05)
-    sizes = state_space_config(hidden_size=128, num_heads=32, state_size=64, position_encoding="conv1d_d", gated=True)
+    sizes = state_space_config(
+        hidden_size=128, num_heads=256, head_dim=1, state_size=64, position_encoding="conv1d_d", gated=True
+    )
     model = build_gpt("SA", config, sizes, vocab_size=512, share_embeddings_and_output_weights=False)
     norms = {name: p.detach().clone() for name, p in model.named_parameters() if "norm" in name}
     perturb(model)
@@ -101,11 +105,11 @@ def test_values_are_megatrons_and_mamba_2s(one_process: None) -> None:
         elif "norm" in key or key.endswith(".D"):
             assert tensor.eq(1).all(), key
     mixer = "decoder.layers.0.self_attention"
-    assert whole[f"{mixer}.A_log"].exp().min() >= 1 and whole[f"{mixer}.A_log"].exp().max() <= 16.001
-    dt = torch.nn.functional.softplus(whole[f"{mixer}.dt_bias"])
-    assert dt.min() > 0.00099 and dt.max() < 0.1001 and dt.std() > 0.01
-    bound = sizes.conv_kernel**-0.5
-    assert 0.95 * bound < whole[f"{mixer}.conv1d_weight.x"].abs().max() <= bound
+    assert_uniform(whole[f"{mixer}.A_log"].exp(), 1, 16)
+    dt = torch.nn.functional.softplus(whole[f"{mixer}.dt_bias"].double())
+    assert_uniform(dt.log(), math.log(1e-3), math.log(1e-1))
+    for parameter in ("weight.x", "weight.B", "weight.C", "bias.x", "bias.B", "bias.C"):
+        assert_uniform(whole[f"{mixer}.conv1d_{parameter}"].flatten(), -0.5, 0.5)
 
 
 @pytest.mark.parametrize("rows", [ROWS_PER_DRAW, 3 * ROWS_PER_DRAW])

@@ -1,0 +1,104 @@
+"""What a compiler and an exporter make of the models, in a process of its own: run by test_compiling.py.
+
+The suite's own process will not do: its CPU platform replaces torch's functions by way of a mode under which
+torch.compile leaves everything as it is, and what threads keep from call to call is there already.
+
+    python -m tests.hf.compile_checks export aot_eager inductor
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_txssm.ops.rotary import apply_rotary
+from tests.hf.tiny import padded_left, random_ids, tiny_model, worst_difference
+
+# torch.empty returns NaN, as in the suite.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
+
+TWO_LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    checks = {"export": check_export, "aot_eager": check_aot_eager, "inductor": check_inductor}
+    for name in sys.argv[1:]:
+        checks[name]()
+
+
+def check_export() -> None:
+    """First thing in the process, without and with gradients, and what the model computes afterwards."""
+    model, ids, other = tiny_model(), random_ids(2, 40), random_ids(2, 40, seed=1)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            program = torch.export.export(model, (ids,), {"use_cache": False}).module()
+            assert worst_difference(program(other, use_cache=False).logits, model(other).logits) < 2e-5
+
+
+def check_aot_eager() -> None:
+    """It traces down to operators and makes both passes as inductor does, and writes no code for them."""
+    check_rotation()
+    check_training("transxssm", "aot_eager", **TWO_LAYERS)
+    check_training("jamba", "aot_eager", **TWO_LAYERS)
+    check_packed_inference("jamba", "aot_eager", **TWO_LAYERS)
+    check_decoding("jamba", **TWO_LAYERS)
+
+
+def check_inductor() -> None:
+    check_training("transxssm", "inductor", **TWO_LAYERS)
+
+
+def compiled(function: Any, backend: str) -> Any:
+    """Anew, and nothing of it may stay with Python."""
+    torch.compiler.reset()
+    return torch.compile(function, backend=backend, fullgraph=True)
+
+
+def check_training(variant: str, backend: str, **overrides: Any) -> None:
+    model, (ids, mask) = tiny_model(variant, **overrides), padded_left()
+    losses, gradients = [], []
+    for function in (model, compiled(model, backend)):
+        loss = function(ids, attention_mask=mask, labels=ids, use_cache=False).loss
+        losses.append(loss)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    torch.testing.assert_close(losses[1], losses[0])
+    for (name, _), expected, actual in zip(model.named_parameters(), *gradients, strict=True):
+        assert worst_difference(actual, expected) < 1e-4 * expected.abs().max(), (variant, backend, name)
+
+
+@torch.no_grad()
+def check_packed_inference(variant: str, backend: str, **overrides: Any) -> None:
+    model, ids = tiny_model(variant, **overrides), random_ids(2, 40)
+    positions = torch.cat([torch.arange(13), torch.arange(27)])[None]
+    functions = (model, compiled(model, backend))
+    expected, actual = (f(ids, position_ids=positions, use_cache=False).logits for f in functions)
+    assert worst_difference(actual, expected) < 2e-5, variant
+
+
+@torch.no_grad()
+def check_decoding(variant: str, **overrides: Any) -> None:
+    """A prompt and two tokens behind it, each through a compiled forward with a cache."""
+    model, ids = tiny_model(variant, **overrides), random_ids(2, 22)
+    function, cache = compiled(model, "aot_eager"), None
+    logits: list[Tensor] = []
+    for part in ids.split([20, 1, 1], dim=1):
+        output = function(part, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits.append(output.logits)
+    assert worst_difference(torch.cat(logits, dim=1), model(ids).logits) < 1e-4, variant
+
+
+def check_rotation() -> None:
+    x, angles = torch.randn(2, 5, 3, 8).bfloat16().requires_grad_(), torch.randn(5, 4)
+    results = []
+    for function in (apply_rotary, compiled(apply_rotary, "aot_eager")):
+        y = function(x, angles.cos(), angles.sin())
+        results.append((y, *torch.autograd.grad(y, x, torch.ones_like(y))))
+    torch.testing.assert_close(*results)
+
+
+if __name__ == "__main__":
+    main()
