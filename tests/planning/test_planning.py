@@ -69,6 +69,23 @@ def test_flops_grow_with_the_length_only_through_attention() -> None:
     assert flops_per_token(llama, 8192) - flops_per_token(llama, 4096) == 6 * 4096 * 24 * 768
 
 
+def test_flops_of_a_scan_count_the_causal_half_of_a_chunk() -> None:
+    """By hand, for transxssm_320m's mixer: 12 heads of 64, state 128, 4 groups, chunks of 256; from 768 channels."""
+    sizes = load_recipe("transxssm_320m").state_space
+    assert sizes is not None
+    # A reader meets 1 to 256 sources of its chunk; as with attention, half a chunk counts.
+    sources = 256 / 2
+    scores, values = 2 * sources * 4 * 128, 2 * sources * 768
+    written = read = 2 * 768 * 128
+    scan = scores + values + written + read
+    assert scan == 720896
+    # x, B, C, dt, and back.
+    projections = 2 * 768 * (768 + 512 + 512 + 12) + 2 * 768 * 768
+    assert sizes.flops_per_token(4096) == 3 * (projections + scan)
+    # A text that is shorter than a chunk.
+    assert sizes.flops_per_token(64) == 3 * (projections + 2 * 32 * (4 * 128 + 768) + written + read)
+
+
 @pytest.mark.parametrize("name", ["llama3_320m", "transxssm_1.3b"])
 def test_flops_are_six_per_weight_and_token_besides_scores_and_scan(name: str) -> None:
     recipe = load_recipe(name)
