@@ -42,12 +42,12 @@ class LoadedModel:
     iteration: int
 
 
-def checkpoint_recipe(checkpoint: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """The recipe that a checkpoint directory holds, for one process.
+def checkpoint_recipe(checkpoint: Path, overrides: tuple[str, ...] = (), file: Path | None = None) -> Recipe:
+    """The recipe in `file`, or that a checkpoint directory holds, for one process.
 
     It needs no data, and takes the tokenizer that lies beside the checkpoints.
     """
-    file = checkpoint / "recipe.yaml"
+    file = file or checkpoint / "recipe.yaml"
     recipe = one_process_recipe(file, (*overrides, *_without_data(load_recipe(file, overrides), checkpoint)))
     check_tokenizer_file(recipe)
     return recipe
@@ -74,11 +74,14 @@ def _without_data(recipe: Recipe, checkpoint: Path) -> tuple[str, ...]:
     )
 
 
-def load_model(checkpoint: Path, overrides: tuple[str, ...] = (), *, step: int | None = None) -> LoadedModel:
+def load_model(
+    checkpoint: Path, overrides: tuple[str, ...] = (), *, step: int | None = None, recipe_file: Path | None = None
+) -> LoadedModel:
     """Load a checkpoint (the newest, or that of a `step`) into this process, which must not have initialised Megatron
-    yet. `overrides` change the recipe, as --set does. `saved_model.open_checkpoint` says what is wrong with one.
+    yet. `overrides` change the recipe, as --set does; it is in `recipe_file`, or beside the checkpoints.
+    `saved_model.open_checkpoint` says what is wrong with one.
     """
-    recipe = checkpoint_recipe(checkpoint, overrides)
+    recipe = checkpoint_recipe(checkpoint, overrides, recipe_file)
     model = build_model(recipe, load_options(checkpoint, step))
     from megatron.training import get_tokenizer, training
 

@@ -1,4 +1,5 @@
-"""The proof of a conversion: the same tensors bit for bit, the same logits on real text, the same token by token.
+"""The proof of a conversion: the same tensors bit for bit, the same logits on real text, the same token by token,
+and the same text however generate() is asked for it.
 
 Logits come from Megatron's own model and from transformers' model of the folder. Of the two, embedding, projections,
 norms, attention, convolution and caches are each one's own; the scan and the rotation of our class are Megatron's, too,
@@ -13,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.checkpoint.export import sha256_of
+from megatron_txssm.checkpoint.greedy import Generation
 from megatron_txssm.checkpoint.hf_folder import HfFolder, open_hf_folder
+from megatron_txssm.checkpoint.layouts import ARCHITECTURES
 from megatron_txssm.checkpoint.saved_model import SavedModel, open_checkpoint
 from megatron_txssm.checkpoint.tensors import Weights, compare_shapes
-from megatron_txssm.checkpoint.worker import run_task
+from megatron_txssm.checkpoint.worker import TOLERANCE, run_task
 from megatron_txssm.data.tokenizer import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.progress import doing
 
-# Largest difference of fp32 logits, in units of the largest logit (but at least of 1): the order of sums differs.
-TOLERANCE = 1e-5
 TOKENS, DECODED = 512, 32
 
 Source = SavedModel | HfFolder
@@ -76,14 +77,19 @@ class Proof:
 
     tensors: Tensors
     logits: Logits
+    # Of the sides that transformers has loaded.
+    generation: tuple[Generation, ...] = ()
 
     @property
     def passed(self) -> bool:
-        return not self.tensors.different and self.logits.passed
+        generated = all(side.passed for side in self.generation)
+        return not self.tensors.different and self.logits.passed and generated
 
     def to_json(self) -> dict[str, Any]:
         logits = asdict(self.logits) | {"limit": self.logits.limit}
-        return {"passed": self.passed, "logits": logits, "tensors": asdict(self.tensors), "versions": versions()}
+        generation = [asdict(side) for side in self.generation]
+        proven = {"logits": logits, "generation": generation, "tensors": asdict(self.tensors)}
+        return {"passed": self.passed} | proven | {"versions": versions()}
 
     def summary(self) -> Iterator[str]:
         """A few lines for a person."""
@@ -101,6 +107,7 @@ class Proof:
             f"decoding  largest difference {logits.decoding_difference:.1e} between {logits.decoded} single steps and "
             "one pass"
         )
+        yield from (side.summary() for side in self.generation)
 
 
 def versions() -> dict[str, str]:
@@ -141,27 +148,34 @@ def compare_tensors(
     return Tensors(len(names), different, rounded, same)
 
 
-def compare_logits(a: Source, b: Source, tokens: list[int], text: str, round_to: str | None = None) -> Logits:
+def compare_logits(
+    a: Source, b: Source, tokens: list[int], text: str, round_to: str | None = None
+) -> tuple[Logits, tuple[Generation, ...]]:
     """Run both models, one after the other so that one at a time is in memory, and compare."""
     from safetensors.torch import load_file
 
     decoded = min(DECODED, len(tokens) // 2)
     with tempfile.TemporaryDirectory(prefix="txssm-verify-") as folder:
         sides: list[dict[str, Any]] = []
+        generation: list[Generation] = []
         for name, side in (("a", a), ("b", b)):
             out = Path(folder) / f"{name}.safetensors"
-            common = {"tokens": tokens, "decoded": decoded, "round_to": round_to, "out": out}
+            common: dict[str, Any] = {"tokens": tokens, "decoded": decoded, "round_to": round_to, "out": out}
+            recipe = Path(folder) / "recipe.yaml"
+            recipe.write_text(side.recipe.to_yaml(), encoding="utf-8")
+            common |= {"recipe": recipe}
             if isinstance(side, SavedModel):
                 run_task("megatron_logits", checkpoints=side.checkpoints, step=side.step, **common)
             else:
-                recipe = Path(folder) / "recipe.yaml"
-                recipe.write_text(side.recipe.to_yaml(), encoding="utf-8")
-                run_task("hf_logits", folder=side.folder, recipe=recipe, **common)
+                generated = out.with_suffix(".json") if side.layout in ARCHITECTURES else None
+                run_task("hf_logits", folder=side.folder, generated=generated, **common)
+                if generated is not None:
+                    generation.append(Generation(**json.loads(generated.read_bytes())))
             sides.append(load_file(out))
     ours, theirs = (side["full"] for side in sides)
     difference = (ours - theirs).abs()
     stepwise = [(side["decoded"] - side["full"][-decoded:]).abs().max().item() for side in sides]
-    return Logits(
+    logits = Logits(
         text=text,
         tokens=len(tokens),
         largest_logit=ours.abs().max().item(),
@@ -172,6 +186,7 @@ def compare_logits(a: Source, b: Source, tokens: list[int], text: str, round_to:
         # max() would lose a NaN.
         decoding_difference=sum(stepwise) if any(step != step for step in stepwise) else max(stepwise),
     )
+    return logits, tuple(generation)
 
 
 def sample_text() -> str:
@@ -217,8 +232,8 @@ def prove_equal(a: Source, b: Source, known: dict[str, str] | None = None) -> Pr
         tensors = compare_tensors(a, b, names, known, inexact)
     rounded = "bfloat16" if "torch.bfloat16" in (str(a.dtype(names[0])), str(b.dtype(names[0]))) else None
     tokens, text = _tokens_for(a, b)
-    with doing("verifying: logits, by Megatron and by transformers"):
-        return Proof(tensors, compare_logits(a, b, tokens, text, rounded))
+    with doing("verifying: logits and text, by Megatron and by transformers"):
+        return Proof(tensors, *compare_logits(a, b, tokens, text, rounded))
 
 
 def _checked(proof: Proof, folder: Path) -> Proof:

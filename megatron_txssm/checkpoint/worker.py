@@ -11,12 +11,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_txssm.checkpoint.tensors import Weights, is_kept_in_fp32
 from megatron_txssm.errors import UserError
 
+# Largest difference of fp32 logits, in units of the largest logit (but at least of 1): the order of sums differs.
+TOLERANCE = 1e-5
 # Overrides for a model that is given its weights: no tokens, no tokenizer.
 WITHOUT_DATA = (
     *(f"data.{name}=null" for name in ("corpus", "weights", "stages", "train", "validation", "blend", "split")),
@@ -110,9 +113,17 @@ def _padded(tensor: Any, rows: int) -> Any:
 
 
 def megatron_logits(
-    checkpoints: str, step: int, tokens: list[int], decoded: int, round_to: str | None, out: str
+    checkpoints: str,
+    step: int,
+    tokens: list[int],
+    decoded: int,
+    round_to: str | None,
+    out: str,
+    recipe: str | None = None,
 ) -> None:
     """Logits of a checkpoint by Megatron, in fp32, with weights that were rounded to `round_to` (None: as they are).
+
+    `recipe`: a YAML file of the recipe that trained it, if not the one beside it.
 
     Written to `out`: "full", [L, V], of one pass over all tokens, and "decoded", [decoded, V], of the last tokens, one
     at a time behind a pass over the others.
@@ -123,7 +134,7 @@ def megatron_logits(
     from megatron_txssm.evaluation.decoding import next_token_logits
 
     overrides = ("training.precision=fp32", *WITHOUT_DATA)
-    loaded = load_model(Path(checkpoints), overrides, step=step)
+    loaded = load_model(Path(checkpoints), overrides, step=step, recipe_file=Path(recipe) if recipe else None)
     # Megatron may be imported from here on.
     from megatron.core.inference.contexts.static_context import StaticInferenceContext
 
@@ -140,10 +151,22 @@ def megatron_logits(
     _save(out, full_LV, steps)
 
 
-def hf_logits(folder: str, recipe: str | None, tokens: list[int], decoded: int, round_to: str | None, out: str) -> None:
-    """The same of a folder of weights, by transformers; layouts that it has no class for, by our class."""
+def hf_logits(
+    folder: str,
+    recipe: str | None,
+    tokens: list[int],
+    decoded: int,
+    round_to: str | None,
+    out: str,
+    generated: str | None = None,
+) -> None:
+    """The same of a folder of weights, by transformers; layouts that it has no class for, by our class.
+
+    generate() is tried as well (greedy.py), and what came of it written to `generated`, as JSON.
+    """
     import torch
 
+    from megatron_txssm.checkpoint.greedy import try_generate
     from megatron_txssm.checkpoint.hf_folder import open_hf_folder
     from megatron_txssm.checkpoint.hf_model import load_hf_model
     from megatron_txssm.evaluation.decoding import HfText
@@ -159,6 +182,9 @@ def hf_logits(folder: str, recipe: str | None, tokens: list[int], decoded: int, 
         text.next_logits(tokens[:first])
         steps = [text.next_logits([token]) for token in tokens[first:]]
     _save(out, full_LV, steps)
+    if generated is not None:
+        limit = TOLERANCE * max(1.0, full_LV.abs().max().item())
+        Path(generated).write_text(json.dumps(asdict(try_generate(model, tokens, limit))), encoding="utf-8")
 
 
 def _round(model: Any, to: str | None) -> None:

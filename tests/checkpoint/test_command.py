@@ -62,6 +62,9 @@ def test_both_ways_are_proven(story: Story) -> None:
         assert (logits["tokens"], logits["decoded"], logits["text"]) == (512, 32, "the Python manual")
         assert logits["max_difference"] <= 1e-5 and 0 < logits["decoding_difference"] <= 1e-5
         assert logits["largest_logit"] > 0.5 and logits["same_likeliest_token"] > 0.99
+        [generation] = found["generation"]
+        assert generation["different"] == {} and generation["ways"] == ["in a padded batch", "with a cache"]
+        assert "generate  the same 8 tokens behind two texts without a cache and in a padded batch and with" in said
         assert found["versions"].keys() == {"megatron_txssm", "megatron-core", "torch", "transformers"}
         assert f"tensors   {tensors} of {tensors} identical\n" in said and "logits    largest difference" in said
     assert proof(story.exported)["tensors"]["sha256"] == proof(story.imported)["tensors"]["sha256"]
