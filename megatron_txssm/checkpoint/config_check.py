@@ -48,17 +48,17 @@ _REFERENCE_DEFAULTS: dict[str, Any] = {
 }
 
 
-def check_config(folder: Path, config: dict[str, Any], recipe: Recipe, layout: str) -> None:
+def check_config(folder: Path, config: dict[str, Any], recipe: Recipe, layout: str, remedy: str) -> None:
     """UserError where config.json describes another computation than the recipe, though the shapes may be the same.
 
-    `config`: its content.
+    `config`: its content. `remedy`: what its user can do.
     """
     ours, theirs = _ours(recipe, layout), read_config(folder, config, layout)
     for name, value in ours.items():
         if theirs[name] != value:
             raise UserError(
                 f"{folder / 'config.json'} has {name}={theirs[name]!r}, where recipe {recipe.name} asks for {value!r}; "
-                "name a recipe that describes this model with --recipe"
+                f"{remedy}"
             )
 
 

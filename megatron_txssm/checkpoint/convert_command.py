@@ -21,6 +21,7 @@ from megatron_txssm.cli import add_commands
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.launch.environment import adopt_slurm_step
 from megatron_txssm.progress import progress_bar
+from megatron_txssm.recipe.loader import load_recipe
 
 # Command -> (one line of help, examples).
 COMMANDS = {
@@ -29,6 +30,7 @@ COMMANDS = {
         (
             "txssm convert export runs/demo exports/demo",
             "txssm convert export runs/transxssm_1.3b exports/transxssm_1.3b --dtype bf16 --max-file-gb 5",
+            "txssm convert export megatron_lm/checkpoints exports/mine --recipe transxssm_1.3b",
             "txssm convert export runs/jamba_320m exports/jamba --step 20000 --layout granitemoehybrid",
         ),
     ),
@@ -36,6 +38,7 @@ COMMANDS = {
         "make a Megatron checkpoint of a Hugging Face model, to train on from",
         (
             "txssm convert import exports/demo imported/demo",
+            "txssm convert import downloads/some-llama imported/llama",
             "txssm convert import downloads/some-llama imported/llama --recipe my_llama.yaml",
         ),
     ),
@@ -70,6 +73,11 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest)")
     command.add_argument(
+        "--recipe",
+        metavar="RECIPE",
+        help="that trained them (default: recipe.yaml beside the checkpoints; stock Megatron-LM writes none)",
+    )
+    command.add_argument(
         "--max-file-gb", type=float, default=2.0, metavar="GB", help="largest file, in 1e9 bytes (default: 2)"
     )
     command.add_argument("--no-verify", action="store_true", help="leave out the proof (verification.json)")
@@ -79,7 +87,9 @@ def _add_import(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="HF", type=Path, help="a folder with model.safetensors, or several of them")
     command.add_argument("out", metavar="OUT", type=Path, help="the checkpoints folder to make")
     command.add_argument(
-        "--recipe", metavar="RECIPE", help="describes the model and its training (default: recipe.yaml in the folder)"
+        "--recipe",
+        metavar="RECIPE",
+        help="describes the model and its training (default: recipe.yaml in the folder, or else its config.json)",
     )
     command.add_argument("--no-verify", action="store_true", help="leave out the proof (verification.json)")
 
@@ -122,7 +132,7 @@ def export(args: argparse.Namespace) -> int:
     if not args.max_file_gb > 0:
         raise UserError(f"--max-file-gb {args.max_file_gb:g} must be above 0")
     check_absent(args.out)
-    saved = open_checkpoint(args.checkpoint, args.step)
+    saved = open_checkpoint(args.checkpoint, args.step, recipe=load_recipe(args.recipe) if args.recipe else None)
     # What follows imports transformers, for which nobody is to wait who mistyped a path.
     from megatron_txssm.checkpoint.export import Export, write_weights
     from megatron_txssm.checkpoint.hf_files import write_configuration, write_model_card, write_tokenizer
@@ -133,7 +143,10 @@ def export(args: argparse.Namespace) -> int:
         with progress_bar("exporting", planned.nbytes, of_bytes=True) as advance:
             limit = int(args.max_file_gb * 1e9)
             hashes = write_weights(planned, folder, max_file_bytes=limit, advance=advance)
-        shutil.copyfile(saved.checkpoints / "recipe.yaml", folder / "recipe.yaml")
+        if args.recipe:
+            (folder / "recipe.yaml").write_text(saved.recipe.to_yaml(), encoding="utf-8")
+        else:
+            shutil.copyfile(saved.checkpoints / "recipe.yaml", folder / "recipe.yaml")
         write_configuration(planned, write_tokenizer(planned, folder), folder)
         proof = None if args.no_verify else prove_export(saved, folder, hashes)
         write_model_card(planned, folder, args.out.name, proof)

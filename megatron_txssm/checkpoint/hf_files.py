@@ -11,10 +11,13 @@ from megatron_txssm.checkpoint.hf_tokenizer import export_tokenizer, padding_id
 from megatron_txssm.checkpoint.kept_tokenizer import tokenizer_source
 from megatron_txssm.checkpoint.layouts import ARCHITECTURES
 from megatron_txssm.checkpoint.logged_losses import losses_at
-from megatron_txssm.checkpoint.verify import Proof, sample_text
+from megatron_txssm.checkpoint.verify import Proof, sample_text, versions
 from megatron_txssm.data.manifest import TokenizerFacts
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.hf.standalone import AUTO_MAP, write_code
+
+# Its norm behind the gate went over all groups at once.
+_GRANITE_VERSIONS = "Needs transformers 5.23 or newer: with several groups of B and C, older ones give other logits. "
 
 
 def write_tokenizer(export: Export, folder: Path) -> TokenizerFacts | None:
@@ -103,10 +106,12 @@ def _card(export: Export, name: str, proof: Proof | None, has_tokenizer: bool) -
             "",
         ]
     lines += ["## Conversion", "", f"Layout `{export.layout}`, from the checkpoint of step {step}. "]
+    if export.layout == "granitemoehybrid":
+        lines[-1] += _GRANITE_VERSIONS
     if proof is None:
         lines[-1] += "Not verified (`--no-verify`)."
     else:
-        lines[-1] += "Verified against Megatron's own model (verification.json):"
+        lines[-1] += f"Verified against Megatron's own model, on transformers {versions()['transformers']}:"
         lines += ["", "```", *proof.summary(), "```"]
     return lines
 

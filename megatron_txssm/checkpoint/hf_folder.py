@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.checkpoint.config_check import check_config
+from megatron_txssm.checkpoint.config_recipe import recipe_of_config
 from megatron_txssm.checkpoint.hf_config import REFERENCE_TYPE
 from megatron_txssm.checkpoint.layouts import ARCHITECTURES, refusal
 from megatron_txssm.checkpoint.mapping import Group, hf_tensors, plan
@@ -90,7 +91,7 @@ def is_hf_folder(path: Path) -> bool:
 
 
 def open_hf_folder(folder: Path, recipe: Recipe | None = None) -> HfFolder:
-    """The weights of a folder, described by its own recipe.yaml or by `recipe`; UserError unless they fit it."""
+    """The weights of a folder, which `recipe`, its recipe.yaml or its config.json describes; UserError for a misfit."""
     index = _read_index(folder)
     config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     layout = next((layout for sign, layout in _SIGNS.items() if sign in index), None)
@@ -100,17 +101,17 @@ def open_hf_folder(folder: Path, recipe: Recipe | None = None) -> HfFolder:
             f"{folder} holds a model of type {layout!r}; only {', '.join(ARCHITECTURES)} can be imported, "
             "and the layouts reference and megatron"
         )
-    if recipe is None:
-        if not (folder / "recipe.yaml").is_file():
-            raise UserError(f"{folder} has no recipe.yaml; name a recipe that describes this model with --recipe")
+    remedy = "name a recipe that describes this model with --recipe"
+    if recipe is None and (folder / "recipe.yaml").is_file():
         recipe = load_recipe(folder / "recipe.yaml")
+    elif recipe is None and config and layout != "megatron":
+        recipe, remedy = recipe_of_config(folder, config, layout), "no recipe can describe such a model"
+    elif recipe is None:
+        raise UserError(f"{folder} has neither recipe.yaml nor config.json; {remedy}")
     if reason := refusal(recipe, layout):
-        raise UserError(
-            f"{folder} has layout {layout}, which cannot hold recipe {recipe.name}: {reason}; "
-            "name a recipe that describes this model with --recipe"
-        )
+        raise UserError(f"{folder} has layout {layout}, which cannot hold recipe {recipe.name}: {reason}; {remedy}")
     if layout in ARCHITECTURES or (config and layout == "reference"):
-        check_config(folder, config, recipe, layout)
+        check_config(folder, config, recipe, layout, remedy)
     elif layout == "reference":
         print(
             f"warning: {folder} has no config.json: that its rotary base, epsilon and heads are those of recipe "

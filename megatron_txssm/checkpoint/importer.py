@@ -32,7 +32,16 @@ def import_weights(args: argparse.Namespace) -> int:
             run_task("save_megatron", folder=args.folder.absolute(), recipe=folder / "recipe.yaml", out=folder)
         _keep_tokenizer(args.folder, folder)
         proof = None if args.no_verify else prove_import(source, folder)
-    print(f"{args.out}: from layout {source.layout}; train on with --set checkpoint.load_from={args.out}")
+    stated = args.recipe is not None or (args.folder / "recipe.yaml").is_file()
+    if not stated:
+        print(
+            f"{args.out / 'recipe.yaml'}: the model as config.json describes it; its data and training are yours to set"
+        )
+    recipe = "RECIPE" if stated else args.out / "recipe.yaml"
+    print(
+        f"{args.out}: from layout {source.layout}; "
+        f"train on with `txssm pretrain {recipe} --set checkpoint.load_from={args.out}`"
+    )
     for line in proof.summary() if proof else ():
         print(line)
     return 0

@@ -86,20 +86,29 @@ def how_to_make(path: Path) -> str:
     return "`txssm pretrain RECIPE` makes a run, `txssm convert export RUN OUT` a Hugging Face folder"
 
 
-def open_checkpoint(path: Path, step: int | None = None, option: str = "--step") -> SavedModel:
-    """The newest checkpoint of a run, or that of a `step`; UserError unless it is whole. `option` chose the step."""
+def open_checkpoint(
+    path: Path, step: int | None = None, option: str = "--step", recipe: Recipe | None = None
+) -> SavedModel:
+    """The newest checkpoint of a run, or that of a `step`; UserError unless it is whole.
+
+    `option` chose the step. `recipe`: what trained it, else the recipe.yaml beside the checkpoints.
+    """
     checkpoints = find_checkpoints(path)
     made_by = checkpoints / "recipe.yaml"
-    if not made_by.is_file():
-        raise UserError(f"{checkpoints} has no recipe.yaml beside its checkpoints; `txssm pretrain` writes one")
-    recipe = load_recipe(made_by)
+    if recipe is None and not made_by.is_file():
+        raise UserError(
+            f"{checkpoints} has no recipe.yaml, which `txssm pretrain` writes and stock Megatron-LM does not: copy the "
+            "recipe that trained it there; `txssm convert export` takes it as --recipe"
+        )
+    described = f"{made_by} describes" if recipe is None else f"recipe {recipe.name} describes"
+    recipe = recipe or load_recipe(made_by)
     step, folder = step_folder(checkpoints, step, option)
     index = _read_index(folder, option)
     entries = {name: entry for name, entry in index.state_dict_metadata.items() if _is_weight(name, entry)}
     _check_files(folder, index.storage_data, entries, option)
     shapes = model_shapes(recipe)
     if fault := compare_shapes({name: _without_padding(recipe, name, e) for name, e in entries.items()}, shapes):
-        raise UserError(f"{folder} is not the model that {made_by} describes: {fault}; {_another(option)}")
+        raise UserError(f"{folder} is not the model that {described}: {fault}; {_another(option)}")
     return SavedModel(checkpoints, folder, step, recipe, shapes, entries, index, option)
 
 

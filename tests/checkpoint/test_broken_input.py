@@ -223,7 +223,11 @@ DAMAGED: dict[str, tuple[str, Damage, list[str]]] = {
         change_json(CONFIG, layer_types=["full_attention"] + ["linear_attention"] * 3),
         ["has layer_types="],
     ),
-    "no recipe": ("transxssm", remove("recipe.yaml"), ["has no recipe.yaml; name a recipe", "with --recipe"]),
+    "a biased model and no recipe": (
+        "llama",
+        lambda folder: void((remove("recipe.yaml")(folder), change_json(CONFIG, attention_bias=True)(folder))),
+        ["has attention_bias=True, where recipe in asks for False; no recipe can describe such a model"],
+    ),
     "a broken recipe": ("transxssm", write("recipe.yaml", b"model: ["), ["recipe.yaml"]),
 }
 

@@ -85,6 +85,23 @@ def test_what_lies_beside_the_weights(run_folder: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_stock_megatrons_checkpoints_need_a_recipe(run_folder: Path, tmp_path: Path, refused: Any) -> None:
+    """They lie in a folder without recipe.yaml; the rest is alike."""
+    run, recipe = tmp_path / "copy" / "run", tmp_path / "mine.yaml"
+    shutil.copytree(run_folder, run)
+    (run / "checkpoints/recipe.yaml").rename(recipe)
+    weights = export(run, tmp_path / "out", "--recipe", str(recipe))
+    assert same(weights, export(run_folder, tmp_path / "expected"))
+    assert (tmp_path / "out/recipe.yaml").read_text() == recipe.read_text()
+    # And it is another one only where it fits.
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(recipe.read_text().replace("num_layers: 4", "num_layers: 6"))
+    refused(
+        ["convert", "export", run, tmp_path / "none", "--recipe", changed],
+        ["is not the model that recipe run describes: decoder.layers.4."],
+    )
+
+
 def test_of_several_tasks_one_exports(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert main(["convert", "export", str(run_folder), str(tmp_path / "out")]) == 0
@@ -167,7 +184,10 @@ def evil_tensor(run: Path) -> None:
         (lambda run: checkpoint_file(run, ".metadata").write_bytes(pickle.dumps([])), ["it holds a list, not an"]),
         (evil_index, [".metadata is damaged (", "it asks for posix.mkdir, which no checkpoint needs"]),
         (evil_tensor, ["iter_0000002 is damaged ("]),
-        (lambda run: (run / "checkpoints/recipe.yaml").unlink(), ["checkpoints has no recipe.yaml"]),
+        (
+            lambda run: (run / "checkpoints/recipe.yaml").unlink(),
+            ["checkpoints has no recipe.yaml", "stock Megatron-LM does not: copy", "takes it as --recipe"],
+        ),
         (
             lambda run: shutil.rmtree(run / "checkpoints/iter_0000002"),
             ["has no step 2, which latest_checkpointed_iteration.txt names; use --step with one of 1"],

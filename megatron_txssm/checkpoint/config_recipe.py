@@ -1,0 +1,114 @@
+"""A recipe for a model that comes without one: config.json has all of the model, a recipe of ours the training."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.checkpoint.config_check import read_config
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.recipe import Recipe
+
+# What the recipe says of training, until its user does.
+_TRAINING = "llama3_1.3b"
+_LAYERS = {"linear_attention": "S", "full_attention": "A"}
+
+
+def recipe_of_config(folder: Path, config: dict[str, Any], layout: str) -> Recipe:
+    """The recipe of a folder whose config.json holds `config`; UserError where no recipe can say what it says.
+
+    `check_config` finds what is not expressed here.
+    """
+    found = read_config(folder, config, layout)
+    describe = {"llama": _llama, "granitemoehybrid": _granite, "transxssm": _transxssm, "reference": _reference}
+    model = _rotation(folder, found) | {
+        "num_layers": found["num_hidden_layers"],
+        "hidden_size": found["hidden_size"],
+        "num_attention_heads": found["num_attention_heads"],
+        "num_query_groups": found["num_key_value_heads"],
+        "norm_epsilon": found["rms_norm_eps"],
+        "tie_embeddings": found["tie_word_embeddings"],
+        "init_method_std": config.get("initializer_range", 0.02),
+        **describe[layout](found, config),
+    }
+    name = re.sub(r"[^\w.-]+", "_", folder.absolute().name).strip("._-") or layout
+    values: dict[str, Any] = {
+        "name": name,
+        "description": f"of a {layout} folder's config.json",
+        **{f"model.{field}": value for field, value in model.items()},
+        "data.vocab_size": found["vocab_size"],
+        # Of this model's tokenizer there is no corpus yet.
+        "data.corpus": f"data/{name}",
+        "data.weights": None,
+    }
+    # The longest sample up to the recipe's that the model was made for.
+    longest = config.get("max_position_embeddings") or 4096
+    values["training.seq_length"] = min(4096, 1 << (int(longest).bit_length() - 1))
+    try:
+        return load_recipe(_TRAINING, [f"{field}={json.dumps(value)}" for field, value in values.items()])
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'} describes a model that no recipe can: {error}") from None
+
+
+def _rotation(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
+    rope = found.get("rope_parameters") or {"rope_theta": found.get("rope_theta", 10_000)}
+    kind, numbers = rope.get("rope_type", "default"), {"rotary_base": rope["rope_theta"]}
+    if kind == "linear":
+        numbers["rotary_interpolation_factor"] = rope["factor"]
+    elif kind != "default" or found.get("rope_scaling"):
+        kind = (found.get("rope_scaling") or rope).get("rope_type")
+        raise UserError(f"{folder / 'config.json'} has rope_type={kind!r}, which no recipe has; linear and default are")
+    for name, number in numbers.items():
+        if number != int(number):
+            raise UserError(f"{folder / 'config.json'}: {name}={number!r} is no whole number, which a recipe asks for")
+    scaling = {"rope_scaling": "linear"} if kind == "linear" else {}
+    return scaling | {name: int(number) for name, number in numbers.items()}
+
+
+def _llama(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    return {"layer_pattern": "A", "kv_channels": found["head_dim"], "ffn_hidden_size": found["intermediate_size"]}
+
+
+def _granite(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "layer_pattern": "".join(_LAYERS[kind] for kind in found["layer_types"]),
+        "kv_channels": found["head_dim"],
+        "ffn_hidden_size": found["shared_intermediate_size"],
+        "attention_position_encoding": "rope" if found["position_embedding_type"] == "rope" else "none",
+        "position_encoding": "conv1d_d",
+        "state_gated": True,
+        "state_size": found["mamba_d_state"],
+        "state_num_heads": found["mamba_n_heads"],
+        "state_head_dim": found["mamba_d_head"],
+        "state_num_groups": found["mamba_n_groups"],
+        "chunk_size": config.get("mamba_chunk_size", 256),
+    }
+
+
+def _transxssm(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    same = ("attention_position_encoding", "position_encoding", "state_size", "state_num_heads", "state_head_dim")
+    same += ("state_num_groups", "state_gated", "state_dt_bias", "length_scaling_base", "rotary_table_precision")
+    return {
+        "layer_pattern": "".join(_LAYERS[kind] for kind in found["layer_types"]),
+        "kv_channels": found["head_dim"],
+        "ffn_hidden_size": found["intermediate_size"],
+        "chunk_size": config.get("chunk_size", 256),
+        **{name: found[name] for name in same},
+    }
+
+
+def _reference(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    heads = found["num_attention_heads"]
+    channels = found["hidden_size"] // heads
+    period, offset = found["attn_layer_period"], found["attn_layer_offset"]
+    kinds = ("A" if layer % period == offset else "S" for layer in range(found["num_hidden_layers"]))
+    return {
+        "layer_pattern": "".join(kinds),
+        "ffn_hidden_size": found["intermediate_size"],
+        "state_size": channels,
+        "state_head_dim": channels,
+        "state_num_groups": heads,
+        "state_dt_bias": False,
+        "chunk_size": config.get("ssd_chunk_size", 256),
+    }

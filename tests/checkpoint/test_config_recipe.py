@@ -1,0 +1,128 @@
+"""A recipe made of a config.json: that of the model, whatever its layout, or the reason why there is none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_txssm.checkpoint import worker
+from megatron_txssm.checkpoint.config_check import check_config
+from megatron_txssm.checkpoint.config_recipe import recipe_of_config
+from megatron_txssm.checkpoint.hf_config import hf_config
+from megatron_txssm.cli import main
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.recipe import Recipe
+from tests.checkpoint.test_hf_config import BY_HAND
+from tests.checkpoint.test_mapping import load
+
+VARIANTS = {layout: (variant, changes) for layout, (variant, changes, _) in BY_HAND.items()}
+
+
+def made(folder: Path, layout: str, config: dict[str, Any]) -> Recipe:
+    (folder / "config.json").write_text(json.dumps(config))
+    recipe = recipe_of_config(folder, config, layout)
+    check_config(folder, config, recipe, layout, "none")
+    return recipe
+
+
+@pytest.mark.parametrize("layout", VARIANTS)
+def test_the_model_is_the_same(tmp_path: Path, layout: str) -> None:
+    recipe = load(*VARIANTS[layout])
+    found = made(tmp_path, layout, hf_config(recipe, layout))
+    assert hf_config(found, layout) == hf_config(recipe, layout)
+    assert found.layer_kinds == recipe.layer_kinds and found.data.vocab_size == recipe.data.vocab_size
+    # Of an attention-only model nothing asks for it.
+    if recipe.has_state_space:
+        assert found.state_space == recipe.state_space
+    # Nothing of the recipe whose training it has: neither its corpus nor the corpus's weights.
+    assert (found.data.corpus, found.data.weights) == (f"data/{tmp_path.name}", None)
+    assert load_recipe_text(tmp_path, found.to_yaml()) == found
+
+
+def load_recipe_text(folder: Path, text: str) -> Recipe:
+    (folder / "again.yaml").write_text(text)
+    return load_recipe(folder / "again.yaml")
+
+
+def stock_llama(folder: Path, **settings: Any) -> LlamaConfig:
+    """As transformers saves one; sizes of no recipe, a base of its own."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    rest: dict[str, Any] = {
+        "num_key_value_heads": 2,
+        "vocab_size": 77,
+        "rms_norm_eps": 2e-4,
+        "max_position_embeddings": 300,
+    }
+    rope = {"rope_type": "default", "rope_theta": 600_000.0}
+    config = LlamaConfig(**sizes, **rest, **{"rope_parameters": rope, **settings})
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return config
+
+
+def test_a_stock_llama_needs_no_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock_llama(tmp_path / "a llama")
+    tasks = []
+    monkeypatch.setattr(worker, "run_task", lambda task, **arguments: tasks.append(task))
+    out = tmp_path / "imported"
+    assert main(["convert", "import", str(tmp_path / "a llama"), str(out), "--no-verify"]) == 0
+    assert tasks == ["save_megatron"]
+    recipe, model = load_recipe(out / "recipe.yaml"), load_recipe(out / "recipe.yaml").model
+    assert recipe.name == "a_llama" and recipe.layer_kinds == "AAA" and recipe.training.seq_length == 256
+    assert (model.rotary_base, model.norm_epsilon, model.num_query_groups) == (600_000, 2e-4, 2)
+    assert not model.tie_embeddings and recipe.data.vocab_size == 77
+    said = capsys.readouterr().out
+    assert f"{out}/recipe.yaml: the model as config.json describes it" in said
+    assert f"txssm pretrain {out}/recipe.yaml --set checkpoint.load_from={out}" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 500000.0,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                }
+            },
+            "has rope_type='llama3', which no recipe has; linear and default are",
+        ),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.5}}, "rotary_base=0.5 is no whole number"),
+        ({"hidden_act": "gelu"}, "has hidden_act='gelu', where recipe llama asks for 'silu'; no recipe can describe"),
+        (
+            {"mlp_bias": True},
+            "has mlp_bias=True, where recipe llama asks for False; no recipe can describe such a model",
+        ),
+        ({"vocab_size": 0}, "describes a model that no recipe can: "),
+    ],
+)
+def test_what_no_recipe_can_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], wanted: str
+) -> None:
+    folder = tmp_path / "llama"
+    config = stock_llama(folder)
+    (folder / "config.json").write_text(json.dumps(config.to_dict() | settings, default=str))
+    assert main(["convert", "import", str(folder), str(tmp_path / "out")]) == 2
+    assert wanted in capsys.readouterr().err
+
+
+def test_the_authors_models_stretch_rope_by_themselves(tmp_path: Path) -> None:
+    config = hf_config(load(*VARIANTS["reference"]), "reference")
+    with pytest.raises(UserError, match="has rope_type='dynamic', which no recipe has"):
+        made(tmp_path, "reference", {name: value for name, value in config.items() if name != "rope_scaling"})
+    torch.testing.assert_close(made(tmp_path, "reference", config).model.norm_epsilon, 3e-4)
