@@ -131,8 +131,9 @@ def test_a_step_is_passed_on(
         assert main(["evaluate", str(run_folder), *options]) == 0
     assert started == [["evaluate", str(run_folder)], ["evaluate", str(run_folder), "--step", "3"]]
     for step, words in ((None, []), (3, ["--ckpt-step=3"])):
-        monkeypatch.setenv("WORLD_SIZE", "1")
-        arguments = evaluate_command.evaluation_arguments(evaluation_recipe(run_folder, []), step)
+        with monkeypatch.context() as two_workers:
+            two_workers.setenv("WORLD_SIZE", "2")
+            arguments = evaluate_command.evaluation_arguments(evaluation_recipe(run_folder, []), step)
         assert f"--load={run_folder / 'checkpoints'}" in arguments
         assert [word for word in arguments if word.startswith("--ckpt-step")] == words
     wanted = "has no step 2, which --step 2 names; use --step with one of 3"
