@@ -1,5 +1,7 @@
 """The samples that training reads: where a token has a loss, and that none is another than in the data."""
 
+from typing import Any
+
 import pytest
 import torch
 from megatron.training import get_tokenizer
@@ -19,7 +21,8 @@ def samples(tiny: TinyRun, *fields: str, pad: int | None = None) -> dict[str, to
         if pad is not None:
             args.null_tokenizer_pad_id = pad
             rebuild_tokenizer(args)
-            assert get_tokenizer().pad == pad
+            tokenizer: Any = get_tokenizer()
+            assert tokenizer.pad == pad
         train = datasets_provider([16, 1, 1])[0]
         return {key: torch.stack([train[index][key] for index in range(16)]) for key in train[0]}
 
