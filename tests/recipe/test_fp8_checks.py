@@ -57,6 +57,10 @@ def test_a_contradiction_names_value_and_remedy(name: str, overrides: list[str],
     ("overrides", "wanted"),
     [
         (["model.ffn_hidden_size=6008"], "the FFN has 6008 channels; use ffn_hidden_size of 6000 or 6016"),
+        (
+            ["model.ffn_hidden_size=6032", "parallel.tensor_model_parallel_size=2"],
+            "the FFN has 3016 channels; use ffn_hidden_size of 6016 or 6048",
+        ),
         (["model.kv_channels=72", "model.num_attention_heads=31"], "use kv_channels of 64 or 80"),
         (
             ["training.seq_length=8", "training.micro_batch_size=1"],

@@ -156,6 +156,21 @@ def test_a_test_set_of_a_few_batches_or_beside_an_evaluation() -> None:
         ("transxssm_320m", ["model.state_size=127", "model.position_encoding=a_t"]),
         ("transxssm_320m", ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_stages=6"]),
         ("transxssm_320m", ["model.rope_scaling=linear", "model.rotary_interpolation_factor=4"]),
+        # At the limit: pieces of just the 3 tokens that the convolution looks back; one step for the last stage.
+        (
+            "jamba_320m",
+            ["parallel.context_parallel_size=2", "training.seq_length=12", "training.global_batch_tokens=96"],
+        ),
+        (
+            "transxssm_320m",
+            [
+                "training.train_tokens=null",
+                "training.train_iters=2",
+                "data.stages=[{tokens: 1e6, weights: {a: 1}}, {weights: {b: 1}}]",
+            ],
+        ),
+        # A model of attention alone has no state-space heads to fit.
+        ("llama3_320m", ["model.state_head_dim=100"]),
     ],
 )
 def test_what_works_together_is_accepted(name: str, overrides: list[str]) -> None:
