@@ -62,6 +62,13 @@ class TransXSSMCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen_tokens
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """Of state-space layers alone it would tell generate() of 5.24 that no tokens are counted: it would feed all
+        tokens again where a text goes on from this cache."""
+        linear = [isinstance(layer, StateSpaceCacheLayer) for layer in self.layers]
+        return linear if not all(linear) else [False] * len(linear)
+
     def reset(self) -> None:
         super().reset()
         self.seen_tokens, self.packed = 0, False
