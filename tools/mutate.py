@@ -24,9 +24,9 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parents[1]
 # What holds a package besides the tests that mirror it.
 _MORE_TESTS = {
-    "ops": ["tests/model/test_state_space_mixer.py"],
+    "ops": ["tests/model/test_state_space_mixer.py", "tests/model/test_context_parallel.py"],
     "model": ["tests/parity/test_layouts.py"],
-    "recipe": ["tests/planning"],
+    "recipe": ["tests/planning", "tests/test_cli.py"],
 }
 _SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub,
