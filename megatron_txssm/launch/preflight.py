@@ -28,7 +28,7 @@ _FREE_AT_FINE_TUNING = (
 # Adam's own settings, too: without a switch, Megatron would take the checkpoint's, and say nothing.
 _SCHEDULE = (
     *("learning_rate", "min_learning_rate_ratio", "weight_decay", "warmup_fraction", "decay_style"),
-    *("adam_beta1", "adam_beta2", "adam_eps"),
+    *("wsd_decay_fraction", "wsd_decay_shape", "adam_beta1", "adam_beta2", "adam_eps"),
 )
 # Megatron's arguments: the recipe's schedule holds, or the checkpoint's.
 _SCHEDULE_SWITCHES = ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")

@@ -92,6 +92,7 @@ def test_another_vocabulary_is_named(recipe: Recipe) -> None:
         ("training", "train_iters", 7),
         ("optimizer", "learning_rate", 0.5),
         ("optimizer", "decay_style", "linear"),
+        ("optimizer", "wsd_decay_shape", "linear"),
         ("optimizer", "adam_beta2", 0.5),
     ],
 )
