@@ -62,6 +62,11 @@ def test_a_contradiction_names_value_and_remedy(name: str, overrides: list[str],
             "the FFN has 3016 channels; use ffn_hidden_size of 6016 or 6048",
         ),
         (["model.kv_channels=72", "model.num_attention_heads=31"], "use kv_channels of 64 or 80"),
+        # 16 heads and twice one group, of 4 channels.
+        (
+            ["model.kv_channels=4", "model.num_attention_heads=16", "model.num_query_groups=1"],
+            "the projection to Q, K, V has 72 rows",
+        ),
         (
             ["training.seq_length=8", "training.micro_batch_size=1"],
             "has 8 tokens; use a seq_length that is a multiple of 16",
@@ -145,6 +150,14 @@ def test_what_a_gpu_has_no_kernel_for_is_refused(
         check_fp8_on(recipe, gpu, CUDNN)
     # Emulation needs nothing of a GPU.
     check_fp8_on(load_recipe(name, [*overrides, "training.transformer_impl=local"]), gpu, CUDNN)
+
+
+def test_each_way_of_scaling_states_its_oldest_cudnn() -> None:
+    attention = ["training.fp8_attention=true", "training.fp8_recipe=tensorwise"]
+    recipe = load_recipe("transxssm_1.3b_fp8_b200", attention)
+    check_fp8_on(recipe, B200, (9, 14, 0))
+    with pytest.raises(UserError, match=r"tensorwise needs cuDNN 9\.14 or newer for it, not 9\.13\.1"):
+        check_fp8_on(recipe, B200, (9, 13, 1))
 
 
 def test_other_pairs_of_recipe_and_gpu_work() -> None:
