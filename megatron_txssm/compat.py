@@ -5,14 +5,18 @@ Checked against megatron-core 0.19.2 (tests/test_compat.py); at an upgrade, look
 
 import argparse
 import functools
+import multiprocessing
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import megatron.training
 import torch
 from megatron.core.ssm.utils import _split_tensor_factory as split_tensor_factory
+
+from megatron_txssm.launch.environment import end_with_parent
 
 __all__ = ["get_args", "mend_megatron", "split_tensor_factory"]
 
@@ -232,3 +236,21 @@ def tell_failed_writes() -> None:
 
     setattr(write_and_note, "__txssm__", True)
     writer.write_preloaded_data = staticmethod(write_and_note)
+
+
+def end_save_helpers_with_rank() -> None:
+    """Let the process that collects what a save wrote end with its rank: it would outlive one that is killed."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.async_utils import _disable_gc
+
+    writer: Any = filesystem_async
+
+    @_disable_gc()
+    def get_write_results_queue(mp_mode: str = "spawn") -> Any:
+        if writer._results_queue is None:
+            manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+            manager.start(end_with_parent)
+            writer._results_queue = manager.Queue()
+        return writer._results_queue
+
+    writer.get_write_results_queue = get_write_results_queue

@@ -3,11 +3,14 @@
 import ast
 import importlib
 import inspect
+import multiprocessing
+import signal
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -225,3 +228,36 @@ def test_the_wheel_ships_the_compiled_helpers() -> None:
     import megatron.core.datasets.helpers_cpp as helpers
 
     assert callable(helpers.build_sample_idx_int32)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_the_helper_of_saves_ends_with_a_killed_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)
+    monkeypatch.setattr(filesystem_async, "get_write_results_queue", filesystem_async.get_write_results_queue)
+    compat.end_save_helpers_with_rank()
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+
+    def rank() -> None:
+        # As it is while a rank saves.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        queue: Any = filesystem_async.get_write_results_queue("fork")
+        queue.put(7)
+        theirs.send((queue._manager._process.pid, queue.get()))
+        signal.pause()
+
+    process = fork.Process(target=rank)
+    process.start()
+    assert ours.poll(60)
+    pid, received = ours.recv()
+    helper = psutil.Process(pid)
+    assert received == 7
+    process.kill()
+    process.join()
+    try:
+        helper.wait(timeout=30)
+    finally:
+        if helper.is_running():
+            helper.kill()

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import re
 import shlex
@@ -70,9 +71,22 @@ def srun_words(name: str) -> list[str]:
 
 def end_with_launcher() -> None:
     """Under torchrun, stop as at SIGTERM when torchrun itself dies, or its workers would train on unseen for ever."""
-    pr_set_pdeathsig = 1
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM))
+        _hear_of_parents_death(signal.SIGTERM)
+
+
+def end_with_parent() -> None:
+    """In a helper process, end when the process that started it does, however that ends."""
+    _hear_of_parents_death(signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():
+        # It died before it could be watched.
+        os._exit(1)
+
+
+def _hear_of_parents_death(number: signal.Signals) -> None:
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(number))
 
 
 def end_process(code: int) -> NoReturn:

@@ -14,6 +14,9 @@ from megatron_txssm.recipe.recipe import Recipe
 
 def prepare_saves(recipe: Recipe, rank: int) -> None:
     """All of it, for the training loop; before the first save."""
+    from megatron_txssm.compat import end_save_helpers_with_rank
+
+    end_save_helpers_with_rank()
     explain_failed_saves(recipe)
     if rank == 0:
         describe_checkpoints_at_saves(recipe)
