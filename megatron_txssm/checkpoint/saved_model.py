@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER, Shape, compare_shapes, model_shapes
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.preflight import saved_step
+from megatron_txssm.launch.preflight import check_tracker, saved_step
 from megatron_txssm.recipe.loader import load_recipe, recipe_names
 from megatron_txssm.recipe.recipe import Recipe
 
@@ -72,6 +72,7 @@ def find_checkpoints(path: Path) -> Path:
     for folder in candidates:
         if saved_step(folder) is not None:
             return folder
+        check_tracker(folder)
     raise UserError(f"{path} holds no checkpoint; name a run's folder or its checkpoints, such as runs/demo")
 
 

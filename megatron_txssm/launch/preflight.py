@@ -1,6 +1,7 @@
 """What can be known to be wrong before a run starts: its layout, its files, the checkpoints it would resume from."""
 
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -72,6 +73,7 @@ def check_checkpoint(recipe: Recipe) -> None:
     """UserError where the run would resume another model or schedule, or load_from holds no checkpoint."""
     source = recipe.checkpoint.load_from
     if source is not None and saved_step(Path(source)) is None:
+        check_tracker(Path(source))
         raise UserError(f"checkpoint.load_from={source} holds no checkpoint; name a run's checkpoints folder")
     if source is not None:
         _check_newest(Path(source))
@@ -85,7 +87,10 @@ def check_checkpoint(recipe: Recipe) -> None:
                 f"checkpoint.load_from={source} holds another model ({differences}); use that model's recipe"
             )
     folder = recipe.checkpoint_path
-    if recipe.checkpoint.save_interval is None or saved_step(folder) is None:
+    if recipe.checkpoint.save_interval is None:
+        return
+    if saved_step(folder) is None:
+        check_tracker(folder)
         return
     _check_newest(folder)
     if not (folder / "recipe.yaml").is_file():
@@ -225,12 +230,32 @@ def _check_newest(folder: Path) -> None:
         what = f"{newest} has no index (.metadata)"
     else:
         return
-    steps = [path.parent.name.removeprefix("iter_").lstrip("0") for path in sorted(folder.glob("iter_*/.metadata"))]
+    steps = _whole_steps(folder)
     others = f"write another step into it ({', '.join(steps)})" if steps else "there is no other step"
     raise UserError(
         f"{tracker} names the newest checkpoint, but {what}; put it back, {others}, or remove {tracker.name} "
         "to begin again"
     )
+
+
+def check_tracker(folder: Path) -> None:
+    """UserError where a directory holds whole checkpoints, but not the file that says which is the newest.
+
+    Megatron would begin again, and overwrite them.
+    """
+    steps, tracker = _whole_steps(folder), folder / "latest_checkpointed_iteration.txt"
+    if steps and not os.path.isfile(tracker):
+        raise UserError(
+            f"{folder} holds checkpoints ({', '.join(steps)}), but not {tracker.name}, which names the newest; to go "
+            f"on, write its step there (echo {steps[-1]} > {shlex.quote(str(tracker))}); to begin again, move the "
+            "iter_* folders away"
+        )
+
+
+def _whole_steps(folder: Path) -> list[str]:
+    """Of the checkpoints that were written to their end: torch_dist writes the index last."""
+    steps = (path.parent.name.removeprefix("iter_") for path in folder.glob("iter_*/.metadata"))
+    return [str(step) for step in sorted(int(step) for step in steps if step.isdecimal())]
 
 
 def make_run_directory(recipe: Recipe) -> None:

@@ -2,11 +2,14 @@
 
 import dataclasses
 import os
+import re
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from megatron_txssm.checkpoint.saved_model import find_checkpoints
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.local import launch
 from megatron_txssm.launch.preflight import (
@@ -203,6 +206,32 @@ def test_a_newest_checkpoint_that_is_gone_is_named_with_what_is_there(
         UserError, match=r"iteration.txt names .*iter_0000320 is not there; .* another step .*\(40, 80\)"
     ):
         check_checkpoint(recipe)
+
+
+@pytest.mark.parametrize("as_source", [False, True])
+def test_a_lost_tracker_is_named_with_a_remedy_that_works(recipe: Recipe, as_source: bool, tmp_path: Path) -> None:
+    # Megatron would begin again and overwrite what is there.
+    save(recipe)
+    tracker = recipe.checkpoint_path / "latest_checkpointed_iteration.txt"
+    tracker.unlink()
+    # Of a first save that was cut off, in which nothing is lost.
+    check_checkpoint(recipe)
+    for step in (40, 80, 10_000_000):
+        (recipe.checkpoint_path / f"iter_{step:07d}").mkdir(exist_ok=True)
+        (recipe.checkpoint_path / f"iter_{step:07d}" / ".metadata").touch()
+    # Of a save that was cut off.
+    (recipe.checkpoint_path / "iter_20000000").mkdir()
+    other = load_recipe(
+        "demo_cpu", [f"run_directory={tmp_path}/other", f"checkpoint.load_from={recipe.checkpoint_path}"]
+    )
+    with pytest.raises(UserError, match=r"holds checkpoints \(40, 80, 10000000\), but not latest_.*") as error:
+        check_checkpoint(other if as_source else recipe)
+    with pytest.raises(UserError, match="holds checkpoints"):
+        find_checkpoints(recipe.run_path)
+    [remedy] = re.findall(r"\((echo .*)\);", str(error.value))
+    subprocess.run(remedy, shell=True, check=True)
+    assert saved_step(recipe.checkpoint_path) == 10_000_000
+    check_checkpoint(other if as_source else recipe)
 
 
 def test_a_newest_checkpoint_without_its_index_is_named(recipe: Recipe) -> None:
