@@ -3,7 +3,7 @@
 RUN/running.json holds host, process, Slurm job and begin of the holder, rank 0. It goes away when that ends. What a
 killed holder leaves counts as long as it may live:
 
-- On the same machine the process itself is looked for.
+- On the same machine the process itself is looked for, unless the file is a copy: its number (inode) is another.
 - A job that Slurm started again has outlived its earlier starts.
 - Else the file shows it: a living holder touches it every few seconds. Who comes waits to see whether it does.
 
@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -45,6 +45,8 @@ class Holder:
     restarts: int
     since: str
     token: str
+    # The number of the file that says so. A run's folder may be copied while the run goes on.
+    inode: int = 0
 
     @classmethod
     def myself(cls) -> "Holder":
@@ -109,8 +111,7 @@ class RunLock:
         # Once more where somebody else put the dead one's file away at the same time.
         for _ in range(3):
             try:
-                with open(file, "x", encoding="utf-8") as stream:
-                    json.dump(asdict(self.me), stream)
+                self._write(file)
             except FileExistsError:
                 dead = _token(file)
                 check_not_running(self.recipe, self.me)
@@ -122,6 +123,16 @@ class RunLock:
             return
         check_not_running(self.recipe, self.me)
         raise UserError(f"{file} comes and goes: another run is starting in {folder}; wait for its end")
+
+    def _write(self, file: Path) -> None:
+        """OSError, and no file, where it cannot be written whole; FileExistsError where it is there."""
+        with open(file, "x", encoding="utf-8") as stream:
+            try:
+                json.dump(asdict(replace(self.me, inode=os.fstat(stream.fileno()).st_ino)), stream)
+                stream.flush()
+            except OSError:
+                file.unlink()
+                raise
 
     def _beat(self) -> None:
         while not self.released.wait(BEAT_SECONDS):
@@ -140,6 +151,7 @@ def living_holder(folder: Path, me: Holder) -> Holder | str | None:
     file = folder / NAME
     try:
         text = file.read_text(encoding="utf-8")
+        inode = file.stat().st_ino
     except OSError:
         return None
     try:
@@ -149,8 +161,11 @@ def living_holder(folder: Path, me: Holder) -> Holder | str | None:
         return f"{NAME} does not say whose" if _is_touched(file) else None
     if holder.token == me.token:
         return None
-    if (holder.boot, holder.pid_namespace) == (me.boot, me.pid_namespace):
-        return holder if holder.started_ticks == _started_ticks(holder.pid) else None
+    on_this_machine = (holder.boot, holder.pid_namespace) == (me.boot, me.pid_namespace)
+    if on_this_machine and holder.started_ticks != _started_ticks(holder.pid):
+        return None
+    if on_this_machine and holder.inode == inode:
+        return holder
     if holder.job_id is not None and holder.job_id == me.job_id and holder.restarts < me.restarts:
         return None
     print(f"{file} names {holder}: looking whether it lives, for up to {STALE_SECONDS:.0f} s", flush=True)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +77,29 @@ def test_a_killed_process_holds_nothing(recipe: Recipe) -> None:
     assert (recipe.run_path / NAME).exists()
     with RunLock(recipe):
         pass
+
+
+def test_a_copy_of_a_folder_in_use_is_nobodys(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.5)
+    with RunLock(recipe):
+        shutil.copytree(recipe.run_path, tmp_path / "copy")
+        with RunLock(load_recipe("demo_cpu", [f"run_directory={tmp_path}/copy"])):
+            pass
+        # A folder that was moved is still the run's.
+        recipe.run_path.rename(tmp_path / "moved")
+        with pytest.raises(UserError, match="in use by another run"):
+            check_not_running(load_recipe("demo_cpu", [f"run_directory={tmp_path}/moved"]))
+
+
+def test_a_full_disk_leaves_no_half_of_it(recipe: Recipe) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(UserError, match=f"{NAME} cannot be written: File too large"), RunLock(recipe):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (recipe.run_path / NAME).exists()
 
 
 def test_a_later_process_of_the_same_number_holds_nothing(recipe: Recipe) -> None:
