@@ -34,8 +34,8 @@ class CheckedEncoder:
         self.differences: list[dict[str, Any]] = []
         self._first_bytes = 0
         self._all_doubtful = False
-        # A copy of the encoder's, once it is wider.
-        self._doubtful: np.ndarray | None = None
+        # Beside the encoder's.
+        self._found = np.zeros(0, dtype=np.uint32)
 
     def encode(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """The ids of each document's text."""
@@ -73,16 +73,15 @@ class CheckedEncoder:
         if text.isascii():
             return False
         assert self.fast is not None
-        doubtful = self.fast.doubtful if self._doubtful is None else self._doubtful
-        return bool(doubtful[np.frombuffer(text.encode("utf-32-le"), np.uint32)].any())
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        return bool(self.fast.doubtful(codes).any() or (self._found.size and np.isin(codes, self._found).any()))
 
     def _widen(self, document: Document, detail: str) -> None:
         """From here on, texts like this one are the reference's."""
         assert self.fast is not None
         characters = sorted({c for c in self._smallest_difference(document.text) if not c.isascii()})
         if characters:
-            self._doubtful = (self.fast.doubtful if self._doubtful is None else self._doubtful).copy()
-            self._doubtful[list(map(ord, characters))] = True
+            self._found = np.union1d(self._found, np.array(list(map(ord, characters)), np.uint32))
         else:
             self._all_doubtful = True
         names = [f"U+{ord(character):04X}" for character in characters]

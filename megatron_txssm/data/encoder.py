@@ -4,7 +4,6 @@ gigatoken gives the ids of `tokenizers` and `sentencepiece` tens of times faster
 `checked_encoder`.
 """
 
-import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_txssm.data.doubtful import CODE_POINTS, doubtful_characters, is_byte_level, shows_cuts
+from megatron_txssm.data.doubtful import DoubtfulCharacters, is_byte_level, shows_cuts
 from megatron_txssm.data.manifest import TokenizerFacts
 from megatron_txssm.data.tokenizer_files import tokenizer_file
 
@@ -45,9 +44,8 @@ class Encoder(Protocol):
 class FastEncoder(Encoder, Protocol):
     """One whose ids may differ from the reference's."""
 
-    @property
-    def doubtful(self) -> np.ndarray:
-        """[code point] -> whether they may differ on texts that hold it."""
+    def doubtful(self, codes: np.ndarray) -> np.ndarray:
+        """[n] code points -> [n] whether they may differ on texts that hold it."""
         ...
 
 
@@ -99,20 +97,21 @@ class _Gigatoken:
         self._load = gigatoken.Tokenizer.from_json
         self._tokenizer = self._load(self._content)
         self._bytes = 0
-        self._doubtful: np.ndarray | None = None
-        self.added_tokens: list[str] = [token["content"] for token in json.loads(self._content).get("added_tokens", ())]
+        self._doubtful: DoubtfulCharacters | None = None
+        # Read once: a vocabulary takes its time.
+        described = json.loads(self._content)
+        self.added_tokens: list[str] = [token["content"] for token in described.get("added_tokens", ())]
+        self._shows_cuts = shows_cuts(described) if is_byte_level(described) else None
         self.name = f"gigatoken {_version('gigatoken')}"
 
-    @property
-    def doubtful(self) -> np.ndarray:
+    def doubtful(self, codes: np.ndarray) -> np.ndarray:
+        if self._is_sentencepiece:
+            # Both follow the table in the model, whatever their Unicode.
+            return np.zeros(len(codes), dtype=bool)
         if self._doubtful is None:
-            if self._is_sentencepiece:
-                # Both follow the table in the model, whatever their Unicode.
-                self._doubtful = np.zeros(CODE_POINTS, dtype=bool)
-            else:
-                content = shows_cuts(self._content) if is_byte_level(self._content) else self._content
-                self._doubtful = _doubtful_characters(content)
-        return self._doubtful
+            content = self._shows_cuts or self._content
+            self._doubtful = DoubtfulCharacters(_Gigatoken(content).encode, _Tokenizers(content).encode)
+        return self._doubtful.among(codes)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         if self._bytes > RENEW_AFTER_BYTES:
@@ -120,11 +119,6 @@ class _Gigatoken:
         self._bytes += sum(map(len, texts))
         # One by one is as fast as its batches, which cost 0.4 s of imports; tasks are what runs in parallel.
         return [self._tokenizer.encode(text) for text in texts]
-
-
-@functools.lru_cache(maxsize=1)
-def _doubtful_characters(tokenizer_json: bytes) -> np.ndarray:
-    return doubtful_characters(_Gigatoken(tokenizer_json).encode, _Tokenizers(tokenizer_json).encode)
 
 
 def _without_control_tokens(tokenizer: Any) -> str:

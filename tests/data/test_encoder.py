@@ -16,7 +16,6 @@ from datatrove.data import Document
 
 from megatron_txssm.data import checked_encoder, encoder, shard_task
 from megatron_txssm.data.checked_encoder import CheckedEncoder
-from megatron_txssm.data.doubtful import CODE_POINTS
 from megatron_txssm.data.encoder import Encoder, load_encoders
 from megatron_txssm.data.manifest import TokenizerFacts
 from megatron_txssm.data.tokenizer import train_sentencepiece
@@ -130,7 +129,9 @@ class _OneIdChanged:
 
     def __init__(self, right: Encoder, word: str, token: int = 0, cut: bool = False) -> None:
         self.right, self.word, self.token, self.cut = right, word, token, cut
-        self.doubtful = np.zeros(CODE_POINTS, dtype=bool)
+
+    def doubtful(self, codes: np.ndarray) -> np.ndarray:
+        return np.zeros(len(codes), dtype=bool)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         lists = ids_of(self.right, texts)
