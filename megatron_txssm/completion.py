@@ -39,6 +39,7 @@ def add_completers(parser: argparse.ArgumentParser) -> None:
         "b": _folders,
         "folder": _folders,
         "corpus": _corpora,
+        "corpora": _corpora,
     }
     for action in _actions(parser):
         if action.dest in completers and not action.choices:

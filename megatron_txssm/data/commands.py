@@ -28,6 +28,14 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "check every shard against its manifest and through Megatron's own reader; name what to redo",
         ("txssm data verify data/smollm-corpus", "txssm data verify data/smollm-corpus --redo"),
     ),
+    "combine": (
+        "megatron_txssm.data.combine_command",
+        "make one corpus of several that are finished; their shards are linked, not copied",
+        (
+            "txssm data combine data/all data/smollm-corpus data/mine",
+            "txssm data combine data/all data/smollm-corpus data/mine=mine",
+        ),
+    ),
     "blend": (
         "megatron_txssm.data.blend_command",
         "what a training draws from each subset, how often, and Megatron's arguments for it",

@@ -236,7 +236,7 @@ def _build(data: dict[str, Any], source: str) -> CorpusRecipe:
     }
     recipe = CorpusRecipe(**top, **sections, subsets=subsets)
     try:
-        _check(recipe)
+        check_corpus_recipe(recipe)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     return recipe
@@ -265,7 +265,8 @@ def _section(fields: dict[str, Field], entries: Any, prefix: str, source: str) -
     return values
 
 
-def _check(recipe: CorpusRecipe) -> None:
+def check_corpus_recipe(recipe: CorpusRecipe) -> None:
+    """UserError where a recipe's values will not do."""
     for kind, name in (("name", recipe.name), *(("subset", name) for name in recipe.subsets)):
         if not _NAME.fullmatch(name):
             raise UserError(
