@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
         for name, s in corpus.subsets.items()
     ]
     print_table(("subset", ">tasks", ">tokens", ">held out"), rows)
-    print(f"{corpus.directory} links to {', '.join(str(source.directory) for source in sources)}, which must stay")
+    originals = ", ".join(dict.fromkeys(str(source.directory) for source in sources))
+    print(f"{corpus.directory} links to {originals}, which must stay")
     return 0
 
 

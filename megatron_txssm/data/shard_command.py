@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 import time
 
 from megatron_txssm.data.corpus_recipe import CorpusRecipe, load_corpus_recipe
@@ -10,6 +9,7 @@ from megatron_txssm.data.manifest import Plan
 from megatron_txssm.data.status import CorpusStatus
 from megatron_txssm.data.status_command import print_status, progress, tasks_text
 from megatron_txssm.errors import UserError
+from megatron_txssm.table import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,21 +102,16 @@ def _submit(recipe: CorpusRecipe) -> int:
 
 
 def _print_plan(recipe: CorpusRecipe) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
     from megatron_txssm.data.plan import list_files, plan_subset
 
-    table = Table("subset", box=None, pad_edge=False)
-    for column in ("files", "bytes", "tasks", "largest task"):
-        table.add_column(column, justify="right")
+    rows = []
     for name, subset in recipe.subsets.items():
         files = list_files(name, subset)
         tasks = plan_subset(name, subset, files)
         largest = max(sum(piece.bytes for piece in task) for task in tasks)
         total = sum(size for _, size in files)
-        table.add_row(name, f"{len(files):,}", f"{total / 1e9:,.2f} GB", f"{len(tasks):,}", f"{largest / 1e6:,.0f} MB")
-    Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+        rows.append((name, f"{len(files):,}", f"{total / 1e9:,.2f} GB", f"{len(tasks):,}", f"{largest / 1e6:,.0f} MB"))
+    print_table(("subset", ">files", ">bytes", ">tasks", ">largest task"), rows)
     for name, subset in recipe.subsets.items():
         if subset.filters:
             print(f"{name}: only rows with {' and '.join(subset.filters)}")
