@@ -16,7 +16,6 @@ pytestmark = [
 SAVED, END = 2, 3
 # Optimizer -> (arguments, whether it is the distributed one, where its fp32 weights are saved).
 OPTIMIZERS = {
-    "fp32_zero1": ("", True, "decoder."),
     "bf16_zero1": ("--bf16", True, "optimizer.state.param."),
     "fp32": ("", False, "decoder."),
     "bf16": ("--bf16", False, "optimizer.state.fp32_param."),
@@ -24,9 +23,8 @@ OPTIMIZERS = {
 SAVED_BY = "--tensor-model-parallel-size 2"
 # Where each goes on; the checkpoint's own layout is among them.
 LAYOUTS = {
-    "fp32_zero1": SAVED_BY,
     "bf16_zero1": "--pipeline-model-parallel-size 2",
-    "fp32": "--pipeline-model-parallel-size 2",
+    "fp32": SAVED_BY,
     "bf16": "",
 }
 NEW_SCHEDULE = "--lr 2e-3 --min-lr 2e-4 --weight-decay 0.5 --adam-beta2 0.5 --adam-eps 1e-3 --lr-decay-style linear"
