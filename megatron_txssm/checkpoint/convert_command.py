@@ -12,7 +12,6 @@ from typing import Any
 
 from megatron_txssm.checkpoint.importer import import_weights
 from megatron_txssm.checkpoint.layouts import LAYOUTS, choose_layout
-from megatron_txssm.checkpoint.new_folder import check_absent, complete_folder
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.tensors import DTYPES
 from megatron_txssm.checkpoint.verify import NotTheSame
@@ -20,6 +19,7 @@ from megatron_txssm.checkpoint.worker import TaskFailed
 from megatron_txssm.cli import add_commands
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.launch.environment import adopt_slurm_step
+from megatron_txssm.new_folder import check_absent, complete_folder
 from megatron_txssm.progress import progress_bar
 from megatron_txssm.recipe.loader import load_recipe
 

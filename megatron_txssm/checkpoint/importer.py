@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.checkpoint.hf_folder import open_hf_folder
-from megatron_txssm.checkpoint.new_folder import check_absent, complete_folder
 from megatron_txssm.checkpoint.tensors import is_kept_in_fp32
 from megatron_txssm.data.corpus_recipe import TokenizerSource
 from megatron_txssm.data.tokenizer_files import install_tokenizer
 from megatron_txssm.errors import UserError, readable
+from megatron_txssm.new_folder import check_absent, complete_folder
 from megatron_txssm.progress import doing
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe

@@ -27,6 +27,7 @@ from megatron_txssm.data.manifest import (
 from megatron_txssm.data.shard import write_file_atomically
 from megatron_txssm.data.tokenizer_files import check_tokenizer
 from megatron_txssm.errors import UserError
+from megatron_txssm.new_folder import check_absent, complete_folder
 
 # Of the files of a corpus that are not linked; as much as is asked of the disk.
 _BYTES_PER_TASK = 10_000
@@ -46,8 +47,6 @@ class Source:
 
 def combine(out: Path, sources: Sequence[Source]) -> Corpus:
     """Make a corpus with the subsets of all of `sources`; UserError where they do not fit, or are not finished."""
-    from megatron_txssm.checkpoint.new_folder import check_absent, complete_folder
-
     check_absent(out)
     corpora = [(source, open_corpus(source.directory)) for source in sources]
     _check_names(corpora)

@@ -20,12 +20,12 @@ from megatron_txssm.checkpoint.hf_files import write_configuration
 from megatron_txssm.checkpoint.hf_folder import open_hf_folder
 from megatron_txssm.checkpoint.layouts import choose_layout
 from megatron_txssm.checkpoint.mapping import HALVES, TABLES
-from megatron_txssm.checkpoint.new_folder import complete_folder
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.torch_dist import IndexReader
 from megatron_txssm.checkpoint.verify import compare_tensors
 from megatron_txssm.cli import main
 from megatron_txssm.errors import UserError
+from megatron_txssm.new_folder import complete_folder
 from megatron_txssm.progress import progress_bar
 from tests.checkpoint.untrained import Evil, make_run, random_weights
 
