@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from megatron_txssm.cli import add_verb
+from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
 from megatron_txssm.launch.run_folder import find_run, job_ids
 
@@ -18,6 +19,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     folder = find_run(args.run)
     ours = job_ids(folder)
+    if not ours:
+        raise UserError(
+            f"{folder} was not submitted to Slurm; Ctrl-C in its terminal, or SIGTERM, lets it save and stop"
+        )
     jobs = [job for job in slurm.queue() if not job.is_over and job.job_id.partition("_")[0] in ours]
     if not jobs:
         print(f"{folder} has no job that is pending or running")

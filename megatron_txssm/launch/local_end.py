@@ -40,7 +40,7 @@ def explain_local_end(run: Path) -> Iterator[tuple[str, str]]:
         # Its launcher was killed. The log that was written last says the most.
         logs = sorted(run.glob("logs/rank_*.log"), key=lambda path: path.stat().st_mtime)
         if logs:
-            yield "it ended", "without a word: killed, or the machine went down"
+            yield "it ended", "unexpectedly: it was killed, or the machine went down"
             lines = logs[-1].read_text(encoding="utf-8", errors="replace").split("\n")
             yield "last words", next((line.strip() for line in reversed(lines) if line.strip()), "")[:400]
             yield "its log", str(logs[-1])

@@ -71,6 +71,8 @@ def _show(path: Path, lines: int, job: str | None) -> None:
 def _job(folder: Path, stage: str) -> str:
     jobs = read_submission(folder).get("jobs", {})
     if stage not in jobs:
+        if not jobs and (log := folder / "logs" / "rank_0.log").exists():
+            raise UserError(f"{folder} was not submitted to Slurm; its log is {log}: tail -f {log}")
         known = f"; it has {', '.join(jobs)}" if jobs else ""
         raise UserError(f"{folder} has no job of stage {stage!r}{known}; submit one: txssm submit --help")
     return jobs[stage][-1]

@@ -45,6 +45,9 @@ def run(args: argparse.Namespace) -> int:
             _print(name, text)
         _print("last step", f"{current_step(folder / 'metrics.jsonl') or 0} of {recipe.train_iters}")
         _print("checkpoint", _newest(recipe, saved_step(recipe.checkpoint_path)))
+        # Of a run that trains, the first line has said so.
+        _print("now", "" if known[0][0] == "it trains now" else _local_state(recipe))
+        return 0
     else:
         print(f"{folder}: no attempt has ended yet")
         if job is None:
@@ -72,6 +75,10 @@ def _explain(attempt: Attempt, recipe: Recipe) -> None:
 
 def _newest(recipe: Recipe, saved: int | None) -> str:
     return "none" if saved is None else f"step {saved} in {recipe.checkpoint_path}"
+
+
+def _local_state(recipe: Recipe) -> str:
+    return "finished" if is_finished(recipe) else "it does not run; the command that started it resumes it"
 
 
 def _now(recipe: Recipe, job: slurm.Job | None, running: Attempt | None) -> str:

@@ -1,6 +1,7 @@
 """The local launcher: how many processes, which port, and what it says when they end, by fault or by signal."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.cli import main
+from megatron_txssm.data.manifest import write_json
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import local
+from megatron_txssm.launch.run_lock import Holder
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 
@@ -130,8 +133,29 @@ def test_why_of_a_run_that_was_killed(recipe: Recipe, capsys: pytest.CaptureFixt
     (logs / "rank_0.log").write_text("begins\nstep 7 begins\n\n")
     assert main(["why", str(recipe.run_path)]) == 0
     told = capsys.readouterr().out
-    assert "without a word: killed, or the machine went down" in told
+    assert "unexpectedly: it was killed, or the machine went down" in told
     assert "last words     step 7 begins" in told
+    assert "now            it does not run; the command that started it resumes it" in told
+    assert "job" not in told
+    # Slurm's commands know what such a run offers instead.
+    assert main(["logs", str(recipe.run_path)]) == main(["cancel", str(recipe.run_path)]) == 2
+    logs_said, cancel_said = capsys.readouterr().err.splitlines()
+    assert logs_said.endswith(
+        f"was not submitted to Slurm; its log is {logs / 'rank_0.log'}: tail -f {logs / 'rank_0.log'}"
+    )
+    assert "was not submitted to Slurm; Ctrl-C in its terminal" in cancel_said
+
+
+def test_why_of_a_run_that_trains(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe.run_path.mkdir(parents=True)
+    (recipe.run_path / "recipe.yaml").write_text(recipe.to_yaml())
+    # By another process than the one that asks.
+    holder = Holder.myself()
+    write_json(recipe.run_path / "running.json", dataclasses.asdict(holder) | {"token": "another"})
+    assert main(["why", str(recipe.run_path)]) == 0
+    told = capsys.readouterr().out
+    assert f"it trains now  process {holder.pid} on {holder.host}" in told
+    assert "  now  " not in told and "job" not in told
 
 
 def send_when(file: Path, *numbers: int) -> threading.Thread:
