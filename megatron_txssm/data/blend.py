@@ -137,7 +137,7 @@ def check_corpus(recipe: Recipe) -> None:
     if "validation" in splits and not blend.shards("validation"):
         raise UserError(
             f"data.corpus={blend.corpus.directory}: no validation documents in {', '.join(blend.average.weights)}; "
-            "set logging.eval_iters=0, or shard it with a validation_fraction above 0"
+            "set logging.eval_iters=0, or shard it anew, to another output, with a larger validation_fraction"
         )
     for split in splits:
         for _, prefix, record in blend.shards(split):

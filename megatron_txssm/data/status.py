@@ -30,6 +30,8 @@ class SubsetStatus:
     # Left out by the recipe's filters.
     filtered: int = 0
     documents: int = 0
+    # Of these, in the validation shards of finished tasks.
+    held_out: int = 0
     tokens: int = 0
     # UTF-8 bytes of the texts that are tokenised.
     text_bytes: int = 0
@@ -100,8 +102,9 @@ class CorpusStatus:
         status.filtered += manifest.filtered
         status.differences += [(manifest.task, found) for found in manifest.differences]
         status.broken = add_counts([status.broken, manifest.broken])
-        for record in manifest.shards.values():
+        for split, record in manifest.shards.items():
             status.documents += record.documents
+            status.held_out += record.documents if split == "validation" else 0
             status.tokens += record.tokens
             status.text_bytes += record.text_bytes
 

@@ -56,6 +56,8 @@ def print_status(subsets: list[SubsetStatus]) -> None:
             console.print(f"{s.name}: {reasons}; their places are in its tasks' manifests")
         if s.filtered:
             console.print(f"{s.name}: {s.filtered:,} of {s.rows:,} rows left out by its filters")
+        if s.done and s.documents and not s.held_out:
+            console.print(f"{s.name}: none of its documents is held out for validation")
         if s.referred:
             console.print(
                 f"{s.name}: {s.referred:,} documents with rare characters, encoded by the reference tokenizer"

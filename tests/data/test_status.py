@@ -76,6 +76,21 @@ def test_a_finished_corpus_is_summed_up(corpus: Path, capsys: pytest.CaptureFixt
     assert "web: 1 × null text; their places are in its tasks' manifests" in lines
 
 
+def test_a_subset_without_validation_documents_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run_tasks_here(monkeypatch)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "0.jsonl").write_text("".join(f'{{"text": "words {i}"}}\n' for i in range(40)))
+    said = "web: none of its documents is held out for validation"
+    for name, fraction, held_out in (("none", 0.0, 0), ("half", 0.5, None)):
+        (tmp_path / name).mkdir()
+        assert shard(web_recipe(tmp_path / name, source, validation_fraction=fraction)) == 0
+        lines = shown(tmp_path / name / "corpus", capsys)
+        assert (said in lines) == (held_out == 0), name
+
+
 def test_tasks_are_finished_running_failed_lost_or_not_begun(corpus: Path, capsys: pytest.CaptureFixture) -> None:
     say(corpus, 1, "running")
     say(corpus, 2, "failed", ago=10_000, error="UserError: the disk is full")
