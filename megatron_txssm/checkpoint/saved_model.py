@@ -13,7 +13,7 @@ from typing import Any
 from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER, Shape, compare_shapes, model_shapes
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.preflight import check_tracker, saved_step
-from megatron_txssm.recipe.loader import load_recipe, recipe_names
+from megatron_txssm.recipe.loader import load_recipe, nearest, recipe_names
 from megatron_txssm.recipe.recipe import Recipe
 
 
@@ -77,13 +77,15 @@ def find_checkpoints(path: Path) -> Path:
 
 
 def how_to_make(path: Path) -> str:
-    """The command that makes a run's folder, or an export, that is not there."""
+    """A remedy where a run's folder, or an export, is not there: the neighbour that may be meant, or the command."""
     if path.parent.name == "exports":
         return f"`txssm convert export {Path('runs') / path.name} {path}` makes it"
     if path.name == "demo":
         return "`txssm demo` makes runs/demo"
     if path.name in recipe_names():
         return f"`txssm pretrain {path.name}` makes runs/{path.name}"
+    if hint := nearest(path.name, [neighbour.name for neighbour in path.parent.glob("*") if neighbour.is_dir()]):
+        return hint.removeprefix("; ")
     return "`txssm pretrain RECIPE` makes a run, `txssm convert export RUN OUT` a Hugging Face folder"
 
 

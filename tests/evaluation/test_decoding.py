@@ -138,6 +138,16 @@ def test_what_is_not_there_is_not_looked_for_on_the_hub(
         (tmp_path / "runs").mkdir(exist_ok=True)
 
 
+def test_a_misspelt_run_is_told_the_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "other"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert main(["generate", "runs/tny", "--prompt", "a"]) == 2
+    assert "runs/tny: no such folder; did you mean 'tiny'? (add --hub for" in capsys.readouterr().err
+
+
 def test_a_name_on_the_hub_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(generate_command, "write", lambda args, *rest: asked.append(args.model) or 0)
