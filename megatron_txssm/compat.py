@@ -157,6 +157,27 @@ def _resume_under_another_schedule() -> None:
 
     for optimizer in (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer):
         setattr(optimizer, "load_state_dict", _with_one_schedule(optimizer.load_state_dict))
+    _count_steps_by_this_runs_batch()
+
+
+def _count_steps_by_this_runs_batch() -> None:
+    """Under --override-opt-param-scheduler, step n has the rate of this run's step n.
+
+    Megatron's schedule counts samples. After steps of fewer samples, those that are left would not reach its end.
+    """
+    from megatron.training import training
+
+    load = training.load_checkpoint
+
+    @functools.wraps(load)
+    def load_and_count(model: Any, optimizer: Any, opt_param_scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = load(model, optimizer, opt_param_scheduler, *args, **kwargs)
+        if get_args().override_opt_param_scheduler and opt_param_scheduler is not None and loaded[0]:
+            opt_param_scheduler.num_steps = loaded[0] * get_args().global_batch_size
+            opt_param_scheduler.step(0)
+        return loaded
+
+    training.load_checkpoint = load_and_count
 
 
 def _with_one_schedule(load: Callable[..., None]) -> Callable[..., None]:
