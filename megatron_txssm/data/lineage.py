@@ -18,14 +18,6 @@ from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatr
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import validate
 
-# Megatron's arguments under which a step's samples do not follow from the step alone, and the value they must have.
-_REQUIRED = {
-    "dataloader_type": "single",
-    "hybrid_context_parallel": False,
-    "rampup_batch_size": None,
-    "phase_transition_iterations": None,
-}
-
 
 @dataclass(frozen=True)
 class Part:
@@ -78,11 +70,6 @@ class TrainingData:
 
             from megatron_txssm.training.forward_step import datasets_provider
 
-            for name, value in _REQUIRED.items():
-                if getattr(args, name) != value:
-                    raise UserError(
-                        f"megatron.{name}={getattr(args, name)} cannot be traced; the step must tell its data"
-                    )
             self.data_parallel_size: int = args.data_parallel_size
             # The splits are built one by one; this leaves the training's as it is.
             args.valid_data_path = None

@@ -123,14 +123,14 @@ def test_no_token_is_added_that_training_never_saw(tmp_path: Path, sequence: boo
     _, tokens = export_tokenizer(TokenizerSource(type=facts.type, model=str(kept)), tmp_path / "out", TEXTS[-1])
     ours = AutoTokenizer.from_pretrained(tmp_path / "out")
     megatron = HuggingFaceTokenizer(str(kept), include_special_tokens=False)
-    corpus: Any = load_encoders(kept, facts, "reference")[0]
+    corpus: Any = load_encoders(kept, facts, "reference")[1]
     for text in TEXTS:
         expected = corpus.encode([text])[0].tolist()
         assert ours(text)["input_ids"] == expected == megatron.text_to_ids(text), repr(text)
     assert ours(TEXTS[-1])["input_ids"] == tokens and len(tokens) > 1000
     assert (ours.pad_token, ours.eos_token, ours.bos_token) == (PAD, END, None)
     assert padding_id(tmp_path / "out") == ours.pad_token_id == ours.eos_token_id + 1201
-    before: Any = load_encoders(kept, facts, "reference")[0]
+    before: Any = load_encoders(kept, facts, "reference")[1]
     assert AutoTokenizer.from_pretrained(kept)("one")["input_ids"] != before.encode(["one"])[0].tolist(), "it does add"
 
 

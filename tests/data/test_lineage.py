@@ -171,8 +171,6 @@ def test_a_step_names_every_sample_of_every_rank_once(recipe_file: Path, monkeyp
         ([], 1, 1, [-1], "--sample -1 is not in the global batch"),
         ([], 3, 1, None, "not divisible by micro_batch_size=2 x 3 data-parallel processes"),
         (["data.train=a", "data.tokenizer_model=b"], 1, 1, None, "has no data.corpus"),
-        (["megatron.dataloader_type=cyclic"], 1, 1, None, "megatron.dataloader_type=cyclic cannot be traced"),
-        (["megatron.rampup_batch_size=[8, 8, 99]"], 1, 1, None, "megatron.rampup_batch_size=.* cannot be traced"),
     ],
 )
 def test_what_cannot_be_traced_is_named(

@@ -176,7 +176,10 @@ def test_another_recipe_does_not_mix_with_what_is_there(sources: SmolLMSources, 
     assert run_data("shard", str(recipe)).returncode == 0
     done = run_data("shard", str(recipe), "--set", "subsets.python-edu.limit=3")
     assert done.returncode == 2
-    assert "subsets.python-edu.limit: None there, 3 here); use another output" in done.stderr
+    assert (
+        "subsets.python-edu.limit: None there, 3 here); only new subsets may be added: use another output"
+        in done.stderr
+    )
 
 
 @pytest.mark.parametrize(("kilobytes", "what"), [(20, "tokenizer.json"), (100, "cosmopedia-v2 task 0")])

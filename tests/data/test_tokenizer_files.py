@@ -303,7 +303,7 @@ def test_a_recipe_may_not_change_the_tokenizer_under_way_but_its_path(
     other = tmp_path / "other.json"
     other.write_text(json.dumps(json.loads(byte_level_bpe()) | {"normalizer": None}))
     assert shard(recipe, "--set", f"tokenizer.model={other}") == 2
-    assert f"there, '{other}' here); use another output" in capsys.readouterr().err
+    assert f"there, '{other}' here); only new subsets may be added: use another output" in capsys.readouterr().err
     assert corpus_bytes(tmp_path / "corpus") == before
 
 
