@@ -195,7 +195,7 @@ def evil_tensor(run: Path) -> None:
         (describe_more_layers, ["is not the model that", "decoder.layers.4.", "is missing, and"]),
         (
             lambda run: (run / "checkpoints/latest_checkpointed_iteration.txt").unlink(),
-            ["run holds no checkpoint; name a run's folder"],
+            ["checkpoints holds checkpoints (1, 2), but not latest_checkpointed_iteration.txt", "(echo 2 > "],
         ),
     ],
 )
