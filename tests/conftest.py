@@ -14,8 +14,10 @@ from megatron_txssm.platform import prepare_platform
 # Before any test module imports Megatron.
 prepare_platform()
 
-# A shell starts background jobs with Ctrl-C ignored, and what is ignored stays so in every child: the launcher obeys.
+# A shell starts background jobs with Ctrl-C ignored, nohup with hang-ups. What is ignored stays so in every child: the
+# launcher obeys.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # torch.empty returns NaN, so that a kernel that forgets to write shows (torch fills it in deterministic mode).
 torch.use_deterministic_algorithms(True, warn_only=True)

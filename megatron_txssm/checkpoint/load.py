@@ -133,7 +133,7 @@ def explain_failed_loads() -> None:
     from megatron_txssm.compat import get_args
 
     load = training.load_checkpoint
-    if hasattr(load, "__wrapped__"):
+    if hasattr(load, "__explains__"):
         return
 
     @functools.wraps(load)
@@ -147,6 +147,7 @@ def explain_failed_loads() -> None:
                 f"the newest checkpoint in {folder} cannot be loaded ({first_cause(error)}); {_advice(folder, error)}"
             ) from error
 
+    setattr(load_or_explain, "__explains__", True)
     training.load_checkpoint = load_or_explain
 
 

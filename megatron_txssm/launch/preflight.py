@@ -150,11 +150,11 @@ def check_room(recipe: Recipe) -> None:
         return
     needed, folder = checkpoint_bytes(recipe), recipe.checkpoint_path.absolute()
     there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
-    total, _, free = shutil.disk_usage(there)
+    disk = shutil.disk_usage(there)
     # Of what is no disk, such as /proc, nothing can be said.
-    if total and free < needed:
+    if disk.total and disk.free < needed:
         raise UserError(
-            f"{there} has {free / 1e9:.2f} GB left, and a checkpoint of {recipe.name} takes {needed / 1e9:.2f} GB; "
+            f"{there} has {disk.free / 1e9:.2f} GB left, and a checkpoint of {recipe.name} takes {needed / 1e9:.2f} GB; "
             "make room, or state another run_directory or checkpoint.directory"
         )
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -14,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.cli import main
-from megatron_txssm.data.manifest import write_json
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import local
 from megatron_txssm.launch.run_lock import Holder
@@ -151,7 +151,10 @@ def test_why_of_a_run_that_trains(recipe: Recipe, capsys: pytest.CaptureFixture[
     (recipe.run_path / "recipe.yaml").write_text(recipe.to_yaml())
     # By another process than the one that asks.
     holder = Holder.myself()
-    write_json(recipe.run_path / "running.json", dataclasses.asdict(holder) | {"token": "another"})
+    file = recipe.run_path / "running.json"
+    file.touch()
+    said = dataclasses.replace(holder, token="another", inode=file.stat().st_ino)
+    file.write_text(json.dumps(dataclasses.asdict(said)))
     assert main(["why", str(recipe.run_path)]) == 0
     told = capsys.readouterr().out
     assert f"it trains now  process {holder.pid} on {holder.host}" in told

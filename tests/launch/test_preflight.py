@@ -244,7 +244,7 @@ def test_a_newest_checkpoint_without_its_index_is_named(recipe: Recipe) -> None:
 def test_room_for_a_checkpoint(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = checkpoint_bytes(recipe)
     for free, enough in ((needed, True), (needed - 1, False)):
-        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(total=10 * needed, free=free))
         if enough:
             check_room(recipe)
         else:
