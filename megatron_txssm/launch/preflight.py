@@ -154,8 +154,8 @@ def check_room(recipe: Recipe) -> None:
     # Of what is no disk, such as /proc, nothing can be said.
     if disk.total and disk.free < needed:
         raise UserError(
-            f"{there} has {disk.free / 1e9:.2f} GB left, and a checkpoint of {recipe.name} takes {needed / 1e9:.2f} GB; "
-            "make room, or state another run_directory or checkpoint.directory"
+            f"{there} has {disk.free / 1e9:.2f} GB left, and a checkpoint of {recipe.name} takes {needed / 1e9:.2f} "
+            "GB; make room, or state another run_directory or checkpoint.directory"
         )
 
 
