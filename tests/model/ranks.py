@@ -24,7 +24,7 @@ from megatron.core import parallel_state, tensor_parallel
 # For the fork server: what the ranks would otherwise import one by one.
 from megatron.core.models.gpt import GPTModel  # noqa: F401
 
-TIMEOUT_SECONDS = 180
+TIMEOUT_SECONDS = 900
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *arguments: Any) -> list[Any]:
