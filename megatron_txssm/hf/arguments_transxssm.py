@@ -11,6 +11,8 @@ KNOWN_ARGUMENTS = frozenset(
         *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
         # How a kernel of attention computes, not what.
         *("deterministic", "kernel_options"),
+        # Its server gives it to generate(), for strings that end a text.
+        "tokenizer",
         # transformers' debugger, which sits around the model.
         *("debug_io", "debug_io_dir", "prune_layers"),
         # Without meaning here: a cache counts its tokens itself, and there is one type of token. Older callers and some

@@ -56,6 +56,8 @@ def complete(port: int, request: dict[str, object]) -> str:
                 timeout=600,
             )
             return json.load(answer)["choices"][0]["text"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{error}; the server's output tells why") from None
         except urllib.error.URLError:
             if time.monotonic() > until:
                 raise
