@@ -79,7 +79,7 @@ def add_commands(
 def _help(summary: str, examples: Sequence[str]) -> dict[str, Any]:
     return {
         "help": summary,
-        "description": summary[0].upper() + summary[1:] + ".",
+        "description": textwrap.fill(f"{summary[0].upper()}{summary[1:]}.", _help_width()),
         "epilog": "\n  ".join(["examples:", *examples]),
         "formatter_class": argparse.RawDescriptionHelpFormatter,
     }
@@ -105,9 +105,13 @@ def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def _help_width() -> int:
+    """Where argparse itself folds."""
+    return shutil.get_terminal_size().columns - 2
+
+
 def _verbs_help() -> str:
-    # As argparse itself folds.
-    fold = textwrap.TextWrapper(shutil.get_terminal_size().columns - 2, subsequent_indent=" " * 13)
+    fold = textwrap.TextWrapper(_help_width(), subsequent_indent=" " * 13)
     groups = []
     for heading, verbs in GROUPS.items():
         lines = [fold.fill(f"  {verb:10} {VERBS[verb][1]}") for verb in verbs]

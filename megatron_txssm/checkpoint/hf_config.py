@@ -26,26 +26,34 @@ def hf_config(recipe: Recipe, layout: str, dtype: str = "float32") -> dict[str, 
     common = {
         "architectures": [ARCHITECTURES[layout]],
         "model_type": layout,
-        "vocab_size": recipe.data.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_query_groups or model.num_attention_heads,
+        **_everywhere(recipe),
         "head_dim": recipe.kv_channels,
         "rope_parameters": rope,
-        "max_position_embeddings": recipe.training.seq_length,
-        "rms_norm_eps": model.norm_epsilon,
-        "initializer_range": model.init_method_std,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": model.tie_embeddings,
-        "use_cache": True,
         "dtype": dtype,
     }
     if layout == "transxssm":
         return common | _transxssm(recipe)
     common |= {"attention_bias": False, "hidden_act": "silu"} | _older_names(rope)
     return common | ({"mlp_bias": False} if layout == "llama" else _granite(recipe))
+
+
+def _everywhere(recipe: Recipe) -> dict[str, Any]:
+    """What every layout calls by the same name."""
+    model = recipe.model
+    return {
+        "vocab_size": recipe.data.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups or model.num_attention_heads,
+        "max_position_embeddings": recipe.training.seq_length,
+        "rms_norm_eps": model.norm_epsilon,
+        "initializer_range": model.init_method_std,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": model.tie_embeddings,
+        "use_cache": True,
+    }
 
 
 def _older_names(rope: dict[str, Any]) -> dict[str, Any]:
@@ -103,30 +111,18 @@ def _granite(recipe: Recipe) -> dict[str, Any]:
 
 def _reference(recipe: Recipe) -> dict[str, Any]:
     """The authors' class has no field for what all of its models share."""
-    model = recipe.model
     return {
         "architectures": ["TransXSSMForCausalLM"],
         "model_type": REFERENCE_TYPE,
-        "vocab_size": recipe.data.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_query_groups or model.num_attention_heads,
+        **_everywhere(recipe),
         "attn_layer_period": 8,
         "attn_layer_offset": 7,
         "hidden_act": "silu",
         "hidden_bias": False,
-        "rope_theta": float(model.rotary_base),
+        "rope_theta": float(recipe.model.rotary_base),
         # Theirs is "dynamic" unless another is stated.
         "rope_scaling": None,
-        "rms_norm_eps": model.norm_epsilon,
-        "tie_word_embeddings": model.tie_embeddings,
         "dynamic_mask_ratio": 0.0,
-        "ssd_chunk_size": model.chunk_size,
-        "max_position_embeddings": recipe.training.seq_length,
-        "initializer_range": model.init_method_std,
-        "attention_dropout": 0.0,
+        "ssd_chunk_size": recipe.model.chunk_size,
         "hidden_dropout": 0.0,
-        "use_cache": True,
     }

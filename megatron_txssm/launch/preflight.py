@@ -53,8 +53,8 @@ def check_machine(recipe: Recipe, processes: int) -> None:
     """UserError where this machine cannot hold what `processes` ranks of the run need of it."""
     check_temporary_folder()
     check_open_files(number_of_shards(recipe))
-    stated = {key.lstrip("-").replace("-", "_"): value for key, value in recipe.megatron.items()}
-    loaders = _LOADERS if stated.get("num_workers") is None else int(stated["num_workers"])
+    stated = recipe.megatron.get("num_workers")
+    loaders = _LOADERS if stated is None else stated
     batch = recipe.training.micro_batch_size * recipe.training.seq_length * _BYTES_A_TOKEN
     check_shared_memory(processes * loaders * _BATCHES_AHEAD * batch)
 

@@ -58,12 +58,14 @@ class TrainingMonitor:
         """Hook into Megatron's loop, which offers no callbacks of its own."""
         log, step = megatron_training.training_log, megatron_training.train_step
         evaluate, evaluate_all = megatron_training.evaluate, megatron_training.evaluate_and_print_results
-        log_signature, evaluate_signature = inspect.signature(log), inspect.signature(evaluate_all)
+        step_signature, log_signature = inspect.signature(step), inspect.signature(log)
+        evaluate_signature = inspect.signature(evaluate_all)
 
         @functools.wraps(step)
         def timed_step(*args: Any, **kwargs: Any) -> Any:
             # The scheduler moves on within the step, after which Megatron logs the next step's rate.
-            self.learning_rate = get_canonical_lr_for_logging(args[3].param_groups)
+            optimizer = step_signature.bind(*args, **kwargs).arguments["optimizer"]
+            self.learning_rate = get_canonical_lr_for_logging(optimizer.param_groups)
             start = time.perf_counter()
             result = step(*args, **kwargs)
             self.interval_seconds += time.perf_counter() - start

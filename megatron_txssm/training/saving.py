@@ -11,6 +11,11 @@ from typing import Any
 from megatron_txssm.launch.preflight import saved_step
 from megatron_txssm.recipe.recipe import Recipe
 
+# What a rank waits that fails because of another.
+ANOTHERS_SECONDS = 2
+# Megatron's exit codes where a gradient is not finite, once more or when computed again.
+NOT_FINITE = (16, 17)
+
 
 def prepare_saves(recipe: Recipe, rank: int) -> None:
     """All of it, for the training loop; before the first save."""
@@ -22,12 +27,6 @@ def prepare_saves(recipe: Recipe, rank: int) -> None:
         describe_checkpoints_at_saves(recipe)
     refuse_broken_weights(recipe)
     shield_saves_from_sigterm()
-
-
-# What a rank waits that fails because of another.
-ANOTHERS_SECONDS = 2
-# Megatron's exit codes where a gradient is not finite, once more or when computed again.
-NOT_FINITE = (16, 17)
 
 
 def explain_not_finite(recipe: Recipe) -> str:
