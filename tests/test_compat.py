@@ -250,14 +250,14 @@ def test_the_helper_of_saves_ends_with_a_killed_rank(monkeypatch: pytest.MonkeyP
 
     process = fork.Process(target=rank)
     process.start()
-    assert ours.poll(60)
+    assert ours.poll(300)
     pid, received = ours.recv()
     helper = psutil.Process(pid)
     assert received == 7
     process.kill()
     process.join()
     try:
-        helper.wait(timeout=30)
+        helper.wait(timeout=300)
     finally:
         if helper.is_running():
             helper.kill()

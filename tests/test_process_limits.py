@@ -80,7 +80,7 @@ def test_helpers_find_room_for_their_sockets(tmp_path: Path) -> None:
         file = tmp_path / "manager.py"
         file.write_text(script)
         command = [sys.executable, str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, env={"TMPDIR": str(folder)}, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, env={"TMPDIR": str(folder)}, timeout=600)
     assert done.stdout == "[7]\n", done.stderr
 
 

@@ -81,7 +81,7 @@ class Checkout:
 
     def bootstrap(self, **extra: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [self.root / "tools/bootstrap"], env=self.environment(**extra), capture_output=True, text=True, timeout=120
+            [self.root / "tools/bootstrap"], env=self.environment(**extra), capture_output=True, text=True, timeout=600
         )
 
     def uv_calls(self) -> list[str]:
@@ -235,7 +235,7 @@ def test_two_at_once_install_once(checkout: Checkout):
         )
         for _ in range(2)
     ]
-    messages = [process.communicate(timeout=120)[1] for process in both]
+    messages = [process.communicate(timeout=600)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], messages
     # The lock, the package, the Python parts of Transformer Engine and mamba-ssm, the newest transformers.
     assert len([call for call in checkout.uv_calls() if call.startswith("pip install")]) == 5

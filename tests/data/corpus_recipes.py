@@ -66,7 +66,7 @@ def shard_command(recipe: Path, *words: str) -> list[str]:
 def run_data(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """`txssm data WORDS` in a process of its own."""
     command = [sys.executable, "-m", "megatron_txssm.cli", "data", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=os.environ)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=cwd, env=os.environ)
 
 
 def corpus_bytes(directory: Path) -> dict[str, bytes]:

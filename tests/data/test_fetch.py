@@ -286,6 +286,6 @@ def test_the_step_travels_to_another_process(bucket, tmp_path):
         "sys.stdout.buffer.write(dill.dumps([document.text for document in step.run(documents)]))"
     )
     output = subprocess.run(
-        [sys.executable, "-c", program, pickled], capture_output=True, check=True, timeout=60
+        [sys.executable, "-c", program, pickled], capture_output=True, check=True, timeout=600
     ).stdout
     assert dill.loads(output) == TEXTS[:5]

@@ -197,7 +197,7 @@ def test_the_command_prints_sources_and_text(tmp_path: Path, capfd: pytest.Captu
     words = [str(recipe_file), "--step", "2", "--sample", "5", "--nproc", "2"]
     # In a process of its own: Megatron's words, which go past Python's stdout, too, must not stand among ours.
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *words, "--json"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", PROGRAM, *words, "--json"], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     found = json.loads(done.stdout)

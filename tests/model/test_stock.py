@@ -105,7 +105,7 @@ def test_our_arguments_reach_the_model_through_the_wrapper(script: Path) -> None
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout[-4000:]
     seen = json.loads(script.with_name("seen.json").read_text())

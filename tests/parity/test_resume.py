@@ -61,7 +61,7 @@ def start(run: Path, data: Path, *overrides: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> None:
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
 
 
@@ -74,7 +74,7 @@ def losses(run: Path) -> dict[int, float]:
 
 def kill_after(step: int, process: subprocess.Popen, run: Path) -> None:
     """SIGKILL the launcher and its workers as soon as `step` is done."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 900
     while max(losses(run), default=0) < step:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.005)

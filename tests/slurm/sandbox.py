@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "slurm_sandbox"
 # Longer than anything takes here; whatever takes longer hangs.
-PATIENCE = 60  # seconds
+PATIENCE = 300  # seconds
 
 
 def search_path() -> str:

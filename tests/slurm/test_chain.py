@@ -16,7 +16,7 @@ from tests.slurm.sandbox import Sandbox
 from tests.slurm.training_job import txssm
 
 TASKS = 4
-PATIENCE = 240  # seconds
+PATIENCE = 600  # seconds
 
 RECIPE = """\
 name: chain

@@ -88,7 +88,7 @@ def traces(sandbox: Sandbox) -> list[str]:
 
 def wait_no_traces(sandbox: Sandbox) -> None:
     """What was killed by others than the sandbox may take a moment to go."""
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while left := traces(sandbox):
         assert time.monotonic() < end, left
         time.sleep(0.1)
@@ -292,7 +292,7 @@ def test_up_after_everything_was_killed(second):
 
 def test_an_interrupted_up_leaves_nothing(second):
     with subprocess.Popen([str(SCRIPT), "up", "9"], env=second.env, stderr=subprocess.PIPE, text=True) as up:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 300
         while not (second.directory / "run" / "node_n1.pid").exists():
             assert time.monotonic() < end
             time.sleep(0.01)

@@ -14,7 +14,7 @@ from megatron_txssm.launch.run_folder import Attempt, attempts
 from tests.slurm.sandbox import Sandbox
 
 # A start takes 10 s on two quiet cores.
-PATIENCE = 180  # seconds
+PATIENCE = 600  # seconds
 SAVE_INTERVAL = 10
 
 RECIPE = """\

@@ -42,7 +42,7 @@ def test_block_spec_of_transformer_engines_classes() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout
     assert re.search(r"^83 passed", done.stdout, re.MULTILINE), done.stdout

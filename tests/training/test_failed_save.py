@@ -25,7 +25,7 @@ def pretrain_with_small_files(run: TinyRun, fields: list[str]) -> Done:
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
-        timeout=300,
+        timeout=900,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (180_000, 180_000)),
     )
     return Done(done.returncode, done.stdout, done.stderr)

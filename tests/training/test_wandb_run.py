@@ -89,7 +89,7 @@ def test_wandb_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """Offline, by W&B itself, which is told of two Slurm jobs."""
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     kept = (tmp_path / "wandb" / "run_id").read_text().strip()
     assert json.loads(done.stdout.splitlines()[-1]) == [kept, "allow", "another"]

@@ -91,13 +91,13 @@ class TinyRun:
                 # A process group of its own: the launcher's, which a terminal's Ctrl-C would reach.
                 start_new_session=True,
             )
-        end = time.monotonic() + 120
+        end = time.monotonic() + 600
         while text not in output.read_text() and process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
         try:
-            code = process.wait(timeout=120)
+            code = process.wait(timeout=600)
         finally:
             process.kill()
         return Done(code, output.read_text(), errors.read_text())
@@ -111,7 +111,7 @@ def command(*words: str) -> list[str]:
 
 
 def txssm(*words: str) -> Done:
-    done = subprocess.run(command(*words), capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    done = subprocess.run(command(*words), capture_output=True, text=True, env=ENVIRONMENT, timeout=900)
     return Done(done.returncode, done.stdout, done.stderr)
 
 
