@@ -8,6 +8,7 @@ import torch
 from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from megatron_txssm.checkpoint.greedy import LENGTHS, NEW_TOKENS, try_generate
+from megatron_txssm.hf.versions_transxssm import CACHE_NAME
 from tests.hf.tiny import VARIANTS, random_ids, tiny_model
 
 TOKENS = random_ids(1, sum(LENGTHS), seed=1)[0].tolist()
@@ -75,7 +76,7 @@ def crash(arguments: dict[str, Any]) -> None:
     ("change", "way", "said"),
     [
         # A cache under another name is swallowed: each token sees itself alone.
-        (without("past_key_values", "attention_mask"), "with a cache", "text 1, new token 2 is "),
+        (without(CACHE_NAME, "attention_mask"), "with a cache", "text 1, new token 2 is "),
         (without("attention_mask"), "in a padded batch", "text 2, new token 1 is "),
         (crash, "in a padded batch", "ValueError: no such batch"),
     ],

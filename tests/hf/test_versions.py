@@ -17,7 +17,11 @@ ROOT = HERE.parents[1]
 # tools/bootstrap fills it from requirements.txt beside this file.
 PACKAGES = Path(sys.prefix) / "transformers_newest"
 # What touches the names that versions change: generation, the cache, arguments, masks, and the exported code.
-FILES = ("test_generation.py", "test_cache.py", "test_arguments.py", "test_packing_collators.py", "test_standalone.py")
+FILES = (
+    *("test_generation.py", "test_cache.py", "test_arguments.py", "test_packing_collators.py", "test_standalone.py"),
+    # What proves a conversion.
+    "../checkpoint/test_greedy.py",
+)
 
 
 def pin(file: str) -> str:
