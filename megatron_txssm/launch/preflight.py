@@ -255,6 +255,8 @@ def check_tracker(folder: Path) -> None:
 
 def _whole_steps(folder: Path) -> list[str]:
     """Of the checkpoints that were written to their end: torch_dist writes the index last."""
+    if not os.path.isdir(folder):  # Path.glob raises where the name is too long for a file system.
+        return []
     steps = (path.parent.name.removeprefix("iter_") for path in folder.glob("iter_*/.metadata"))
     return [str(step) for step in sorted(int(step) for step in steps if step.isdecimal())]
 

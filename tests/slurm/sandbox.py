@@ -121,7 +121,9 @@ def claim_sandbox() -> Sandbox:
         env |= {f"TXSSM_SANDBOX_{name}": value for name, value in settings.items()}
         env |= {"SLURM_CONF": str(directory / "etc" / "slurm.conf"), "PATH": search_path()}
         sandbox = Sandbox(directory, env, claim)
-        # Of a killed test process.
+        # Of a killed test process, or of one whose tests failed and which kept its logs.
         sandbox.must("down")
+        if directory.exists():
+            shutil.rmtree(directory)
         return sandbox
     raise RuntimeError("all 26 settings for test sandboxes are in use")
