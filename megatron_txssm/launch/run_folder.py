@@ -18,7 +18,9 @@ RUN/attempts/0002/                the second start of the trainer, requeued or s
 import dataclasses
 import json
 import os
+import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,10 @@ from megatron_txssm.recipe.setting import shown
 
 @dataclass
 class Attempt:
-    """One start of the trainer; saved as attempt.json at its begin, and again at its end unless it was killed."""
+    """One start of the trainer; saved as attempt.json at its begin, and again at its end unless it was killed.
+
+    What other versions do not write has a default.
+    """
 
     folder: Path
     job_id: str
@@ -43,13 +48,13 @@ class Attempt:
     # Seconds since the epoch.
     started: float
     # Newest checkpoint's step at the start, None without one, and the farthest step that any attempt had done.
-    saved_before: int | None
-    done_before: int
+    saved_before: int | None = None
+    done_before: int = 0
     # Bytes of metrics.jsonl at the start.
-    metrics_offset: int
+    metrics_offset: int = 0
     # The job's output file, None where it has none, and its bytes at the start.
-    output: str | None
-    output_offset: int
+    output: str | None = None
+    output_offset: int = 0
     ended: float | None = None
     # srun's; None where it was not started, or did not end.
     exit_code: int | None = None
@@ -104,7 +109,8 @@ class Attempt:
 
 def new_attempt(recipe: Recipe, job_id: str, nodes: list[str], nproc_per_node: int) -> Attempt:
     """Begin an attempt, in a folder of its own; its output is this process's."""
-    number = max((attempt.number for attempt in attempts(recipe.run_path)), default=0) + 1
+    before = attempts(recipe.run_path)
+    number = max((attempt.number for attempt in before), default=0) + 1
     folder = recipe.run_path.resolve() / "attempts" / f"{number:04d}"
     folder.mkdir(parents=True, exist_ok=True)
     metrics = recipe.run_path / "metrics.jsonl"
@@ -117,7 +123,7 @@ def new_attempt(recipe: Recipe, job_id: str, nodes: list[str], nproc_per_node: i
         nproc_per_node=nproc_per_node,
         started=time.time(),
         saved_before=saved_step(recipe.checkpoint_path),
-        done_before=last_step(metrics) or 0,
+        done_before=farthest_step(metrics, before[-1] if before else None) or 0,
         metrics_offset=metrics.stat().st_size if metrics.exists() else 0,
         output=str(output) if output.is_file() else None,
         output_offset=output.stat().st_size if output.is_file() else 0,
@@ -127,45 +133,112 @@ def new_attempt(recipe: Recipe, job_id: str, nodes: list[str], nproc_per_node: i
 
 
 def attempts(run: Path) -> list[Attempt]:
-    """Every attempt of a run, in their order."""
+    """Every attempt of a run, in their order; fields that this version does not know are left out."""
     found = []
+    known = {field.name for field in dataclasses.fields(Attempt)} - {"folder"}
     # Not what somebody set aside, as 0002.kept.
     paths = [path for path in run.glob("attempts/*/attempt.json") if path.parent.name.isdecimal()]
     for path in sorted(paths, key=lambda path: int(path.parent.name)):
         try:
-            found.append(Attempt(folder=path.parent, **json.loads(path.read_bytes())))
-        except (OSError, ValueError, TypeError) as error:
+            fields = json.loads(path.read_bytes()).items()
+            found.append(Attempt(folder=path.parent, **{name: value for name, value in fields if name in known}))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not readable ({error}); remove its folder to go on without it") from None
     return found
 
 
+def farthest_step(metrics: Path, attempt: Attempt | None) -> int | None:
+    """The farthest step that is in metrics.jsonl, of all attempts up to `attempt`, the last; None where there is none.
+
+    Only what came since that attempt's begin is read: its record knows the rest.
+    """
+    if attempt is None or not metrics.exists() or metrics.stat().st_size < attempt.metrics_offset:
+        # Somebody has begun again: what is not there was not done.
+        return last_step(metrics)
+    return max(attempt.done_before, last_step(metrics, attempt.metrics_offset) or 0) or None
+
+
 def last_step(metrics: Path, offset: int = 0) -> int | None:
-    """The farthest step in metrics.jsonl, or of its lines behind `offset` bytes; None where there is none."""
-    steps = [line["iteration"] for line in metrics_lines(metrics, offset) if "grad_norm" in line]
-    return max(steps, default=None)
+    """The farthest step in metrics.jsonl, or of its lines behind `offset` bytes; None where there is none.
+
+    Not always the last: a resumed run may have gone back.
+    """
+    farthest = -1
+    for block in _blocks_from_the_end(metrics, offset, 4_000_000):
+        # All lines but a few are not looked at: from the end backwards, their numbers are smaller.
+        if _largest_iteration(block) > farthest:
+            for line in reversed(block.splitlines()):
+                if _largest_iteration(line) > farthest:
+                    step = _step(line)
+                    farthest = farthest if step is None else max(farthest, step)
+    return None if farthest < 0 else farthest
 
 
 def current_step(metrics: Path) -> int | None:
-    """The step of the last line: a resumed run may have gone back. Only the end of the file is read."""
-    offset = metrics.stat().st_size - 65536 if metrics.exists() else 0
-    steps = [line["iteration"] for line in metrics_lines(metrics, max(0, offset)) if "grad_norm" in line]
-    return steps[-1] if steps else None
+    """The step of the last line that has one: a resumed run may have gone back. Only the end of the file is read."""
+    for block in _blocks_from_the_end(metrics, 0, 65_536):
+        for line in reversed(block.splitlines()):
+            if (step := _step(line)) is not None:
+                return step
+    return None
 
 
 def metrics_lines(metrics: Path, offset: int = 0) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; one that a kill cut off is left out."""
-    lines = []
-    if metrics.exists():
-        with metrics.open("rb") as file:
-            file.seek(offset)
-            for line in file:
-                try:
-                    found = json.loads(line)
-                except ValueError:
+    if not metrics.exists():
+        return []
+    with metrics.open("rb") as file:
+        file.seek(offset)
+        return [found for line in file if (found := _line(line)) is not None]
+
+
+_NUMBER = re.compile(rb" ?(\d{1,15})\b")
+
+
+def _largest_iteration(text: bytes) -> int:
+    """Of whatever looks like one; -1 where nothing does."""
+    # An expression for the whole would take five times as long.
+    found = map(_NUMBER.match, text.split(b'"iteration":')[1:])
+    return max((int(number[1]) for number in found if number), default=-1)
+
+
+def _line(line: bytes) -> dict[str, Any] | None:
+    """None where it is no JSON object. What a kill cut off may stand before it, in the same line."""
+    for text in (line, line[max(0, line.rfind(b'{"iteration"')) :]):
+        try:
+            found = json.loads(text)
+        except ValueError:
+            continue
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def _step(line: bytes) -> int | None:
+    """The step that a line of metrics.jsonl tells; None for a validation, or what is no line."""
+    found = _line(line)
+    step = found.get("iteration") if found is not None and "grad_norm" in found else None
+    return step if isinstance(step, int) else None
+
+
+def _blocks_from_the_end(path: Path, begin: int, size: int) -> Iterator[bytes]:
+    """A file's whole lines from its end back to the byte `begin`, in blocks of about `size` bytes."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > begin:
+            start = max(begin, end - size)
+            file.seek(start)
+            block = file.read(end - start)
+            if start > begin:
+                # What stands before the first line's end belongs to the next block; one line may be longer than that.
+                cut = block.find(b"\n") + 1
+                if cut in (0, len(block)):
+                    size *= 2
                     continue
-                if isinstance(found, dict):
-                    lines.append(found)
-    return lines
+                start, block = start + cut, block[cut:]
+            yield block
+            end = start
 
 
 def find_run(text: str) -> Path:

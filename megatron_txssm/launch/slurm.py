@@ -17,10 +17,22 @@ PLAIN_WORD = re.compile(r"[\w.,:=@%/+\[\]*()-]+", re.ASCII)
 # A folder of a run, in whose name sbatch would replace a % pattern.
 PLAIN_PATH = re.compile(r"[\w.,:=@/+-]+", re.ASCII)
 # squeue's letters for the fields of `Job`, and what stands before a job and between its fields: no name holds that.
-_FIELDS = ("%i", "%j", "%T", "%r", "%N", "%P", "%o", "%x", "%e")
+_FIELDS = ("%i", "%j", "%T", "%r", "%N", "%P", "%o", "%x", "%e", "%Z")
 _JOB, _FIELD = "\x1e", "\x1f"
-# States of a job that is over.
-OVER = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
+# States of a job that is over, as Slurm 21.08 to 26.05 name them; squeue shows COMPLETING until all its processes are.
+OVER = {
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+    # REVOKED: another cluster of a federation has it.
+    *("REVOKED", "TIMEOUT"),
+}
+# States in which a job has its nodes, or is just getting them.
+RUNS = {"COMPLETING", "CONFIGURING", "RESIZING", "RUNNING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"}
+# What Slurm's commands print where slurmctld is away, or too busy.
+_NO_ANSWER = re.compile(
+    r"Unable to contact slurm controller|Unexpected message received|Zero Bytes were transmitted|[Tt]imed out"
+    r"|[Cc]onnection (?:refused|reset|failure)"
+)
+_PATIENCE_SECONDS = 120
 
 # The variables, behind SBATCH_, that overrule an option, where they are not called as it is.
 _VARIABLES = {
@@ -31,6 +43,10 @@ _VARIABLES = {
 }
 # Several jobs in one run folder; an sbatch that returns at the job's end.
 _NEVER = ("ARRAY_INX", "WAIT")
+
+
+class NoAnswer(UserError):
+    """slurmctld does not answer: what becomes of a job is not known."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +63,7 @@ class Job:
     # Slurm's compressed list; empty while pending.
     nodes: str
     partition: str
-    # The file that sbatch was given.
+    # The file that sbatch was given, without its arguments.
     script: Path
     # Slurm's compressed list of nodes that the job avoids.
     excluded: str
@@ -58,21 +74,43 @@ class Job:
     def is_over(self) -> bool:
         return self.state in OVER
 
+    @property
+    def runs(self) -> bool:
+        """It may have processes: neither over nor waiting."""
+        return self.state in RUNS
+
 
 def run_slurm(*command: str, stdin: str | None = None, env: dict[str, str] | None = None) -> str:
-    """What a command of Slurm's prints; UserError with its own reason where it fails."""
+    """What a command of Slurm's prints; UserError with its reason where it fails, NoAnswer where Slurm is away."""
     try:
         return subprocess.run(
-            command, check=True, capture_output=True, text=True, errors="replace", input=stdin, env=env, timeout=120
+            command,
+            check=True,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            input=stdin,
+            env=env,
+            timeout=_PATIENCE_SECONDS,
         ).stdout
     except FileNotFoundError:
         raise UserError(f"there is no {command[0]} on this machine; run it on a login node of the cluster") from None
     except subprocess.CalledProcessError as error:
         reason = " ".join(error.stderr.split()) or f"exit code {error.returncode}"
         said = shlex.join(word for word in command if not word.startswith("--format="))
+        if _NO_ANSWER.search(reason):
+            raise no_answer(f"{said}: {reason}") from None
         raise UserError(f"{said}: {reason}") from None
+    except subprocess.TimeoutExpired:
+        raise no_answer(f"{command[0]} has not answered for {_PATIENCE_SECONDS} s") from None
     except (OSError, subprocess.SubprocessError) as error:
-        raise UserError(f"{command[0]} does not answer ({error}); is slurmctld up?") from None
+        raise UserError(f"{command[0]} cannot be run: {error}") from None
+
+
+def no_answer(reason: str) -> NoAnswer:
+    return NoAnswer(
+        f"Slurm does not answer ({reason}); jobs that run go on; try again when `scontrol ping` says that it is UP"
+    )
 
 
 def queue() -> list[Job]:
@@ -96,7 +134,7 @@ def run_squeue(*options: str) -> str:
 
 
 def _job(row: list[str]) -> Job:
-    job_id, name, state, reason, nodes, partition, script, excluded, end_time = row
+    job_id, name, state, reason, nodes, partition, command, excluded, end_time, folder = row
     return Job(
         # Of an array's pending tasks, 17_[3-9%2], the array's.
         job_id=job_id.partition("_[")[0],
@@ -105,10 +143,22 @@ def _job(row: list[str]) -> Job:
         reason=reason,
         nodes=nodes,
         partition=partition,
-        script=Path("" if script == "(null)" else script),
+        script=_script(command, Path(folder)),
         excluded=excluded,
         end_time=int(end_time) if end_time.isdecimal() else 0,
     )
+
+
+def _script(command: str, folder: Path) -> Path:
+    """Of what sbatch was given in `folder`; older versions of squeue show the script's arguments, too."""
+    if command == "(null)":
+        return Path()
+    words = command.split(" ")
+    for count in range(1, len(words)):
+        script = folder / " ".join(words[:count])
+        if os.path.isfile(script):
+            return script
+    return folder / command
 
 
 def check_submission(script: str) -> None:

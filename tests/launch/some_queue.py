@@ -13,6 +13,7 @@ LETTERS = {
     "command": "%o",
     "excluded": "%x",
     "end_time": "%e",
+    "folder": "%Z",
 }
 # Says what is in `queue` beside it, each job in the format that it is asked for; keeps its arguments and variables.
 SQUEUE = """\
@@ -27,6 +28,7 @@ cat "$here/queue"
 def answer(*jobs: Mapping[str, str | int]) -> str:
     """A line for each job, as squeue of Slurm 22.05 answers to `queue()`."""
     usual = {"name": "x", "state": "RUNNING", "reason": "None", "nodes": "n1", "partition": "main", "end_time": "N/A"}
+    usual |= {"folder": "/home/somebody", "command": "/scripts/other.sh"}
     rows = [{**usual, **job} for job in jobs]
     return "".join("\x1e" + "\x1f".join(str(row.get(name, "")) for name in LETTERS) + "\n" for row in rows)
 
