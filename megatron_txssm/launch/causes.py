@@ -25,11 +25,11 @@ CAUSES: dict[str, tuple[str, str]] = {
         "look at the stacks in the ranks' logs; where the steps are slow, raise --step-timeout",
     ),
     "preflight": ("a node is not fit to train", "mend the node, or leave it out: --sbatch exclude=NODE"),
-    "refused": ("the recipe cannot run", "mend what the message names, and submit it again"),
+    "refused": ("the recipe cannot run", "mend what the message names"),
     "disk_full": ("the disk or the quota is full", "make room where the message says; then it can go on"),
     "damaged_checkpoint": (
         "the newest checkpoint is damaged",
-        "go back to the newest whole one: write its step into latest_checkpointed_iteration.txt, and submit it again",
+        "go back to the newest whole one: write its step into latest_checkpointed_iteration.txt",
     ),
     "nan": (
         "the loss, a gradient or a weight became NaN or infinite",

@@ -10,6 +10,7 @@ from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
 from megatron_txssm.launch.run_folder import current_step
+from megatron_txssm.launch.waiting import needs_somebody, what_it_waits_for
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.table import print_table
 
@@ -24,6 +25,8 @@ def run(args: argparse.Namespace) -> int:
         print("no jobs")
         return 0
     print_table(("job", "state", "run", "step", "time left", "nodes", ">attempt", "name"), map(_row, jobs))
+    for job in filter(needs_somebody, jobs):
+        print(f"job {job.job_id}: {what_it_waits_for(job)}")
     return 0
 
 

@@ -20,6 +20,7 @@ EXAMPLES = (
 POLL_SECONDS = 1.0
 # Between two questions to slurmctld.
 ASK_SECONDS = 15.0
+UNKNOWN = "in a state that is not known"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -35,26 +36,47 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     folder = find_run(args.run)
-    job = _job(folder, args.stage)
-    path = folder / "logs" / (f"{args.stage}-{job}.out" if args.rank is None else f"rank_{args.rank}.log")
+    job = Watched(_job(folder, args.stage))
+    path = folder / "logs" / (f"{args.stage}-{job.number}.out" if args.rank is None else f"rank_{args.rank}.log")
     waited = False
     while not path.exists():
-        state = _state(job)
+        state = job.state()
         if not args.follow or state is None:
             raise UserError(f"{path} is not there (yet); {_pending(job, state)}")
         if not waited:
             print(f"{path} is not there yet; {_pending(job, state)}", file=sys.stderr)
             waited = True
-        time.sleep(ASK_SECONDS if state == "PENDING" else POLL_SECONDS)
+        time.sleep(POLL_SECONDS if state == "RUNNING" else ASK_SECONDS)
     _show(path, args.lines, job if args.follow else None)
     return 0
 
 
-def _show(path: Path, lines: int, job: str | None) -> None:
-    """The last lines of a file; then, while `job` is not over, what comes to it."""
+class Watched:
+    """A job that is asked for again and again."""
+
+    def __init__(self, number: str):
+        self.number = number
+        self.answered = True
+
+    def state(self) -> str | None:
+        """PENDING, RUNNING …; None where it is over, UNKNOWN where Slurm does not say, with a line about that."""
+        try:
+            jobs = slurm.queue()
+        except UserError as error:
+            if self.answered:
+                print(f"whether job {self.number} is over is not known, following on: {error}", file=sys.stderr)
+            self.answered = False
+            return UNKNOWN
+        self.answered = True
+        return next((found.state for found in jobs if found.job_id == self.number and not found.is_over), None)
+
+
+def _show(path: Path, lines: int, job: Watched | None) -> None:
+    """The last lines of a file; then, until Slurm says that `job` is over, what comes to it."""
     with path.open(encoding="utf-8", errors="replace") as file:
         sys.stdout.write("".join(file.readlines()[-lines:] if lines > 0 else []))
-        asked = 0.0
+        sys.stdout.flush()
+        asked = float("-inf")
         over = job is None
         while True:
             if text := file.read():
@@ -64,7 +86,7 @@ def _show(path: Path, lines: int, job: str | None) -> None:
                 return
             else:
                 if time.monotonic() - asked > ASK_SECONDS:
-                    asked, over = time.monotonic(), job is None or _state(job) is None
+                    asked, over = time.monotonic(), job is None or job.state() is None
                 time.sleep(POLL_SECONDS)
 
 
@@ -78,10 +100,5 @@ def _job(folder: Path, stage: str) -> str:
     return jobs[stage][-1]
 
 
-def _state(job: str) -> str | None:
-    """PENDING, RUNNING …; None where it is over."""
-    return next((found.state for found in slurm.queue() if found.job_id == job and not found.is_over), None)
-
-
-def _pending(job: str, state: str | None) -> str:
-    return f"job {job} is over" if state is None else f"job {job} is {state}"
+def _pending(job: Watched, state: str | None) -> str:
+    return f"job {job.number} is {'over' if state is None else state}"

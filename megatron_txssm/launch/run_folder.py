@@ -29,7 +29,7 @@ from megatron_txssm.data.manifest import write_json
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
 from megatron_txssm.launch.preflight import saved_step
-from megatron_txssm.recipe.loader import nearest
+from megatron_txssm.recipe.loader import load_recipe, nearest
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.setting import shown
 
@@ -251,7 +251,7 @@ def find_run(text: str) -> Path:
         for path in sorted(Path("runs").glob("*/submission.json")):
             if text in job_ids(path.parent):
                 return path.parent
-        for job in slurm.queue():
+        for job in _queue(text):
             if job.job_id == text and (job.script.parent / "submission.json").is_file():
                 return job.script.parent
     known = sorted(path.parent.name for path in Path("runs").glob("*/recipe.yaml"))
@@ -259,6 +259,13 @@ def find_run(text: str) -> Path:
         f"{shown(text)} is no run: no such folder with a recipe.yaml, here or in runs/, and no job of this number"
         f"{nearest(Path(text).name, known) or (f'; runs/ has {", ".join(known[:20])}' if known else '')}"
     )
+
+
+def _queue(job: str) -> list[slurm.Job]:
+    try:
+        return slurm.queue()
+    except slurm.NoAnswer as error:
+        raise UserError(f"no run here was submitted as job {job}; name the run's folder ({error})") from None
 
 
 def read_submission(run: Path) -> dict[str, Any]:
@@ -270,6 +277,21 @@ def read_submission(run: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not readable ({error})") from None
 
 
-def job_ids(run: Path) -> list[str]:
-    """The numbers of the jobs that the run's last submission queued; of an array, that of the whole."""
-    return [job_id for of_stage in read_submission(run).get("jobs", {}).values() for job_id in of_stage]
+def job_ids(run: Path, but: str = "") -> list[str]:
+    """The numbers of the jobs that the run's last submission queued, but for one stage; of an array, of the whole."""
+    jobs = read_submission(run).get("jobs", {})
+    return [job_id for stage, of_stage in jobs.items() if stage != but for job_id in of_stage]
+
+
+def load_run(run: Path) -> Recipe:
+    """The recipe that a run folder keeps, for this folder, wherever it was written for.
+
+    Earlier versions kept relative paths, which start where the run was submitted.
+    """
+    recipe, folder = load_recipe(run / "recipe.yaml"), run.resolve()
+    if folder.is_relative_to(recipe.run_path.resolve()):
+        return recipe
+    checkpoint, begin = recipe.checkpoint, read_submission(run).get("directory", "")
+    if checkpoint.directory and not os.path.isabs(checkpoint.directory):
+        checkpoint = dataclasses.replace(checkpoint, directory=os.path.join(begin, checkpoint.directory))
+    return dataclasses.replace(recipe, run_directory=str(folder), checkpoint=checkpoint)

@@ -12,8 +12,11 @@ from megatron_txssm.launch import slurm
 from megatron_txssm.launch.diagnosis import close, recorded
 from megatron_txssm.launch.local_end import explain_local_end
 from megatron_txssm.launch.preflight import is_finished, saved_step
-from megatron_txssm.launch.run_folder import Attempt, attempts, current_step, find_run
-from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.launch.remedies import what_to_do
+from megatron_txssm.launch.run_folder import Attempt, attempts, current_step, find_run, job_ids, load_run
+from megatron_txssm.launch.run_jobs import jobs_of, seconds_since_step, who_trains
+from megatron_txssm.launch.stages import last_words, other_stages
+from megatron_txssm.launch.waiting import what_it_waits_for
 from megatron_txssm.recipe.recipe import Recipe
 
 EXAMPLES = ("txssm why runs/transxssm_1.3b", "txssm why 17", "txssm why transxssm_1.3b --all")
@@ -27,10 +30,12 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     folder = find_run(args.run)
-    recipe, found = load_recipe(folder / "recipe.yaml"), attempts(folder)
-    job = _job(folder)
-    # The last may still run. One whose job is not running was killed before it could say why.
-    running = job is not None and job.state in ("RUNNING", "COMPLETING") and found and recorded(found[-1]) is None
+    recipe, found = load_run(folder), attempts(folder)
+    queue, no_answer = _ask(folder, bool(found or job_ids(folder)))
+    jobs = None if queue is None else [job for job in jobs_of(folder, queue) if not _is_other_stage(job, folder)]
+    # One that has no end on record may still run; one that cannot was killed before it could say why.
+    last = found[-1] if found and recorded(found[-1]) is None else None
+    running = "" if last is None else _why_it_may_run(folder, last, jobs)
     ended = found[:-1] if running else found
     if ended and recorded(ended[-1]) is None:
         close(ended[-1], recipe)
@@ -38,39 +43,81 @@ def run(args: argparse.Namespace) -> int:
         for attempt in ended:
             print(_line(attempt))
     elif ended:
-        _explain(ended[-1], recipe)
-    elif job is None and (known := list(explain_local_end(folder))):
-        print(f"{folder}: a run without Slurm")
-        for name, text in known:
-            _print(name, text)
-        _print("last step", f"{current_step(folder / 'metrics.jsonl') or 0} of {recipe.train_iters}")
-        _print("checkpoint", _newest(recipe, saved_step(recipe.checkpoint_path)))
-        # Of a run that trains, the first line has said so.
-        _print("now", "" if known[0][0] == "it trains now" else _local_state(recipe))
-        return 0
+        _explain(ended[-1], recipe, folder, jobs)
+    elif not jobs and not running and (known := list(explain_local_end(folder))):
+        return _explain_local_run(folder, recipe, known)
     else:
         print(f"{folder}: no attempt has ended yet")
-        if job is None:
+        if jobs == []:
             _print("last words", _last_words(folder))
-    _print("now", _now(recipe, job, found[-1] if running else None))
+    for stage in other_stages(folder, recipe, queue):
+        _print(stage.name, stage.state)
+        _print("  output", str(stage.output or ""))
+        _print("  what to do", stage.todo)
+    if last is not None and running:
+        _print("now", f"attempt {last.number} of job {last.job_id} {running}: {_progress(recipe, folder)}")
+    for job in jobs or ():
+        _print("now", _now(job))
+        _print("what to do", what_it_waits_for(job) if job.state == "PENDING" and not ended else "")
+    if no_answer:
+        _print("Slurm", no_answer)
+    elif not jobs and not running:
+        _print("now", "finished" if is_finished(recipe) else "no job of this run is pending or running")
     return 0
 
 
-def _explain(attempt: Attempt, recipe: Recipe) -> None:
+def _ask(folder: Path, is_slurms: bool) -> tuple[list[slurm.Job] | None, str]:
+    """The queue; or None and the reason, where it cannot be known and matters."""
+    try:
+        return slurm.queue(), ""
+    except UserError as error:
+        return (None, str(error)) if is_slurms else ([], "")
+
+
+def _is_other_stage(job: slurm.Job, folder: Path) -> bool:
+    return job.job_id.partition("_")[0] in job_ids(folder, but="pretrain") or job.script.stem in ("convert", "evaluate")
+
+
+def _why_it_may_run(folder: Path, attempt: Attempt, jobs: list[slurm.Job] | None) -> str:
+    """How an attempt without a recorded end lives, or may live; empty where it has ended."""
+    job = next((job for job in jobs or () if job.job_id == attempt.job_id), None)
+    if job is not None:
+        return f"is {job.state} on {job.nodes}" if job.runs else ""
+    if holder := who_trains(folder):
+        return f"trains, although Slurm does not show its job ({holder})" if jobs is not None else f"trains ({holder})"
+    return "" if jobs is not None else "may run or have ended: nobody in running.json gives a sign of life"
+
+
+def _explain(attempt: Attempt, recipe: Recipe, folder: Path, jobs: list[slurm.Job] | None) -> None:
     diagnosis = recorded(attempt)
     assert diagnosis is not None and attempt.ended is not None
     duration = timedelta(seconds=round(attempt.ended - attempt.started))
-    print(f"{attempt.run}: attempt {attempt.number} (job {attempt.job_id}) ended after {duration}: {diagnosis.summary}")
+    print(f"{folder}: attempt {attempt.number} (job {attempt.job_id}) ended after {duration}: {diagnosis.summary}")
     if diagnosis.rank is not None:
         _print("first failure", f"rank {diagnosis.rank} on {diagnosis.node}")
-        _print("its log", str(attempt.run / "logs" / f"rank_{diagnosis.rank}.log"))
+        _print("its log", str(folder / "logs" / f"rank_{diagnosis.rank}.log"))
     elif diagnosis.node is not None:
         _print("node", diagnosis.node)
     _print("what exactly", diagnosis.detail)
     _print("last step", f"{attempt.last_step or 0} of {recipe.train_iters}")
     _print("checkpoint", _newest(recipe, attempt.saved_after))
-    _print("what was done", attempt.action)
-    _print("what to do", diagnosis.remedy)
+    was_requeued = attempt.action.startswith("the job was requeued")
+    lost = ", but Slurm has no such job any more" if was_requeued and jobs == [] else ""
+    _print("what was done", f"{attempt.action}{lost}")
+    if jobs == [] and (words := _last_words(folder)).startswith("error:"):
+        _print("last words", words)
+    _print("what to do", what_to_do(attempt, recipe, folder, jobs))
+
+
+def _explain_local_run(folder: Path, recipe: Recipe, known: list[tuple[str, str]]) -> int:
+    print(f"{folder}: a run without Slurm")
+    for name, text in known:
+        _print(name, text)
+    _print("last step", f"{current_step(folder / 'metrics.jsonl') or 0} of {recipe.train_iters}")
+    _print("checkpoint", _newest(recipe, saved_step(recipe.checkpoint_path)))
+    # Of a run that trains, the first line has said so.
+    _print("now", "" if known[0][0] == "it trains now" else _local_state(recipe))
+    return 0
 
 
 def _newest(recipe: Recipe, saved: int | None) -> str:
@@ -81,41 +128,28 @@ def _local_state(recipe: Recipe) -> str:
     return "finished" if is_finished(recipe) else "it does not run; the command that started it resumes it"
 
 
-def _now(recipe: Recipe, job: slurm.Job | None, running: Attempt | None) -> str:
-    if job is None:
-        return "finished" if is_finished(recipe) else "no job of this run is pending or running"
-    if job.state == "PENDING":
-        return f"job {job.job_id} is PENDING ({job.reason})"
-    if running is None:
-        return f"job {job.job_id} is {job.state} on {job.nodes}"
-    metrics = recipe.run_path / "metrics.jsonl"
-    ago = f", {time.time() - metrics.stat().st_mtime:.0f} s ago" if metrics.exists() else ""
-    return (
-        f"attempt {running.number} of job {job.job_id} is {job.state} on {job.nodes}: "
-        f"step {current_step(metrics) or 0} of {recipe.train_iters}{ago}"
-    )
+def _progress(recipe: Recipe, folder: Path) -> str:
+    seconds = seconds_since_step(folder)
+    ago = "" if seconds is None else f", {seconds:.0f} s ago"
+    return f"step {current_step(folder / 'metrics.jsonl') or 0} of {recipe.train_iters}{ago}"
 
 
-def _job(folder: Path) -> slurm.Job | None:
-    """The run's pretraining job in the queue; None where there is none, or no Slurm."""
-    script = folder.resolve() / "pretrain.sbatch"
-    try:
-        return next((job for job in slurm.queue() if job.script == script and not job.is_over), None)
-    except UserError:
-        return None
+def _now(job: slurm.Job) -> str:
+    place = f"({job.reason})" if job.state == "PENDING" else f"on {job.nodes}"
+    return f"job {job.job_id} is {job.state} {place}"
 
 
 def _last_words(folder: Path) -> str:
-    """Of a job that ended before its first attempt began."""
+    """The last error in the newest output: of a job that ended before its first attempt, or could not be requeued."""
     outputs = sorted(folder.glob("logs/pretrain-*.out"), key=lambda path: path.stat().st_mtime)
-    lines = outputs[-1].read_text(errors="replace").splitlines() if outputs else []
-    return lines[-1] if lines else ""
+    return last_words(outputs[-1].read_text(errors="replace")[-65_536:]) if outputs else ""
 
 
 def _line(attempt: Attempt) -> str:
     begin = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(attempt.started))
     steps = "" if attempt.last_step is None else f"to step {attempt.last_step}"
-    return f"{attempt.number:4}  {begin}  job {attempt.job_id}  {steps:14}  {recorded(attempt)}"
+    end = recorded(attempt) or "its end was not recorded"
+    return f"{attempt.number:4}  {begin}  job {attempt.job_id}  {steps:14}  {end}"
 
 
 def _print(name: str, text: str) -> None:
