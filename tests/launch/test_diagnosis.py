@@ -1,6 +1,7 @@
-"""Why an attempt ended, from what Slurm 22.05, torch's error handler and the supervisor leave."""
+"""Why an attempt ended, from what Slurm 21.08 to 26.05, torch's error handler and the supervisor leave."""
 
 import json
+import os
 import random
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.launch.causes import cause_of
 from megatron_txssm.launch.diagnosis import CAUSES, Diagnosis, close, diagnose, record, recorded
 from megatron_txssm.launch.requeue import RETRIED
 from megatron_txssm.launch.run_folder import Attempt, attempts
@@ -242,11 +244,157 @@ def test_memory(attempt: Attempt, say: Say, error: Exception) -> None:
     assert (found.cause, found.rank, found.node) == ("out_of_memory", 2, "n2")
 
 
-def test_a_long_exception_is_cut_and_of_one_line(attempt: Attempt, say: Say) -> None:
-    say(1, ValueError("a\n\nb" + "x" * 10_000))
+def test_a_long_exception_keeps_its_end_where_the_advice_is(attempt: Attempt, say: Say) -> None:
+    say(1, ValueError("a\n\nb" + "x" * 3000 + " do this"))
     found = diagnose(attempt, finished=False, output="")
-    assert found.detail.startswith("ValueError: a bxxx")
-    assert len(found.detail) == 400
+    assert found.detail == "ValueError: a b" + "x" * 3000 + " do this"
+    say(1, ValueError("a\n\nb" + "x" * 1_000_000 + " do this"))
+    found = diagnose(attempt, finished=False, output="")
+    assert found.detail.startswith("ValueError: a bxxx") and found.detail.endswith("xxx do this")
+    assert len(found.detail) <= 4000
+
+
+SAVE = (
+    "the checkpoint of step 40 could not be written to /runs/a/checkpoints: {} (0.000 GB are left there); once that is "
+    "mended, the same command goes on from step 30, the newest whole checkpoint"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (RuntimeError(SAVE.format(OSError(28, "No space left on device"))), "disk_full"),
+        (RuntimeError(SAVE.format(OSError(122, "Disk quota exceeded", "/runs/a/__0_0.distcp"))), "disk_full"),
+        (OSError(28, "No space left on device", "/runs/a/metrics.jsonl"), "disk_full"),
+        # A user's error, by its class; but not theirs to mend in the recipe.
+        (UserError("run_directory=/runs/a cannot be written: No space left on device"), "disk_full"),
+        (UserError("run_directory=/runs/a cannot be written: Read-only file system"), "node_file_system"),
+        (OSError(30, "Read-only file system", "/runs/a/metrics.jsonl"), "node_file_system"),
+        (OSError(116, "Stale file handle"), "node_file_system"),
+        (OSError(5, "Input/output error"), "node_file_system"),
+        (OSError(107, "Transport endpoint is not connected", "/runs/a"), "node_file_system"),
+        (OSError(108, "Cannot send after transport endpoint shutdown", "/lustre/a"), "node_file_system"),
+        (OSError(19, "No such device", "/runs/a"), "node_file_system"),
+        (
+            DistBackendError(
+                "NCCL error in: ProcessGroupNCCL.cpp:3699, unhandled system error, NCCL version 2.27.5\n"
+                "ncclSystemError: System call or external library call failed or device error.\nLast error:\nError while"
+                "  creating shared memory segment /dev/shm/nccl-cbb1Vf (size 33030528), error: No space left on "
+                "device (28)"
+            ),
+            "node_file_system",
+        ),
+        (FloatingPointError("weights are NaN or infinite after step 40, which is not saved"), "nan"),
+        # Of an earlier version.
+        (
+            RuntimeError("the loss or a gradient of step 40 is NaN or infinite; the newest checkpoint, of step 30"),
+            "nan",
+        ),
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), "bad_gpu"),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), "bad_gpu"),
+        (torch.AcceleratorError("CUDA error: uncorrectable NVLink error detected during the execution"), "bad_gpu"),
+        (
+            torch.AcceleratorError("CUDA error: Invalid access of peer GPU memory over nvlink or a hardware error"),
+            "bad_gpu",
+        ),
+        (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), "bad_gpu"),
+        (
+            DistBackendError(NCCL_MEMORY.replace("2 'out of memory'", "214 'uncorrectable ECC error encountered'")),
+            "bad_gpu",
+        ),
+        (RuntimeError("NVML: GPU is lost. Reboot the system to recover this GPU"), "bad_gpu"),
+        (RuntimeError("NVRM: Xid (PCI:0000:3b:00): 79, pid=4711, GPU has fallen off the bus."), "bad_gpu"),
+        # A program's mistake, whatever the GPU.
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "failed"),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), "failed"),
+        # Of a socket: another rank's end.
+        (OSError(107, "Transport endpoint is not connected; connection lost"), "connection_lost"),
+        (MemoryError(), "out_of_memory"),
+        (OSError(12, "Cannot allocate memory"), "out_of_memory"),
+    ],
+)
+def test_the_cause_that_an_exception_tells(attempt: Attempt, say: Say, error: Exception, cause: str) -> None:
+    # Others wait for this rank, and may say so before it.
+    say(0, RuntimeError(GLOO), at=50)
+    say(3, error)
+    found = diagnose(attempt, finished=False, output=BOTH_EXITED)
+    assert found.cause == cause
+    if cause != "connection_lost":
+        assert (found.rank, found.node) == (3, "n2")
+        assert found.detail.startswith(type(error).__name__)
+
+
+def test_a_damaged_checkpoint_by_its_class(attempt: Attempt, say: Say) -> None:
+    class DamagedCheckpoint(Exception):
+        pass
+
+    say(0, DamagedCheckpoint("/runs/a/checkpoints/iter_0000040/__0_1.distcp: its checksum differs"))
+    assert diagnose(attempt, finished=False, output="").cause == "damaged_checkpoint"
+
+
+def test_a_certain_cause_explains_what_else_fails(attempt: Attempt, say: Say) -> None:
+    say(0, KeyError("what the other did not send"), at=50)
+    say(3, OSError(28, "No space left on device"), at=60)
+    found = diagnose(attempt, finished=False, output=KILLED_WORKER)
+    assert (found.cause, found.rank) == ("disk_full", 3)
+
+
+def test_a_quota_has_another_remedy() -> None:
+    disk = Diagnosis("disk_full", "OSError: [Errno 28] No space left on device")
+    quota = Diagnosis("disk_full", "OSError: [Errno 122] Disk quota exceeded: '/runs/a'")
+    assert "make room" in disk.remedy and "quota -s" in quota.remedy
+
+
+def test_a_file_of_the_run_that_only_one_node_misses(attempt: Attempt, say: Say) -> None:
+    metrics = attempt.run / "metrics.jsonl"
+    metrics.touch()
+    say(0, FileNotFoundError(2, "No such file or directory", str(metrics)))
+    assert diagnose(attempt, finished=False, output="").cause == "node_file_system"
+    # Missing here, too: a mistake.
+    metrics.unlink()
+    assert diagnose(attempt, finished=False, output="").cause == "failed"
+
+
+@pytest.mark.parametrize("signal", ["Killed", "Bus error", "Segmentation fault", "Aborted"])
+def test_memory_is_blamed_for_sigkill_only(attempt: Attempt, signal: str) -> None:
+    found = diagnose(attempt, finished=False, output=f"srun: error: n2: task 3: {signal}\n")
+    assert found.cause == "killed" and ("memory is the usual reason" in found.remedy) == (signal == "Killed")
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ("OSError: [Errno 28] No space left on device", "disk_full"),
+        ("CUDA error: uncorrectable ECC error encountered", "bad_gpu"),
+        ("iteration 40/60 | loss 3.9", "killed"),
+    ],
+)
+def test_a_killed_ranks_log_may_say_more(attempt: Attempt, line: str, cause: str) -> None:
+    log = attempt.run / "logs" / "rank_1.log"
+    log.parent.mkdir()
+    log.write_text(f"something\n{line}\n")
+    found = diagnose(attempt, finished=False, output=KILLED_WORKER)
+    assert (found.cause, found.rank) == (cause, 1)
+    if cause != "killed":
+        assert found.detail == f"killed by SIGKILL: {line}" and "memory" not in found.remedy
+        # Of an earlier attempt.
+        os.utime(log, (attempt.started - 1, attempt.started - 1))
+        assert diagnose(attempt, finished=False, output=KILLED_WORKER).cause == "killed"
+        # Or the job's output has it.
+        assert diagnose(attempt, finished=False, output=f"{KILLED_WORKER}{line}\n").cause == cause
+
+
+def test_ranks_that_nccl_aborts_waited_for_another(attempt: Attempt) -> None:
+    log = attempt.run / "logs" / "rank_1.log"
+    log.parent.mkdir()
+    log.write_text("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE)\n")
+    found = diagnose(attempt, finished=False, output="srun: error: n1: task 1: Aborted (core dumped)\n")
+    assert found.cause == "connection_lost" and "Watchdog" in found.detail
+
+
+def test_the_supervisors_own_errors_have_causes() -> None:
+    assert cause_of(f"OSError: {OSError(30, 'Read-only file system', '/runs/a/attempts/0001')}") == "node_file_system"
+    assert cause_of("ValueError: no room") is None
 
 
 def test_a_record_that_is_only_text(attempt: Attempt) -> None:
