@@ -278,7 +278,7 @@ SAVE = (
         (
             DistBackendError(
                 "NCCL error in: ProcessGroupNCCL.cpp:3699, unhandled system error, NCCL version 2.27.5\n"
-                "ncclSystemError: System call or external library call failed or device error.\nLast error:\nError while"
+                "ncclSystemError: System call or external library call failed.\nLast error:\nError while"
                 "  creating shared memory segment /dev/shm/nccl-cbb1Vf (size 33030528), error: No space left on "
                 "device (28)"
             ),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.cli import main
+from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
 from tests.launch.some_queue import LETTERS, write_queue
 
@@ -67,6 +68,64 @@ def test_a_name_that_is_no_text(cluster: Path) -> None:
     queue = cluster / "queue"
     queue.write_bytes(queue.read_bytes().replace(b"\x1fx\x1f", b"\x1f\xff\n\x1f"))
     assert slurm.queue()[0].name == "\ufffd\n"
+
+
+def test_the_script_without_its_arguments_and_where_it_lies(cluster: Path) -> None:
+    # Slurm 22.05 shows arguments, 24.11 does not; each shows a relative path as it was typed.
+    run = cluster / "a run"
+    run.mkdir()
+    (run / "pretrain.sbatch").touch()
+    scripts = {
+        f"{run}/pretrain.sbatch recipes/a b/c.yaml --set x=/y": run / "pretrain.sbatch",
+        f"{run}/pretrain.sbatch": run / "pretrain.sbatch",
+        "./pretrain.sbatch": run / "pretrain.sbatch",
+        "pretrain.sbatch --set x=y": run / "pretrain.sbatch",
+        # Gone, or on another machine.
+        "/elsewhere/pretrain.sbatch": Path("/elsewhere/pretrain.sbatch"),
+    }
+    for command, script in scripts.items():
+        write_queue(cluster, {"job_id": 4, "command": command, "folder": str(run)})
+        assert slurm.queue()[0].script == script
+
+
+@pytest.mark.parametrize("state", ["PREEMPTED", "REVOKED", "TIMEOUT", "COMPLETED", "OUT_OF_MEMORY", "DEADLINE"])
+def test_a_job_that_is_over(cluster: Path, state: str) -> None:
+    write_queue(cluster, {"job_id": 4, "state": state})
+    assert slurm.queue()[0].is_over and not slurm.queue()[0].runs
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CONFIGURING", "RUNNING", "SUSPENDED", "SIGNALING", "STOPPED"])
+def test_a_job_that_has_its_nodes(cluster: Path, state: str) -> None:
+    write_queue(cluster, {"job_id": 4, "state": state})
+    assert slurm.queue()[0].runs and not slurm.queue()[0].is_over
+
+
+# As Slurm 22.05, 24.11 and 26.05 say it with slurmctld killed, but for the last ones: too busy, or just going down.
+AWAY = [
+    ("squeue", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"),
+    ("scancel", "scancel: error: Kill job error on job id 28: Unable to contact slurm controller (connect failure)"),
+    ("scontrol", "Unexpected message received for job 28"),
+    ("sinfo", "slurm_load_partitions: Socket timed out on send/recv operation"),
+    ("squeue", "slurm_load_jobs error: Zero Bytes were transmitted or received"),
+]
+
+
+@pytest.mark.parametrize(("name", "said"), AWAY)
+def test_slurm_does_not_answer(cluster: Path, name: str, said: str) -> None:
+    (cluster / name).write_text(f"#!/bin/bash\necho '{said}' >&2\nexit 1\n")
+    (cluster / name).chmod(0o755)
+    with pytest.raises(slurm.NoAnswer) as error:
+        slurm.run_slurm(name)
+    assert said in str(error.value) and "try again when `scontrol ping`" in str(error.value)
+
+
+@pytest.mark.parametrize("said", ["Invalid job id specified", "Access/permission denied", "Invalid user id"])
+def test_a_refusal_is_an_answer(cluster: Path, said: str) -> None:
+    (cluster / "scancel").write_text(f"#!/bin/bash\necho 'scancel: error: {said}' >&2\nexit 1\n")
+    (cluster / "scancel").chmod(0o755)
+    with pytest.raises(UserError, match=said) as error:
+        slurm.run_slurm("scancel", "17")
+    assert not isinstance(error.value, slurm.NoAnswer)
 
 
 def test_txssm_jobs(cluster: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

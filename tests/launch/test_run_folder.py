@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,16 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.launch import run_folder
 from megatron_txssm.launch.run_folder import (
     Attempt,
     attempts,
     current_step,
+    farthest_step,
     find_run,
     last_step,
+    load_run,
+    metrics_lines,
     new_attempt,
     read_submission,
 )
@@ -108,13 +113,16 @@ def test_a_damaged_attempt_is_named(tmp_path: Path, text: str) -> None:
     assert "remove its folder" in str(error.value)
 
 
-def test_a_field_of_another_version_is_named(tmp_path: Path) -> None:
-    attempt = some_attempt(tmp_path)
+def test_an_attempt_of_another_version_is_read(tmp_path: Path) -> None:
+    attempt = some_attempt(tmp_path, cause="failed", told_to_stop=True)
     attempt.save()
     path = attempt.folder / "attempt.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"colour": "red"}))
-    with pytest.raises(UserError, match="colour"):
-        attempts(tmp_path)
+    # A later one writes what this one does not know, an earlier one had less than this one has.
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"colour": "red", "folder": "/elsewhere"}))
+    assert attempts(tmp_path) == [attempt]
+    path.write_text(json.dumps({"job_id": "21", "nodes": ["n1"], "nproc_per_node": 2, "started": 1000.0}))
+    (read,) = attempts(tmp_path)
+    assert (read.done_before, read.saved_before, read.cause, read.failed_nodes) == (0, None, None, {})
 
 
 def test_ranks_are_dealt_out_in_blocks(tmp_path: Path) -> None:
@@ -207,6 +215,81 @@ def test_a_run_that_went_back_is_where_its_last_line_is(tmp_path: Path) -> None:
     metrics.write_text("".join(f'{{"iteration": {step}, "grad_norm": 1.0, "x": "{"y" * 90}"}}\n' for step in steps))
     assert metrics.stat().st_size > 65536
     assert (last_step(metrics), current_step(metrics)) == (1000, 900)
+
+
+def test_a_step_behind_a_torn_begin_is_found_in_the_same_line(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_bytes(b'{"iteration": 7, "gr{"iteration": 8, "grad_norm": 1.0}\n')
+    assert last_step(metrics) == current_step(metrics) == 8
+
+
+def test_the_farthest_step_is_exact_whatever_the_file_holds(tmp_path: Path) -> None:
+    draw = random.Random(20250609)
+    metrics = tmp_path / "metrics.jsonl"
+    for _ in range(300):
+        lines = []
+        step = 0
+        for _ in range(draw.randrange(60)):
+            step = max(0, step + draw.choice([1, 1, 1, 1, -5]))
+            line = f'{{"iteration": {step}, "grad_norm": 1.0, "x": "{"y" * draw.randrange(90)}"}}\n'
+            kinds = [line, line, line, line[: draw.randrange(len(line))], line.replace("grad_norm", "validation loss")]
+            lines.append(draw.choice(kinds))
+        metrics.write_text("".join(lines))
+        steps = [line["iteration"] for line in metrics_lines(metrics) if "grad_norm" in line]
+        assert last_step(metrics) == max(steps, default=None)
+        assert current_step(metrics) == (steps[-1] if steps else None)
+        size = draw.choice([1, 7, 50, 1000, 100_000])
+        blocks = list(run_folder._blocks_from_the_end(metrics, 0, size))
+        assert b"".join(reversed(blocks)) == metrics.read_bytes()
+        assert all(block.endswith(b"\n") for block in blocks[1:])
+
+
+def test_what_an_attempts_record_knows_is_not_read_again(recipe: Recipe) -> None:
+    first = new_attempt(recipe, "21", ["n1"], 1)
+    for step in range(1, 31):
+        write_step(recipe, step)
+    second = new_attempt(recipe, "21", ["n1"], 1)
+    assert second.done_before == 30 and farthest_step(recipe.run_path / "metrics.jsonl", first) == 30
+    for step in range(21, 26):
+        write_step(recipe, step)
+    metrics = recipe.run_path / "metrics.jsonl"
+    assert farthest_step(metrics, second) == 30
+    # Bytes before its begin are not looked at.
+    metrics.write_bytes(metrics.read_bytes().replace(b'"iteration": 10,', b'"iteration": 99,'))
+    assert farthest_step(metrics, second) == 30 and last_step(metrics) == 99
+    third = new_attempt(recipe, "21", ["n1"], 1)
+    assert third.done_before == 30
+    # Somebody begins again in the same folder.
+    metrics.unlink()
+    assert farthest_step(metrics, third) is None
+    write_step(recipe, 1)
+    assert farthest_step(metrics, third) == 1 == new_attempt(recipe, "21", ["n1"], 1).done_before
+
+
+# --- A run's own recipe.
+
+
+def test_the_recipe_is_that_of_the_folder_it_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As earlier versions froze it: relative to where it was submitted.
+    place = tmp_path / "home" / "runs" / "a"
+    place.mkdir(parents=True)
+    text = "extends: demo_cpu\nname: a\nrun_directory: runs/a\ncheckpoint: {directory: ckpt}\n"
+    (place / "recipe.yaml").write_text(text)
+    (place / "submission.json").write_text(json.dumps({"directory": str(tmp_path / "home")}))
+    monkeypatch.chdir(tmp_path)
+    assert load_run(place).run_path == place
+    assert load_run(place).checkpoint_path == tmp_path / "home" / "ckpt"
+    monkeypatch.chdir(tmp_path / "home")
+    assert load_run(Path("runs/a")).run_path.resolve() == place
+    # Copied or moved: it is where it is.
+    moved = tmp_path / "moved"
+    place.rename(moved)
+    assert load_run(moved).run_path == moved
+    # A folder of checkpoints keeps the recipe of its run.
+    run = load_recipe("demo_cpu", [f"run_directory={tmp_path}/b"])
+    (tmp_path / "b" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "b" / "checkpoints" / "recipe.yaml").write_text(run.frozen(tmp_path / "b" / "checkpoints"))
+    assert load_run(tmp_path / "b" / "checkpoints").run_path.resolve() == tmp_path / "b"
 
 
 # --- Finding a run.
