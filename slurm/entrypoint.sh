@@ -47,8 +47,23 @@ step() {
   exit "$code"
 }
 
+# Runs the supervisor, once more where a signal killed it (for its host's memory, mostly): the job would end with it.
+# Slurm's SIGTERM is the supervisor's to answer.
+supervise() {
+  local code stopped='' tries=0 pid
+  while :; do
+    "$python" -m megatron_txssm.launch.supervisor "$@" &
+    pid=$!
+    trap 'stopped=yes; kill -TERM "$pid" 2>/dev/null || true' TERM
+    # A trap interrupts `wait`.
+    while code=0 && { wait "$pid" || code=$?; } && kill -0 "$pid" 2>/dev/null; do :; done
+    if ((code <= 128 || ++tries > 3)) || [[ $stopped ]]; then exit "$code"; fi
+    say "END supervisor: killed by signal $((code - 128))"
+  done
+}
+
 case $stage in
-  pretrain) exec "$python" -m megatron_txssm.launch.supervisor "$@" ;;
+  pretrain) supervise "$@" ;;
   shard) step "$step_python" -m datatrove.tools.launch_pickled_pipeline "$@" ;;
   convert) step "$step_python" -m megatron_txssm.cli convert export "$@" ;;
   evaluate) step "$step_python" -m megatron_txssm.cli evaluate "$@" ;;

@@ -1,9 +1,10 @@
-"""Ends a training step that hangs: no line in metrics.jsonl for too long, whatever the reason.
+"""Ends a training step that hangs: nothing new in metrics.jsonl for too long, whatever the reason.
 
 A rank that is stopped, or waits for a file system, makes all others wait in a collective; Megatron's own
 --distributed-timeout-minutes ends those. Where every rank waits for something else, only this does.
 """
 
+import contextlib
 import re
 import subprocess
 import time
@@ -11,34 +12,53 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.launch.preflight import saved_step
 from megatron_txssm.launch.slurm import run_slurm
 
-# Before the first step: imports, the index of a large corpus, the first compilation.
-STARTUP_SECONDS = 1800
 # For the ranks to write their stacks.
 STACKS_SECONDS = 3
+# For a step that was killed to be gone from every node.
+LEFTOVER_SECONDS = 60
+# Between two looks of a process that runs: after more, it was suspended together with the trainer.
+SUSPENDED_SECONDS = 30
 
 
 class StallWatch:
-    """Watches metrics.jsonl, which grows with every step and every validation."""
+    """Watches metrics.jsonl, which grows with every step and every validation, and the checkpoints' folder.
 
-    def __init__(self, run: Path, timeout_seconds: float):
+    `limits`: seconds until the first step (imports, the index of a large corpus, the first compilation), from then on
+    without a step or validation, and without one while a checkpoint is written: {"start": …, "step": …, "save": …}.
+    """
+
+    def __init__(self, run: Path, checkpoints: Path, limits: dict[str, float]):
         self.run = run
-        self.timeout_seconds = timeout_seconds
+        self.checkpoints = checkpoints
+        self.limits = limits
         self.size = 0
         self.size = self._size()
         self.started = False
+        # What an earlier attempt left half-written.
+        self.leftovers = self._unfinished()
         # This machine's clock: that of the file server may differ.
-        self.grew = time.monotonic()
+        self.grew = self.looked = time.monotonic()
 
-    def is_stalled(self) -> bool:
+    def stalled_phase(self) -> str | None:
+        """Of `limits`, the one that is exceeded; None while the trainer comes on."""
+        now = time.monotonic()
+        if now - self.looked > SUSPENDED_SECONDS:
+            # scontrol suspend, or a machine that slept.
+            self.grew += now - self.looked
+        self.looked = now
         size = self._size()
         if size != self.size:
-            self.size, self.grew, self.started = size, time.monotonic(), True
-        limit = self.timeout_seconds if self.started else max(self.timeout_seconds, STARTUP_SECONDS)
-        return time.monotonic() - self.grew > limit
+            self.size, self.grew, self.started = size, now, True
+        silent = now - self.grew
+        if silent <= min(self.limits.values()):
+            return None
+        phase = "start" if not self.started else "save" if self._unfinished() - self.leftovers else "step"
+        return phase if silent > self.limits[phase] else None
 
-    def end_step(self, job_id: str, srun: subprocess.Popen, num_ranks: int) -> dict[str, Any]:
+    def end_step(self, job_id: str, srun: subprocess.Popen, num_ranks: int, phase: str) -> dict[str, Any]:
         """Let every rank write its stacks into its log, then kill the step; returns `Attempt.hang`."""
         seconds = time.monotonic() - self.grew
         logs = [self.run / "logs" / f"rank_{rank}.log" for rank in range(num_ranks)]
@@ -49,11 +69,11 @@ class StallWatch:
             time.sleep(STACKS_SECONDS)
             silent = [rank for rank, log in enumerate(logs) if not _wrote_stacks(log, before[rank])]
             run_slurm("scancel", "--signal=KILL", step)
-        except UserError:
+        except (UserError, OSError):
             # slurmctld is away; without its srun the step ends, too.
             silent = []
             srun.kill()
-        return {"seconds": round(seconds, 1), "silent_ranks": silent}
+        return {"seconds": round(seconds, 1), "silent_ranks": silent, "during": phase}
 
     def _size(self) -> int:
         try:
@@ -62,14 +82,40 @@ class StallWatch:
             # Not there yet; or the file server is away, which is no step.
             return self.size
 
+    def _unfinished(self) -> set[tuple[str, int]]:
+        """(name, time of the last change) of the checkpoints behind the newest: one is being written, or never was."""
+        try:
+            newest = saved_step(self.checkpoints) or 0
+            found = {path.name.removeprefix("iter_"): path.stat().st_mtime_ns for path in self.checkpoints.iterdir()}
+        except (OSError, UserError):
+            return set()
+        return {(name, changed) for name, changed in found.items() if name.isdecimal() and int(name) > newest}
+
+
+def end_leftover_steps(job_id: str) -> None:
+    """Kill the steps that an earlier attempt of this job left, and wait until they are gone; else they train on."""
+    deadline = time.monotonic() + LEFTOVER_SECONDS
+    # A slurmctld that is away is waited for by srun itself.
+    with contextlib.suppress(UserError):
+        while (steps := _steps(job_id)) and time.monotonic() < deadline:
+            for step in steps:
+                # It may end by itself meanwhile.
+                with contextlib.suppress(UserError):
+                    run_slurm("scancel", "--signal=KILL", step)
+            time.sleep(0.5)
+
+
+def _steps(job_id: str) -> dict[str, str]:
+    """Number -> name of the steps that the supervisor starts."""
+    steps = run_slurm("squeue", "--noheader", "--steps", f"--jobs={job_id}", "--format=%i %j")
+    return dict(re.findall(rf"^({job_id}\.\d+) (train|preflight)$", steps, re.MULTILINE))
+
 
 def _step_id(job_id: str) -> str:
-    """The trainer's step: there may be others."""
-    steps = run_slurm("squeue", "--noheader", "--steps", f"--jobs={job_id}", "--format=%i %j")
-    found = re.search(rf"^({job_id}\.\d+) train$", steps, re.MULTILINE)
-    if found is None:
-        raise UserError(f"job {job_id} has no step named train")
-    return found[1]
+    for step, name in _steps(job_id).items():
+        if name == "train":
+            return step
+    raise UserError(f"job {job_id} has no step named train")
 
 
 def _wrote_stacks(log: Path, offset: int) -> bool:

@@ -7,33 +7,45 @@ near its time limit (`--signal=TERM@120` tells the trainer, which saves), one wh
 """
 
 import argparse
+import contextlib
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from types import FrameType
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
-from megatron_txssm.launch.diagnosis import Diagnosis, close, record
+from megatron_txssm.launch.decision import MAX_IDLE_ATTEMPTS, Decision, decide, idle_attempts
+from megatron_txssm.launch.diagnosis import Diagnosis, close, lost_nodes, record
 from megatron_txssm.launch.environment import srun_words, step_python
 from megatron_txssm.launch.node_preflight import NodePreflight
 from megatron_txssm.launch.preflight import is_finished, make_run_directory
-from megatron_txssm.launch.requeue import MAX_IDLE_ATTEMPTS, idle_attempts, refusal, requeue, spare_nodes_refusal
+from megatron_txssm.launch.requeue import excluded_nodes, requeue, spare_nodes_refusal
 from megatron_txssm.launch.run_folder import Attempt, attempts, new_attempt
-from megatron_txssm.launch.stall import StallWatch
+from megatron_txssm.launch.stall import StallWatch, end_leftover_steps
 from megatron_txssm.recipe.loader import load_recipe
 
 # Option -> (default, unit, what it says).
 LIMITS = {
-    "step-timeout": (1800, "SECONDS", "without a step or a validation for so long, the trainer is ended as hung"),
+    "start-timeout": (1800, "SECONDS", "without a first step for so long, the trainer is ended as hung"),
+    "step-timeout": (1800, "SECONDS", "the same without a step or a validation"),
+    "save-timeout": (1800, "SECONDS", "the same while a checkpoint is written"),
     "stop-before": (120, "SECONDS", "before the time limit, the trainer saves and the job requeues itself"),
+    "restarts": (3, "N", "of the trainer within the job, after failures behind new steps, before a requeue"),
     "max-requeues": (10, "N", "after failures; preemptions and time limits are not counted"),
 }
 POLL_SECONDS = 0.5
 # Slurm sends the signal of --signal up to a minute early.
 SIGNAL_SLACK_SECONDS = 75
+# Nodes that a job avoids because the run's folder was unusable there. Beyond, the folder is to blame.
+MAX_UNUSABLE_NODES = 5
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:
@@ -47,81 +59,137 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="supervisor")
     parser.add_argument("recipe")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--nodes", type=int, default=0, help="to train on; the job's others are spare (default: all)")
     add_limits(parser)
     args = parser.parse_args(argv)
     try:
         if "SLURM_JOB_ID" not in os.environ:
-            raise UserError("this is no Slurm job; submit one: txssm submit --help")
-        return Supervisor(args).run()
+            raise UserError("this process is not part of a Slurm job; submit one: txssm submit --help")
+        try:
+            check_run_folder(Path(args.recipe))
+            return Supervisor(args).run()
+        except OSError as error:
+            return leave_node(error)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
+def check_run_folder(recipe: Path) -> None:
+    """OSError where this node does not see the submitted recipe, or cannot write beside it."""
+    # By hand, a recipe may be given by name.
+    if recipe.is_absolute():
+        recipe.stat()
+        with tempfile.TemporaryFile(dir=recipe.parent):
+            pass
+
+
+def leave_node(error: OSError) -> int:
+    """Requeue the job after an error of this process's own: held where the disk is full, else without this node."""
+    job, node = os.environ["SLURM_JOB_ID"], os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    _say(f"ERROR on {node}: {error}")
+    if error.errno in _NO_ROOM:
+        _say(f"the job is requeued and held; make room, then: scontrol release {job}")
+        requeue(job, hold=True)
+    if len(excluded_nodes(job)) >= MAX_UNUSABLE_NODES:
+        raise UserError(f"{error}; the job avoids {MAX_UNUSABLE_NODES} nodes already, so this is not a node's fault")
+    _say(f"the job is requeued without {node}")
+    requeue(job, [node])
+
+
 class Supervisor:
-    """One attempt of a job."""
+    """One start of a job: an attempt, and another one where the trainer can start again on the job's nodes."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.recipe = load_recipe(args.recipe, args.overrides)
         self.job_id = os.environ["SLURM_JOB_ID"]
         self.nodes = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
+        self.num_nodes = args.nodes or len(self.nodes)
         tasks = os.environ.get("SLURM_NTASKS_PER_NODE")
         self.nproc_per_node = int(tasks or int(os.environ.get("SLURM_NTASKS", "1")) // len(self.nodes))
         self.time_limit = self._time_limit()
         self.told_to_stop = False
+        self.trouble: OSError | None = None
         # Slurm tells the trainer at the same time; this process must outlive it, to say what happened.
         signal.signal(signal.SIGTERM, self._note_stop)
 
     def run(self) -> int:
         """The job's exit code; does not return where the job is requeued."""
         if is_finished(self.recipe):
-            print(f"{self.recipe.name}: finished before; {self.recipe.checkpoint_path} holds its last step")
+            _say(f"{self.recipe.name}: finished before; {self.recipe.checkpoint_path} holds its last step")
             return 0
         make_run_directory(self.recipe)
+        self._close_last_attempt()
+        restarts = self.args.restarts
+        while True:
+            before = attempts(self.recipe.run_path)
+            if (idle := idle_attempts(before, self.job_id)) >= MAX_IDLE_ATTEMPTS:
+                raise UserError(f"{idle} attempts in a row came no further; see: txssm why {self.recipe.run_path}")
+            attempt = new_attempt(self.recipe, self.job_id, self.nodes, self.nproc_per_node)
+            self._train(attempt)
+            diagnosis = self._diagnose(attempt)
+            decision = self._decide(attempt, diagnosis, before, restarts)
+            if decision is not None:
+                self._note_action(attempt, str(decision))
+            if self.trouble is not None and (decision is None or decision.do != "end"):
+                return leave_node(self.trouble)
+            if decision is None or decision.do == "end":
+                return self._exit_code(attempt, diagnosis)
+            if decision.do != "restart":
+                requeue(self.job_id, decision.leave_out, hold=decision.do == "hold")
+            restarts -= 1
+            self.nodes = [node for node in self.nodes if node not in decision.leave_out]
+            end_leftover_steps(self.job_id)
+
+    def _close_last_attempt(self) -> None:
+        """Where its supervisor was killed: with its node, for its memory, or before it could say."""
         before = attempts(self.recipe.run_path)
         if before and before[-1].cause is None:
-            # Its supervisor was killed with its node, or before it could say.
+            if before[-1].job_id == self.job_id:
+                end_leftover_steps(self.job_id)
             close(before[-1], self.recipe)
             before[-1].save()
-        if (idle := idle_attempts(before, self.job_id)) >= MAX_IDLE_ATTEMPTS:
-            raise UserError(f"{idle} attempts in a row came no further; see: txssm why {self.recipe.run_path}")
-        attempt = new_attempt(self.recipe, self.job_id, self.nodes, self.nproc_per_node)
-        nodes = f"{len(self.nodes)} node{'s' if len(self.nodes) > 1 else ''} ({', '.join(self.nodes)})"
-        _say(f"START attempt {attempt.number} of {self.recipe.run_path}: job {self.job_id} on {nodes}")
-        self._train(attempt)
-        attempt.told_to_stop = self.told_to_stop
-        diagnosis = close(attempt, self.recipe)
-        if diagnosis.cause in ("stopped", "step_cancelled") and self._is_out_of_time(
-            self.args.stop_before + SIGNAL_SLACK_SECONDS
-        ):
-            record(attempt, diagnosis := Diagnosis("time_limit"))
-        attempt.save()
-        _say(f"END attempt {attempt.number}: {diagnosis}")
-        return self._go_on(attempt, diagnosis, before)
 
     def _train(self, attempt: Attempt) -> None:
-        """Preflight and trainer; fills in how they ended."""
+        """Preflight and trainer; fills in where they ran and how they ended."""
         preflight = NodePreflight(self.recipe, self.args.recipe, self.nodes, attempt.folder)
-        attempt.failed_nodes = preflight.run()
-        if attempt.failed_nodes or self.told_to_stop:
+        failed = preflight.run()
+        healthy = [node for node in self.nodes if node not in failed]
+        if len(healthy) < self.num_nodes:
+            attempt.failed_nodes = failed
             return
+        # The job's others are spare.
+        self.nodes, attempt.nodes = healthy, healthy[: self.num_nodes]
+        places = f"{len(attempt.nodes)} node{'s' if len(attempt.nodes) > 1 else ''} ({', '.join(attempt.nodes)})"
+        _say(f"START attempt {attempt.number} of {self.recipe.run_path}: job {self.job_id} on {places}")
+        if self.told_to_stop:
+            return
+        self._save(attempt)
         # What tells a worker that it is one, and where to leave its last words.
-        environment = os.environ | {"TXSSM_ATTEMPT": str(attempt.folder), "MASTER_PORT": str(preflight.port)}
-        step = subprocess.Popen(self._step_command(), env=environment)
-        watch = StallWatch(self.recipe.run_path, self.args.step_timeout)
+        environment = os.environ | {
+            "TXSSM_ATTEMPT": str(attempt.folder),
+            "MASTER_ADDR": attempt.nodes[0],
+            "MASTER_PORT": str(preflight.port),
+        }
+        step = subprocess.Popen(self._step_command(attempt.nodes), env=environment)
+        limits = {name: getattr(self.args, f"{name}_timeout") for name in ("start", "step", "save")}
+        watch = StallWatch(self.recipe.run_path, self.recipe.checkpoint_path, limits)
         while (code := step.poll()) is None and not (self.told_to_stop and self._is_out_of_time()):
             time.sleep(POLL_SECONDS)
-            if attempt.hang is None and not self.told_to_stop and watch.is_stalled():
-                attempt.hang = watch.end_step(self.job_id, step, len(self.nodes) * self.nproc_per_node)
+            if attempt.hang is None and not self.told_to_stop and (phase := watch.stalled_phase()):
+                num_ranks = len(attempt.nodes) * self.nproc_per_node
+                attempt.hang = watch.end_step(self.job_id, step, num_ranks, phase)
         attempt.exit_code = code
 
-    def _step_command(self) -> list[str]:
+    def _step_command(self, nodes: list[str]) -> list[str]:
         trainer = [step_python(), "-u", "-m", "megatron_txssm.cli", "pretrain", self.args.recipe]
         trainer += [word for text in self.args.overrides for word in ("--set", text)]
         return [
             *srun_words("train"),
-            f"--nodes={len(self.nodes)}",
+            f"--nodes={len(nodes)}",
+            f"--nodelist={','.join(nodes)}",
+            f"--ntasks={len(nodes) * self.nproc_per_node}",
             f"--ntasks-per-node={self.nproc_per_node}",
             "--distribution=block",
             # One rank's end is the step's: the others would wait for it.
@@ -129,11 +197,67 @@ class Supervisor:
             *trainer,
         ]
 
+    def _diagnose(self, attempt: Attempt) -> Diagnosis:
+        attempt.told_to_stop = self.told_to_stop
+        diagnosis = close(attempt, self.recipe)
+        if diagnosis.cause in ("stopped", "step_cancelled") and self._is_out_of_time(
+            self.args.stop_before + SIGNAL_SLACK_SECONDS
+        ):
+            record(attempt, diagnosis := Diagnosis("time_limit"))
+        self._save(attempt)
+        _say(f"END attempt {attempt.number}: {diagnosis}")
+        return diagnosis
+
+    def _decide(self, attempt: Attempt, diagnosis: Diagnosis, before: list[Attempt], restarts: int) -> Decision | None:
+        """What to do next; None where nothing is to be done."""
+        if diagnosis.cause == "finished":
+            return None
+        if attempt.told_to_stop and diagnosis.cause != "time_limit_hit":
+            # What it was told to stop for is Slurm's to mend: a requeue here would revive a cancelled job.
+            self._note_action(attempt, "Slurm ended the job; it starts again what it preempted and what lost a node")
+            return None
+        partition = os.environ["SLURM_JOB_PARTITION"]
+        if attempt.failed_nodes:
+            failed = tuple(attempt.failed_nodes)
+            why_not = spare_nodes_refusal(failed, self.nodes, partition)
+            return Decision("end", why_not) if why_not else Decision("requeue", leave_out=failed)
+        lost = lost_nodes(self.nodes)
+        self.nodes = [node for node in self.nodes if node not in lost]
+        decision = decide(attempt, before, self.args.max_requeues, restarts, self.nodes)
+        replaceable = decision.do != "requeue" or not decision.leave_out
+        if not replaceable and spare_nodes_refusal(decision.leave_out, attempt.nodes, partition):
+            # Better with a node that may be bad than not at all.
+            decision = Decision("requeue")
+        return decision
+
+    def _exit_code(self, attempt: Attempt, diagnosis: Diagnosis) -> int:
+        if diagnosis.cause == "finished":
+            return 0
+        if diagnosis.cause in ("refused", "preflight"):
+            return 2
+        # Megatron's own exits are no failure; whoever waits for this job must not take it for finished, though.
+        return attempt.exit_code or 1
+
+    def _note_action(self, attempt: Attempt, text: str) -> None:
+        attempt.action = text
+        self._save(attempt)
+        _say(text)
+
+    def _save(self, attempt: Attempt) -> None:
+        """A full disk, or one that is gone, must not keep the job from what comes next."""
+        try:
+            attempt.save()
+        except OSError as error:
+            self.trouble = error
+            _say(f"{attempt.folder} cannot be written: {error.strerror}")
+
     def _note_stop(self, number: int, frame: FrameType | None) -> None:
         self.told_to_stop = True
 
     def _time_limit(self) -> float:
         """When Slurm will end the job, in seconds since the epoch."""
+        if (known := os.environ.get("SLURM_JOB_END_TIME", "")).isdecimal():
+            return float(known)
         try:
             return next((job.end_time for job in slurm.queue() if job.job_id == self.job_id), 0) or float("inf")
         except UserError:
@@ -143,32 +267,11 @@ class Supervisor:
         """At the time limit itself a trainer that still saves has KillWait left, and this process no longer."""
         return time.time() > self.time_limit - margin_seconds
 
-    def _go_on(self, attempt: Attempt, diagnosis: Diagnosis, before: list[Attempt]) -> int:
-        """Requeue the job, or end it with its exit code."""
-        if diagnosis.cause == "finished":
-            return 0
-        if attempt.told_to_stop and diagnosis.cause != "time_limit_hit":
-            # What it was told to stop for is Slurm's to mend: a requeue here would revive a cancelled job.
-            attempt.action = "Slurm ended the job; it starts again what it preempted and what lost a node"
-            attempt.save()
-            return attempt.exit_code or 1
-        if attempt.failed_nodes:
-            why_not = spare_nodes_refusal(attempt, os.environ["SLURM_JOB_PARTITION"])
-        else:
-            why_not = refusal(attempt, before, self.args.max_requeues)
-        attempt.action = "the job was requeued" if why_not is None else f"the job was not requeued: {why_not}"
-        attempt.save()
-        _say(attempt.action)
-        if why_not is None:
-            requeue(self.job_id, list(attempt.failed_nodes))
-        if diagnosis.cause in ("refused", "preflight"):
-            return 2
-        # Megatron's own exits are no failure; whoever waits for this job must not take it for finished, though.
-        return attempt.exit_code or 1
-
 
 def _say(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}", flush=True)
+    # The output file may lie on the disk that is full.
+    with contextlib.suppress(OSError):
+        print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.causes import cause_of
+from megatron_txssm.launch.decision import RETRIED
 from megatron_txssm.launch.diagnosis import CAUSES, Diagnosis, close, diagnose, record, recorded
-from megatron_txssm.launch.requeue import RETRIED
 from megatron_txssm.launch.run_folder import Attempt, attempts
 from megatron_txssm.recipe.loader import load_recipe
 from tests.launch.some_attempt import some_attempt

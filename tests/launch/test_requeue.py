@@ -1,91 +1,32 @@
-"""Whether a job starts again: decisions that need no cluster, but for what sinfo answers."""
+"""How a job is requeued, and whether other nodes can take the place of bad ones."""
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.diagnosis import CAUSES
-from megatron_txssm.launch.requeue import (
-    MAX_IDLE_ATTEMPTS,
-    RETRIED,
-    idle_attempts,
-    refusal,
-    requeue,
-    spare_nodes_refusal,
-)
-from megatron_txssm.launch.run_folder import Attempt
-from tests.launch.some_attempt import some_attempt
+from megatron_txssm.launch import slurm
+from megatron_txssm.launch.requeue import requeue, spare_nodes_refusal
+
+NODES = ["n1", "n2"]
 
 
-def ended(run: Path, cause: str, number: int = 1, last_step: int | None = 20, **fields: object) -> Attempt:
-    """An attempt from step 10 to `last_step`."""
-    return some_attempt(run, number, cause=cause, last_step=last_step, **fields)
+@pytest.fixture(autouse=True)
+def pass_time(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Makes sleeping take no time; lists the sleeps."""
+    slept: list[float] = []
+    now = [1000.0]
 
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
 
-@pytest.mark.parametrize("cause", sorted(RETRIED))
-def test_what_came_further_may_start_again(tmp_path: Path, cause: str) -> None:
-    assert refusal(ended(tmp_path, cause), [], max_requeues=1) is None
-
-
-@pytest.mark.parametrize("cause", sorted(set(CAUSES) - RETRIED))
-def test_what_would_end_the_same_way_may_not(tmp_path: Path, cause: str) -> None:
-    assert refusal(ended(tmp_path, cause), [], max_requeues=10) == "another try would end the same way"
-
-
-@pytest.mark.parametrize("cause", sorted(RETRIED))
-@pytest.mark.parametrize("last_step", [None, 9, 10])
-def test_what_came_no_further_may_not(tmp_path: Path, cause: str, last_step: int | None) -> None:
-    why_not = refusal(ended(tmp_path, cause, last_step=last_step), [], max_requeues=10)
-    assert why_not == "this attempt came no further than those before it"
-
-
-def test_one_step_or_a_later_checkpoint_is_further(tmp_path: Path) -> None:
-    assert refusal(ended(tmp_path, "failed", last_step=11), [], 10) is None
-    # Rank 0's metrics were lost with its node, the checkpoint was not.
-    assert refusal(ended(tmp_path, "failed", last_step=None, saved_after=11), [], 10) is None
-    assert refusal(ended(tmp_path, "failed", last_step=None, saved_after=10), [], 10) is not None
-    # The first checkpoint of all.
-    assert refusal(ended(tmp_path, "failed", last_step=None, saved_before=None, saved_after=5), [], 10) is None
-
-
-def test_failures_are_counted_of_this_job_only(tmp_path: Path) -> None:
-    before = [
-        ended(tmp_path, "failed", 1),
-        ended(tmp_path, "hung", 2),
-        # No failures, however many.
-        *(ended(tmp_path, cause, 3 + n) for n, cause in enumerate(["time_limit", "preempted", "node_failure"] * 4)),
-        ended(tmp_path, "failed", 20, job_id="20"),
-    ]
-    attempt = ended(tmp_path, "failed", 21)
-    assert refusal(attempt, before, max_requeues=3) is None
-    assert refusal(attempt, before, max_requeues=2) == "it has failed 2 times before (--max-requeues 2)"
-    assert refusal(attempt, [], max_requeues=0) is not None
-
-
-@pytest.mark.parametrize("cause", ["time_limit", "stopped"])
-def test_time_limits_are_no_failures(tmp_path: Path, cause: str) -> None:
-    before = [ended(tmp_path, "failed", number) for number in range(1, 6)]
-    assert refusal(ended(tmp_path, cause, 6), before, max_requeues=0) is None
-
-
-def test_idle_attempts_in_a_row(tmp_path: Path) -> None:
-    idle = [ended(tmp_path, "node_failure", number, last_step=10) for number in range(1, 8)]
-    further = ended(tmp_path, "node_failure", 8)
-    other = ended(tmp_path, "failed", 9, last_step=10, job_id="20")
-    assert idle_attempts([], "21") == 0
-    assert idle_attempts(idle[:2], "21") == 2
-    assert idle_attempts([*idle[:2], further], "21") == 0
-    assert idle_attempts([*idle[:2], further, idle[2]], "21") == 1
-    # These had no chance.
-    taken = [ended(tmp_path, cause, 10, last_step=10) for cause in ("preempted", "requeued")]
-    assert idle_attempts([*taken, idle[0], *taken, idle[1], *taken], "21") == 2
-    # Of a job before this one: whoever submitted it again wants another try.
-    assert idle_attempts([*idle, other], "21") == 0
-    assert idle_attempts([other, *idle[:MAX_IDLE_ATTEMPTS]], "21") == MAX_IDLE_ATTEMPTS
+    monkeypatch.setattr("time.sleep", sleep)
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    return slept
 
 
 @pytest.fixture
@@ -103,14 +44,10 @@ def sinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return answer
 
 
-def unfit(run: Path, *nodes: str) -> Attempt:
-    return some_attempt(run, failed_nodes={node: ["no GPU"] for node in nodes})
-
-
 @pytest.mark.parametrize("state", ["idle", "alloc", "mix", "comp", "resv", "plnd", "idle~", "idle#"])
 def test_a_node_that_can_take_the_place(tmp_path: Path, sinfo: Path, state: str) -> None:
     sinfo.write_text(f"n1 alloc\nn2 alloc\nn3 {state}\n")
-    assert spare_nodes_refusal(unfit(tmp_path, "n2"), "main") is None
+    assert spare_nodes_refusal(["n2"], NODES, "main") is None
     words = (sinfo.parent / "asked").read_text().splitlines()
     assert "--partition=main" in words and "--Node" in words
 
@@ -120,26 +57,33 @@ def test_a_node_that_can_take_the_place(tmp_path: Path, sinfo: Path, state: str)
 )
 def test_a_node_that_cannot(tmp_path: Path, sinfo: Path, state: str) -> None:
     sinfo.write_text(f"n1 alloc\nn2 alloc\nn3 {state}\n")
-    why_not = spare_nodes_refusal(unfit(tmp_path, "n2"), "main")
+    why_not = spare_nodes_refusal(["n2"], NODES, "main")
     assert why_not == "partition main has no node that could take the place of n2"
 
 
 def test_an_unfit_node_is_no_spare_node(tmp_path: Path, sinfo: Path) -> None:
     sinfo.write_text("n1 alloc\nn2 idle\nn3 drain\n")
-    assert spare_nodes_refusal(unfit(tmp_path, "n2"), "main") is not None
+    assert spare_nodes_refusal(["n2"], NODES, "main") is not None
     sinfo.write_text("n1 alloc\nn2 idle\n")
-    assert spare_nodes_refusal(unfit(tmp_path, "n2"), "main") is not None
+    assert spare_nodes_refusal(["n2"], NODES, "main") is not None
 
 
 def test_where_every_node_is_unfit_the_nodes_are_not_to_blame(tmp_path: Path, sinfo: Path) -> None:
     sinfo.write_text("n1 idle\nn2 idle\nn3 idle\nn4 idle\n")
-    assert spare_nodes_refusal(unfit(tmp_path, "n1", "n2"), "main") == "every node failed the preflight"
+    assert spare_nodes_refusal(["n1", "n2"], NODES, "main") == "every node failed the preflight"
 
 
-def test_a_silent_controller_is_named(tmp_path: Path, sinfo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_txssm.launch.requeue.REQUEUE_SECONDS", 0)
-    with pytest.raises(UserError, match="Unable to contact slurm controller"):
-        spare_nodes_refusal(unfit(tmp_path, "n2"), "main")
+def test_a_silent_controller_is_waited_for(
+    sinfo: Path, monkeypatch: pytest.MonkeyPatch, pass_time: list[float]
+) -> None:
+    def come_back(seconds: float) -> None:
+        pass_time.append(seconds)
+        if sum(pass_time) > 7200:
+            sinfo.write_text("n1 alloc\nn2 alloc\nn3 idle\n")
+
+    monkeypatch.setattr("time.sleep", come_back)
+    assert spare_nodes_refusal(["n2"], NODES, "main") is None
+    assert max(pass_time) <= 15
 
 
 @pytest.fixture
@@ -150,44 +94,112 @@ def signal_mask() -> Iterator[None]:
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@pytest.mark.usefixtures("signal_mask")
-def test_a_requeue_keeps_the_nodes_that_were_left_out_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_txssm.launch import slurm
+# What scontrol said on Slurm 22.05 while slurmctld was killed, started, or busy.
+AWAY = [
+    "Unexpected message received for job 21",
+    "Unable to contact slurm controller (connect failure) for job 21",
+    "slurm_job_requeue error: Zero Bytes were transmitted or received",
+    "Job can not be altered now, try again later for job 21",
+    "words of a later version",
+]
 
-    said: list[tuple[str, ...]] = []
 
-    def run_slurm(*command: str, **_: object) -> str:
-        said.append(command)
-        if len(said) == 1:
-            raise UserError("scontrol requeue 21: Unable to contact slurm controller (connect failure)")
+class Slurm:
+    """Plays scontrol and squeue; `answers`: to the next `scontrol requeue`s, empty for one that it takes."""
+
+    def __init__(self, *answers: str, excluded: str = "", up: bool = True):
+        self.answers, self.excluded, self.up = list(answers), excluded, up
+        self.said: list[tuple[str, ...]] = []
+
+    def __call__(self, *command: str, **_: object) -> str:
+        if command == ("scontrol", "ping"):
+            return f"Slurmctld(primary) at n0 is {'UP' if self.up else 'DOWN'}\n"
+        self.said.append(command)
+        if command[1].startswith("requeue") and self.answers and (answer := self.answers.pop(0)):
+            raise UserError(f"{' '.join(command)}: {answer}")
         return ""
 
-    job = slurm.Job("21", "x", "RUNNING", "None", "n[1-2]", "main", Path("/r/pretrain.sbatch"), "n[7-8]", 0)
-    monkeypatch.setattr(slurm, "queue", lambda: [job])
-    monkeypatch.setattr(slurm, "hostnames", lambda nodes: {"n[7-8]": ["n7", "n8"], "": []}[nodes])
-    monkeypatch.setattr(slurm, "run_slurm", run_slurm)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    # Which here goes on to live.
+    def queue(self) -> list[slurm.Job]:
+        script = Path("/r/pretrain.sbatch")
+        return [slurm.Job("21", "x", "RUNNING", "None", "n[1-2]", "main", script, self.excluded, 0)]
+
+
+@pytest.fixture
+def play(monkeypatch: pytest.MonkeyPatch, signal_mask: None) -> Callable[[Slurm], Slurm]:
+    def play(played: Slurm) -> Slurm:
+        monkeypatch.setattr(slurm, "run_slurm", played)
+        monkeypatch.setattr(slurm, "queue", played.queue)
+        monkeypatch.setattr(slurm, "hostnames", lambda nodes: {"n[7-8]": ["n7", "n8"], "": []}[nodes])
+        return played
+
+    return play
+
+
+@pytest.mark.parametrize("away", AWAY)
+def test_a_requeue_is_tried_until_slurm_takes_it(play: Callable[[Slurm], Slurm], away: str) -> None:
+    played = play(Slurm(away, away))
+    # This process goes on to live here.
     with pytest.raises(UserError, match="was requeued, but Slurm did not end it"):
-        requeue("21", ["n2"])
-    assert said == [("scontrol", "requeue", "21")] * 2 + [("scontrol", "update", "JobId=21", "ExcNodeList=n7,n8,n2")]
-    said[1:] = []
+        requeue("21")
+    assert played.said == [("scontrol", "requeue", "21")] * 3
+
+
+def test_a_slurmctld_that_is_away_for_a_day_is_waited_for(
+    play: Callable[[Slurm], Slurm], pass_time: list[float]
+) -> None:
+    played = play(Slurm(*["Unexpected message received"] * 6000, up=False))
     with pytest.raises(UserError, match="was requeued"):
-        requeue("21", [])
-    assert said[1:] == [("scontrol", "requeue", "21")]
+        requeue("21")
+    assert len(played.said) == 6001 and sum(pass_time) > 24 * 3600
 
 
-@pytest.mark.usefixtures("signal_mask")
-def test_a_requeue_that_slurm_refuses_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_txssm.launch import slurm
+def test_one_that_answers_and_keeps_refusing_is_not(play: Callable[[Slurm], Slurm], pass_time: list[float]) -> None:
+    play(Slurm(*["words of a later version"] * 6000))
+    with pytest.raises(UserError, match="words of a later version"):
+        requeue("21")
+    assert 900 < sum(pass_time) < 1000
 
-    said: list[tuple[str, ...]] = []
 
-    def run_slurm(*command: str, **_: object) -> str:
-        said.append(command)
-        raise UserError("scontrol requeue 21: Requested operation is presently disabled")
+@pytest.mark.parametrize(
+    "refusal",
+    ["Requested operation is presently disabled for job 21", "Invalid job id specified", "Access/permission denied"],
+)
+def test_a_refusal_is_not_tried_again(play: Callable[[Slurm], Slurm], refusal: str) -> None:
+    played = play(Slurm(*[refusal] * 9))
+    with pytest.raises(UserError, match=refusal):
+        requeue("21")
+    assert played.said == [("scontrol", "requeue", "21")]
 
-    monkeypatch.setattr(slurm, "run_slurm", run_slurm)
-    with pytest.raises(UserError, match="presently disabled"):
-        requeue("21", [])
-    assert said == [("scontrol", "requeue", "21")]
+
+def test_a_job_that_is_pending_already_was_requeued(play: Callable[[Slurm], Slurm]) -> None:
+    played = play(Slurm("Zero Bytes were transmitted or received", "Job is pending execution for job 21"))
+    with pytest.raises(UserError, match="was requeued, but"):
+        requeue("21", ["n2"])
+    assert played.said[2:] == [("scontrol", "update", "JobId=21", "ExcNodeList=n2")]
+
+
+def test_a_requeue_keeps_the_nodes_that_were_left_out_before(play: Callable[[Slurm], Slurm]) -> None:
+    played = play(Slurm(excluded="n[7-8]"))
+    with pytest.raises(UserError, match="was requeued"):
+        requeue("21", ["n2", "n7"])
+    update = ("scontrol", "update", "JobId=21", "ExcNodeList=n2,n7,n8")
+    assert played.said == [("scontrol", "requeue", "21"), update]
+
+
+def test_a_queue_without_the_job_loses_no_exclusions(
+    play: Callable[[Slurm], Slurm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some versions of squeue print an empty list while slurmctld is away."""
+    played = play(Slurm(excluded="n[7-8]"))
+    answers = [[], [], played.queue()]
+    monkeypatch.setattr(slurm, "queue", lambda: answers.pop(0))
+    with pytest.raises(UserError, match="was requeued"):
+        requeue("21", ["n2"])
+    assert played.said[-1] == ("scontrol", "update", "JobId=21", "ExcNodeList=n2,n7,n8")
+
+
+def test_a_held_job(play: Callable[[Slurm], Slurm]) -> None:
+    played = play(Slurm())
+    with pytest.raises(UserError, match="was requeued"):
+        requeue("21", hold=True)
+    assert played.said == [("scontrol", "requeuehold", "21")]

@@ -8,8 +8,9 @@ import pytest
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import stall
-from megatron_txssm.launch.stall import STARTUP_SECONDS, StallWatch
+from megatron_txssm.launch.stall import SUSPENDED_SECONDS, StallWatch, end_leftover_steps
 
+LIMITS = {"start": 600.0, "step": 60.0, "save": 300.0}
 STACKS = "Current thread 0x00007f3a (most recent call first):\n  File train.py, line 3 in step\n"
 
 
@@ -31,64 +32,106 @@ def do_step(run: Path) -> None:
         file.write('{"iteration": 1}\n')
 
 
-def test_the_start_has_more_time_than_a_step(tmp_path: Path, pass_time: Callable[[float], None]) -> None:
-    watch = StallWatch(tmp_path, 60)
-    pass_time(STARTUP_SECONDS)
-    assert not watch.is_stalled()
-    pass_time(1)
-    assert watch.is_stalled()
+def watch_of(run: Path) -> StallWatch:
+    return StallWatch(run, run / "checkpoints", LIMITS)
 
 
-def test_a_timeout_longer_than_the_start_holds_for_it_too(tmp_path: Path, pass_time: Callable[[float], None]) -> None:
-    watch = StallWatch(tmp_path, 2 * STARTUP_SECONDS)
-    pass_time(2 * STARTUP_SECONDS)
-    assert not watch.is_stalled()
-    pass_time(1)
-    assert watch.is_stalled()
+def begin_save(run: Path, step: int) -> None:
+    (run / "checkpoints" / f"iter_{step:07d}").mkdir(parents=True)
+
+
+def wait(watch: StallWatch, pass_time: Callable[[float], None], seconds: float) -> str | None:
+    """Look every second, as a supervisor that is not suspended does."""
+    found = None
+    for _ in range(round(seconds)):
+        pass_time(1)
+        found = watch.stalled_phase()
+    return found
+
+
+@pytest.mark.parametrize("metrics_before", [False, True])
+def test_the_start_has_a_limit_of_its_own(
+    tmp_path: Path, pass_time: Callable[[float], None], metrics_before: bool
+) -> None:
+    if metrics_before:
+        # A resumed run has its start, too.
+        do_step(tmp_path)
+    watch = watch_of(tmp_path)
+    assert wait(watch, pass_time, 600) is None
+    assert wait(watch, pass_time, 1) == "start"
+    # It was slow, not hung.
+    do_step(tmp_path)
+    assert wait(watch, pass_time, 61) is None
+    assert wait(watch, pass_time, 1) == "step"
 
 
 def test_every_line_starts_the_time_anew(tmp_path: Path, pass_time: Callable[[float], None]) -> None:
-    watch = StallWatch(tmp_path, 60)
+    watch = watch_of(tmp_path)
     for _ in range(5):
         do_step(tmp_path)
-        assert not watch.is_stalled()
-        pass_time(60)
-        assert not watch.is_stalled()
+        assert wait(watch, pass_time, 60) is None
+    assert wait(watch, pass_time, 2) == "step"
+
+
+def test_a_save_has_a_limit_of_its_own(tmp_path: Path, pass_time: Callable[[float], None]) -> None:
+    # Of an attempt that was killed in the midst of it; nobody writes there now.
+    begin_save(tmp_path, 20)
+    watch = watch_of(tmp_path)
+    do_step(tmp_path)
+    assert wait(watch, pass_time, 1) is None
+    begin_save(tmp_path, 30)
+    assert wait(watch, pass_time, 299) is None
+    assert wait(watch, pass_time, 2) == "save"
+    # It ended: what hangs now is a step.
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("30")
+    assert watch.stalled_phase() == "step"
+
+
+def test_what_was_left_half_written_does_not_make_a_step_a_save(
+    tmp_path: Path, pass_time: Callable[[float], None]
+) -> None:
+    begin_save(tmp_path, 20)
+    watch = watch_of(tmp_path)
+    do_step(tmp_path)
+    assert wait(watch, pass_time, 1) is None
+    assert wait(watch, pass_time, 61) == "step"
+
+
+def test_a_suspended_job_did_not_hang(tmp_path: Path, pass_time: Callable[[float], None]) -> None:
+    watch = watch_of(tmp_path)
+    do_step(tmp_path)
+    assert wait(watch, pass_time, 50) is None
+    # scontrol suspend stops trainer and supervisor.
+    pass_time(36000)
+    assert watch.stalled_phase() is None
+    assert wait(watch, pass_time, 11) is None
+    assert wait(watch, pass_time, 1) == "step"
+    # A poll that took long is time that passed.
+    do_step(tmp_path)
+    assert wait(watch, pass_time, 1) is None
+    pass_time(SUSPENDED_SECONDS)
+    assert watch.stalled_phase() is None
+    pass_time(SUSPENDED_SECONDS)
+    assert watch.stalled_phase() is None
     pass_time(1)
-    assert watch.is_stalled()
-    # It was slow, not hung.
-    do_step(tmp_path)
-    assert not watch.is_stalled()
-
-
-def test_a_resumed_run_has_its_start_too(tmp_path: Path, pass_time: Callable[[float], None]) -> None:
-    # Its metrics are there already.
-    do_step(tmp_path)
-    watch = StallWatch(tmp_path, 60)
-    pass_time(61)
-    assert not watch.is_stalled()
-    do_step(tmp_path)
-    assert not watch.is_stalled()
-    pass_time(61)
-    assert watch.is_stalled()
+    assert watch.stalled_phase() == "step"
 
 
 def test_a_file_system_that_does_not_answer_is_no_step(
     tmp_path: Path, pass_time: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     do_step(tmp_path)
-    watch = StallWatch(tmp_path, 60)
+    watch = watch_of(tmp_path)
     do_step(tmp_path)
-    assert not watch.is_stalled()
+    assert watch.stalled_phase() is None
 
     def stale(path: Path, **_: object) -> None:
         raise OSError(116, "Stale file handle")
 
     monkeypatch.setattr(Path, "stat", stale)
-    pass_time(60)
-    assert not watch.is_stalled()
-    pass_time(1)
-    assert watch.is_stalled()
+    monkeypatch.setattr(Path, "iterdir", stale)
+    assert wait(watch, pass_time, 60) is None
+    assert wait(watch, pass_time, 1) == "step"
 
 
 class Slurm:
@@ -115,10 +158,10 @@ def srun() -> subprocess.Popen:
 
 
 def end_step(run: Path, srun: subprocess.Popen, num_ranks: int) -> dict:
-    watch = StallWatch(run, 60)
+    watch = watch_of(run)
     watch.grew -= 61.44
     try:
-        return watch.end_step("21", srun, num_ranks)
+        return watch.end_step("21", srun, num_ranks, "step")
     finally:
         running = srun.poll() is None
         srun.kill()
@@ -137,7 +180,7 @@ def test_the_step_named_train_is_ended_after_its_stacks(
     slurm = Slurm(tmp_path, answering=(0, 1))
     monkeypatch.setattr(stall, "run_slurm", slurm)
     # Ranks 0 and 1 answer, 2 does not, 3 has no log.
-    assert end_step(tmp_path, srun, 4) == {"seconds": 61.4, "silent_ranks": [2, 3]}
+    assert end_step(tmp_path, srun, 4) == {"seconds": 61.4, "silent_ranks": [2, 3], "during": "step"}
     assert slurm.said[1:] == [("scancel", "--signal=USR2", "21.1"), ("scancel", "--signal=KILL", "21.1")]
 
 
@@ -163,5 +206,36 @@ def test_without_slurmctld_its_srun_is_ended(
         raise UserError("squeue does not answer")
 
     monkeypatch.setattr(stall, "run_slurm", away)
-    assert end_step(tmp_path, srun, 1) == {"seconds": 61.4, "silent_ranks": []}
+    assert end_step(tmp_path, srun, 1) == {"seconds": 61.4, "silent_ranks": [], "during": "step"}
     assert srun.returncode == -9
+
+
+def test_the_steps_of_a_killed_supervisor_are_ended(
+    tmp_path: Path, pass_time: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = ["21.0 preflight\n21.1 train\n21.4 interactive\n", "21.1 train\n", ""]
+    said: list[tuple[str, ...]] = []
+
+    def run_slurm(*command: str, **_: object) -> str:
+        if command[0] == "squeue":
+            return answers.pop(0)
+        said.append(command)
+        if command[-1] == "21.0":
+            raise UserError("scancel: error: Kill job error on job step id 21.0: Job/step already completing")
+        return ""
+
+    monkeypatch.setattr(stall, "run_slurm", run_slurm)
+    end_leftover_steps("21")
+    assert [command[-1] for command in said] == ["21.0", "21.1", "21.1"] and answers == []
+    # One that a dead node keeps is not waited for without end.
+    answers += ["21.1 train\n"] * 1000
+    end_leftover_steps("21")
+    assert len(answers) > 800
+    # And nobody answers.
+    answers.clear()
+    monkeypatch.setattr(stall, "run_slurm", _away)
+    end_leftover_steps("21")
+
+
+def _away(*command: str) -> str:
+    raise UserError("squeue does not answer")

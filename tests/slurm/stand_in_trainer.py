@@ -1,0 +1,76 @@
+"""Plays the Python of a job's steps: a trainer without Megatron, for tests of what happens round it.
+
+    stand_in_trainer.py -u -m megatron_txssm.cli pretrain RUN/recipe.yaml
+
+Rank 0 writes metrics.jsonl and names checkpoints; every rank ends as RUN/fault.json says:
+{"node": "n2", "step": 25, "do": "kill", "once": true}. Anything else is handed to the real Python.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+STEPS, SAVE_INTERVAL, SECONDS = 60, 10, 0.05
+
+
+def main() -> None:
+    if "pretrain" not in sys.argv:
+        os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+    rank, node = int(os.environ["SLURM_PROCID"]), os.environ["SLURMD_NODENAME"]
+    run = Path(sys.argv[sys.argv.index("pretrain") + 1]).parent
+    attempt = Path(os.environ["TXSSM_ATTEMPT"])
+    checkpoints, metrics = run / "checkpoints", run / "metrics.jsonl"
+    checkpoints.mkdir(exist_ok=True)
+    tracker = checkpoints / "latest_checkpointed_iteration.txt"
+    stopped = False
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    signal.signal(signal.SIGTERM, stop)
+    step = int(tracker.read_text()) if tracker.exists() else 0
+    while step < STEPS and not stopped:
+        time.sleep(SECONDS)
+        step += 1
+        fail_if_asked(run, attempt, rank, node, step)
+        if rank == 0:
+            with metrics.open("a") as file:
+                file.write(json.dumps({"iteration": step, "lm loss": 1 / step, "grad_norm": 1.0}) + "\n")
+        if step % SAVE_INTERVAL == 0 or stopped:
+            (checkpoints / f"iter_{step:07d}").mkdir(exist_ok=True)
+            if rank == 0:
+                tracker.write_text(str(step))
+    if stopped and rank == 0:
+        (attempt / "stopped").touch()
+
+
+def fail_if_asked(run: Path, attempt: Path, rank: int, node: str, step: int) -> None:
+    try:
+        fault = json.loads((run / "fault.json").read_text())
+    except (OSError, ValueError):
+        return
+    if fault["node"] != node or step < fault["step"]:
+        return
+    if fault.get("once"):
+        (run / "fault.json").unlink(missing_ok=True)
+    if fault["do"] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault["do"] == "hang":
+        signal.pause()
+    fail(attempt, rank, fault["do"])
+
+
+def fail(attempt: Path, rank: int, text: str) -> NoReturn:
+    """End as run_worker does after an exception."""
+    record = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
+    (attempt / f"rank_{rank}.json").write_text(json.dumps(record))
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""What the supervisor does about faults, on the simulated cluster with a trainer that is a stand-in."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.slurm.sandbox import Sandbox
+from tests.slurm.stand_in_trainer import STEPS
+from tests.slurm.training_job import TrainingJob, write_data
+
+NODES = ["n1", "n2", "n3"]
+
+
+class SupervisedJob(TrainingJob):
+    """A job on two nodes whose trainer is the stand-in; one step takes 50 ms."""
+
+    def start(self, *words: str, **fault: object) -> None:
+        python = self.folder / "python"
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).with_name("stand_in_trainer.py")} "$@"\n')
+        python.chmod(0o755)
+        (self.folder / "env.sh").write_text(f"TXSSM_STEP_PYTHON={python}\n")
+        self.sandbox.env["TXSSM_ENV"] = str(self.folder / "env.sh")
+        try:
+            if fault:
+                self.run.mkdir()
+                (self.run / "fault.json").write_text(json.dumps(fault))
+            self.submit(*words)
+        finally:
+            del self.sandbox.env["TXSSM_ENV"]
+
+    def causes(self) -> list[str | None]:
+        return [attempt.cause for attempt in self.attempts()]
+
+    def restart_count(self) -> int:
+        """How often Slurm started the job again."""
+        shown = self.sandbox.slurm("scontrol", "show", "job", self.job)
+        return int(shown.partition("Restarts=")[2].split()[0])
+
+    def supervisor(self) -> psutil.Process:
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if "megatron_txssm.launch.supervisor" in words and f"{self.run}/recipe.yaml" in words:
+                return process
+        raise AssertionError(f"no supervisor:\n{self.output()}")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def job(sandbox: Sandbox, data: Path, tmp_path: Path) -> Iterator[SupervisedJob]:
+    job = SupervisedJob(sandbox, tmp_path / "job", data)
+    yield job
+    if job.job:
+        sandbox.command("start-slurmctld")
+        sandbox.slurm("scancel", "--signal=KILL", "--full", job.job) if sandbox.job_state(
+            job.job
+        ) == "RUNNING" else None
+        sandbox.slurm("scancel", job.job)
+    for node in NODES:
+        sandbox.must("poweron", node)
+    sandbox.wait_idle(NODES, 300)
+
+
+def assert_every_step_done(job: SupervisedJob) -> None:
+    assert sorted({step for step, _ in job.steps()}) == list(range(1, STEPS + 1))
+
+
+def test_a_failed_worker_restarts_within_the_job(job: SupervisedJob) -> None:
+    job.start(node="n2", step=25, do="kill", once=True)
+    job.wait_over()
+    assert job.causes() == ["killed", "finished"]
+    assert job.restart_count() == 0
+    first, second = job.attempts()
+    assert first.action == "the trainer was started again within the job"
+    assert (second.saved_before, second.nodes) == (20, ["n1", "n2"])
+    assert_every_step_done(job)
+
+
+def test_without_restarts_it_is_requeued(job: SupervisedJob) -> None:
+    job.start("--restarts", "0", node="n2", step=25, do="kill", once=True)
+    job.wait_over()
+    assert job.causes() == ["killed", "finished"] and job.restart_count() == 1
+
+
+def test_a_worker_fails_while_slurmctld_is_away(job: SupervisedJob) -> None:
+    job.start("--restarts", "0", node="n2", step=35, do="kill", once=True)
+    job.wait_step(5)
+    state = job.sandbox.directory / "state" / "job_state"
+    began = time.time()
+    job.wait_until(lambda: state.exists() and state.stat().st_mtime > began, "slurmctld's state with the running job")
+    job.sandbox.must("kill-slurmctld")
+    job.wait_until(lambda: "END attempt 1" in job.output(), "the end of the first attempt")
+    # Long enough for scontrol to have given up.
+    time.sleep(5)
+    job.sandbox.must("start-slurmctld")
+    job.wait_over()
+    assert job.causes() == ["killed", "finished"]
+    assert_every_step_done(job)
+
+
+def test_the_supervisor_is_killed(job: SupervisedJob) -> None:
+    job.start()
+    job.wait_step(25)
+    job.supervisor().kill()
+    job.wait_over()
+    # Its steps ended with it, or two trainers would have written side by side.
+    assert job.causes() == ["supervisor_killed", "finished"]
+    assert job.restart_count() == 0
+    assert "END supervisor: killed by signal 9" in job.output()
+    assert_every_step_done(job)
+
+
+@pytest.mark.parametrize("restarts", ["0", "3"])
+def test_a_node_that_kills_every_worker_is_left_out(job: SupervisedJob, restarts: str) -> None:
+    job.start("--restarts", restarts, node="n2", step=0, do="kill")
+    job.wait_over()
+    assert job.causes() == ["killed", "killed", "finished"]
+    assert [attempt.nodes for attempt in job.attempts()] == [["n1", "n2"], ["n1", "n2"], ["n1", "n3"]]
+    assert "the job was requeued without n2" in job.output()
+
+
+def test_a_spare_node_takes_the_place_within_the_job(job: SupervisedJob) -> None:
+    job.start("--spare", "1", node="n2", step=0, do="kill")
+    job.wait_over()
+    assert job.restart_count() <= 1
+    assert [attempt.nodes for attempt in job.attempts()][-2:] == [["n1", "n2"], ["n1", "n3"]]
+
+
+def test_a_lost_node_with_a_spare_one_costs_no_requeue(job: SupervisedJob) -> None:
+    job.start("--spare", "1", node="none", step=0, do="")
+    job.wait_step(25)
+    job.sandbox.must("poweroff", "n2")
+    job.wait_over()
+    assert job.causes() == ["node_failure", "finished"] and job.restart_count() == 0
+    assert job.attempts()[1].nodes == ["n1", "n3"]
+
+
+@pytest.mark.parametrize(
+    "what", ["OSError: [Errno 30] Read-only file system: '/x'", "CUDA error: uncorrectable ECC error"]
+)
+def test_a_bad_node_is_left_out_at_once(job: SupervisedJob, what: str) -> None:
+    job.start(node="n2", step=5, do=what)
+    job.wait_over()
+    assert [attempt.nodes for attempt in job.attempts()] == [["n1", "n2"], ["n1", "n3"]]
+
+
+def test_nan_is_computed_once_more_by_other_gpus(job: SupervisedJob) -> None:
+    job.start(node="n2", step=25, do="FloatingPointError: the loss of step 25 is NaN")
+    job.wait_over()
+    assert job.causes() == ["nan", "finished"]
+    assert job.attempts()[1].nodes == ["n1", "n3"]
+
+
+def test_nan_that_every_gpu_computes_ends_the_job(job: SupervisedJob) -> None:
+    job.start(node="n1", step=25, do="FloatingPointError: the loss of step 25 is NaN")
+    job.wait_until(lambda: len(job.attempts()) == 2 or job.causes() == ["nan"], "the first NaN")
+    # Now the other first node computes it, too.
+    (job.run / "fault.json").write_text(json.dumps({"node": "n2", "step": 25, "do": "FloatingPointError: NaN"}))
+    job.wait_over("FAILED")
+    assert job.causes() == ["nan", "nan"]
+    assert "other GPUs compute it, too" in job.why()
+
+
+def test_a_full_disk_holds_the_job(job: SupervisedJob) -> None:
+    job.start(
+        node="n1", step=25, do="RuntimeError: not written: OSError: [Errno 28] No space left on device", once=True
+    )
+    job.wait_until(lambda: job.sandbox.job_state(job.job) == "PENDING", "the held job")
+    why = job.why()
+    assert f"scontrol release {job.job}" in why and job.causes() == ["disk_full"]
+    job.sandbox.slurm("scontrol", "release", job.job)
+    job.wait_over()
+    assert job.causes() == ["disk_full", "finished"]
+
+
+def test_the_run_folder_is_read_only_on_the_first_node(job: SupervisedJob) -> None:
+    """The supervisor's own node: it cannot even say so in the run's folder."""
+    job.run.mkdir()
+    job.sandbox.must("shell", "n1", "mount", "--bind", str(job.run), str(job.run))
+    try:
+        job.start()
+        job.wait_step(15)
+        job.sandbox.must("shell", "n1", "mount", "-o", "remount,ro,bind", str(job.run))
+        job.wait_over()
+    finally:
+        job.sandbox.must("shell", "n1", "umount", str(job.run))
+    assert job.attempts()[-1].nodes == ["n2", "n3"]
+    assert_every_step_done(job)
+
+
+def test_a_suspended_job_is_not_ended_as_hung(job: SupervisedJob) -> None:
+    """Longer than the step timeout, which the stand-in's steps are far below."""
+    job.start("--step-timeout", "20")
+    job.wait_step(15)
+    job.sandbox.slurm("scontrol", "suspend", job.job)
+    time.sleep(40)
+    job.sandbox.slurm("scontrol", "resume", job.job)
+    job.wait_over()
+    assert job.causes() == ["finished"]
