@@ -27,6 +27,7 @@ from megatron_txssm.launch.preflight import (
     make_run_directory,
     warnings,
 )
+from megatron_txssm.launch.supervisor import LIMITS
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import validate
@@ -182,8 +183,7 @@ def plan_submission(
 
 
 def _scripts(recipe: Recipe, run: Path, layout: Layout, options: Options, args: argparse.Namespace) -> dict[str, str]:
-    limits = [f"--step-timeout={args.step_timeout}", f"--stop-before={args.stop_before}"]
-    limits.append(f"--max-requeues={args.max_requeues}")
+    limits = [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in LIMITS]
 
     def script(stage: str, more: Options, *words: str) -> str:
         names = {"job-name": f"{recipe.name}-{stage}"[:60], "output": f"{run}/logs/{stage}-%j.out"}

@@ -132,7 +132,8 @@ class Supervisor:
             decision = self._decide(attempt, diagnosis, before, restarts)
             if decision is not None:
                 self._note_action(attempt, str(decision))
-            if self.trouble is not None and (decision is None or decision.do != "end"):
+            if self.trouble is not None and decision is not None:
+                # What was found in the run's folder says little then.
                 return leave_node(self.trouble)
             if decision is None or decision.do == "end":
                 return self._exit_code(attempt, diagnosis)

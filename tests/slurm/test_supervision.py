@@ -80,7 +80,8 @@ def test_a_failed_worker_restarts_within_the_job(job: SupervisedJob) -> None:
     assert job.restart_count() == 0
     first, second = job.attempts()
     assert first.action == "the trainer was started again within the job"
-    assert (second.saved_before, second.nodes) == (20, ["n1", "n2"])
+    # Rank 0 saved once more, when srun told it of the other's end, or did not come to it.
+    assert second.saved_before in (20, first.last_step) and second.nodes == ["n1", "n2"]
     assert_every_step_done(job)
 
 
@@ -181,14 +182,13 @@ def test_a_full_disk_holds_the_job(job: SupervisedJob) -> None:
     assert job.causes() == ["disk_full", "finished"]
 
 
-def test_the_run_folder_is_read_only_on_the_first_node(job: SupervisedJob) -> None:
-    """The supervisor's own node: it cannot even say so in the run's folder."""
-    job.run.mkdir()
-    job.sandbox.must("shell", "n1", "mount", "--bind", str(job.run), str(job.run))
+def test_the_first_node_loses_the_runs_folder(job: SupervisedJob) -> None:
+    """The supervisor's own node: it cannot even say so there."""
+    job.start()
+    job.wait_step(15)
+    # What was open before stays open; the path leads elsewhere.
+    job.sandbox.must("shell", "n1", "mount", "-t", "tmpfs", "-o", "ro", "none", str(job.run))
     try:
-        job.start()
-        job.wait_step(15)
-        job.sandbox.must("shell", "n1", "mount", "-o", "remount,ro,bind", str(job.run))
         job.wait_over()
     finally:
         job.sandbox.must("shell", "n1", "umount", str(job.run))
