@@ -213,9 +213,12 @@ class Supervisor:
         """What to do next; None where nothing is to be done."""
         if diagnosis.cause == "finished":
             return None
+        if diagnosis.cause == "preempted":
+            # Slurm does so itself, but not under PreemptMode=CANCEL.
+            return Decision("requeue")
         if attempt.told_to_stop and diagnosis.cause != "time_limit_hit":
             # What it was told to stop for is Slurm's to mend: a requeue here would revive a cancelled job.
-            self._note_action(attempt, "Slurm ended the job; it starts again what it preempted and what lost a node")
+            self._note_action(attempt, "Slurm ended the job; it starts again what lost a node")
             return None
         partition = os.environ["SLURM_JOB_PARTITION"]
         if attempt.failed_nodes:

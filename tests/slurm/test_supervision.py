@@ -205,3 +205,18 @@ def test_a_suspended_job_is_not_ended_as_hung(job: SupervisedJob) -> None:
     job.sandbox.slurm("scontrol", "resume", job.job)
     job.wait_over()
     assert job.causes() == ["finished"]
+
+
+def test_a_preempted_job_starts_again_also_where_slurm_only_cancels_it(job: SupervisedJob) -> None:
+    urgent = job.folder / "urgent.sh"
+    urgent.write_text("#!/bin/bash\nsleep 1\n")
+    job.sandbox.slurm("scontrol", "update", "PartitionName=main", "PreemptMode=CANCEL")
+    try:
+        job.start()
+        job.wait_step(15)
+        job.sandbox.slurm("sbatch", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", str(urgent))
+        job.wait_over()
+    finally:
+        job.sandbox.slurm("scontrol", "update", "PartitionName=main", "PreemptMode=REQUEUE")
+    assert job.causes() == ["preempted", "finished"]
+    assert_every_step_done(job)
