@@ -8,6 +8,11 @@ import pytest
 from tests.slurm.sandbox import Sandbox, claim_sandbox, why_not
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", type=int, default=3, help="of test_drill.py")
+    parser.addoption("--drill-seed", type=int, default=1, help="of test_drill.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The hook sees the tests of all folders.
     for item in items:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.slurm.sandbox import Sandbox
@@ -40,13 +39,6 @@ class SupervisedJob(TrainingJob):
         """How often Slurm started the job again."""
         shown = self.sandbox.slurm("scontrol", "show", "job", self.job)
         return int(shown.partition("Restarts=")[2].split()[0])
-
-    def supervisor(self) -> psutil.Process:
-        for process in psutil.process_iter(["cmdline"]):
-            words = process.info["cmdline"] or []
-            if "megatron_txssm.launch.supervisor" in words and f"{self.run}/recipe.yaml" in words:
-                return process
-        raise AssertionError(f"no supervisor:\n{self.output()}")
 
 
 @pytest.fixture(scope="module")

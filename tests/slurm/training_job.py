@@ -102,6 +102,14 @@ class TrainingJob:
         lines = path.read_bytes()[offset:].decode().splitlines() if path.exists() else []
         return [(line["iteration"], line["lm loss"]) for line in map(json.loads, lines) if "lm loss" in line]
 
+    def farthest_step(self) -> int:
+        return max((step for step, _ in self.steps()), default=0)
+
+    def is_training(self) -> bool:
+        """A trainer runs; it need not have come to a step."""
+        found = self.attempts()
+        return bool(found) and found[-1].cause is None and self.sandbox.job_state(self.job) == "RUNNING"
+
     def saved(self) -> int:
         tracker = self.run / "checkpoints" / "latest_checkpointed_iteration.txt"
         return int(tracker.read_text()) if tracker.exists() else 0
@@ -125,6 +133,13 @@ class TrainingJob:
         """Slurm's number of the trainer's step."""
         lines = self.sandbox.slurm("squeue", "--noheader", "--steps", f"--jobs={self.job}", "--format=%i %j")
         return next(step for step, name in map(str.split, lines.splitlines()) if name == "train")
+
+    def supervisor(self) -> psutil.Process:
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if "megatron_txssm.launch.supervisor" in words and f"{self.run}/recipe.yaml" in words:
+                return process
+        raise AssertionError(f"no supervisor:\n{self.output()}")
 
     def process(self, rank: int) -> psutil.Process:
         """The trainer's process of a rank."""

@@ -1,0 +1,135 @@
+"""Faults drawn at random over one run, which ends with the losses of an undisturbed one, bit for bit.
+
+pytest tests/slurm/test_drill.py --faults 40 --drill-seed 7
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.slurm.sandbox import Sandbox
+from tests.slurm.training_job import SAVE_INTERVAL, TrainingJob, txssm, write_data
+
+NODES = ["n1", "n2", "n3"]
+# The farthest step behind a resume at which a fault comes.
+MAX_STEPS = 15
+# A node or slurmctld is away for so long.
+AWAY_SECONDS = 15
+
+
+def kill_worker(job: TrainingJob, draw: random.Random) -> None:
+    job.process(draw.randrange(2)).kill()
+
+
+def stop_worker(job: TrainingJob, draw: random.Random) -> None:
+    job.process(draw.randrange(2)).suspend()
+
+
+def cancel_step(job: TrainingJob, draw: random.Random) -> None:
+    job.sandbox.slurm("scancel", job.step_id())
+
+
+def kill_supervisor(job: TrainingJob, draw: random.Random) -> None:
+    job.supervisor().kill()
+
+
+def preempt(job: TrainingJob, draw: random.Random) -> None:
+    script = job.folder / "urgent.sh"
+    script.write_text("#!/bin/bash\nsleep 2\n")
+    job.sandbox.slurm("sbatch", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", str(script))
+
+
+def power_off(job: TrainingJob, draw: random.Random) -> None:
+    node = draw.choice(job.attempts()[-1].nodes)
+    job.sandbox.must("poweroff", node)
+    time.sleep(AWAY_SECONDS)
+    job.sandbox.must("poweron", node)
+
+
+def unplug(job: TrainingJob, draw: random.Random) -> None:
+    node = draw.choice(job.attempts()[-1].nodes)
+    job.sandbox.must("unplug", node)
+    time.sleep(AWAY_SECONDS)
+    job.sandbox.must("plug", node)
+
+
+def lose_slurmctld_and_a_worker(job: TrainingJob, draw: random.Random) -> None:
+    state = job.sandbox.directory / "state" / "job_state"
+    began = time.time()
+    # Slurm saves its state every 5 s; before that it would forget what it did last.
+    job.wait_until(lambda: state.exists() and state.stat().st_mtime > began, "slurmctld's state")
+    job.sandbox.must("kill-slurmctld")
+    if job.is_training():
+        kill_worker(job, draw)
+    time.sleep(AWAY_SECONDS)
+    job.sandbox.must("start-slurmctld")
+
+
+def damage_newest_checkpoint(job: TrainingJob, draw: random.Random) -> None:
+    """A flipped bit, which only the next start meets."""
+    folder = job.run / "checkpoints" / f"iter_{job.saved():07d}"
+    shard = draw.choice(sorted(folder.glob("*.distcp")))
+    content = bytearray(shard.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    shard.write_bytes(content)
+    kill_worker(job, draw)
+
+
+FAULTS = [
+    *(kill_worker, stop_worker, cancel_step, kill_supervisor, preempt, power_off, unplug),
+    *(lose_slurmctld_and_a_worker, damage_newest_checkpoint),
+]
+
+
+@pytest.fixture
+def whole_again(sandbox: Sandbox) -> Iterator[None]:
+    yield
+    for node in NODES:
+        sandbox.must("poweron", node)
+        sandbox.must("plug", node)
+    sandbox.wait_idle(NODES, 300)
+
+
+@pytest.mark.slow
+def test_faults_at_random(
+    sandbox: Sandbox,
+    tmp_path: Path,
+    whole_again: None,
+    report: Callable[[str], None],
+    request: pytest.FixtureRequest,
+) -> None:
+    count, seed = request.config.getoption("--faults", 3), request.config.getoption("--drill-seed", 1)
+    draw = random.Random(seed)
+    # All of them in turn, each time in another order.
+    drawn = [fault for _ in range(1 + count // len(FAULTS)) for fault in draw.sample(FAULTS, len(FAULTS))][:count]
+    data, iterations = write_data(tmp_path / "data"), f"training.train_iters={40 + (MAX_STEPS + 5) * count}"
+    undisturbed = TrainingJob(sandbox, tmp_path / "undisturbed", data)
+    undisturbed.submit("--set", iterations)
+    undisturbed.wait_over()
+
+    job = TrainingJob(sandbox, tmp_path / "job", data)
+    job.submit("--set", iterations, "--step-timeout", "15", "--max-requeues", "1000")
+    done = 0
+    for fault in drawn:
+        # Behind the last fault: a fault in each start would keep any run from its end.
+        done = max(done, SAVE_INTERVAL) + draw.randint(1, MAX_STEPS)
+        job.wait_until(lambda target=done: job.farthest_step() >= target and job.is_training(), f"step {done}")
+        began, attempts = time.monotonic(), len(job.attempts())
+        done = job.farthest_step()
+        try:
+            fault(job, draw)
+        except (psutil.Error, AssertionError):
+            report(f"{fault.__name__:30} came too late: the step was over")
+            continue
+        job.wait_until(lambda target=done: job.farthest_step() > target, f"a step behind {done}")
+        what = job.attempts()[attempts - 1].cause or "nothing"
+        report(f"{fault.__name__:30} at step {done:4}: {what}, {time.monotonic() - began:5.1f} s to the next new step")
+    job.wait_over()
+    assert dict(job.steps()) == dict(undisturbed.steps())
+    report(f"seed {seed}, {count} faults, {len(job.attempts())} attempts, {len(job.steps())} steps for {iterations}")
+    report(txssm(sandbox, "jobs", "--goodput", cwd=job.folder).stdout)
+    report(job.why())
