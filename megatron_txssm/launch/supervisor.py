@@ -162,8 +162,7 @@ class Supervisor:
             return
         # The job's others are spare.
         self.nodes, attempt.nodes = healthy, healthy[: self.num_nodes]
-        places = f"{len(attempt.nodes)} node{'s' if len(attempt.nodes) > 1 else ''} ({', '.join(attempt.nodes)})"
-        _say(f"START attempt {attempt.number} of {self.recipe.run_path}: job {self.job_id} on {places}")
+        _say(f"START attempt {attempt.number} of {self.recipe.run_path}: job {self.job_id} on {_named(attempt.nodes)}")
         if self.told_to_stop:
             return
         self._save(attempt)
@@ -270,6 +269,12 @@ class Supervisor:
     def _is_out_of_time(self, margin_seconds: float = 2) -> bool:
         """At the time limit itself a trainer that still saves has KillWait left, and this process no longer."""
         return time.time() > self.time_limit - margin_seconds
+
+
+def _named(nodes: list[str]) -> str:
+    """A few of them by name; attempt.json has all."""
+    names = ", ".join(nodes if len(nodes) <= 8 else [*nodes[:4], "…", nodes[-1]])
+    return f"{len(nodes)} node{'s' if len(nodes) > 1 else ''} ({names})"
 
 
 def _say(text: str) -> None:
