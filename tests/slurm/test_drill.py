@@ -102,7 +102,7 @@ def test_faults_at_random(
     report: Callable[[str], None],
     request: pytest.FixtureRequest,
 ) -> None:
-    count, seed = request.config.getoption("--faults", 3), request.config.getoption("--drill-seed", 1)
+    count, seed = (int(request.config.getoption(name, 0) or 0) for name in ("--faults", "--drill-seed"))
     draw = random.Random(seed)
     # All of them in turn, each time in another order.
     drawn = [fault for _ in range(1 + count // len(FAULTS)) for fault in draw.sample(FAULTS, len(FAULTS))][:count]
