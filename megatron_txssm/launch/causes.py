@@ -9,7 +9,7 @@ CAUSES: dict[str, tuple[str, str]] = {
     "time_limit_hit": ("the time limit was hit before the run was saved", "raise --stop-before: saving takes longer"),
     "preempted": (
         "the job was preempted",
-        "nothing where Slurm requeues what it preempts; under PreemptMode=CANCEL, submit it again",
+        "nothing: it starts again when the nodes are free",
     ),
     "node_failure": ("a node was lost", "nothing: Slurm starts it again on other nodes"),
     "requeued": ("somebody requeued the job", "nothing: it starts again by itself"),
@@ -21,8 +21,8 @@ CAUSES: dict[str, tuple[str, str]] = {
         "submit it again to go on from its checkpoint",
     ),
     "hung": (
-        "no step was done for too long",
-        "look at the stacks in the ranks' logs; where the steps are slow, raise --step-timeout",
+        "the trainer hung",
+        "look at the stacks in the ranks' logs; if it is only slow, raise --start-, --step- or --save-timeout",
     ),
     "preflight": ("a node is not fit to train", "mend the node, or leave it out: --sbatch exclude=NODE"),
     "refused": ("the recipe cannot run", "mend what the message names"),

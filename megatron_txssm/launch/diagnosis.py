@@ -21,10 +21,13 @@ from megatron_txssm.launch.slurm_words import (
     first_complaint,
     job_was_cancelled,
     step_was_cancelled,
+    what_killed_the_supervisor,
     why_slurm_ended_it,
 )
 from megatron_txssm.recipe.recipe import Recipe
 
+# What there was none of, by the limit that was exceeded (stall.StallWatch).
+_HUNG = {"start": "no first step", "step": "no step", "save": "the checkpoint was not complete"}
 # How much of a killed rank's log is read: it ends with what killed it.
 _LAST_WORDS_BYTES = 4096
 
@@ -90,6 +93,9 @@ def diagnose(attempt: Attempt, finished: bool, output: str) -> Diagnosis:
         return Diagnosis("preflight", "; ".join(problems), node=node)
     if attempt.hang is not None:
         return _hang(attempt, attempt.hang)
+    if name := what_killed_the_supervisor(output):
+        # Its step was ended after it.
+        return Diagnosis("supervisor_killed", f"killed by {name}")
     if ended := why_slurm_ended_it(output):
         cause, node = ended
         return Diagnosis(cause, node=node)
@@ -113,7 +119,7 @@ def lost_nodes(nodes: list[str]) -> list[str]:
 
 def _hang(attempt: Attempt, hang: dict[str, Any]) -> Diagnosis:
     silent = hang["silent_ranks"]
-    detail = f"none for {hang['seconds']:.0f} s"
+    detail = f"{_HUNG[hang.get('during', 'step')]} for {hang['seconds']:.0f} s"
     if not silent:
         return Diagnosis("hung", f"{detail}; every rank wrote its stacks into its log")
     ranks = ", ".join(map(str, silent))

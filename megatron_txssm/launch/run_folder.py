@@ -60,7 +60,7 @@ class Attempt:
     exit_code: int | None = None
     # Slurm told the batch script to stop (SIGTERM): preempted, cancelled, or out of time.
     told_to_stop: bool = False
-    # Where no step was done for too long: {"seconds": since the last one, "silent_ranks": that wrote no stacks}.
+    # Where the trainer hung: {"seconds": since its last step, "silent_ranks": that wrote no stacks, "during": a phase}.
     hang: dict[str, Any] | None = None
     # Node -> its problems, of those that failed the preflight.
     failed_nodes: dict[str, list[str]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What srun and slurmstepd print of a job's end, in the words of Slurm 21.08 to 26.05."""
+"""What srun, slurmstepd and the batch script print of a job's end, in the words of Slurm 21.08 to 26.05."""
 
 import re
 import signal
@@ -13,6 +13,8 @@ _CANCELLED = re.compile(r"\*\*\* (JOB|STEP) \S+ ON \S+ CANCELLED AT \S+?(?: DUE 
 # srun's own doing after a task has failed; before 25.05 the line gives no reason, and follows that of the task.
 _TASK_FAILURE = "TASK FAILURE"
 _NODE_FAILURE = re.compile(r"srun: error: Node failure on (\S+)")
+# Of slurm/entrypoint.sh, which starts the supervisor.
+_SUPERVISOR = re.compile(r"END supervisor: killed by signal (\d+)$", re.MULTILINE)
 _SAID = re.compile(r"^(?:srun: error: |slurmstepd|\[[\dT:.-]+\] error: ).*", re.MULTILINE)
 _DUE_TO = {
     "PREEMPTION": "preempted",
@@ -45,6 +47,12 @@ def why_slurm_ended_it(output: str) -> tuple[str, str | None] | None:
                 node = _NODE_FAILURE.search(output) if cause == "node_failure" else None
                 return cause, node and node[1]
     return None
+
+
+def what_killed_the_supervisor(output: str) -> str | None:
+    """The signal's name; None where it was not killed."""
+    found = _SUPERVISOR.search(output)
+    return signal.Signals(int(found[1])).name if found else None
 
 
 def job_was_cancelled(output: str) -> bool:

@@ -460,7 +460,7 @@ def test_a_hang(attempt: Attempt, silent: list[int], rank: int | None, node: str
     # The step's end is the supervisor's doing.
     found = diagnose(attempt, finished=False, output=CANCELLED_STEP)
     assert (found.cause, found.rank, found.node) == ("hung", rank, node)
-    assert "none for 61 s" in found.detail and words in found.detail
+    assert "no step for 61 s" in found.detail and words in found.detail
 
 
 def test_the_ranks_were_told_to_stop(attempt: Attempt) -> None:
@@ -571,3 +571,22 @@ def test_every_retried_cause_is_a_cause_and_all_have_words() -> None:
     assert all(summary for summary, _ in CAUSES.values())
     # A finished run leaves nothing to do.
     assert [cause for cause, (_, remedy) in CAUSES.items() if not remedy] == ["finished"]
+
+
+@pytest.mark.parametrize(
+    "during, words", [("start", "no first step for 61 s"), ("save", "the checkpoint was not complete for 61 s")]
+)
+def test_a_hang_outside_of_a_step(tmp_path: Path, during: str, words: str) -> None:
+    attempt = some_attempt(tmp_path, hang={"seconds": 61.0, "silent_ranks": [], "during": during})
+    assert diagnose(attempt, False, "").detail.startswith(words)
+
+
+def test_a_killed_supervisor(tmp_path: Path) -> None:
+    """Another one ends its step, of whose end srun says what it always does."""
+    output = (
+        "2026-11-26T07:00:00 END supervisor: killed by signal 9\n"
+        "slurmstepd-n1: error: *** STEP 3.1 ON n1 CANCELLED AT 2026-11-26T07:00:01 ***\n"
+        "srun: error: n1: task 0: Killed\n"
+    )
+    found = diagnose(some_attempt(tmp_path), False, output)
+    assert found == Diagnosis("supervisor_killed", "killed by SIGKILL")
