@@ -22,6 +22,11 @@ elif [[ -n ${TXSSM_ENV:-} ]]; then
 fi
 # Under sbatch --export, srun would keep from the steps what is set here.
 unset SLURM_EXPORT_ENV
+# The code beside this script, a checkout or a run's frozen copy, and neither what the Python has installed nor what lies
+# in the current folder.
+export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
+# Else each rank would start as many threads as it sees cores. Slurm's default is one core a task.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 python=${TXSSM_PYTHON:-$home/.venv/bin/python}
 step_python=${TXSSM_STEP_PYTHON:-$python}
 # Network file systems bear no caches that hundreds of processes write at once.

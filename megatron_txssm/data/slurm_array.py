@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import cast
 
 from datatrove.executor.slurm import SlurmPipelineExecutor
@@ -15,21 +16,25 @@ from megatron_txssm.data.execute import unfinished
 from megatron_txssm.data.manifest import Plan, logging_folder
 from megatron_txssm.data.shard_task import ShardTask
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.batch_script import render
+from megatron_txssm.launch.batch_script import HOME, render
 from megatron_txssm.launch.slurm import PLAIN_PATH, run_slurm, run_squeue, sbatch_environment
 
 # Slurm's own default, where the cluster does not tell.
 DEFAULT_MAX_ARRAY_SIZE = 1001
 
 
-def submit(recipe: CorpusRecipe, plan: Plan) -> dict[str, list[str]]:
-    """Submit the unfinished tasks, one job array per subset, or as many as MaxArraySize needs; returns their ids."""
+def submit(recipe: CorpusRecipe, plan: Plan, home: Path = HOME) -> dict[str, list[str]]:
+    """Submit the unfinished tasks, one job array per subset, or as many as MaxArraySize needs; returns their ids.
+
+    `home`: the code that they run.
+    """
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         # datatrove would take it for one of its own tasks.
         raise UserError("--slurm: this is a task of a job array; submit from a login node")
     limit = recipe.slurm.max_array_size or cluster_max_array_size()
     arrays = {name: _array(recipe, plan, name, limit) for name in recipe.subsets if unfinished(recipe, plan, name)}
     for array in arrays.values():
+        array.home = home
         # Its tasks look up their numbers in a file that another submission would rewrite.
         if queued := _squeue(array.job_name):
             raise UserError(
@@ -60,6 +65,7 @@ class _Array(SlurmPipelineExecutor):
     """
 
     job_ids: list[str]
+    home: Path
 
     def run(self) -> None:
         self.job_ids = []
@@ -96,7 +102,7 @@ class _Array(SlurmPipelineExecutor):
         """Our batch script, which loads the pickle that datatrove's command would."""
         _, pickled = shlex.split(run_script)
         # datatrove's "" is an option without a value.
-        return render("shard", {name: str(value) or None for name, value in sbatch_args.items()}, [pickled])
+        return render("shard", {name: str(value) or None for name, value in sbatch_args.items()}, [pickled], self.home)
 
 
 def _array(recipe: CorpusRecipe, plan: Plan, subset: str, limit: int) -> _Array:

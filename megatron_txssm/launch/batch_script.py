@@ -8,24 +8,23 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.launch.sbatch_options import Options, split_options
 from megatron_txssm.launch.slurm import PLAIN_WORD
 from megatron_txssm.recipe.setting import shown
 
 HOME = Path(__file__).parents[2]
 _TEMPLATES = HOME / "slurm"
 
-# Options under which there is no job, several, or one that runs something else.
-NOT_OURS = {"array", "error", "help", "output", "parsable", "test-only", "usage", "version", "wait", "wrap"}
-# sbatch's long option -> its value; None for an option without one, "" to leave it out.
-Options = Mapping[str, str | None]
 
+def render(stage: str, options: Options, words: Sequence[str] = (), home: Path = HOME) -> str:
+    """The batch script of a stage: slurm/STAGE.sbatch with `options` in the place of its own, run with `words`.
 
-def render(stage: str, options: Options, words: Sequence[str] = ()) -> str:
-    """The batch script of a stage: slurm/STAGE.sbatch with `options` in the place of its own, run with `words`."""
+    `home`: the code that it runs, a checkout or a run's frozen copy. The site's settings stay those of this checkout.
+    """
     name = f"{stage}.sbatch"
     lines = (_TEMPLATES / name).read_text(encoding="utf-8").splitlines()
     merged = {**_options(lines), **options}
@@ -36,7 +35,9 @@ def render(stage: str, options: Options, words: Sequence[str] = ()) -> str:
             f"# From slurm/{name}.",
             *(f"#SBATCH --{_word(option, value)}" for option, value in merged.items() if value != ""),
             "",
-            f"export TXSSM_HOME={shlex.quote(str(HOME))} TXSSM_PYTHON={shlex.quote(sys.executable)}",
+            f"export TXSSM_HOME={shlex.quote(str(home))} TXSSM_PYTHON={shlex.quote(sys.executable)}",
+            # Under `sbatch --export=NONE` the job inherits nothing.
+            *([f"export TXSSM_ENV={shlex.quote(str(settings))}"] if (settings := site_settings()).exists() else []),
             f"set -- {shlex.join(words)}",
             *body,
             "",
@@ -44,10 +45,16 @@ def render(stage: str, options: Options, words: Sequence[str] = ()) -> str:
     )
 
 
+def site_settings() -> Path:
+    """The file that sets what the site needs, which need not be there."""
+    named = os.environ.get("TXSSM_ENV")
+    return Path(named).absolute() if named else HOME / "slurm" / "env.sh"
+
+
 def load_site_settings() -> None:
     """Take over into this process's environment what slurm/env.sh, or the file that $TXSSM_ENV names, sets."""
     named = os.environ.get("TXSSM_ENV")
-    path = Path(named).absolute() if named else HOME / "slurm" / "env.sh"
+    path = site_settings()
     if not path.exists():
         if named:
             raise UserError(f"TXSSM_ENV={shown(named)}: no such file")
@@ -68,26 +75,10 @@ def load_site_settings() -> None:
         os.environ["TXSSM_ENV"] = str(path)
 
 
-def parse_options(texts: Sequence[str], source: str) -> dict[str, str | None]:
-    """Options of sbatch as a site or a user writes them: `exclusive`, `cpus-per-task=12`; UserError names `source`."""
-    options: dict[str, str | None] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not name[:1].isalpha() or not PLAIN_WORD.fullmatch(text):
-            raise UserError(
-                f"{source} {shown(text)} must be a long option of sbatch without its dashes, or NAME=VALUE, "
-                "in one plain word"
-            )
-        if name in NOT_OURS:
-            raise UserError(f"{source} {shown(text)} would make another job of it, or none; leave it out")
-        options[name] = value if equals else None
-    return options
-
-
 def _options(lines: Sequence[str]) -> dict[str, str | None]:
     """The options that a template states: the first word behind #SBATCH, without what explains it."""
     words = [line.split()[1].removeprefix("--") for line in lines if line.startswith("#SBATCH ")]
-    return parse_options(words, "#SBATCH")
+    return split_options(words, "#SBATCH")
 
 
 def _word(option: str, value: str | None) -> str:

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.slurm import hostnames
+from megatron_txssm.launch.hostlist import expand
+
+# Where Linux's outgoing connections begin (net.ipv4.ip_local_port_range), and where the usual services have ended.
+FIRST_PORT, EPHEMERAL_PORT = 20000, 32768
 
 
 def is_worker() -> bool:
@@ -46,9 +49,14 @@ def adopt_slurm_step() -> None:
         env["TORCHELASTIC_ERROR_FILE"] = str(attempt / f"rank_{env['RANK']}.json")
 
 
-def rendezvous_port() -> int:
-    """The same on all nodes and, within a range above the usual services, another for each job."""
-    return 20000 + int(os.environ["SLURM_JOB_ID"]) % 20000
+def rendezvous_port(attempt: int = 0) -> int:
+    """A TCP port that is the same on all nodes and another for each of 12,768 jobs in a row.
+
+    It lies below the ports that Linux gives to outgoing connections (32768 and up), any of which may be taken at any
+    moment, and above the usual services. `attempt` counts the ports that were found taken.
+    """
+    # A step that the next jobs' first ports do not come in the way of.
+    return FIRST_PORT + (int(os.environ["SLURM_JOB_ID"]) + attempt * 4099) % (EPHEMERAL_PORT - FIRST_PORT)
 
 
 def attempt_folder() -> Path | None:
@@ -116,7 +124,8 @@ def _tasks_per_node(text: str) -> list[int]:
 def _first_host(nodelist: str) -> str:
     """The first host of Slurm's compressed list, such as `gpu[03-07,11]`."""
     try:
-        hosts = hostnames(nodelist)
-    except UserError as error:
-        raise UserError(f"SLURM_STEP_NODELIST={nodelist!r} cannot be expanded ({error}); set MASTER_ADDR") from None
-    return hosts[0]
+        return expand(nodelist)[0]
+    except (UserError, IndexError):
+        raise UserError(
+            f"SLURM_STEP_NODELIST={nodelist!r} is not a list of nodes as Slurm writes them; set MASTER_ADDR"
+        ) from None

@@ -24,29 +24,30 @@ from megatron_txssm.recipe.recipe import Recipe
 
 # Between a node's clock and the first node's: what reads times of files starts to err.
 MAX_CLOCK_SKEW_SECONDS = 5.0
-ANSWER_SECONDS = 120
+PORTS_TO_TRY = 16
 _MODULE = "megatron_txssm.launch.node_check"
 
 
 class NodePreflight:
     """One run of node_check on every node; `port` is the rendezvous port that it found free and reachable."""
 
-    def __init__(self, recipe: Recipe, recipe_file: str, nodes: list[str], folder: Path):
+    def __init__(self, recipe: Recipe, recipe_file: str, nodes: list[str], folder: Path, timeout_seconds: float):
         self.recipe = recipe
         self.recipe_file = recipe_file
         self.nodes = nodes
         self.folder = folder
+        self.timeout_seconds = timeout_seconds
         self.port = 0
 
     def run(self) -> dict[str, list[str]]:
         """Node -> what is wrong with it; empty where all are fit. Everything reported goes to preflight.json."""
         token = secrets.token_hex(16)
         (self.folder / "token").write_text(token)
-        with _listener(rendezvous_port()) as listener:
+        with _listener() as listener:
             self.port = listener.getsockname()[1]
             threading.Thread(target=_tell_time, args=(listener,), daemon=True).start()
-            reports = self._ask(token)
-        problems = find_problems(reports, self.nodes)
+            reports, silence = self._ask(token)
+        problems = find_problems(reports, self.nodes, silence)
         write_json(self.folder / "preflight.json", {"reports": reports, "problems": problems})
         for text in sorted({text for report in reports for text in report["warnings"]}):
             named = sorted(report["node"] for report in reports if text in report["warnings"])
@@ -55,8 +56,8 @@ class NodePreflight:
             print(f"preflight: {node} is not fit: {'; '.join(texts)}", flush=True)
         return problems
 
-    def _ask(self, token: str) -> list[dict[str, Any]]:
-        """What the nodes report; one that fails or hangs is not among them."""
+    def _ask(self, token: str) -> tuple[list[dict[str, Any]], str]:
+        """What the nodes report, and what to say of one that did not."""
         count, saves = len(self.nodes), self.recipe.checkpoint.save_interval is not None
         checkpoints = self.recipe.checkpoint_path if saves else self.recipe.run_path
         command = [
@@ -73,14 +74,19 @@ class NodePreflight:
             f"--free-bytes={checkpoint_bytes(self.recipe) if saves else 0}",
             f"--open-files={self._open_files()}",
         ]
+        silence = "its check ended without an answer; srun's words above may say why"
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as srun:
             try:
-                output, _ = srun.communicate(timeout=ANSWER_SECONDS)
+                output, _ = srun.communicate(timeout=self.timeout_seconds)
             except subprocess.TimeoutExpired:
                 srun.kill()
                 output, _ = srun.communicate()
+                silence = (
+                    f"it did not answer within {self.timeout_seconds:g} s; the import of a container's image or a cold "
+                    "file system may take longer: --preflight-timeout"
+                )
         lines = [line for line in output.splitlines() if line.startswith('{"node": ')]
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in lines], silence
 
     def _open_files(self) -> int:
         """Of a rank; 0 where the data cannot be read, which the ranks say."""
@@ -90,13 +96,13 @@ class NodePreflight:
             return 0
 
 
-def find_problems(reports: list[dict[str, Any]], nodes: list[str]) -> dict[str, list[str]]:
-    """Node -> problems: its own, and where it differs from the others."""
+def find_problems(reports: list[dict[str, Any]], nodes: list[str], silence: str) -> dict[str, list[str]]:
+    """Node -> problems: its own, and where it differs from the others; `silence` is that of one without a report."""
     by_node = {report["node"]: report for report in reports}
     # In the nodes' order, whatever srun's: of two that differ, the first counts.
     reports = [by_node[node] for node in nodes if node in by_node]
     problems = {node: list(by_node[node]["problems"]) for node in nodes if node in by_node}
-    problems |= {node: ["it gave no answer"] for node in nodes if node not in by_node}
+    problems |= {node: [silence] for node in nodes if node not in by_node}
     for fact in reports[0]["facts"] if reports else ():
         usual = Counter(report["facts"][fact] for report in reports).most_common(1)[0][0]
         for report in reports:
@@ -115,12 +121,14 @@ def gpus_on_node() -> int:
 
 
 @contextlib.contextmanager
-def _listener(port: int) -> Iterator[socket.socket]:
-    """On the rendezvous's usual port, or any free one where that is taken."""
-    try:
-        listener = socket.create_server(("", port))
-    except OSError:
-        listener = socket.create_server(("", 0))
+def _listener() -> Iterator[socket.socket]:
+    """On the first of the job's rendezvous ports that is free; any free one where many are taken."""
+    for port in (*map(rendezvous_port, range(PORTS_TO_TRY)), 0):
+        with contextlib.suppress(OSError):
+            listener = socket.create_server(("", port))
+            break
+    else:
+        raise UserError("this node has no free TCP port for the ranks' rendezvous")
     try:
         yield listener
     finally:

@@ -80,15 +80,19 @@ def check_not_running(recipe: Recipe, me: Holder | None = None) -> None:
 class RunLock:
     """Holds a run's folders, from `with` to its end or the process's."""
 
+    # The file that says so.
+    name = NAME
+
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
+        self.folders = self.choose_folders()
         self.me = Holder.myself()
         self.held: list[Path] = []
         self.released = threading.Event()
 
     def __enter__(self) -> "RunLock":
         try:
-            for folder in _folders(self.recipe):
+            for folder in self.folders:
                 self._take(folder)
         except BaseException:
             self.release()
@@ -106,23 +110,30 @@ class RunLock:
                 file.unlink(missing_ok=True)
         self.held.clear()
 
+    def choose_folders(self) -> list[Path]:
+        return _folders(self.recipe)
+
+    def check(self) -> None:
+        """UserError where another holds one of them."""
+        check_not_running(self.recipe, self.me)
+
     def _take(self, folder: Path) -> None:
-        file = folder / NAME
+        file = folder / self.name
         # Once more where somebody else put the dead one's file away at the same time.
         for _ in range(3):
             try:
                 self._write(file)
             except FileExistsError:
                 dead = _token(file)
-                check_not_running(self.recipe, self.me)
+                self.check()
                 _put_away(file, dead)
                 continue
             except OSError as error:
                 raise UserError(f"{file} cannot be written: {error.strerror}") from None
             self.held.append(file)
             return
-        check_not_running(self.recipe, self.me)
-        raise UserError(f"{file} comes and goes: another run is starting in {folder}; wait for its end")
+        self.check()
+        raise UserError(f"{file} comes and goes: another is starting in {folder}; wait for its end")
 
     def _write(self, file: Path) -> None:
         """OSError, and no file, where it cannot be written whole; FileExistsError where it is there."""
@@ -146,9 +157,9 @@ class RunLock:
                     os._exit(1)
 
 
-def living_holder(folder: Path, me: Holder) -> Holder | str | None:
-    """Who holds a folder; None where nobody does, or nobody who can be alive."""
-    file = folder / NAME
+def living_holder(folder: Path, me: Holder, name: str = NAME) -> Holder | str | None:
+    """Who holds a folder; None where nobody does, or nobody who can be alive. `name`: of the file that says so."""
+    file = folder / name
     try:
         text = file.read_text(encoding="utf-8")
         inode = file.stat().st_ino
@@ -158,7 +169,7 @@ def living_holder(folder: Path, me: Holder) -> Holder | str | None:
         holder = Holder(**json.loads(text))
     except (ValueError, TypeError):
         # It is just being written, or was cut off when its writer died.
-        return f"{NAME} does not say whose" if _is_touched(file) else None
+        return f"{name} does not say whose" if _is_touched(file) else None
     if holder.token == me.token:
         return None
     on_this_machine = (holder.boot, holder.pid_namespace) == (me.boot, me.pid_namespace)
@@ -183,7 +194,7 @@ def _folders(recipe: Recipe) -> list[Path]:
 
 def _put_away(file: Path, dead: str | None) -> None:
     """Remove what a dead holder left, unless it has become another's in between."""
-    aside = file.with_name(f"{NAME}.{secrets.token_hex(4)}")
+    aside = file.with_name(f"{file.name}.{secrets.token_hex(4)}")
     with contextlib.suppress(OSError):
         file.rename(aside)
         if _token(aside) != dead:

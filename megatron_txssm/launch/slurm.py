@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.launch.hostlist import expand
 from megatron_txssm.recipe.setting import shown
 
 # What may stand in a batch script's header: nothing that a shell or sbatch would read as more than one word.
@@ -41,8 +42,12 @@ _VARIABLES = {
     "MEM": ("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"),
     "SWITCHES": ("REQ_SWITCH",),
 }
-# Several jobs in one run folder; an sbatch that returns at the job's end.
-_NEVER = ("ARRAY_INX", "WAIT")
+# Several jobs in one run folder; an sbatch that returns at the job's end; words of the job that nobody finds, or input
+# that is not there; a job that lives on without a node that it lost; GPUs beside those that the layout states.
+_NEVER = (
+    *("ARRAY_INX", "WAIT", "ERROR", "INPUT", "NO_KILL"),
+    *("GPUS", "GPUS_PER_NODE", "GPUS_PER_SOCKET", "GPUS_PER_TASK"),
+)
 
 
 class NoAnswer(UserError):
@@ -202,4 +207,4 @@ def sbatch_environment(stated: Iterable[str]) -> dict[str, str]:
 
 def hostnames(nodes: str) -> list[str]:
     """The hosts of Slurm's compressed list, such as `gpu[03-07,11]`."""
-    return run_slurm("scontrol", "show", "hostnames", nodes).split() if nodes else []
+    return expand(nodes)

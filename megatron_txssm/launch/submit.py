@@ -3,22 +3,19 @@ job is queued."""
 
 import argparse
 import contextlib
-import datetime
-import os
 import shlex
 import shutil
-import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_txssm import __version__
 from megatron_txssm.data.manifest import NoCorpus, write_json
 from megatron_txssm.data.shard import write_file_atomically
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
-from megatron_txssm.launch.batch_script import HOME, Options, render
+from megatron_txssm.launch.batch_script import HOME, render
+from megatron_txssm.launch.frozen_code import FrozenCode
 from megatron_txssm.launch.preflight import (
     check_checkpoint,
     check_room,
@@ -27,6 +24,10 @@ from megatron_txssm.launch.preflight import (
     make_run_directory,
     warnings,
 )
+from megatron_txssm.launch.run_lock import check_not_running
+from megatron_txssm.launch.sbatch_options import Options, costly_defaults
+from megatron_txssm.launch.submission_record import git_commit, make_record, submitted_jobs
+from megatron_txssm.launch.submit_lock import SubmitLock
 from megatron_txssm.launch.supervisor import LIMITS
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
@@ -43,6 +44,8 @@ class Layout:
     nodes: int
     nproc_per_node: int
     gpus_per_node: int
+    # Nodes beside those, that a bad one's place is taken by.
+    spare: int = 0
 
     @property
     def world_size(self) -> int:
@@ -51,7 +54,7 @@ class Layout:
     @property
     def options(self) -> dict[str, str | None]:
         return {
-            "nodes": str(self.nodes),
+            "nodes": str(self.nodes + self.spare),
             "ntasks-per-node": str(self.nproc_per_node),
             "gpus-per-node": str(self.gpus_per_node or ""),
         }
@@ -59,7 +62,8 @@ class Layout:
     def __str__(self) -> str:
         kind = "GPU" if self.gpus_per_node else "process"
         plural = "" if self.nproc_per_node == 1 else "s" if self.gpus_per_node else "es"
-        return f"{self.nodes} node{'s' if self.nodes > 1 else ''} x {self.nproc_per_node} {kind}{plural}"
+        spare = f" and {self.spare} spare" if self.spare else ""
+        return f"{self.nodes} node{'s' if self.nodes > 1 else ''} x {self.nproc_per_node} {kind}{plural}{spare}"
 
 
 @dataclass
@@ -75,6 +79,8 @@ class Submission:
     record: dict[str, Any]
     # Sharded first; None where it is there.
     corpus: "CorpusRecipe | None"
+    # What the jobs run; None where that is the checkout itself.
+    code: FrozenCode | None
     jobs: dict[str, list[str]] = field(default_factory=dict)
 
     @property
@@ -90,7 +96,19 @@ class Submission:
 
     def submit(self) -> int:
         """Write the run folder and queue the jobs, each after the one before it; all or none."""
-        self._write()
+        make_run_directory(self.recipe)
+        with SubmitLock(self.recipe):
+            # Another may have submitted it since it was checked. The shards of an earlier chain do not keep a new one
+            # from it, but need their code.
+            needed = submitted_jobs(self.run) & _check_free(self.recipe)
+            self._write()
+            self._queue()
+            if self.code is not None and not needed:
+                self.code.remove_others()
+        print(f"follow with: txssm logs -f {shlex.quote(str(self.run))}")
+        return 0
+
+    def _queue(self) -> None:
         after = list(self.after)
         try:
             if self.corpus is not None:
@@ -106,8 +124,6 @@ class Submission:
             if isinstance(error, OSError):
                 raise UserError(f"run_directory={self.run} cannot be written: {error.strerror}") from None
             raise
-        print(f"follow with: txssm logs -f {shlex.quote(str(self.run))}")
-        return 0
 
     def _take_back(self) -> None:
         for job in (job for jobs in self.jobs.values() for job in jobs):
@@ -116,8 +132,9 @@ class Submission:
                 slurm.run_slurm("scancel", job)
 
     def _write(self) -> None:
-        make_run_directory(self.recipe)
         try:
+            if self.code is not None:
+                self.code.write()
             (self.run / "logs").mkdir(exist_ok=True)
             write_file_atomically(self.run / "recipe.yaml", self.recipe.frozen(self.run).encode())
             for stage, script in self.scripts.items():
@@ -130,7 +147,7 @@ class Submission:
         from megatron_txssm.data import slurm_array
         from megatron_txssm.data.shard_command import prepare
 
-        arrays = slurm_array.submit(corpus, prepare(corpus))
+        arrays = slurm_array.submit(corpus, prepare(corpus), self.code.path if self.code else HOME)
         jobs = [job for ids in arrays.values() for job in ids]
         if jobs:
             self._queued("shard", jobs)
@@ -173,21 +190,38 @@ def plan_submission(
     run = recipe.run_path.resolve()
     if not slurm.PLAIN_PATH.fullmatch(str(run)):
         raise UserError(f"run_directory={str(run)!r} holds characters that a batch script cannot; use another")
-    scripts = _scripts(recipe, run, layout, options, args)
+    commit = git_commit(HOME)
+    code = FrozenCode(HOME, run, commit) if args.freeze_code else None
+    home = code.path if code else HOME
+    scripts = _scripts(recipe, home, layout, options, args)
     check_room(recipe)
     if shutil.which("sbatch") or not args.dry_run:
-        _check_cluster(recipe, scripts)
+        _check_free(recipe)
+        for script in scripts.values():
+            slurm.check_submission(script)
     else:
         print("there is no sbatch on this machine: not checked against a cluster", file=sys.stderr)
-    return Submission(recipe, layout, scripts, args.after, _record(args, overrides, layout), corpus)
+    if layout.gpus_per_node and (costly := list(costly_defaults(options))):
+        print(
+            f"warning: this job does not ask for {', '.join(costly)}; unless the cluster gives it anyway, add "
+            "--sbatch OPTION, or set TXSSM_SBATCH_OPTIONS in slurm/env.sh",
+            file=sys.stderr,
+        )
+    record = make_record(args, overrides, layout, commit, home)
+    return Submission(recipe, layout, scripts, args.after, record, corpus, code)
 
 
-def _scripts(recipe: Recipe, run: Path, layout: Layout, options: Options, args: argparse.Namespace) -> dict[str, str]:
+def _scripts(recipe: Recipe, home: Path, layout: Layout, options: Options, args: argparse.Namespace) -> dict[str, str]:
+    """Stage -> batch script. `home`: the code that they run."""
+    run = recipe.run_path.resolve()
     limits = [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in LIMITS]
+    if layout.spare:
+        # Of the job's nodes, how many to train on.
+        limits.append(f"--nodes={layout.nodes}")
 
     def script(stage: str, more: Options, *words: str) -> str:
         names = {"job-name": f"{recipe.name}-{stage}"[:60], "output": f"{run}/logs/{stage}-%j.out"}
-        return render(stage, {**names, **options, **more}, words)
+        return render(stage, {**names, **options, **more}, words, home)
 
     told = {"signal": f"TERM@{args.stop_before}"}
     scripts = {"pretrain": script("pretrain", layout.options | told, f"{run}/recipe.yaml", *limits)}
@@ -195,17 +229,19 @@ def _scripts(recipe: Recipe, run: Path, layout: Layout, options: Options, args: 
         if (run / "export").exists():
             raise UserError(f"{run / 'export'} is there; --chain would convert into it: move or remove it")
         scripts["convert"] = script("convert", {}, str(run), f"{run}/export")
-        scripts["evaluate"] = script("evaluate", layout.options, str(run))
+        scripts["evaluate"] = script("evaluate", replace(layout, spare=0).options, str(run))
     return scripts
 
 
-def _check_cluster(recipe: Recipe, scripts: dict[str, str]) -> None:
+def _check_free(recipe: Recipe) -> set[str]:
+    """UserError where the run has a job, or somebody trains in its folder without one; the numbers of other jobs."""
     run = recipe.run_path.resolve()
-    for job in slurm.queue():
-        if job.script.parent == run and not job.is_over:
+    alive = [job for job in slurm.queue() if not job.is_over]
+    for job in alive:
+        if job.script.parent == run:
             raise UserError(f"{recipe.run_path} has job {job.job_id} ({job.state}) already; see txssm jobs")
-    for script in scripts.values():
-        slurm.check_submission(script)
+    check_not_running(recipe)
+    return {job.job_id.partition("_")[0] for job in alive}
 
 
 def _corpus_to_shard(recipe: Recipe, name: str | None) -> "CorpusRecipe | None":
@@ -234,34 +270,3 @@ def _is_sharded(directory: Path) -> bool:
     if not (directory / "plan.json").exists():
         return False
     return all((directory / subset / "manifest.json").exists() for subset in read_plan(directory).tasks)
-
-
-def _record(args: argparse.Namespace, overrides: list[str], layout: Layout) -> dict[str, Any]:
-    return {
-        "command": _utf8(shlex.join(["txssm", *sys.argv[1:]])),
-        "recipe": _utf8(args.recipe),
-        "overrides": overrides,
-        "submitted": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "directory": _utf8(os.getcwd()),
-        "version": __version__,
-        "git_commit": _git_commit(),
-        "nodes": layout.nodes,
-        "nproc_per_node": layout.nproc_per_node,
-        "gpus_per_node": layout.gpus_per_node,
-    }
-
-
-def _utf8(text: str) -> str:
-    """Without what a command line or a path may hold beyond text."""
-    return os.fsencode(text).decode(errors="replace")
-
-
-def _git_commit() -> str | None:
-    """Of the code that runs; with `+changes` where it is not what was committed. None outside a git checkout."""
-    git = ["git", "-C", str(HOME)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{commit}+changes" if changes.strip() else commit

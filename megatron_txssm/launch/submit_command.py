@@ -6,9 +6,10 @@ from typing import Any
 
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.batch_script import load_site_settings, parse_options
+from megatron_txssm.launch.batch_script import load_site_settings
+from megatron_txssm.launch.sbatch_options import check_time, parse_options
 from megatron_txssm.launch.submit import Layout, plan_submission
-from megatron_txssm.launch.supervisor import add_limits
+from megatron_txssm.launch.supervisor import LIMITS, add_limits
 
 EXAMPLES = (
     "txssm submit transxssm_1.3b --nodes 4 --gpus-per-node 8 --time 24:00:00",
@@ -23,6 +24,9 @@ def add_parser(subparsers: Any) -> None:
     parser = add_verb(subparsers, "submit", EXAMPLES)
     parser.add_argument("recipe", help="a name that `txssm recipes` lists, or a YAML file")
     parser.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes of the job")
+    parser.add_argument(
+        "--spare", type=int, default=0, metavar="N", help="nodes beside those, for the place of one that fails"
+    )
     parser.add_argument(
         "--gpus-per-node", type=int, metavar="G", help="with one process each (default: $TXSSM_GPUS_PER_NODE)"
     )
@@ -40,13 +44,20 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--corpus", metavar="RECIPE", help="the corpus recipe that --chain shards (default: found)")
     parser.add_argument("--dry-run", action="store_true", help="check, and print the batch script; write nothing")
+    parser.add_argument(
+        "--no-freeze-code",
+        action="store_false",
+        dest="freeze_code",
+        help="run the checkout as it is at each start of the job, not a copy of it (default: RUN/code)",
+    )
     add_limits(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("nodes", "step_timeout", "stop_before"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    least = {"nodes": 1, "spare": 0} | {name: int(unit == "SECONDS") for name, (_, unit, _) in LIMITS.items()}
+    for name, smallest in least.items():
+        if (value := getattr(args, name.replace("-", "_"))) < smallest:
+            raise UserError(f"--{name} {value} must be at least {smallest}")
     for job in args.after:
         if not job.isdecimal():
             raise UserError(f"--after {job!r} must be the number of a job")
@@ -60,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
             if not value:
                 raise UserError(f"--{name} is empty; leave it out for the default")
             options[name] = value
+    check_time(options, args.stop_before)
     submission = plan_submission(args.recipe, args.overrides, _layout(args), options, args)
     if submission is None:
         return 0
@@ -78,7 +90,7 @@ def _layout(args: argparse.Namespace) -> Layout:
         gpus = int(site)
     if gpus and nproc and gpus != nproc:
         raise UserError(f"--nproc-per-node {nproc} is not --gpus-per-node {gpus}: each process has one GPU; state one")
-    layout = Layout(nodes=args.nodes, nproc_per_node=nproc or gpus or 0, gpus_per_node=gpus or 0)
+    layout = Layout(args.nodes, nproc_per_node=nproc or gpus or 0, gpus_per_node=gpus or 0, spare=args.spare)
     if layout.nproc_per_node < 1:
         raise UserError(f"{layout.nproc_per_node} processes per node must be at least 1")
     return layout

@@ -37,6 +37,7 @@ LIMITS = {
     "step-timeout": (1800, "SECONDS", "the same without a step or a validation"),
     "save-timeout": (1800, "SECONDS", "the same while a checkpoint is written"),
     "stop-before": (120, "SECONDS", "before the time limit, the trainer saves and the job requeues itself"),
+    "preflight-timeout": (300, "SECONDS", "a node that has not answered by then is left out; an image may take long"),
     "restarts": (3, "N", "of the trainer within the job, after failures behind new steps, before a requeue"),
     "max-requeues": (10, "N", "after failures; preemptions and time limits are not counted"),
 }
@@ -154,8 +155,11 @@ class Supervisor:
 
     def _train(self, attempt: Attempt) -> None:
         """Preflight and trainer; fills in where they ran and how they ended."""
-        preflight = NodePreflight(self.recipe, self.args.recipe, self.nodes, attempt.folder)
+        timeout = self.args.preflight_timeout
+        preflight = NodePreflight(self.recipe, self.args.recipe, self.nodes, attempt.folder, timeout)
         failed = preflight.run()
+        if self.told_to_stop:
+            return
         healthy = [node for node in self.nodes if node not in failed]
         if len(healthy) < self.num_nodes:
             attempt.failed_nodes = failed
@@ -163,8 +167,6 @@ class Supervisor:
         # The job's others are spare.
         self.nodes, attempt.nodes = healthy, healthy[: self.num_nodes]
         _say(f"START attempt {attempt.number} of {self.recipe.run_path}: job {self.job_id} on {_named(attempt.nodes)}")
-        if self.told_to_stop:
-            return
         self._save(attempt)
         # What tells a worker that it is one, and where to leave its last words.
         environment = os.environ | {

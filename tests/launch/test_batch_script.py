@@ -11,7 +11,7 @@ import pytest
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import batch_script
-from megatron_txssm.launch.batch_script import HOME, load_site_settings, parse_options, render
+from megatron_txssm.launch.batch_script import HOME, load_site_settings, render
 
 STAGES = sorted(path.stem for path in (HOME / "slurm").glob("*.sbatch"))
 # What no shell may take apart.
@@ -72,6 +72,22 @@ def test_every_template_renders_and_hands_its_words_on(stage: str, tmp_path: Pat
     assert Path(environment["TXSSM_HOME"]).name == "a home"
 
 
+def test_the_site_s_settings_are_named_in_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under sbatch --export=NONE the job has no variable of who submitted it."""
+    monkeypatch.setenv("TXSSM_ENV", str(tmp_path / "the site's env.sh"))
+    # Not there: the job says so itself where it was named, and needs none else.
+    assert "TXSSM_ENV" not in render("pretrain", {})
+    (tmp_path / "the site's env.sh").touch()
+    script = render("pretrain", {})
+    monkeypatch.delenv("TXSSM_ENV")
+    assert run_script(script, tmp_path)[1]["TXSSM_ENV"] == str(tmp_path / "the site's env.sh")
+
+
+def test_a_script_may_run_other_code_than_this(tmp_path: Path) -> None:
+    script = render("pretrain", {}, home=tmp_path / "a b")
+    assert f"export TXSSM_HOME='{tmp_path}/a b' TXSSM_PYTHON=" in script
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_without_words(stage: str, tmp_path: Path) -> None:
     assert run_script(render(stage, {}), tmp_path)[0] == [stage]
@@ -117,33 +133,6 @@ def test_an_option_that_is_no_plain_word_is_refused(value: str) -> None:
     assert str(error.value).isprintable()
     with pytest.raises(UserError, match="must be one plain word"):
         render("pretrain", {f"x{value}": "1"})
-
-
-# --- Options as people write them.
-
-
-def test_options_as_people_write_them() -> None:
-    texts = ["exclusive", "mem=0", "exclude=n[1-3,7]", "comment=a=b", "gres=gpu:h100:8", "time=1-00:00:00"]
-    assert parse_options(texts, "--sbatch") == {
-        "exclusive": None,
-        "mem": "0",
-        "exclude": "n[1-3,7]",
-        "comment": "a=b",
-        "gres": "gpu:h100:8",
-        "time": "1-00:00:00",
-    }
-    # The last counts.
-    assert parse_options(["mem=0", "mem=1G"], "--sbatch") == {"mem": "1G"}
-    assert parse_options([], "--sbatch") == {}
-
-
-@pytest.mark.parametrize(
-    "text", ["", "=", "=x", "-N4", "--exclusive", "mem 0", "a\nb", "1=2", "comment=$x", "x=é", "_x", "mem=0 "]
-)
-def test_what_is_no_option_is_refused(text: str) -> None:
-    with pytest.raises(UserError) as error:
-        parse_options(["exclusive", text], "--sbatch")
-    assert str(error.value).startswith("--sbatch ") and repr(text) in str(error.value)
 
 
 # --- The site's settings.
@@ -250,21 +239,22 @@ def entrypoint(tmp_path: Path) -> Path:
     copy.write_bytes((HOME / "slurm" / "entrypoint.sh").read_bytes())
     copy.chmod(0o755)
     python = tmp_path / "python"
-    shown = '"${TXSSM_TEST_A-unset}" "${SLURM_EXPORT_ENV-unset}" "$TRITON_CACHE_DIR"'
+    shown = '"${TXSSM_TEST_A-unset}" "${SLURM_EXPORT_ENV-unset}" "$TRITON_CACHE_DIR" "$OMP_NUM_THREADS"'
     python.write_text(f"#!/bin/bash\nprintf '%s\\n' \"$@\" -- {shown}\n")
     python.chmod(0o755)
     return copy
 
 
 def run_entrypoint(entrypoint: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    given = {name: value for name, value in os.environ.items() if not name.startswith(("TXSSM_", "SLURM_", "TRITON_"))}
+    left_out = ("TXSSM_", "SLURM_", "TRITON_", "OMP_")
+    given = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     given |= {"TXSSM_PYTHON": str(entrypoint.parents[2] / "python"), "TMPDIR": str(entrypoint.parents[2])}
     return subprocess.run([str(entrypoint), *words], env=given | environment, capture_output=True, text=True)
 
 
 def test_the_job_runs_the_supervisor_with_its_words(entrypoint: Path) -> None:
     done = run_entrypoint(entrypoint, "pretrain", "a b", "--set", "x=$y")
-    *words, _, setting, _, cache = done.stdout.splitlines()
+    *words, _, setting, _, cache, _ = done.stdout.splitlines()
     assert (done.returncode, done.stderr) == (0, "")
     assert words == ["-m", "megatron_txssm.launch.supervisor", "a b", "--set", "x=$y"]
     assert setting == "unset"
@@ -276,13 +266,33 @@ def test_the_job_sees_the_settings_as_submit_does(entrypoint: Path) -> None:
     (entrypoint.parent / "env.sh").write_text('TXSSM_TEST_A="$TXSSM_TEST_NEVER_SET:x"\n')
     done = run_entrypoint(entrypoint, "pretrain", "recipe")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-3] == ":x"
+    assert done.stdout.splitlines()[-4] == ":x"
 
 
 def test_the_steps_get_the_jobs_environment(entrypoint: Path) -> None:
     # Of `sbatch --export=NONE`: srun would keep from the trainer that it is one.
     done = run_entrypoint(entrypoint, "pretrain", "recipe", SLURM_EXPORT_ENV="NONE")
-    assert done.stdout.splitlines()[-2] == "unset"
+    assert done.stdout.splitlines()[-3] == "unset"
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [({}, "1"), ({"SLURM_CPUS_PER_TASK": "12"}, "12"), ({"SLURM_CPUS_PER_TASK": "12", "OMP_NUM_THREADS": "4"}, "4")],
+)
+def test_a_rank_starts_as_many_threads_as_it_has_cores(entrypoint: Path, given: dict[str, str], threads: str) -> None:
+    assert run_entrypoint(entrypoint, "pretrain", "recipe", **given).stdout.splitlines()[-1] == threads
+
+
+def test_the_job_imports_the_code_beside_its_script(entrypoint: Path, tmp_path: Path) -> None:
+    """Not what the interpreter has installed, nor what the settings or the current folder offer."""
+    for folder in (tmp_path / "home", tmp_path / "site", tmp_path / "here"):
+        (folder / "megatron_txssm" / "launch").mkdir(parents=True)
+        (folder / "megatron_txssm" / "launch" / "supervisor.py").write_text("print(__file__)\n")
+    (entrypoint.parent / "env.sh").write_text(f"PYTHONPATH={tmp_path}/site\n")
+    words = [str(entrypoint), "pretrain", "recipe"]
+    environment = os.environ | {"TXSSM_PYTHON": sys.executable, "TXSSM_ENV": ""}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=tmp_path / "here")
+    assert (done.stdout, done.stderr) == (f"{tmp_path}/home/megatron_txssm/launch/supervisor.py\n", "")
 
 
 def test_an_unknown_stage_is_refused(entrypoint: Path) -> None:

@@ -1,6 +1,7 @@
 """Who this process is: torchrun's variables, a Slurm step's, or nobody's."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.environment import adopt_slurm_step, is_worker
+from megatron_txssm.launch.environment import adopt_slurm_step, is_worker, rendezvous_port
 
 OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -31,17 +32,12 @@ STEP = {
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """No launcher's variable is set, and scontrol expands lists as Slurm's does."""
+    """No launcher's variable is set, and there is no command of Slurm's, as in a container."""
     for name in (*OURS, *STEP):
         # Set first, so that what a test's code sets is removed again.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(
-        '#!/bin/sh\n[ "$1 $2 $3" = "show hostnames gpu[03-05]" ] || exit 1\nprintf "gpu03\\ngpu04\\ngpu05\\n"\n'
-    )
-    scontrol.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", str(tmp_path))
     return monkeypatch
 
 
@@ -60,7 +56,7 @@ def test_a_step_becomes_torchs_variables(environment: pytest.MonkeyPatch) -> Non
         "LOCAL_RANK": "2",
         "LOCAL_WORLD_SIZE": "3",
         "MASTER_ADDR": "gpu03",
-        "MASTER_PORT": str(20000 + 123456 % 20000),
+        "MASTER_PORT": str(20000 + 123456 % 12768),
     }
     assert is_worker()
 
@@ -101,9 +97,21 @@ def test_a_shell_in_a_step_of_one_task_starts_its_own_processes(environment: pyt
     assert enter(environment, SLURM_STEP_NUM_TASKS="1", SLURM_STEP_TASKS_PER_NODE="1", SLURM_PROCID="0") == {}
 
 
-def test_without_scontrol_the_message_names_the_remedy(environment: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"SLURM_STEP_NODELIST='other\[1-2\]'.*set MASTER_ADDR"):
-        enter(environment, SLURM_STEP_NODELIST="other[1-2]")
+@pytest.mark.parametrize("nodes", ["other[1-", ""])
+def test_a_list_that_is_none_names_the_remedy(environment: pytest.MonkeyPatch, nodes: str) -> None:
+    with pytest.raises(UserError, match=rf"SLURM_STEP_NODELIST='{re.escape(nodes)}'.*set MASTER_ADDR"):
+        enter(environment, SLURM_STEP_NODELIST=nodes)
+
+
+def test_ports_are_below_those_of_outgoing_connections(environment: pytest.MonkeyPatch) -> None:
+    found = []
+    for job in range(70_000, 82_000):
+        environment.setenv("SLURM_JOB_ID", str(job))
+        found.append(rendezvous_port())
+        assert 20_000 <= rendezvous_port() < 32_768 and 20_000 <= rendezvous_port(15) < 32_768
+    # No two of so many jobs in a row meet on a node.
+    assert len(set(found)) == len(found)
+    assert len({rendezvous_port(attempt) for attempt in range(16)}) == 16
 
 
 @pytest.mark.parametrize("launcher", ["TORCHELASTIC_RUN_ID", "NOBODY"])

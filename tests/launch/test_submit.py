@@ -140,6 +140,11 @@ def assert_refused(cluster: Cluster, capsys: pytest.CaptureFixture[str], code: i
         (LAYOUT, ("training.train_iterz=3",), "did you mean 'train_iters'"),
         ((*LAYOUT, "--step-timeout=0"), (), "--step-timeout 0 must be at least 1"),
         ((*LAYOUT, "--stop-before=0"), (), "--stop-before 0 must be at least 1"),
+        ((*LAYOUT, "--preflight-timeout=0"), (), "--preflight-timeout 0 must be at least 1"),
+        ((*LAYOUT, "--max-requeues=-1"), (), "--max-requeues -1 must be at least 0"),
+        ((*LAYOUT, "--spare=-1"), (), "--spare -1 must be at least 0"),
+        ((*LAYOUT, "--time=2"), (), "--time 2 is 120 s, and --stop-before 120 tells"),
+        ((*LAYOUT, "--sbatch=nodes=4"), (), "--sbatch 'nodes=4' is decided by --nodes; leave it out"),
         ((*LAYOUT, "--after=x"), (), "--after 'x' must be the number of a job"),
         ((*LAYOUT, "--after="), (), "--after '' must be the number of a job"),
         ((*LAYOUT, "--corpus=x"), (), "--corpus x goes with --chain"),
@@ -331,6 +336,7 @@ def test_the_run_folder_of_a_submission(cluster: Cluster, capsys: pytest.Capture
     run = Path.cwd() / "runs" / "demo"
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoints",
+        "code",
         "logs",
         "pretrain.sbatch",
         "recipe.yaml",
@@ -351,7 +357,15 @@ def test_the_run_folder_of_a_submission(cluster: Cluster, capsys: pytest.Capture
         "signal=TERM@120",
     }
     assert not any(option.startswith("gpus") for option in options)
-    words = shlex.join([f"{run}/recipe.yaml", "--step-timeout=1800", "--stop-before=120", "--max-requeues=10"])
+    words = shlex.join(
+        [
+            f"{run}/recipe.yaml",
+            "--step-timeout=1800",
+            "--stop-before=120",
+            "--preflight-timeout=300",
+            "--max-requeues=10",
+        ]
+    )
     assert f"\nset -- {words}\n" in script
     (queued,) = cluster.queued
     assert queued[0] == "--parsable" and Path(queued[-1]).resolve() == run / "pretrain.sbatch"
@@ -370,21 +384,59 @@ def test_the_run_folder_of_a_submission(cluster: Cluster, capsys: pytest.Capture
 
 def test_limits_and_gpus_reach_the_script(cluster: Cluster) -> None:
     layout = ("--nodes=1", "--gpus-per-node=4")
-    assert submit_demo("--stop-before=300", "--step-timeout=60", "--max-requeues=3", layout=layout) == 0
+    assert (
+        submit_demo(
+            "--stop-before=300", "--step-timeout=60", "--max-requeues=3", "--preflight-timeout=9", layout=layout
+        )
+        == 0
+    )
     script = Path("runs/demo/pretrain.sbatch").read_text()
     assert "#SBATCH --gpus-per-node=4\n" in script and "#SBATCH --ntasks-per-node=4\n" in script
     assert "#SBATCH --signal=TERM@300\n" in script
-    assert "--step-timeout=60 --stop-before=300 --max-requeues=3\n" in script
+    assert "--step-timeout=60 --stop-before=300 --preflight-timeout=9 --max-requeues=3\n" in script
 
 
 def test_the_sites_options_hold_unless_the_user_says_otherwise(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "env.sh").write_text(
-        "TXSSM_SBATCH_OPTIONS='exclusive mem=0 partition=site time=1:00'\nTXSSM_GPUS_PER_NODE=4\n"
+        "TXSSM_SBATCH_OPTIONS='exclusive mem=0 partition=site time=1:00:00'\nTXSSM_GPUS_PER_NODE=4\n"
     )
     assert submit_demo("--partition=mine", "--sbatch=mem=1G", layout=("--nodes=1",)) == 0
     script = Path("runs/demo/pretrain.sbatch").read_text()
-    for line in ("exclusive", "mem=1G", "partition=mine", "time=1:00", "gpus-per-node=4"):
+    for line in ("exclusive", "mem=1G", "partition=mine", "time=1:00:00", "gpus-per-node=4"):
         assert f"#SBATCH --{line}\n" in script
+
+
+def test_spare_nodes_are_asked_for(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit_demo("--spare=1") == 0
+    script = Path("runs/demo/pretrain.sbatch").read_text()
+    assert "#SBATCH --nodes=3\n" in script and "#SBATCH --ntasks-per-node=2\n" in script
+    # The supervisor trains on so many.
+    assert script.splitlines()[-3].endswith(" --nodes=2")
+    assert "pretrain: job 101 (2 nodes x 2 processes and 1 spare)\n" in capsys.readouterr().out
+    record = json.loads(Path("runs/demo/submission.json").read_text())
+    assert (record["nodes"], record["spare_nodes"]) == (2, 1)
+
+
+def test_costly_defaults_of_a_gpu_job_are_named(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = ("--nodes=1", "--gpus-per-node=4")
+    assert submit_demo("--dry-run", layout=layout) == 0
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: this job does not ask for cpus-per-task=N (") and "--sbatch OPTION" in warning
+    assert submit_demo("--dry-run", *(f"--sbatch={text}" for text in ("exclusive", "mem=0")), layout=layout) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_the_same_run_from_another_folder(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # run_directory is runs/demo, from where it was submitted first.
+    assert submit_demo() == 0
+    run = Path.cwd() / "runs" / "demo"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["submit", str(run / "recipe.yaml"), *LAYOUT]) == 0
+    assert [Path(words[-1]) for words in cluster.queued] == [run / "pretrain.sbatch"] * 2
+    assert list(Path.cwd().iterdir()) == []
+    frozen = load_recipe(run / "recipe.yaml")
+    assert (frozen.run_path, frozen.checkpoint_path) == (run, run / "checkpoints")
 
 
 def test_a_finished_run_needs_no_job(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
@@ -528,6 +580,8 @@ def test_variables_do_not_overrule_what_the_script_states(cluster: Cluster, monk
     ]
     # What makes another job of it, or lets sbatch wait for its end.
     overruling += ["ARRAY_INX", "WAIT", "CLUSTERS"]
+    # What takes the job's words elsewhere, its input from what is not there, or lets it live on without a node.
+    overruling += ["ERROR", "OUTPUT", "INPUT", "NO_KILL", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK"]
     for name in overruling:
         monkeypatch.setenv(f"SBATCH_{name}", "x")
     for name in ("SLURM_JOB_ID", "SLURM_CPUS_PER_TASK", "SLURM_NTASKS", "SLURM_MEM_PER_NODE", "SLURM_EXPORT_ENV"):
@@ -535,7 +589,7 @@ def test_variables_do_not_overrule_what_the_script_states(cluster: Cluster, monk
     monkeypatch.setenv("SBATCH_ACCOUNT", "site")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm/slurm.conf")
     monkeypatch.setenv("TXSSM_TEST_A", "kept")
-    assert submit_demo("--partition=main", "--time=1:00", "--sbatch=mem=0") == 0
+    assert submit_demo("--partition=main", "--time=1:00:00", "--sbatch=mem=0") == 0
     environment = cluster.environment
     slurms = {name for name in environment if name.startswith(("SBATCH_", "SLURM_"))}
     # Not stated: the user's own default.

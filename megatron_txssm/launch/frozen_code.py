@@ -1,0 +1,88 @@
+"""A run's own copy of the code, RUN/code/VERSION: a job that starts again runs what was submitted.
+
+The copy holds what is on the disk, changes that nobody has committed and new files included. Its name is that of the
+commit, and a sum over its files: the same code is copied once.
+"""
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_txssm import __version__
+from megatron_txssm.errors import UserError
+
+# What a job runs. Not tests, docs and tools, and not the site's settings, which are no part of the code.
+_PARTS = ("megatron_txssm", "recipes", "slurm")
+_LEFT_OUT = ("__pycache__", "env.sh")
+
+
+class FrozenCode:
+    """The copy of the code in `home` that belongs into a run's folder."""
+
+    def __init__(self, home: Path, run: Path, commit: str | None):
+        self.home = home
+        self.folder = run / "code"
+        self.sum = _sum(home)
+        self.path = self.folder / f"{(commit or __version__).partition('+')[0][:12]}-{self.sum[:12]}"
+        if ":" in str(self.path):
+            # PYTHONPATH would take it for two.
+            raise UserError(
+                f"run_directory={run} holds a colon, behind which Python finds no code; use another, or --no-freeze-code"
+            )
+
+    def write(self) -> None:
+        """Make the copy, whole or not at all; one that somebody has changed since is made anew. OSError."""
+        if self.path.is_dir():
+            if _sum(self.path) == self.sum:
+                return
+            _remove(self.path)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f".{self.path.name}.{secrets.token_hex(4)}"
+        try:
+            for relative in _files(self.home):
+                target = partial / relative
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(self.home / relative, target)
+            if _sum(partial) != self.sum:
+                raise UserError(f"the code in {self.home} has changed while it was copied; submit again")
+            partial.rename(self.path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def remove_others(self) -> None:
+        """The copies of earlier submissions, and what a killed submission left; no job may use them any more."""
+        with contextlib.suppress(OSError):
+            for path in self.folder.iterdir():
+                if path != self.path:
+                    _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Its name goes first: who looks finds it whole or not at all."""
+    aside = folder.with_name(f".{secrets.token_hex(8)}")
+    with contextlib.suppress(OSError):
+        folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _files(home: Path) -> Iterator[Path]:
+    """Relative to `home`, in an order of their own."""
+    for part in _PARTS:
+        for folder, folders, files in os.walk(home / part):
+            folders[:] = sorted(name for name in folders if name not in _LEFT_OUT)
+            for name in sorted(files):
+                if name not in _LEFT_OUT and not name.endswith((".pyc", ".partial")):
+                    yield (Path(folder) / name).relative_to(home)
+
+
+def _sum(home: Path) -> str:
+    """Over names and contents."""
+    total = hashlib.sha256()
+    for relative in _files(home):
+        content = (home / relative).read_bytes()
+        total.update(f"{relative}\0{len(content)}\0".encode(errors="surrogateescape") + content)
+    return total.hexdigest()

@@ -1,0 +1,65 @@
+"""Slurm's compressed lists of nodes, expanded without Slurm: a container that ranks run in need not hold scontrol."""
+
+import itertools
+import math
+import re
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.setting import shown
+
+# More than any cluster has; a typing error such as [1-99999999] is no list.
+MAX_HOSTS = 200_000
+# Of a name: what stands in brackets, or what does not.
+_PART = re.compile(r"\[([^\[\]]*)\]|([^\[\],]+)")
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
+
+
+def expand(nodes: str) -> list[str]:
+    """The hosts of a list such as `gpu[03-07,11]` or `rack[1-2]n[01-04]-ib,login1`, as `scontrol show hostnames` says.
+
+    In the list's order, of several brackets the last runs fastest; a host that is named twice comes twice. UserError
+    where the list is malformed.
+    """
+    hosts: list[str] = []
+    for name in _names(nodes):
+        hosts += _hosts(name, nodes)
+        if len(hosts) > MAX_HOSTS:
+            raise _malformed(nodes)
+    return hosts
+
+
+def _names(nodes: str) -> list[str]:
+    """The list's elements: a comma in brackets separates none."""
+    outside = re.sub(r"\[[^\[\]]*\]", lambda bracket: bracket[0].replace(",", ";"), nodes)
+    return [name.strip().replace(";", ",") for name in outside.split(",") if name.strip()]
+
+
+def _hosts(name: str, nodes: str) -> list[str]:
+    parts: list[list[str]] = []
+    end = 0
+    for match in _PART.finditer(name):
+        if match.start() != end:
+            raise _malformed(nodes)
+        end = match.end()
+        parts.append([match[2]] if match[2] else _numbers(match[1], nodes))
+    if end != len(name) or math.prod(map(len, parts)) > MAX_HOSTS:
+        raise _malformed(nodes)
+    return ["".join(words) for words in itertools.product(*parts)]
+
+
+def _numbers(text: str, nodes: str) -> list[str]:
+    """Of `03-07,11`: 03, 04, 05, 06, 07, 11. Zeros in front are part of a name."""
+    found: list[str] = []
+    for piece in text.split(","):
+        match = _RANGE.fullmatch(piece.strip())
+        if match is None:
+            raise _malformed(nodes)
+        first, last = match[1], match[2] or match[1]
+        if not int(first) <= int(last) < int(first) + MAX_HOSTS:
+            raise _malformed(nodes)
+        found += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return found
+
+
+def _malformed(nodes: str) -> UserError:
+    return UserError(f"{shown(nodes)} is not a list of nodes as Slurm writes them, such as gpu[03-07,11]")
