@@ -31,7 +31,7 @@ class FrozenCode:
         if ":" in str(self.path):
             # PYTHONPATH would take it for two.
             raise UserError(
-                f"run_directory={run} holds a colon, behind which Python finds no code; use another, or --no-freeze-code"
+                f"run_directory={run} holds a colon, and Python finds no code there; use another, or --no-freeze-code"
             )
 
     def write(self) -> None:

@@ -1,6 +1,6 @@
 """What one node says of itself before training: run by srun on every node, prints one JSON object on one line.
 
-Only the standard library: it must answer on a node where nothing else works.
+Only the standard library, and what needs no more: it must answer on a node where nothing else works.
 """
 
 import argparse
@@ -12,12 +12,13 @@ import re
 import resource
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from megatron_txssm.launch.gpu_check import check_gpus, limit
 
 # Whose versions must agree over the nodes.
 PACKAGES = ("megatron-core", "torch", "triton", "transformer-engine", "mamba-ssm", "causal-conv1d", "numpy")
@@ -28,8 +29,7 @@ CACHES = {
 }
 _NETWORK = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "afs", "panfs", "wekafs", "orangefs", "fuse.")
 CONNECT_SECONDS = 10
-# Of a GPU that does not count memory errors; any other word is one that is lost or stuck.
-_NO_ECC = ("[N/A]", "N/A", "[Not Supported]", "[Not Found]")
+SHARED_MEMORY = "/dev/shm"
 
 
 def main() -> None:
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--address", help="HOST:PORT of the rendezvous")
     parser.add_argument("--gpus", type=int, help="GPUs that the job has on this node")
     parser.add_argument("--free-bytes", type=int, help="that a checkpoint needs")
+    parser.add_argument("--free-inodes", type=int, default=0, help="files that the run may still make")
     parser.add_argument("--open-files", type=int, default=0, help="that a rank keeps open")
     args = parser.parse_args()
     print(json.dumps(report(args)), flush=True)
@@ -52,9 +53,11 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     problems: list[str] = []
     warnings: list[str] = []
     clock = _clock_offset(args.address, problems)
-    _check_gpus(args.gpus, problems, warnings)
-    _check_folder(args, problems)
-    _check_open_files(args.open_files, problems)
+    check_gpus(args.gpus, problems, warnings)
+    _check_folder(args, problems, warnings)
+    _check_open_files(limit("OPEN_FILES", args.open_files, warnings), problems)
+    # NCCL's buffers between a node's GPUs; containers begin with 64 MB.
+    _check_shared_memory(limit("SHM_MB", 1024 if args.gpus else None, warnings), problems)
     for name, default in CACHES.items():
         folder = os.path.realpath(os.path.expanduser(os.environ.get(name, default)))
         if (kind := _file_system(folder)).startswith(_NETWORK):
@@ -84,30 +87,7 @@ def _clock_offset(address: str, problems: list[str]) -> dict[str, float] | None:
     return {"ahead_seconds": theirs - (begin + end) / 2, "uncertain_seconds": (end - begin) / 2}
 
 
-def _check_gpus(wanted: int, problems: list[str], warnings: list[str]) -> None:
-    if not wanted:
-        warnings.append("no GPU was asked for: not checked")
-        return
-    fields = "index,ecc.errors.uncorrected.volatile.total"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    try:
-        rows = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError) as error:
-        problems.append(f"{wanted} GPUs were asked for, but nvidia-smi fails: {error}")
-        return
-    # Not "No devices were found".
-    found = [(index, errors.strip()) for index, comma, errors in (row.partition(",") for row in rows) if comma]
-    if len(found) < wanted:
-        problems.append(f"{len(found)} of {wanted} GPUs answer")
-    for index, errors in found:
-        if errors.isdecimal():
-            if int(errors) > 0:
-                problems.append(f"GPU {index} has {errors} uncorrected memory errors; it needs a reset")
-        elif errors not in _NO_ECC:
-            problems.append(f"GPU {index} says {errors}")
-
-
-def _check_folder(args: argparse.Namespace, problems: list[str]) -> None:
+def _check_folder(args: argparse.Namespace, problems: list[str], warnings: list[str]) -> None:
     try:
         if args.token_file.read_text() != args.token:
             problems.append(f"{args.folder} is not the first node's: it must lie on a shared file system")
@@ -124,17 +104,34 @@ def _check_folder(args: argparse.Namespace, problems: list[str]) -> None:
         return
     try:
         free, needed = shutil.disk_usage(args.checkpoints).free / 1e9, args.free_bytes / 1e9
+        files = os.statvfs(args.checkpoints)
     except OSError as error:
         problems.append(f"{args.checkpoints} cannot be reached: {error.strerror}")
         return
     if free < needed:
         problems.append(f"{args.checkpoints} has {free:.1f} GB left; a checkpoint takes {needed:.1f} GB")
+    # Some file systems have no number of files, and say 0.
+    least = limit("FREE_INODES", args.free_inodes, warnings)
+    if least is not None and files.f_files > 0 and files.f_favail < least:
+        problems.append(
+            f"{args.checkpoints} has room for {files.f_favail} more files (inodes, df -i; limit {least:g}: "
+            "TXSSM_PREFLIGHT_FREE_INODES)"
+        )
 
 
-def _check_open_files(needed: int, problems: list[str]) -> None:
+def _check_shared_memory(least_mb: float | None, problems: list[str]) -> None:
+    if least_mb is None or not os.path.isdir(SHARED_MEMORY):
+        return
+    if (free := shutil.disk_usage(SHARED_MEMORY).free / 1e6) < least_mb:
+        problems.append(
+            f"{SHARED_MEMORY} has {free:.0f} MB left (limit {least_mb:g}: TXSSM_PREFLIGHT_SHM_MB); free or enlarge it"
+        )
+
+
+def _check_open_files(needed: float | None, problems: list[str]) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        problems.append(f"a process may have {hard} files open (ulimit -Hn); for its shards a rank needs {needed}")
+    if needed is not None and hard != resource.RLIM_INFINITY and hard < needed:
+        problems.append(f"a process may have {hard} files open (ulimit -Hn); for its shards a rank needs {needed:.0f}")
 
 
 def _check_owner(name: str, folder: str, problems: list[str]) -> None:

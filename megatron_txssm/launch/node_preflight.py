@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_txssm.data.manifest import write_json
 from megatron_txssm.errors import UserError
+from megatron_txssm.launch.bandwidth_preflight import Bandwidth, measure
 from megatron_txssm.launch.environment import rendezvous_port, srun_words, step_python
 from megatron_txssm.launch.preflight import number_of_shards
 from megatron_txssm.planning.parameters import checkpoint_bytes
@@ -25,6 +26,8 @@ from megatron_txssm.recipe.recipe import Recipe
 # Between a node's clock and the first node's: what reads times of files starts to err.
 MAX_CLOCK_SKEW_SECONDS = 5.0
 PORTS_TO_TRY = 16
+# Those of two checkpoints, its log, and what it leaves at a failure.
+FILES_A_RANK = 8
 _MODULE = "megatron_txssm.launch.node_check"
 
 
@@ -48,10 +51,17 @@ class NodePreflight:
             threading.Thread(target=_tell_time, args=(listener,), daemon=True).start()
             reports, silence = self._ask(token)
         problems = find_problems(reports, self.nodes, silence)
-        write_json(self.folder / "preflight.json", {"reports": reports, "problems": problems})
+        bandwidth = Bandwidth()
+        if not problems:
+            bandwidth = measure(self.nodes, gpus_on_node(), self.port, self.timeout_seconds)
+            problems = bandwidth.problems
+        found = {"reports": reports, "problems": problems, "bandwidth": bandwidth.measured}
+        write_json(self.folder / "preflight.json", found)
         for text in sorted({text for report in reports for text in report["warnings"]}):
             named = sorted(report["node"] for report in reports if text in report["warnings"])
             print(f"preflight: {', '.join(named)}: {text}", flush=True)
+        for text in bandwidth.words:
+            print(f"preflight: {text}", flush=True)
         for node, texts in problems.items():
             print(f"preflight: {node} is not fit: {'; '.join(texts)}", flush=True)
         return problems
@@ -72,6 +82,7 @@ class NodePreflight:
             f"--address={self.nodes[0]}:{self.port}",
             f"--gpus={gpus_on_node()}",
             f"--free-bytes={checkpoint_bytes(self.recipe) if saves else 0}",
+            f"--free-inodes={FILES_A_RANK * count * max(1, gpus_on_node()) if saves else 0}",
             f"--open-files={self._open_files()}",
         ]
         silence = "its check ended without an answer; srun's words above may say why"

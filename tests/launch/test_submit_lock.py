@@ -5,18 +5,21 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_txssm.cli import main
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch import run_lock
+from megatron_txssm.launch import run_lock, submit_command
 from megatron_txssm.launch.batch_script import HOME
 from megatron_txssm.launch.run_lock import Holder
 from megatron_txssm.launch.submit_lock import NAME, SubmitLock
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from tests.launch.some_queue import LETTERS, SQUEUE
+from tests.launch.some_queue import LETTERS, SQUEUE, write_queue
 
 # Queues a job as Slurm does: whoever asks after its answer sees it. Takes its time, until `go` is there.
 SBATCH = """\
@@ -58,9 +61,9 @@ def start(cluster: Path) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(what: object, condition: object) -> None:
+def wait_for(what: str, condition: Callable[[], object]) -> None:
     end = time.monotonic() + 600
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < end, what
         time.sleep(0.02)
 
@@ -83,15 +86,25 @@ def test_three_at_once_queue_one_job(cluster: Path) -> None:
     assert not (run / NAME).exists()
 
 
-def test_one_that_was_checked_before_the_other_was_queued(cluster: Path, recipe: Recipe) -> None:
-    # It comes to the folder when the first has left it.
-    me = Holder.myself()
-    with SubmitLock(recipe):
-        late = start(cluster)
-        wait_for("the check", lambda: list(cluster.glob("checked_*")) or late.poll() is not None)
-        assert me.pid == os.getpid()
-        output = late.communicate(timeout=600)
-    assert late.returncode == 2 and f"(process {os.getpid()} on " in output[1]
+def test_another_was_quicker_since_the_checks(
+    cluster: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes to the lock when the other has left it."""
+    plan = submit_command.plan_submission
+    monkeypatch.chdir(cluster.parent)
+    monkeypatch.setenv("PATH", f"{cluster}:{os.environ['PATH']}")
+
+    def planned(*words: Any) -> Any:
+        found = plan(*words)
+        write_queue(cluster, {"job_id": 17, "state": "PENDING", "command": f"{Path.cwd()}/runs/demo/pretrain.sbatch"})
+        return found
+
+    monkeypatch.setattr(submit_command, "plan_submission", planned)
+    words = ["--nodes=1", "--nproc-per-node=2", *(f"--set={text}" for text in FIELDS)]
+    assert main(["submit", "demo_cpu", *words]) == 2
+    assert capsys.readouterr().err == "error: runs/demo has job 17 (PENDING) already; see txssm jobs\n"
+    run = cluster.parent / "runs" / "demo"
+    assert not (run / NAME).exists() and not (run / "recipe.yaml").exists()
 
 
 @pytest.fixture
@@ -128,9 +141,7 @@ def test_one_that_lives_on_another_machine(recipe: Recipe, monkeypatch: pytest.M
     lock = recipe.run_path / NAME
     lock.write_text(json.dumps(theirs))
     monkeypatch.setattr(run_lock, "_is_touched", lambda file: file == lock)
-    with pytest.raises(
-        UserError, match=r"another txssm submit \(process \d+ on login2, since .*remove .*submitting.json"
-    ):
+    with pytest.raises(UserError, match=r"another txssm submit \(process \d+ on login2, .*remove .*submitting.json"):
         with SubmitLock(recipe):
             pass
     # It stays theirs.
