@@ -15,6 +15,21 @@
 # the run folders, the data and this checkout under their own paths.
 #export TXSSM_SRUN_OPTIONS="--container-image=/images/txssm.sqsh --container-mounts=/scratch,/home"
 #export TXSSM_STEP_PYTHON=/usr/bin/python
+# Threads of a rank, for other than all cores of its task:
+#export OMP_NUM_THREADS=4
+
+# --- limits of the preflight; `off` checks nothing ------------------------------------------------------------------------
+# Memory of a GPU in use before the run, its remapped rows, hardware errors (Xid) of the node's GPUs in the last hour.
+#export TXSSM_PREFLIGHT_GPU_MEMORY_MB=2000
+#export TXSSM_PREFLIGHT_REMAPPED_ROWS=512
+#export TXSSM_PREFLIGHT_XIDS=0
+# Least: files that the checkpoints' file system may still take, open files of a process, free /dev/shm (where there are GPUs).
+#export TXSSM_PREFLIGHT_FREE_INODES=100000
+#export TXSSM_PREFLIGHT_OPEN_FILES=65536
+#export TXSSM_PREFLIGHT_SHM_MB=1024
+# Least GB/s of an all-reduce over all ranks (bus bandwidth, as of nccl-tests). Measured on several nodes with GPUs anyway; on
+# CPUs where it is set.
+#export TXSSM_PREFLIGHT_ALLREDUCE_GB_PER_S=100
 
 # --- caches, on the node's own disk ---------------------------------------------------------------------------------------
 # Triton and torch.compile write here (default: $TMPDIR or /tmp).

@@ -5,7 +5,8 @@ killed holder leaves counts as long as it may live:
 
 - On the same machine the process itself is looked for, unless the file is a copy: its number (inode) is another.
 - A job that Slurm started again has outlived its earlier starts.
-- Else the file shows it: a living holder touches it every few seconds. Who comes waits to see whether it does.
+- Else the file shows it: a living holder touches it every few seconds. Who comes waits to see whether it does, unless
+  it was touched last too long ago.
 
 Locks of the kernel (flock, fcntl) would be simpler, but whether nodes share them is a matter of mount options.
 """
@@ -16,6 +17,7 @@ import os
 import secrets
 import socket
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +29,8 @@ from megatron_txssm.recipe.recipe import Recipe
 
 NAME = "running.json"
 BEAT_SECONDS, STALE_SECONDS = 10.0, 60.0
+# So long ago that nobody need wait and see.
+DEAD_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -223,12 +227,23 @@ def _started_ticks(pid: int) -> str | None:
 def _is_touched(file: Path) -> bool:
     """Whether somebody touches a file, or writes it anew; False where it goes away or nobody does for long."""
     before = _touched_ns(file)
+    if before is not None and _untouched_seconds(file, before) > DEAD_SECONDS:
+        return False
     end = time.monotonic() + STALE_SECONDS
     while before is not None and time.monotonic() < end:
         time.sleep(0.2)
         if (now := _touched_ns(file)) != before:
             return now is not None
     return False
+
+
+def _untouched_seconds(file: Path, touched_ns: int) -> float:
+    """How long ago it was touched, by the clock that the file system goes by; 0 where that cannot be told."""
+    try:
+        with tempfile.TemporaryFile(dir=file.parent) as now:
+            return (os.fstat(now.fileno()).st_mtime_ns - touched_ns) / 1e9
+    except OSError:
+        return 0
 
 
 def _touched_ns(file: Path) -> int | None:

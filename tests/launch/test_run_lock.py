@@ -138,6 +138,17 @@ def test_without_a_sign_of_life_it_is_taken(recipe: Recipe, text: str | None, mo
     assert [path.name for path in recipe.run_path.iterdir()] == ["checkpoints"]
 
 
+def test_what_nobody_has_touched_for_long_is_taken_at_once(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "STALE_SECONDS", float("inf"))
+    leave(recipe.run_path)
+    file = recipe.run_path / NAME
+    long_ago = file.stat().st_mtime - run_lock.DEAD_SECONDS - 60
+    os.utime(file, (long_ago, long_ago))
+    check_not_running(recipe)
+    with RunLock(recipe):
+        assert json.loads(file.read_text())["pid"] == os.getpid()
+
+
 def test_a_requeued_job_takes_it_from_its_earlier_start_at_once(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
