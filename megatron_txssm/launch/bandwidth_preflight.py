@@ -40,7 +40,8 @@ def measure(nodes: list[str], gpus: int, port: int, timeout_seconds: float) -> B
         return found
     command = [
         *srun_words("bandwidth"),
-        *(f"--nodes={len(nodes)}", f"--ntasks-per-node={max(gpus, 1)}", "--distribution=block"),
+        *(f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", f"--ntasks={len(nodes) * max(gpus, 1)}"),
+        *(f"--ntasks-per-node={max(gpus, 1)}", "--distribution=block"),
         "--kill-on-bad-exit=1",
         *(step_python(), "-m", _MODULE),
         f"--megabytes={GPU_MEGABYTES if gpus else CPU_MEGABYTES}",

@@ -72,14 +72,15 @@ class NodePreflight:
         checkpoints = self.recipe.checkpoint_path if saves else self.recipe.run_path
         command = [
             *srun_words("preflight"),
-            *(f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1"),
+            *(f"--nodes={count}", f"--nodelist={','.join(self.nodes)}", f"--ntasks={count}", "--ntasks-per-node=1"),
             *(step_python(), "-m", _MODULE),
             f"--folder={self.recipe.run_path.resolve()}",
             f"--checkpoints={checkpoints.resolve()}",
             f"--recipe={find_recipe(self.recipe_file).resolve()}",
             f"--token={token}",
             f"--token-file={self.folder / 'token'}",
-            f"--address={self.nodes[0]}:{self.port}",
+            # This process's, also where the job's first node is not among those that are asked.
+            f"--address={os.environ.get('SLURMD_NODENAME', socket.gethostname())}:{self.port}",
             f"--gpus={gpus_on_node()}",
             f"--free-bytes={checkpoint_bytes(self.recipe) if saves else 0}",
             f"--free-inodes={FILES_A_RANK * count * max(1, gpus_on_node()) if saves else 0}",

@@ -53,11 +53,13 @@ class Layout:
 
     @property
     def options(self) -> dict[str, str | None]:
-        return {
+        options: dict[str, str | None] = {
             "nodes": str(self.nodes + self.spare),
             "ntasks-per-node": str(self.nproc_per_node),
             "gpus-per-node": str(self.gpus_per_node or ""),
         }
+        # The job outlives a lost node, whose place a spare one takes.
+        return options | {"no-kill": None} if self.spare else options
 
     def __str__(self) -> str:
         kind = "GPU" if self.gpus_per_node else "process"
