@@ -385,6 +385,7 @@ def preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NodePreflight:
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("TXSSM_SRUN_OPTIONS", "--container-image='a b'")
     monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    monkeypatch.setenv("SLURMD_NODENAME", "127.0.0.1")
     recipe = load_recipe("demo_cpu", [f"run_directory={tmp_path}/run"])
     make_run_directory(recipe)
     attempt = recipe.run_path / "attempts" / "0001"
@@ -399,7 +400,7 @@ def test_every_node_is_asked(preflight: NodePreflight, tmp_path: Path, capfd: py
     words = (tmp_path / "bin" / "words").read_text().splitlines()
     assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--container-image=a b"} <= set(words)
     assert f"--free-bytes={checkpoint_bytes(preflight.recipe)}" in words
-    assert f"--address=127.0.0.1:{preflight.port}" in words
+    assert f"--address=127.0.0.1:{preflight.port}" in words and "--nodelist=127.0.0.1,127.0.0.2" in words
     written = json.loads((preflight.folder / "preflight.json").read_text())
     assert [found["node"] for found in written["reports"]] == preflight.nodes
     assert written["problems"] == {}

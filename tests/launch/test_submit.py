@@ -357,15 +357,8 @@ def test_the_run_folder_of_a_submission(cluster: Cluster, capsys: pytest.Capture
         "signal=TERM@120",
     }
     assert not any(option.startswith("gpus") for option in options)
-    words = shlex.join(
-        [
-            f"{run}/recipe.yaml",
-            "--step-timeout=1800",
-            "--stop-before=120",
-            "--preflight-timeout=300",
-            "--max-requeues=10",
-        ]
-    )
+    limits = "--start-timeout=1800 --step-timeout=1800 --save-timeout=1800 --stop-before=120 --preflight-timeout=300"
+    words = f"{shlex.quote(f'{run}/recipe.yaml')} {limits} --restarts=3 --max-requeues=10"
     assert f"\nset -- {words}\n" in script
     (queued,) = cluster.queued
     assert queued[0] == "--parsable" and Path(queued[-1]).resolve() == run / "pretrain.sbatch"
@@ -384,16 +377,22 @@ def test_the_run_folder_of_a_submission(cluster: Cluster, capsys: pytest.Capture
 
 def test_limits_and_gpus_reach_the_script(cluster: Cluster) -> None:
     layout = ("--nodes=1", "--gpus-per-node=4")
-    assert (
-        submit_demo(
-            "--stop-before=300", "--step-timeout=60", "--max-requeues=3", "--preflight-timeout=9", layout=layout
-        )
-        == 0
-    )
+    timeouts = ("--start-timeout=70", "--step-timeout=60", "--save-timeout=80", "--preflight-timeout=9")
+    assert submit_demo("--stop-before=300", "--max-requeues=3", "--restarts=0", *timeouts, layout=layout) == 0
     script = Path("runs/demo/pretrain.sbatch").read_text()
     assert "#SBATCH --gpus-per-node=4\n" in script and "#SBATCH --ntasks-per-node=4\n" in script
     assert "#SBATCH --signal=TERM@300\n" in script
-    assert "--step-timeout=60 --stop-before=300 --preflight-timeout=9 --max-requeues=3\n" in script
+    words = "--start-timeout=70 --step-timeout=60 --save-timeout=80 --stop-before=300 --preflight-timeout=9"
+    assert f" {words} --restarts=0 --max-requeues=3\n" in script
+
+
+def test_spare_nodes_are_asked_for_and_not_trained_on(cluster: Cluster) -> None:
+    assert submit_demo("--spare=2") == 0
+    script = Path("runs/demo/pretrain.sbatch").read_text()
+    assert "#SBATCH --nodes=4\n" in script and " --nodes=2\n" in script
+    # Else a lost node would end the job.
+    assert "#SBATCH --no-kill\n" in script
+    assert json.loads(Path("runs/demo/submission.json").read_text())["nodes"] == 2
 
 
 def test_the_sites_options_hold_unless_the_user_says_otherwise(cluster: Cluster, tmp_path: Path) -> None:

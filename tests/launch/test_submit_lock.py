@@ -29,13 +29,13 @@ here=$(dirname "$0")
 until [ -e "$here/go" ]; do sleep 0.02; done
 echo "${@: -1}" >> "$here/queued"
 line=$'\\x1e'
-for letter in %i %j %T %r %N %P %o %x %e; do
+for letter in LETTERS; do
     case $letter in %i) value=17 ;; %T) value=PENDING ;; %o) value=${@: -1} ;; *) value= ;; esac
     line+=$value$'\\x1f'
 done
 echo "${line%?}" >> "$here/queue"
 echo 17
-"""
+""".replace("LETTERS", " ".join(LETTERS.values()))
 FIELDS = ("megatron.mock_data=true", "data.corpus=null", "data.tokenizer_type=NullTokenizer")
 
 
@@ -43,7 +43,6 @@ FIELDS = ("megatron.mock_data=true", "data.corpus=null", "data.tokenizer_type=Nu
 def cluster(tmp_path: Path) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
-    assert len(LETTERS) == 9
     for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
