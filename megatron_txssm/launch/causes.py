@@ -99,6 +99,8 @@ _WORDS: tuple[tuple[str, re.Pattern[str]], ...] = (
             r"|\[Errno (?:107|108|19|6|112)\] [^:'\"]+: ['\"]/"
         ),
     ),
+    # Computed again, it is finite.
+    ("bad_gpu", re.compile(r"^FloatingPointError\b.*came out differently")),
     # Earlier versions raise a RuntimeError.
     ("nan", re.compile(r"^FloatingPointError\b|is NaN or infinite")),
     (
@@ -120,6 +122,14 @@ def cause_of(text: str) -> str | None:
 def is_of_another_rank(text: str) -> bool:
     """Whether an error only says that another rank has gone. NCCL's own want of memory does not."""
     return cause_of(text) is None and _CONNECTION.search(text) is not None
+
+
+def suspect(text: str) -> tuple[int, str] | None:
+    """The first rank and node that a not-finite result names as its origin: all ranks end with the same words."""
+    found = (
+        re.search(r"\bon rank (\d{1,9}) \(node ([^\s,:)]+)", text) if text.startswith("FloatingPointError") else None
+    )
+    return (int(found[1]), found[2]) if found else None
 
 
 def remedy(cause: str, detail: str) -> str:

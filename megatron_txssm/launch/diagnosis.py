@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.causes import CAUSES, cause_of, is_of_another_rank, remedy, shortened
+from megatron_txssm.launch.causes import CAUSES, cause_of, is_of_another_rank, remedy, shortened, suspect
 from megatron_txssm.launch.preflight import is_finished, saved_step
 from megatron_txssm.launch.run_folder import Attempt, farthest_step
 from megatron_txssm.launch.slurm import run_slurm
@@ -156,6 +156,8 @@ def _failure(attempt: Attempt, output: str) -> Diagnosis:
 
 
 def _of(attempt: Attempt, cause: str, failure: Failure) -> Diagnosis:
+    if origin := suspect(failure.text):
+        return Diagnosis(cause, failure.text, *origin)
     return Diagnosis(cause, failure.text, failure.rank, failure.node or attempt.node_of(failure.rank))
 
 

@@ -24,7 +24,7 @@ def what_to_do(attempt: Attempt, recipe: Recipe, run: Path, jobs: list[Job] | No
     assert cause is not None
     if cause == "finished":
         return ""
-    mend = go_back(recipe, run) if cause == "nan" else remedy(cause, attempt.detail)
+    mend = go_back(attempt.detail, recipe, run) if cause == "nan" else remedy(cause, attempt.detail)
     if jobs is None:
         return mend
     if jobs:
@@ -50,8 +50,11 @@ def submit_again(run: Path, *changes: str) -> str:
     return f"txssm submit {shlex.quote(str(run / 'recipe.yaml'))} --nodes N{words}"
 
 
-def go_back(recipe: Recipe, run: Path) -> str:
+def go_back(detail: str, recipe: Recipe, run: Path) -> str:
     """For a run whose weights or gradients are not finite."""
+    if (said := detail.find("The last sound checkpoint")) >= 0:
+        # The trainer has looked at the weights.
+        return detail[said:]
     newest = saved_step(recipe.checkpoint_path)
     rate = recipe.optimizer.learning_rate / 2
     changes = (f"--set optimizer.learning_rate={rate:g}", "--set megatron.override_opt_param_scheduler=true")

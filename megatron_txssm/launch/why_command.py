@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
     if ended and recorded(ended[-1]) is None:
         close(ended[-1], recipe)
     if args.all:
-        for attempt in ended:
-            print(_line(attempt))
+        for number, attempt in enumerate(ended, 1):
+            print(f"{_line(attempt)}{_afterwards(attempt, ended[number:])}")
     elif ended:
         _explain(ended[-1], recipe, folder, jobs)
     elif not jobs and not running and (known := list(explain_local_end(folder))):
@@ -150,6 +150,16 @@ def _line(attempt: Attempt) -> str:
     steps = "" if attempt.last_step is None else f"to step {attempt.last_step}"
     end = recorded(attempt) or "its end was not recorded"
     return f"{attempt.number:4}  {begin}  job {attempt.job_id}  {steps:14}  {end}"
+
+
+def _afterwards(attempt: Attempt, later: list[Attempt]) -> str:
+    """What later attempts show of a result that was not finite."""
+    if attempt.cause != "nan" or attempt.node is None:
+        return ""
+    without = (other for other in later if attempt.node not in other.nodes)
+    if any((other.last_step or 0) > (attempt.last_step or 0) for other in without):
+        return f"; without {attempt.node} it did not come again: have its GPUs tested (dcgmi diag -r 3)"
+    return ""
 
 
 def _print(name: str, text: str) -> None:

@@ -332,6 +332,27 @@ def test_a_damaged_checkpoint_by_its_class(attempt: Attempt, say: Say) -> None:
     assert diagnose(attempt, finished=False, output="").cause == "damaged_checkpoint"
 
 
+NOT_FINITE = (
+    "the loss or a gradient of step 41 is NaN or infinite on rank 2 (node n2, GPU 0: loss), rank 3 (node n2, GPU 1: "
+    "loss); computed again on the same GPU, it came out {} (Megatron's exit code {}). The last sound checkpoint is …"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (NOT_FINITE.format("the same: the training diverges, or that GPU is broken", 16), "nan"),
+        (NOT_FINITE.format("differently: a passing error of that GPU is likely", 17), "bad_gpu"),
+    ],
+)
+def test_a_result_that_is_not_finite_names_its_origin(attempt: Attempt, say: Say, error: str, cause: str) -> None:
+    # All ranks end with the same words.
+    for rank in range(4):
+        say(rank, FloatingPointError(error))
+    found = diagnose(attempt, finished=False, output="")
+    assert (found.cause, found.rank, found.node) == (cause, 2, "n2")
+
+
 def test_a_certain_cause_explains_what_else_fails(attempt: Attempt, say: Say) -> None:
     say(0, KeyError("what the other did not send"), at=50)
     say(3, OSError(28, "No space left on device"), at=60)

@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,7 +76,7 @@ def told(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
     return captured.out if code == 0 else captured.err
 
 
-def ended(recipe: Recipe, cause: str, **fields: object) -> None:
+def ended(recipe: Recipe, cause: str, **fields: Any) -> None:
     fields = {"job_id": "17", "started": time.time() - 100, "ended": time.time() - 10, "last_step": 25, **fields}
     some_attempt(recipe.run_path, cause=cause, **fields).save()
 
@@ -211,6 +212,24 @@ def test_nan_names_the_sound_steps_and_the_commands(
     rate = f"{recipe.optimizer.learning_rate / 2:g}"
     changes = f"--set optimizer.learning_rate={rate} --set megatron.override_opt_param_scheduler=true"
     assert f"cd /home/somebody && {COMMAND} {changes}" in why
+    # A trainer that has looked for them knows better.
+    said = "The last sound checkpoint is that of step 10: its weights were read and are finite. To go on from it: …"
+    ended(recipe, "nan", detail=f"FloatingPointError: the loss is NaN. {said}", rank=1, node="n1")
+    assert f"what to do     {said}" in told(capsys, "why", "demo")
+
+
+def test_a_result_that_was_not_finite_on_one_node_only(
+    cluster: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended(recipe, "nan", detail="FloatingPointError: NaN", rank=2, node="n2")
+    ended(recipe, "time_limit", number=2, last_step=25, nodes=["n1", "n3"])
+    assert "did not come again" not in told(capsys, "why", "demo", "--all")
+    ended(recipe, "time_limit", number=3, last_step=40, nodes=["n1", "n2"])
+    assert "did not come again" not in told(capsys, "why", "demo", "--all")
+    ended(recipe, "time_limit", number=4, last_step=40, nodes=["n1", "n3"])
+    first, *others = told(capsys, "why", "demo", "--all").splitlines()[:4]
+    assert "without n2 it did not come again: have its GPUs tested" in first
+    assert not any("did not come again" in line for line in others)
 
 
 def test_why_from_anywhere_of_a_recipe_with_relative_paths(
