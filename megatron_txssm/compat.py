@@ -1,22 +1,18 @@
-"""The only file that imports moved or private Megatron names, and that mends what its wheel lacks.
+"""The file that imports moved or private Megatron names, and that mends what its wheel lacks; saves: compat_saves.py.
 
 Checked against megatron-core 0.19.2 (tests/test_compat.py); at an upgrade, look here first.
 """
 
 import argparse
 import functools
-import multiprocessing
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import megatron.training
 import torch
 from megatron.core.ssm.utils import _split_tensor_factory as split_tensor_factory
-
-from megatron_txssm.launch.environment import end_with_parent
 
 __all__ = ["get_args", "mend_megatron", "split_tensor_factory"]
 
@@ -229,49 +225,3 @@ def _decay_weights_from_the_first_step() -> None:
         self.step(0)
 
     setattr(OptimizerParamScheduler, "load_state_dict", load_and_set)
-
-
-# What this process could not write into checkpoints, and why.
-failed_writes: list[Exception] = []
-
-
-def tell_failed_writes() -> None:
-    """Keep in `failed_writes` why a save failed: Megatron passes on the exception's type alone (idempotent)."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    writer: Any = FileSystemWriterAsync
-    write = writer.write_preloaded_data
-    if hasattr(write, "__txssm__"):
-        return
-
-    @functools.wraps(write)
-    def write_and_note(*args: Any, **kwargs: Any) -> Any:
-        written = write(*args, **kwargs)
-        if isinstance(written[1], Exception):
-            # torch's writer of archives fails once more at the end, and hides what the file system said.
-            said: BaseException = written[1]
-            while not isinstance(said, OSError) and said.__context__ is not None:
-                said = said.__context__
-            failed_writes.append(said if isinstance(said, OSError) else written[1])
-        return written
-
-    setattr(write_and_note, "__txssm__", True)
-    writer.write_preloaded_data = staticmethod(write_and_note)
-
-
-def end_save_helpers_with_rank() -> None:
-    """Let the process that collects what a save wrote end with its rank: it would outlive one that is killed."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.core.dist_checkpointing.strategies.async_utils import _disable_gc
-
-    writer: Any = filesystem_async
-
-    @_disable_gc()
-    def get_write_results_queue(mp_mode: str = "spawn") -> Any:
-        if writer._results_queue is None:
-            manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-            manager.start(end_with_parent)
-            writer._results_queue = manager.Queue()
-        return writer._results_queue
-
-    writer.get_write_results_queue = get_write_results_queue

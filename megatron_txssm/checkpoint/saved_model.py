@@ -5,14 +5,15 @@ A checkpoint (torch_dist) holds a tensor in chunks, as the ranks had it; reading
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_txssm.checkpoint.checksums import verify_files, wrong_sizes
+from megatron_txssm.checkpoint.steps import TRACKER, check_tracker, tracked
 from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER, Shape, compare_shapes, model_shapes
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.preflight import check_tracker, saved_step
 from megatron_txssm.recipe.loader import load_recipe, nearest, recipe_names
 from megatron_txssm.recipe.recipe import Recipe
 
@@ -42,22 +43,9 @@ class SavedModel:
         import torch
 
         tensors = {name: torch.empty(self.entries[name].size, dtype=self.dtype(name)) for name in names}
-        self._load(tensors)
+        _load(self.folder, self.index, tensors, self.option)
         rows = {name: self.shapes[name][0] for name in tensors}
         return {name: t if len(t) == rows[name] else t[: rows[name]].clone() for name, t in tensors.items()}
-
-    def _load(self, tensors: dict[str, Any]) -> None:
-        from torch.distributed.checkpoint import CheckpointException, load
-
-        from megatron_txssm.checkpoint.torch_dist import IndexReader
-
-        try:
-            # It says that it reads in one process, which is what it was asked for.
-            with warnings.catch_warnings(action="ignore"):
-                load(tensors, storage_reader=IndexReader(self.folder, self.index), no_dist=True)
-        # torch's CheckpointException is no Exception.
-        except (Exception, CheckpointException) as error:
-            raise UserError(f"{self.folder} is damaged ({_said(error)}); {_another(self.option)}") from None
 
 
 def find_checkpoints(path: Path) -> Path:
@@ -70,7 +58,7 @@ def find_checkpoints(path: Path) -> Path:
     if (path / "recipe.yaml").is_file() and (stated := load_recipe(path / "recipe.yaml").checkpoint.directory):
         candidates.append(Path(stated))
     for folder in candidates:
-        if saved_step(folder) is not None:
+        if tracked(folder) is not None:
             return folder
         check_tracker(folder)
     raise UserError(f"{path} holds no checkpoint; name a run's folder or its checkpoints, such as runs/demo")
@@ -112,6 +100,7 @@ def open_checkpoint(
     shapes = model_shapes(recipe)
     if fault := compare_shapes({name: _without_padding(recipe, name, e) for name, e in entries.items()}, shapes):
         raise UserError(f"{folder} is not the model that {described}: {fault}; {_another(option)}")
+    verify_files(folder, recipe.checkpoint.verify, turn=step)
     return SavedModel(checkpoints, folder, step, recipe, shapes, entries, index, option)
 
 
@@ -123,11 +112,53 @@ def damage_of_newest(checkpoints: Path) -> str:
     """What is missing of a run's newest checkpoint, optimizer state included; empty where every file is whole."""
     try:
         _, folder = step_folder(checkpoints, None)
+    except UserError as error:
+        return str(error)
+    return wrong_sizes(folder) or damage_by_index(folder)
+
+
+def damage_by_index(folder: Path) -> str:
+    """The first file of a checkpoint that ends before what the index says is in it; empty where none does."""
+    try:
         index = _read_index(folder, "--step")
         _check_files(folder, index.storage_data, index.state_dict_metadata, "--step")
     except UserError as error:
         return str(error).removesuffix(f"; {_another('--step')}")
     return ""
+
+
+def read_weights(folder: Path, at_once: int = 1 << 30) -> Iterator[tuple[str, Any]]:
+    """Name and whole tensor of every weight of a checkpoint, `at_once` bytes at a time; UserError where it is damaged.
+
+    Which model it is need not be known.
+    """
+    import torch
+
+    index = _read_index(folder, "--step")
+    entries = {name: entry for name, entry in index.state_dict_metadata.items() if _is_weight(name, entry)}
+    _check_files(folder, index.storage_data, entries, "--step")
+    batch: dict[str, Any] = {}
+    for number, (name, entry) in enumerate(entries.items(), 1):
+        batch[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        if number == len(entries) or sum(tensor.nbytes for tensor in batch.values()) >= at_once:
+            _load(folder, index, batch, "--step")
+            yield from batch.items()
+            batch = {}
+
+
+def _load(folder: Path, index: Any, tensors: dict[str, Any], option: str) -> None:
+    """Fill the tensors of these names; UserError where a file is damaged."""
+    from torch.distributed.checkpoint import CheckpointException, load
+
+    from megatron_txssm.checkpoint.torch_dist import IndexReader
+
+    try:
+        # It says that it reads in one process, which is what it was asked for.
+        with warnings.catch_warnings(action="ignore"):
+            load(tensors, storage_reader=IndexReader(folder, index), no_dist=True)
+    # torch's CheckpointException is no Exception.
+    except (Exception, CheckpointException) as error:
+        raise UserError(f"{folder} is damaged ({_said(error)}); {_another(option)}") from None
 
 
 def _without_padding(recipe: Recipe, name: str, entry: Any) -> Shape:
@@ -142,12 +173,13 @@ def _is_weight(name: str, entry: Any) -> bool:
 
 def step_folder(checkpoints: Path, step: int | None, option: str = "--step") -> tuple[int, Path]:
     """(step, its folder) of a run's checkpoints, the newest for None; UserError with the steps that there are."""
-    named = "latest_checkpointed_iteration.txt" if step is None else f"{option} {step}"
-    step = saved_step(checkpoints) if step is None else step
-    assert step is not None
+    named = TRACKER if step is None else f"{option} {step}"
+    newest = tracked(checkpoints)
     # A `release` counts as step 0. Megatron goes by the tracker, too.
-    is_release = step == 0 and "release" in (checkpoints / "latest_checkpointed_iteration.txt").read_text()
-    folder = checkpoints / ("release" if is_release else f"iter_{step:07d}")
+    if newest is not None and step in (None, newest.number):
+        step, folder = newest.number, newest.folder
+    else:
+        folder = checkpoints / f"iter_{step:07d}"
     if folder.is_dir():
         return step, folder
     there = ", ".join(str(int(path.name.removeprefix("iter_"))) for path in sorted(checkpoints.glob("iter_*[0-9]")))

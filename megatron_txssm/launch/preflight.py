@@ -1,7 +1,7 @@
 """What can be known to be wrong before a run starts: its layout, its files, the checkpoints it would resume from."""
 
+import contextlib
 import os
-import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.checkpoint.kept_tokenizer import other_tokenizer
+from megatron_txssm.checkpoint.steps import (
+    TRACKER,
+    check_tracker,
+    damage,
+    find_newest,
+    folder_bytes,
+    going_back,
+    interrupted_saves,
+    lost_step,
+    saved_step,
+    tracked,
+    whole_steps,
+)
 from megatron_txssm.data.manifest import read_tokenizer_facts
 from megatron_txssm.errors import UserError
 from megatron_txssm.planning.parameters import checkpoint_bytes
@@ -72,11 +85,8 @@ def number_of_shards(recipe: Recipe) -> int:
 def check_checkpoint(recipe: Recipe) -> None:
     """UserError where the run would resume another model or schedule, or load_from holds no checkpoint."""
     source = recipe.checkpoint.load_from
-    if source is not None and saved_step(Path(source)) is None:
-        check_tracker(Path(source))
-        raise UserError(f"checkpoint.load_from={source} holds no checkpoint; name a run's checkpoints folder")
     if source is not None:
-        _check_newest(Path(source))
+        check_source(Path(source))
     if source is not None and (made_by := Path(source) / "recipe.yaml").is_file():
         # Megatron drops what a smaller model has no place for, and names nothing that two encodings share.
         theirs, ours = _architecture(load_recipe(made_by)), _architecture(recipe)
@@ -89,11 +99,8 @@ def check_checkpoint(recipe: Recipe) -> None:
     folder = recipe.checkpoint_path
     if recipe.checkpoint.save_interval is None:
         return
-    if saved_step(folder) is None:
-        check_tracker(folder)
-        return
-    _check_newest(folder)
-    if not (folder / "recipe.yaml").is_file():
+    # The newest that is whole, if there has ever been one.
+    if find_newest(folder).step is None or not (folder / "recipe.yaml").is_file():
         return
     saved = load_recipe(folder / "recipe.yaml")
     if differences := _differences(_architecture(saved), _architecture(recipe)):
@@ -116,8 +123,24 @@ def check_checkpoint(recipe: Recipe) -> None:
         )
 
 
+def check_source(source: Path) -> None:
+    """UserError unless the newest checkpoint of checkpoint.load_from is whole: which one else is its user's choice."""
+    step = tracked(source)
+    if step is None:
+        check_tracker(source)
+        raise UserError(f"checkpoint.load_from={source} holds no checkpoint; name a run's checkpoints folder")
+    if why := damage(step.folder):
+        others = [str(older.number) for older in reversed(whole_steps(source)) if older != step]
+        other = f"write another step into {source / TRACKER} ({', '.join(others)})" if others else "it has no other"
+        raise UserError(f"checkpoint.load_from={source}: {lost_step(step, why)}; put it back, or {other}")
+
+
 def warnings(recipe: Recipe) -> Iterator[str]:
     """What a run may do, and its user hardly wants."""
+    if recipe.checkpoint.save_interval is not None:
+        with contextlib.suppress(UserError):
+            if lost := going_back(find_newest(recipe.checkpoint_path), saved_step(recipe.checkpoint_path)):
+                yield lost
     if changes := changed_data(recipe):
         yield f"it goes on with other data than it was trained on ({changes})"
     source = recipe.checkpoint.load_from
@@ -137,11 +160,16 @@ def warnings(recipe: Recipe) -> Iterator[str]:
 
 
 def is_finished(recipe: Recipe) -> bool:
-    """Whether the run's newest checkpoint is of its last step; Megatron would fail for want of samples."""
+    """Whether the run's newest checkpoint is whole, and of its last step; Megatron would fail for want of samples."""
     if recipe.checkpoint.save_interval is None or recipe.megatron.get("skip_train"):
         return False
-    newest = newest_checkpoint(recipe.checkpoint_path)
-    return newest is not None and newest.is_dir() and (saved_step(recipe.checkpoint_path) or 0) >= recipe.train_iters
+    step = saved_step(recipe.checkpoint_path)
+    if step is None or step < recipe.train_iters:
+        return False
+    with contextlib.suppress(UserError):
+        newest = find_newest(recipe.checkpoint_path).step
+        return newest is not None and newest.number >= recipe.train_iters
+    return False
 
 
 def check_room(recipe: Recipe) -> None:
@@ -151,8 +179,10 @@ def check_room(recipe: Recipe) -> None:
     needed, folder = checkpoint_bytes(recipe), recipe.checkpoint_path.absolute()
     there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     disk = shutil.disk_usage(there)
+    # What a save left that was cut off is removed when the run starts.
+    reclaimed = sum(map(folder_bytes, interrupted_saves(folder)))
     # Of what is no disk, such as /proc, nothing can be said.
-    if disk.total and disk.free < needed:
+    if disk.total and disk.free + reclaimed < needed:
         raise UserError(
             f"{there} has {disk.free / 1e9:.2f} GB left, and a checkpoint of {recipe.name} takes {needed / 1e9:.2f} "
             "GB; make room, or state another run_directory or checkpoint.directory"
@@ -193,72 +223,6 @@ def _schedule(recipe: Recipe) -> dict[str, Any]:
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     return "; ".join(f"{name}: {theirs[name]} there, {ours[name]} here" for name in ours if theirs[name] != ours[name])
-
-
-def saved_step(folder: Path) -> int | None:
-    """The step of a directory's newest checkpoint (a `release` is 0), None where it holds none."""
-    tracker = folder / "latest_checkpointed_iteration.txt"
-    # Path.is_file would raise for a name that is too long.
-    if not os.path.isfile(tracker):
-        return None
-    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if text == "release":
-        return 0
-    if not text.isdecimal():
-        raise UserError(
-            f"{tracker} says {text[:40]!r}, not a step; write the number of the newest iter_* folder into it"
-        )
-    return int(text)
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The folder of a directory's newest checkpoint, which need not be there; None where it holds none."""
-    step = saved_step(folder)
-    if step is None:
-        return None
-    is_release = step == 0 and "release" in (folder / "latest_checkpointed_iteration.txt").read_text()
-    return folder / ("release" if is_release else f"iter_{step:07d}")
-
-
-def _check_newest(folder: Path) -> None:
-    """UserError where the checkpoint that Megatron would load is gone, or was not written to its end."""
-    newest, tracker = newest_checkpoint(folder), folder / "latest_checkpointed_iteration.txt"
-    assert newest is not None
-    # Of torch_dist, which writes its index last; other formats of Megatron's have neither file.
-    if not newest.is_dir():
-        what = f"{newest} is not there"
-    elif (newest / "metadata.json").is_file() and not (newest / ".metadata").is_file():
-        what = f"{newest} has no index (.metadata)"
-    else:
-        return
-    steps = _whole_steps(folder)
-    others = f"write another step into it ({', '.join(steps)})" if steps else "there is no other step"
-    raise UserError(
-        f"{tracker} names the newest checkpoint, but {what}; put it back, {others}, or remove {tracker.name} "
-        "to begin again"
-    )
-
-
-def check_tracker(folder: Path) -> None:
-    """UserError where a directory holds whole checkpoints, but not the file that says which is the newest.
-
-    Megatron would begin again, and overwrite them.
-    """
-    steps, tracker = _whole_steps(folder), folder / "latest_checkpointed_iteration.txt"
-    if steps and not os.path.isfile(tracker):
-        raise UserError(
-            f"{folder} holds checkpoints ({', '.join(steps)}), but not {tracker.name}, which names the newest; to go "
-            f"on, write its step there (echo {steps[-1]} > {shlex.quote(str(tracker))}); to begin again, move the "
-            "iter_* folders away"
-        )
-
-
-def _whole_steps(folder: Path) -> list[str]:
-    """Of the checkpoints that were written to their end: torch_dist writes the index last."""
-    if not os.path.isdir(folder):  # Path.glob raises where the name is too long for a file system.
-        return []
-    steps = (path.parent.name.removeprefix("iter_") for path in folder.glob("iter_*/.metadata"))
-    return [str(step) for step in sorted(int(step) for step in steps if step.isdecimal())]
 
 
 def make_run_directory(recipe: Recipe) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_txssm.model.layer_pattern import DEFAULT_LAYER_PATTERN
 from megatron_txssm.model.state_space_config import CONTEXT_PARALLEL_METHODS, POSITION_ENCODINGS, SSD_BACKENDS
-from megatron_txssm.recipe.setting import Blend, Stages, Weights, argument, setting
+from megatron_txssm.recipe.setting import Blend, Stages, Verify, Weights, argument, setting
 
 if TYPE_CHECKING:
     from megatron_txssm.recipe.recipe import Recipe
@@ -434,6 +434,11 @@ class Checkpoint:
         "--pretrained-checkpoint",
         default=None,
         path=True,
+    )
+    verify: Verify = setting(
+        "files compared with their checksums before a load: true: all, sample: every size, some contents; "
+        "false: sizes only, and saves have no checksums",
+        default=True,
     )
 
 

@@ -6,7 +6,7 @@ import reprlib
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from megatron_txssm.recipe.recipe import Recipe
@@ -20,6 +20,8 @@ Weights = dict[str, float]
 Stages = tuple[dict[str, Any], ...]
 # A list of strings.
 Words = tuple[str, ...]
+# How much is checked: all, some, nothing.
+Verify = Literal[True, "sample", False]
 
 # (value, recipe) -> Megatron's command line.
 Render = Callable[[Any, "Recipe"], list[str]]
@@ -33,6 +35,7 @@ _NAMES: dict[Any, str] = {
     Weights: "a mapping of subsets to weights",
     Stages: "a list of stages, each {tokens: N, weights: {subset: weight}}, the last without tokens",
     Words: "a list of strings",
+    Verify: "true, sample or false",
 }
 
 
@@ -217,9 +220,17 @@ def _as_words(value: Any, mistake: ValueError) -> Words:
     return tuple(value)
 
 
+def _as_verify(value: Any, mistake: ValueError) -> Verify:
+    # 1 and 0 are equal to true and false.
+    if not isinstance(value, bool) and value != "sample":
+        raise mistake
+    return value
+
+
 _COMPOUND: dict[Any, Callable[[Any, ValueError], Any]] = {
     Blend: _as_blend,
     Weights: _as_weights,
     Stages: _as_stages,
     Words: _as_words,
+    Verify: _as_verify,
 }

@@ -170,6 +170,12 @@ class TrainingMonitor:
             words = " | ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
             self._show(lambda display: display.note(f"iteration {iteration} | {words}"))
 
+    def say(self, text: str) -> None:
+        """A line to the terminal and to the log, on rank 0."""
+        if self.args.rank == 0:
+            print(text, flush=True)
+            self._show(lambda display: display.note(text))
+
     def close(self) -> None:
         self._show(lambda display: display.close())
 

@@ -21,7 +21,9 @@ from megatron_txssm.recipe.megatron_args import (
 )
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.training.output import redirect_output
-from megatron_txssm.training.saving import NOT_FINITE, explain_not_finite, keep_recipe, prepare_saves
+from megatron_txssm.training.not_finite import NOT_THE_SAME, SAME_AGAIN, explain_not_finite
+from megatron_txssm.training.resuming import load_sound_checkpoints
+from megatron_txssm.training.saving import explain_full_disk, keep_recipe, prepare_saves
 
 
 def run_worker(recipe: Recipe, work: Callable[[Recipe, TextIO], None] | None = None) -> int:
@@ -56,8 +58,11 @@ def run_worker(recipe: Recipe, work: Callable[[Recipe, TextIO], None] | None = N
     except BaseException as error:  # a failure of this rank; torch's CheckpointException is no Exception
         import traceback
 
-        traceback.print_exc()
-        _report(error, terminal, log=log)
+        # On a full disk neither may succeed.
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+        with contextlib.suppress(OSError):
+            _report(explain_full_disk(recipe, error), terminal, log=log)
         end_process(1)
     return 0
 
@@ -104,10 +109,11 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
             emulated = f"FP8 ({args.fp8_recipe}) is emulated, as there is no Transformer Engine"
             print(f"{emulated}: same rounding, no speed", file=terminal, flush=True)
     name_wandb_run(recipe)
-    prepare_saves(recipe, args.rank)
+    monitor = TrainingMonitor(recipe, terminal)
+    load_sound_checkpoints(recipe, monitor.say)
+    prepare_saves(recipe, args.rank, monitor.say)
     # Megatron's handler saves and stops at SIGTERM, which clusters send; a person's Ctrl-C shall do the same.
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    monitor = TrainingMonitor(recipe, terminal)
     monitor.install()
     try:
         megatron_pretrain(
@@ -118,8 +124,8 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
         )
     except SystemExit as stop:  # Megatron's way out after an exit signal, interval or duration: all is saved
         # Its bare sys.exit() follows an error message.
-        if stop.code in NOT_FINITE:
-            raise RuntimeError(explain_not_finite(recipe)) from None
+        if stop.code in (SAME_AGAIN, NOT_THE_SAME):
+            raise FloatingPointError(explain_not_finite(recipe, stop.code)) from None
         if stop.code != 0:
             raise RuntimeError(f"Megatron ended with exit code {stop.code}; see the log of this rank") from None
         note_signal(args.rank)

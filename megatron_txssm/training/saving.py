@@ -1,112 +1,174 @@
 """What is done around Megatron's save_checkpoint: signals wait, recipe and tokenizer are kept, a failure is told."""
 
+import errno
 import functools
+import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.launch.preflight import saved_step
+from megatron_txssm.checkpoint.steps import folder_bytes, remove_step, saved_step, tracked
 from megatron_txssm.recipe.recipe import Recipe
 
 # What a rank waits that fails because of another.
 ANOTHERS_SECONDS = 2
-# Megatron's exit codes where a gradient is not finite, once more or when computed again.
-NOT_FINITE = (16, 17)
 
 
-def prepare_saves(recipe: Recipe, rank: int) -> None:
-    """All of it, for the training loop; before the first save."""
-    from megatron_txssm.compat import end_save_helpers_with_rank
+def prepare_saves(recipe: Recipe, rank: int, say: Callable[[str], None]) -> None:
+    """All of it, for the training loop; before the first save. `say` writes a line to the terminal, on rank 0."""
+    from megatron_txssm.compat_saves import end_save_helpers_with_rank, seal_checkpoints, tell_failed_writes
 
+    hashed = recipe.checkpoint.verify is not False
     end_save_helpers_with_rank()
+    tell_failed_writes(hashed=hashed)
+    seal_checkpoints(hashed=hashed, sealed=lambda folder, size: warn_without_room(recipe, size, say))
     explain_failed_saves(recipe)
+    begin_saves_in_empty_folders(recipe)
     if rank == 0:
         describe_checkpoints_at_saves(recipe)
     refuse_broken_weights(recipe)
     shield_saves_from_sigterm()
+    if recipe.checkpoint.save_interval is not None and rank == 0:
+        newest = tracked(recipe.checkpoint_path) if saved_step(recipe.checkpoint_path) is not None else None
+        warn_without_room(recipe, folder_bytes(newest.folder) if newest else 0, say)
 
 
-def explain_not_finite(recipe: Recipe) -> str:
-    """What to say where Megatron stops for a gradient that is not finite."""
-    from megatron_txssm.compat import get_args
+def warn_without_room(recipe: Recipe, needed: int, say: Callable[[str], None]) -> None:
+    """Say so where the next checkpoint will not fit, of as many bytes as the last. A quota is not seen."""
+    disk = shutil.disk_usage(recipe.checkpoint_path)
+    if disk.total and disk.free < needed:
+        say(
+            f"warning: {recipe.checkpoint_path} has {disk.free / 1e9:.3f} GB left, and the next checkpoint takes "
+            f"{needed / 1e9:.3f} GB: make room, or the run ends with the next save"
+        )
 
-    step, before = get_args().curr_iteration + 1, saved_step(recipe.checkpoint_path)
-    sound = (
-        "there is no checkpoint" if before is None else f"the newest checkpoint, of step {before}, has finite weights"
+
+def explain_full_disk(recipe: Recipe, error: BaseException) -> BaseException:
+    """The error itself, or where a full disk or a quota is behind it (metrics, logs, TensorBoard): what that means."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    before = saved_step(recipe.checkpoint_path) if recipe.checkpoint.save_interval is not None else None
+    goes_on = "begins again" if before is None else f"goes on from step {before}"
+    return RuntimeError(
+        f"the run could not write its metrics, logs or events to {recipe.run_path}: {error}; once there is room, the "
+        f"same command {goes_on}"
     )
-    return (
-        f"the loss or a gradient of step {step} is NaN or infinite; {sound}. What may help: a lower "
-        "optimizer.learning_rate with megatron.override_opt_param_scheduler=true, from there or from an older step "
-        f"(its number in {recipe.checkpoint_path}/latest_checkpointed_iteration.txt)"
-    )
+
+
+def begin_saves_in_empty_folders(recipe: Recipe) -> None:
+    """Let no save write into what another has left of the same step: their files would mix, and a kill would leave
+    a checkpoint that looks whole.
+    """
+    import torch.distributed as dist
+    from megatron.training import checkpointing, training
+
+    save = training.save_checkpoint
+
+    @functools.wraps(save)
+    def save_into_empty_folder(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("non_persistent_ckpt"):
+            if dist.get_rank() == 0:
+                name = checkpointing.get_checkpoint_name(recipe.checkpoint_path, iteration, return_base_dir=True)
+                remove_step(Path(name))
+            # Nobody writes before.
+            dist.barrier()
+        return save(iteration, *args, **kwargs)
+
+    training.save_checkpoint = save_into_empty_folder
 
 
 def refuse_broken_weights(recipe: Recipe) -> None:
     """Let no checkpoint be written from which a run could not go on: it would be the newest.
 
-    Its weights may be NaN or infinite. Or Megatron wants to save because a gradient is: whoever resumes from that only
-    computes the same step once more, "to establish a diagnostic", and ends, whatever the learning rate.
+    Its weights, or what the optimizer keeps, may be NaN or infinite. Or Megatron wants to save because a gradient is:
+    whoever resumes from that only computes the same step once more, "to establish a diagnostic", and ends, whatever
+    the learning rate.
     """
-    import torch
     from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
     from megatron.training import training
+
+    from megatron_txssm.training.finite import first_not_finite
+    from megatron_txssm.training.not_finite import SAME_AGAIN, explain_not_finite, way_back
 
     save = training.save_checkpoint
 
     @functools.wraps(save)
-    def save_if_finite(iteration: int, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if get_rerun_state_machine().state is RerunState.WILL_RERUN_FROM_CHECKPOINT:
-            raise FloatingPointError(explain_not_finite(recipe))
-        broken = torch.zeros(1, dtype=torch.int, device=torch.cuda.current_device())
-        for parameter in (parameter.detach() for chunk in model for parameter in chunk.parameters()):
-            broken |= ~parameter.isfinite().all()
-        torch.distributed.all_reduce(broken, op=torch.distributed.ReduceOp.MAX)
-        if broken:
-            before = saved_step(recipe.checkpoint_path)
-            sound = "none before it is saved" if before is None else f"the newest checkpoint is that of step {before}"
-            raise FloatingPointError(
-                f"weights are NaN or infinite after step {iteration}, which is not saved; {sound}. metrics.jsonl shows "
-                "where it began; lower optimizer.learning_rate"
-            )
-        return save(iteration, model, *args, **kwargs)
+    def save_if_finite(iteration: int, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        asked_for_by_a_gradient = get_rerun_state_machine().state is RerunState.WILL_RERUN_FROM_CHECKPOINT
+        broken = "" if asked_for_by_a_gradient else first_not_finite(model, optimizer)
+        if not (asked_for_by_a_gradient or broken):
+            return save(iteration, model, optimizer, *args, **kwargs)
+        # One that is being written, of an earlier step, is sound.
+        training.maybe_finalize_async_save(blocking=True)
+        if asked_for_by_a_gradient:
+            raise FloatingPointError(explain_not_finite(recipe, SAME_AGAIN))
+        raise FloatingPointError(
+            f"{broken} is NaN or infinite after step {iteration}, which is not saved (metrics.jsonl shows where it "
+            f"began). {way_back(recipe)}"
+        )
 
     training.save_checkpoint = save_if_finite
 
 
 def explain_failed_saves(recipe: Recipe) -> None:
-    """Let a save fail with one sentence: why, how much room is left, and what the run goes on from."""
+    """Let a save fail with one sentence: why, how much room is left, and what the run goes on from.
+
+    One that is written behind the training (async_save) fails when it is finalized, some steps later.
+    """
     from megatron.training import training
     from torch.distributed.checkpoint import CheckpointException
 
-    from megatron_txssm.checkpoint.load import first_cause
-    from megatron_txssm.compat import failed_writes, tell_failed_writes
-
-    tell_failed_writes()
-    save = training.save_checkpoint
+    save, finalize = training.save_checkpoint, training.maybe_finalize_async_save
+    begun: list[int] = []
 
     @functools.wraps(save)
     def save_or_explain(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        begun.append(iteration)
         try:
             return save(iteration, *args, **kwargs)
         # torch's CheckpointException is no Exception.
         except (Exception, CheckpointException) as error:
-            folder = recipe.checkpoint_path
-            if not (failed_writes or isinstance(error, OSError)):
-                # Another rank has the reason, and is to be the first to say so.
-                time.sleep(ANOTHERS_SECONDS)
-            cause = failed_writes[0] if failed_writes else first_cause(error)
-            free = shutil.disk_usage(folder).free / 1e9
-            before = saved_step(folder)
-            goes_on = "begins again" if before is None else f"goes on from step {before}, the newest whole checkpoint"
-            raise RuntimeError(
-                f"the checkpoint of step {iteration} could not be written to {folder}: {cause} ({free:.3f} GB are left "
-                f"there); once that is mended, the same command {goes_on}"
-            ) from error
+            raise RuntimeError(_failed_save(recipe, iteration, error)) from error
 
-    training.save_checkpoint = save_or_explain
+    @functools.wraps(finalize)
+    def finalize_or_explain(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return finalize(*args, **kwargs)
+        except (Exception, CheckpointException) as error:
+            raise RuntimeError(_failed_save(recipe, begun[-1] if begun else 0, error)) from error
+
+    training.save_checkpoint, training.maybe_finalize_async_save = save_or_explain, finalize_or_explain
+
+
+def _failed_save(recipe: Recipe, iteration: int, error: BaseException) -> str:
+    """What is said of it; what is left of it is removed, as it holds the room of the next."""
+    from megatron_txssm.checkpoint.load import first_cause
+    from megatron_txssm.compat_saves import failed_writes
+
+    if not (failed_writes or isinstance(error, OSError)):
+        # Another rank has the reason, and is to be the first to say so.
+        time.sleep(ANOTHERS_SECONDS)
+    folder = recipe.checkpoint_path
+    cause = failed_writes[0] if failed_writes else error
+    before, partial = saved_step(folder), folder / f"iter_{iteration:07d}"
+    room = f"{shutil.disk_usage(folder).free / 1e9:.3f} GB are left there"
+    if isinstance(cause, OSError) and cause.errno == errno.EDQUOT:
+        room = "how much of the quota is left, `quota` or `lfs quota` says"
+    left = ""
+    if partial.is_dir() and before != iteration and os.environ.get("RANK", "0") == "0":
+        size = folder_bytes(partial)
+        remove_step(partial)
+        left = f"; what it had written ({size / 1e9:.3f} GB) is removed"
+    goes_on = "begins again" if before is None else f"goes on from step {before}, the newest whole checkpoint"
+    said = cause if isinstance(cause, OSError) else first_cause(cause)
+    return (
+        f"the checkpoint of step {iteration} could not be written to {folder}: {said} ({room}{left}); once that is "
+        f"mended, the same command {goes_on}"
+    )
 
 
 def keep_recipe(recipe: Recipe, folder: Path) -> None:

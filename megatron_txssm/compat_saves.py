@@ -1,0 +1,247 @@
+"""What Megatron's writing of checkpoints lacks; beside compat.py, the only file that imports its private names.
+
+A rank's part of a save may run in the rank, in a process forked from it (async_save) or in one started afresh
+(use_persistent_ckpt_worker), which knows nothing of what was changed here; so the function that is sent there is ours.
+"""
+
+import errno
+import functools
+import multiprocessing
+import threading
+from collections.abc import Callable, Sequence
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.checkpoint import checksums, steps
+from megatron_txssm.checkpoint.checksums import Checksum, HashingFile
+from megatron_txssm.launch.environment import end_with_parent
+
+# What this process could not write into checkpoints, and why.
+failed_writes: list[Exception] = []
+# Path of a file that this process has written -> its checksum, until the save ends.
+_written: dict[str, Checksum] = {}
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+class FailedWrite(OSError):
+    """A file of a checkpoint could not be written; the text is what the file system said."""
+
+
+def tell_failed_writes(*, hashed: bool = True) -> None:
+    """Keep in `failed_writes` why a save failed: Megatron passes on the exception's type alone (idempotent).
+
+    `hashed`: what is written is hashed on its way, for `seal_checkpoints`.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    writer: Any = FileSystemWriterAsync
+    if hasattr(writer.get_save_function_and_args, "__txssm__"):
+        return
+    get_function, retrieve = writer.get_save_function_and_args, writer.retrieve_write_results
+
+    @functools.wraps(get_function)
+    def get_our_function(self: Any) -> Any:
+        function, preload, args = get_function(self)
+        return function and functools.partial(write_and_tell, hashed, *function.args), preload, args
+
+    @functools.wraps(retrieve)
+    def retrieve_and_note(self: Any) -> Any:
+        results = retrieve(self)
+        if isinstance(results, list):
+            for result in results:
+                _written.update(vars(result).pop(_NOTED, {}))
+        else:
+            failed_writes.extend(error for error in _causes(results[0]) if isinstance(error, FailedWrite))
+        return results
+
+    setattr(get_our_function, "__txssm__", True)
+    writer.get_save_function_and_args, writer.retrieve_write_results = get_our_function, retrieve_and_note
+
+
+# The attribute of a file's first result that brings checksums from the process that wrote it.
+_NOTED = "txssm_checksums"
+
+
+def write_and_tell(
+    hashed: bool, transforms: Sequence[Any], use_msc: bool, rank: int, write_buckets: list[Any], results: Any
+) -> None:
+    """In the place of Megatron's write_preloaded_data_multithread: the same, with checksums and the true error."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    module: Any = filesystem_async
+    write = module.FileSystemWriterAsync.write_preloaded_data
+    noted: dict[str, Checksum] = {}
+    errors: list[BaseException] = []
+    # Threads write side by side.
+    files = threading.local()
+
+    def open_hashing(path: str, mode: str) -> HashingFile:
+        files.last = HashingFile(open(path, mode), hashed=hashed)  # pyright: ignore[reportArgumentType]
+        return files.last
+
+    @functools.wraps(write)
+    def write_and_note(*args: Any, **kwargs: Any) -> Any:
+        files.last = None
+        written = write(*args, **kwargs)
+        if isinstance(written[1], Exception):
+            errors.append(written[1])
+        elif files.last is not None:
+            noted[str(kwargs["write_bucket"][0])] = files.last.checksum()
+        return written
+
+    module.FileSystemWriterAsync.write_preloaded_data = staticmethod(write_and_note)
+    # Shadows Python's in this module.
+    module.open = open_hashing
+    try:
+        relay = _Relay()
+        try:
+            module.FileSystemWriterAsync.write_preloaded_data_multithread(
+                transforms, use_msc, rank, write_buckets, relay
+            )
+        except Exception as error:
+            relay.put(error)
+            errors.append(error)
+    finally:
+        module.FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
+        del module.open
+    said = relay.said
+    if errors:
+        said = _what_the_file_system_said(errors[0])
+    elif isinstance(said, dict):
+        first = next((result for of_file in said.values() for result in of_file), None)
+        if first is not None:
+            # A frozen dataclass, whose attributes travel with it.
+            object.__setattr__(first, _NOTED, noted)
+    results.put(said)
+
+
+class _Relay:
+    """A queue of one, in this process."""
+
+    said: Any = None
+
+    def put(self, said: Any) -> None:
+        self.said = said
+
+
+def _what_the_file_system_said(error: BaseException) -> Exception:
+    """torch's writer of archives fails once more at the end, and hides it."""
+    for cause in _causes(error):
+        if isinstance(cause, OSError):
+            return FailedWrite(cause.errno, cause.strerror, cause.filename)
+    return error if isinstance(error, Exception) else RuntimeError(repr(error))
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def is_out_of_room(error: BaseException) -> bool:
+    """Whether a full disk or a quota is behind an exception."""
+    return any(isinstance(cause, OSError) and cause.errno in _NO_ROOM for cause in _causes(error))
+
+
+def seal_checkpoints(*, hashed: bool, sealed: Callable[[Path, int], None]) -> None:
+    """Let every save write checksums.json before the tracker names it, and the tracker whole or not at all.
+
+    `sealed` is called on rank 0 with the step's folder and the bytes of its files. Every rank hashes what it has
+    written and not yet hashed: only what nvidia-resiliency-ext's writer wrote.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.training import checkpointing
+
+    module: Any = dist_checkpointing
+    save = module.save
+    if hasattr(save, "__txssm__"):
+        return
+
+    @functools.wraps(save)
+    def save_and_seal(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        request = save(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        seal = functools.partial(_seal, Path(checkpoint_dir), hashed=hashed, sealed=sealed)
+        if request is None:
+            seal()
+        else:
+            # Behind Megatron's own, and in front of the one that writes the tracker.
+            request.finalize_fns.append(seal)
+        return request
+
+    setattr(save_and_seal, "__txssm__", True)
+    module.save = save_and_seal
+    files: Any = checkpointing
+    files.maybe_msc = _AtomicTracker(files.maybe_msc)
+
+
+def _seal(folder: Path, *, hashed: bool, sealed: Callable[[Path, int], None]) -> None:
+    import torch.distributed as dist
+
+    rank = dist.get_rank()
+    ours = {path.name: _checksum(path, hashed) for path in sorted(folder.glob(f"*__{rank}_*.distcp"))}
+    of_ranks: Any = [None] * dist.get_world_size() if rank == 0 else None
+    dist.gather_object(ours, of_ranks)
+    if rank > 0:
+        return
+    files = {name: entry for of_rank in of_ranks for name, entry in of_rank.items()}
+    others = [path for path in folder.iterdir() if path.is_file() and path.suffix not in (".distcp", ".tmp")]
+    files |= {path.name: _checksum(path, hashed) for path in others if path.name != checksums.CHECKSUMS}
+    for path in others:
+        steps.flush_to_disk(path)
+    with steps.whole_or_not_at_all(folder / checksums.CHECKSUMS) as partial:
+        partial.write_text(checksums.to_text(files))
+    steps.flush_to_disk(folder.parent)
+    sealed(folder, sum(entry.size for entry in files.values()))
+
+
+def _checksum(path: Path, hashed: bool) -> Checksum:
+    return _written.pop(str(path), None) or checksums.checksum(path, hashed=hashed)
+
+
+class _AtomicTracker:
+    """Megatron's file functions, but for the tracker, which it would empty before it writes it."""
+
+    def __init__(self, functions: Any):
+        self.functions = functions
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.functions, name)
+
+    def open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if mode != "w" or Path(path).name != steps.TRACKER or "://" in str(path):
+            return self.functions.open(path, mode, *args, **kwargs)
+        return _open_whole(Path(path))
+
+
+class _open_whole:
+    def __init__(self, path: Path):
+        self._whole = steps.whole_or_not_at_all(path)
+
+    def __enter__(self) -> Any:
+        self._stream = open(self._whole.__enter__(), "w", encoding="utf-8")
+        return self._stream
+
+    def __exit__(self, *error: Any) -> Any:
+        self._stream.close()
+        return self._whole.__exit__(*error)
+
+
+def end_save_helpers_with_rank() -> None:
+    """Let the process that collects what a save wrote end with its rank: it would outlive one that is killed."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.async_utils import _disable_gc
+
+    writer: Any = filesystem_async
+
+    @_disable_gc()
+    def get_write_results_queue(mp_mode: str = "spawn") -> Any:
+        if writer._results_queue is None:
+            manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+            manager.start(end_with_parent)
+            writer._results_queue = manager.Queue()
+        return writer._results_queue
+
+    writer.get_write_results_queue = get_write_results_queue

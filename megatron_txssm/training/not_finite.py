@@ -1,0 +1,87 @@
+"""What is said where a loss, a gradient or a weight is NaN or infinite: where it began, and the way back."""
+
+import os
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_txssm.checkpoint.fallback import from_rank_0, newest_finite
+from megatron_txssm.checkpoint.steps import TRACKER, saved_step
+from megatron_txssm.launch.environment import attempt_folder
+from megatron_txssm.launch.run_folder import read_submission
+from megatron_txssm.recipe.recipe import Recipe
+
+# Megatron's exit codes where a result is not finite: the same GPU computed it again and got the same, or did not.
+SAME_AGAIN, NOT_THE_SAME = 16, 17
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A rank whose own result was the first that was not finite."""
+
+    rank: int
+    node: str
+    device: int
+    result: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (node {self.node}, GPU {self.device}: {self.result})"
+
+
+def explain_not_finite(recipe: Recipe, code: int) -> str:
+    """Why Megatron stops with exit code 16 or 17. Every rank asks, and gets the same words."""
+    from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
+
+    from megatron_txssm.compat import get_args
+
+    from_checkpoint = get_rerun_state_machine().state is RerunState.RERUNNING_FROM_CHECKPOINT
+    suspects = _suspects()
+    where = f" on {', '.join(map(str, suspects[:4]))}{' and others' if len(suspects) > 4 else ''}" if suspects else ""
+    if code == SAME_AGAIN:
+        again = "computed again on the same GPU, it came out the same: the training diverges, or that GPU is broken"
+    elif from_checkpoint:
+        again = "it was computed again on another GPU"
+    else:
+        again = "computed again on the same GPU, it came out differently: a passing error of that GPU is likely"
+    return (
+        f"the loss or a gradient of step {get_args().curr_iteration + 1} is NaN or infinite{where}; {again} "
+        f"(Megatron's exit code {code}). {way_back(recipe)}"
+    )
+
+
+def _suspects() -> list[Suspect]:
+    import torch
+    import torch.distributed as dist
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+    call = get_rerun_state_machine().failed_validation_call
+    ours = None
+    if call is not None:
+        ours = Suspect(dist.get_rank(), os.uname().nodename, torch.cuda.current_device(), call.caller.message)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, ours)
+    return [suspect for suspect in found if suspect is not None]
+
+
+def way_back(recipe: Recipe) -> str:
+    """The last checkpoint with finite weights, which rank 0 reads, and the command that goes back to it."""
+    folder = recipe.checkpoint_path
+    step, newest = from_rank_0(lambda: (newest_finite(folder), saved_step(folder)))
+    if step is None:
+        return "There is no checkpoint with finite weights; begin again with a lower optimizer.learning_rate"
+    command = f"{_start(recipe)} --set optimizer.learning_rate={recipe.optimizer.learning_rate / 2:g}"
+    command += " --set megatron.override_opt_param_scheduler=true"
+    if step.number != newest:
+        command = f"echo {step.number} > {shlex.quote(str(folder.absolute() / TRACKER))} && {command}"
+    return (
+        f"The last sound checkpoint is that of step {step.number}: its weights were read and are finite. To go on from "
+        f"it with a lower learning rate: {command}"
+    )
+
+
+def _start(recipe: Recipe) -> str:
+    """The command line that starts this run again."""
+    submitted = read_submission(recipe.run_path).get("command") if attempt_folder() is not None else None
+    if submitted:
+        return f"cd {shlex.quote(os.environ.get('SLURM_SUBMIT_DIR', '.'))} && {submitted}"
+    return shlex.join(["txssm", "pretrain", str(recipe.run_path.absolute() / "recipe.yaml")])

@@ -1,0 +1,129 @@
+"""How a run goes on from its checkpoints: the newest that is whole and finite, said aloud where it is not the newest."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.checkpoint.fallback import SoundSteps, find_damage, from_rank_0, note_without_checksums
+from megatron_txssm.checkpoint.checksums import DamagedCheckpoint
+from megatron_txssm.checkpoint.steps import (
+    Newest,
+    Step,
+    folder_bytes,
+    going_back,
+    interrupted_saves,
+    remove_step,
+    saved_step,
+    tracked,
+)
+from megatron_txssm.recipe.recipe import Recipe
+
+# What load_checkpoint sets of Megatron's arguments, and wants to find as it was at the start.
+_SET_BY_A_LOAD = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples", "finetune")
+
+
+def load_sound_checkpoints(recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Let Megatron's loop load a checkpoint only after its files are proved whole, and go on only from finite weights.
+
+    Where the newest of the run's own is not, an older one is taken, and `say` tells on rank 0. DamagedCheckpoint where
+    none is left, or where checkpoint.load_from or megatron.ckpt_step names one that is damaged.
+    """
+    from megatron.training import training
+
+    from megatron_txssm.compat import get_args
+
+    load, verify = training.load_checkpoint, recipe.checkpoint.verify
+
+    @functools.wraps(load)
+    def load_sound(model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        ours, options = recipe.checkpoint_path, get_args()
+        if options.load != str(ours) or options.ckpt_step:
+            _check(_chosen(options), verify, say)
+            return load(model, optimizer, *args, **kwargs)
+        steps = SoundSteps(ours, verify)
+        before = from_rank_0(lambda: saved_step(ours))
+        _remove_interrupted_saves(ours, say)
+        at_start = {name: getattr(options, name, None) for name in _SET_BY_A_LOAD}
+        while (newest := steps.find_next()).step is not None:
+            _go_back(steps, newest, before, say)
+            loaded = _load_step(load, newest.step, model, optimizer, *args, **kwargs)
+            if not (why := _not_finite(model, optimizer)):
+                return loaded
+            steps.reject(f"{why} is NaN or infinite")
+            vars(options).update(at_start)
+        source = recipe.checkpoint.load_from
+        if source is not None:
+            _check(from_rank_0(lambda: tracked(Path(source))), verify, say)
+        return load(model, optimizer, *args, **kwargs)
+
+    training.load_checkpoint = load_sound
+
+
+def _not_finite(model: Any, optimizer: Any) -> str:
+    from megatron_txssm.training.finite import first_not_finite
+
+    return first_not_finite(model, optimizer)
+
+
+def _go_back(steps: SoundSteps, newest: Newest, before: int | None, say: Callable[[str], None]) -> None:
+    assert newest.step is not None
+    if lost := going_back(newest, before):
+        say(f"warning: {lost}")
+        steps.make_newest(newest.step)
+    if note := from_rank_0(lambda: note_without_checksums(newest.step, steps.verify)):  # pyright: ignore[reportArgumentType]
+        say(f"note: {note}")
+
+
+def _load_step(load: Callable[..., Any], step: Step, *args: Any, **kwargs: Any) -> Any:
+    """Load this step on every rank, whatever a rank's network file system still shows of an older tracker."""
+    from megatron.training import checkpointing
+
+    from megatron_txssm.compat import get_args
+
+    module: Any = checkpointing
+    read, options = module.read_metadata, get_args()
+    pretrained = options.pretrained_checkpoint
+    module.read_metadata = lambda tracker: (step.number, step.folder.name == "release")
+    # Megatron would go to it where the tracker is not yet to be seen.
+    options.ckpt_step, options.pretrained_checkpoint = step.number or None, None
+    try:
+        return load(*args, **kwargs)
+    finally:
+        module.read_metadata = read
+        options.ckpt_step, options.pretrained_checkpoint = None, pretrained
+
+
+def _chosen(options: Any) -> Step | None:
+    """What Megatron loads by its own arguments: none of ours to replace."""
+    folder = options.load if options.load and tracked_anything(options.load) else options.pretrained_checkpoint
+    if folder is None:
+        return None
+    if options.ckpt_step:
+        return Step(options.ckpt_step, Path(folder) / f"iter_{options.ckpt_step:07d}")
+    return from_rank_0(lambda: tracked(Path(folder)))
+
+
+def tracked_anything(folder: str) -> bool:
+    return from_rank_0(lambda: saved_step(Path(folder))) is not None
+
+
+def _check(step: Step | None, verify: bool | str, say: Callable[[str], None]) -> None:
+    if step is None:
+        return
+    if why := find_damage(step, verify):
+        raise DamagedCheckpoint(f"{step.folder} is damaged ({why}); copy it again, or name another")
+    if note := from_rank_0(lambda: note_without_checksums(step, verify)):
+        say(f"note: {note}")
+
+
+def _remove_interrupted_saves(checkpoints: Path, say: Callable[[str], None]) -> None:
+    """What a save left that was killed holds the room of the next, and nobody can load it."""
+
+    def remove() -> None:
+        for folder in interrupted_saves(checkpoints):
+            size = folder_bytes(folder)
+            remove_step(folder)
+            say(f"note: {folder} is removed ({size / 1e9:.2f} GB): a save was cut off in it")
+
+    from_rank_0(remove)
