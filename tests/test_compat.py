@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_txssm import compat
+from megatron_txssm import compat, compat_saves
 
 PINNED = {"megatron-core": "0.19.2"}
 
@@ -236,7 +236,7 @@ def test_the_helper_of_saves_ends_with_a_killed_rank(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(filesystem_async, "_results_queue", None)
     monkeypatch.setattr(filesystem_async, "get_write_results_queue", filesystem_async.get_write_results_queue)
-    compat.end_save_helpers_with_rank()
+    compat_saves.end_save_helpers_with_rank()
     fork = multiprocessing.get_context("fork")
     ours, theirs = fork.Pipe()
 

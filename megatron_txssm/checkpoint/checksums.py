@@ -127,7 +127,9 @@ def files_to_hash(files: Mapping[str, Checksum], verify: bool | str, turn: int =
     if verify != "sample":
         return known if verify else []
     large = [name for name in known if files[name].size > _SMALL]
-    return [name for name in known if files[name].size <= _SMALL] + large[turn % _ONE_IN % max(1, len(large)) :: _ONE_IN]
+    return [name for name in known if files[name].size <= _SMALL] + large[
+        turn % _ONE_IN % max(1, len(large)) :: _ONE_IN
+    ]
 
 
 def wrong_contents(folder: Path, names: Iterable[str], files: Mapping[str, Checksum]) -> str:

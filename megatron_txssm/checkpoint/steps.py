@@ -91,11 +91,15 @@ def whole_steps(checkpoints: Path) -> list[Step]:
 
 def _ended_steps(checkpoints: Path) -> list[Step]:
     """Those with the file that is written last but checksums and tracker; the newest first."""
+    return _steps_with(FORMAT, checkpoints)
+
+
+def _steps_with(name: str, checkpoints: Path) -> list[Step]:
     if not os.path.isdir(checkpoints):  # Path.glob raises where the name is too long for a file system.
         return []
     steps = [
         Step(int(number), path.parent)
-        for path in checkpoints.glob(f"iter_*/{FORMAT}")
+        for path in checkpoints.glob(f"iter_*/{name}")
         if (number := path.parent.name.removeprefix("iter_")).isdecimal()
     ]
     return sorted(steps, key=lambda step: -step.number)
@@ -152,8 +156,8 @@ def going_back(newest: Newest, tracked_step: int | None = None) -> str:
 
 
 def check_tracker(checkpoints: Path) -> None:
-    """UserError where a folder holds whole checkpoints, but not the file that says which is the newest."""
-    steps, tracker = [str(step.number) for step in reversed(whole_steps(checkpoints))], checkpoints / TRACKER
+    """UserError where a folder holds checkpoints with an index, but not the file that says which is the newest."""
+    steps, tracker = [str(step.number) for step in reversed(_steps_with(INDEX, checkpoints))], checkpoints / TRACKER
     if steps and not os.path.isfile(tracker):
         raise UserError(
             f"{checkpoints} holds checkpoints ({', '.join(steps)}), but not {TRACKER}, which names the newest; to go "

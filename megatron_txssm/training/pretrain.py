@@ -20,8 +20,8 @@ from megatron_txssm.recipe.megatron_args import (
     whole_validation_arguments,
 )
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.training.output import redirect_output
 from megatron_txssm.training.not_finite import NOT_THE_SAME, SAME_AGAIN, explain_not_finite
+from megatron_txssm.training.output import redirect_output
 from megatron_txssm.training.resuming import load_sound_checkpoints
 from megatron_txssm.training.saving import explain_full_disk, keep_recipe, prepare_saves
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.checkpoint.fallback import SoundSteps, find_damage, from_rank_0, note_without_checksums
 from megatron_txssm.checkpoint.checksums import DamagedCheckpoint
+from megatron_txssm.checkpoint.fallback import SoundSteps, find_damage, from_rank_0, note_without_checksums
 from megatron_txssm.checkpoint.steps import (
     Newest,
     Step,

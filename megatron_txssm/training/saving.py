@@ -1,5 +1,6 @@
 """What is done around Megatron's save_checkpoint: signals wait, recipe and tokenizer are kept, a failure is told."""
 
+import contextlib
 import errno
 import functools
 import os
@@ -11,7 +12,8 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.checkpoint.steps import folder_bytes, remove_step, saved_step, tracked
+from megatron_txssm.checkpoint.steps import find_newest, folder_bytes, remove_step, saved_step
+from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
 
 # What a rank waits that fails because of another.
@@ -33,8 +35,9 @@ def prepare_saves(recipe: Recipe, rank: int, say: Callable[[str], None]) -> None
     refuse_broken_weights(recipe)
     shield_saves_from_sigterm()
     if recipe.checkpoint.save_interval is not None and rank == 0:
-        newest = tracked(recipe.checkpoint_path) if saved_step(recipe.checkpoint_path) is not None else None
-        warn_without_room(recipe, folder_bytes(newest.folder) if newest else 0, say)
+        with contextlib.suppress(UserError):
+            newest = find_newest(recipe.checkpoint_path).step
+            warn_without_room(recipe, folder_bytes(newest.folder) if newest else 0, say)
 
 
 def warn_without_room(recipe: Recipe, needed: int, say: Callable[[str], None]) -> None:

@@ -578,6 +578,7 @@ def test_close_knows_a_finished_run(tmp_path: Path) -> None:
     recipe.checkpoint_path.mkdir(parents=True)
     (recipe.checkpoint_path / "latest_checkpointed_iteration.txt").write_text(f"{recipe.train_iters}\n")
     (recipe.checkpoint_path / f"iter_{recipe.train_iters:07d}").mkdir()
+    (recipe.checkpoint_path / f"iter_{recipe.train_iters:07d}" / ".metadata").write_text("index")
     assert close(some_attempt(recipe.run_path), recipe).cause == "finished"
 
 

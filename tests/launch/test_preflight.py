@@ -3,13 +3,15 @@
 import dataclasses
 import os
 import re
-import subprocess
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from megatron_txssm.checkpoint.saved_model import find_checkpoints
+from megatron_txssm.checkpoint.checksums import DamagedCheckpoint
+from megatron_txssm.checkpoint.steps import Step, find_newest
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.local import launch
 from megatron_txssm.launch.preflight import (
@@ -19,6 +21,7 @@ from megatron_txssm.launch.preflight import (
     is_finished,
     make_run_directory,
     saved_step,
+    warnings,
 )
 from megatron_txssm.planning.parameters import checkpoint_bytes
 from megatron_txssm.recipe.loader import load_recipe
@@ -35,15 +38,21 @@ def save(recipe: Recipe, step: str = "40\n") -> None:
     (recipe.checkpoint_path / "recipe.yaml").write_text(recipe.to_yaml())
     (recipe.checkpoint_path / "latest_checkpointed_iteration.txt").write_text(step)
     name = f"iter_{int(step):07d}" if step.strip().isdecimal() else "release"
-    (recipe.checkpoint_path / name).mkdir()
+    whole(recipe.checkpoint_path / name)
+
+
+def whole(folder: Path) -> Path:
+    """As torch_dist leaves it."""
+    folder.mkdir(exist_ok=True)
+    for name in (".metadata", "metadata.json"):
+        (folder / name).write_text("{}")
+    return folder
 
 
 def finish(recipe: Recipe) -> Path:
     """The folder of the last step's checkpoint."""
     (recipe.checkpoint_path / "latest_checkpointed_iteration.txt").write_text(str(recipe.train_iters))
-    newest = recipe.checkpoint_path / f"iter_{recipe.train_iters:07d}"
-    newest.mkdir()
-    return newest
+    return whole(recipe.checkpoint_path / f"iter_{recipe.train_iters:07d}")
 
 
 def changed(recipe: Recipe, **model: object) -> Recipe:
@@ -143,12 +152,25 @@ def test_saved_step(recipe: Recipe, text: str, step: int) -> None:
     assert saved_step(recipe.checkpoint_path) == step
 
 
-@pytest.mark.parametrize("text", ["", "forty", "4.5", "-1"])
-def test_a_damaged_tracker_is_named(recipe: Recipe, text: str) -> None:
-    # Megatron would print a line and end with exit code 0.
-    save(recipe, text)
-    with pytest.raises(UserError, match=r"latest_checkpointed_iteration.txt says .*; write the number"):
-        saved_step(recipe.checkpoint_path)
+@pytest.mark.parametrize("text", ["", "forty", "4.5", "-1", None])
+def test_a_run_goes_on_without_a_usable_tracker(recipe: Recipe, text: str | None, tmp_path: Path) -> None:
+    # Megatron would print a line and end with exit code 0, or begin again and overwrite what is there.
+    save(recipe)
+    tracker = recipe.checkpoint_path / "latest_checkpointed_iteration.txt"
+    tracker.unlink() if text is None else tracker.write_text(text)
+    for step in (80, 10_000_000):
+        whole(recipe.checkpoint_path / f"iter_{step:07d}")
+    # Of a save that was cut off.
+    (recipe.checkpoint_path / "iter_20000000").mkdir()
+    check_checkpoint(recipe)
+    assert find_newest(recipe.checkpoint_path).step == Step(10_000_000, recipe.checkpoint_path / "iter_10000000")
+    assert saved_step(recipe.checkpoint_path) == (None if text is None else 10_000_000)
+    [warning] = warnings(recipe)
+    assert re.search(r"latest_checkpointed_iteration.txt.*; the run goes on from step 10000000$", warning)
+    # As the source of other weights it has to be told.
+    fields = [f"run_directory={tmp_path}/other", f"checkpoint.load_from={recipe.checkpoint_path}"]
+    with pytest.raises(UserError, match=r"says .*; write the number|holds checkpoints \(40, 80, 10000000\), but not"):
+        check_checkpoint(load_recipe("demo_cpu", fields))
 
 
 def test_folders_are_made(recipe: Recipe) -> None:
@@ -187,58 +209,77 @@ def test_a_finished_run_is_not_started_again(
     assert f"demo_cpu: finished before; {recipe.checkpoint_path} holds step 320" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("as_source", [False, True])
-def test_a_newest_checkpoint_that_is_gone_is_named_with_what_is_there(
-    recipe: Recipe, as_source: bool, tmp_path: Path
+def lose(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def lose_the_index(folder: Path) -> None:
+    (folder / ".metadata").unlink()
+
+
+def purge(folder: Path) -> None:
+    """A scratch file system's cleaner removes files, not folders."""
+    for file in folder.iterdir():
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "why"),
+    [(lose, "is not there"), (lose_the_index, r"has no index \(.metadata\)"), (purge, "holds no checkpoint")],
+)
+def test_a_run_goes_back_behind_a_damaged_checkpoint(
+    recipe: Recipe, harm: Callable[[Path], None], why: str, tmp_path: Path
 ) -> None:
     save(recipe)
-    for step in (40, 80):
-        (recipe.checkpoint_path / f"iter_{step:07d}").mkdir(exist_ok=True)
-        (recipe.checkpoint_path / f"iter_{step:07d}" / ".metadata").touch()
-    finish(recipe).rmdir()
+    whole(recipe.checkpoint_path / "iter_0000080")
+    # Not asked for by the tracker: somebody has gone back behind it.
+    whole(recipe.checkpoint_path / "iter_0000400")
+    harm(finish(recipe))
     assert not is_finished(recipe)
-    if as_source:
-        here = dataclasses.replace(
-            recipe.checkpoint, directory=str(tmp_path / "new"), load_from=str(recipe.checkpoint_path)
-        )
-        recipe = dataclasses.replace(recipe, checkpoint=here)
+    check_checkpoint(recipe)
+    [warning] = warnings(recipe)
+    back = r"the run goes on from step 80: 240 steps done again"
+    assert re.fullmatch(rf"the checkpoint of step 320 is damaged \(.*iter_0000320 {why}\); {back}", warning)
+    fields = [f"run_directory={tmp_path}/other", f"checkpoint.load_from={recipe.checkpoint_path}"]
     with pytest.raises(
-        UserError, match=r"iteration.txt names .*iter_0000320 is not there; .* another step .*\(40, 80\)"
+        UserError, match=rf"load_from=.*step 320 is damaged .*{why}.*write another step .*\(40, 80, 400\)"
+    ):
+        check_checkpoint(load_recipe("demo_cpu", fields))
+
+
+def test_a_run_does_not_begin_again_where_no_checkpoint_is_whole(recipe: Recipe) -> None:
+    save(recipe)
+    lose_the_index(whole(recipe.checkpoint_path / "iter_0000020"))
+    lose_the_index(recipe.checkpoint_path / "iter_0000040")
+    with pytest.raises(
+        DamagedCheckpoint, match=r"step 40 is damaged .*step 20 is damaged .*no whole checkpoint is left"
     ):
         check_checkpoint(recipe)
+    # What asks for information only gets it.
+    assert saved_step(recipe.checkpoint_path) == 40
+    assert list(warnings(recipe)) == []
+    assert not is_finished(recipe)
 
 
-@pytest.mark.parametrize("as_source", [False, True])
-def test_a_lost_tracker_is_named_with_a_remedy_that_works(recipe: Recipe, as_source: bool, tmp_path: Path) -> None:
-    # Megatron would begin again and overwrite what is there.
+def test_a_first_save_that_was_cut_off_is_none(recipe: Recipe) -> None:
     save(recipe)
-    tracker = recipe.checkpoint_path / "latest_checkpointed_iteration.txt"
-    tracker.unlink()
-    # Of a first save that was cut off, in which nothing is lost.
+    (recipe.checkpoint_path / "latest_checkpointed_iteration.txt").unlink()
+    (recipe.checkpoint_path / "iter_0000040" / "metadata.json").unlink()
     check_checkpoint(recipe)
-    for step in (40, 80, 10_000_000):
-        (recipe.checkpoint_path / f"iter_{step:07d}").mkdir(exist_ok=True)
-        (recipe.checkpoint_path / f"iter_{step:07d}" / ".metadata").touch()
-    # Of a save that was cut off.
-    (recipe.checkpoint_path / "iter_20000000").mkdir()
-    other = load_recipe(
-        "demo_cpu", [f"run_directory={tmp_path}/other", f"checkpoint.load_from={recipe.checkpoint_path}"]
-    )
-    with pytest.raises(UserError, match=r"holds checkpoints \(40, 80, 10000000\), but not latest_.*") as error:
-        check_checkpoint(other if as_source else recipe)
-    with pytest.raises(UserError, match="holds checkpoints"):
-        find_checkpoints(recipe.run_path)
-    [remedy] = re.findall(r"\((echo .*)\);", str(error.value))
-    subprocess.run(remedy, shell=True, check=True)
-    assert saved_step(recipe.checkpoint_path) == 10_000_000
-    check_checkpoint(other if as_source else recipe)
+    assert find_newest(recipe.checkpoint_path).step is None
 
 
-def test_a_newest_checkpoint_without_its_index_is_named(recipe: Recipe) -> None:
+def test_room_that_an_interrupted_save_holds_is_counted(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     save(recipe)
-    (recipe.checkpoint_path / "iter_0000040" / "metadata.json").touch()
-    with pytest.raises(UserError, match=r"has no index \(.metadata\); put it back, there is no other step, or remove"):
-        check_checkpoint(recipe)
+    partial = recipe.checkpoint_path / "iter_0000060"
+    partial.mkdir()
+    (partial / "__0_0.distcp").write_bytes(bytes(1000))
+    free = checkpoint_bytes(recipe) - 1000
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10 * free, free=free))
+    check_room(recipe)
+    (partial / "notes").touch()
+    with pytest.raises(UserError, match="GB left"):
+        check_room(recipe)
 
 
 def test_room_for_a_checkpoint(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ def save(recipe: Recipe) -> Path:
     keep_recipe(recipe, folder)
     keep_tokenizer(recipe, folder)
     (folder / "iter_0000005").mkdir()
+    (folder / "iter_0000005" / ".metadata").write_text("index")
     (folder / "latest_checkpointed_iteration.txt").write_text("5")
     return folder
 

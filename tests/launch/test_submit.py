@@ -443,6 +443,7 @@ def test_a_finished_run_needs_no_job(cluster: Cluster, capsys: pytest.CaptureFix
     recipe.checkpoint_path.mkdir(parents=True)
     (recipe.checkpoint_path / "latest_checkpointed_iteration.txt").write_text(str(recipe.train_iters))
     (recipe.checkpoint_path / f"iter_{recipe.train_iters:07d}").mkdir()
+    (recipe.checkpoint_path / f"iter_{recipe.train_iters:07d}" / ".metadata").write_text("index")
     assert submit_demo() == 0
     assert "demo_cpu: finished before; runs/demo/checkpoints holds step 320" in capsys.readouterr().out
     assert cluster.queued == []
