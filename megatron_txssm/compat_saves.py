@@ -77,7 +77,8 @@ def write_and_tell(
     files = threading.local()
 
     def open_hashing(path: str, mode: str) -> HashingFile:
-        files.last = HashingFile(open(path, mode), hashed=hashed)  # pyright: ignore[reportArgumentType]
+        stream: Any = open(path, mode)  # noqa: SIM115: Megatron closes it
+        files.last = HashingFile(stream, hashed=hashed)
         return files.last
 
     @functools.wraps(write)

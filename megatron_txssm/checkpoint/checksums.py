@@ -126,10 +126,9 @@ def files_to_hash(files: Mapping[str, Checksum], verify: bool | str, turn: int =
     known = sorted(name for name, saved in files.items() if saved.algorithm == ALGORITHM and saved.digest)
     if verify != "sample":
         return known if verify else []
+    small = [name for name in known if files[name].size <= _SMALL]
     large = [name for name in known if files[name].size > _SMALL]
-    return [name for name in known if files[name].size <= _SMALL] + large[
-        turn % _ONE_IN % max(1, len(large)) :: _ONE_IN
-    ]
+    return small + large[turn % min(_ONE_IN, len(large) or 1) :: _ONE_IN]
 
 
 def wrong_contents(folder: Path, names: Iterable[str], files: Mapping[str, Checksum]) -> str:

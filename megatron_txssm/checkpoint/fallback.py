@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: all ranks agree on the newest that is whole, and share the work of proving it."""
+"""Which checkpoint a run goes on from: the ranks agree on the newest whole one, and share the work of proving it."""
 
 from collections.abc import Callable
 from pathlib import Path

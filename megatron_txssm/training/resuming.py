@@ -1,4 +1,4 @@
-"""How a run goes on from its checkpoints: the newest that is whole and finite, said aloud where it is not the newest."""
+"""How a run goes on from its checkpoints: from the newest that is whole and finite; aloud where one was skipped."""
 
 import functools
 from collections.abc import Callable
