@@ -77,7 +77,7 @@ def write_and_tell(
     files = threading.local()
 
     def open_hashing(path: str, mode: str) -> HashingFile:
-        stream: Any = open(path, mode)  # noqa: SIM115: Megatron closes it
+        stream: Any = open(path, mode)  # noqa: SIM115
         files.last = HashingFile(stream, hashed=hashed)
         return files.last
 

@@ -21,11 +21,13 @@ class Suspect:
 
     rank: int
     node: str
-    device: int
+    # None where there is no GPU.
+    device: Any
     result: str
 
     def __str__(self) -> str:
-        return f"rank {self.rank} (node {self.node}, GPU {self.device}: {self.result})"
+        device = f", GPU {self.device}" if isinstance(self.device, int) else ""
+        return f"rank {self.rank} (node {self.node}{device}: {self.result})"
 
 
 def explain_not_finite(recipe: Recipe, code: int) -> str:

@@ -36,26 +36,28 @@ def load_sound_checkpoints(recipe: Recipe, say: Callable[[str], None]) -> None:
     load, verify = training.load_checkpoint, recipe.checkpoint.verify
 
     @functools.wraps(load)
-    def load_sound(model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_sound(model: Any, optimizer: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         ours, options = recipe.checkpoint_path, get_args()
         if options.load != str(ours) or options.ckpt_step:
             _check(_chosen(options), verify, say)
-            return load(model, optimizer, *args, **kwargs)
+            return load(model, optimizer, scheduler, *args, **kwargs)
         steps = SoundSteps(ours, verify)
         before = from_rank_0(lambda: saved_step(ours))
         _remove_interrupted_saves(ours, say)
         at_start = {name: getattr(options, name, None) for name in _SET_BY_A_LOAD}
         while (newest := steps.find_next()).step is not None:
             _go_back(steps, newest, before, say)
-            loaded = _load_step(load, newest.step, model, optimizer, *args, **kwargs)
+            loaded = _load_step(load, newest.step, model, optimizer, scheduler, *args, **kwargs)
             if not (why := _not_finite(model, optimizer)):
                 return loaded
             steps.reject(f"{why} is NaN or infinite")
             vars(options).update(at_start)
+            # It adds what it loads.
+            scheduler.num_steps = 0
         source = recipe.checkpoint.load_from
         if source is not None:
             _check(from_rank_0(lambda: tracked(Path(source))), verify, say)
-        return load(model, optimizer, *args, **kwargs)
+        return load(model, optimizer, scheduler, *args, **kwargs)
 
     training.load_checkpoint = load_sound
 
