@@ -45,9 +45,13 @@ def warn_without_room(recipe: Recipe, needed: int, say: Callable[[str], None]) -
     disk = shutil.disk_usage(recipe.checkpoint_path)
     if disk.total and disk.free < needed:
         say(
-            f"warning: {recipe.checkpoint_path} has {disk.free / 1e9:.3f} GB left, and the next checkpoint takes "
-            f"{needed / 1e9:.3f} GB: make room, or the run ends with the next save"
+            f"warning: {recipe.checkpoint_path} has {_size(disk.free)} left, and the next checkpoint takes "
+            f"{_size(needed)}: make room, or the run ends with the next save"
         )
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.3g} MB"
 
 
 def explain_full_disk(recipe: Recipe, error: BaseException) -> BaseException:
@@ -158,14 +162,14 @@ def _failed_save(recipe: Recipe, iteration: int, error: BaseException) -> str:
     folder = recipe.checkpoint_path
     cause = failed_writes[0] if failed_writes else error
     before, partial = saved_step(folder), folder / f"iter_{iteration:07d}"
-    room = f"{shutil.disk_usage(folder).free / 1e9:.3f} GB are left there"
+    room = f"{_size(shutil.disk_usage(folder).free)} are left there"
     if isinstance(cause, OSError) and cause.errno == errno.EDQUOT:
         room = "how much of the quota is left, `quota` or `lfs quota` says"
     left = ""
     if partial.is_dir() and before != iteration and os.environ.get("RANK", "0") == "0":
         size = folder_bytes(partial)
         remove_step(partial)
-        left = f"; what it had written ({size / 1e9:.3f} GB) is removed"
+        left = f"; what it had written ({_size(size)}) is removed"
     goes_on = "begins again" if before is None else f"goes on from step {before}, the newest whole checkpoint"
     said = cause if isinstance(cause, OSError) else first_cause(cause)
     return (
