@@ -37,6 +37,8 @@ elif name == "srun":
     for rank in range({nodes} * {ranks}):
         open(f"{{run}}/logs/rank_{{rank}}.log", "a").write("iteration 1\\n")
     os.makedirs(run + "/checkpoints/iter_0000060")
+    for name in (".metadata", "metadata.json"):
+        open(run + "/checkpoints/iter_0000060/" + name, "w").write("{{}}")
     open(run + "/checkpoints/latest_checkpointed_iteration.txt", "w").write("60")
     open(run + "/metrics.jsonl", "a").write(json.dumps({{"iteration": 60, "lm loss": 1.0, "grad_norm": 1.0}}) + "\\n")
 """

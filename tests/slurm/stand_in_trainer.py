@@ -42,11 +42,18 @@ def main() -> None:
             with metrics.open("a") as file:
                 file.write(json.dumps({"iteration": step, "lm loss": 1 / step, "grad_norm": 1.0}) + "\n")
         if step % SAVE_INTERVAL == 0 or stopped:
-            (checkpoints / f"iter_{step:07d}").mkdir(exist_ok=True)
             if rank == 0:
+                save(checkpoints / f"iter_{step:07d}")
                 tracker.write_text(str(step))
     if stopped and rank == 0:
         (attempt / "stopped").touch()
+
+
+def save(folder: Path) -> None:
+    """What shows that a checkpoint is whole."""
+    folder.mkdir(exist_ok=True)
+    (folder / ".metadata").write_text("index")
+    (folder / "metadata.json").write_text("{}")
 
 
 def fail_if_asked(run: Path, attempt: Path, rank: int, node: str, step: int) -> None:
