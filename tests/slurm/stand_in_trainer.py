@@ -38,6 +38,10 @@ def main() -> None:
         time.sleep(SECONDS)
         step += 1
         fail_if_asked(run, attempt, rank, node, step)
+        # As in a collective: without one rank, none goes on.
+        (attempt / f"step_{rank}").write_text(str(step))
+        while not stopped and any(done < step for done in steps_of_all(attempt)):
+            time.sleep(SECONDS / 5)
         if rank == 0:
             with metrics.open("a") as file:
                 file.write(json.dumps({"iteration": step, "lm loss": 1 / step, "grad_norm": 1.0}) + "\n")
@@ -47,6 +51,11 @@ def main() -> None:
                 tracker.write_text(str(step))
     if stopped and rank == 0:
         (attempt / "stopped").touch()
+
+
+def steps_of_all(attempt: Path) -> list[int]:
+    files = [attempt / f"step_{rank}" for rank in range(int(os.environ["SLURM_STEP_NUM_TASKS"]))]
+    return [int(file.read_text() or 0) if file.exists() else 0 for file in files]
 
 
 def save(folder: Path) -> None:
