@@ -45,10 +45,9 @@ def main() -> None:
         if rank == 0:
             with metrics.open("a") as file:
                 file.write(json.dumps({"iteration": step, "lm loss": 1 / step, "grad_norm": 1.0}) + "\n")
-        if step % SAVE_INTERVAL == 0 or stopped:
-            if rank == 0:
-                save(checkpoints / f"iter_{step:07d}")
-                tracker.write_text(str(step))
+        if (step % SAVE_INTERVAL == 0 or stopped) and rank == 0:
+            save(checkpoints / f"iter_{step:07d}")
+            tracker.write_text(str(step))
     if stopped and rank == 0:
         (attempt / "stopped").touch()
 
