@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.causes import CAUSES, cause_of, is_of_another_rank, remedy, shortened, suspect
+from megatron_txssm.launch.collective_trace import missing_ranks
 from megatron_txssm.launch.preflight import is_finished, saved_step
 from megatron_txssm.launch.run_folder import Attempt, farthest_step
 from megatron_txssm.launch.slurm import run_slurm
@@ -118,10 +119,16 @@ def lost_nodes(nodes: list[str]) -> list[str]:
 
 
 def _hang(attempt: Attempt, hang: dict[str, Any]) -> Diagnosis:
+    # None: nobody was asked, as slurmctld was away.
     silent = hang["silent_ranks"]
+    num_ranks = len(attempt.nodes) * attempt.nproc_per_node
     detail = f"{_HUNG[hang.get('during', 'step')]} for {hang['seconds']:.0f} s"
     if not silent:
-        return Diagnosis("hung", f"{detail}; every rank wrote its stacks into its log")
+        detail += "" if silent is None else "; every rank wrote its stacks into its log"
+        missing = missing_ranks(attempt.folder, num_ranks)
+        return Diagnosis("hung", detail, *((missing[0], attempt.node_of(missing[0])) if missing else ()))
+    if len(silent) == num_ranks > 1:
+        return Diagnosis("hung", f"{detail}; no rank wrote its stacks: the run's file system or the network was gone")
     ranks = ", ".join(map(str, silent))
     detail += f"; rank{'s' if len(silent) > 1 else ''} {ranks} did not answer, the others wrote their stacks"
     return Diagnosis("hung", detail, silent[0], attempt.node_of(silent[0]))

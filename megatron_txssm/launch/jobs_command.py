@@ -9,6 +9,7 @@ from typing import Any
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
+from megatron_txssm.launch.goodput import print_goodput, slowness
 from megatron_txssm.launch.run_folder import current_step
 from megatron_txssm.launch.waiting import needs_somebody, what_it_waits_for
 from megatron_txssm.recipe.loader import load_recipe
@@ -16,10 +17,15 @@ from megatron_txssm.table import print_table
 
 
 def add_parser(subparsers: Any) -> None:
-    add_verb(subparsers, "jobs", ("txssm jobs",))
+    parser = add_verb(subparsers, "jobs", ("txssm jobs", "txssm jobs --goodput"))
+    parser.add_argument(
+        "--goodput", action="store_true", help="of every run here and in the queue: how well it used its time"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.goodput:
+        return print_goodput()
     jobs = [job for job in slurm.queue() if not job.is_over]
     if not jobs:
         print("no jobs")
@@ -56,7 +62,8 @@ def _step(run: Path) -> str:
         total = f"{load_recipe(run / 'recipe.yaml').train_iters:,}"
     except UserError:
         total = "?"
-    return f"{current_step(run / 'metrics.jsonl') or 0:,} of {total}"
+    slow = slowness(run / "metrics.jsonl")
+    return f"{current_step(run / 'metrics.jsonl') or 0:,} of {total}{', slow: ' if slow else ''}{slow}"
 
 
 def _shown(folder: Path) -> str:

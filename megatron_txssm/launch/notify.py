@@ -77,7 +77,7 @@ def _deliver(address: str, event: str, message: bytes) -> None:
 
 
 def _post(address: str, message: bytes) -> tuple[str, bool]:
-    """(what went wrong, whether it may go well later). Errors' own texts may hold the address: they are not passed on."""
+    """(what went wrong, whether it may go well later). Errors' own texts may hold the address."""
     try:
         if urllib.parse.urlsplit(address).scheme not in ("http", "https"):
             return "its address must begin with http:// or https://", False

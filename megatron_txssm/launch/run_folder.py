@@ -183,6 +183,12 @@ def current_step(metrics: Path) -> int | None:
     return None
 
 
+def metrics_tail(metrics: Path) -> list[dict[str, Any]]:
+    """The last lines of metrics.jsonl, some hundreds."""
+    offset = metrics.stat().st_size - 65536 if metrics.exists() else 0
+    return metrics_lines(metrics, max(0, offset))
+
+
 def metrics_lines(metrics: Path, offset: int = 0) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; one that a kill cut off is left out."""
     if not metrics.exists():

@@ -63,6 +63,8 @@ class StallWatch:
         seconds = time.monotonic() - self.grew
         logs = [self.run / "logs" / f"rank_{rank}.log" for rank in range(num_ranks)]
         before = [log.stat().st_size if log.exists() else 0 for log in logs]
+        # Nobody has been asked for stacks yet.
+        silent = None
         try:
             step = _step_id(job_id)
             run_slurm("scancel", "--signal=USR2", step)
@@ -71,7 +73,6 @@ class StallWatch:
             run_slurm("scancel", "--signal=KILL", step)
         except (UserError, OSError):
             # slurmctld is away; without its srun the step ends, too.
-            silent = []
             srun.kill()
         return {"seconds": round(seconds, 1), "silent_ranks": silent, "during": phase}
 

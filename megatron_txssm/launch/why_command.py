@@ -9,7 +9,9 @@ from typing import Any
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
+from megatron_txssm.launch.collective_trace import explain_hang
 from megatron_txssm.launch.diagnosis import close, recorded
+from megatron_txssm.launch.goodput import explain_goodput, slowness
 from megatron_txssm.launch.local_end import explain_local_end
 from megatron_txssm.launch.preflight import is_finished, saved_step
 from megatron_txssm.launch.remedies import what_to_do
@@ -63,6 +65,9 @@ def run(args: argparse.Namespace) -> int:
         _print("Slurm", no_answer)
     elif not jobs and not running:
         _print("now", "finished" if is_finished(recipe) else "no job of this run is pending or running")
+    _print("slow", slowness(folder / "metrics.jsonl") if running else "")
+    for name, text in explain_goodput(folder, jobs[0].state if jobs else None):
+        _print(name, text)
     return 0
 
 
@@ -99,6 +104,8 @@ def _explain(attempt: Attempt, recipe: Recipe, folder: Path, jobs: list[slurm.Jo
     elif diagnosis.node is not None:
         _print("node", diagnosis.node)
     _print("what exactly", diagnosis.detail)
+    for text in explain_hang(attempt.folder, len(attempt.nodes) * attempt.nproc_per_node):
+        _print("collectives", text)
     _print("last step", f"{attempt.last_step or 0} of {recipe.train_iters}")
     _print("checkpoint", _newest(recipe, attempt.saved_after))
     was_requeued = attempt.action.startswith("the job was requeued")

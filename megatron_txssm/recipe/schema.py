@@ -465,6 +465,12 @@ class Logging:
             ["--full-validation", "--multiple-validation-sets"] if value is None else ["--eval-iters", str(value)]
         ),
     )
+    slow_throughput_fraction: float | None = setting(
+        "a run is reported as slow below this fraction of its own median throughput; null: never",
+        default=0.7,
+        above=0,
+        below=1,
+    )
     tensorboard: bool = setting(
         "write TensorBoard files to tensorboard/ in the run directory; with W&B always",
         "--tensorboard-dir",

@@ -16,10 +16,12 @@ from megatron.training import get_tensorboard_writer, get_wandb_writer
 from megatron.training import training as megatron_training
 
 from megatron_txssm.compat import get_args
+from megatron_txssm.launch.notify import notify
 from megatron_txssm.planning.flops import flops_per_token
 from megatron_txssm.planning.parameters import ModelSizes
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.training.display import BarDisplay, PlainDisplay, make_display
+from megatron_txssm.training.stragglers import SlowRunWatch
 from megatron_txssm.training.validation_sets import of_each_set
 
 
@@ -27,8 +29,8 @@ class TrainingMonitor:
     """Listens to Megatron's loop through the functions it calls after each step and each evaluation.
 
     Every rank has one, since the loss is broadcast from the last pipeline stage; rank 0 writes. `metrics.jsonl` holds
-    one JSON object a line: every step's own loss at full precision, every validation loss. A resumed run appends to it,
-    so the last line of an iteration counts.
+    one JSON object a line, with its time in seconds since the epoch: every step's own loss at full precision, every
+    validation loss. A resumed run appends to it, so the last line of an iteration counts.
 
     The learning rate is the one that the step used. Throughput is the mean since the last logged step, over the time
     spent in training steps: reading data is in it, validations and saves are not.
@@ -41,11 +43,15 @@ class TrainingMonitor:
         if self.args.rank == 0:
             end_last_line(self.metrics_file)
             self.display = make_display(terminal, self.args.train_iters)
+        self.slow_run = SlowRunWatch(
+            recipe.logging.slow_throughput_fraction, self.metrics_file, self.args.rank, self.args.world_size
+        )
         self.sizes = ModelSizes.from_recipe(recipe)
         self.learning_rate: float | None = None
         # Of the last step's global batch.
         self.batch_tokens, self.batch_flops = 0, 0.0
-        # Since the last logged step.
+        # Of the last step, and since the last logged step.
+        self.step_seconds = 0.0
         self.interval_seconds, self.interval_tokens, self.interval_flops = 0.0, 0, 0.0
         self.skipped_steps = 0
         self.iteration: int | None = None
@@ -66,9 +72,12 @@ class TrainingMonitor:
             # The scheduler moves on within the step, after which Megatron logs the next step's rate.
             optimizer = step_signature.bind(*args, **kwargs).arguments["optimizer"]
             self.learning_rate = get_canonical_lr_for_logging(optimizer.param_groups)
+            self.slow_run.begin_step()
             start = time.perf_counter()
             result = step(*args, **kwargs)
-            self.interval_seconds += time.perf_counter() - start
+            self.step_seconds = time.perf_counter() - start
+            self.slow_run.end_step(self.step_seconds)
+            self.interval_seconds += self.step_seconds
             return result
 
         @functools.wraps(log)
@@ -140,8 +149,15 @@ class TrainingMonitor:
             "tokens_per_second": tokens_per_second,
             "model_tflops_per_second_per_rank": self.interval_flops / seconds / 1e12 / self.args.world_size,
             "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+            "step_seconds": self.step_seconds,
+            "world_size": self.args.world_size,
         }
+        changed = self.slow_run.after_step(iteration, self.batch_flops)
+        if self.slow_run.verdict is not None:
+            metrics["slow"] = self.slow_run.verdict.as_fields()
         self._write(metrics)
+        if changed:
+            self._tell_of_slowness(iteration)
         if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
             self.interval_seconds, self.interval_tokens, self.interval_flops = 0.0, 0, 0.0
             self._show(lambda display: display.step(metrics | {"skipped_steps": self.skipped_steps}))
@@ -176,6 +192,16 @@ class TrainingMonitor:
             print(text, flush=True)
             self._show(lambda display: display.note(text))
 
+    def _tell_of_slowness(self, iteration: int) -> None:
+        """On rank 0, once where the run becomes slow, and once where it is so no more."""
+        verdict = self.slow_run.verdict
+        if verdict is None:
+            self._show(lambda display: display.note(f"iteration {iteration} | throughput is back near its median"))
+            return
+        self._show(lambda display: display.note(f"warning: iteration {iteration} | {verdict}"))
+        facts = {"step": iteration, "ranks": verdict.ranks, "nodes": verdict.nodes, "fraction": verdict.fraction}
+        notify(self.metrics_file.parent, "slow", f"step {iteration}: {verdict}", **facts)
+
     def close(self) -> None:
         self._show(lambda display: display.close())
 
@@ -191,7 +217,7 @@ class TrainingMonitor:
         if self.args.rank > 0:
             return
         with open(self.metrics_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(metrics | {"time": round(time.time(), 3)}) + "\n")
 
 
 def end_last_line(file: Path) -> None:

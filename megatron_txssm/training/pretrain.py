@@ -20,6 +20,7 @@ from megatron_txssm.recipe.megatron_args import (
     whole_validation_arguments,
 )
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.training.collective_trace import dump_when_asked, prepare_recorder
 from megatron_txssm.training.not_finite import NOT_THE_SAME, SAME_AGAIN, explain_not_finite
 from megatron_txssm.training.output import redirect_output
 from megatron_txssm.training.resuming import load_sound_checkpoints
@@ -48,7 +49,8 @@ def run_worker(recipe: Recipe, work: Callable[[Recipe, TextIO], None] | None = N
         make_run_directory(recipe)
         with RunLock(recipe) if rank == 0 else contextlib.nullcontext():
             terminal = redirect_output(log)
-            write_stacks_when_asked()
+            prepare_recorder(attempt_folder())
+            write_stacks_when_asked(attempt_folder(), rank)
             (work or pretrain)(recipe, terminal)
     except UserError as error:
         _report(error, terminal)
@@ -143,12 +145,15 @@ def follow_deterministic_mode(recipe: Recipe) -> None:
         os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
 
 
-def write_stacks_when_asked() -> None:
+def write_stacks_when_asked(attempt: Path | None, rank: int) -> None:
     """At SIGUSR2 this process writes the stack of each of its threads to stderr: where is it stuck?
 
-    The data loader's processes stay silent: what they answer would be taken for the worker's answer.
+    In a job it also dumps its last collectives into the attempt's folder. The data loader's processes stay silent: what
+    they answer would be taken for the worker's answer.
     """
-    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    if attempt is not None:
+        dump_when_asked(attempt, rank)
+    faulthandler.register(signal.SIGUSR2, all_threads=True, chain=attempt is not None)
 
     def be_silent() -> None:
         faulthandler.unregister(signal.SIGUSR2)

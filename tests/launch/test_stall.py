@@ -194,7 +194,7 @@ def test_without_a_step_of_that_name_its_srun_is_ended(
 ) -> None:
     slurm = Slurm(tmp_path, steps=steps)
     monkeypatch.setattr(stall, "run_slurm", slurm)
-    assert end_step(tmp_path, srun, 1)["silent_ranks"] == []
+    assert end_step(tmp_path, srun, 1)["silent_ranks"] is None
     assert [command[0] for command in slurm.said] == ["squeue"]
     assert srun.returncode == -9
 
@@ -206,7 +206,7 @@ def test_without_slurmctld_its_srun_is_ended(
         raise UserError("squeue does not answer")
 
     monkeypatch.setattr(stall, "run_slurm", away)
-    assert end_step(tmp_path, srun, 1) == {"seconds": 61.4, "silent_ranks": [], "during": "step"}
+    assert end_step(tmp_path, srun, 1) == {"seconds": 61.4, "silent_ranks": None, "during": "step"}
     assert srun.returncode == -9
 
 

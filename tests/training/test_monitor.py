@@ -25,6 +25,9 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
+    def time(self) -> float:
+        return 1.7e9 + self.now
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
@@ -68,7 +71,8 @@ class FakeMegatron:
         self.optimizer = SimpleNamespace(param_groups=[{"default_config": True, "lr": 0.0}])
         self.logged: list[float | None] = []
         self.validations = 0
-        self.recipe = load_recipe("demo_cpu", [f"run_directory={run}"])
+        # The watch for slowness has its own tests.
+        self.recipe = load_recipe("demo_cpu", [f"run_directory={run}", "logging.slow_throughput_fraction=null"])
         self.terminal = StringIO()
         self.monitor = TrainingMonitor(self.recipe, self.terminal)
         self.monitor.install()
@@ -114,6 +118,10 @@ class FakeMegatron:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.recipe.run_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in line.items() if name != "time"} for line in lines]
 
 
 @pytest.fixture
@@ -200,14 +208,28 @@ def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, clock: Clock, t
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_a_line_says_when_and_how_long(megatron: FakeMegatron, clock: Clock) -> None:
+    megatron.step(1, seconds=2.5)
+    clock.now += 1000  # a save
+    megatron.step(2, seconds=0.5)
+    lines = megatron.metrics
+    assert [line["step_seconds"] for line in lines] == [2.5, 0.5]
+    assert [line["time"] for line in lines] == [1.7e9 + 102.5, 1.7e9 + 1103]
+    assert {line["world_size"] for line in lines} == {4}
+
+
 def test_validation_losses(megatron: FakeMegatron) -> None:
     megatron.step(5)
     megatron.validate({"lm loss": torch.tensor(3.25)})
-    assert megatron.metrics[-1] == {"iteration": 5, "validation lm loss": 3.25}
+    assert megatron.metrics[-1] == {"iteration": 5, "validation lm loss": 3.25, "time": 1.7e9 + 102}
     assert megatron.terminal.getvalue().endswith("iteration 5 | validation lm loss 3.2500\n")
     megatron.step(6)
     megatron.validate(*({"lm loss": torch.tensor(x)} for x in (3.0, 2.0)))
-    assert megatron.metrics[-1] == {"iteration": 6, "validation-0 lm loss": 3.0, "validation-1 lm loss": 2.0}
+    assert without_time(megatron.metrics)[-1] == {
+        "iteration": 6,
+        "validation-0 lm loss": 3.0,
+        "validation-1 lm loss": 2.0,
+    }
     # The time limit came first: nothing to tell.
     count = len(megatron.metrics)
     megatron.step(7)
@@ -223,7 +245,9 @@ def test_a_step_is_validated_once(megatron: FakeMegatron) -> None:
     for prefix in ("iteration 5", "iteration 5 on validation set", "iteration 5 on test set"):
         megatron.validate({"lm loss": torch.tensor(3.0)}, prefix=prefix)
     assert megatron.validations == 3
-    assert megatron.metrics[1:] == [{"iteration": 5, f"{data} lm loss": 3.0} for data in ("validation", "test")]
+    assert without_time(megatron.metrics)[1:] == [
+        {"iteration": 5, f"{data} lm loss": 3.0} for data in ("validation", "test")
+    ]
     megatron.step(6)
     megatron.validate({"lm loss": torch.tensor(3.0)}, prefix="iteration 6 on validation set")
     assert megatron.validations == 4

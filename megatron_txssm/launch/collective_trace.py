@@ -1,0 +1,184 @@
+"""Which ranks did not join which collective, from the dumps of torch's flight recorder in an attempt's folder.
+
+The dumps are pickles of plain containers, as torch's own tool `torchfrtrace` reads them. Here nothing else is
+unpickled, dumps may be missing or cut off, and a thousand ranks take seconds.
+"""
+
+import io
+import pickle
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+# A rank's dump is called so, with its number behind it.
+PREFIX = "collectives_rank_"
+# More are not named.
+_MOST_RANKS = 8
+
+
+@dataclass
+class Group:
+    """A process group, as the dumps tell it."""
+
+    # "TENSOR_MODEL_PARALLEL_GROUP", or its number.
+    name: str = ""
+    ranks: set[int] = field(default_factory=set)
+    # Rank -> the number of its last collective, begun and completed.
+    begun: dict[int, int] = field(default_factory=dict)
+    completed: dict[int, int] = field(default_factory=dict)
+    # (rank, number of the collective) -> what the rank called, with the sizes of its input.
+    calls: dict[tuple[int, int], tuple[str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Ranks inside a collective that others have not joined."""
+
+    what: str
+    waiting: frozenset[int]
+    missing: frozenset[int]
+
+
+def explain_hang(folder: Path, num_ranks: int) -> list[str]:
+    """What an attempt's dumps say of its hang, one line a finding; empty where there are none or nobody waits."""
+    traces = dict(_read_dumps(folder))
+    groups = _groups(traces, num_ranks)
+    waits = [*_collective_waits(groups), *_message_waits(traces)]
+    # Who itself waits for others is no cause; where all do, they wait for each other.
+    waiting = {rank for wait in waits for rank in wait.waiting}
+    causes = [wait for wait in waits if wait.missing - waiting] or waits
+    silent = set(range(num_ranks)) - set(traces)
+    lines = list(dict.fromkeys(_describe(wait, wait.missing - waiting or wait.missing, silent) for wait in causes))
+    return [*lines[:4], *_mismatches(groups), *(_unfinished(groups) if not waits else ())]
+
+
+def missing_ranks(folder: Path, num_ranks: int) -> list[int]:
+    """The ranks for which all others wait, in order; empty where that cannot be said."""
+    traces = dict(_read_dumps(folder))
+    waits = [*_collective_waits(_groups(traces, num_ranks)), *_message_waits(traces)]
+    waiting = {rank for wait in waits for rank in wait.waiting}
+    return sorted({rank for wait in waits for rank in wait.missing} - waiting)
+
+
+def read_trace(dump: bytes) -> dict[str, Any]:
+    """A dump's content; pickle.UnpicklingError where it holds anything but plain containers."""
+    found = _PlainUnpickler(io.BytesIO(dump)).load()
+    if not isinstance(found, dict):
+        raise pickle.UnpicklingError("no dictionary")
+    return found
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
+        raise pickle.UnpicklingError(f"a dump holds no {module_name}.{global_name}")
+
+
+def _read_dumps(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for path in folder.glob(f"{PREFIX}*"):
+        rank = path.name.removeprefix(PREFIX)
+        try:
+            if rank.isdecimal():
+                yield int(rank), read_trace(path.read_bytes())
+        except Exception:  # cut off, or of another kind: pickle raises what it likes
+            continue
+
+
+def _groups(traces: dict[int, dict[str, Any]], num_ranks: int) -> dict[str, Group]:
+    groups: dict[str, Group] = defaultdict(Group)
+    for rank, trace in traces.items():
+        for number, config in trace.get("pg_config", {}).items():
+            groups[number].ranks |= {int(word) for word in re.findall(r"\d+", str(config.get("ranks", "")))}
+            groups[number].name = _name(config.get("desc", ""), number)
+        # The numbers in pg_status are each rank's own.
+        names = {str(entry["pg_id"]): entry["process_group"][0] for entry in trace.get("entries", [])}
+        for number, status in trace.get("pg_status", {}).items():
+            if number not in names:
+                continue
+            group = groups[names[number]]
+            group.ranks.add(rank)
+            group.begun[rank] = max(0, status["last_enqueued_collective"])
+            group.completed[rank] = max(0, status["last_completed_collective"])
+        for entry in trace.get("entries", []):
+            if entry.get("is_p2p"):
+                continue
+            number, description = entry["process_group"]
+            group = groups[number]
+            group.name = _name(description, number)
+            call = entry["profiling_name"].partition(":")[2]
+            group.calls[rank, entry["collective_seq_id"]] = call, str(entry.get("input_sizes", ""))
+            if description == "default_pg":
+                # gloo does not say who belongs to a group.
+                group.ranks |= set(range(num_ranks))
+    return groups
+
+
+def _name(description: str, number: str) -> str:
+    known = {"default_pg": "all ranks", "undefined": f"group {number}", "": f"group {number}"}
+    return known.get(description, description)
+
+
+def _collective_waits(groups: dict[str, Group]) -> Iterator[Wait]:
+    for group in groups.values():
+        last = max(group.begun.values(), default=0)
+        # A rank without a dump has said nothing: it is missing where others wait.
+        waiting = {rank for rank, begun in group.begun.items() if begun == last and group.completed[rank] < last}
+        missing = {rank for rank in group.ranks if group.begun.get(rank, 0) < last}
+        if waiting and missing:
+            call = next((group.calls[rank, last][0] for rank in waiting if (rank, last) in group.calls), "collective")
+            yield Wait(f"{call} {last} of {group.name}", frozenset(waiting), frozenset(missing))
+
+
+def _message_waits(traces: dict[int, dict[str, Any]]) -> Iterator[Wait]:
+    """Sends and receives that did not complete."""
+    for rank, trace in traces.items():
+        for entry in trace.get("entries", []):
+            # nccl:recv 3<-0, by the ranks within the group.
+            found = re.search(r"(send|recv) (\d+)(?:->|<-)(\d+)", entry["profiling_name"])
+            if not entry.get("is_p2p") or found is None or entry.get("state") == "completed" or entry.get("retired"):
+                continue
+            config = trace.get("pg_config", {}).get(entry["process_group"][0], {})
+            members = sorted(int(word) for word in re.findall(r"\d+", str(config.get("ranks", ""))))
+            peer = int(found[3])
+            if peer < len(members):
+                name = _name(entry["process_group"][1], entry["process_group"][0])
+                yield Wait(f"{found[1]} of {name}", frozenset({rank}), frozenset({members[peer]}))
+
+
+def _mismatches(groups: dict[str, Group]) -> Iterator[str]:
+    """Ranks that call different collectives at the same place: their programs have parted."""
+    for group in groups.values():
+        for number in sorted({number for _, number in group.calls}):
+            ranks_by_call: dict[str, list[int]] = defaultdict(list)
+            for (rank, of), (call, _) in group.calls.items():
+                if of == number:
+                    ranks_by_call[call].append(rank)
+            if len(ranks_by_call) > 1:
+                calls = "; ".join(f"{_ranks(ranks)} called {call}" for call, ranks in sorted(ranks_by_call.items()))
+                yield f"the ranks' programs have parted at collective {number} of {group.name}: {calls}"
+                break
+
+
+def _unfinished(groups: dict[str, Group]) -> Iterator[str]:
+    """Collectives that everybody joined and that do not end."""
+    for group in groups.values():
+        last = max(group.begun.values(), default=0)
+        if group.completed and all(done < last for done in group.completed.values()):
+            call = next((call for (_, number), (call, _) in group.calls.items() if number == last), "collective")
+            yield f"every rank joined {call} {last} of {group.name}, which does not end: look at the network"
+
+
+def _describe(wait: Wait, causes: Iterable[int], silent: set[int]) -> str:
+    causes = sorted(causes)
+    without = [rank for rank in causes if rank in silent]
+    note = f" ({_ranks(without)} left no dump)" if without else ""
+    return f"{_ranks(causes)} did not join {wait.what}, in which {_ranks(wait.waiting)} waited{note}"
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    """`rank 3`, `ranks 0, 2, 3`, with the first few named."""
+    ranks = sorted(ranks)
+    more = f" and {len(ranks) - _MOST_RANKS} more" if len(ranks) > _MOST_RANKS else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:_MOST_RANKS]))}{more}"
