@@ -48,7 +48,7 @@ def explain_hang(folder: Path, num_ranks: int) -> list[str]:
     groups = _groups(traces, num_ranks)
     waits = [*_collective_waits(groups), *_message_waits(traces)]
     # Who itself waits for others is no cause; where all do, they wait for each other.
-    waiting = {rank for wait in waits for rank in wait.waiting}
+    waiting = _waiting(groups, waits)
     causes = [wait for wait in waits if wait.missing - waiting] or waits
     silent = set(range(num_ranks)) - set(traces)
     lines = list(dict.fromkeys(_describe(wait, wait.missing - waiting or wait.missing, silent) for wait in causes))
@@ -58,9 +58,9 @@ def explain_hang(folder: Path, num_ranks: int) -> list[str]:
 def missing_ranks(folder: Path, num_ranks: int) -> list[int]:
     """The ranks for which all others wait, in order; empty where that cannot be said."""
     traces = dict(_read_dumps(folder))
-    waits = [*_collective_waits(_groups(traces, num_ranks)), *_message_waits(traces)]
-    waiting = {rank for wait in waits for rank in wait.waiting}
-    return sorted({rank for wait in waits for rank in wait.missing} - waiting)
+    groups = _groups(traces, num_ranks)
+    waits = [*_collective_waits(groups), *_message_waits(traces)]
+    return sorted({rank for wait in waits for rank in wait.missing} - _waiting(groups, waits))
 
 
 def read_trace(dump: bytes) -> dict[str, Any]:
@@ -80,10 +80,14 @@ def _read_dumps(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for path in folder.glob(f"{PREFIX}*"):
         rank = path.name.removeprefix(PREFIX)
         try:
-            if rank.isdecimal():
-                yield int(rank), read_trace(path.read_bytes())
-        except Exception:  # cut off, or of another kind: pickle raises what it likes
+            trace = read_trace(path.read_bytes())
+            # Tried out alone: what one file holds must not hide what the others say.
+            alone = {int(rank): trace}
+            _groups(alone, 0)
+            list(_message_waits(alone))
+        except Exception:  # cut off, of another kind, or of a format to come: it may fail in any way
             continue
+        yield int(rank), trace
 
 
 def _groups(traces: dict[int, dict[str, Any]], num_ranks: int) -> dict[str, Group]:
@@ -118,6 +122,13 @@ def _groups(traces: dict[int, dict[str, Any]], num_ranks: int) -> dict[str, Grou
 def _name(description: str, number: str) -> str:
     known = {"default_pg": "all ranks", "undefined": f"group {number}", "": f"group {number}"}
     return known.get(description, description)
+
+
+def _waiting(groups: dict[str, Group], waits: Iterable[Wait]) -> set[int]:
+    """The ranks inside a collective or a message, also where it is not known for whom they wait."""
+    begun = ((group, rank, number) for group in groups.values() for rank, number in group.begun.items())
+    unfinished = {rank for group, rank, number in begun if number > group.completed[rank]}
+    return unfinished.union(*(wait.waiting for wait in waits))
 
 
 def _collective_waits(groups: dict[str, Group]) -> Iterator[Wait]:
