@@ -1,7 +1,7 @@
 """Which ranks did not join which collective, from the dumps of torch's flight recorder in an attempt's folder.
 
-The dumps are pickles of plain containers, as torch's own tool `torchfrtrace` reads them. Here nothing else is
-unpickled, dumps may be missing or cut off, and a thousand ranks take seconds.
+torch's own tool for them (`torchfrtrace DIR --prefix collectives_rank_`) unpickles whatever stands there, and needs the
+dumps of all ranks, whole, of NCCL. Here only plain containers are unpickled, and dumps may be missing or cut off.
 """
 
 import io

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_txssm.launch.collective_trace import PREFIX, explain_hang, missing_ranks, read_trace
+from tests.launch.some_dump import entry, write_dump
 
 WORKER = Path(__file__).parent / "hanging_rank.py"
 PATIENCE = 600  # seconds
@@ -86,59 +87,18 @@ def test_the_rank_that_does_not_come_is_named(hang: Any, how: str, tmp_path: Pat
     assert "most recent call first" in (tmp_path / "rank_0.log").read_text()
 
 
-def entry(pg_id: int, group: tuple[str, str], number: int, call: str = "nccl:all_reduce", **more: Any) -> dict:
-    """As NCCL's recorder writes it, but for the fields that nobody reads here."""
-    usual = {
-        "record_id": 0,
-        "pg_id": pg_id,
-        "process_group": group,
-        "collective_seq_id": number,
-        "p2p_seq_id": 0,
-        "profiling_name": call,
-        "input_sizes": ((4, 8),),
-        "state": "completed",
-        "retired": True,
-        "is_p2p": False,
-    }
-    return usual | more
-
-
 TP = ("5", "TENSOR_MODEL_PARALLEL_GROUP")
 PP = ("7", "PIPELINE_MODEL_PARALLEL_GROUP")
 WORLD = ("0", "default_pg")
 
 
-def dump(
-    folder: Path, rank: int, entries: list[dict], status: dict[int, tuple[int, int]], ranks: dict[tuple[str, str], str]
-) -> None:
-    """`status`: pg_id -> (last enqueued, last completed)."""
-    trace = {
-        "version": "2.10",
-        "nccl_version": "2.27.5",
-        "pg_config": {
-            name: {"name": name, "desc": description, "ranks": members}
-            for (name, description), members in ranks.items()
-        },
-        "pg_status": {
-            str(number): {
-                "last_enqueued_collective": enqueued,
-                "last_started_collective": enqueued,
-                "last_completed_collective": completed,
-            }
-            for number, (enqueued, completed) in status.items()
-        },
-        "entries": entries,
-    }
-    (folder / f"{PREFIX}{rank}").write_bytes(pickle.dumps(trace, protocol=2))
-
-
 def test_groups_are_told_apart_by_their_names_not_by_each_ranks_numbers(tmp_path: Path) -> None:
     # On rank 3, the second group that it made is another.
     ranks = {WORLD: "[0, 1, 2, 3]", TP: "[2, 3]"}
-    dump(tmp_path, 2, [entry(0, WORLD, 9), entry(1, TP, 41, state="started")], {0: (9, 9), 1: (41, 40)}, ranks)
-    dump(tmp_path, 3, [entry(0, WORLD, 9), entry(2, TP, 40)], {0: (9, 9), 2: (40, 40)}, ranks)
+    write_dump(tmp_path, 2, [entry(0, WORLD, 9), entry(1, TP, 41, state="started")], {0: (9, 9), 1: (41, 40)}, ranks)
+    write_dump(tmp_path, 3, [entry(0, WORLD, 9), entry(2, TP, 40)], {0: (9, 9), 2: (40, 40)}, ranks)
     for rank in (0, 1):
-        dump(tmp_path, rank, [entry(0, WORLD, 10, state="scheduled")], {0: (10, 9)}, {WORLD: "[0, 1, 2, 3]"})
+        write_dump(tmp_path, rank, [entry(0, WORLD, 10, state="scheduled")], {0: (10, 9)}, {WORLD: "[0, 1, 2, 3]"})
     assert explain_hang(tmp_path, 4) == [
         "rank 3 did not join all_reduce 10 of all ranks, in which ranks 0, 1 waited",
         "rank 3 did not join all_reduce 41 of TENSOR_MODEL_PARALLEL_GROUP, in which rank 2 waited",
@@ -146,12 +106,26 @@ def test_groups_are_told_apart_by_their_names_not_by_each_ranks_numbers(tmp_path
     assert missing_ranks(tmp_path, 4) == [3]
 
 
+@pytest.mark.slow
+def test_torchs_own_tool_finds_the_same_in_the_same_dumps(tmp_path: Path) -> None:
+    """It needs every rank's dump, and NCCL."""
+    for rank in range(4):
+        last = 2 if rank == 3 else 3
+        calls = [entry(0, WORLD, number, record_id=number - 1) for number in range(1, last + 1)]
+        write_dump(tmp_path, rank, calls, {0: (last, 2)}, {WORLD: "[0, 1, 2, 3]"})
+    assert explain_hang(tmp_path, 4) == ["rank 3 did not join all_reduce 3 of all ranks, in which ranks 0, 1, 2 waited"]
+    tool = [sys.executable, "-m", "torch.distributed.flight_recorder.fr_trace", str(tmp_path), "--prefix", PREFIX]
+    done = subprocess.run(tool, capture_output=True, text=True, timeout=PATIENCE)
+    assert "Not all ranks joining collective, sequence number: 3" in done.stdout + done.stderr
+    assert "missing ranks: {3}" in done.stdout + done.stderr
+
+
 def test_a_receive_waits_for_its_sender(tmp_path: Path) -> None:
     """By the ranks within the group: 1 of [2, 6] is rank 6."""
     ranks = {PP: "[2, 6]"}
     message = entry(3, PP, 0, "nccl:recv 0<-1", is_p2p=True, state="started", retired=False)
-    dump(tmp_path, 2, [entry(3, PP, 0, "nccl:send 0->1", is_p2p=True), message], {}, ranks)
-    dump(tmp_path, 6, [], {}, ranks)
+    write_dump(tmp_path, 2, [entry(3, PP, 0, "nccl:send 0->1", is_p2p=True), message], {}, ranks)
+    write_dump(tmp_path, 6, [], {}, ranks)
     assert explain_hang(tmp_path, 8) == [
         "rank 6 did not join recv of PIPELINE_MODEL_PARALLEL_GROUP, in which rank 2 waited"
     ]
@@ -162,7 +136,7 @@ def test_ranks_that_call_different_things_are_told(tmp_path: Path) -> None:
     ranks = {WORLD: "[0, 1, 2]"}
     for rank in (0, 1, 2):
         call = "nccl:all_gather" if rank == 1 else "nccl:all_reduce"
-        dump(tmp_path, rank, [entry(0, WORLD, 6), entry(0, WORLD, 7, call, state="started")], {0: (7, 6)}, ranks)
+        write_dump(tmp_path, rank, [entry(0, WORLD, 6), entry(0, WORLD, 7, call, state="started")], {0: (7, 6)}, ranks)
     assert explain_hang(tmp_path, 3) == [
         "the ranks' programs have parted at collective 7 of all ranks: rank 1 called all_gather; "
         "ranks 0, 2 called all_reduce",
@@ -176,8 +150,8 @@ def test_where_all_wait_for_each_other_all_is_told(tmp_path: Path) -> None:
     other = ("8", "DATA_PARALLEL_GROUP")
     ranks = {TP: "[0, 1]", other: "[0, 1]"}
     first, second = entry(1, TP, 5, state="started"), entry(2, other, 3, state="started")
-    dump(tmp_path, 0, [entry(2, other, 2), first], {1: (5, 4), 2: (2, 2)}, ranks)
-    dump(tmp_path, 1, [entry(1, TP, 4), second], {1: (4, 4), 2: (3, 2)}, ranks)
+    write_dump(tmp_path, 0, [entry(2, other, 2), first], {1: (5, 4), 2: (2, 2)}, ranks)
+    write_dump(tmp_path, 1, [entry(1, TP, 4), second], {1: (4, 4), 2: (3, 2)}, ranks)
     assert explain_hang(tmp_path, 2) == [
         "rank 1 did not join all_reduce 5 of TENSOR_MODEL_PARALLEL_GROUP, in which rank 0 waited",
         "rank 0 did not join all_reduce 3 of DATA_PARALLEL_GROUP, in which rank 1 waited",
@@ -188,7 +162,7 @@ def test_where_all_wait_for_each_other_all_is_told(tmp_path: Path) -> None:
 def test_a_thousand_ranks_are_not_all_named(tmp_path: Path) -> None:
     ranks = {WORLD: str(list(range(1024)))}
     for rank in range(24, 1024):
-        dump(tmp_path, rank, [entry(0, WORLD, 7, state="started")], {0: (7, 6)}, ranks)
+        write_dump(tmp_path, rank, [entry(0, WORLD, 7, state="started")], {0: (7, 6)}, ranks)
     [line] = explain_hang(tmp_path, 1024)
     assert line == (
         "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 16 more did not join all_reduce 7 of all ranks, in which "
@@ -222,7 +196,7 @@ class Evil:
 )
 def test_what_is_no_dump_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     monkeypatch.chdir(tmp_path)
-    dump(tmp_path, 0, [entry(0, WORLD, 7, state="started")], {0: (7, 6)}, {WORLD: "[0, 1]"})
+    write_dump(tmp_path, 0, [entry(0, WORLD, 7, state="started")], {0: (7, 6)}, {WORLD: "[0, 1]"})
     (tmp_path / f"{PREFIX}1").write_bytes(content)
     (tmp_path / f"{PREFIX}x").write_bytes(content)
     assert [line.split(",")[0] for line in explain_hang(tmp_path, 2)] == [

@@ -19,6 +19,7 @@ from megatron_txssm.launch.diagnosis import CAUSES, Diagnosis, close, diagnose, 
 from megatron_txssm.launch.run_folder import Attempt, attempts
 from megatron_txssm.recipe.loader import load_recipe
 from tests.launch.some_attempt import some_attempt
+from tests.launch.some_dump import entry, write_dump
 
 KILLED_WORKER = """\
 srun: error: n2: task 1: Killed
@@ -474,14 +475,29 @@ def test_an_unfit_node(attempt: Attempt) -> None:
         ([], None, None, "every rank wrote its stacks"),
         ([3], 3, "n2", "rank 3 did not answer"),
         ([1, 2], 1, "n1", "ranks 1, 2 did not answer"),
+        ([0, 1, 2, 3], None, None, "no rank wrote its stacks: the run's file system or the network was gone"),
+        # slurmctld was away, and nobody was asked.
+        (None, None, None, "none for 61 s"),
     ],
 )
-def test_a_hang(attempt: Attempt, silent: list[int], rank: int | None, node: str | None, words: str) -> None:
+def test_a_hang(attempt: Attempt, silent: list[int] | None, rank: int | None, node: str | None, words: str) -> None:
     attempt.hang = {"seconds": 61.4, "silent_ranks": silent}
     # The step's end is the supervisor's doing.
     found = diagnose(attempt, finished=False, output=CANCELLED_STEP)
     assert (found.cause, found.rank, found.node) == ("hung", rank, node)
     assert "no step for 61 s" in found.detail and words in found.detail
+    assert ("stacks" in found.detail) == (silent is not None)
+
+
+@pytest.mark.parametrize("silent", [[], None])
+def test_a_rank_that_hangs_and_answers_is_known_by_the_others_dumps(attempt: Attempt, silent: list[int] | None) -> None:
+    every = ("0", "default_pg")
+    for rank in (0, 1, 2):
+        write_dump(attempt.folder, rank, [entry(0, every, 7, state="started")], {0: (7, 6)}, {every: "[0, 1, 2, 3]"})
+    write_dump(attempt.folder, 3, [entry(0, every, 6)], {0: (6, 6)}, {every: "[0, 1, 2, 3]"})
+    attempt.hang = {"seconds": 61.4, "silent_ranks": silent}
+    found = diagnose(attempt, finished=False, output=CANCELLED_STEP)
+    assert (found.cause, found.rank, found.node) == ("hung", 3, "n2")
 
 
 def test_the_ranks_were_told_to_stop(attempt: Attempt) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from some_attempt import some_attempt
-from some_queue import write_queue
 
 from megatron_txssm.launch.goodput import WITHIN_JOB, explain_goodput, goodput
 from megatron_txssm.launch.jobs_command import run as jobs
+from tests.launch.some_attempt import some_attempt
+from tests.launch.some_queue import write_queue
 
 
 def do_steps(run: Path, first: int, last: int, at: float, seconds: float = 10.0, **fields: Any) -> None:

@@ -1,7 +1,9 @@
 """What a run tells: exact losses on file, the learning rate of each step, throughput, each validation once."""
 
 import json
+import os
 import re
+from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ import torch
 
 from megatron_txssm.planning.flops import flops_per_token
 from megatron_txssm.recipe.loader import load_recipe
-from megatron_txssm.training import monitor
+from megatron_txssm.training import monitor, throughput
 from megatron_txssm.training.monitor import TrainingMonitor
 
 
@@ -39,7 +41,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 class FakeMegatron:
     """Megatron's loop as far as the monitor hooks into it: each step takes the given seconds."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, clock: Clock, run: Path, **changes: Any):
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, clock: Clock, run: Path, fields: Sequence[str] = (), **changes: Any
+    ):
         self.args = SimpleNamespace(
             rank=0,
             world_size=4,
@@ -72,7 +76,9 @@ class FakeMegatron:
         self.logged: list[float | None] = []
         self.validations = 0
         # The watch for slowness has its own tests.
-        self.recipe = load_recipe("demo_cpu", [f"run_directory={run}", "logging.slow_throughput_fraction=null"])
+        self.recipe = load_recipe(
+            "demo_cpu", [f"run_directory={run}", "logging.slow_throughput_fraction=null", *fields]
+        )
         self.terminal = StringIO()
         self.monitor = TrainingMonitor(self.recipe, self.terminal)
         self.monitor.install()
@@ -216,6 +222,33 @@ def test_a_line_says_when_and_how_long(megatron: FakeMegatron, clock: Clock) -> 
     assert [line["step_seconds"] for line in lines] == [2.5, 0.5]
     assert [line["time"] for line in lines] == [1.7e9 + 102.5, 1.7e9 + 1103]
     assert {line["world_size"] for line in lines} == {4}
+
+
+def test_a_slow_run_is_told_once_and_marked_while_it_is_so(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(throughput, "SAMPLE_SECONDS", 0.0)
+    told: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(monitor, "notify", lambda *words, **facts: told.append((*words, facts)))
+    fields = ["logging.slow_throughput_fraction=0.7"]
+    megatron = FakeMegatron(monkeypatch, clock, tmp_path, fields, world_size=1)
+    for iteration in range(1, 181):
+        # Compiled first; slow from 61 to 120. Validations and saves between steps do not count.
+        megatron.step(iteration, seconds=30 if iteration < 8 else 10 if 60 < iteration <= 120 else 2)
+        clock.now += 100 * (iteration % 3)
+    # Judged every tenth step, three times in a row.
+    slow = [line["iteration"] for line in megatron.metrics if "slow" in line]
+    assert slow == list(range(90, 150))
+    notes = [
+        line
+        for line in megatron.terminal.getvalue().splitlines()
+        if not line.startswith("iteration ") or "throughput" in line
+    ]
+    host = os.uname().nodename
+    words = f"20% of its median throughput: look at {host}'s clocks, its other processes and the data's files"
+    assert notes == [f"warning: iteration 90 | {words}", "iteration 150 | throughput is back near its median"]
+    facts = {"step": 90, "ranks": [], "nodes": [], "fraction": pytest.approx(0.2)}
+    assert told == [(megatron.recipe.run_path, "slow", f"step 90: {words}", facts)]
 
 
 def test_validation_losses(megatron: FakeMegatron) -> None:
