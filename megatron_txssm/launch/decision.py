@@ -24,14 +24,14 @@ RETRIED = {
     "unknown",
 }
 # No failures: a run may well go through hundreds of them.
-_ROUTINE = {"time_limit", "time_limit_hit", "stopped"}
+ROUTINE = {"time_limit", "time_limit_hit", "stopped", "preempted"}
 # Those that a node may be to blame for, also where no step was done: other nodes get a chance.
 _OF_A_NODE = {"killed", "connection_lost", "hung", "node_failure", "node_file_system", "bad_gpu", "supervisor_killed"}
 # Those after which a node is left out at once; after others, when it is blamed a second time.
 _CERTAINLY_OF_A_NODE = {"node_file_system", "bad_gpu", "nan"}
 _BLAMED_TWICE = {"killed", "failed", "hung", "connection_lost", "node_failure"}
 # Within the job nothing changes for these.
-_NEEDS_A_REQUEUE = _ROUTINE | {"supervisor_killed", "unknown"}
+_NEEDS_A_REQUEUE = ROUTINE | {"supervisor_killed", "unknown"}
 # Attempts in a row that came no further, whoever started them.
 MAX_IDLE_ATTEMPTS = 3
 
@@ -84,9 +84,9 @@ def refusal(attempt: Attempt, before: list[Attempt], max_requeues: int) -> str |
             return "this attempt came no further than those before it"
         if (idle := idle_attempts([*before, attempt], attempt.job_id)) >= MAX_IDLE_ATTEMPTS:
             return f"{idle} attempts in a row came no further"
-    if attempt.cause in _ROUTINE:
+    if attempt.cause in ROUTINE:
         return None
-    failures = [old for old in before if old.job_id == attempt.job_id and old.cause in RETRIED - _ROUTINE]
+    failures = [old for old in before if old.job_id == attempt.job_id and old.cause in RETRIED - ROUTINE]
     if len(failures) >= max_requeues:
         return f"it has failed {len(failures)} times before (--max-requeues {max_requeues})"
     return None

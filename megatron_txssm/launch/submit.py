@@ -16,6 +16,7 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
 from megatron_txssm.launch.batch_script import HOME, render
 from megatron_txssm.launch.frozen_code import FrozenCode
+from megatron_txssm.launch.limits import LIMITS
 from megatron_txssm.launch.preflight import (
     check_checkpoint,
     check_room,
@@ -28,7 +29,6 @@ from megatron_txssm.launch.run_lock import check_not_running
 from megatron_txssm.launch.sbatch_options import Options, costly_defaults
 from megatron_txssm.launch.submission_record import git_commit, make_record, submitted_jobs
 from megatron_txssm.launch.submit_lock import SubmitLock
-from megatron_txssm.launch.supervisor import LIMITS
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import validate

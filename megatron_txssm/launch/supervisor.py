@@ -21,39 +21,24 @@ from types import FrameType
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
-from megatron_txssm.launch.decision import MAX_IDLE_ATTEMPTS, Decision, decide, idle_attempts
+from megatron_txssm.launch.decision import MAX_IDLE_ATTEMPTS, ROUTINE, Decision, decide, idle_attempts
 from megatron_txssm.launch.diagnosis import Diagnosis, close, lost_nodes, record
 from megatron_txssm.launch.environment import srun_words, step_python
+from megatron_txssm.launch.limits import add_limits
 from megatron_txssm.launch.node_preflight import NodePreflight
+from megatron_txssm.launch.notify import notify, wait_for_notifications
 from megatron_txssm.launch.preflight import is_finished, make_run_directory
 from megatron_txssm.launch.requeue import excluded_nodes, requeue, spare_nodes_refusal
 from megatron_txssm.launch.run_folder import Attempt, attempts, new_attempt
 from megatron_txssm.launch.stall import StallWatch, end_leftover_steps
 from megatron_txssm.recipe.loader import load_recipe
 
-# Option -> (default, unit, what it says).
-LIMITS = {
-    "start-timeout": (1800, "SECONDS", "without a first step for so long, the trainer is ended as hung"),
-    "step-timeout": (1800, "SECONDS", "the same without a step or a validation"),
-    "save-timeout": (1800, "SECONDS", "the same while a checkpoint is written"),
-    "stop-before": (120, "SECONDS", "before the time limit, the trainer saves and the job requeues itself"),
-    "preflight-timeout": (300, "SECONDS", "a node that has not answered by then is left out; an image may take long"),
-    "restarts": (3, "N", "of the trainer within the job, after failures behind new steps, before a requeue"),
-    "max-requeues": (10, "N", "after failures; preemptions and time limits are not counted"),
-}
 POLL_SECONDS = 0.5
 # Slurm sends the signal of --signal up to a minute early.
 SIGNAL_SLACK_SECONDS = 75
 # Nodes that a job avoids because the run's folder was unusable there. Beyond, the folder is to blame.
 MAX_UNUSABLE_NODES = 5
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
-
-
-def add_limits(parser: argparse.ArgumentParser) -> None:
-    """The options that `txssm submit` hands on."""
-    for name, (default, unit, meaning) in LIMITS.items():
-        meaning += " (default: %(default)s)"
-        parser.add_argument(f"--{name}", type=int, metavar=unit, default=default, help=meaning)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             check_run_folder(Path(args.recipe))
             return Supervisor(args).run()
         except OSError as error:
-            return leave_node(error)
+            return leave_node(Path(args.recipe).parent, error)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -85,10 +70,12 @@ def check_run_folder(recipe: Path) -> None:
             pass
 
 
-def leave_node(error: OSError) -> int:
+def leave_node(run: Path, error: OSError) -> int:
     """Requeue the job after an error of this process's own: held where the disk is full, else without this node."""
     job, node = os.environ["SLURM_JOB_ID"], os.environ.get("SLURMD_NODENAME", socket.gethostname())
     _say(f"ERROR on {node}: {error}")
+    notify(run, "failed", f"{node}: {error}", nodes=[node])
+    wait_for_notifications()
     if error.errno in _NO_ROOM:
         _say(f"the job is requeued and held; make room, then: scontrol release {job}")
         requeue(job, hold=True)
@@ -133,12 +120,14 @@ class Supervisor:
             decision = self._decide(attempt, diagnosis, before, restarts)
             if decision is not None:
                 self._note_action(attempt, str(decision))
+            self._notify(attempt, diagnosis, decision)
             if self.trouble is not None and decision is not None:
                 # What was found in the run's folder says little then.
-                return leave_node(self.trouble)
+                return leave_node(self.recipe.run_path, self.trouble)
             if decision is None or decision.do == "end":
                 return self._exit_code(attempt, diagnosis)
             if decision.do != "restart":
+                wait_for_notifications()
                 requeue(self.job_id, decision.leave_out, hold=decision.do == "hold")
             restarts -= 1
             self.nodes = [node for node in self.nodes if node not in decision.leave_out]
@@ -247,6 +236,18 @@ class Supervisor:
         attempt.action = text
         self._save(attempt)
         _say(text)
+
+    def _notify(self, attempt: Attempt, diagnosis: Diagnosis, decision: Decision | None) -> None:
+        """Tell people of what is not routine: failures, hangs, nodes that are left out, the end."""
+        if diagnosis.cause in ROUTINE or (decision is None and diagnosis.cause != "finished"):
+            return
+        event = diagnosis.cause if diagnosis.cause in ("finished", "hung") else "failed"
+        facts = {"attempt": attempt.number, "step": attempt.last_step, "cause": diagnosis.cause, "nodes": attempt.nodes}
+        text = f"{diagnosis}{'' if decision is None else f'; {decision}'}"
+        notify(self.recipe.run_path, event, text, **facts)
+        if decision is not None and decision.leave_out:
+            named = ", ".join(decision.leave_out)
+            notify(self.recipe.run_path, "excluded", f"{named}: {diagnosis}", **facts | {"nodes": decision.leave_out})
 
     def _save(self, attempt: Attempt) -> None:
         """A full disk, or one that is gone, must not keep the job from what comes next."""

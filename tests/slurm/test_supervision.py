@@ -166,7 +166,7 @@ def test_a_full_disk_holds_the_job(job: SupervisedJob) -> None:
     job.start(
         node="n1", step=25, do="RuntimeError: not written: OSError: [Errno 28] No space left on device", once=True
     )
-    job.wait_until(lambda: job.sandbox.job_state(job.job) == "PENDING", "the held job")
+    job.wait_until(lambda: job.restart_count() == 1 and job.sandbox.job_state(job.job) == "PENDING", "the held job")
     why = job.why()
     assert f"scontrol release {job.job}" in why and job.causes() == ["disk_full"]
     job.sandbox.slurm("scontrol", "release", job.job)
