@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
@@ -54,8 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         try:
             check_run_folder(Path(args.recipe))
             return Supervisor(args).run()
-        except OSError as error:
-            return leave_node(Path(args.recipe).parent, error)
+        except (OSError, ImportError) as error:
+            # The run's folder holds the code, too.
+            leave_node(Path(args.recipe).parent, error)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -70,13 +72,13 @@ def check_run_folder(recipe: Path) -> None:
             pass
 
 
-def leave_node(run: Path, error: OSError) -> int:
+def leave_node(run: Path, error: OSError | ImportError) -> NoReturn:
     """Requeue the job after an error of this process's own: held where the disk is full, else without this node."""
     job, node = os.environ["SLURM_JOB_ID"], os.environ.get("SLURMD_NODENAME", socket.gethostname())
     _say(f"ERROR on {node}: {error}")
     notify(run, "failed", f"{node}: {error}", nodes=[node])
     wait_for_notifications()
-    if error.errno in _NO_ROOM:
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
         _say(f"the job is requeued and held; make room, then: scontrol release {job}")
         requeue(job, hold=True)
     if len(excluded_nodes(job)) >= MAX_UNUSABLE_NODES:
@@ -123,7 +125,7 @@ class Supervisor:
             self._notify(attempt, diagnosis, decision)
             if self.trouble is not None and decision is not None:
                 # What was found in the run's folder says little then.
-                return leave_node(self.recipe.run_path, self.trouble)
+                leave_node(self.recipe.run_path, self.trouble)
             if decision is None or decision.do == "end":
                 return self._exit_code(attempt, diagnosis)
             if decision.do != "restart":

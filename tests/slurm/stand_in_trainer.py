@@ -53,6 +53,8 @@ def main() -> None:
 
 
 def steps_of_all(attempt: Path) -> list[int]:
+    """OSError where the run's folder is gone."""
+    attempt.stat()
     files = [attempt / f"step_{rank}" for rank in range(int(os.environ["SLURM_STEP_NUM_TASKS"]))]
     return [int(file.read_text() or 0) if file.exists() else 0 for file in files]
 
