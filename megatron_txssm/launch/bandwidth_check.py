@@ -44,6 +44,7 @@ def main() -> None:
     leaders = list(range(0, world_size, local_size))
     group = dist.new_group(leaders)
     if rank in leaders:
+        assert isinstance(group, dist.ProcessGroup)
         links = _links(data, leaders, leaders.index(rank), group, device)
         if rank == 0:
             found = {"allreduce": allreduce, "links": links, "seconds": time.monotonic() - begin}

@@ -129,7 +129,7 @@ def _check_xids(gpus: list[Gpu], problems: list[str], warnings: list[str]) -> No
         return
     try:
         log = subprocess.run(["dmesg"], capture_output=True, text=True, errors="replace", timeout=60, check=True).stdout
-        now = float(Path("/proc/uptime").read_text().split()[0])
+        now = _uptime_seconds()
     except (OSError, ValueError, subprocess.SubprocessError):
         warnings.append("Xid errors of GPUs are not checked: the kernel's log (dmesg) cannot be read")
         return
@@ -144,6 +144,10 @@ def _check_xids(gpus: list[Gpu], problems: list[str], warnings: list[str]) -> No
         problems.append(
             f"GPUs had {len(found)} hardware errors in the last hour (limit {most:g}: TXSSM_PREFLIGHT_XIDS): {said}"
         )
+
+
+def _uptime_seconds() -> float:
+    return float(Path("/proc/uptime").read_text().split()[0])
 
 
 def _slot(bus: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_txssm.launch import gpu_check
 from megatron_txssm.launch.gpu_check import check_gpus
 
 SMI = """\
@@ -22,6 +23,7 @@ esac
 cat "$here/$file"
 exit "$(cat "$here/$file.code" 2> /dev/null || echo 0)"
 """
+UPTIME = 1_000_000.0  # seconds
 UUIDS = [f"GPU-{number}f2a8f1e-0000-0000-0000-000000000000" for number in range(4)]
 BUSES = ["00000000:1A:00.0", "00000000:3B:00.0", "00000000:8A:00.0", "00000001:1A:00.0"]
 
@@ -48,8 +50,7 @@ class Node:
 
     def log(self, *lines: tuple[int, str]) -> None:
         """(seconds ago, text) of the kernel's log."""
-        now = float(Path("/proc/uptime").read_text().split()[0])
-        text = "".join(f"[{now - ago:12.6f}] {line}\n" for ago, line in lines)
+        text = "".join(f"[{UPTIME - ago:12.6f}] {line}\n" for ago, line in lines)
         (self.folder / "dmesg").write_text(f"#!/bin/sh\nprintf %s {shlex.quote(text)}\n")
         (self.folder / "dmesg").chmod(0o755)
 
@@ -65,6 +66,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     """Four GPUs that are fit."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(gpu_check, "_uptime_seconds", lambda: UPTIME)
     for name in list(os.environ):
         if name.startswith("TXSSM_PREFLIGHT_"):
             monkeypatch.delenv(name)

@@ -139,7 +139,7 @@ def test_without_a_sign_of_life_it_is_taken(recipe: Recipe, text: str | None, mo
 
 
 def test_what_nobody_has_touched_for_long_is_taken_at_once(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "STALE_SECONDS", float("inf"))
+    monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: pytest.fail("it waits"))
     leave(recipe.run_path)
     file = recipe.run_path / NAME
     long_ago = file.stat().st_mtime - run_lock.DEAD_SECONDS - 60

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ SBATCH = """\
 #!/bin/bash
 here=$(dirname "$0")
 [ "$1" = --test-only ] && { touch "$here/checked_$PPID"; exit 0; }
-until [ -e "$here/go" ]; do sleep 0.02; done
+for ((i = 0; i < 30000; i++)); do [ -e "$here/go" ] && break; sleep 0.02; done
 echo "${@: -1}" >> "$here/queued"
 line=$'\\x1e'
 for letter in LETTERS; do
@@ -40,14 +40,16 @@ FIELDS = ("megatron.mock_data=true", "data.corpus=null", "data.tokenizer_type=Nu
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Path:
+def cluster(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "bin"
     folder.mkdir()
     for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     (folder / "queue").touch()
-    return folder
+    yield folder
+    # Who still waits after a failure ends.
+    (folder / "go").touch()
 
 
 def start(cluster: Path) -> subprocess.Popen[str]:
