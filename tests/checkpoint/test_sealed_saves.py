@@ -1,0 +1,160 @@
+"""A save that is killed at any of its steps leaves the newest checkpoint loadable, and never a broken one as newest."""
+
+import functools
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_txssm import compat_saves
+from megatron_txssm.checkpoint.checksums import read_checksums, verify_files
+from megatron_txssm.checkpoint.steps import TRACKER, Step, find_newest, interrupted_saves, remove_step
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
+
+
+def in_a_process(work: Callable[..., None], *args: Any) -> int:
+    """Exit code of `work` in a fork of this process."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=args)
+    process.start()
+    process.join(600)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def save(checkpoints: Path, steps: range, kill_at: int | None, sealed: str) -> None:
+    """Save these steps as Megatron does, as the only rank; at its `kill_at`-th touch of the folder the rank is killed.
+
+    `sealed` is where the number of touches is written.
+    """
+    from megatron_txssm.platform import prepare_platform
+
+    prepare_platform()
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+    from megatron.training import checkpointing
+
+    rendezvous = checkpoints / f".rendezvous{os.getpid()}"
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
+    # A queue of this process, which need not start another.
+    filesystem_async.get_write_results_queue = lambda mp_mode="spawn": results
+    results: Any = queue.Queue()
+    compat_saves.tell_failed_writes()
+    compat_saves.seal_checkpoints(hashed=True, sealed=lambda folder, size: None)
+    touches = 0
+
+    def count(event: str, args: tuple[Any, ...]) -> None:
+        nonlocal touches
+        about = event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
+        if about and str(args[0]).startswith(f"{checkpoints}/") and ".rendezvous" not in str(args[0]):
+            if touches == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            touches += 1
+
+    sys.addaudithook(count)
+    for step in steps:
+        folder = checkpoints / f"iter_{step:07d}"
+        remove_step(folder)
+        folder.mkdir()
+        weights = {f"w{n}": ShardedTensor.from_rank_offsets(f"w{n}", torch.full((300,), step + n)) for n in range(4)}
+        dist_checkpointing.save(weights, str(folder), TorchDistSaveShardedStrategy(thread_count=2))
+        files: Any = checkpointing
+        with files.maybe_msc.open(str(checkpoints / TRACKER), "w") as tracker:
+            tracker.write(str(step))
+    Path(sealed).write_text(str(touches))
+    os._exit(0)
+
+
+def test_a_save_may_be_killed_at_any_point(tmp_path: Path) -> None:
+    sealed = tmp_path / "sealed"
+    (tmp_path / "whole").mkdir()
+    assert in_a_process(save, tmp_path / "whole", range(1, 2), None, str(sealed)) == 0
+    touches = int(sealed.read_text())
+    # Folder, two shards, index, format, checksums and tracker, each with its renaming and flushing.
+    assert touches > 12
+    outcomes = set()
+    for kill_at in range(touches):
+        checkpoints = tmp_path / f"killed{kill_at}"
+        checkpoints.mkdir()
+        assert in_a_process(save, checkpoints, range(1, 2), None, str(sealed)) == 0
+        assert in_a_process(save, checkpoints, range(2, 3), kill_at, str(sealed)) == -signal.SIGKILL
+        newest = find_newest(checkpoints)
+        assert newest.step is not None and not newest.lost, kill_at
+        assert newest.step.number in (1, 2)
+        assert read_checksums(newest.step.folder) is not None, kill_at
+        verify_files(newest.step.folder, True)
+        outcomes.add(newest.step.number)
+        # Whoever saves the step again has it whole.
+        assert in_a_process(save, checkpoints, range(2, 3), None, str(sealed)) == 0
+        assert find_newest(checkpoints).step == Step(2, checkpoints / "iter_0000002")
+        verify_files(checkpoints / "iter_0000002", True)
+        assert interrupted_saves(checkpoints) == []
+    assert outcomes == {1, 2}
+
+
+def test_a_killed_save_over_another_of_the_same_step_mixes_nothing(tmp_path: Path) -> None:
+    # Somebody went back to step 1; step 2 is written again, in the place of a whole one.
+    sealed = tmp_path / "sealed"
+    for kill_at in range(0, 12, 2):
+        checkpoints = tmp_path / f"killed{kill_at}"
+        checkpoints.mkdir()
+        assert in_a_process(save, checkpoints, range(1, 3), None, str(sealed)) == 0
+        (checkpoints / TRACKER).write_text("")
+        assert in_a_process(save, checkpoints, range(2, 3), kill_at, str(sealed)) == -signal.SIGKILL
+        newest = find_newest(checkpoints)
+        assert newest.step is not None
+        verify_files(newest.step.folder, True)
+
+
+def bucket(folder: Path) -> list[Any]:
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+    from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+
+    item = WriteItem(MetadataIndex("w"), WriteItemType.BYTE_IO)
+    return [(str(folder / "__0_0.distcp"), "__0_0.distcp", ([(item, _Bytes(b"content"))], []))]
+
+
+class _Bytes:
+    """What torch's writer asks of a BytesIO, and a pickle can hold."""
+
+    def __init__(self, content: bytes):
+        self.content = content
+
+    def getbuffer(self) -> bytes:
+        return self.content
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_worker_started_afresh_brings_checksums_or_the_reason(tmp_path: Path, lost: bool) -> None:
+    # As Megatron's persistent worker, which has imported nothing of ours.
+    from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
+
+    spawn = multiprocessing.get_context("spawn")
+    folder, manager = tmp_path / "nowhere" if lost else tmp_path, spawn.Manager()
+    results = manager.Queue()
+    work = pickle.loads(pickle.dumps(functools.partial(compat_saves.write_and_tell, True, [_StorageWriterTransforms()], False)))
+    process = spawn.Process(target=work, args=(0, bucket(folder), results))
+    process.start()
+    process.join(600)
+    said: Any = results.get()
+    manager.shutdown()
+    if lost:
+        assert isinstance(said, compat_saves.FailedWrite)
+        assert "No such file or directory" in str(said)
+    else:
+        [noted] = [vars(result)["txssm_checksums"] for result in said[0]]
+        assert noted[str(tmp_path / "__0_0.distcp")].size == len(b"content")
