@@ -118,12 +118,14 @@ def evaluate(recipe: Recipe, terminal: TextIO, *, step: int | None = None) -> No
     from megatron_txssm.compat import mend_megatron
     from megatron_txssm.progress import beside_the_log
     from megatron_txssm.training.pretrain import initialize_arguments, model_config
+    from megatron_txssm.training.resuming import load_sound_checkpoints
 
     mend_megatron()
     explain_failed_loads()
     args = initialize_arguments([*megatron_arguments(recipe), *evaluation_arguments(recipe, step), *platform_arguments])
     # Megatron's handler waits for the end of a training step, which does not come.
     args.exit_signal_handler = False
+    load_sound_checkpoints(recipe, lambda text: print(text, flush=True) if args.rank == 0 else None)
     hidden = args.rank > 0 or not terminal.isatty()
     with Progress(**beside_the_log(terminal), transient=True, disable=hidden) as progress:
         validation = _Validation(recipe, args, partial(progress.update, progress.add_task("evaluating")))
