@@ -179,6 +179,7 @@ def step_folder(checkpoints: Path, step: int | None, option: str = "--step") -> 
     if newest is not None and step in (None, newest.number):
         step, folder = newest.number, newest.folder
     else:
+        assert step is not None
         folder = checkpoints / f"iter_{step:07d}"
     if folder.is_dir():
         return step, folder

@@ -53,7 +53,8 @@ def run_worker(recipe: Recipe, work: Callable[[Recipe, TextIO], None] | None = N
             write_stacks_when_asked(attempt_folder(), rank)
             (work or pretrain)(recipe, terminal)
     except UserError as error:
-        _report(error, terminal)
+        # The launcher goes by the name, which is not to be that of a subclass.
+        _report(UserError(str(error)), terminal)
         end_process(2)
     except (SystemExit, KeyboardInterrupt):
         raise

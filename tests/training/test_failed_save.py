@@ -56,6 +56,8 @@ def test_a_failed_save_ends_at_once_and_the_command_goes_on(begun: TinyRun) -> N
     assert f"the same command goes on from step {saved}" in done.stderr
     assert not (begun.run / "running.json").exists()
     assert saved_step(begun) == saved
+    # What it had written would hold the room of the next.
+    assert not (begun.checkpoints / f"iter_{failing:07d}").exists()
     # On one rank, whatever those two have left.
     again = begun.pretrain(fields=["checkpoint.save_interval=3", f"megatron.exit_interval={failing}"])
     assert again.code == 0, again.stderr
@@ -69,5 +71,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_last_checkpoint_the_newest(beg
     done = begun.pretrain(fields=["optimizer.learning_rate=1e30", "megatron.override_opt_param_scheduler=true"])
     assert done.code == 1, done
     assert f"the loss or a gradient of step {saved + 2} is NaN or infinite" in done.stderr
-    assert f"the newest checkpoint, of step {saved}, has finite weights" in done.stderr
+    assert "FloatingPointError" in done.stderr
+    assert "rank 0 (node " in done.stderr
+    assert f"The last sound checkpoint is that of step {saved}: its weights were read and are finite" in done.stderr
     assert saved_step(begun) == saved

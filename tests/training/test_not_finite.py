@@ -1,5 +1,6 @@
 """What is found to be NaN or infinite, and the words for it: rank, verdict, last sound step and the way back."""
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,9 @@ prepare_platform()
 import torch.distributed as dist
 from megatron.core.rerun_state_machine import Call, Caller, RerunState
 
+from megatron_txssm import compat_saves
 from megatron_txssm.checkpoint.steps import Step
-from megatron_txssm.training import not_finite
+from megatron_txssm.training import not_finite, saving
 from megatron_txssm.training.finite import first_not_finite
 from megatron_txssm.training.saving import explain_full_disk, warn_without_room
 
@@ -128,11 +130,22 @@ def test_a_next_save_that_will_not_fit_is_told(recipe: Recipe, monkeypatch: pyte
 
 @pytest.mark.parametrize(("number", "words"), [(28, "No space left on device"), (122, "Disk quota exceeded")])
 def test_a_full_disk_is_told_in_the_systems_words(recipe: Recipe, number: int, words: str) -> None:
-    import os
-
     error = explain_full_disk(recipe, OSError(number, os.strerror(number)))
     assert isinstance(error, RuntimeError)
     assert words in str(error)
     assert "the same command begins again" in str(error)
     other = OSError(5, "Input/output error")
     assert explain_full_disk(recipe, other) is other
+
+
+def test_a_quota_that_is_used_up_in_a_save(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    partial = recipe.checkpoint_path / "iter_0000020"
+    partial.mkdir(parents=True)
+    (partial / "__0_0.distcp").write_bytes(bytes(2_000_000))
+    monkeypatch.setattr(compat_saves, "failed_writes", [compat_saves.FailedWrite(122, os.strerror(122))])
+    said = saving._failed_save(recipe, 20, RuntimeError("Worker failure"))
+    assert "the checkpoint of step 20 could not be written" in said
+    assert "[Errno 122] Disk quota exceeded (how much of the quota is left, `quota` or `lfs quota` says" in said
+    assert "what it had written (2 MB) is removed" in said
+    assert "the same command begins again" in said
+    assert not partial.exists()
