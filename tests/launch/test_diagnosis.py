@@ -477,7 +477,7 @@ def test_an_unfit_node(attempt: Attempt) -> None:
         ([1, 2], 1, "n1", "ranks 1, 2 did not answer"),
         ([0, 1, 2, 3], None, None, "no rank wrote its stacks: the run's file system or the network was gone"),
         # slurmctld was away, and nobody was asked.
-        (None, None, None, "none for 61 s"),
+        (None, None, None, "no step for 61 s"),
     ],
 )
 def test_a_hang(attempt: Attempt, silent: list[int] | None, rank: int | None, node: str | None, words: str) -> None:

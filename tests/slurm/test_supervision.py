@@ -90,8 +90,8 @@ def test_a_worker_fails_while_slurmctld_is_away(job: SupervisedJob) -> None:
     began = time.time()
     job.wait_until(lambda: state.exists() and state.stat().st_mtime > began, "slurmctld's state with the running job")
     job.sandbox.must("kill-slurmctld")
-    job.wait_until(lambda: "END attempt 1" in job.output(), "the end of the first attempt")
-    # Long enough for scontrol to have given up.
+    job.wait_until(lambda: "task 1: Killed" in job.output(), "the worker's end")
+    # Long enough for srun and scontrol to have asked in vain.
     time.sleep(5)
     job.sandbox.must("start-slurmctld")
     job.wait_over()
