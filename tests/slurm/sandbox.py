@@ -74,6 +74,22 @@ class Sandbox:
             assert time.monotonic() < end, f"after {seconds} s the nodes are {states}, not {wanted}"
             time.sleep(0.2)
 
+    def mend(self, nodes: list[str]) -> None:
+        """Whatever was done to these nodes: waits until they are idle."""
+        for node in nodes:
+            self.must("poweron", node)
+            self.must("plug", node)
+        end = time.monotonic() + PATIENCE
+        while set((states := self.node_states()).values()) != {"idle"}:
+            assert time.monotonic() < end, f"after {PATIENCE} s the nodes are {states}"
+            for node, state in states.items():
+                # Slurm drains one whose processes it could not end in time.
+                if state.startswith(("drain", "down")):
+                    subprocess.run(
+                        ["scontrol", "update", f"NodeName={node}", "State=RESUME"], env=self.env, capture_output=True
+                    )
+            time.sleep(0.5)
+
     def wait_idle(self, nodes: list[str], seconds: float) -> None:
         self.wait_states(dict.fromkeys(nodes, "idle"), seconds)
 

@@ -86,10 +86,7 @@ FAULTS = [
 @pytest.fixture
 def whole_again(sandbox: Sandbox) -> Iterator[None]:
     yield
-    for node in NODES:
-        sandbox.must("poweron", node)
-        sandbox.must("plug", node)
-    sandbox.wait_idle(NODES, 300)
+    sandbox.mend(NODES)
 
 
 @pytest.mark.slow

@@ -80,10 +80,7 @@ def lose_node_while_saving(job: TrainingJob) -> None:
 def whole_again(sandbox: Sandbox) -> Iterator[None]:
     """Mends every node at the end."""
     yield
-    for node in ("n1", "n2", "n3"):
-        sandbox.must("poweron", node)
-        sandbox.must("plug", node)
-    sandbox.wait_idle(["n1", "n2", "n3"], 60)
+    sandbox.mend(["n1", "n2", "n3"])
 
 
 FAULTS: dict[str, tuple[Fault, str, list[str]]] = {

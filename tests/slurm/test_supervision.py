@@ -56,9 +56,7 @@ def job(sandbox: Sandbox, data: Path, tmp_path: Path) -> Iterator[SupervisedJob]
             job.job
         ) == "RUNNING" else None
         sandbox.slurm("scancel", job.job)
-    for node in NODES:
-        sandbox.must("poweron", node)
-    sandbox.wait_idle(NODES, 300)
+    sandbox.mend(NODES)
 
 
 def assert_every_step_done(job: SupervisedJob) -> None:
