@@ -16,6 +16,7 @@ from tests.slurm.sandbox import Sandbox
 # A start takes 10 s on two quiet cores.
 PATIENCE = 600  # seconds
 SAVE_INTERVAL = 10
+OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", ""}
 
 RECIPE = """\
 name: {name}
@@ -105,10 +106,8 @@ class TrainingJob:
     def farthest_step(self) -> int:
         return max((step for step, _ in self.steps()), default=0)
 
-    def is_training(self) -> bool:
-        """A trainer runs; it need not have come to a step."""
-        found = self.attempts()
-        return bool(found) and found[-1].cause is None and self.sandbox.job_state(self.job) == "RUNNING"
+    def is_over(self) -> bool:
+        return self.sandbox.job_state(self.job) in OVER
 
     def saved(self) -> int:
         tracker = self.run / "checkpoints" / "latest_checkpointed_iteration.txt"
@@ -125,8 +124,7 @@ class TrainingJob:
             time.sleep(0.02)
 
     def wait_over(self, state: str = "COMPLETED") -> None:
-        over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", ""}
-        self.wait_until(lambda: self.sandbox.job_state(self.job) in over, "the end")
+        self.wait_until(self.is_over, "the end")
         assert self.sandbox.job_state(self.job) == state, f"{self.output()}\n{self.why()}"
 
     def step_id(self) -> str:
