@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.slurm.sandbox import Sandbox
-from tests.slurm.training_job import SAVE_INTERVAL, TrainingJob, txssm, write_data
+from tests.slurm.training_job import SAVE_INTERVAL, TrainingJob, write_data
 
 NODES = ["n1", "n2", "n3"]
 # The farthest step behind a resume at which a fault comes.
@@ -87,6 +87,23 @@ FAULTS = [
 ]
 
 
+def wait_for_step(job: TrainingJob, step: int) -> None:
+    job.wait_until(lambda: job.is_over() or job.farthest_step() >= step, f"step {step}")
+
+
+def strike(job: TrainingJob, fault: Callable[[TrainingJob, random.Random], None], draw: random.Random) -> str:
+    """Do a fault and wait until it is overcome; returns what came of it."""
+    began, attempts, done = time.monotonic(), len(job.attempts()), job.farthest_step()
+    try:
+        fault(job, draw)
+    except (psutil.Error, AssertionError) as missed:
+        # The trainer was not there: between two steps of Slurm's, or the run was over.
+        return f"not done, {str(missed).splitlines()[0]}"
+    job.wait_until(lambda: job.is_over() or len(job.attempts()) > attempts, "the next attempt")
+    wait_for_step(job, done + 1)
+    return f"{job.attempts()[attempts - 1].cause}, {time.monotonic() - began:5.1f} s to the next new step"
+
+
 @pytest.fixture
 def whole_again(sandbox: Sandbox) -> Iterator[None]:
     yield
@@ -116,21 +133,10 @@ def test_faults_at_random(
     for fault in drawn:
         # Behind the last fault: a fault in each start would keep any run from its end.
         done = max(done, SAVE_INTERVAL) + draw.randint(1, MAX_STEPS)
-        job.wait_until(lambda target=done: job.is_over() or job.farthest_step() >= target, f"step {done}")
-        began, attempts, done = time.monotonic(), len(job.attempts()), job.farthest_step()
-        try:
-            fault(job, draw)
-        except (psutil.Error, AssertionError) as missed:
-            # Between two steps of Slurm's, or behind the last one.
-            report(f"{fault.__name__:30} at step {done:4}: not done, {str(missed).splitlines()[0]}")
-            continue
-        before, target = attempts, done
-        job.wait_until(lambda: job.is_over() or len(job.attempts()) > before, "the next attempt")
-        job.wait_until(lambda: job.is_over() or job.farthest_step() > target, f"a step behind {done}")
-        what = job.attempts()[attempts - 1].cause
-        report(f"{fault.__name__:30} at step {done:4}: {what}, {time.monotonic() - began:5.1f} s to the next new step")
+        wait_for_step(job, done)
+        done = job.farthest_step()
+        report(f"{fault.__name__:30} at step {done:4}: {strike(job, fault, draw)}")
     job.wait_over()
     assert dict(job.steps()) == dict(undisturbed.steps())
     report(f"seed {seed}, {count} faults, {len(job.attempts())} attempts, {len(job.steps())} steps for {iterations}")
-    report(txssm(sandbox, "jobs", "--goodput", cwd=job.folder).stdout)
     report(job.why())
