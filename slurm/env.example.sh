@@ -10,6 +10,10 @@
 # Further options of training jobs, without their dashes: all of a node's memory and cores, no neighbours.
 #export TXSSM_SBATCH_OPTIONS="exclusive mem=0 cpus-per-task=12"
 
+# --- notification -------------------------------------------------------------------------------------------------------
+# What happens to a run, as JSON to Slack, Mattermost and the like. The address is a secret: chmod 600 this file.
+#export TXSSM_WEBHOOK=https://hooks.example.org/services/…
+
 # --- the environment ----------------------------------------------------------------------------------------------------
 # A job uses the Python that `txssm submit` ran with. In a container (here with pyxis) the steps use the container's; mount
 # the run folders, the data and this checkout under their own paths.

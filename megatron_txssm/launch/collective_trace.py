@@ -25,6 +25,7 @@ class Group:
 
     # "TENSOR_MODEL_PARALLEL_GROUP", or its number.
     name: str = ""
+    # Its members, those that have written no dump included; empty where no dump tells them.
     ranks: set[int] = field(default_factory=set)
     # Rank -> the number of its last collective, begun and completed.
     begun: dict[int, int] = field(default_factory=dict)
@@ -102,7 +103,6 @@ def _groups(traces: dict[int, dict[str, Any]], num_ranks: int) -> dict[str, Grou
             if number not in names:
                 continue
             group = groups[names[number]]
-            group.ranks.add(rank)
             group.begun[rank] = max(0, status["last_enqueued_collective"])
             group.completed[rank] = max(0, status["last_completed_collective"])
         for entry in trace.get("entries", []):
@@ -114,7 +114,6 @@ def _groups(traces: dict[int, dict[str, Any]], num_ranks: int) -> dict[str, Grou
             call = entry["profiling_name"].partition(":")[2]
             group.calls[rank, entry["collective_seq_id"]] = call, str(entry.get("input_sizes", ""))
             if description == "default_pg":
-                # gloo does not say who belongs to a group.
                 group.ranks |= set(range(num_ranks))
     return groups
 
@@ -176,7 +175,8 @@ def _unfinished(groups: dict[str, Group]) -> Iterator[str]:
     """Collectives that everybody joined and that do not end."""
     for group in groups.values():
         last = max(group.begun.values(), default=0)
-        if group.completed and all(done < last for done in group.completed.values()):
+        inside = {rank for rank, begun in group.begun.items() if begun == last and group.completed[rank] < last}
+        if last and inside == group.ranks:
             call = next((call for (_, number), (call, _) in group.calls.items() if number == last), "collective")
             yield f"every rank joined {call} {last} of {group.name}, which does not end: look at the network"
 

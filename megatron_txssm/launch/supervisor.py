@@ -106,11 +106,11 @@ class Supervisor:
 
     def run(self) -> int:
         """The job's exit code; does not return where the job is requeued."""
+        self._close_last_attempt()
         if is_finished(self.recipe):
             _say(f"{self.recipe.name}: finished before; {self.recipe.checkpoint_path} holds its last step")
             return 0
         make_run_directory(self.recipe)
-        self._close_last_attempt()
         restarts = self.args.restarts
         while True:
             before = attempts(self.recipe.run_path)

@@ -6,11 +6,12 @@ SIGUSR2, to which a thread answers: the main one sits in the collective.
 
 import contextlib
 import os
+import pickle
 import signal
 import threading
 from pathlib import Path
 
-from megatron_txssm.launch.collective_trace import PREFIX
+from megatron_txssm.launch.collective_trace import PREFIX, read_trace
 
 # Collectives that are kept, each some hundred bytes.
 _BUFFER_SIZE = "2000"
@@ -55,10 +56,28 @@ def write_dump(path: Path) -> None:
     import torch.distributed
     from torch._C import _distributed_c10d as c10d
 
-    # NCCL has a recorder of its own; that of the other backends is there since torch 2.10.
-    name = "_dump_nccl_trace" if torch.distributed.get_backend() == "nccl" else "_dump_fr_trace"
-    dump: bytes = getattr(c10d, name)(True, False, False)
+    if torch.distributed.get_backend() == "nccl":
+        dump: bytes = c10d._dump_nccl_trace(True, False, False)  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        # gloo's recorder, which torch has since 2.10, does not say who belongs to a group.
+        trace = read_trace(c10d._dump_fr_trace(True, False, False))  # pyright: ignore[reportAttributeAccessIssue]
+        dump = pickle.dumps(trace | {"pg_config": _groups()})
     # Whole or not at all.
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(dump)
     part.replace(path)
+
+
+def _groups() -> dict[str, dict[str, str]]:
+    """This process's groups, as NCCL's recorder describes them."""
+    import torch.distributed
+
+    names = torch.distributed.distributed_c10d._world.pg_names
+    return {
+        name: {
+            "name": name,
+            "desc": group.group_desc,
+            "ranks": str(torch.distributed.get_process_group_ranks(group)),
+        }
+        for group, name in list(names.items())
+    }

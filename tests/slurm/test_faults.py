@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_txssm.launch.collective_trace import explain_hang, missing_ranks
 from tests.slurm.sandbox import Sandbox
 from tests.slurm.training_job import SAVE_INTERVAL, TrainingJob, write_data
 
@@ -130,6 +131,8 @@ def test_a_fault_costs_time_and_nothing_else(
     assert repeated <= SAVE_INTERVAL + 1
     if cause in ("killed", "hung"):
         assert (first.rank, first.node) == (1, "n2")
+    if cause == "hung":
+        assert missing_ranks(first.folder, 2) == [1], explain_hang(first.folder, 2)
     report(f"{name:30} {seconds:5.1f} s to train again, {repeated:2} steps repeated (fault at step {done_before})")
 
 

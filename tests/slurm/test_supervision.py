@@ -100,6 +100,8 @@ def test_a_worker_fails_while_slurmctld_is_away(job: SupervisedJob) -> None:
 def test_the_supervisor_is_killed(job: SupervisedJob) -> None:
     job.start()
     job.wait_step(25)
+    # Else the steps might end before another supervisor has begun.
+    job.process(1).suspend()
     job.supervisor().kill()
     job.wait_over()
     # Its steps ended with it, or two trainers would have written side by side.
