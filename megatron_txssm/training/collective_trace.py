@@ -22,15 +22,16 @@ def prepare_recorder(attempt: Path | None) -> None:
 
     `attempt`: the folder for the dumps; without one only the recorder's times are used (training/stragglers.py).
     """
-    # Their names from torch 2.10 on, and those before.
-    settings = dict.fromkeys(("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), _BUFFER_SIZE)
     # Of every collective on a GPU: without it, the recorder has no durations.
-    settings["TORCH_NCCL_ENABLE_TIMING"] = "1"
+    settings: dict[tuple[str, ...], str] = {("TORCH_NCCL_ENABLE_TIMING",): "1"}
+    # The names from torch 2.10 on, and those before.
+    settings["TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"] = _BUFFER_SIZE
     if attempt is not None:
-        settings["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "1"
-        settings |= dict.fromkeys(("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"), str(attempt / PREFIX))
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
+        settings[("TORCH_NCCL_DUMP_ON_TIMEOUT",)] = "1"
+        settings["TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = str(attempt / PREFIX)
+    for names, value in settings.items():
+        stated = next((os.environ[name] for name in names if name in os.environ), value)
+        os.environ |= dict.fromkeys(names, stated)
 
 
 def dump_when_asked(attempt: Path, rank: int) -> None:

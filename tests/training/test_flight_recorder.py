@@ -39,6 +39,8 @@ def test_without_a_job_it_only_records() -> None:
 
 
 def test_what_the_site_has_set_holds(tmp_path: Path) -> None:
-    os.environ["TORCH_NCCL_ENABLE_TIMING"] = "0"
+    os.environ |= {"TORCH_NCCL_ENABLE_TIMING": "0", "TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}
     prepare_recorder(tmp_path)
     assert settings()["TORCH_NCCL_ENABLE_TIMING"] == "0"
+    # By its other name, too.
+    assert settings()["TORCH_FR_BUFFER_SIZE"] == settings()["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "7"
