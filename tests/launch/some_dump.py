@@ -1,6 +1,7 @@
 """A dump of NCCL's flight recorder, as torch 2.13 writes it on a GPU."""
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def entry(pg_id: int, group: tuple[str, str], number: int, call: str = "nccl:all
 
 
 def write_dump(
-    folder: Path, rank: int, entries: list[dict], status: dict[int, tuple[int, int]], ranks: dict[tuple[str, str], str]
+    folder: Path, rank: int, entries: list[dict], status: dict[int, tuple[int, int]], ranks: Mapping[Any, str]
 ) -> None:
     """`status`: pg_id -> (last enqueued, last completed)."""
     trace = {
