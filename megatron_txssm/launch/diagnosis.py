@@ -125,10 +125,9 @@ def _hang(attempt: Attempt, hang: dict[str, Any]) -> Diagnosis:
     detail = f"{_HUNG[hang.get('during', 'step')]} for {hang['seconds']:.0f} s"
     if not silent:
         detail += "" if silent is None else "; every rank wrote its stacks into its log"
-        missing = missing_ranks(attempt.folder, num_ranks)
-        return (
-            Diagnosis("hung", detail, missing[0], attempt.node_of(missing[0])) if missing else Diagnosis("hung", detail)
-        )
+        if missing := missing_ranks(attempt.folder, num_ranks):
+            return Diagnosis("hung", detail, missing[0], attempt.node_of(missing[0]))
+        return Diagnosis("hung", detail)
     if len(silent) == num_ranks > 1:
         return Diagnosis("hung", f"{detail}; no rank wrote its stacks: the run's file system or the network was gone")
     ranks = ", ".join(map(str, silent))
