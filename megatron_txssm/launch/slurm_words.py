@@ -44,9 +44,14 @@ def why_slurm_ended_it(output: str) -> tuple[str, str | None] | None:
     for _, due in _CANCELLED.findall(output):
         for text, cause in _DUE_TO.items():
             if due.startswith(text):
-                node = _NODE_FAILURE.search(output) if cause == "node_failure" else None
-                return cause, node and node[1]
+                return cause, failed_node(output) if cause == "node_failure" else None
     return None
+
+
+def failed_node(output: str) -> str | None:
+    """The node that srun has lost; None where it lost none."""
+    found = _NODE_FAILURE.search(output)
+    return found and found[1]
 
 
 def what_killed_the_supervisor(output: str) -> str | None:

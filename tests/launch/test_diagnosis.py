@@ -628,3 +628,14 @@ def test_a_killed_supervisor(tmp_path: Path) -> None:
     )
     found = diagnose(some_attempt(tmp_path), False, output)
     assert found == Diagnosis("supervisor_killed", "killed by SIGKILL")
+
+
+def test_a_lost_node_of_a_job_that_outlives_it(tmp_path: Path) -> None:
+    """Under --no-kill."""
+    output = (
+        "srun: error: Node failure on n2\n"
+        "srun: error: n1: task 0: Killed\n"
+        "srun: launch/slurm: _step_signal: Terminating StepId=16.1\n"
+        "srun: Force Terminated StepId=16.1\n"
+    )
+    assert diagnose(some_attempt(tmp_path), False, output) == Diagnosis("node_failure", node="n2")
