@@ -5,6 +5,9 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_txssm.errors import UserError
+from megatron_txssm.launch.hostlist import expand
+
 # srun: error: n2: task 1: Killed
 _TASK = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+?)(?: \(core dumped\))?$", re.MULTILINE)
 # slurmstepd-n1: error: *** STEP 3.1 ON n1 CANCELLED AT 2026-11-24T14:08:39 DUE TO PREEMPTION ***
@@ -12,7 +15,7 @@ _TASK = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+?)(?: \(core dumpe
 _CANCELLED = re.compile(r"\*\*\* (JOB|STEP) \S+ ON \S+ CANCELLED AT \S+?(?: DUE (?:TO|to) ([^*\n]*))? \*\*\*")
 # srun's own doing after a task has failed; before 25.05 the line gives no reason, and follows that of the task.
 _TASK_FAILURE = "TASK FAILURE"
-_NODE_FAILURE = re.compile(r"srun: error: Node failure on (\S+)")
+_NODE_FAILURE = re.compile(r"^srun: error: Node failure on ([a-zA-Z][\w.,\[\]-]*)$", re.MULTILINE)
 # Of slurm/entrypoint.sh, which starts the supervisor.
 _SUPERVISOR = re.compile(r"END supervisor: killed by signal (\d+)$", re.MULTILINE)
 _SAID = re.compile(r"^(?:srun: error: |slurmstepd|\[[\dT:.-]+\] error: ).*", re.MULTILINE)
@@ -49,9 +52,14 @@ def why_slurm_ended_it(output: str) -> tuple[str, str | None] | None:
 
 
 def failed_node(output: str) -> str | None:
-    """The node that srun has lost; None where it lost none."""
+    """The first node that srun has lost; None where it lost none."""
     found = _NODE_FAILURE.search(output)
-    return found and found[1]
+    if found is None:
+        return None
+    try:
+        return expand(found[1])[0]
+    except UserError:
+        return None
 
 
 def what_killed_the_supervisor(output: str) -> str | None:
