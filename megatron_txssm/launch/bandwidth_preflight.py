@@ -1,5 +1,6 @@
 """Measures the network between a job's nodes before training, and names a node that is slower than the others."""
 
+import contextlib
 import json
 import os
 import statistics
@@ -48,7 +49,7 @@ def measure(nodes: list[str], gpus: int, port: int, timeout_seconds: float) -> B
         f"--timeout={timeout_seconds:g}",
     ]
     environment = os.environ | {"MASTER_ADDR": nodes[0], "MASTER_PORT": str(port)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as srun:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace", env=environment) as srun:
         try:
             output, _ = srun.communicate(timeout=timeout_seconds)
             why = f"its step ended with exit code {srun.returncode}; see srun's words above"
@@ -56,12 +57,22 @@ def measure(nodes: list[str], gpus: int, port: int, timeout_seconds: float) -> B
             srun.kill()
             output, _ = srun.communicate()
             why = f"it did not end within {timeout_seconds:g} s (--preflight-timeout)"
-    lines = [line for line in output.splitlines() if line.startswith('{"allreduce": ')]
-    if not lines:
+    answers = json_lines(output, '{"allreduce": ')
+    if not answers:
         found.words.append(f"all-reduce between nodes could not be measured: {why} ({_LIMIT}=off leaves it out)")
         return found
-    found.measured = json.loads(lines[-1])
+    found.measured = answers[-1]
     _judge(found, nodes, least)
+    return found
+
+
+def json_lines(output: str, begin: str) -> list[dict[str, Any]]:
+    """The lines of a step's output that begin so; one that was cut off when srun was killed is left out."""
+    found = []
+    for line in output.splitlines():
+        if line.startswith(begin):
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
     return found
 
 

@@ -27,10 +27,6 @@ CAUSES: dict[str, tuple[str, str]] = {
     "preflight": ("a node is not fit to train", "mend the node, or leave it out: --sbatch exclude=NODE"),
     "refused": ("the recipe cannot run", "mend what the message names"),
     "disk_full": ("the disk or the quota is full", "make room where the message says; then it can go on"),
-    "damaged_checkpoint": (
-        "the newest checkpoint is damaged",
-        "go back to the newest whole one: write its step into latest_checkpointed_iteration.txt",
-    ),
     "nan": (
         "the loss, a gradient or a weight became NaN or infinite",
         "lower optimizer.learning_rate, or go back to an older checkpoint; a GPU may also compute it wrongly",
@@ -77,7 +73,6 @@ _QUOTA_REMEDY = (
 
 # The cause that a rank's last words tell, the certain ones first. CUDA's and the kernel's words are theirs.
 _WORDS: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("damaged_checkpoint", re.compile(r"^(?:[\w.]+\.)?DamagedCheckpoint\b")),
     (
         "bad_gpu",
         re.compile(
@@ -138,7 +133,12 @@ def remedy(cause: str, detail: str) -> str:
         return _QUOTA_REMEDY
     if cause == "killed":
         return next((text for name, text in _SIGNAL_REMEDIES.items() if name in detail), CAUSES[cause][1])
-    return CAUSES[cause][1]
+    return meaning(cause)[1]
+
+
+def meaning(cause: str) -> tuple[str, str]:
+    """What happened, what to do about it; of a cause that only a later version knows, its name."""
+    return CAUSES.get(cause, (cause.replace("_", " "), "read the job's output"))
 
 
 def shortened(text: str, limit: int = 4000) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.causes import CAUSES, cause_of, is_of_another_rank, remedy, shortened, suspect
+from megatron_txssm.launch.causes import cause_of, is_of_another_rank, meaning, remedy, shortened, suspect
 from megatron_txssm.launch.collective_trace import missing_ranks
 from megatron_txssm.launch.preflight import is_finished, saved_step
 from megatron_txssm.launch.run_folder import Attempt, farthest_step
@@ -48,7 +48,7 @@ class Diagnosis:
 
     @property
     def summary(self) -> str:
-        return CAUSES[self.cause][0]
+        return meaning(self.cause)[0]
 
     @property
     def remedy(self) -> str:

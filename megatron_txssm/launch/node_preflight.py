@@ -1,7 +1,6 @@
 """Checks every node of a job before the trainer starts: GPUs, run folder, versions, clock, rendezvous, caches."""
 
 import contextlib
-import json
 import os
 import secrets
 import socket
@@ -15,7 +14,7 @@ from typing import Any
 
 from megatron_txssm.data.manifest import write_json
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.bandwidth_preflight import Bandwidth, measure
+from megatron_txssm.launch.bandwidth_preflight import Bandwidth, json_lines, measure
 from megatron_txssm.launch.environment import rendezvous_port, srun_words, step_python
 from megatron_txssm.launch.preflight import number_of_shards
 from megatron_txssm.planning.parameters import checkpoint_bytes
@@ -87,7 +86,7 @@ class NodePreflight:
             f"--open-files={self._open_files()}",
         ]
         silence = "its check ended without an answer; srun's words above may say why"
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as srun:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as srun:
             try:
                 output, _ = srun.communicate(timeout=self.timeout_seconds)
             except subprocess.TimeoutExpired:
@@ -97,8 +96,7 @@ class NodePreflight:
                     f"it did not answer within {self.timeout_seconds:g} s; the import of a container's image or a cold "
                     "file system may take longer: --preflight-timeout"
                 )
-        lines = [line for line in output.splitlines() if line.startswith('{"node": ')]
-        return [json.loads(line) for line in lines], silence
+        return json_lines(output, '{"node": '), silence
 
     def _open_files(self) -> int:
         """Of a rank; 0 where the data cannot be read, which the ranks say."""

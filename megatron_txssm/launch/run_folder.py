@@ -143,7 +143,7 @@ def attempts(run: Path) -> list[Attempt]:
             fields = json.loads(path.read_bytes()).items()
             found.append(Attempt(folder=path.parent, **{name: value for name, value in fields if name in known}))
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not readable ({error}); remove its folder to go on without it") from None
+            raise UserError(f"{path}: not readable ({error}); remove its folder to go on without it") from error
     return found
 
 

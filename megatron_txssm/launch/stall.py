@@ -109,7 +109,7 @@ def end_leftover_steps(job_id: str) -> None:
 def _steps(job_id: str) -> dict[str, str]:
     """Number -> name of the steps that the supervisor starts."""
     steps = run_slurm("squeue", "--noheader", "--steps", f"--jobs={job_id}", "--format=%i %j")
-    return dict(re.findall(rf"^({job_id}\.\d+) (train|preflight)$", steps, re.MULTILINE))
+    return dict(re.findall(rf"^({job_id}\.\d+) (train|preflight|bandwidth)$", steps, re.MULTILINE))
 
 
 def _step_id(job_id: str) -> str:

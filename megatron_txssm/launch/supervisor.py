@@ -31,6 +31,7 @@ from megatron_txssm.launch.notify import notify, wait_for_notifications
 from megatron_txssm.launch.preflight import is_finished, make_run_directory
 from megatron_txssm.launch.requeue import excluded_nodes, requeue, spare_nodes_refusal
 from megatron_txssm.launch.run_folder import Attempt, attempts, new_attempt
+from megatron_txssm.launch.run_lock import check_not_running
 from megatron_txssm.launch.stall import StallWatch, end_leftover_steps
 from megatron_txssm.recipe.loader import load_recipe
 
@@ -55,6 +56,11 @@ def main(argv: list[str] | None = None) -> int:
         try:
             check_run_folder(Path(args.recipe))
             return Supervisor(args).run()
+        except UserError as error:
+            if isinstance(error.__cause__, OSError):
+                # Of the run's records.
+                leave_node(Path(args.recipe).parent, error.__cause__)
+            raise
         except (OSError, ImportError) as error:
             # The run's folder holds the code, too.
             leave_node(Path(args.recipe).parent, error)
@@ -136,11 +142,16 @@ class Supervisor:
             end_leftover_steps(self.job_id)
 
     def _close_last_attempt(self) -> None:
-        """Where its supervisor was killed: with its node, for its memory, or before it could say."""
+        """Where its supervisor was killed: with its node, for its memory, or before it could say.
+
+        UserError where it is another job's, which trains here: its record is not this one's to close.
+        """
         before = attempts(self.recipe.run_path)
         if before and before[-1].cause is None:
             if before[-1].job_id == self.job_id:
                 end_leftover_steps(self.job_id)
+            else:
+                check_not_running(self.recipe)
             close(before[-1], self.recipe)
             before[-1].save()
 

@@ -121,6 +121,11 @@ def test_a_measurement_that_fails_keeps_nobody_from_training(srun: Path) -> None
     assert found.words[0].startswith("all-reduce between nodes could not be measured: its step ended with exit code 1")
 
 
+def test_an_answer_that_was_cut_off_is_none(srun: Path) -> None:
+    says(srun, '{"allreduce": 10.0, "lin', code=1)
+    assert measure(NODES, 8, 20_000, timeout_seconds=600).measured == {}
+
+
 def test_a_measurement_that_hangs(srun: Path) -> None:
     srun.write_text("#!/bin/bash\nexec sleep 1000\n")
     srun.chmod(0o755)

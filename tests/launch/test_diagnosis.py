@@ -13,9 +13,9 @@ from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.causes import cause_of
+from megatron_txssm.launch.causes import CAUSES, cause_of
 from megatron_txssm.launch.decision import RETRIED
-from megatron_txssm.launch.diagnosis import CAUSES, Diagnosis, close, diagnose, record, recorded
+from megatron_txssm.launch.diagnosis import Diagnosis, close, diagnose, record, recorded
 from megatron_txssm.launch.run_folder import Attempt, attempts
 from megatron_txssm.recipe.loader import load_recipe
 from tests.launch.some_attempt import some_attempt
@@ -325,12 +325,9 @@ def test_the_cause_that_an_exception_tells(attempt: Attempt, say: Say, error: Ex
         assert found.detail.startswith(type(error).__name__)
 
 
-def test_a_damaged_checkpoint_by_its_class(attempt: Attempt, say: Say) -> None:
-    class DamagedCheckpoint(Exception):
-        pass
-
-    say(0, DamagedCheckpoint("/runs/a/checkpoints/iter_0000040/__0_1.distcp: its checksum differs"))
-    assert diagnose(attempt, finished=False, output="").cause == "damaged_checkpoint"
+def test_a_cause_of_a_later_version_is_named() -> None:
+    found = Diagnosis("cosmic_ray", "bit 7", 3, "n2")
+    assert (str(found), found.remedy) == ("cosmic ray: rank 3 on n2: bit 7", "read the job's output")
 
 
 NOT_FINITE = (

@@ -213,7 +213,7 @@ def test_without_slurmctld_its_srun_is_ended(
 def test_the_steps_of_a_killed_supervisor_are_ended(
     tmp_path: Path, pass_time: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = ["21.0 preflight\n21.1 train\n21.4 interactive\n", "21.1 train\n", ""]
+    answers = ["21.0 preflight\n21.1 bandwidth\n21.2 train\n21.4 interactive\n", "21.2 train\n", ""]
     said: list[tuple[str, ...]] = []
 
     def run_slurm(*command: str, **_: object) -> str:
@@ -226,7 +226,7 @@ def test_the_steps_of_a_killed_supervisor_are_ended(
 
     monkeypatch.setattr(stall, "run_slurm", run_slurm)
     end_leftover_steps("21")
-    assert [command[-1] for command in said] == ["21.0", "21.1", "21.1"] and answers == []
+    assert [command[-1] for command in said] == ["21.0", "21.1", "21.2", "21.2"] and answers == []
     # One that a dead node keeps is not waited for without end.
     answers += ["21.1 train\n"] * 1000
     end_leftover_steps("21")

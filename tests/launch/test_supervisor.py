@@ -1,0 +1,57 @@
+"""What the supervisor does before its first attempt: whose records are unreadable, who trains there already."""
+
+import json
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_txssm.launch import run_folder, supervisor
+from megatron_txssm.launch.run_lock import RunLock
+from megatron_txssm.recipe.loader import load_recipe
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A run folder with an attempt of job 16 that nobody has closed; this process is job 17."""
+    recipe = load_recipe("demo_cpu", [f"run_directory={tmp_path}"])
+    (tmp_path / "recipe.yaml").write_text(recipe.frozen(tmp_path))
+    folder = tmp_path / "attempts" / "0001"
+    folder.mkdir(parents=True)
+    fields = {"job_id": "16", "nodes": ["n1"], "nproc_per_node": 1, "started": 1.0}
+    (folder / "attempt.json").write_text(json.dumps(fields))
+    for name, value in {"JOB_ID": "17", "JOB_NODELIST": socket.gethostname(), "JOB_PARTITION": "main"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "1")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "9999999999")
+    handler = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_the_record_of_a_job_that_trains_is_left_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "attempts" / "0001" / "attempt.json").read_bytes()
+    with RunLock(load_recipe(str(run / "recipe.yaml"))):
+        assert supervisor.main([str(run / "recipe.yaml")]) == 2
+    assert "is in use by another run" in capsys.readouterr().err
+    assert (run / "attempts" / "0001" / "attempt.json").read_bytes() == before
+    assert len(list((run / "attempts").iterdir())) == 1
+
+
+def test_records_that_a_node_cannot_read_are_its_fault(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Requeued(Exception):
+        pass
+
+    def leave_node(folder: Path, error: OSError) -> Any:
+        raise Requeued(folder, error.strerror)
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(supervisor, "leave_node", leave_node)
+    monkeypatch.setattr(run_folder.json, "loads", fails)
+    with pytest.raises(Requeued, match="Input/output error"):
+        supervisor.main([str(run / "recipe.yaml")])
