@@ -4,7 +4,6 @@ A rank's part of a save may run in the rank, in a process forked from it (async_
 (use_persistent_ckpt_worker), which knows nothing of what was changed here; so the function that is sent there is ours.
 """
 
-import errno
 import functools
 import multiprocessing
 import threading
@@ -21,7 +20,6 @@ from megatron_txssm.launch.environment import end_with_parent
 failed_writes: list[Exception] = []
 # Path of a file that this process has written -> its checksum, until the save ends.
 _written: dict[str, Checksum] = {}
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class FailedWrite(OSError):
@@ -142,11 +140,6 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     return found
 
 
-def is_out_of_room(error: BaseException) -> bool:
-    """Whether a full disk or a quota is behind an exception."""
-    return any(isinstance(cause, OSError) and cause.errno in _NO_ROOM for cause in _causes(error))
-
-
 def seal_checkpoints(*, hashed: bool, sealed: Callable[[Path, int], None]) -> None:
     """Let every save write checksums.json before the tracker names it, and the tracker whole or not at all.
 
@@ -182,24 +175,24 @@ def _seal(folder: Path, *, hashed: bool, sealed: Callable[[Path, int], None]) ->
     import torch.distributed as dist
 
     rank = dist.get_rank()
-    ours = {path.name: _checksum(path, hashed) for path in sorted(folder.glob(f"*__{rank}_*.distcp"))}
+    ours = {Path(path).name: _written.pop(path) for path in list(_written) if Path(path).parent == folder}
+    if not ours:
+        # nvidia-resiliency-ext's writer. (Else a folder of all ranks' files is not to be listed by every rank.)
+        ours = {path.name: checksums.checksum(path, hashed=hashed) for path in folder.glob(f"*__{rank}_*.distcp")}
     of_ranks: Any = [None] * dist.get_world_size() if rank == 0 else None
     dist.gather_object(ours, of_ranks)
     if rank > 0:
         return
     files = {name: entry for of_rank in of_ranks for name, entry in of_rank.items()}
-    others = [path for path in folder.iterdir() if path.is_file() and path.suffix not in (".distcp", ".tmp")]
-    files |= {path.name: _checksum(path, hashed) for path in others if path.name != checksums.CHECKSUMS}
+    others = [path for path in folder.iterdir() if path.suffix not in (".distcp", ".tmp") and path.is_file()]
+    known = (path for path in others if path.name != checksums.CHECKSUMS)
+    files |= {path.name: checksums.checksum(path, hashed=hashed) for path in known}
     for path in others:
         steps.flush_to_disk(path)
     with steps.whole_or_not_at_all(folder / checksums.CHECKSUMS) as partial:
         partial.write_text(checksums.to_text(files))
     steps.flush_to_disk(folder.parent)
     sealed(folder, sum(entry.size for entry in files.values()))
-
-
-def _checksum(path: Path, hashed: bool) -> Checksum:
-    return _written.pop(str(path), None) or checksums.checksum(path, hashed=hashed)
 
 
 class _AtomicTracker:

@@ -80,6 +80,25 @@ def save(checkpoints: Path, steps: range, kill_at: int | None, sealed: str) -> N
     os._exit(0)
 
 
+def save_and_read_nothing_again(checkpoints: Path, sealed: str) -> None:
+    checksum = compat_saves.checksums.checksum
+
+    def checksum_of_no_shard(path: Path, *, hashed: bool = True) -> Any:
+        if path.suffix == ".distcp":
+            os._exit(3)
+        return checksum(path, hashed=hashed)
+
+    compat_saves.checksums.checksum = checksum_of_no_shard
+    save(checkpoints, range(1, 2), None, sealed)
+
+
+def test_what_was_hashed_as_it_was_written_is_not_read_again(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    assert in_a_process(save_and_read_nothing_again, tmp_path / "whole", str(tmp_path / "sealed")) == 0
+    files = read_checksums(tmp_path / "whole" / "iter_0000001")
+    assert files is not None and {"__0_0.distcp", "__0_1.distcp", ".metadata"} <= files.keys()
+
+
 def test_a_save_may_be_killed_at_any_point(tmp_path: Path) -> None:
     sealed = tmp_path / "sealed"
     (tmp_path / "whole").mkdir()

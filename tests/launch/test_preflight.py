@@ -13,11 +13,13 @@ import pytest
 from megatron_txssm.checkpoint.checksums import DamagedCheckpoint
 from megatron_txssm.checkpoint.steps import Step, find_newest
 from megatron_txssm.errors import UserError
+from megatron_txssm.launch import preflight
 from megatron_txssm.launch.local import launch
 from megatron_txssm.launch.preflight import (
     changed_data,
     check_checkpoint,
     check_room,
+    check_run,
     is_finished,
     make_run_directory,
     saved_step,
@@ -245,6 +247,15 @@ def test_a_run_goes_back_behind_a_damaged_checkpoint(
         UserError, match=rf"load_from=.*step 320 is damaged .*{why}.*write another step .*\(40, 80, 400\)"
     ):
         check_checkpoint(load_recipe("demo_cpu", fields))
+
+
+def test_of_all_ranks_one_looks_at_the_checkpoints(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Recipe] = []
+    monkeypatch.setattr(preflight, "check_checkpoint", looked.append)
+    for rank in ("1", "0", "7"):
+        monkeypatch.setenv("RANK", rank)
+        check_run(recipe, world_size=1)
+    assert looked == [recipe]
 
 
 def test_a_run_does_not_begin_again_where_no_checkpoint_is_whole(recipe: Recipe) -> None:
