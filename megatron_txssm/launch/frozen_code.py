@@ -15,9 +15,10 @@ from pathlib import Path
 from megatron_txssm import __version__
 from megatron_txssm.errors import UserError
 
-# What a job runs. Not tests, docs and tools, and not the site's settings, which are no part of the code.
+# What a job runs. Not tests, docs and tools, and of slurm/ not the site's settings, under whatever name: they are not
+# part of the code, and may hold secrets.
 _PARTS = ("megatron_txssm", "recipes", "slurm")
-_LEFT_OUT = ("__pycache__", "env.sh")
+_OF_SLURM = ("entrypoint.sh", "env.example.sh")
 
 
 class FrozenCode:
@@ -73,9 +74,10 @@ def _files(home: Path) -> Iterator[Path]:
     """Relative to `home`, in an order of their own."""
     for part in _PARTS:
         for folder, folders, files in os.walk(home / part):
-            folders[:] = sorted(name for name in folders if name not in _LEFT_OUT)
+            folders[:] = sorted(name for name in folders if name != "__pycache__")
             for name in sorted(files):
-                if name not in _LEFT_OUT and not name.endswith((".pyc", ".partial")):
+                is_ours = part != "slurm" or name in _OF_SLURM or name.endswith(".sbatch")
+                if is_ours and not name.endswith((".pyc", ".partial")):
                     yield (Path(folder) / name).relative_to(home)
 
 

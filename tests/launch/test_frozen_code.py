@@ -23,6 +23,8 @@ def home(tmp_path: Path) -> Path:
         "recipes/corpora/a.yaml",
         "slurm/entrypoint.sh",
         "slurm/env.sh",
+        "slurm/env.sh~",
+        "slurm/our_site.sh",
         "tests/test_x.py",
         ".git/HEAD",
     ):
