@@ -28,7 +28,11 @@ def first_not_finite(model: Iterable[Any], optimizer: Any = None) -> str:
 
 def _all_finite(tensors: list[torch.Tensor]) -> bool:
     """A sum is finite only where all its terms are; only a sum that is not, of large terms, has to be looked into."""
-    if not tensors or bool(torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors]).isfinite().all()):
+    if not tensors:
+        return True
+    # An optimizer that is offloaded keeps some on the CPU.
+    sums = [tensor.sum(dtype=torch.float32).to(tensors[0].device) for tensor in tensors]
+    if bool(torch.stack(sums).isfinite().all()):
         return True
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
