@@ -18,7 +18,6 @@ All of it follows from attempts/*/attempt.json and metrics.jsonl:
 import contextlib
 import datetime
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -30,7 +29,7 @@ from typing import Any
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
-from megatron_txssm.launch.run_folder import Attempt, attempts, metrics_tail, read_submission
+from megatron_txssm.launch.run_folder import Attempt, attempts, job_ids, metrics_lines, metrics_tail, read_submission
 from megatron_txssm.table import print_table
 
 # What the field reports of its largest runs: effective training time, and the time to train again after a fault.
@@ -119,8 +118,15 @@ def print_goodput() -> int:
         jobs = []
     states = {job.script.parent: job.state for job in jobs if (job.script.parent / "submission.json").is_file()}
     here = {path.parent.parent.parent.resolve() for path in Path("runs").glob("*/attempts/*/attempt.json")}
-    found = [(run, goodput(run, states.get(run))) for run in sorted(here | set(states))]
-    rows = [(_path(run), *_row(of_run)) for run, of_run in found if of_run is not None]
+    rows = []
+    for run in sorted(here | set(states)):
+        try:
+            of_run = goodput(run, states.get(run))
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            continue
+        if of_run is not None:
+            rows.append((_path(run), *_row(of_run)))
     if not rows:
         print("no run has begun")
         return 0
@@ -162,19 +168,9 @@ def _shown(seconds: float) -> str:
 
 def _steps(run: Path, found: list[Attempt]) -> list[list[dict[str, Any]]]:
     """The lines of each attempt's steps."""
-    metrics = run / "metrics.jsonl"
-    text = metrics.read_bytes() if metrics.exists() else b""
-    bounds = [*(attempt.metrics_offset for attempt in found), len(text)]
-    return [list(_step_lines(text[begin:end])) for begin, end in itertools.pairwise(bounds)]
-
-
-def _step_lines(text: bytes) -> Iterator[dict[str, Any]]:
-    for row in text.splitlines():
-        # A kill may have cut one off.
-        with contextlib.suppress(ValueError):
-            line = json.loads(row)
-            if isinstance(line, dict) and "grad_norm" in line:
-                yield line
+    bounds = [*(attempt.metrics_offset for attempt in found), None]
+    lines = (metrics_lines(run / "metrics.jsonl", begin or 0, end) for begin, end in itertools.pairwise(bounds))
+    return [[line for line in of_attempt if "grad_norm" in line] for of_attempt in lines]
 
 
 def _count_steps(result: Goodput, lines: list[list[dict[str, Any]]]) -> None:
@@ -232,10 +228,7 @@ def _recoveries(found: list[Attempt], lines: list[list[dict[str, Any]]], ends: l
 
 def _submitted(run: Path, first: Attempt) -> float:
     """When the run was submitted, in seconds since the epoch."""
-    submission = read_submission(run)
-    if first.job_id in [job for of_stage in submission.get("jobs", {}).values() for job in of_stage]:
-        try:
-            return min(first.started, datetime.datetime.fromisoformat(submission["submitted"]).timestamp())
-        except (KeyError, ValueError, TypeError):
-            pass
+    if first.job_id in job_ids(run):
+        with contextlib.suppress(KeyError, ValueError, TypeError):
+            return min(first.started, datetime.datetime.fromisoformat(read_submission(run)["submitted"]).timestamp())
     return first.started

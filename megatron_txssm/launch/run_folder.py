@@ -189,13 +189,14 @@ def metrics_tail(metrics: Path) -> list[dict[str, Any]]:
     return metrics_lines(metrics, max(0, offset))
 
 
-def metrics_lines(metrics: Path, offset: int = 0) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that a kill cut off is left out."""
+def metrics_lines(metrics: Path, begin: int = 0, end: int | None = None) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, or of these bytes of it; one that a kill cut off is left out."""
     if not metrics.exists():
         return []
     with metrics.open("rb") as file:
-        file.seek(offset)
-        return [found for line in file if (found := _line(line)) is not None]
+        file.seek(begin)
+        rows = file if end is None else file.read(max(0, end - begin)).splitlines()
+        return [found for row in rows if (found := _line(row)) is not None]
 
 
 _NUMBER = re.compile(rb" ?(\d{1,15})\b")
@@ -278,9 +279,12 @@ def read_submission(run: Path) -> dict[str, Any]:
     """submission.json; empty where the run was not submitted by `txssm submit`."""
     path = run / "submission.json"
     try:
-        return json.loads(path.read_bytes()) if path.exists() else {}
+        found = json.loads(path.read_bytes()) if path.exists() else {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable ({error})") from None
+    if not isinstance(found, dict) or not isinstance(found.get("jobs", {}), dict):
+        raise UserError(f"{path} is not what txssm submit writes; remove it to go on without it")
+    return found
 
 
 def job_ids(run: Path, but: str = "") -> list[str]:

@@ -1,5 +1,6 @@
 """What has become of the other stages of a chain: shards before the training, export and evaluation after it."""
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,13 +107,18 @@ def _why(text: str) -> str:
 
 def _last_start(output: Path, name: str) -> str | None:
     """What a stage's output holds of its last start; None where there is no output."""
+    text = end_of(output)
+    return None if text is None else re.split(rf"^\S+ START {name}: ", text, flags=re.MULTILINE)[-1]
+
+
+def end_of(output: Path) -> str | None:
+    """The last bytes of a file, however large it is; None where it cannot be read."""
     try:
         with output.open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - _END_BYTES))
-            text = file.read().decode(errors="replace")
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _END_BYTES))
+            return file.read().decode(errors="replace")
     except OSError:
         return None
-    return re.split(rf"^\S+ START {name}: ", text, flags=re.MULTILINE)[-1]
 
 
 def last_words(text: str) -> str:

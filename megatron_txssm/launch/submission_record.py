@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import json
 import os
 import shlex
 import subprocess
@@ -35,15 +34,6 @@ def make_record(
         "nproc_per_node": layout.nproc_per_node,
         "gpus_per_node": layout.gpus_per_node,
     }
-
-
-def submitted_jobs(run: Path) -> set[str]:
-    """The numbers of the jobs that were submitted last; empty where nobody can say."""
-    try:
-        jobs = json.loads((run / "submission.json").read_bytes())["jobs"]
-        return {job for stage in jobs.values() for job in stage}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return set()
 
 
 def git_commit(home: Path) -> str | None:

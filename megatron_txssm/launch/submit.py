@@ -25,9 +25,10 @@ from megatron_txssm.launch.preflight import (
     make_run_directory,
     warnings,
 )
+from megatron_txssm.launch.run_folder import job_ids
 from megatron_txssm.launch.run_lock import check_not_running
 from megatron_txssm.launch.sbatch_options import Options, costly_defaults
-from megatron_txssm.launch.submission_record import git_commit, make_record, submitted_jobs
+from megatron_txssm.launch.submission_record import git_commit, make_record
 from megatron_txssm.launch.submit_lock import SubmitLock
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
@@ -102,10 +103,12 @@ class Submission:
         with SubmitLock(self.recipe):
             # Another may have submitted it since it was checked. The shards of an earlier chain do not keep a new one
             # from it, but need their code.
-            needed = submitted_jobs(self.run) & _check_free(self.recipe)
+            alive = _check_free(self.recipe)
+            with contextlib.suppress(UserError):
+                alive &= set(job_ids(self.run))
             self._write()
             self._queue()
-            if self.code is not None and not needed:
+            if self.code is not None and not alive:
                 self.code.remove_others()
         print(f"follow with: txssm logs -f {shlex.quote(str(self.run))}")
         return 0

@@ -17,7 +17,7 @@ from megatron_txssm.launch.preflight import is_finished, saved_step
 from megatron_txssm.launch.remedies import what_to_do
 from megatron_txssm.launch.run_folder import Attempt, attempts, current_step, find_run, job_ids, load_run
 from megatron_txssm.launch.run_jobs import jobs_of, seconds_since_step, who_trains
-from megatron_txssm.launch.stages import last_words, other_stages
+from megatron_txssm.launch.stages import end_of, last_words, other_stages
 from megatron_txssm.launch.waiting import what_it_waits_for
 from megatron_txssm.recipe.recipe import Recipe
 
@@ -149,7 +149,7 @@ def _now(job: slurm.Job) -> str:
 def _last_words(folder: Path) -> str:
     """The last error in the newest output: of a job that ended before its first attempt, or could not be requeued."""
     outputs = sorted(folder.glob("logs/pretrain-*.out"), key=lambda path: path.stat().st_mtime)
-    return last_words(outputs[-1].read_text(errors="replace")[-65_536:]) if outputs else ""
+    return last_words(end_of(outputs[-1]) or "") if outputs else ""
 
 
 def _line(attempt: Attempt) -> str:
