@@ -4,8 +4,10 @@ import statistics
 from typing import Any
 
 import pytest
+import torch
 
-from megatron_txssm.training.stragglers import earlier_throughput, share_of_trace
+from megatron_txssm.training import stragglers
+from megatron_txssm.training.stragglers import CollectiveTime, earlier_throughput, share_of_trace
 from megatron_txssm.training.throughput import MIN_SAMPLES, SAMPLE_SECONDS, SAMPLES_IN_A_ROW, ThroughputWatch, judge
 
 
@@ -119,3 +121,13 @@ def test_the_share_of_a_step_from_nccls_recorder() -> None:
     assert share_of_trace({"entries": [entry(0, 80), entry(1, 80), entry(2, 80)]}, steps[:1]) == 1.0
     assert share_of_trace({"entries": [entry(0, None)]}, steps) == 0.0
     assert share_of_trace({}, steps) == 0.0
+
+
+def test_a_recorder_that_fails_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(dump: bytes) -> Any:
+        raise KeyError("entries")
+
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(stragglers, "read_trace", fail)
+    # Without its constructor, which would time this process's waits.
+    assert CollectiveTime.__new__(CollectiveTime).share() == 0.0
