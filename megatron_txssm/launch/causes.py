@@ -48,6 +48,10 @@ CAUSES: dict[str, tuple[str, str]] = {
         "the supervisor was killed, on the job's first node",
         "look at that node's system log; where its memory ran out, ask for all of it: --sbatch mem=0",
     ),
+    "srun_killed": (
+        "srun, which runs the trainer's step, was killed on the job's first node",
+        "look at that node's system log; where its memory ran out, ask for all of it: --sbatch mem=0",
+    ),
     "failed": ("a rank failed", "read its log; the same step failing twice is no accident"),
     "connection_lost": (
         "the ranks lost each other, and none of them says why",

@@ -21,12 +21,16 @@ RETRIED = {
     "bad_gpu",
     "nan",
     "supervisor_killed",
+    "srun_killed",
     "unknown",
 }
 # No failures: a run may well go through hundreds of them.
 ROUTINE = {"time_limit", "time_limit_hit", "stopped", "preempted"}
 # Those that a node may be to blame for, also where no step was done: other nodes get a chance.
-_OF_A_NODE = {"killed", "connection_lost", "hung", "node_failure", "node_file_system", "bad_gpu", "supervisor_killed"}
+_OF_A_NODE = {
+    *("killed", "connection_lost", "hung", "node_failure", "node_file_system", "bad_gpu"),
+    *("supervisor_killed", "srun_killed"),
+}
 # Those after which a node is left out at once; after others, when it is blamed a second time.
 _CERTAINLY_OF_A_NODE = {"node_file_system", "bad_gpu", "nan"}
 _BLAMED_TWICE = {"killed", "failed", "hung", "connection_lost", "node_failure"}

@@ -103,6 +103,9 @@ def diagnose(attempt: Attempt, finished: bool, output: str) -> Diagnosis:
         return Diagnosis(cause, node=node)
     if attempt.told_to_stop or job_was_cancelled(output):
         return Diagnosis("cancelled")
+    if attempt.exit_code is not None and attempt.exit_code < 0:
+        # Popen's word for a signal. Its ranks may live on, until the next attempt ends them.
+        return Diagnosis("srun_killed", f"killed by {signal.Signals(-attempt.exit_code).name}")
     if attempt.exit_code == 0:
         return Diagnosis("stopped" if (attempt.folder / "stopped").exists() else "megatron_exit")
     return _failure(attempt, output)

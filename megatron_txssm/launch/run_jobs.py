@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.run_folder import attempts, job_ids
 from megatron_txssm.launch.run_lock import NAME, STALE_SECONDS, Holder, living_holder
-from megatron_txssm.launch.slurm import Job
+from megatron_txssm.launch.slurm import Job, NoAnswer, queue
 
 
 def jobs_of(run: Path, queue: list[Job]) -> list[Job]:
@@ -31,9 +31,15 @@ def _known_jobs(run: Path) -> set[str]:
     known = set(job_ids(run))
     with contextlib.suppress(UserError):
         known |= {attempt.job_id for attempt in attempts(run)[-1:]}
+    return known | _job_in_running_json(run)
+
+
+def _job_in_running_json(run: Path) -> set[str]:
+    """Of one or none."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        known.add(str(json.loads((run / NAME).read_bytes()).get("job_id")))
-    return known
+        job_id = json.loads((run / NAME).read_bytes()).get("job_id")
+        return set() if job_id is None else {str(job_id)}
+    return set()
 
 
 def who_trains(run: Path) -> str | None:
@@ -47,6 +53,23 @@ def who_trains(run: Path) -> str | None:
             return None
     holder = living_holder(run, Holder.myself())
     return None if holder is None else str(holder)
+
+
+def check_no_other_job(run: Path, job_id: str) -> None:
+    """UserError where another job runs in a run's folder: its attempt is open, or its rank 0 is in running.json.
+
+    Whoever trains without a job, or while slurmctld is away, is found by the ranks' own lock.
+    """
+    others = {attempt.job_id for attempt in attempts(run) if attempt.cause is None}
+    others |= _job_in_running_json(run)
+    if not others - {job_id}:
+        return
+    with contextlib.suppress(NoAnswer):
+        for job in queue():
+            if job.runs and job.job_id in others - {job_id}:
+                raise UserError(
+                    f"{run} is in use by job {job.job_id}, on {job.nodes}; wait for its end, or: scancel {job.job_id}"
+                )
 
 
 def _file_server_time(run: Path) -> float | None:

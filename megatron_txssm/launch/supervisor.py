@@ -31,6 +31,7 @@ from megatron_txssm.launch.notify import notify, wait_for_notifications
 from megatron_txssm.launch.preflight import is_finished, make_run_directory
 from megatron_txssm.launch.requeue import excluded_nodes, requeue, spare_nodes_refusal
 from megatron_txssm.launch.run_folder import Attempt, attempts, new_attempt
+from megatron_txssm.launch.run_jobs import check_no_other_job
 from megatron_txssm.launch.run_lock import check_not_running
 from megatron_txssm.launch.stall import StallWatch, end_leftover_steps
 from megatron_txssm.recipe.loader import load_recipe
@@ -112,6 +113,7 @@ class Supervisor:
 
     def run(self) -> int:
         """The job's exit code; does not return where the job is requeued."""
+        check_no_other_job(self.recipe.run_path, self.job_id)
         self._close_last_attempt()
         if is_finished(self.recipe):
             _say(f"{self.recipe.name}: finished before; {self.recipe.checkpoint_path} holds its last step")
@@ -242,8 +244,10 @@ class Supervisor:
             return 0
         if diagnosis.cause in ("refused", "preflight"):
             return 2
-        # Megatron's own exits are no failure; whoever waits for this job must not take it for finished, though.
-        return attempt.exit_code or 1
+        # Megatron's own exits are no failure; whoever waits for this job must not take it for finished, though. To
+        # entrypoint.sh, a signal's code would mean that this process was killed.
+        code = attempt.exit_code or 1
+        return code if 0 < code <= 128 else 1
 
     def _note_action(self, attempt: Attempt, text: str) -> None:
         attempt.action = text

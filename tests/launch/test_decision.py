@@ -11,7 +11,10 @@ from tests.launch.some_attempt import some_attempt
 
 NODES = ["n1", "n2"]
 # After these, an attempt without a new step is worth another one.
-OF_A_NODE = {"killed", "connection_lost", "hung", "node_failure", "node_file_system", "bad_gpu", "supervisor_killed"}
+OF_A_NODE = {
+    *("killed", "connection_lost", "hung", "node_failure", "node_file_system", "bad_gpu"),
+    *("supervisor_killed", "srun_killed"),
+}
 
 
 def ended(run: Path, cause: str, number: int = 1, last_step: int | None = 20, **fields: object) -> Attempt:

@@ -636,3 +636,9 @@ def test_a_lost_node_of_a_job_that_outlives_it(tmp_path: Path) -> None:
         "srun: Force Terminated StepId=16.1\n"
     )
     assert diagnose(some_attempt(tmp_path), False, output) == Diagnosis("node_failure", node="n2")
+
+
+def test_a_killed_srun(tmp_path: Path) -> None:
+    """It prints nothing, and its ranks train on: nobody else says why."""
+    found = diagnose(some_attempt(tmp_path, exit_code=-9), False, "")
+    assert found == Diagnosis("srun_killed", "killed by SIGKILL")

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from megatron_txssm.cli import main
+from megatron_txssm.errors import UserError
 from megatron_txssm.launch import logs_command, run_jobs, run_lock
-from megatron_txssm.launch.run_jobs import jobs_of
+from megatron_txssm.launch.run_jobs import check_no_other_job, jobs_of
 from megatron_txssm.launch.run_lock import RunLock
 from megatron_txssm.launch.slurm import queue
 from megatron_txssm.recipe.loader import load_recipe
@@ -350,6 +351,39 @@ def test_a_number_that_is_another_runs_now(cluster: Path, recipe: Recipe, tmp_pa
     (other / "submission.json").write_text("{}")
     write_queue(cluster, {"job_id": 17, "command": f"{other}/pretrain.sbatch"})
     assert jobs_of(recipe.run_path, queue()) == []
+
+
+# --- One job a folder.
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "SUSPENDED"])
+def test_a_job_by_hand_leaves_the_one_that_runs_alone(cluster: Path, recipe: Recipe, state: str) -> None:
+    """Also while that is in its preflight: its attempt is open."""
+    some_attempt(recipe.run_path, job_id="17").save()
+    write_queue(cluster, ours(recipe, 17, state), ours(recipe, 18))
+    with pytest.raises(UserError, match=r"is in use by job 17, on n1; wait for its end, or: scancel 17$"):
+        check_no_other_job(recipe.run_path, "18")
+    check_no_other_job(recipe.run_path, "17")
+
+
+def test_a_job_that_another_ones_trainer_stands_in_the_way_of(
+    cluster: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its attempt's record is gone, or was closed by an earlier version."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    write_queue(cluster, ours(recipe, 17), ours(recipe, 18))
+    with RunLock(recipe), pytest.raises(UserError, match="is in use by job 17"):
+        check_no_other_job(recipe.run_path, "18")
+    check_no_other_job(recipe.run_path, "18")
+
+
+def test_a_job_whose_predecessor_has_ended_or_is_not_known(cluster: Path, recipe: Recipe) -> None:
+    some_attempt(recipe.run_path, job_id="17").save()
+    for queued in [(), (ours(recipe, 17, "PENDING"),), (ours(recipe, 17, "NODE_FAIL"),)]:
+        write_queue(cluster, *queued, ours(recipe, 18))
+        check_no_other_job(recipe.run_path, "18")
+    away(cluster)
+    check_no_other_job(recipe.run_path, "18")
 
 
 # --- cancel.

@@ -111,6 +111,37 @@ def test_the_supervisor_is_killed(job: SupervisedJob) -> None:
     assert_every_step_done(job)
 
 
+def test_srun_is_killed(job: SupervisedJob) -> None:
+    job.start()
+    job.wait_step(25)
+    (srun,) = (process for process in job.supervisor().children() if process.name() == "srun")
+    srun.kill()
+    job.wait_over()
+    # Its ranks did not end with it, or two trainers would have written side by side.
+    assert job.causes() == ["srun_killed", "finished"]
+    assert job.restart_count() == 0
+    assert_every_step_done(job)
+
+
+def test_the_last_failure_of_those_allowed_ends_the_job(job: SupervisedJob) -> None:
+    job.start("--restarts", "0", "--max-requeues", "0", node="n2", step=25, do="kill")
+    job.wait_over("FAILED")
+    # Its exit code is not taken for the end of a killed supervisor.
+    assert job.causes() == ["killed"] and "END supervisor" not in job.output()
+
+
+def test_a_second_job_in_the_same_folder_leaves_the_first_alone(job: SupervisedJob) -> None:
+    job.start()
+    job.wait_step(5)
+    output = job.folder / "second.out"
+    words = ["--parsable", "--nodes=1", f"--output={output}", str(job.run / "pretrain.sbatch")]
+    second = job.sandbox.slurm("sbatch", *words).strip()
+    job.wait_until(lambda: job.sandbox.job_state(second) == "FAILED", "the refusal")
+    assert f"is in use by job {job.job}, on n[1-2]" in output.read_text()
+    job.wait_over()
+    assert job.causes() == ["finished"]
+
+
 @pytest.mark.parametrize("restarts", ["0", "3"])
 def test_a_node_that_kills_every_worker_is_left_out(job: SupervisedJob, restarts: str) -> None:
     job.start("--restarts", restarts, node="n2", step=0, do="kill")
