@@ -18,7 +18,6 @@ from megatron_txssm.launch.run_folder import Attempt, farthest_step
 from megatron_txssm.launch.slurm import run_slurm
 from megatron_txssm.launch.slurm_words import (
     Failure,
-    failed_node,
     failed_tasks,
     first_complaint,
     job_was_cancelled,
@@ -156,9 +155,6 @@ def _failure(attempt: Attempt, output: str) -> Diagnosis:
     killed = [failure for failure in tasks if failure.signal not in (None, signal.SIGTERM)]
     if own:
         return _of(attempt, _cause_of(own[0], attempt) or "failed", own[0])
-    if node := failed_node(output):
-        # Of a job that outlives it, Slurm says no more.
-        return Diagnosis("node_failure", node=node)
     if step_was_cancelled(output):
         return Diagnosis("step_cancelled")
     if killed:

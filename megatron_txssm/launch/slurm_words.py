@@ -47,11 +47,15 @@ def why_slurm_ended_it(output: str) -> tuple[str, str | None] | None:
     for _, due in _CANCELLED.findall(output):
         for text, cause in _DUE_TO.items():
             if due.startswith(text):
-                return cause, failed_node(output) if cause == "node_failure" else None
+                return cause, _failed_node(output) if cause == "node_failure" else None
+    # Of a job that outlives its nodes (--no-kill), srun may be the only one to say so, and then kills the other ranks.
+    lost, task = _NODE_FAILURE.search(output), _TASK.search(output)
+    if lost and (task is None or lost.start() < task.start()):
+        return "node_failure", _failed_node(output)
     return None
 
 
-def failed_node(output: str) -> str | None:
+def _failed_node(output: str) -> str | None:
     """The first node that srun has lost; None where it lost none."""
     found = _NODE_FAILURE.search(output)
     if found is None:

@@ -71,6 +71,7 @@ class StallWatch:
             time.sleep(STACKS_SECONDS)
             silent = [rank for rank, log in enumerate(logs) if not _wrote_stacks(log, before[rank])]
             run_slurm("scancel", "--signal=KILL", step)
+            _wait_for(srun)
         except (UserError, OSError):
             # slurmctld is away; without its srun the step ends, too.
             srun.kill()
@@ -91,6 +92,15 @@ class StallWatch:
         except (OSError, UserError):
             return set()
         return {(name, changed) for name, changed in found.items() if name.isdecimal() and int(name) > newest}
+
+
+def _wait_for(srun: subprocess.Popen) -> None:
+    """Its step has been killed. A slurmctld that was killed itself may not know the step any more: srun would wait."""
+    deadline = time.monotonic() + LEFTOVER_SECONDS
+    while srun.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if srun.poll() is None:
+        srun.kill()
 
 
 def end_leftover_steps(job_id: str) -> None:

@@ -23,6 +23,11 @@ _REASONS = {
         "nodes that it needs are down, drained or reserved (sinfo --list-reasons): wait, or ask for fewer, or another "
         "partition"
     ),
+    # Slurm's own sentence of the same.
+    "nodes required for job are down": (
+        "nodes that it needs are down, drained or reserved (sinfo --list-reasons): wait, or ask for fewer, or another "
+        "partition"
+    ),
     "nodedown": "a node that it needs is down (sinfo --list-reasons): wait, or ask for other nodes",
     "partitiondown": "its partition takes no jobs now: wait, or submit it to another --partition",
     "partitioninactive": "its partition starts no jobs now: wait, or submit it to another --partition",

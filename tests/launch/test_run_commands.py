@@ -178,6 +178,10 @@ def test_a_requeue_that_slurm_refused(cluster: Path, recipe: Recipe, capsys: pyt
         ("QOSMaxNodePerUserLimit", "a limit of its QOS"),
         ("AssocGrpNodeLimit", "a limit of its account"),
         ("ReqNodeNotAvail, UnavailableNodes:n[1-2]", "sinfo --list-reasons"),
+        (
+            "Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions",
+            "sinfo --list-reasons",
+        ),
     ],
 )
 def test_a_job_that_waits_for_somebody(

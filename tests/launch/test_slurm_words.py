@@ -7,6 +7,7 @@ import pytest
 
 from megatron_txssm.launch.diagnosis import Diagnosis, diagnose
 from megatron_txssm.launch.run_folder import Attempt
+from megatron_txssm.launch.slurm_words import why_slurm_ended_it
 from tests.launch.some_attempt import some_attempt
 
 # What slurm_words/record.sh does -> the cause.
@@ -77,3 +78,16 @@ def test_the_end_that_srun_makes_after_a_task_failed_is_no_cancel(attempt: Attem
     assert diagnose(attempt, finished=False, output=line.format("TASK FAILURE") + task).cause == "failed"
     cancelled = line.format("SIGNAL Killed").replace("TO SIGNAL", "to SIGNAL")
     assert diagnose(attempt, finished=False, output=cancelled + task).cause == "step_cancelled"
+
+
+def test_a_node_that_a_job_outlives() -> None:
+    """With --no-kill; srun kills the ranks of the other nodes, which are not to blame."""
+    output = (
+        "srun: error: Node failure on n2\n"
+        "srun: error: n1: task 0: Killed\n"
+        "srun: launch/slurm: _step_signal: Terminating StepId=12.1\n"
+    )
+    assert why_slurm_ended_it(output) == ("node_failure", "n2")
+    # One that is lost later has not ended the step.
+    lines = output.splitlines()
+    assert why_slurm_ended_it("\n".join([lines[1], lines[0]])) is None

@@ -182,6 +182,8 @@ def test_the_step_named_train_is_ended_after_its_stacks(
     # Ranks 0 and 1 answer, 2 does not, 3 has no log.
     assert end_step(tmp_path, srun, 4) == {"seconds": 61.4, "silent_ranks": [2, 3], "during": "step"}
     assert slurm.said[1:] == [("scancel", "--signal=USR2", "21.1"), ("scancel", "--signal=KILL", "21.1")]
+    # Slurm has forgotten the step that this srun waits for, and killed one before it.
+    assert srun.returncode == -9
 
 
 @pytest.mark.parametrize("steps", ["", "21.0 preflight\n", "121.1 train\n", "21.1 train2\n"])
