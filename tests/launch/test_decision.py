@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_txssm.launch.causes import CAUSES
 from megatron_txssm.launch.decision import MAX_IDLE_ATTEMPTS, RETRIED, Decision, decide, idle_attempts, refusal
-from megatron_txssm.launch.diagnosis import CAUSES
 from megatron_txssm.launch.run_folder import Attempt
 from tests.launch.some_attempt import some_attempt
 

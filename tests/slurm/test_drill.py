@@ -66,9 +66,11 @@ def lose_slurmctld_and_a_worker(job: TrainingJob, draw: random.Random) -> None:
     # Slurm saves its state every 5 s; before that it would forget what it did last.
     job.wait_until(lambda: state.exists() and state.stat().st_mtime > began, "slurmctld's state")
     job.sandbox.must("kill-slurmctld")
-    worker.kill()
-    time.sleep(AWAY_SECONDS)
-    job.sandbox.must("start-slurmctld")
+    try:
+        worker.kill()
+        time.sleep(AWAY_SECONDS)
+    finally:
+        job.sandbox.must("start-slurmctld")
 
 
 def damage_newest_checkpoint(job: TrainingJob, draw: random.Random) -> None:
