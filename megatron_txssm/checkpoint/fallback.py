@@ -1,5 +1,7 @@
 """Which checkpoint a run goes on from: the ranks agree on the newest whole one, and share the work of proving it."""
 
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,21 +97,27 @@ def note_without_checksums(step: Step, verify: bool | str) -> str:
     return f"{step.folder} has no checksums; its files are loaded unverified"
 
 
-def newest_finite(checkpoints: Path) -> Step | None:
-    """The newest checkpoint that is whole and whose weights, read from the disk, are finite. In one process."""
+def newest_finite(checkpoints: Path, seconds: float = math.inf) -> Step | None:
+    """The newest checkpoint that is whole and whose weights, read from the disk, are finite. In one process.
+
+    TimeoutError where reading takes longer than `seconds`.
+    """
     steps, _ = candidates(checkpoints)
-    return next((step for step in steps if not (damage(step.folder) or weight_not_finite(step.folder))), None)
+    end = time.monotonic() + seconds
+    return next((step for step in steps if not (damage(step.folder) or weight_not_finite(step.folder, end))), None)
 
 
-def weight_not_finite(folder: Path) -> str:
+def weight_not_finite(folder: Path, end: float = math.inf) -> str:
     """The first weight of a checkpoint that is NaN, infinite or not readable; empty where all are finite.
 
-    Reads the weights, and not what the optimizer keeps, a gigabyte at a time.
+    Reads the weights, and not what the optimizer keeps, a gigabyte at a time. TimeoutError at `end` of time.monotonic.
     """
     from megatron_txssm.checkpoint.saved_model import read_weights
 
     try:
         for name, tensor in read_weights(folder):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{folder} could not be read in time")
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 return name
     except UserError as error:

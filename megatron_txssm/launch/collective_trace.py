@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 PREFIX = "collectives_rank_"
 # More are not named.
 _MOST_RANKS = 8
+# Of a rank's collectives: enough for one of each of its groups.
+_LAST_ENTRIES = 128
 
 
 @dataclass
@@ -77,11 +79,17 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"a dump holds no {module_name}.{global_name}")
 
 
+def _what_is_read(trace: dict[str, Any]) -> dict[str, Any]:
+    """Without stacks and what is long past: of thousands of ranks, all dumps are held at once."""
+    entries = [{name: entry[name] for name in entry if name != "frames"} for entry in trace.get("entries", [])]
+    return trace | {"entries": entries[-_LAST_ENTRIES:]}
+
+
 def _read_dumps(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for path in folder.glob(f"{PREFIX}*"):
         rank = path.name.removeprefix(PREFIX)
         try:
-            trace = read_trace(path.read_bytes())
+            trace = _what_is_read(read_trace(path.read_bytes()))
             # Tried out alone: what one file holds must not hide what the others say.
             alone = {int(rank): trace}
             _groups(alone, 0)

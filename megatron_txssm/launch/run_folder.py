@@ -110,9 +110,7 @@ class Attempt:
 def new_attempt(recipe: Recipe, job_id: str, nodes: list[str], nproc_per_node: int) -> Attempt:
     """Begin an attempt, in a folder of its own; its output is this process's."""
     before = attempts(recipe.run_path)
-    number = max((attempt.number for attempt in before), default=0) + 1
-    folder = recipe.run_path.resolve() / "attempts" / f"{number:04d}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _new_folder(recipe.run_path.resolve() / "attempts", max((old.number for old in before), default=0) + 1)
     metrics = recipe.run_path / "metrics.jsonl"
     # A terminal or a pipe cannot be read again.
     output = Path(os.path.realpath("/proc/self/fd/1"))
@@ -130,6 +128,17 @@ def new_attempt(recipe: Recipe, job_id: str, nodes: list[str], nproc_per_node: i
     )
     attempt.save()
     return attempt
+
+
+def _new_folder(attempts: Path, number: int) -> Path:
+    """The first from `number` on that nobody has: two jobs may begin at once, and a kill leaves a folder empty."""
+    attempts.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            (folder := attempts / f"{number:04d}").mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
 
 
 def attempts(run: Path) -> list[Attempt]:

@@ -3,16 +3,19 @@
 import os
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_txssm.checkpoint.fallback import from_rank_0, newest_finite
-from megatron_txssm.checkpoint.steps import TRACKER, saved_step
+from megatron_txssm.checkpoint.steps import TRACKER, Step, saved_step, whole_steps
 from megatron_txssm.launch.environment import attempt_folder
 from megatron_txssm.launch.run_folder import read_submission
 from megatron_txssm.recipe.recipe import Recipe
 
 # Megatron's exit codes where a result is not finite: the same GPU computed it again and got the same, or did not.
 SAME_AGAIN, NOT_THE_SAME = 16, 17
+# Of large checkpoints' weights, half of torch.distributed's timeout.
+READ_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def _suspects() -> list[Suspect]:
 def way_back(recipe: Recipe) -> str:
     """The last checkpoint with finite weights, which rank 0 reads, and the command that goes back to it."""
     folder = recipe.checkpoint_path
-    step, newest = from_rank_0(lambda: (newest_finite(folder), saved_step(folder)))
+    step, proof, newest = from_rank_0(lambda: (*_last_sound(folder), saved_step(folder)))
     if step is None:
         return "There is no checkpoint with finite weights; begin again with a lower optimizer.learning_rate"
     command = f"{_start(recipe)} --set optimizer.learning_rate={recipe.optimizer.learning_rate / 2:g}"
@@ -76,9 +79,18 @@ def way_back(recipe: Recipe) -> str:
     if step.number != newest:
         command = f"echo {step.number} > {shlex.quote(str(folder.absolute() / TRACKER))} && {command}"
     return (
-        f"The last sound checkpoint is that of step {step.number}: its weights were read and are finite. To go on from "
-        f"it with a lower learning rate: {command}"
+        f"The last sound checkpoint is that of step {step.number}: {proof}. To go on from it with a lower learning "
+        f"rate: {command}"
     )
+
+
+def _last_sound(folder: Path) -> tuple[Step | None, str]:
+    """The checkpoint, and how that is known. The other ranks wait meanwhile, in a collective that has a timeout."""
+    try:
+        return newest_finite(folder, READ_SECONDS), "its weights were read and are finite"
+    except TimeoutError:
+        whole = whole_steps(folder)
+        return (whole[0] if whole else None), "it is whole, and was searched for NaN when it was saved"
 
 
 def _start(recipe: Recipe) -> str:

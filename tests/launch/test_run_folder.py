@@ -361,3 +361,12 @@ def test_a_damaged_submission_is_named(runs: Path, text: str) -> None:
 
 def test_a_run_that_was_not_submitted_has_no_submission(runs: Path) -> None:
     assert read_submission(runs / "by_hand") == {}
+
+
+def test_two_jobs_that_begin_at_once_have_attempts_of_their_own(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each looks before the other has written its record."""
+    monkeypatch.setattr("megatron_txssm.launch.run_folder.attempts", lambda run: [])
+    found = [new_attempt(recipe, job, ["n1"], 1).number for job in ("21", "22")]
+    assert found == [1, 2]

@@ -101,7 +101,7 @@ def test_each_verdict_has_its_words(recipe: Recipe, machine: Any, code: int, sta
 
 def test_the_way_back_is_a_command_that_a_shell_takes(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     sound = Step(20, recipe.checkpoint_path / "iter_0000020")
-    monkeypatch.setattr(not_finite, "newest_finite", lambda folder: sound)
+    monkeypatch.setattr(not_finite, "newest_finite", lambda folder, seconds: sound)
     recipe.checkpoint_path.mkdir(parents=True)
     tracker = recipe.checkpoint_path / "latest_checkpointed_iteration.txt"
     tracker.write_text("40")
