@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     ended = found[:-1] if running else found
     if ended and recorded(ended[-1]) is None:
         close(ended[-1], recipe)
+        # Its supervisor was killed, before this was asked.
+        ended[-1].ended = _last_sign(ended[-1])
     if args.all:
         for number, attempt in enumerate(ended, 1):
             print(f"{_line(attempt)}{_afterwards(attempt, ended[number:])}")
@@ -91,6 +93,13 @@ def _why_it_may_run(folder: Path, attempt: Attempt, jobs: list[slurm.Job] | None
     if holder := who_trains(folder):
         return f"trains, although Slurm does not show its job ({holder})" if jobs is not None else f"trains ({holder})"
     return "" if jobs is not None else "may run or have ended: nobody in running.json gives a sign of life"
+
+
+def _last_sign(attempt: Attempt) -> float:
+    """When an attempt of a job that has ended last wrote something, in seconds since the epoch."""
+    files = [attempt.run / "metrics.jsonl", *([Path(attempt.output)] if attempt.output else [])]
+    written = [file.stat().st_mtime for file in files if file.exists()]
+    return max([attempt.started, *written])
 
 
 def _explain(attempt: Attempt, recipe: Recipe, folder: Path, jobs: list[slurm.Job] | None) -> None:

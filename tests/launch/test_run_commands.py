@@ -150,6 +150,17 @@ def test_a_preempted_job_that_slurm_has_forgotten_is_submitted_again(
     assert "nothing: job 17 goes on by itself" in why and "job 17 is PENDING (BeginTime)" in why
 
 
+def test_the_end_of_a_killed_job_is_that_of_its_output(
+    cluster: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the moment when somebody asks."""
+    output = recipe.run_path / "logs" / "pretrain-17.out"
+    output.write_text("slurmstepd-n1: error: *** JOB 17 ON n1 CANCELLED AT 2026-11-26T07:45:24 ***\n")
+    os.utime(output, (5000.0, 5000.0))
+    some_attempt(recipe.run_path, job_id="17", started=4900.0, output=str(output)).save()
+    assert "ended after 0:01:40: somebody cancelled the job" in told(capsys, "why", "demo")
+
+
 def test_a_refused_requeue(cluster: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     ended(recipe, "failed", detail="IndexError: 7", action="the job was not requeued: it has failed 10 times before")
     why = told(capsys, "why", "demo")
