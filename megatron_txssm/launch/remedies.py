@@ -60,7 +60,7 @@ def go_back(detail: str, recipe: Recipe, run: Path) -> str:
     changes = (f"--set optimizer.learning_rate={rate:g}", "--set megatron.override_opt_param_scheduler=true")
     lower = f"try a lower rate, from there or an older step: {submit_again(run, *changes)}"
     if newest is None:
-        return f"no checkpoint is there; {lower.replace('from there or an older step', 'from the begin')}"
+        return f"no checkpoint is there; {lower.replace('from there or an older step', 'from the beginning')}"
     tracker = recipe.checkpoint_path / "latest_checkpointed_iteration.txt"
     older = sorted(step for step in _steps(recipe.checkpoint_path) if step < newest)
     back = f"; to go back to step {older[-1]}: echo {older[-1]} > {shlex.quote(str(tracker))}" if older else ""

@@ -1,6 +1,7 @@
 """What the supervisor does before its first attempt: whose records are unreadable, who trains there already."""
 
 import json
+import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -12,11 +13,16 @@ import pytest
 from megatron_txssm.launch import run_folder, supervisor
 from megatron_txssm.launch.run_lock import RunLock
 from megatron_txssm.recipe.loader import load_recipe
+from tests.launch.some_queue import write_queue
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A run folder with an attempt of job 16 that nobody has closed; this process is job 17."""
+    """A run folder with an attempt of job 16 that nobody has closed; this process is job 17, the queue is empty."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    write_queue(commands)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
     recipe = load_recipe("demo_cpu", [f"run_directory={tmp_path}"])
     (tmp_path / "recipe.yaml").write_text(recipe.frozen(tmp_path))
     folder = tmp_path / "attempts" / "0001"
