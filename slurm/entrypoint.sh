@@ -55,11 +55,13 @@ step() {
 # Runs the supervisor, once more where a signal killed it (for its host's memory, mostly): the job would end with it.
 # Slurm's SIGTERM is the supervisor's to answer.
 supervise() {
-  local code stopped='' tries=0 pid
+  local code stopped='' tries=0 pid=''
+  trap 'stopped=yes; [[ -z $pid ]] || kill -TERM "$pid" 2>/dev/null || true' TERM
   while :; do
     "$python" -m megatron_txssm.launch.supervisor "$@" &
     pid=$!
-    trap 'stopped=yes; kill -TERM "$pid" 2>/dev/null || true' TERM
+    # It may have come before there was anybody to tell.
+    [[ -z $stopped ]] || kill -TERM "$pid" 2>/dev/null || true
     # A trap interrupts `wait`.
     while code=0 && { wait "$pid" || code=$?; } && kill -0 "$pid" 2>/dev/null; do :; done
     if ((code <= 128 || ++tries > 3)) || [[ $stopped ]]; then exit "$code"; fi

@@ -29,7 +29,8 @@ from typing import Any
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
-from megatron_txssm.launch.run_folder import Attempt, attempts, job_ids, metrics_lines, metrics_tail, read_submission
+from megatron_txssm.launch.metrics import metrics_lines, metrics_tail
+from megatron_txssm.launch.run_folder import Attempt, attempts, job_ids, read_submission
 from megatron_txssm.table import print_table
 
 # What the field reports of its largest runs: effective training time, and the time to train again after a fault.

@@ -10,7 +10,7 @@ from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
 from megatron_txssm.launch.goodput import print_goodput, slowness
-from megatron_txssm.launch.run_folder import current_step
+from megatron_txssm.launch.metrics import current_step
 from megatron_txssm.launch.waiting import needs_somebody, what_it_waits_for
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.table import print_table

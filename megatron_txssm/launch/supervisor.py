@@ -7,18 +7,13 @@ near its time limit (`--signal=TERM@120` tells the trainer, which saves), one wh
 """
 
 import argparse
-import contextlib
-import errno
 import os
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
@@ -29,19 +24,17 @@ from megatron_txssm.launch.limits import add_limits
 from megatron_txssm.launch.node_preflight import NodePreflight
 from megatron_txssm.launch.notify import notify, wait_for_notifications
 from megatron_txssm.launch.preflight import is_finished, make_run_directory
-from megatron_txssm.launch.requeue import excluded_nodes, requeue, spare_nodes_refusal
+from megatron_txssm.launch.requeue import requeue, spare_nodes_refusal
 from megatron_txssm.launch.run_folder import Attempt, attempts, new_attempt
 from megatron_txssm.launch.run_jobs import check_no_other_job
 from megatron_txssm.launch.run_lock import check_not_running
 from megatron_txssm.launch.stall import StallWatch, end_leftover_steps
+from megatron_txssm.launch.unfit_node import check_checkpoints, check_run_folder, leave_node, say
 from megatron_txssm.recipe.loader import load_recipe
 
 POLL_SECONDS = 0.5
 # Slurm sends the signal of --signal up to a minute early.
 SIGNAL_SLACK_SECONDS = 75
-# Nodes that a job avoids because the run's folder was unusable there. Beyond, the folder is to blame.
-MAX_UNUSABLE_NODES = 5
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,30 +63,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def check_run_folder(recipe: Path) -> None:
-    """OSError where this node does not see the submitted recipe, or cannot write beside it."""
-    # By hand, a recipe may be given by name.
-    if recipe.is_absolute():
-        recipe.stat()
-        with tempfile.TemporaryFile(dir=recipe.parent):
-            pass
-
-
-def leave_node(run: Path, error: OSError | ImportError) -> NoReturn:
-    """Requeue the job after an error of this process's own: held where the disk is full, else without this node."""
-    job, node = os.environ["SLURM_JOB_ID"], os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    _say(f"ERROR on {node}: {error}")
-    notify(run, "failed", f"{node}: {error}", nodes=[node])
-    wait_for_notifications()
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        _say(f"the job is requeued and held; make room, then: scontrol release {job}")
-        requeue(job, hold=True)
-    if len(excluded_nodes(job)) >= MAX_UNUSABLE_NODES:
-        raise UserError(f"{error}; the job avoids {MAX_UNUSABLE_NODES} nodes already, so this is not a node's fault")
-    _say(f"the job is requeued without {node}")
-    requeue(job, [node])
-
-
 class Supervisor:
     """One start of a job: an attempt, and another one where the trainer can start again on the job's nodes."""
 
@@ -116,8 +85,9 @@ class Supervisor:
         check_no_other_job(self.recipe.run_path, self.job_id)
         self._close_last_attempt()
         if is_finished(self.recipe):
-            _say(f"{self.recipe.name}: finished before; {self.recipe.checkpoint_path} holds its last step")
+            say(f"{self.recipe.name}: finished before; {self.recipe.checkpoint_path} holds its last step")
             return 0
+        check_checkpoints(self.recipe.checkpoint_path)
         make_run_directory(self.recipe)
         restarts = self.args.restarts
         while True:
@@ -170,7 +140,7 @@ class Supervisor:
             return
         # The job's others are spare.
         self.nodes, attempt.nodes = healthy, healthy[: self.num_nodes]
-        _say(f"START attempt {attempt.number} of {self.recipe.run_path}: job {self.job_id} on {_named(attempt.nodes)}")
+        say(f"START attempt {attempt.number} of {self.recipe.run_path}: job {self.job_id} on {_named(attempt.nodes)}")
         self._save(attempt)
         # What tells a worker that it is one, and where to leave its last words.
         environment = os.environ | {
@@ -211,7 +181,7 @@ class Supervisor:
         ):
             record(attempt, diagnosis := Diagnosis("time_limit"))
         self._save(attempt)
-        _say(f"END attempt {attempt.number}: {diagnosis}")
+        say(f"END attempt {attempt.number}: {diagnosis}")
         return diagnosis
 
     def _decide(self, attempt: Attempt, diagnosis: Diagnosis, before: list[Attempt], restarts: int) -> Decision | None:
@@ -252,7 +222,7 @@ class Supervisor:
     def _note_action(self, attempt: Attempt, text: str) -> None:
         attempt.action = text
         self._save(attempt)
-        _say(text)
+        say(text)
 
     def _notify(self, attempt: Attempt, diagnosis: Diagnosis, decision: Decision | None) -> None:
         """Tell people of what is not routine: failures, hangs, nodes that are left out, the end."""
@@ -272,7 +242,7 @@ class Supervisor:
             attempt.save()
         except OSError as error:
             self.trouble = error
-            _say(f"{attempt.folder} cannot be written: {error.strerror}")
+            say(f"{attempt.folder} cannot be written: {error.strerror}")
 
     def _note_stop(self, number: int, frame: FrameType | None) -> None:
         self.told_to_stop = True
@@ -295,12 +265,6 @@ def _named(nodes: list[str]) -> str:
     """A few of them by name; attempt.json has all."""
     names = ", ".join(nodes if len(nodes) <= 8 else [*nodes[:4], "…", nodes[-1]])
     return f"{len(nodes)} node{'s' if len(nodes) > 1 else ''} ({names})"
-
-
-def _say(text: str) -> None:
-    # The output file may lie on the disk that is full.
-    with contextlib.suppress(OSError):
-        print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}", flush=True)
 
 
 if __name__ == "__main__":

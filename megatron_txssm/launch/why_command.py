@@ -13,9 +13,10 @@ from megatron_txssm.launch.collective_trace import explain_hang
 from megatron_txssm.launch.diagnosis import close, recorded
 from megatron_txssm.launch.goodput import explain_goodput, slowness
 from megatron_txssm.launch.local_end import explain_local_end
+from megatron_txssm.launch.metrics import current_step
 from megatron_txssm.launch.preflight import is_finished, saved_step
 from megatron_txssm.launch.remedies import what_to_do
-from megatron_txssm.launch.run_folder import Attempt, attempts, current_step, find_run, job_ids, load_run
+from megatron_txssm.launch.run_folder import Attempt, attempts, find_run, job_ids, load_run
 from megatron_txssm.launch.run_jobs import jobs_of, seconds_since_step, who_trains
 from megatron_txssm.launch.stages import end_of, last_words, other_stages
 from megatron_txssm.launch.waiting import what_it_waits_for

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_txssm.launch.collective_trace import read_trace
-from megatron_txssm.launch.run_folder import metrics_tail
+from megatron_txssm.launch.metrics import metrics_tail
 from megatron_txssm.training.throughput import ThroughputWatch, Verdict, judge
 
 # Steps between two looks, at which rank 0 tells the others what it wants to know.

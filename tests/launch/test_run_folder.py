@@ -11,16 +11,14 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch import run_folder
+from megatron_txssm.launch import metrics as metrics_file
+from megatron_txssm.launch.metrics import current_step, last_step, metrics_lines
 from megatron_txssm.launch.run_folder import (
     Attempt,
     attempts,
-    current_step,
     farthest_step,
     find_run,
-    last_step,
     load_run,
-    metrics_lines,
     new_attempt,
     read_submission,
 )
@@ -239,7 +237,7 @@ def test_the_farthest_step_is_exact_whatever_the_file_holds(tmp_path: Path) -> N
         assert last_step(metrics) == max(steps, default=None)
         assert current_step(metrics) == (steps[-1] if steps else None)
         size = draw.choice([1, 7, 50, 1000, 100_000])
-        blocks = list(run_folder._blocks_from_the_end(metrics, 0, size))
+        blocks = list(metrics_file._blocks_from_the_end(metrics, 0, size))
         assert b"".join(reversed(blocks)) == metrics.read_bytes()
         assert all(block.endswith(b"\n") for block in blocks[1:])
 

@@ -1,5 +1,6 @@
 """What the supervisor does before its first attempt: whose records are unreadable, who trains there already."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron_txssm.launch import run_folder, supervisor
+from megatron_txssm.launch import run_folder, supervisor, unfit_node
 from megatron_txssm.launch.run_lock import RunLock
 from megatron_txssm.recipe.loader import load_recipe
 from tests.launch.some_queue import write_queue
@@ -45,6 +46,21 @@ def test_the_record_of_a_job_that_trains_is_left_alone(run: Path, capsys: pytest
     assert "is in use by another run" in capsys.readouterr().err
     assert (run / "attempts" / "0001" / "attempt.json").read_bytes() == before
     assert len(list((run / "attempts").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("number", "lost"), [(30, True), (5, True), (116, True), (13, False), (28, False)])
+def test_checkpoints_on_a_file_system_that_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, lost: bool
+) -> None:
+    """Beside a run folder that is sound. Missing rights, or room, are its user's to mend."""
+
+    def fails(**_: Any) -> Any:
+        raise OSError(number, "")
+
+    unfit_node.check_checkpoints(tmp_path / "not yet there")
+    monkeypatch.setattr(unfit_node.tempfile, "TemporaryFile", fails)
+    with pytest.raises(OSError, match=f"Errno {number}") if lost else contextlib.nullcontext():
+        unfit_node.check_checkpoints(tmp_path)
 
 
 def test_records_that_a_node_cannot_read_are_its_fault(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
