@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.launch.notify import VARIABLE as WEBHOOK
 from megatron_txssm.launch.sbatch_options import Options, split_options
 from megatron_txssm.launch.slurm import PLAIN_WORD
 from megatron_txssm.recipe.setting import shown
@@ -68,7 +69,8 @@ def load_site_settings() -> None:
         raise UserError(f"{path} fails (exit code {done.returncode}): {said}")
     for entry in done.stdout.split(b"\0"):
         name, equals, value = entry.partition(b"=")
-        if equals:
+        # Jobs source the file themselves; Slurm would keep the secret with what they inherit.
+        if equals and name != WEBHOOK.encode():
             os.environb[name] = value
     if named:
         # The job may start in another folder.

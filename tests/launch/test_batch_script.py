@@ -156,9 +156,12 @@ def test_settings_are_taken_over(settings: Path) -> None:
         # Without export, too: what is in the file is for the job.
         'TXSSM_TEST_B="$TXSSM_TEST_A!"\n'
         "TXSSM_TEST_C=\n"
+        "TXSSM_WEBHOOK=https://hooks.example.org/secret\n"
         "echo noise\n"
     )
     load_site_settings()
+    # sbatch would hand it to slurmctld, which writes it to its spool.
+    assert "TXSSM_WEBHOOK" not in os.environ
     assert os.environ["TXSSM_TEST_A"] == "a b\nc=d"
     assert os.environ["TXSSM_TEST_B"] == "a b\nc=d!"
     assert os.environ["TXSSM_TEST_C"] == ""
