@@ -4,13 +4,13 @@ import argparse
 
 # Option -> (default, unit, what it says).
 LIMITS = {
-    "start-timeout": (1800, "SECONDS", "without a first step for so long, the trainer is ended as hung"),
-    "step-timeout": (1800, "SECONDS", "the same without a step or a validation"),
-    "save-timeout": (1800, "SECONDS", "the same while a checkpoint is written"),
+    "start-timeout": (1800, "SECONDS", "end the trainer as hung if its first step takes longer"),
+    "step-timeout": (1800, "SECONDS", "end the trainer as hung after so long without a step or a validation"),
+    "save-timeout": (1800, "SECONDS", "end the trainer as hung if a checkpoint takes longer"),
     "stop-before": (120, "SECONDS", "before the time limit, the trainer saves and the job requeues itself"),
-    "preflight-timeout": (300, "SECONDS", "a node that has not answered by then is left out; an image may take long"),
-    "restarts": (3, "N", "of the trainer within the job, after failures behind new steps, before a requeue"),
-    "max-requeues": (10, "N", "after failures; preemptions and time limits are not counted"),
+    "preflight-timeout": (300, "SECONDS", "leave out a node that has not answered by then; container images take long"),
+    "restarts": (3, "N", "failures after which the trainer starts again within the job, before a requeue"),
+    "max-requeues": (10, "N", "failures, restarts included, after which the job ends"),
 }
 
 
