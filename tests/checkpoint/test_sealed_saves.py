@@ -50,6 +50,8 @@ def save(checkpoints: Path, steps: range, kill_at: int | None, sealed: str) -> N
     from megatron.training import checkpointing
 
     rendezvous = checkpoints / f".rendezvous{os.getpid()}"
+    # This process's own: one that another test has made does not live on in a fork.
+    dist.distributed_c10d._update_default_pg(None)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
     # A queue of this process, which need not start another.
     filesystem_async.get_write_results_queue = lambda mp_mode="spawn": results

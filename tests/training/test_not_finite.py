@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,6 @@ from megatron_txssm.recipe.recipe import Recipe
 
 prepare_platform()
 
-import torch.distributed as dist
 from megatron.core.rerun_state_machine import Call, Caller, RerunState
 
 from megatron_txssm import compat_saves
@@ -25,13 +23,7 @@ from megatron_txssm.training import not_finite, saving
 from megatron_txssm.training.finite import first_not_finite
 from megatron_txssm.training.saving import explain_full_disk, warn_without_room
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("store") / "file"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @pytest.fixture
