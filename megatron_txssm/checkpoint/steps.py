@@ -95,14 +95,17 @@ def _ended_steps(checkpoints: Path) -> list[Step]:
 
 
 def _steps_with(name: str, checkpoints: Path) -> list[Step]:
-    if not os.path.isdir(checkpoints):  # Path.glob raises where the name is too long for a file system.
-        return []
     steps = [
-        Step(int(number), path.parent)
-        for path in checkpoints.glob(f"iter_*/{name}")
-        if (number := path.parent.name.removeprefix("iter_")).isdecimal()
+        Step(int(number), folder)
+        for folder in _folders(checkpoints)
+        if (number := folder.name.removeprefix("iter_")).isdecimal() and (folder / name).exists()
     ]
     return sorted(steps, key=lambda step: -step.number)
+
+
+def _folders(checkpoints: Path) -> list[Path]:
+    # Path.glob raises where the name is too long for a file system.
+    return sorted(checkpoints.glob("iter_*")) if os.path.isdir(checkpoints) else []
 
 
 def candidates(checkpoints: Path) -> tuple[list[Step], list[str]]:
@@ -198,7 +201,7 @@ def interrupted_saves(checkpoints: Path) -> list[Path]:
     tracker = _named(checkpoints)
     return [
         folder
-        for folder in sorted(checkpoints.glob("iter_*"))
+        for folder in _folders(checkpoints)
         if folder.name != tracker
         and folder.name.removeprefix("iter_").isdecimal()
         and folder.is_dir()

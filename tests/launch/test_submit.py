@@ -124,6 +124,14 @@ def assert_refused(cluster: Cluster, capsys: pytest.CaptureFixture[str], code: i
 # --- Refusals.
 
 
+@pytest.mark.parametrize("name", ["run_directory", "checkpoint.directory"])
+def test_a_name_too_long_for_a_file_system(cluster: Cluster, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    code = submit_demo(fields=(f"{name}=runs/{'x' * 10_000}",))
+    assert code == 2 and cluster.queued == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "too long" in line
+
+
 @pytest.mark.parametrize(
     ("layout", "fields", "reason"),
     [
