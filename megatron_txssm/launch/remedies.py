@@ -4,8 +4,8 @@ import os
 import shlex
 from pathlib import Path
 
+from megatron_txssm.checkpoint.steps import saved_step, whole_steps
 from megatron_txssm.launch.causes import remedy
-from megatron_txssm.launch.preflight import saved_step
 from megatron_txssm.launch.run_folder import Attempt, read_submission
 from megatron_txssm.launch.slurm import Job
 from megatron_txssm.launch.waiting import needs_somebody, what_it_waits_for
@@ -62,11 +62,6 @@ def go_back(detail: str, recipe: Recipe, run: Path) -> str:
     if newest is None:
         return f"no checkpoint is there; {lower.replace('from there or an older step', 'from the beginning')}"
     tracker = recipe.checkpoint_path / "latest_checkpointed_iteration.txt"
-    older = sorted(step for step in _steps(recipe.checkpoint_path) if step < newest)
-    back = f"; to go back to step {older[-1]}: echo {older[-1]} > {shlex.quote(str(tracker))}" if older else ""
+    older = [step.number for step in whole_steps(recipe.checkpoint_path) if step.number < newest]
+    back = f"; to go back to step {older[0]}: echo {older[0]} > {shlex.quote(str(tracker))}" if older else ""
     return f"the last sound step is {newest}{back}; {lower}"
-
-
-def _steps(folder: Path) -> list[int]:
-    names = (path.parent.name.removeprefix("iter_") for path in folder.glob("iter_*/.metadata"))
-    return [int(name) for name in names if name.isdecimal()]

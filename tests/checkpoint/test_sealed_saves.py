@@ -4,7 +4,6 @@ import functools
 import io
 import multiprocessing
 import os
-import pickle
 import queue
 import signal
 import sys
@@ -158,9 +157,7 @@ def test_a_worker_started_afresh_brings_checksums_or_the_reason(tmp_path: Path, 
     spawn = multiprocessing.get_context("spawn")
     folder, manager = tmp_path / "nowhere" if lost else tmp_path, spawn.Manager()
     results = manager.Queue()
-    work = pickle.loads(
-        pickle.dumps(functools.partial(compat_saves.write_and_tell, True, [_StorageWriterTransforms()], False))
-    )
+    work = functools.partial(compat_saves.write_and_tell, True, [_StorageWriterTransforms()], False)
     process = spawn.Process(target=work, args=(0, bucket(folder), results))
     process.start()
     process.join(600)

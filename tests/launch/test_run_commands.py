@@ -219,7 +219,8 @@ def test_nan_names_the_sound_steps_and_the_commands(
 ) -> None:
     for step in (10, 20):
         (recipe.checkpoint_path / f"iter_{step:07d}").mkdir(parents=True)
-        (recipe.checkpoint_path / f"iter_{step:07d}" / ".metadata").touch()
+        for name in (".metadata", "metadata.json"):
+            (recipe.checkpoint_path / f"iter_{step:07d}" / name).write_text("{}")
     tracker = recipe.checkpoint_path / "latest_checkpointed_iteration.txt"
     tracker.write_text("20")
     ended(recipe, "nan", detail="FloatingPointError: the loss is NaN", rank=1, node="n1")

@@ -156,8 +156,8 @@ def test_a_requeued_job_takes_it_from_its_earlier_start_at_once(
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     leave(recipe.run_path, job_id="17", restarts=0)
-    with RunLock(recipe):
-        pass
+    with RunLock(recipe) as lock:
+        assert run_lock._token(recipe.run_path / NAME) == lock.me.token
 
 
 def test_the_holder_touches_its_file(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
