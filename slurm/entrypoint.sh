@@ -39,7 +39,7 @@ say() { printf '%(%Y-%m-%dT%H:%M:%S)T %s\n' -1 "$*"; }
 # Runs a command as a step. One that a signal killed, for its memory or with its node, is worth two more tries; what
 # fails by itself would fail again. (When Slurm stops the job, it stops this shell, too.)
 step() {
-  local code=0 options=()
+  local code=0 try options=()
   # Words, not one word: options of a container, for instance.
   read -ra options <<<"${TXSSM_SRUN_OPTIONS:-}"
   say "START $stage: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1))"
@@ -47,7 +47,11 @@ step() {
   say "END $stage: exit code $code"
   if ((code > 128 && ${SLURM_RESTART_COUNT:-0} < 2)); then
     say "requeueing job $SLURM_JOB_ID"
-    scontrol requeue "$SLURM_JOB_ID"
+    # A slurmctld that is away for a quarter of an hour is waited for.
+    for ((try = 0; try < 60; try++)); do
+      scontrol requeue "$SLURM_JOB_ID" && break
+      sleep 15
+    done
   fi
   exit "$code"
 }

@@ -302,3 +302,20 @@ def test_an_unknown_stage_is_refused(entrypoint: Path) -> None:
     done = run_entrypoint(entrypoint, "train")
     assert (done.returncode, done.stdout) == (2, "")
     assert "unknown stage 'train'; use pretrain, shard, convert or evaluate" in done.stderr
+
+
+def test_a_killed_stage_waits_for_slurmctld(entrypoint: Path) -> None:
+    """Its srun ends as after a SIGKILL; slurmctld takes the third requeue."""
+    commands, asked = entrypoint.parents[2] / "bin", entrypoint.parents[2] / "asked"
+    commands.mkdir()
+    for name, text in {
+        "srun": "exit 137",
+        "scontrol": f"echo \"$@\" >> '{asked}'; [ $(wc -l < '{asked}') -ge 3 ]",
+        "sleep": "",
+    }.items():
+        (commands / name).write_text(f"#!/bin/bash\n{text}\n")
+        (commands / name).chmod(0o755)
+    path = f"{commands}:{os.environ['PATH']}"
+    done = run_entrypoint(entrypoint, "convert", "run", "out", SLURM_JOB_ID="17", PATH=path)
+    assert done.returncode == 137
+    assert asked.read_text().splitlines() == ["requeue 17"] * 3
