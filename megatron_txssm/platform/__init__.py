@@ -1,7 +1,9 @@
 """Where the trainer runs: GPUs by default, or Megatron's CPU and gloo adapter where there is none."""
 
+import ctypes
 import importlib.util
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_txssm.errors import UserError
@@ -26,6 +28,7 @@ def prepare_platform() -> list[str]:
     if torch.cuda.is_available():
         check_devices(torch.cuda.device_count())
         os.environ.setdefault(ALLOW_EXTRA_STATE, "1")
+        prefer_torchs_cudnn()
         # apex's kernel; Megatron's own linear layers refuse to be built without it unless told.
         if importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):
             return []
@@ -34,11 +37,32 @@ def prepare_platform() -> list[str]:
 
             stand_in_for_apex()
             return []
-        return ["--no-gradient-accumulation-fusion"]
+        from megatron_txssm.platform.adam import stand_in_for_fused_adam
+
+        stand_in_for_fused_adam()
+        # Both need kernels of apex or Transformer Engine, and Megatron's defaults are on.
+        return ["--no-gradient-accumulation-fusion", "--no-rope-fusion"]
     from megatron_txssm.platform import cpu
 
     cpu.install()
     return list(cpu.MEGATRON_ARGUMENTS)
+
+
+def prefer_torchs_cudnn() -> None:
+    """Load the cuDNN that came with torch, before Transformer Engine loads the system's.
+
+    torch refuses to work beside another release of it, and Transformer Engine takes cuDNN from where the CUDA toolkit
+    is, or from /usr/lib, which may have an older one.
+    """
+    package = importlib.util.find_spec("nvidia")
+    for folder in package.submodule_search_locations or () if package else ():
+        home = Path(folder) / "cudnn"
+        libraries = sorted(home.glob("lib/libcudnn*.so.*"))
+        # All of its parts: Transformer Engine's own library names each of them.
+        for library in libraries:
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        if libraries:
+            os.environ.setdefault("CUDNN_HOME", str(home))
 
 
 def check_devices(count: int) -> None:
@@ -62,6 +86,9 @@ def check_gpu(recipe: "Recipe") -> None:
         if names := of_gpus(recipe.megatron):
             raise UserError(f"megatron.{names[0]}={recipe.megatron[names[0]]} needs a GPU; set it to null here")
         return
-    # 92000 is cuDNN 9.20.0.
-    cudnn = torch.backends.cudnn.version() or 0
+    try:
+        # 92000 is cuDNN 9.20.0.
+        cudnn = torch.backends.cudnn.version() or 0
+    except RuntimeError as error:
+        raise UserError(f"{error}; run without LD_LIBRARY_PATH, or with torch's own cuDNN first in it") from error
     check_fp8_on(recipe, torch.cuda.get_device_capability(), (cudnn // 10000, cudnn // 100 % 100, cudnn % 100))

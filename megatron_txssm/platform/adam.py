@@ -6,6 +6,20 @@ from typing import Any
 import torch
 
 
+def stand_in_for_fused_adam() -> None:
+    """Give Megatron this Adam where neither apex nor Transformer Engine is installed; idempotent.
+
+    It would take torch's, which its distributed optimizer cannot resume.
+    """
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distributed
+
+    if not distributed.HAVE_APEX_OR_TE:
+        optimizer.Adam = distributed.Adam = Adam
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+        distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
+
+
 class Adam(torch.optim.Optimizer):
     """Adam (arXiv:1412.6980) with decoupled weight decay (arXiv:1711.05101) unless `adam_w_mode` is off.
 

@@ -204,22 +204,16 @@ def _peak_memory_bytes() -> int:
 def _adapt_megatron() -> None:
     """What Megatron itself refuses or cannot do without CUDA, apex and Transformer Engine."""
     import megatron.core.distributed.param_and_grad_buffer as param_and_grad_buffer
-    import megatron.core.optimizer as optimizer
-    import megatron.core.optimizer.distrib_optimizer as distributed
     import megatron.training.initialize as initialize
     import megatron.training.training as training
 
-    from megatron_txssm.platform.adam import Adam
+    from megatron_txssm.platform.adam import stand_in_for_fused_adam
 
     # pretrain() asserts a GPU unless told otherwise, and offers no argument to tell it.
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
     # --tp-comm-overlap concerns Transformer Engine's layers alone.
     initialize._initialize_tp_communicators = _nothing
-    # Without apex and TE Megatron takes torch's Adam, which its distributed optimizer cannot resume (see adam.py).
-    if not distributed.HAVE_APEX_OR_TE:
-        optimizer.Adam = distributed.Adam = Adam
-        optimizer.USING_PYTORCH_OPTIMIZER = False
-        distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
+    stand_in_for_fused_adam()
     param_and_grad_buffer._coalescing_manager = coalesce_by_dtype
     # Megatron warns that the CPU generator moved while it forked the GPU's: here the two are one.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(

@@ -144,6 +144,8 @@ def follow_deterministic_mode(recipe: Recipe) -> None:
     """
     if recipe.megatron.get("deterministic_mode"):
         os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
+        # Under it mamba-ssm tries block sizes nevertheless, and each node keeps what it found.
+        os.environ.pop("TRITON_CACHE_AUTOTUNING", None)
 
 
 def write_stacks_when_asked(attempt: Path | None, rank: int) -> None:

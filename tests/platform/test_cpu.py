@@ -20,8 +20,9 @@ def test_refuses_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="machines without a GPU"):
         cpu.install()
     assert cpu._installed is None
-    # And the trainer then runs on it, unfused where apex's kernel is missing.
-    assert prepare_platform() == ["--no-gradient-accumulation-fusion"]
+    # And the trainer then runs on it, unfused where the kernels of apex and Transformer Engine are missing.
+    monkeypatch.setattr("megatron_txssm.platform.prefer_torchs_cudnn", lambda: None)
+    assert prepare_platform() == ["--no-gradient-accumulation-fusion", "--no-rope-fusion"]
 
 
 def test_refuses_after_megatron_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:

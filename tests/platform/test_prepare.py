@@ -1,5 +1,9 @@
 """What is asked of a machine with GPUs, as far as it can be asked without one."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from megatron_txssm.errors import UserError
@@ -22,3 +26,32 @@ def test_what_only_a_gpu_has_is_refused_without_one(monkeypatch: pytest.MonkeyPa
             check_gpu(load_recipe("demo_cpu", [f"megatron.{override}"]))
     for override in ("tp_comm_overlap=false", "tp_comm_overlap_ag=true", "overlap_grad_reduce=true", "nccl_ub=null"):
         check_gpu(load_recipe("demo_cpu", [f"megatron.{override}"]))
+
+
+def test_torchs_cudnn_comes_before_the_systems() -> None:
+    """Every part of it is in memory before Transformer Engine, whose library would bring the system's, is imported."""
+    script = """
+from megatron_txssm.platform import prefer_torchs_cudnn
+prefer_torchs_cudnn()
+import os
+parts = {line.split()[-1] for line in open("/proc/self/maps") if "libcudnn" in line}
+print(os.environ.get("CUDNN_HOME"), *sorted(parts))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "CUDNN_HOME"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    home, *parts = done.stdout.split()
+    if home == "None":
+        pytest.skip("this torch came without cuDNN: install the wheel of PyPI")
+    assert parts == sorted(
+        os.path.join(home, "lib", name) for name in os.listdir(os.path.join(home, "lib")) if ".so" in name
+    )
+
+
+def test_a_cudnn_that_torch_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> int:
+        raise RuntimeError("cuDNN version incompatibility: PyTorch was compiled against (9, 19, 0)")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.backends.cudnn.version", refuse)
+    with pytest.raises(UserError, match=r"cuDNN version incompatibility.*; run without LD_LIBRARY_PATH"):
+        check_gpu(load_recipe("demo_cpu"))

@@ -75,10 +75,21 @@ class Sandbox:
             time.sleep(0.2)
 
     def mend(self, nodes: list[str]) -> None:
-        """Whatever was done to these nodes: waits until they are idle."""
+        """Whatever was done to these nodes: waits until they are idle and start what they are given."""
         for node in nodes:
             self.must("poweron", node)
             self.must("plug", node)
+        self._resume()
+        # slurmctld may take a node that has just come back for idle before its slurmd answers.
+        probe = ["srun", "--immediate=60", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", "true"]
+        end = time.monotonic() + PATIENCE
+        while (done := subprocess.run(probe, env=self.env, capture_output=True, text=True)).returncode != 0:
+            assert time.monotonic() < end, f"after {PATIENCE} s: {done.stderr}"
+            self._resume()
+        self._resume()
+
+    def _resume(self) -> None:
+        """Waits until every node is idle."""
         end = time.monotonic() + PATIENCE
         while set((states := self.node_states()).values()) != {"idle"}:
             assert time.monotonic() < end, f"after {PATIENCE} s the nodes are {states}"

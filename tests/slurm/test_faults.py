@@ -144,13 +144,14 @@ def test_the_time_limit_is_come_before(
     job = TrainingJob(sandbox, tmp_path / "job", data)
     job.submit("--time", "2", "--stop-before", "75")
     job.wait_step(STEP)
+    told_before, before = job.output().count("CANCELLED AT"), len(job.attempts())
     worker = job.process(1)
     worker.suspend()
-    job.wait_until(lambda: "CANCELLED AT" in job.output(), "the signal before the time limit")
+    job.wait_until(lambda: job.output().count("CANCELLED AT") > told_before, "the signal before the time limit")
     worker.resume()
     began = time.monotonic()
-    job.wait_until(lambda: len(job.attempts()) > 1, "the next attempt")
-    offset = job.attempts()[1].metrics_offset
+    job.wait_until(lambda: len(job.attempts()) > before, "the next attempt")
+    offset = job.attempts()[before].metrics_offset
     job.wait_until(lambda: bool(job.steps(offset)), "a step of the next attempt")
     seconds = time.monotonic() - began
     job.wait_over()
