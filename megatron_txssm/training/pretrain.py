@@ -144,8 +144,11 @@ def follow_deterministic_mode(recipe: Recipe) -> None:
     """
     if recipe.megatron.get("deterministic_mode"):
         os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
-        # Under it mamba-ssm tries block sizes nevertheless, and each node keeps what it found.
+        # With it mamba-ssm would try block sizes nevertheless, and each node would keep what it found.
         os.environ.pop("TRITON_CACHE_AUTOTUNING", None)
+    else:
+        # The next start, and the next process of this node, need not try them again: it takes half a minute.
+        os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
 
 
 def write_stacks_when_asked(attempt: Path | None, rank: int) -> None:

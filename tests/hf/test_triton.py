@@ -7,8 +7,7 @@ import torch
 
 from tests.hf.tiny import VARIANTS, generate, padded_left, tiny_model
 
-# Relative, for fp32 weights: the kernels multiply in TF32, which has 10 bits. Not measured yet, as these tests have
-# never run (docs/gpu-status.md).
+# Relative, for fp32 weights: the kernels multiply in TF32, which has 10 bits.
 TOLERANCE = 5e-3
 
 pytestmark = [
