@@ -91,6 +91,10 @@ def diagnose(attempt: Attempt, finished: bool, output: str) -> Diagnosis:
         return Diagnosis("finished")
     if attempt.failed_nodes:
         node, problems = next(iter(attempt.failed_nodes.items()))
+        found = [text for texts in attempt.failed_nodes.values() for text in texts]
+        if len(attempt.failed_nodes) == len(attempt.nodes) and {cause_of(text) for text in found} == {"disk_full"}:
+            # No other node would have more.
+            return Diagnosis("disk_full", found[0])
         return Diagnosis("preflight", "; ".join(problems), node=node)
     if attempt.hang is not None:
         return _hang(attempt, attempt.hang)

@@ -196,7 +196,7 @@ class Supervisor:
             self._note_action(attempt, "Slurm ended the job; it starts again what lost a node")
             return None
         partition = os.environ["SLURM_JOB_PARTITION"]
-        if attempt.failed_nodes:
+        if diagnosis.cause == "preflight":
             failed = tuple(attempt.failed_nodes)
             why_not = spare_nodes_refusal(failed, self.nodes, partition)
             return Decision("end", why_not) if why_not else Decision("requeue", leave_out=failed)

@@ -466,6 +466,17 @@ def test_an_unfit_node(attempt: Attempt) -> None:
     assert str(found) == "a node is not fit to train on n2: 1 of 2 GPUs answer; no room"
 
 
+def test_no_node_has_room(attempt: Attempt) -> None:
+    """Another node would have no more: it is the disk that is full. One alone has lost its file system."""
+    words = ["/runs/a has 1.0 GB left; a checkpoint takes 2.0 GB", "/runs/a has room for 3 more files (inodes, df -i)"]
+    attempt.failed_nodes = dict.fromkeys(attempt.nodes, words)
+    assert diagnose(attempt, finished=False, output="") == Diagnosis("disk_full", words[0])
+    attempt.failed_nodes["n2"] = [*words, "1 of 2 GPUs answer"]
+    assert diagnose(attempt, finished=False, output="").cause == "preflight"
+    attempt.failed_nodes = {"n2": words}
+    assert diagnose(attempt, finished=False, output="").cause == "preflight"
+
+
 @pytest.mark.parametrize(
     ("silent", "rank", "node", "words"),
     [

@@ -2,11 +2,13 @@
 
     stand_in_trainer.py -u -m megatron_txssm.cli pretrain RUN/recipe.yaml
 
-Rank 0 writes metrics.jsonl and names checkpoints; every rank ends as RUN/fault.json says:
+Its loss is its state, which goes through the checkpoints: steps lost or done on another's state give other losses.
+Rank 0 writes metrics.jsonl and the checkpoints; every rank ends as RUN/fault.json says:
 {"node": "n2", "step": 25, "do": "kill", "once": true}. Anything else is handed to the real Python.
 """
 
 import json
+import math
 import os
 import signal
 import sys
@@ -34,6 +36,7 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, stop)
     step = int(tracker.read_text()) if tracker.exists() else 0
+    state = float((checkpoints / f"iter_{step:07d}" / "state").read_text()) if step else 0.0
     while step < STEPS and not stopped:
         time.sleep(SECONDS)
         step += 1
@@ -42,14 +45,30 @@ def main() -> None:
         (attempt / f"step_{rank}").write_text(str(step))
         while not stopped and any(done < step for done in steps_of_all(attempt)):
             time.sleep(SECONDS / 5)
+        state = after(state, step)
         if rank == 0:
+            line = {"iteration": step, "lm loss": state, "grad_norm": 1.0, "time": time.time(), "step_seconds": SECONDS}
             with metrics.open("a") as file:
-                file.write(json.dumps({"iteration": step, "lm loss": 1 / step, "grad_norm": 1.0}) + "\n")
+                file.write(json.dumps(line) + "\n")
         if (step % SAVE_INTERVAL == 0 or stopped) and rank == 0:
-            save(checkpoints / f"iter_{step:07d}")
+            save(checkpoints / f"iter_{step:07d}", state)
             tracker.write_text(str(step))
     if stopped and rank == 0:
         (attempt / "stopped").touch()
+
+
+def after(state: float, step: int) -> float:
+    """The state behind a step: all before it show in it."""
+    return math.sin(997 * state + step)
+
+
+def losses() -> dict[int, float]:
+    """Of a run that nothing disturbs."""
+    found = {0: 0.0}
+    for step in range(1, STEPS + 1):
+        found[step] = after(found[step - 1], step)
+    del found[0]
+    return found
 
 
 def steps_of_all(attempt: Path) -> list[int]:
@@ -59,9 +78,10 @@ def steps_of_all(attempt: Path) -> list[int]:
     return [int(file.read_text() or 0) if file.exists() else 0 for file in files]
 
 
-def save(folder: Path) -> None:
-    """What shows that a checkpoint is whole."""
+def save(folder: Path, state: float) -> None:
+    """The state, and what shows that a checkpoint is whole."""
     folder.mkdir(exist_ok=True)
+    (folder / "state").write_text(repr(state))
     (folder / ".metadata").write_text("index")
     (folder / "metadata.json").write_text("{}")
 
