@@ -24,15 +24,18 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
-from megatron_txssm.compat import split_tensor_factory
 from megatron_txssm.model.context_parallel import Zigzag
 from megatron_txssm.model.documents import PackedDocuments
+from megatron_txssm.model.packed_rows import saved_by_component
 from megatron_txssm.model.piecewise_scan import documents_before, scan
 from megatron_txssm.model.state_space_config import StateSpaceConfig
 from megatron_txssm.model.unified_rope import UnifiedRotaryEmbedding, length_scale
 from megatron_txssm.ops.rotary import apply_rotary
 from megatron_txssm.ops.ssd import ssd_step
 
+# The in-projection's rows on a rank are a multiple of it: GEMMs of odd sizes are two to three times as slow
+# (docs/gpu-results), and FP8 refuses them; the most that it asks for is 32 (MXFP8).
+ROWS_MULTIPLE = 32
 # They set the decay exp(dt·A), which compounds over thousands of tokens: in bf16 its logarithm would have three digits.
 FP32_PARAMETERS = ("A_log", "dt_bias", "D")
 
@@ -58,7 +61,8 @@ class StateSpaceMixer(MegatronModule):
     """in-projection → [z,] x, B, C, dt → rotation of B and C → SSD → out-projection.
 
     `state_space.position_encoding` chooses the paper's variant (arXiv:2506.09507, table 2). The in-projection is one
-    column-parallel layer whose rows are packed per rank: [z_r, x_r, B_r, C_r, dt_r].
+    column-parallel layer whose rows are packed per rank: [z_r, x_r, B_r, C_r, dt_r, padding_r]. The padding's rows are
+    zero and stay so; no checkpoint, count of parameters or other model has them.
     """
 
     def __init__(
@@ -83,12 +87,14 @@ class StateSpaceMixer(MegatronModule):
         state_space.check_context_parallel(self.zigzag.size, self.tp_size)
         self.in_proj_sizes = {part: size // self.tp_size for part, size in state_space.in_proj_sizes.items()}
         self.conv_sizes = {part: size // self.tp_size for part, size in state_space.conv_sizes.items()}
+        rows = sum(self.in_proj_sizes.values())
+        self.padding = -rows % ROWS_MULTIPLE
 
         common = {"config": config, "bias": False, "is_expert": False, "tp_group": self.pg_collection.tp}
         self.in_proj = build_module(
             submodules.in_proj,
             state_space.hidden_size,
-            sum(state_space.in_proj_sizes.values()),
+            self.tp_size * (rows + self.padding),
             init_method=config.init_method,
             gather_output=False,
             skip_bias_add=False,
@@ -96,7 +102,9 @@ class StateSpaceMixer(MegatronModule):
             name=name and f"{name}.in_proj",
             **common,
         )
-        self.in_proj.weight.partition_sizes = list(self.in_proj_sizes.values())
+        self.in_proj.weight.partition_sizes = [*self.in_proj_sizes.values(), self.padding]
+        with torch.no_grad():
+            self.in_proj.weight[rows:] = 0
         self.out_proj = build_module(
             submodules.out_proj,
             state_space.inner_size,
@@ -196,8 +204,8 @@ class StateSpaceMixer(MegatronModule):
         if self.conv_sizes:
             projected_BLE, history_BEK = self._convolve(projected_BLE, history_BEK, documents)
         sizes = self.in_proj_sizes
-        merged = [sizes.get("z", 0), sizes["x"], sizes["B"] + sizes["C"], sizes["dt"]]
-        z_BLE, x_BLE, BC_BLE, dt_BLH = projected_BLE.split(merged, dim=-1)
+        merged = [sizes.get("z", 0), sizes["x"], sizes["B"] + sizes["C"], sizes["dt"], self.padding]
+        z_BLE, x_BLE, BC_BLE, dt_BLH, _ = projected_BLE.split(merged, dim=-1)
         x_BLHP = x_BLE.unflatten(-1, (-1, self.state_space.head_dim))
         B_BLGN, C_BLGN = self._rotate(BC_BLE, offset, documents)
         dt_BLH = dt_BLH.float()
@@ -258,7 +266,7 @@ class StateSpaceMixer(MegatronModule):
         """
         channels, kernel = self.conv1d_weight.shape[0], self.conv1d_weight.shape[-1]
         before = self.in_proj_sizes.get("z", 0)
-        z, xBC_BLE, dt = projected_BLE.split([before, channels, self.in_proj_sizes["dt"]], dim=-1)
+        z, xBC_BLE, rest = projected_BLE.split([before, channels, self.in_proj_sizes["dt"] + self.padding], dim=-1)
         xBC_blE = self.zigzag.fold(xBC_BLE)
         if self.zigzag.size > 1:
             history_BEK = self.zigzag.previous_tails(xBC_blE, kernel - 1).mT
@@ -270,7 +278,7 @@ class StateSpaceMixer(MegatronModule):
         else:
             out_bEl = self._convolve_documents(seen_bEl, documents)
         out_BLE = self.zigzag.unfold(F.silu(out_bEl).mT)
-        return torch.cat([z, out_BLE, dt], dim=-1), seen_bEl[..., seen_bEl.shape[-1] - (kernel - 1) :]
+        return torch.cat([z, out_BLE, rest], dim=-1), seen_bEl[..., seen_bEl.shape[-1] - (kernel - 1) :]
 
     def _convolve_documents(self, seen_bEl: Tensor, documents: PackedDocuments) -> Tensor:
         """The convolution tap by tap, each where it stays inside the document."""
@@ -316,7 +324,7 @@ class StateSpaceMixer(MegatronModule):
         if self.conv_sizes:
             packed.update({"conv1d_weight": self.conv_sizes, "conv1d_bias": self.conv_sizes})
         for key, sizes in packed.items():
-            sharded[prefix + key] = split_tensor_factory(sharded[prefix + key], list(sizes.values()), list(sizes), 0)
+            sharded[prefix + key] = saved_by_component(sharded[prefix + key], sizes)
         return sharded
 
     def num_params(self) -> int:

@@ -174,10 +174,9 @@ def _gemm_sides(recipe: "Recipe", multiple: int) -> Iterator[tuple[str, int, str
         yield "attention has {} channels", heads * recipe.kv_channels // ranks, channels
         yield "the projection to Q, K, V has {} rows", (heads + 2 * groups) * recipe.kv_channels // ranks, channels
     if recipe.state_space is not None:
+        # The mixer pads its in-projection's rows.
         remedy = _legal_state_heads(recipe, multiple)
-        rows = sum(recipe.state_space.in_proj_sizes.values()) // ranks
         yield "the state space has {} channels", recipe.state_space.inner_size // ranks, remedy
-        yield "the state-space in-projection has {} rows (one of them is dt's for each head)", rows, remedy
 
 
 def _nearest(value: int, multiple: int) -> str:
@@ -187,16 +186,11 @@ def _nearest(value: int, multiple: int) -> str:
 
 def _legal_state_heads(recipe: "Recipe", multiple: int) -> str:
     """The nearest numbers of state-space heads that divide into groups and give whole multiples on a rank."""
-    from dataclasses import replace
-
     state_space, ranks = recipe.state_space, recipe.parallel.tensor_model_parallel_size
     assert state_space is not None
 
     def fits(heads: int) -> bool:
-        if heads < 1 or heads % state_space.num_groups != 0:
-            return False
-        other = replace(state_space, num_heads=heads)
-        return all(size % (multiple * ranks) == 0 for size in (other.inner_size, sum(other.in_proj_sizes.values())))
+        return heads % state_space.num_groups == 0 and heads * state_space.head_dim % (multiple * ranks) == 0
 
     stated = state_space.num_heads
     # What fits repeats at least that often.
@@ -206,4 +200,4 @@ def _legal_state_heads(recipe: "Recipe", multiple: int) -> str:
         next(filter(fits, range(stated + 1, stated + period + 1)), None),
     ]
     heads = " or ".join(str(number) for number in nearest if number)
-    return f"use {f'state_num_heads of {heads}, or ' if heads else ''}another state_size, or fewer ranks"
+    return f"use {f'state_num_heads of {heads}, or ' if heads else ''}another state_head_dim, or fewer ranks"

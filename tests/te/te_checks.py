@@ -124,7 +124,7 @@ def test_two_ranks_have_the_shards_of_the_local_modules(one_of_two_ranks: None) 
     assert shards(engine) == shards(local)
     mixer = engine.decoder.layers[0].self_attention
     rows = sum(STATE_SPACE.in_proj_sizes.values())
-    assert mixer.in_proj.weight.shape == (rows // 2, STATE_SPACE.hidden_size)
+    assert mixer.in_proj.weight.shape == (rows // 2 + mixer.padding, STATE_SPACE.hidden_size)
     assert mixer.out_proj.weight.shape == (STATE_SPACE.hidden_size, STATE_SPACE.inner_size // 2)
     # The norms' gradients are summed over the ranks, each of which sees half of the tokens.
     for model in (local, engine):

@@ -1,0 +1,31 @@
+"""Packed parameters in a checkpoint: saved by component, so that any layout can load them."""
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+
+from megatron_txssm.compat import split_tensor_factory
+
+
+def saved_by_component(packed: ShardedTensor, sizes: dict[str, int]) -> ShardedTensorFactory:
+    """What stands in a sharded state dict for a tensor whose rows are components of these sizes on this rank.
+
+    Rows behind them are padding: they are not saved, and zero when they are loaded. Optimizer states alike.
+    """
+    rows = sum(sizes.values())
+    padding = packed.local_shape[0] - rows
+    (own,) = packed.narrow(0, 0, rows)
+    factory = split_tensor_factory(own, list(sizes.values()), list(sizes), 0)
+    if not padding:
+        return factory
+
+    def build(key: str, tensor: Tensor, *options: Any) -> Any:
+        return factory.build_fn(key, tensor[:rows], *options)
+
+    def merge(components: Any) -> Tensor:
+        merged = factory.merge_fn(components)
+        return torch.cat([merged, merged.new_zeros(padding, *merged.shape[1:])])
+
+    return ShardedTensorFactory(packed.key, packed.data, build, merge, packed.replica_id)
