@@ -13,6 +13,7 @@ from typing import Any
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.causes import cause_of, is_of_another_rank, meaning, remedy, shortened, suspect
 from megatron_txssm.launch.collective_trace import missing_ranks
+from megatron_txssm.launch.node_preflight import is_silence
 from megatron_txssm.launch.preflight import is_finished, saved_step
 from megatron_txssm.launch.run_folder import Attempt, farthest_step
 from megatron_txssm.launch.slurm import run_slurm
@@ -95,7 +96,8 @@ def diagnose(attempt: Attempt, finished: bool, output: str) -> Diagnosis:
         if len(attempt.failed_nodes) == len(attempt.nodes) and {cause_of(text) for text in found} == {"disk_full"}:
             # No other node would have more.
             return Diagnosis("disk_full", found[0])
-        return Diagnosis("preflight", "; ".join(problems), node=node)
+        unanswered = len(attempt.failed_nodes) == len(attempt.nodes) and all(map(is_silence, found))
+        return Diagnosis("preflight", "; ".join(problems), node=None if unanswered else node)
     if attempt.hang is not None:
         return _hang(attempt, attempt.hang)
     if name := what_killed_the_supervisor(output):

@@ -28,6 +28,7 @@ PORTS_TO_TRY = 16
 # Those of two checkpoints, its log, and what it leaves at a failure.
 FILES_A_RANK = 8
 _MODULE = "megatron_txssm.launch.node_check"
+_ENDED, _NO_ANSWER = "its check ended without an answer", "it did not answer"
 
 
 class NodePreflight:
@@ -85,7 +86,7 @@ class NodePreflight:
             f"--free-inodes={FILES_A_RANK * count * max(1, gpus_on_node()) if saves else 0}",
             f"--open-files={self._open_files()}",
         ]
-        silence = "its check ended without an answer; srun's words above may say why"
+        silence = f"{_ENDED}; srun's words above may say why"
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as srun:
             try:
                 output, _ = srun.communicate(timeout=self.timeout_seconds)
@@ -93,7 +94,7 @@ class NodePreflight:
                 srun.kill()
                 output, _ = srun.communicate()
                 silence = (
-                    f"it did not answer within {self.timeout_seconds:g} s; the import of a container's image or a cold "
+                    f"{_NO_ANSWER} within {self.timeout_seconds:g} s; the import of a container's image or a cold "
                     "file system may take longer: --preflight-timeout"
                 )
         return json_lines(output, '{"node": '), silence
@@ -104,6 +105,11 @@ class NodePreflight:
             return open_files(number_of_shards(self.recipe))
         except UserError:
             return 0
+
+
+def is_silence(problem: str) -> bool:
+    """Whether a node's problem is that it did not say any."""
+    return problem.startswith((_ENDED, _NO_ANSWER))
 
 
 def find_problems(reports: list[dict[str, Any]], nodes: list[str], silence: str) -> dict[str, list[str]]:

@@ -25,7 +25,7 @@ def spare_nodes_refusal(leave_out: Sequence[str], nodes: list[str], partition: s
     if len(leave_out) == len(nodes):
         return "every node failed the preflight"
     command = ("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %t")
-    states = _until_answered(slurm.run_slurm, *command)
+    states = until_answered(slurm.run_slurm, *command)
     usable = {node for node, state in map(str.split, states.splitlines()) if not _is_lost(state)}
     if len(usable - set(leave_out)) < len(nodes):
         return f"partition {partition} has no node that could take the place of {', '.join(leave_out)}"
@@ -45,9 +45,9 @@ def requeue(job_id: str, leave_out: Sequence[str] = (), hold: bool = False) -> N
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     nodes = sorted({*excluded_nodes(job_id), *leave_out}) if leave_out else []
-    _until_answered(_requeue_once, "requeuehold" if hold else "requeue", job_id)
+    until_answered(_requeue_once, "requeuehold" if hold else "requeue", job_id)
     if nodes:
-        _until_answered(slurm.run_slurm, "scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}")
+        until_answered(slurm.run_slurm, "scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}")
     time.sleep(REQUEUE_SECONDS)
     raise UserError(f"job {job_id} was requeued, but Slurm did not end it")
 
@@ -61,7 +61,7 @@ def excluded_nodes(job_id: str) -> list[str]:
             raise UserError(f"squeue does not know job {job_id}")
         return excluded
 
-    return slurm.hostnames(_until_answered(ask))
+    return slurm.hostnames(until_answered(ask))
 
 
 def _requeue_once(verb: str, job_id: str) -> None:
@@ -73,7 +73,7 @@ def _requeue_once(verb: str, job_id: str) -> None:
             raise
 
 
-def _until_answered[T](call: Callable[..., T], *args: Any) -> T:
+def until_answered[T](call: Callable[..., T], *args: Any) -> T:
     """`call(*args)`, again and again unless Slurm refuses; a slurmctld that is away is waited for."""
     wait, deadline = 0.5, time.monotonic() + REQUEUE_SECONDS
     while True:

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.preflight import saved_step
+from megatron_txssm.launch.requeue import until_answered
 from megatron_txssm.launch.slurm import run_slurm
 
 # For the ranks to write their stacks.
@@ -65,16 +66,12 @@ class StallWatch:
         before = [log.stat().st_size if log.exists() else 0 for log in logs]
         # Nobody has been asked for stacks yet.
         silent = None
-        try:
-            step = _step_id(job_id)
-            run_slurm("scancel", "--signal=USR2", step)
+        # A slurmctld that is away asks nobody, either.
+        with contextlib.suppress(UserError, OSError):
+            run_slurm("scancel", "--signal=USR2", _step_id(job_id))
             time.sleep(STACKS_SECONDS)
             silent = [rank for rank, log in enumerate(logs) if not _wrote_stacks(log, before[rank])]
-            run_slurm("scancel", "--signal=KILL", step)
-            _wait_for(srun)
-        except (UserError, OSError):
-            # slurmctld is away; without its srun the step ends, too.
-            srun.kill()
+        kill_step(job_id, srun)
         return {"seconds": round(seconds, 1), "silent_ranks": silent, "during": phase}
 
     def _size(self) -> int:
@@ -94,26 +91,37 @@ class StallWatch:
         return {(name, changed) for name, changed in found.items() if name.isdecimal() and int(name) > newest}
 
 
-def _wait_for(srun: subprocess.Popen) -> None:
-    """Its step has been killed. A slurmctld that was killed itself may not know the step any more: srun would wait."""
-    deadline = time.monotonic() + LEFTOVER_SECONDS
-    while srun.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.5)
-    if srun.poll() is None:
-        srun.kill()
-
-
-def end_leftover_steps(job_id: str) -> None:
-    """Kill the steps that an earlier attempt of this job left, and wait until they are gone; else they train on."""
-    deadline = time.monotonic() + LEFTOVER_SECONDS
-    # A slurmctld that is away is waited for by srun itself.
+def kill_step(job_id: str, srun: subprocess.Popen) -> None:
+    """Kill the trainer's step and wait until its srun has ended."""
     with contextlib.suppress(UserError):
-        while (steps := _steps(job_id)) and time.monotonic() < deadline:
+        run_slurm("scancel", "--signal=KILL", _step_id(job_id))
+        deadline = time.monotonic() + LEFTOVER_SECONDS
+        while srun.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.5)
+    # slurmctld is away, or was restarted and does not know the step; without its srun it ends, too.
+    srun.kill()
+
+
+def end_leftover_steps(job_id: str) -> bool:
+    """Kill the steps that an earlier attempt of this job left, which would train on; whether they are gone.
+
+    A slurmctld that was away believes in steps that ended meanwhile: it can neither end one nor give its place to
+    another before the job is started again.
+    """
+    # Where Slurm refuses to list them, the next step's srun says why.
+    with contextlib.suppress(UserError):
+        steps = until_answered(_steps, job_id)
+        deadline = time.monotonic() + LEFTOVER_SECONDS
+        while steps:
+            if time.monotonic() > deadline:
+                return False
             for step in steps:
                 # It may end by itself meanwhile.
                 with contextlib.suppress(UserError):
                     run_slurm("scancel", "--signal=KILL", step)
             time.sleep(0.5)
+            steps = until_answered(_steps, job_id)
+    return True
 
 
 def _steps(job_id: str) -> dict[str, str]:

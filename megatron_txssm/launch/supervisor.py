@@ -20,6 +20,7 @@ from megatron_txssm.launch import slurm
 from megatron_txssm.launch.decision import MAX_IDLE_ATTEMPTS, ROUTINE, Decision, decide, idle_attempts
 from megatron_txssm.launch.diagnosis import Diagnosis, close, lost_nodes, record
 from megatron_txssm.launch.environment import srun_words, step_python
+from megatron_txssm.launch.failed_task import FailedTaskWatch
 from megatron_txssm.launch.limits import add_limits
 from megatron_txssm.launch.node_preflight import NodePreflight
 from megatron_txssm.launch.notify import notify, wait_for_notifications
@@ -111,7 +112,6 @@ class Supervisor:
                 requeue(self.job_id, decision.leave_out, hold=decision.do == "hold")
             restarts -= 1
             self.nodes = [node for node in self.nodes if node not in decision.leave_out]
-            end_leftover_steps(self.job_id)
 
     def _close_last_attempt(self) -> None:
         """Where its supervisor was killed: with its node, for its memory, or before it could say.
@@ -120,12 +120,15 @@ class Supervisor:
         """
         before = attempts(self.recipe.run_path)
         if before and before[-1].cause is None:
-            if before[-1].job_id == self.job_id:
-                end_leftover_steps(self.job_id)
-            else:
+            own = before[-1].job_id == self.job_id
+            if not own:
                 check_not_running(self.recipe)
+            gone = not own or end_leftover_steps(self.job_id)
             close(before[-1], self.recipe)
             before[-1].save()
+            if not gone:
+                say("Slurm cannot end a step of the last attempt: requeueing")
+                requeue(self.job_id)
 
     def _train(self, attempt: Attempt) -> None:
         """Preflight and trainer; fills in where they ran and how they ended."""
@@ -151,11 +154,15 @@ class Supervisor:
         step = subprocess.Popen(self._step_command(attempt.nodes), env=environment)
         limits = {name: getattr(self.args, f"{name}_timeout") for name in ("start", "step", "save")}
         watch = StallWatch(self.recipe.run_path, self.recipe.checkpoint_path, limits)
+        failed_task = FailedTaskWatch(attempt)
         while (code := step.poll()) is None and not (self.told_to_stop and self._is_out_of_time()):
             time.sleep(POLL_SECONDS)
             if attempt.hang is None and not self.told_to_stop and (phase := watch.stalled_phase()):
                 num_ranks = len(attempt.nodes) * self.nproc_per_node
                 attempt.hang = watch.end_step(self.job_id, step, num_ranks, phase)
+            elif not self.told_to_stop and failed_task.ends(self.job_id, step):
+                code = 1
+                break
         attempt.exit_code = code
 
     def _step_command(self, nodes: list[str]) -> list[str]:
@@ -198,6 +205,9 @@ class Supervisor:
         partition = os.environ["SLURM_JOB_PARTITION"]
         if diagnosis.cause == "preflight":
             failed = tuple(attempt.failed_nodes)
+            if diagnosis.node is None:
+                # No node said a word: that is Slurm's doing.
+                return Decision("requeue")
             why_not = spare_nodes_refusal(failed, self.nodes, partition)
             return Decision("end", why_not) if why_not else Decision("requeue", leave_out=failed)
         lost = lost_nodes(self.nodes)
@@ -207,6 +217,8 @@ class Supervisor:
         if not replaceable and spare_nodes_refusal(decision.leave_out, attempt.nodes, partition):
             # Better with a node that may be bad than not at all.
             decision = Decision("requeue")
+        if decision.do == "restart" and not end_leftover_steps(self.job_id):
+            decision = Decision("requeue", leave_out=decision.leave_out)
         return decision
 
     def _exit_code(self, attempt: Attempt, diagnosis: Diagnosis) -> int:

@@ -16,6 +16,7 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.launch.causes import CAUSES, cause_of
 from megatron_txssm.launch.decision import RETRIED
 from megatron_txssm.launch.diagnosis import Diagnosis, close, diagnose, record, recorded
+from megatron_txssm.launch.node_preflight import find_problems
 from megatron_txssm.launch.run_folder import Attempt, attempts
 from megatron_txssm.recipe.loader import load_recipe
 from tests.launch.some_attempt import some_attempt
@@ -464,6 +465,15 @@ def test_an_unfit_node(attempt: Attempt) -> None:
     found = diagnose(attempt, finished=False, output="")
     assert found == Diagnosis("preflight", "1 of 2 GPUs answer; no room", node="n2")
     assert str(found) == "a node is not fit to train on n2: 1 of 2 GPUs answer; no room"
+
+
+def test_no_node_answers(attempt: Attempt) -> None:
+    """That is no node's fault, but Slurm's."""
+    words = find_problems([], attempt.nodes, "it did not answer within 300 s; the import may take longer")
+    attempt.failed_nodes = words
+    assert diagnose(attempt, finished=False, output="").node is None
+    attempt.failed_nodes = {"n2": words["n2"]}
+    assert diagnose(attempt, finished=False, output="").node == "n2"
 
 
 def test_no_node_has_room(attempt: Attempt) -> None:

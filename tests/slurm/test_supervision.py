@@ -75,6 +75,13 @@ def job(
     sandbox.mend(NODES)
 
 
+def wait_for_saved_state(job: SupervisedJob) -> None:
+    """slurmctld writes it down every five seconds; what came later it would forget."""
+    state = job.sandbox.directory / "state" / "job_state"
+    began = time.time()
+    job.wait_until(lambda: state.exists() and state.stat().st_mtime > began, "slurmctld's state with the running job")
+
+
 def test_a_failed_worker_restarts_within_the_job(job: SupervisedJob) -> None:
     job.start(node="n2", step=25, do="kill", once=True)
     job.wait_over()
@@ -95,9 +102,7 @@ def test_without_restarts_it_is_requeued(job: SupervisedJob) -> None:
 def test_a_worker_fails_while_slurmctld_is_away(job: SupervisedJob) -> None:
     job.start("--restarts", "0", node="n2", step=35, do="kill", once=True)
     job.wait_step(5)
-    state = job.sandbox.directory / "state" / "job_state"
-    began = time.time()
-    job.wait_until(lambda: state.exists() and state.stat().st_mtime > began, "slurmctld's state with the running job")
+    wait_for_saved_state(job)
     job.sandbox.must("kill-slurmctld")
     job.wait_until(lambda: "task 1: Killed" in job.output(), "the worker's end")
     # Long enough for srun and scontrol to have asked in vain.
@@ -105,6 +110,18 @@ def test_a_worker_fails_while_slurmctld_is_away(job: SupervisedJob) -> None:
     job.sandbox.must("start-slurmctld")
     job.wait_over()
     assert job.causes() == ["killed", "finished"]
+
+
+def test_a_step_ends_while_slurmctld_is_away(job: SupervisedJob) -> None:
+    """slurmctld then believes in it for ever, and would let no other step start within the job."""
+    job.start("--step-timeout", "15", node="n2", step=35, do="hang", once=True)
+    job.wait_step(5)
+    wait_for_saved_state(job)
+    job.sandbox.must("kill-slurmctld")
+    job.wait_until(lambda: job.causes() == ["hung"], "the end of the step")
+    job.sandbox.must("start-slurmctld")
+    job.wait_over()
+    assert job.causes() == ["hung", "finished"]
 
 
 def test_the_supervisor_is_killed(job: SupervisedJob) -> None:
