@@ -12,7 +12,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_transxssm.TransXSSMForCausalLM",
 }
 _ENTRY = "megatron_txssm.hf.modeling_transxssm"
-_IMPORT = re.compile(r"^from (megatron_txssm(?:\.\w+)*)\.(\w+) import", re.MULTILINE)
+_IMPORT = re.compile(r"^( *)from (megatron_txssm(?:\.\w+)*)\.(\w+) import", re.MULTILINE)
 
 
 def code_files() -> dict[str, str]:
@@ -28,8 +28,8 @@ def code_files() -> dict[str, str]:
         if name in files:
             continue
         text = Path(megatron_txssm.__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text()
-        waiting += [f"{package}.{imported}" for package, imported in _IMPORT.findall(text)]
-        files[name] = _IMPORT.sub(r"from .\2 import", text)
+        waiting += [f"{package}.{imported}" for _, package, imported in _IMPORT.findall(text)]
+        files[name] = _IMPORT.sub(r"\1from .\3 import", text)
     return dict(sorted(files.items()))
 
 

@@ -16,6 +16,7 @@ def saved_by_component(packed: ShardedTensor, sizes: dict[str, int]) -> ShardedT
     """
     rows = sum(sizes.values())
     padding = packed.local_shape[0] - rows
+    assert packed.data is not None, f"{packed.key} has no data"
     (own,) = packed.narrow(0, 0, rows)
     factory = split_tensor_factory(own, list(sizes.values()), list(sizes), 0)
     if not padding:

@@ -245,7 +245,7 @@ class StateSpaceMixer(MegatronModule):
             width, device = self.state_space.state_size, BC_BLE.device
             tables = [self.rotary.cos_sin(r.stop - r.start, width, offset=r.start, device=device) for r in ranges]
             cos_LR, sin_LR = tables[0] if len(tables) == 1 else map(torch.cat, zip(*tables, strict=True))
-            BC_BLGN = apply_rotary(BC_BLGN, cos_LR, sin_LR)
+            BC_BLGN = apply_rotary(BC_BLGN, cos_LR, sin_LR, backend=self.state_space.ssd_backend)
         B_BLGN, C_BLGN = BC_BLGN.chunk(2, dim=2)
         if self.state_space.length_scaling_base is not None:
             if documents is None:

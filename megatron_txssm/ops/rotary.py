@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from megatron_txssm.ops.ssd_reference import accumulation_dtype
+from megatron_txssm.ops.ssd_triton import is_available
 from megatron_txssm.ops.tracing import is_traced
 
 
-def apply_rotary(x_BLGN: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> Tensor:
+def apply_rotary(x_BLGN: Tensor, cos_LR: Tensor, sin_LR: Tensor, *, backend: str = "auto") -> Tensor:
     """Turns plane i = (x[i], x[i + N/2]) of every token by that token's angle; [B, L, R] tables serve as well.
 
     Half-split pairing, as Megatron's attention has it (rotary_interleaved=False). Computed in fp32 (fp64 for fp64
     inputs) and returned in x's type: with bf16 tables the rotation would change lengths and depend on more than m - n.
-    Nothing of x is kept for the backward pass, which turns back. The tables have no gradient.
+    Nothing of x is kept for the backward pass, which turns back. The tables have no gradient. `backend` is that of
+    `ssd`: where its kernels are taken, so is one for the rotation.
     """
     width, planes = x_BLGN.shape[-1], cos_LR.shape[-1]
     if width % 2:
@@ -30,19 +32,25 @@ def apply_rotary(x_BLGN: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> Tensor:
         first, second = x_BLGN.to(dtype).chunk(2, dim=-1)
         turned = (first * cos_L1R - second * sin_L1R, second * cos_L1R + first * sin_L1R)
         return torch.cat(turned, dim=-1).to(x_BLGN.dtype)
-    return _Rotation.apply(x_BLGN, cos_L1R, sin_L1R)
+    by_kernel = dtype == torch.float32 and (backend == "triton" or (backend == "auto" and is_available(x_BLGN)))
+    return _Rotation.apply(x_BLGN, cos_L1R, sin_L1R, by_kernel)
 
 
 class _Rotation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BLGN: Tensor, cos_L1R: Tensor, sin_L1R: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BLGN: Tensor, cos_L1R: Tensor, sin_L1R: Tensor, by_kernel: bool) -> Tensor:
         ctx.save_for_backward(cos_L1R, sin_L1R)
+        ctx.by_kernel = by_kernel
+        if by_kernel:
+            from megatron_txssm.ops.rotary_triton import rotate
+
+            return rotate(x_BLGN, cos_L1R, sin_L1R)
         return _turned(x_BLGN, cos_L1R, sin_L1R)
 
     @staticmethod
-    def backward(ctx: Any, dy_BLGN: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy_BLGN: Tensor) -> tuple[Tensor, None, None, None]:
         cos_L1R, sin_L1R = ctx.saved_tensors
-        return _Rotation.apply(dy_BLGN, cos_L1R, -sin_L1R), None, None
+        return _Rotation.apply(dy_BLGN, cos_L1R, -sin_L1R, ctx.by_kernel), None, None, None
 
 
 def _turned(x_BLGN: Tensor, cos_L1R: Tensor, sin_L1R: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Shapes and types of `apply_rotary`; its values are tested with the tables, in tests/model/test_unified_rope.py."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,3 +41,19 @@ def test_errors_name_value_and_remedy():
         apply_rotary(torch.zeros(1, 2, 1, 7), torch.zeros(2, 3), torch.zeros(2, 3))
     with pytest.raises(ValueError, match="width=8 does not fit a table of 3 planes; use a table for width 8"):
         apply_rotary(torch.zeros(1, 2, 1, 8), torch.zeros(2, 3), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_kernel_compiles_for_an_h100(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To machine code, with the specialisations of a launch; triton_checks.py runs it."""
+    triton = pytest.importorskip("triton", reason="comes with torch's wheels for Linux")
+    from megatron_txssm.ops.rotary_triton import _rotate_token
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {"x_n": 1, "cos_r": 1, "sin_r": 1, "BLOCK_G": 8, "BLOCK_R": 64}
+    signature = {"x": f"*{dtype}", "turned": f"*{dtype}", "cos": "*fp32", "sin": "*fp32"}
+    names = _rotate_token.arg_names
+    signature = {name: "constexpr" if name in constants else signature.get(name, "i32") for name in names}
+    source = triton.compiler.ASTSource(_rotate_token, signature, constexprs=constants)
+    compiled = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", 90, 32))
+    assert compiled.asm["cubin"]

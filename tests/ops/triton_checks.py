@@ -20,6 +20,7 @@ from test_ssd import (  # pyright: ignore[reportMissingImports]
 )
 from torch import Tensor
 
+from megatron_txssm.ops.rotary import apply_rotary
 from megatron_txssm.ops.ssd import ssd, ssd_step
 from megatron_txssm.ops.ssd_reference import ssd_reference
 from megatron_txssm.ops.ssd_reference import ssd_step as reference_step
@@ -144,6 +145,29 @@ def test_bf16_inputs() -> None:
 
     expected = run(rounded_y, {name: t.double() for name, t in inputs.items()}, seq_idx=seq_idx)
     assert_close(actual, expected, BF16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize(("groups", "width"), [(1, 2), (6, 24), (8, 128)])
+def test_the_rotation_equals_that_of_pytorch(dtype: torch.dtype, batched: bool, groups: int, width: int) -> None:
+    """Of a view into the packed projection, tokens before batch; values, gradient, and the gradient's gradient."""
+    batch, length = 2, 7
+    tensors = [torch.randn(length, batch, 5 + groups * width, device=DEVICE).to(dtype)]
+    tensors += [torch.randn(batch, length, groups, width, device=DEVICE).to(dtype)]
+    angles = torch.randn(*[batch] * batched, length, width // 2, device=DEVICE)
+
+    def results(backend: str, *tensors: Tensor) -> dict[str, Tensor]:
+        packed, cotangent = (tensor.clone().requires_grad_() for tensor in tensors)
+        x_BLGN = packed.transpose(0, 1)[..., 5:].unflatten(-1, (groups, width))
+        y = apply_rotary(x_BLGN, angles.cos(), angles.sin(), backend=backend)
+        (dx,) = torch.autograd.grad(y, packed, cotangent, create_graph=True)
+        (dcotangent,) = torch.autograd.grad(dx, cotangent, packed)
+        return {"y": y, "dx": dx, "dcotangent": dcotangent}
+
+    # Rounded once; the interpreter cuts off.
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+    assert_close(results("triton", *tensors), results("torch", *(tensor.double() for tensor in tensors)), tolerance)
 
 
 def one_token(groups: int, dtype: torch.dtype) -> list[Tensor]:

@@ -1,0 +1,66 @@
+"""The rotation of rotary.py as one Triton kernel: each number is read and written once, where PyTorch makes ten passes.
+
+Imported where it is called, so that nothing else needs Triton.
+"""
+
+# B=batch L=sequence G=groups N=state R=N/2 planes of rotation
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def rotate(x_BLGN: Tensor, cos_L1R: Tensor, sin_L1R: Tensor) -> Tensor:
+    """As `apply_rotary`; x may have any strides, the tables are [L, 1, R] or [B, L, 1, R] in fp32."""
+    batch, length, groups, width = x_BLGN.shape
+    planes = width // 2
+    cos_BLR, sin_BLR = (table.squeeze(-2).expand(batch, length, planes) for table in (cos_L1R, sin_L1R))
+    turned_BLGN = torch.empty(x_BLGN.shape, dtype=x_BLGN.dtype, device=x_BLGN.device)
+    if x_BLGN.numel() > 0:
+        strides = (*x_BLGN.stride(), *cos_BLR.stride(), *sin_BLR.stride())
+        blocks = {"BLOCK_G": triton.next_power_of_2(groups), "BLOCK_R": triton.next_power_of_2(planes)}
+        # One program a token: all its groups share the angles.
+        launch: Any = _rotate_token[(batch * length,)]
+        launch(x_BLGN, cos_BLR, sin_BLR, turned_BLGN, length, *strides, groups, planes, **blocks)
+    return turned_BLGN
+
+
+@triton.jit
+def _rotate_token(
+    x,
+    cos,
+    sin,
+    turned,
+    length,
+    x_b,
+    x_l,
+    x_g,
+    x_n,
+    cos_b,
+    cos_l,
+    cos_r,
+    sin_b,
+    sin_l,
+    sin_r,
+    groups,
+    planes,
+    BLOCK_G: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    # Offsets may exceed 32 bits.
+    token = tl.program_id(0).to(tl.int64)
+    b, t = token // length, token % length
+    g = tl.arange(0, BLOCK_G)[:, None]
+    r = tl.arange(0, BLOCK_R)[None, :]
+    inside = (g < groups) & (r < planes)
+    c = tl.load(cos + b * cos_b + t * cos_l + r * cos_r, mask=r < planes, other=0.0)
+    s = tl.load(sin + b * sin_b + t * sin_l + r * sin_r, mask=r < planes, other=0.0)
+    source = x + b * x_b + t * x_l + g * x_g + r * x_n
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + planes * x_n, mask=inside, other=0.0).to(tl.float32)
+    target = turned + (token * groups + g) * (2 * planes) + r
+    tl.store(target, (first * c - second * s).to(turned.dtype.element_ty), mask=inside)
+    tl.store(target + planes, (second * c + first * s).to(turned.dtype.element_ty), mask=inside)
