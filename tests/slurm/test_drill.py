@@ -17,7 +17,7 @@ from tests.slurm.training_job import SAVE_INTERVAL, TrainingJob, write_data
 NODES = ["n1", "n2", "n3"]
 # The farthest step behind a resume at which a fault comes.
 MAX_STEPS = 15
-# A node or slurmctld is away for so long.
+# slurmctld is away for so long.
 AWAY_SECONDS = 15
 
 
@@ -44,17 +44,25 @@ def preempt(job: TrainingJob, draw: random.Random) -> None:
 
 
 def power_off(job: TrainingJob, draw: random.Random) -> None:
-    node = draw.choice(job.attempts()[-1].nodes)
-    job.sandbox.must("poweroff", node)
-    time.sleep(AWAY_SECONDS)
-    job.sandbox.must("poweron", node)
+    lose_node(job, draw, "poweroff", "poweron")
 
 
 def unplug(job: TrainingJob, draw: random.Random) -> None:
-    node = draw.choice(job.attempts()[-1].nodes)
-    job.sandbox.must("unplug", node)
-    time.sleep(AWAY_SECONDS)
-    job.sandbox.must("plug", node)
+    lose_node(job, draw, "unplug", "plug")
+
+
+def lose_node(job: TrainingJob, draw: random.Random, lose: str, give_back: str) -> None:
+    """Until the job has noticed: a short break of the network alone it may well survive."""
+    before = job.attempts()
+    node = draw.choice(before[-1].nodes)
+    job.sandbox.must(lose, node)
+    try:
+        job.wait_until(
+            lambda: len(job.attempts()) > len(before) or job.sandbox.job_state(job.job) == "PENDING",
+            f"the loss of {node}",
+        )
+    finally:
+        job.sandbox.must(give_back, node)
 
 
 def lose_slurmctld_and_a_worker(job: TrainingJob, draw: random.Random) -> None:
@@ -63,7 +71,8 @@ def lose_slurmctld_and_a_worker(job: TrainingJob, draw: random.Random) -> None:
     worker.suspend()
     state = job.sandbox.directory / "state" / "job_state"
     began = time.time()
-    # Slurm saves its state every 5 s; before that it would forget what it did last.
+    # Slurm saves its state within 5 s of a change; before that it would forget what it did last.
+    job.sandbox.slurm("scontrol", "update", f"JobId={job.job}", "Comment=changed")
     job.wait_until(lambda: state.exists() and state.stat().st_mtime > began, "slurmctld's state")
     job.sandbox.must("kill-slurmctld")
     try:
