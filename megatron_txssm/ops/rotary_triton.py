@@ -24,7 +24,9 @@ def rotate(x_BLGN: Tensor, cos_L1R: Tensor, sin_L1R: Tensor) -> Tensor:
         blocks = {"BLOCK_G": triton.next_power_of_2(groups), "BLOCK_R": triton.next_power_of_2(planes)}
         # One program a token: all its groups share the angles.
         launch: Any = _rotate_token[(batch * length,)]
-        launch(x_BLGN, cos_BLR, sin_BLR, turned_BLGN, length, *strides, groups, planes, **blocks)
+        # Triton launches on the current device.
+        with torch.cuda.device_of(x_BLGN):
+            launch(x_BLGN, cos_BLR, sin_BLR, turned_BLGN, length, *strides, groups, planes, **blocks)
     return turned_BLGN
 
 
