@@ -56,6 +56,9 @@ def install() -> None:
     # apart: it must be imported before the mapping, and find this variable when it decorates.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     importlib.import_module("torch._dynamo")
+    # Megatron would call their kernels, where they are installed on a machine whose GPUs are hidden.
+    for package in ("transformer_engine", "apex"):
+        sys.modules.setdefault(package, None)  # pyright: ignore[reportArgumentType]
     _map_torch_cuda(torch.cuda)
     _installed = _CudaNamesToCpu()
     _installed.__enter__()

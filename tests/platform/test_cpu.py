@@ -2,6 +2,8 @@
 
 import ast
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,17 @@ def test_refuses_after_megatron_was_imported(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RuntimeError, match="must come before the first import of Megatron"):
         cpu.install()
     assert cpu._installed is None
+
+
+def test_kernels_that_are_installed_are_not_called(tmp_path: Path) -> None:
+    """On a node whose GPUs are hidden: Transformer Engine is there, and fails at its first kernel."""
+    for package in ("transformer_engine", "apex"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    script = "from megatron_txssm.platform import prepare_platform; prepare_platform(); import megatron.core.optimizer"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_installs_once() -> None:
