@@ -89,14 +89,7 @@ _WORDS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ),
     # Memory of a node, which leftovers fill.
     ("node_file_system", re.compile(r"/dev/shm.*No space left on device|No space left on device.*/dev/shm")),
-    # The last two are the preflight's words.
-    (
-        "disk_full",
-        re.compile(
-            r"No space left on device|ENOSPC|\[Errno 28\]|GB left; a checkpoint takes|has room for \d+ more files|"
-            + _QUOTA.pattern
-        ),
-    ),
+    ("disk_full", re.compile(r"No space left on device|ENOSPC|\[Errno 28\]|" + _QUOTA.pattern)),
     (
         "node_file_system",
         # Those of the second line are a network connection's words, too: a file's error names the file.

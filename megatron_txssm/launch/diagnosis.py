@@ -34,6 +34,12 @@ _HUNG = {"start": "no first step", "step": "no step", "save": "the checkpoint wa
 _LAST_WORDS_BYTES = 4096
 
 
+# The preflight's words for a file system that all nodes share.
+_NO_ROOM = re.compile(
+    r"GB left; a checkpoint takes|has room for \d+ more files|cannot be written: (?:No space left|Disk quota)"
+)
+
+
 @dataclass(frozen=True)
 class Diagnosis:
     """Why an attempt ended."""
@@ -93,7 +99,7 @@ def diagnose(attempt: Attempt, finished: bool, output: str) -> Diagnosis:
     if attempt.failed_nodes:
         node, problems = next(iter(attempt.failed_nodes.items()))
         found = [text for texts in attempt.failed_nodes.values() for text in texts]
-        if len(attempt.failed_nodes) == len(attempt.nodes) and {cause_of(text) for text in found} == {"disk_full"}:
+        if len(attempt.failed_nodes) == len(attempt.nodes) and all(map(_NO_ROOM.search, found)):
             # No other node would have more.
             return Diagnosis("disk_full", found[0])
         unanswered = len(attempt.failed_nodes) == len(attempt.nodes) and all(map(is_silence, found))

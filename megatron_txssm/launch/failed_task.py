@@ -28,7 +28,7 @@ class FailedTaskWatch:
         self.looked = 0.0
 
     def ends(self, job_id: str, srun: subprocess.Popen) -> bool:
-        """Kill a step whose first failure is long ago; whether that was so."""
+        """Kill a step whose first failure is long ago; whether that was so. Some of its ranks may live on."""
         now = time.monotonic()
         if self.failed is None and now - self.looked > LOOK_SECONDS:
             self.looked = now

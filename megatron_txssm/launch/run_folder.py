@@ -100,6 +100,11 @@ class Attempt:
             file.seek(max(self.output_offset, size - 4_000_000))
             return file.read().decode(errors="replace")
 
+    def skip_output(self) -> None:
+        """What the job has printed up to now, its preflight's words, says nothing of the trainer."""
+        if self.output is not None and Path(self.output).is_file():
+            self.output_offset = Path(self.output).stat().st_size
+
     def save(self) -> None:
         fields = dataclasses.asdict(self)
         del fields["folder"]

@@ -92,13 +92,13 @@ class StallWatch:
 
 
 def kill_step(job_id: str, srun: subprocess.Popen) -> None:
-    """Kill the trainer's step and wait until its srun has ended."""
+    """Kill the trainer's step and wait until its srun has ended; its ranks may live on where slurmctld is away."""
     with contextlib.suppress(UserError):
         run_slurm("scancel", "--signal=KILL", _step_id(job_id))
         deadline = time.monotonic() + LEFTOVER_SECONDS
         while srun.poll() is None and time.monotonic() < deadline:
             time.sleep(0.5)
-    # slurmctld is away, or was restarted and does not know the step; without its srun it ends, too.
+    # slurmctld is away, or was restarted and does not know the step.
     srun.kill()
 
 
@@ -110,17 +110,16 @@ def end_leftover_steps(job_id: str) -> bool:
     """
     # Where Slurm refuses to list them, the next step's srun says why.
     with contextlib.suppress(UserError):
-        steps = until_answered(_steps, job_id)
-        deadline = time.monotonic() + LEFTOVER_SECONDS
-        while steps:
-            if time.monotonic() > deadline:
-                return False
+        for _ in range(2 * LEFTOVER_SECONDS):
+            steps = until_answered(_steps, job_id)
+            if not steps:
+                return True
             for step in steps:
                 # It may end by itself meanwhile.
                 with contextlib.suppress(UserError):
                     run_slurm("scancel", "--signal=KILL", step)
             time.sleep(0.5)
-            steps = until_answered(_steps, job_id)
+        return False
     return True
 
 

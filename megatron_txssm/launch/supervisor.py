@@ -29,6 +29,7 @@ from megatron_txssm.launch.requeue import requeue, spare_nodes_refusal
 from megatron_txssm.launch.run_folder import Attempt, attempts, new_attempt
 from megatron_txssm.launch.run_jobs import check_no_other_job
 from megatron_txssm.launch.run_lock import check_not_running
+from megatron_txssm.launch.slurm_words import why_slurm_ended_it
 from megatron_txssm.launch.stall import StallWatch, end_leftover_steps
 from megatron_txssm.launch.unfit_node import check_checkpoints, check_run_folder, leave_node, say
 from megatron_txssm.recipe.loader import load_recipe
@@ -78,6 +79,8 @@ class Supervisor:
         self.time_limit = self._time_limit()
         self.told_to_stop = False
         self.trouble: OSError | None = None
+        # Ranks of the last step may live on, out of slurmctld's sight.
+        self.lost_step = False
         # Slurm tells the trainer at the same time; this process must outlive it, to say what happened.
         signal.signal(signal.SIGTERM, self._note_stop)
 
@@ -126,7 +129,7 @@ class Supervisor:
             gone = not own or end_leftover_steps(self.job_id)
             close(before[-1], self.recipe)
             before[-1].save()
-            if not gone:
+            if not gone and not self.told_to_stop:
                 say("Slurm cannot end a step of the last attempt: requeueing")
                 requeue(self.job_id)
 
@@ -143,6 +146,7 @@ class Supervisor:
             return
         # The job's others are spare.
         self.nodes, attempt.nodes = healthy, healthy[: self.num_nodes]
+        attempt.skip_output()
         say(f"START attempt {attempt.number} of {self.recipe.run_path}: job {self.job_id} on {_named(attempt.nodes)}")
         self._save(attempt)
         # What tells a worker that it is one, and where to leave its last words.
@@ -160,8 +164,9 @@ class Supervisor:
             if attempt.hang is None and not self.told_to_stop and (phase := watch.stalled_phase()):
                 num_ranks = len(attempt.nodes) * self.nproc_per_node
                 attempt.hang = watch.end_step(self.job_id, step, num_ranks, phase)
+                self.lost_step = attempt.hang["silent_ranks"] is None
             elif not self.told_to_stop and failed_task.ends(self.job_id, step):
-                code = 1
+                code, self.lost_step = 1, True
                 break
         attempt.exit_code = code
 
@@ -213,12 +218,17 @@ class Supervisor:
         lost = lost_nodes(self.nodes)
         self.nodes = [node for node in self.nodes if node not in lost]
         decision = decide(attempt, before, self.args.max_requeues, restarts, self.nodes)
+        if decision.do == "restart" and (self.lost_step or not end_leftover_steps(self.job_id)):
+            decision = Decision("requeue", leave_out=decision.leave_out)
+        if self.told_to_stop and not attempt.told_to_stop:
+            # While it waited for slurmctld.
+            ended = why_slurm_ended_it(attempt.read_output())
+            routine = ended is not None and ended[0] in ("preempted", "time_limit_hit")
+            return Decision("requeue") if routine or self._is_out_of_time(self.args.stop_before) else None
         replaceable = decision.do != "requeue" or not decision.leave_out
         if not replaceable and spare_nodes_refusal(decision.leave_out, attempt.nodes, partition):
             # Better with a node that may be bad than not at all.
             decision = Decision("requeue")
-        if decision.do == "restart" and not end_leftover_steps(self.job_id):
-            decision = Decision("requeue", leave_out=decision.leave_out)
         return decision
 
     def _exit_code(self, attempt: Attempt, diagnosis: Diagnosis) -> int:

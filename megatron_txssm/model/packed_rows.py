@@ -16,11 +16,11 @@ def saved_by_component(packed: ShardedTensor, sizes: dict[str, int]) -> ShardedT
     """
     rows = sum(sizes.values())
     padding = packed.local_shape[0] - rows
+    if not padding:
+        return split_tensor_factory(packed, list(sizes.values()), list(sizes), 0)
     assert packed.data is not None, f"{packed.key} has no data"
     (own,) = packed.narrow(0, 0, rows)
     factory = split_tensor_factory(own, list(sizes.values()), list(sizes), 0)
-    if not padding:
-        return factory
 
     def build(key: str, tensor: Tensor, *options: Any) -> Any:
         return factory.build_fn(key, tensor[:rows], *options)
@@ -29,4 +29,5 @@ def saved_by_component(packed: ShardedTensor, sizes: dict[str, int]) -> ShardedT
         merged = factory.merge_fn(components)
         return torch.cat([merged, merged.new_zeros(padding, *merged.shape[1:])])
 
+    # The parameter itself: by it Megatron finds the optimizer's state.
     return ShardedTensorFactory(packed.key, packed.data, build, merge, packed.replica_id)

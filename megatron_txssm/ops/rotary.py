@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_txssm.ops.ssd_reference import accumulation_dtype
-from megatron_txssm.ops.ssd_triton import is_available
+from megatron_txssm.ops.ssd_triton import import_error, is_available
 from megatron_txssm.ops.tracing import is_traced
 
 
@@ -32,8 +32,9 @@ def apply_rotary(x_BLGN: Tensor, cos_LR: Tensor, sin_LR: Tensor, *, backend: str
         first, second = x_BLGN.to(dtype).chunk(2, dim=-1)
         turned = (first * cos_L1R - second * sin_L1R, second * cos_L1R + first * sin_L1R)
         return torch.cat(turned, dim=-1).to(x_BLGN.dtype)
-    by_kernel = dtype == torch.float32 and (backend == "triton" or (backend == "auto" and is_available(x_BLGN)))
-    return _Rotation.apply(x_BLGN, cos_L1R, sin_L1R, by_kernel)
+    # Without them `ssd` says so.
+    wanted = import_error() is None if backend == "triton" else backend == "auto" and is_available(x_BLGN)
+    return _Rotation.apply(x_BLGN, cos_L1R, sin_L1R, wanted and dtype == torch.float32)
 
 
 class _Rotation(torch.autograd.Function):

@@ -8,9 +8,13 @@ Imported where it is called, so that nothing else needs Triton.
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+try:  # So that transformers does not ask for it when it loads an exported model from the Hub.
+    import triton
+    import triton.language as tl
+except ImportError:
+    raise
 
 
 def rotate(x_BLGN: Tensor, cos_L1R: Tensor, sin_L1R: Tensor) -> Tensor:

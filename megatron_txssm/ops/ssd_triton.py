@@ -8,7 +8,8 @@ those of fp32 tensors to TF32, unless TRITON_F32_DEFAULT=ieee is in the environm
 
 Reproducible bits: kernels that add without atomics are taken under torch.use_deterministic_algorithms, which Megatron's
 `--deterministic-mode` sets. The block sizes, which order the sums, are fixed only if that holds, or
-MAMBA_DETERMINISTIC=1 is in the environment, when mamba-ssm is imported; else each process tries which are the fastest.
+MAMBA_DETERMINISTIC=1 is in the environment, when mamba-ssm is imported; else they are those that a process of this
+machine found to be the fastest (TRITON_CACHE_AUTOTUNING).
 Megatron imports it before it reads its arguments: training/pretrain.py sets the variable.
 """
 
@@ -54,12 +55,15 @@ def import_error() -> ImportError | None:
 
 def _kernels() -> tuple[Any, Any]:
     """mamba-ssm's scan of a sequence and its step of one token."""
-    from mamba_ssm.ops.triton.selective_state_update import (  # pyright: ignore[reportMissingImports]
-        selective_state_update,
-    )
-    from mamba_ssm.ops.triton.ssd_combined import (  # pyright: ignore[reportMissingImports]
-        mamba_chunk_scan_combined,
-    )
+    try:  # So that transformers does not ask for it when it loads an exported model from the Hub.
+        from mamba_ssm.ops.triton.selective_state_update import (  # pyright: ignore[reportMissingImports]
+            selective_state_update,
+        )
+        from mamba_ssm.ops.triton.ssd_combined import (  # pyright: ignore[reportMissingImports]
+            mamba_chunk_scan_combined,
+        )
+    except ImportError:
+        raise
 
     return mamba_chunk_scan_combined, selective_state_update
 

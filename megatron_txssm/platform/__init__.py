@@ -29,40 +29,53 @@ def prepare_platform() -> list[str]:
         check_devices(torch.cuda.device_count())
         os.environ.setdefault(ALLOW_EXTRA_STATE, "1")
         prefer_torchs_cudnn()
-        # apex's kernel; Megatron's own linear layers refuse to be built without it unless told.
-        if importlib.util.find_spec("fused_weight_gradient_mlp_cuda"):
-            return []
-        if importlib.util.find_spec("transformer_engine"):
-            from megatron_txssm.platform.gradient_accumulation import stand_in_for_apex
-
-            stand_in_for_apex()
-            return []
-        from megatron_txssm.platform.adam import stand_in_for_fused_adam
-
-        stand_in_for_fused_adam()
-        # Both need kernels of apex or Transformer Engine, and Megatron's defaults are on.
-        return ["--no-gradient-accumulation-fusion", "--no-rope-fusion"]
+        return _without_missing_kernels()
     from megatron_txssm.platform import cpu
 
     cpu.install()
     return list(cpu.MEGATRON_ARGUMENTS)
 
 
+def _without_missing_kernels() -> list[str]:
+    """What Megatron must be told where apex or Transformer Engine is not installed: its defaults ask for both."""
+    arguments: list[str] = []
+    has_transformer_engine = importlib.util.find_spec("transformer_engine") is not None
+    if not has_transformer_engine:
+        from megatron_txssm.platform.adam import stand_in_for_fused_adam
+
+        stand_in_for_fused_adam()
+        arguments.append("--no-rope-fusion")
+    # apex's kernel; Megatron's own linear layers refuse to be built without it unless told.
+    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        if has_transformer_engine:
+            from megatron_txssm.platform.gradient_accumulation import stand_in_for_apex
+
+            stand_in_for_apex()
+        else:
+            arguments.append("--no-gradient-accumulation-fusion")
+    return arguments
+
+
 def prefer_torchs_cudnn() -> None:
-    """Load the cuDNN that came with torch, before Transformer Engine loads the system's.
+    """Load all of the cuDNN that torch has loaded a part of, before Transformer Engine loads the system's.
 
     torch refuses to work beside another release of it, and Transformer Engine takes cuDNN from where the CUDA toolkit
     is, or from /usr/lib, which may have an older one.
     """
+    import torch
+
+    assert torch
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libcudnn.so" in line}
     package = importlib.util.find_spec("nvidia")
     for folder in package.submodule_search_locations or () if package else ():
-        home = Path(folder) / "cudnn"
-        libraries = sorted(home.glob("lib/libcudnn*.so.*"))
-        # All of its parts: Transformer Engine's own library names each of them.
-        for library in libraries:
+        home = Path(folder).resolve() / "cudnn"
+        if not any(Path(library).is_relative_to(home) for library in loaded):
+            # torch works with another one.
+            continue
+        # Transformer Engine's own library names each part.
+        for library in sorted(home.glob("lib/libcudnn*.so.*")):
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-        if libraries:
-            os.environ.setdefault("CUDNN_HOME", str(home))
+        os.environ.setdefault("CUDNN_HOME", str(home))
 
 
 def check_devices(count: int) -> None:

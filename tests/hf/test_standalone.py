@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers.dynamic_module_utils import get_imports
 
 from megatron_txssm.hf.standalone import AUTO_MAP, code_files
 from tests.hf.tiny import VARIANTS, generate, padded_left, tiny_model
@@ -73,6 +74,13 @@ def test_another_process_without_our_packages_computes_the_same_bits(tmp_path: P
             assert torch.equal(results[who, "logits"], logits), (variant, who)
         for who in ("first", "again"):
             assert torch.equal(results[who, "tokens"], tokens), (variant, who)
+
+
+def test_the_hub_asks_for_no_package_that_is_optional(tmp_path: Path) -> None:
+    """transformers refuses a file from there whose imports are not installed, unless they are tried."""
+    for name, text in code_files().items():
+        (tmp_path / name).write_text(text)
+        assert not {"mamba_ssm", "triton"} & set(get_imports(tmp_path / name)), name
 
 
 def test_the_files_import_nothing_of_ours() -> None:

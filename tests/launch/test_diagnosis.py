@@ -485,6 +485,10 @@ def test_no_node_has_room(attempt: Attempt) -> None:
     assert diagnose(attempt, finished=False, output="").cause == "preflight"
     attempt.failed_nodes = {"n2": words}
     assert diagnose(attempt, finished=False, output="").cause == "preflight"
+    # A node's own disk.
+    own = "TRITON_CACHE_DIR=/tmp/triton cannot be made: No space left on device"
+    attempt.failed_nodes = {node: [own] for node in attempt.nodes}
+    assert diagnose(attempt, finished=False, output="").cause == "preflight"
 
 
 @pytest.mark.parametrize(

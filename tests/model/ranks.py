@@ -51,7 +51,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *argu
         rank.kill()
         rank.join()
     errors = [path.read_text() for path in sorted(folder.glob("error_*"))]
-    assert all(rank.exitcode == 0 for rank in ranks), "\n".join(errors) or f"no end within {TIMEOUT_SECONDS} s"
+    assert all(rank.exitcode == 0 for rank in ranks), (
+        "\n".join(errors)
+        or f"exit codes {[rank.exitcode for rank in ranks]}: killed, or no end within {TIMEOUT_SECONDS} s"
+    )
     return [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 

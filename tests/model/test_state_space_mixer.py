@@ -424,6 +424,19 @@ def test_packed_tensors_are_saved_by_component(one_process: None) -> None:
     assert shapes == expected
 
 
+@pytest.mark.parametrize("padded", [True, False])
+@variants
+def test_the_optimizer_finds_every_parameter_in_the_checkpoint(
+    one_process: None, encoding: str, gated: bool, padded: bool
+) -> None:
+    """Megatron knows it by its identity. 60 or 84 rows of the in-projection are padded, 64 are not."""
+    full = {"num_groups": 1, "state_size": 6} if gated else {"head_dim": 7}
+    mixer = build(encoding, gated, **({} if padded else full))
+    assert (mixer.padding > 0) == padded
+    found = {id(entry.data) for entry in mixer.sharded_state_dict().values() if hasattr(entry, "data")}
+    assert {id(parameter) for parameter in mixer.parameters()} <= found
+
+
 def test_a_checkpoint_of_two_ranks_loads_into_one_bit_by_bit(tensor_parallel_run: Any) -> None:
     mixers, _, checkpoint = tensor_parallel_run
     again = all_variants()

@@ -24,7 +24,7 @@ def test_refuses_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu._installed is None
     # And the trainer then runs on it, unfused where the kernels of apex and Transformer Engine are missing.
     monkeypatch.setattr("megatron_txssm.platform.prefer_torchs_cudnn", lambda: None)
-    assert prepare_platform() == ["--no-gradient-accumulation-fusion", "--no-rope-fusion"]
+    assert prepare_platform() == ["--no-rope-fusion", "--no-gradient-accumulation-fusion"]
 
 
 def test_refuses_after_megatron_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:
