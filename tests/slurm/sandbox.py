@@ -93,13 +93,16 @@ class Sandbox:
         end = time.monotonic() + PATIENCE
         while set((states := self.node_states()).values()) != {"idle"}:
             assert time.monotonic() < end, f"after {PATIENCE} s the nodes are {states}"
-            for node, state in states.items():
-                # Slurm drains one whose processes it could not end in time.
-                if state.startswith(("drain", "down")):
-                    subprocess.run(
-                        ["scontrol", "update", f"NodeName={node}", "State=RESUME"], env=self.env, capture_output=True
-                    )
+            self.resume_drained(states)
             time.sleep(0.5)
+
+    def resume_drained(self, states: dict[str, str]) -> None:
+        """As an administrator does after a look: Slurm drains a node whose processes it could not end in time."""
+        for node, state in states.items():
+            if state.startswith(("drain", "down")):
+                subprocess.run(
+                    ["scontrol", "update", f"NodeName={node}", "State=RESUME"], env=self.env, capture_output=True
+                )
 
     def wait_idle(self, nodes: list[str], seconds: float) -> None:
         self.wait_states(dict.fromkeys(nodes, "idle"), seconds)

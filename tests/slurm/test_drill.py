@@ -19,6 +19,7 @@ NODES = ["n1", "n2", "n3"]
 MAX_STEPS = 15
 # slurmctld is away for so long.
 AWAY_SECONDS = 15
+LOOK_SECONDS = 5
 
 
 def kill_worker(job: TrainingJob, draw: random.Random) -> None:
@@ -98,8 +99,22 @@ FAULTS = [
 ]
 
 
+def wait_for(job: TrainingJob, condition: Callable[[], bool], what: str) -> None:
+    """As long as it takes Slurm, with an administrator who looks after drained nodes."""
+    looked = time.monotonic()
+
+    def tended() -> bool:
+        nonlocal looked
+        if time.monotonic() - looked > LOOK_SECONDS:
+            job.sandbox.resume_drained(job.sandbox.node_states())
+            looked = time.monotonic()
+        return condition()
+
+    job.wait_until(tended, what)
+
+
 def wait_for_step(job: TrainingJob, step: int) -> None:
-    job.wait_until(lambda: job.is_over() or job.farthest_step() >= step, f"step {step}")
+    wait_for(job, lambda: job.is_over() or job.farthest_step() >= step, f"step {step}")
 
 
 def strike(job: TrainingJob, fault: Callable[[TrainingJob, random.Random], None], draw: random.Random) -> str:
@@ -110,7 +125,7 @@ def strike(job: TrainingJob, fault: Callable[[TrainingJob, random.Random], None]
     except (psutil.Error, AssertionError) as missed:
         # The trainer was not there: between two steps of Slurm's, or the run was over.
         return f"not done, {str(missed).splitlines()[0]}"
-    job.wait_until(lambda: job.is_over() or len(job.attempts()) > attempts, "the next attempt")
+    wait_for(job, lambda: job.is_over() or len(job.attempts()) > attempts, "the next attempt")
     wait_for_step(job, done + 1)
     return f"{job.attempts()[attempts - 1].cause}, {time.monotonic() - began:5.1f} s to the next new step"
 
