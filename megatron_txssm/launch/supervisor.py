@@ -224,7 +224,8 @@ class Supervisor:
             # While it waited for slurmctld.
             ended = why_slurm_ended_it(attempt.read_output())
             routine = ended is not None and ended[0] in ("preempted", "time_limit_hit")
-            return Decision("requeue") if routine or self._is_out_of_time(self.args.stop_before) else None
+            routine = routine or self._is_out_of_time(self.args.stop_before + SIGNAL_SLACK_SECONDS)
+            return Decision("requeue") if routine else None
         replaceable = decision.do != "requeue" or not decision.leave_out
         if not replaceable and spare_nodes_refusal(decision.leave_out, attempt.nodes, partition):
             # Better with a node that may be bad than not at all.

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from typing import Any
 import pytest
 
 from megatron_txssm.launch import run_folder, supervisor, unfit_node
+from megatron_txssm.launch.diagnosis import Diagnosis
+from megatron_txssm.launch.limits import LIMITS
 from megatron_txssm.launch.run_lock import RunLock
 from megatron_txssm.recipe.loader import load_recipe
+from tests.launch.some_attempt import some_attempt
 from tests.launch.some_queue import write_queue
 
 
@@ -77,3 +81,45 @@ def test_records_that_a_node_cannot_read_are_its_fault(run: Path, monkeypatch: p
     monkeypatch.setattr(run_folder.json, "loads", fails)
     with pytest.raises(Requeued, match="Input/output error"):
         supervisor.main([str(run / "recipe.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("reason", "wanted"), [("", None), (" DUE TO TIME LIMIT", "requeue"), (" DUE TO PREEMPTION", "requeue")]
+)
+def test_a_signal_that_comes_while_it_waits_for_slurm_is_obeyed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, reason: str, wanted: str | None
+) -> None:
+    """A restart would end at once, and nobody would know why; a requeue would revive what was cancelled."""
+    output = run / "job.out"
+    output.write_text(f"slurmstepd-n1: error: *** JOB 17 ON n1 CANCELLED AT 2026-11-26T12:00:00{reason} ***\n")
+    attempt = some_attempt(run, cause="killed", job_id="17", output=str(output), last_step=15)
+    decisions = supervisor_of(run)
+    decide = decisions._decide
+
+    def wait(job_id: str) -> bool:
+        decisions.told_to_stop = True
+        return True
+
+    monkeypatch.setattr(supervisor, "lost_nodes", lambda nodes: [])
+    monkeypatch.setattr(supervisor, "end_leftover_steps", wait)
+    decision = decide(attempt, Diagnosis("killed"), [], 3)
+    assert (decision and decision.do) == wanted
+
+
+def test_a_step_out_of_slurms_sight_is_a_reason_to_requeue(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ranks may live on beside those of a restart."""
+    attempt = some_attempt(run, cause="killed", job_id="17", last_step=15)
+    decisions = supervisor_of(run)
+    monkeypatch.setattr(supervisor, "lost_nodes", lambda nodes: [])
+    for gone, lost_step, wanted in ((True, False, "restart"), (False, False, "requeue"), (True, True, "requeue")):
+        monkeypatch.setattr(supervisor, "end_leftover_steps", lambda job_id, gone=gone: gone)
+        decisions.lost_step = lost_step
+        decision = decisions._decide(attempt, Diagnosis("killed"), [], 3)
+        assert decision is not None and decision.do == wanted
+
+
+def supervisor_of(run: Path) -> supervisor.Supervisor:
+    limits = {name.replace("-", "_"): default for name, (default, *_) in LIMITS.items()}
+    made = supervisor.Supervisor(Namespace(recipe=str(run / "recipe.yaml"), overrides=[], nodes=0, **limits))
+    made.nodes = ["n1", "n2"]
+    return made
