@@ -1,5 +1,6 @@
 """Where the trainer runs: GPUs by default, or Megatron's CPU and gloo adapter where there is none."""
 
+import contextlib
 import ctypes
 import importlib.util
 import os
@@ -74,7 +75,9 @@ def prefer_torchs_cudnn() -> None:
             continue
         # Transformer Engine's own library names each part.
         for library in sorted(home.glob("lib/libcudnn*.so.*")):
-            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+            # One that lacks something here would fail in Transformer Engine, too, which says more.
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         os.environ.setdefault("CUDNN_HOME", str(home))
 
 
