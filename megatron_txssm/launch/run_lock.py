@@ -14,7 +14,9 @@ Locks of the kernel (flock, fcntl) would be simpler, but whether nodes share the
 import contextlib
 import json
 import os
+import re
 import secrets
+import signal
 import socket
 import sys
 import tempfile
@@ -180,7 +182,7 @@ def living_holder(folder: Path, me: Holder, name: str = NAME) -> Holder | str | 
     if on_this_machine and holder.started_ticks != _started_ticks(holder.pid):
         return None
     if on_this_machine and holder.inode == inode:
-        return holder
+        return None if _dies(holder.pid, holder.started_ticks) else holder
     if holder.job_id is not None and holder.job_id == me.job_id and holder.restarts < me.restarts:
         return None
     print(f"{file} names {holder}: looking whether it lives, for up to {STALE_SECONDS:.0f} s", flush=True)
@@ -222,6 +224,25 @@ def _started_ticks(pid: int) -> str | None:
     except OSError:
         return None
     return None if fields[0] in ("Z", "X") else fields[19]
+
+
+def _dies(pid: int, started_ticks: str | None) -> bool:
+    """Whether a process has been killed, and has ended within STALE_SECONDS: a busy machine takes a while."""
+    end = time.monotonic() + STALE_SECONDS
+    while _is_killed(pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    return _started_ticks(pid) != started_ticks
+
+
+def _is_killed(pid: int) -> bool:
+    """Whether it is ending (PF_EXITING), or SIGKILL waits for it."""
+    try:
+        flags = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[6]
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    waiting = [int(mask, 16) for mask in re.findall(r"^(?:Sig|Shd)Pnd:\s*(\w+)$", status, re.MULTILINE)]
+    return bool(int(flags) & 0x4) or any(mask & 1 << (signal.SIGKILL - 1) for mask in waiting)
 
 
 def _is_touched(file: Path) -> bool:

@@ -48,6 +48,41 @@ def leave(folder: Path, **changes: object) -> Holder:
     return holder
 
 
+def test_a_holder_that_was_killed_is_waited_for(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a process lives on for a moment behind SIGKILL."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS, f"run_directory={recipe.run_path}"], stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    looks = []
+
+    def is_killed(pid: int) -> bool:
+        looks.append(pid)
+        if len(looks) == 3:
+            holder.kill()
+            holder.wait()
+        return True
+
+    with pytest.raises(UserError, match="in use by another run"):
+        check_not_running(recipe)
+    monkeypatch.setattr(run_lock, "STALE_SECONDS", 2.0)
+    monkeypatch.setattr(run_lock, "_is_killed", is_killed)
+    check_not_running(recipe)
+    assert set(looks) == {holder.pid}
+
+
+def test_what_was_killed_shows_it() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(600)"], stdout=-1
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    assert not run_lock._is_killed(process.pid)
+    process.kill()
+    # It has ended, and is kept for its parent.
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert run_lock._is_killed(process.pid)
+    process.wait()
+    assert not run_lock._is_killed(process.pid)
+
+
 def test_it_is_held_for_as_long_as_the_run(recipe: Recipe) -> None:
     file = recipe.run_path / NAME
     with RunLock(recipe):
