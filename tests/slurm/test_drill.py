@@ -70,11 +70,7 @@ def lose_slurmctld_and_a_worker(job: TrainingJob, draw: random.Random) -> None:
     worker = job.process(draw.randrange(2))
     # Else the run may be over before.
     worker.suspend()
-    state = job.sandbox.directory / "state" / "job_state"
-    began = time.time()
-    # Slurm saves its state within 5 s of a change; before that it would forget what it did last.
-    job.sandbox.slurm("scontrol", "update", f"JobId={job.job}", "Comment=changed")
-    job.wait_until(lambda: state.exists() and state.stat().st_mtime > began, "slurmctld's state")
+    job.wait_state_saved()
     job.sandbox.must("kill-slurmctld")
     try:
         worker.kill()

@@ -169,10 +169,7 @@ def test_the_controllers_death_disturbs_nothing(
     job = TrainingJob(sandbox, tmp_path / "job", data)
     job.submit()
     job.wait_step(STEP)
-    # Slurm saves its state every 5 s; before that it would forget the job.
-    state = sandbox.directory / "state" / "job_state"
-    submitted = (job.run / "submission.json").stat().st_mtime
-    job.wait_until(lambda: state.exists() and state.stat().st_mtime > submitted, "slurmctld's state")
+    job.wait_state_saved()
     sandbox.must("kill-slurmctld")
     before = job.steps()[-1][0]
     job.wait_step(before + 5)

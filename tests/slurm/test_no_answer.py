@@ -23,20 +23,13 @@ def job(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tr
     return job
 
 
-def wait_saved(job: TrainingJob) -> None:
-    """Slurm saves its state every 5 s; before that it would forget the job."""
-    state = job.sandbox.directory / "state" / "job_state"
-    submitted = (job.run / "submission.json").stat().st_mtime
-    job.wait_until(lambda: state.exists() and state.stat().st_mtime > submitted + 1, "slurmctld's state")
-
-
 @pytest.mark.slow
 def test_the_commands_while_slurmctld_is_away(sandbox: Sandbox, job: TrainingJob) -> None:
     job.submit()
     # As three who submit at once, or somebody by hand: submission.json does not know it.
     second = sandbox.slurm("sbatch", "--parsable", "--hold", "./pretrain.sbatch", cwd=job.run).strip()
     job.wait_step(5)
-    wait_saved(job)
+    job.wait_state_saved()
     held = txssm(sandbox, "jobs").stdout
     assert f"job {second}: it is held: scontrol release {second}" in held
     command = [sys.executable, "-m", "megatron_txssm.cli", "logs", "-f", str(job.run)]

@@ -127,6 +127,12 @@ class TrainingJob:
         self.wait_until(self.is_over, "the end")
         assert self.sandbox.job_state(self.job) == state, f"{self.output()}\n{self.why()}"
 
+    def wait_state_saved(self) -> None:
+        """slurmctld writes down what it knows within 5 s of a change; what came later it would forget when it dies."""
+        state, began = self.sandbox.directory / "state" / "job_state", time.time()
+        self.sandbox.slurm("scontrol", "update", f"JobId={self.job}", "Comment=changed")
+        self.wait_until(lambda: state.exists() and state.stat().st_mtime > began, "slurmctld's state")
+
     def step_id(self) -> str:
         """Slurm's number of the trainer's step."""
         lines = self.sandbox.slurm("squeue", "--noheader", "--steps", f"--jobs={self.job}", "--format=%i %j")
