@@ -56,23 +56,22 @@ def test_a_holder_that_was_killed_is_waited_for(recipe: Recipe, monkeypatch: pyt
 
     def is_killed(pid: int) -> bool:
         looks.append(pid)
-        if len(looks) == 3:
-            holder.kill()
-            holder.wait()
-        return True
+        if len(looks) < 3:
+            return True
+        holder.kill()
+        holder.wait()
+        return False
 
     with pytest.raises(UserError, match="in use by another run"):
         check_not_running(recipe)
-    monkeypatch.setattr(run_lock, "STALE_SECONDS", 2.0)
     monkeypatch.setattr(run_lock, "_is_killed", is_killed)
     check_not_running(recipe)
     assert set(looks) == {holder.pid}
 
 
 def test_what_was_killed_shows_it() -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(600)"], stdout=-1
-    )
+    code = "import time; print('ready', flush=True); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     assert not run_lock._is_killed(process.pid)
     process.kill()

@@ -118,6 +118,27 @@ def test_a_step_out_of_slurms_sight_is_a_reason_to_requeue(run: Path, monkeypatc
         assert decision is not None and decision.do == wanted
 
 
+def test_what_the_preflight_said_is_not_the_trainers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task of it may fail without consequences, on a spare node or in measuring the network."""
+    output = run / "job.out"
+    attempt = some_attempt(run, output=str(output))
+
+    class Preflight:
+        port = 1
+
+        def __init__(self, *_: Any) -> None: ...
+
+        def run(self) -> dict[str, list[str]]:
+            output.write_text("srun: error: n1: task 0: Exited with exit code 1\n")
+            return {}
+
+    trains = supervisor_of(run)
+    monkeypatch.setattr(supervisor, "NodePreflight", Preflight)
+    monkeypatch.setattr(trains, "_step_command", lambda nodes: ["true"])
+    trains._train(attempt)
+    assert attempt.exit_code == 0 and attempt.read_output() == ""
+
+
 def supervisor_of(run: Path) -> supervisor.Supervisor:
     limits = {name.replace("-", "_"): default for name, (default, *_) in LIMITS.items()}
     made = supervisor.Supervisor(Namespace(recipe=str(run / "recipe.yaml"), overrides=[], nodes=0, **limits))

@@ -55,6 +55,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *argu
         "\n".join(errors)
         or f"exit codes {[rank.exitcode for rank in ranks]}: killed, or no end within {TIMEOUT_SECONDS} s"
     )
+    # Any Python object, written by these processes a moment ago.
     return [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 

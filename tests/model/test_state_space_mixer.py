@@ -424,6 +424,15 @@ def test_packed_tensors_are_saved_by_component(one_process: None) -> None:
     assert shapes == expected
 
 
+@variants
+def test_padding_is_zero_and_is_not_trained(one_process: None, encoding: str, gated: bool) -> None:
+    mixer = build_mixer(state_space_config(position_encoding=encoding, gated=gated))
+    mixer(hidden_states())[0].sum().backward()
+    weight = mixer.in_proj.weight
+    for rows in (weight[-mixer.padding :], weight.grad[-mixer.padding :]):
+        assert rows.shape == (mixer.padding, HIDDEN) and not rows.any()
+
+
 @pytest.mark.parametrize("padded", [True, False])
 @variants
 def test_the_optimizer_finds_every_parameter_in_the_checkpoint(

@@ -31,6 +31,7 @@ def test_what_only_a_gpu_has_is_refused_without_one(monkeypatch: pytest.MonkeyPa
 def test_torchs_cudnn_comes_before_the_systems() -> None:
     """Every part of it is in memory before Transformer Engine, whose library would bring the system's, is imported."""
     script = """
+import torch
 from megatron_txssm.platform import prefer_torchs_cudnn
 prefer_torchs_cudnn()
 import os

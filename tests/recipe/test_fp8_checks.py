@@ -79,8 +79,11 @@ def test_sides_of_gemms_are_multiples_of_sixteen(overrides: list[str], wanted: s
 
 def test_rows_of_the_in_projection_may_be_any() -> None:
     """The mixer pads them: 1804 rows at 320M, and 2064 on each of two ranks at 1.3B, where MXFP8 has blocks of 32."""
-    load_recipe("transxssm_320m", ["training.fp8=hybrid"])
-    load_recipe("transxssm_1.3b_fp8_b200", ["parallel.tensor_model_parallel_size=2"])
+    for name, override in (
+        ("transxssm_320m", "training.fp8=hybrid"),
+        ("transxssm_1.3b_fp8_b200", "parallel.tensor_model_parallel_size=2"),
+    ):
+        assert load_recipe(name, [override]).training.fp8
 
 
 def test_emulation_takes_any_size() -> None:
