@@ -32,8 +32,6 @@ from megatron_txssm.recipe.recipe import Recipe
 _HUNG = {"start": "no first step", "step": "no step", "save": "the checkpoint was not complete"}
 # How much of a killed rank's log is read: it ends with what killed it.
 _LAST_WORDS_BYTES = 4096
-
-
 # The preflight's words for a file system that all nodes share.
 _NO_ROOM = re.compile(
     r"GB left; a checkpoint takes|has room for \d+ more files|cannot be written: (?:No space left|Disk quota)"
@@ -98,12 +96,15 @@ def diagnose(attempt: Attempt, finished: bool, output: str) -> Diagnosis:
         return Diagnosis("finished")
     if attempt.failed_nodes:
         node, problems = next(iter(attempt.failed_nodes.items()))
-        found = [text for texts in attempt.failed_nodes.values() for text in texts]
-        if len(attempt.failed_nodes) == len(attempt.nodes) and all(map(_NO_ROOM.search, found)):
-            # No other node would have more.
-            return Diagnosis("disk_full", found[0])
-        unanswered = len(attempt.failed_nodes) == len(attempt.nodes) and all(map(is_silence, found))
-        return Diagnosis("preflight", "; ".join(problems), node=None if unanswered else node)
+        if len(attempt.failed_nodes) == len(attempt.nodes):
+            found = [text for texts in attempt.failed_nodes.values() for text in texts]
+            if all(map(_NO_ROOM.search, found)):
+                # No other node would have more.
+                return Diagnosis("disk_full", found[0])
+            if all(map(is_silence, found)):
+                # That is no node's doing.
+                return Diagnosis("preflight", found[0])
+        return Diagnosis("preflight", "; ".join(problems), node=node)
     if attempt.hang is not None:
         return _hang(attempt, attempt.hang)
     if name := what_killed_the_supervisor(output):

@@ -3,7 +3,8 @@
 RUN/running.json holds host, process, Slurm job and begin of the holder, rank 0. It goes away when that ends. What a
 killed holder leaves counts as long as it may live:
 
-- On the same machine the process itself is looked for, unless the file is a copy: its number (inode) is another.
+- On the same machine the process itself is looked for, unless the file is a copy: its number (inode) is another. One
+  that was killed a moment ago is waited for.
 - A job that Slurm started again has outlived its earlier starts.
 - Else the file shows it: a living holder touches it every few seconds. Who comes waits to see whether it does, unless
   it was touched last too long ago.

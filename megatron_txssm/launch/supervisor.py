@@ -222,15 +222,19 @@ class Supervisor:
             decision = Decision("requeue", leave_out=decision.leave_out)
         if self.told_to_stop and not attempt.told_to_stop:
             # While it waited for slurmctld.
-            ended = why_slurm_ended_it(attempt.read_output())
-            routine = ended is not None and ended[0] in ("preempted", "time_limit_hit")
-            routine = routine or self._is_out_of_time(self.args.stop_before + SIGNAL_SLACK_SECONDS)
-            return Decision("requeue") if routine else None
+            return Decision("requeue") if self._was_told_as_routine(attempt) else None
         replaceable = decision.do != "requeue" or not decision.leave_out
         if not replaceable and spare_nodes_refusal(decision.leave_out, attempt.nodes, partition):
             # Better with a node that may be bad than not at all.
             decision = Decision("requeue")
         return decision
+
+    def _was_told_as_routine(self, attempt: Attempt) -> bool:
+        """Whether Slurm's SIGTERM came for the time limit or a preemption; else a requeue would revive the job."""
+        ended = why_slurm_ended_it(attempt.read_output())
+        return (ended is not None and ended[0] in ROUTINE) or self._is_out_of_time(
+            self.args.stop_before + SIGNAL_SLACK_SECONDS
+        )
 
     def _exit_code(self, attempt: Attempt, diagnosis: Diagnosis) -> int:
         if diagnosis.cause == "finished":

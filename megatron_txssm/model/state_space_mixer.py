@@ -62,7 +62,7 @@ class StateSpaceMixer(MegatronModule):
 
     `state_space.position_encoding` chooses the paper's variant (arXiv:2506.09507, table 2). The in-projection is one
     column-parallel layer whose rows are packed per rank: [z_r, x_r, B_r, C_r, dt_r, padding_r]. The padding's rows are
-    zero and stay so; no checkpoint, count of parameters or other model has them.
+    zero and stay so; no checkpoint, exported model or `num_params` has them (Megatron's log of its parameters does).
     """
 
     def __init__(

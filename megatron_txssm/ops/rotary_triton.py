@@ -1,4 +1,4 @@
-"""The rotation of rotary.py as one Triton kernel: each number is read and written once, where PyTorch makes ten passes.
+"""The rotation of rotary.py as one Triton kernel, where PyTorch's form launches five; each number moves once.
 
 Imported where it is called, so that nothing else needs Triton.
 """
@@ -18,7 +18,10 @@ except ImportError:
 
 
 def rotate(x_BLGN: Tensor, cos_L1R: Tensor, sin_L1R: Tensor) -> Tensor:
-    """As `apply_rotary`; x may have any strides, the tables are [L, 1, R] or [B, L, 1, R] in fp32."""
+    """[B, L, G, N] → [B, L, G, N], contiguous: `apply_rotary` (arXiv:2506.09507, eq. 2, 3), computed in fp32.
+
+    x may have any strides; the tables are [L, 1, R] or [B, L, 1, R], fp32.
+    """
     batch, length, groups, width = x_BLGN.shape
     planes = width // 2
     cos_BLR, sin_BLR = (table.squeeze(-2).expand(batch, length, planes) for table in (cos_L1R, sin_L1R))

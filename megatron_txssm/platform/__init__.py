@@ -58,14 +58,11 @@ def _without_missing_kernels() -> list[str]:
 
 
 def prefer_torchs_cudnn() -> None:
-    """Load all of the cuDNN that torch has loaded a part of, before Transformer Engine loads the system's.
+    """Load all of the cuDNN of which torch has loaded a part, before Transformer Engine loads the system's.
 
     torch refuses to work beside another release of it, and Transformer Engine takes cuDNN from where the CUDA toolkit
     is, or from /usr/lib, which may have an older one.
     """
-    import torch
-
-    assert torch
     loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libcudnn.so" in line}
     package = importlib.util.find_spec("nvidia")
     for folder in package.submodule_search_locations or () if package else ():

@@ -138,9 +138,10 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
 
 
 def follow_deterministic_mode(recipe: Recipe) -> None:
-    """Tell mamba-ssm of Megatron's --deterministic-mode before it is imported, which Megatron does too early itself.
+    """Fix mamba-ssm's kernels under Megatron's --deterministic-mode, and keep what it tunes otherwise.
 
-    Else its kernels add without atomics, but in blocks of the size that each run finds to be the fastest.
+    Before mamba-ssm is imported, which Megatron does too early itself: else its kernels would add without atomics, but
+    in blocks of the size that each run finds to be the fastest.
     """
     if recipe.megatron.get("deterministic_mode"):
         os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
