@@ -42,14 +42,20 @@ MAX_IDLE_ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Decision:
-    """`reason`: in words, empty for a restart or requeue without one; `leave_out`: nodes."""
+    """`reason`: in words, empty for a restart or requeue without one; `leave_out`, and `take_back`: nodes.
+
+    Those that are taken back were left out before, and the job has not enough others.
+    """
 
     do: Literal["end", "restart", "requeue", "hold"]
     reason: str = ""
     leave_out: tuple[str, ...] = ()
+    take_back: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         without = f" without {', '.join(self.leave_out)}" if self.leave_out else ""
+        if self.take_back:
+            without += f", and with {', '.join(self.take_back)} again, as no other node is left"
         if self.do == "end":
             return f"the job was not requeued: {self.reason}"
         if self.do == "hold":

@@ -1,13 +1,16 @@
 """How a job is requeued: with patience for a slurmctld that is away, and without its bad nodes."""
 
+import os
 import re
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
+from megatron_txssm.launch.decision import Decision
+from megatron_txssm.launch.run_folder import Attempt
 
 # What slurmctld goes on refusing after so long stays refused; the time begins anew whenever it was away.
 REQUEUE_SECONDS = 900
@@ -20,14 +23,35 @@ _REFUSED = re.compile(
 _DONE_ALREADY = "Job is pending execution"
 
 
-def spare_nodes_refusal(leave_out: Sequence[str], nodes: list[str], partition: str) -> str | None:
-    """Why a job on `nodes` cannot do without some of them; None where others can take their place."""
+def requeue_without(job_id: str, leave_out: Sequence[str], nodes: list[str], before: list[Attempt]) -> Decision:
+    """A requeue of a job on `nodes`, if need be with nodes that it left out earlier; the end where these are too few.
+
+    `before`: the attempts so far.
+    """
+    partition, avoided = os.environ["SLURM_JOB_PARTITION"], excluded_nodes(job_id)
+    if spare_nodes_refusal(leave_out, nodes, partition, avoided) is None:
+        return Decision("requeue", leave_out=tuple(leave_out))
+    # What the user excluded, the job has never run on.
+    tried = {node for attempt in before if attempt.job_id == job_id for node in attempt.nodes}
+    left_out = [node for node in avoided if node in tried]
+    if why_not := spare_nodes_refusal(leave_out, nodes, partition, set(avoided) - tried):
+        return Decision("end", why_not)
+    return Decision("requeue", leave_out=tuple(leave_out), take_back=tuple(left_out))
+
+
+def spare_nodes_refusal(
+    leave_out: Sequence[str], nodes: list[str], partition: str, avoided: Collection[str] = ()
+) -> str | None:
+    """Why a job on `nodes` cannot do without some of them; None where others can take their place.
+
+    `avoided`: those that it does without already.
+    """
     if len(leave_out) == len(nodes):
         return "every node failed the preflight"
     command = ("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %t")
     states = until_answered(slurm.run_slurm, *command)
     usable = {node for node, state in map(str.split, states.splitlines()) if not _is_lost(state)}
-    if len(usable - set(leave_out)) < len(nodes):
+    if len(usable - set(leave_out) - set(avoided)) < len(nodes):
         return f"partition {partition} has no node that could take the place of {', '.join(leave_out)}"
     return None
 
@@ -37,14 +61,17 @@ def _is_lost(state: str) -> bool:
     return state.endswith("*") or state.startswith(("down", "drain", "drng", "fail", "inval", "maint", "unk"))
 
 
-def requeue(job_id: str, leave_out: Sequence[str] = (), hold: bool = False) -> NoReturn:
+def requeue(
+    job_id: str, leave_out: Sequence[str] = (), take_back: Collection[str] = (), hold: bool = False
+) -> NoReturn:
     """Requeue the job that this process belongs to; it does not return: Slurm then kills this process.
 
-    Nodes can be left out only while the job is pending, which is in the seconds between Slurm's SIGTERM, which neither
-    this process nor its scontrol must obey, and its SIGKILL. UserError where Slurm refuses.
+    It then avoids `leave_out` and what it avoided before, but for `take_back`. That can be said only while the job is
+    pending, which is in the seconds between Slurm's SIGTERM, which neither this process nor its scontrol must obey, and
+    its SIGKILL. UserError where Slurm refuses.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    nodes = sorted({*excluded_nodes(job_id), *leave_out}) if leave_out else []
+    nodes = sorted({*excluded_nodes(job_id)} - {*take_back} | {*leave_out}) if leave_out else []
     until_answered(_requeue_once, "requeuehold" if hold else "requeue", job_id)
     if nodes:
         until_answered(slurm.run_slurm, "scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}")

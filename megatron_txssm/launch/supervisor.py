@@ -25,7 +25,7 @@ from megatron_txssm.launch.limits import add_limits
 from megatron_txssm.launch.node_preflight import NodePreflight
 from megatron_txssm.launch.notify import notify, wait_for_notifications
 from megatron_txssm.launch.preflight import is_finished, make_run_directory
-from megatron_txssm.launch.requeue import requeue, spare_nodes_refusal
+from megatron_txssm.launch.requeue import requeue, requeue_without
 from megatron_txssm.launch.run_folder import Attempt, attempts, new_attempt
 from megatron_txssm.launch.run_jobs import check_no_other_job
 from megatron_txssm.launch.run_lock import check_not_running
@@ -112,7 +112,7 @@ class Supervisor:
                 return self._exit_code(attempt, diagnosis)
             if decision.do != "restart":
                 wait_for_notifications()
-                requeue(self.job_id, decision.leave_out, hold=decision.do == "hold")
+                requeue(self.job_id, decision.leave_out, decision.take_back, hold=decision.do == "hold")
             restarts -= 1
             self.nodes = [node for node in self.nodes if node not in decision.leave_out]
 
@@ -207,14 +207,11 @@ class Supervisor:
             # What it was told to stop for is Slurm's to mend: a requeue here would revive a cancelled job.
             self._note_action(attempt, "Slurm ended the job; it starts again what lost a node")
             return None
-        partition = os.environ["SLURM_JOB_PARTITION"]
         if diagnosis.cause == "preflight":
-            failed = tuple(attempt.failed_nodes)
             if diagnosis.node is None:
                 # No node said a word: that is Slurm's doing.
                 return Decision("requeue")
-            why_not = spare_nodes_refusal(failed, self.nodes, partition)
-            return Decision("end", why_not) if why_not else Decision("requeue", leave_out=failed)
+            return requeue_without(self.job_id, list(attempt.failed_nodes), self.nodes, before)
         lost = lost_nodes(self.nodes)
         self.nodes = [node for node in self.nodes if node not in lost]
         decision = decide(attempt, before, self.args.max_requeues, restarts, self.nodes)
@@ -223,10 +220,10 @@ class Supervisor:
         if self.told_to_stop and not attempt.told_to_stop:
             # While it waited for slurmctld.
             return Decision("requeue") if self._was_told_as_routine(attempt) else None
-        replaceable = decision.do != "requeue" or not decision.leave_out
-        if not replaceable and spare_nodes_refusal(decision.leave_out, attempt.nodes, partition):
+        if decision.do == "requeue" and decision.leave_out:
+            decision = requeue_without(self.job_id, decision.leave_out, attempt.nodes, before)
             # Better with a node that may be bad than not at all.
-            decision = Decision("requeue")
+            return Decision("requeue") if decision.do == "end" else decision
         return decision
 
     def _was_told_as_routine(self, attempt: Attempt) -> bool:

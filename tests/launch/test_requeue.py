@@ -9,7 +9,9 @@ import pytest
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
-from megatron_txssm.launch.requeue import requeue, spare_nodes_refusal
+from megatron_txssm.launch.decision import Decision
+from megatron_txssm.launch.requeue import requeue, requeue_without, spare_nodes_refusal
+from tests.launch.some_attempt import some_attempt
 
 NODES = ["n1", "n2"]
 
@@ -73,6 +75,12 @@ def test_where_every_node_is_unfit_the_nodes_are_not_to_blame(tmp_path: Path, si
     assert spare_nodes_refusal(["n1", "n2"], NODES, "main") == "every node failed the preflight"
 
 
+def test_a_node_that_is_left_out_already_is_no_spare_node(sinfo: Path) -> None:
+    sinfo.write_text("n1 idle\nn2 idle\nn3 idle\nn4 idle\n")
+    assert spare_nodes_refusal(["n2"], NODES, "main", ["n4"]) is None
+    assert spare_nodes_refusal(["n2"], NODES, "main", ["n3", "n4"]) is not None
+
+
 def test_a_silent_controller_is_waited_for(
     sinfo: Path, monkeypatch: pytest.MonkeyPatch, pass_time: list[float]
 ) -> None:
@@ -129,7 +137,7 @@ def play(monkeypatch: pytest.MonkeyPatch, signal_mask: None) -> Callable[[Slurm]
     def play(played: Slurm) -> Slurm:
         monkeypatch.setattr(slurm, "run_slurm", played)
         monkeypatch.setattr(slurm, "queue", played.queue)
-        monkeypatch.setattr(slurm, "hostnames", lambda nodes: {"n[7-8]": ["n7", "n8"], "": []}[nodes])
+        monkeypatch.setattr(slurm, "hostnames", lambda nodes: {"n[7-8]": ["n7", "n8"], "": []}.get(nodes, [nodes]))
         return played
 
     return play
@@ -203,3 +211,46 @@ def test_a_held_job(play: Callable[[Slurm], Slurm]) -> None:
     with pytest.raises(UserError, match="was requeued"):
         requeue("21", hold=True)
     assert played.said == [("scontrol", "requeuehold", "21")]
+
+
+@pytest.mark.parametrize(
+    ("states", "by_user", "expected"),
+    [
+        # n2 was left out when attempt 1 failed there; the job runs on n1 and n3 now, and n1 is to blame.
+        ("n1 idle\nn2 idle\nn3 idle\nn4 idle\n", False, Decision("requeue", leave_out=("n1",))),
+        ("n1 idle\nn2 idle\nn3 idle\n", False, Decision("requeue", leave_out=("n1",), take_back=("n2",))),
+        (
+            "n1 idle\nn2 drain\nn3 idle\n",
+            False,
+            Decision("end", "partition main has no node that could take the place of n1"),
+        ),
+        (
+            "n1 idle\nn2 idle\nn3 idle\n",
+            True,
+            Decision("end", "partition main has no node that could take the place of n1"),
+        ),
+    ],
+)
+def test_a_job_whose_nodes_would_be_too_few_takes_back_those_that_it_left_out(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    play: Callable[[Slurm], Slurm],
+    states: str,
+    by_user: bool,
+    expected: Decision,
+) -> None:
+    played = play(Slurm(excluded="n2"))
+    monkeypatch.setattr(slurm, "run_slurm", lambda *words: states if words[0] == "sinfo" else played(*words))
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "main")
+    other_job = {"job_id": "20"} if by_user else {}
+    before = [some_attempt(tmp_path, 1, nodes=["n1", "n2"], **other_job), some_attempt(tmp_path, 2, nodes=["n1", "n3"])]
+    assert requeue_without("21", ["n1"], ["n1", "n3"], before) == expected
+
+
+def test_a_node_that_is_taken_back_is_excluded_no_more(play: Callable[[Slurm], Slurm]) -> None:
+    played = play(Slurm(excluded="n[7-8]"))
+    with pytest.raises(UserError, match="was requeued"):
+        requeue("21", ["n1"], take_back=["n7"])
+    assert played.said[-1] == ("scontrol", "update", "JobId=21", "ExcNodeList=n1,n8")
+    said = str(Decision("requeue", leave_out=("n1",), take_back=("n7",)))
+    assert said == "the job was requeued without n1, and with n7 again, as no other node is left"
