@@ -26,12 +26,13 @@ PACKAGES = Path(sys.prefix) / "mamba_ssm"
 def run_checks(*arguments: str, paths: tuple[Path, ...] = (), **environment: str) -> str:
     """What pytest says of triton_checks.py, all of whose tests passed."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--noconftest", "-q", *arguments]
+    inherited = filter(None, [os.environ.get("PYTHONPATH")])
     done = subprocess.run(
         [*command, str(HERE / "triton_checks.py")],
         cwd=ROOT,
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, (*paths, HERE))),
+            "PYTHONPATH": os.pathsep.join(map(str, (*paths, HERE, *inherited))),
             "PYTEST_ADDOPTS": "",
             "OMP_NUM_THREADS": "1",
             **environment,
