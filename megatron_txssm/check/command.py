@@ -1,9 +1,10 @@
-"""txssm check <command>: prove on this machine, without a GPU, what a recipe's layouts must not change."""
+"""txssm check <command>: prove on this machine what a recipe's layouts must not change, and what a GPU computes."""
 
 import argparse
 import importlib
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 from megatron_txssm.cli import add_commands
@@ -27,11 +28,25 @@ COMMANDS = {
             "txssm check leakage transxssm_1.3b --packings 1000 --layout tp2_sp_cp2",
         ),
     ),
+    "gpu": (
+        "on a GPU node: does this installation compute right, and how fast is it beside Llama 3? In six minutes",
+        (
+            "txssm check gpu",
+            "srun --gpus=1 --cpus-per-task=8 txssm check gpu --out gpu-check.json",
+            "txssm check gpu --only kernels,trainings --budget 200",
+            "txssm check gpu --device cpu --small   # the check itself, on a machine without a GPU",
+        ),
+    ),
 }
+
+# Where a command is not the module of its name.
+MODULES = {"gpu": "gpu.check"}
+# As check/gpu/parts.py has them, which is imported only when it is asked for.
+GPU_PARTS = ("environment", "kernels", "trainings", "bandwidth", "speed", "scan", "decoding", "long")
 
 
 def add_parser(subparsers: Any) -> None:
-    add = {"parity": _add_parity, "leakage": _add_leakage}
+    add = {"parity": _add_parity, "leakage": _add_leakage, "gpu": _add_gpu}
     for name, command in add_commands(subparsers, "check", COMMANDS).items():
         add[name](command)
 
@@ -74,15 +89,31 @@ def _add_leakage(command: argparse.ArgumentParser) -> None:
     command.add_argument("--packings", type=int, default=200, metavar="N", help="at random (default: 200)")
 
 
+def _add_gpu(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--budget",
+        type=int,
+        default=360,
+        metavar="SECONDS",
+        help="begin nothing that does not fit: later parts are left out (default: 360)",
+    )
+    command.add_argument("--only", default="", metavar="PART,PART", help=f"of {', '.join(GPU_PARTS)}")
+    command.add_argument(
+        "--out", type=Path, default=Path("gpu-check.json"), metavar="FILE", help="all figures (default: gpu-check.json)"
+    )
+    command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: cuda)")
+    command.add_argument("--small", action="store_true", help="sizes for a machine without a GPU")
+
+
 def run(args: argparse.Namespace) -> int:
-    for name in ("nproc", "steps", "fuzz", "packings"):
+    for name in ("nproc", "steps", "fuzz", "packings", "budget"):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} must be at least 1")
     fuzz = args.command == "parity" and args.fuzz is not None
     if fuzz and args.layout:
         raise UserError("--fuzz draws layouts itself; leave --layout out")
-    module = f"megatron_txssm.check.{'fuzz' if fuzz else args.command}"
+    module = f"megatron_txssm.check.{'fuzz' if fuzz else MODULES.get(args.command, args.command)}"
     # Processes and temporary files do not outlive us, whether we end by Ctrl-C, SIGTERM or a closed terminal.
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in numbers}

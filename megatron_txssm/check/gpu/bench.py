@@ -1,0 +1,80 @@
+"""The machine that a check runs on, the time it has, and the processes that it started."""
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_txssm.check.gpu.children import Child
+from megatron_txssm.check.gpu.trainings import SMALL_SIZES, Training, tokens_for
+
+Device = Literal["cuda", "cpu"]
+# Every process imports for seconds before it computes: as many at once as cores bear.
+CORES_PER_CHILD = 2
+MOST_CHILDREN = 8
+
+
+@dataclass
+class Bench(AbstractContextManager["Bench"]):
+    """`deadline` is of the monotonic clock; with `small`, sizes are those for a machine without a GPU."""
+
+    device: Device
+    small: bool
+    deadline: float
+    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="txssm-check-gpu-")))
+    transformer_engine: bool = False
+    _children: list[Child] = field(default_factory=list)
+
+    def __exit__(self, *_: object) -> None:
+        for child in self._children:
+            child.end()
+
+    @property
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    @property
+    def at_once(self) -> int:
+        return max(1, min(MOST_CHILDREN, len(os.sched_getaffinity(0)) // CORES_PER_CHILD))
+
+    def start(
+        self, kind: str, name: str, environment: dict[str, str] | None = None, *, waits: bool = False, **task: Any
+    ) -> Child:
+        on_cpu = self.device == "cpu" or task.pop("on_cpu", False)
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}
+        words = {"kind": kind, "device": "cpu" if on_cpu else "cuda", "small": self.small, **task}
+        child = Child(self.folder, name, words, hidden | (environment or {}), waits=waits)
+        self._children.append(child)
+        return child
+
+    def start_training(self, training: Training, vocab_size: int, *, waits: bool = False) -> Child:
+        sizes = SMALL_SIZES if self.small else ()
+        return self.start(
+            "train",
+            training.name,
+            training.environment,
+            waits=waits,
+            on_cpu=training.on_cpu,
+            recipe=training.recipe,
+            overrides=[*training.overrides(self.folder, tokens_for(self.folder, vocab_size)), *sizes],
+        )
+
+    def finish(self, child: Child, limit: float) -> dict[str, Any]:
+        """What it found, or why it did not, within `limit` seconds from now and the check's deadline."""
+        return child.wait(min(self.deadline, time.monotonic() + limit))
+
+    def train_all(self, trainings: Sequence[Training], vocab_size: int, limit: float) -> dict[str, dict[str, Any]]:
+        """What each found, by name; `limit` seconds for all."""
+        until = min(self.deadline, time.monotonic() + limit)
+        found: dict[str, dict[str, Any]] = {}
+        running: list[Child] = []
+        for training in trainings:
+            if len(running) == self.at_once:
+                first = running.pop(0)
+                found[first.name] = first.wait(until)
+            running.append(self.start_training(training, vocab_size))
+        return found | {child.name: child.wait(until) for child in running}

@@ -1,0 +1,66 @@
+"""Tokens per second of greedy decoding behind a context, TransXSSM beside Llama of as many parameters (320M)."""
+
+import time
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+from megatron_txssm.hf import TransXSSMCache, TransXSSMConfig
+from megatron_txssm.hf.cache_transxssm import StateSpaceCacheLayer
+
+CONTEXTS = (4096, 16384, 65536)
+BATCH, WARM_UP, TOKENS = 1, 4, 24
+SHAPE: dict[str, Any] = {"hidden_size": 768, "num_hidden_layers": 24, "num_attention_heads": 12, "vocab_size": 50277}
+OURS: dict[str, Any] = {"intermediate_size": 4224, "state_size": 128, "state_num_groups": 4}
+LLAMA: dict[str, Any] = {"intermediate_size": 4096}
+SMALL: dict[str, Any] = {"hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4, "vocab_size": 512}
+
+
+def tokens_per_second(device: str, *, small: bool) -> dict[str, dict[str, float]]:
+    """By context: {"TransXSSM", "Llama"}. The context is not read: caches are filled with random numbers instead."""
+    contexts = (128,) if small else CONTEXTS
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    common = (SMALL if small else SHAPE) | {"max_position_embeddings": 2 * max(contexts)}
+    configs = {"TransXSSM": TransXSSMConfig(**common, **OURS), "Llama": LlamaConfig(**common, **LLAMA)}
+    speeds: dict[str, dict[str, float]] = {str(context): {} for context in contexts}
+    for name, config in configs.items():
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        for context in contexts:
+            speeds[str(context)][name] = BATCH * TOKENS / _seconds(model, filled_cache(config, context, device, dtype))
+    return speeds
+
+
+def filled_cache(config: Any, context: int, device: str, dtype: torch.dtype) -> Any:
+    """The model's own cache as `context` tokens leave it, but for the values."""
+    cache = TransXSSMCache(config) if isinstance(config, TransXSSMConfig) else DynamicCache(config=config)
+    key_shape: Any = (BATCH, config.num_key_value_heads, context, config.head_dim)
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, StateSpaceCacheLayer):
+            shape: Any = (BATCH, config.state_num_heads, config.state_head_dim, config.state_size)
+            layer.replace(torch.randn(shape, device=device), None)
+        else:
+            keys, values = (torch.randn(key_shape, dtype=dtype, device=device) for _ in range(2))
+            cache.update(keys, values, index)
+    if isinstance(cache, TransXSSMCache):
+        cache.seen_tokens = context
+    return cache
+
+
+@torch.inference_mode()
+def _seconds(model: Any, cache: Any) -> float:
+    ids = torch.zeros(BATCH, 1, dtype=torch.long, device=model.device)
+    begin = 0.0
+    for step in range(WARM_UP + TOKENS):
+        if step == WARM_UP:
+            _finish(model)
+            begin = time.perf_counter()
+        ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+    _finish(model)
+    return time.perf_counter() - begin
+
+
+def _finish(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,51 @@
+"""What a part of `txssm check gpu` found, and the page that all of it makes."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_txssm.table import print_table
+
+# "left out": for want of time, or of what it needs; "FAILED": without an answer.
+Verdict = Literal["right", "WRONG", "measured", "left out", "FAILED"]
+BAD: tuple[Verdict, ...] = ("WRONG", "FAILED")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table; `data` has the numbers, for those who compute with them."""
+
+    claim: str
+    verdict: Verdict
+    said: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def compared(claim: str, error: float, bound: float, unit: str = "") -> Finding:
+    """Right where the error, which may be NaN, is within the bound."""
+    verdict: Verdict = "right" if error <= bound else "WRONG"
+    return Finding(claim, verdict, f"{error:.2g}{unit} (bound {bound:g})", {"error": error, "bound": bound})
+
+
+def failed(claim: str, found: dict[str, Any], *, of: str | None = None) -> Finding | None:
+    """What a process has to say that did not find anything; see `Child.wait`."""
+    name = f"{of}: " if of else ""
+    if "refused" in found:
+        return Finding(claim, "left out", name + found["refused"])
+    return Finding(claim, "FAILED", name + found["error"]) if "error" in found else None
+
+
+def write(findings: dict[str, Sequence[Finding]], seconds: dict[str, float], file: Path) -> None:
+    """All so far, as JSON, by part."""
+    parts = {
+        part: {"seconds": round(seconds[part], 1), "findings": [asdict(finding) for finding in of_part]}
+        for part, of_part in findings.items()
+    }
+    file.write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
+
+
+def show(part: str, findings: Sequence[Finding], seconds: float) -> None:
+    print(f"\n{part} ({seconds:.0f} s)")
+    print_table(("", "verdict", "found"), [(f.claim, f.verdict, f.said) for f in findings])

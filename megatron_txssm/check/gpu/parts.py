@@ -1,0 +1,181 @@
+"""The parts of `txssm check gpu`, most telling first: each gives findings, whatever breaks in it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_txssm.check.gpu.bench import Bench
+from megatron_txssm.check.gpu.findings import Finding, compared, failed
+from megatron_txssm.check.gpu.speed import LONG_PAIRS, PAIRS, SMALL_PAIRS, speed_of_pairs
+from megatron_txssm.check.gpu.trainings import AGREEMENTS, SMALL_VOCABULARY, WAVES, Agreement, Training
+
+# Of relative errors; measured on an H100: docs/gpu-results.
+KERNEL_BOUNDS = {"fp32, IEEE": 1e-5, "fp32": 5e-3, "bf16": 2e-2}
+
+
+@dataclass(frozen=True)
+class Part:
+    """`seconds`: it is not begun with less time left."""
+
+    name: str
+    about: str
+    seconds: float
+    find: Callable[[Bench], Iterator[Finding]]
+
+
+def environment(bench: Bench) -> Iterator[Finding]:
+    found = bench.finish(bench.start("environment", "environment"), limit=120)
+    if failure := failed("the installation", found):
+        yield failure
+        return
+    yield Finding("the machine", "measured", found["machine"], found)
+    bench.transformer_engine = found["packages"].get("Transformer Engine") == "right"
+    for package, said in found["packages"].items():
+        if said == "right":
+            yield Finding(package, "right", found["versions"].get(package, "imported"))
+        elif said.startswith("not installed"):
+            yield Finding(package, "left out", said)
+        else:
+            yield Finding(package, "WRONG", said)
+
+
+def kernels(bench: Bench) -> Iterator[Finding]:
+    # Triton reads how to multiply fp32 when it is imported. One block size a kernel: nothing is timed here.
+    once = {"MAMBA_DETERMINISTIC": "1"}
+    ieee = once | {"TRITON_F32_DEFAULT": "ieee"}
+    children = [bench.start("kernels", "kernels", once), bench.start("kernels", "kernels_ieee", ieee)]
+    for child in children:
+        found = bench.finish(child, limit=240)
+        if failure := failed(child.name, found):
+            yield failure
+            continue
+        for name, error in found.items():
+            bound = KERNEL_BOUNDS["fp32, IEEE" if bench.device == "cpu" and "fp32" in name else name.partition(", ")[2]]
+            yield compared(f"{name}, against fp64", error, bound)
+
+
+def trainings(bench: Bench) -> Iterator[Finding]:
+    found: dict[str, dict[str, Any]] = {}
+    for wave in WAVES:
+        wanted = [training for training in wave if _can_train(training, bench)]
+        found |= bench.train_all(wanted, SMALL_VOCABULARY, limit=240)
+    for agreement in AGREEMENTS:
+        yield _agreement(agreement, found)
+    for name in ("te", "fp8_attention", "isolated_te"):
+        backends = _backends(bench, name)
+        if backends:
+            yield Finding(f"attention's backend, {name}", "measured", backends)
+
+
+def _can_train(training: Training, bench: Bench) -> bool:
+    return (bench.transformer_engine and bench.device == "cuda") or not training.needs_transformer_engine
+
+
+def _agreement(agreement: Agreement, found: dict[str, dict[str, Any]]) -> Finding:
+    pair = (agreement.training, agreement.reference)
+    for name in pair:
+        if name not in found:
+            return Finding(agreement.claim, "left out", "Transformer Engine is not there")
+        if failure := failed(agreement.claim, found[name]):
+            return failure
+    ours, theirs = (
+        {row["iteration"]: row["lm loss"] for row in found[name]["rows"] if "lm loss" in row} for name in pair
+    )
+    if ours.keys() != theirs.keys() or not ours:
+        return Finding(agreement.claim, "FAILED", f"steps {sorted(ours)} against {sorted(theirs)}")
+    # Not max(): it may pass a NaN over.
+    differences = [abs(ours[step] - theirs[step]) for step in ours]
+    error = max(differences) if all(d == d for d in differences) else float("nan")
+    return compared(agreement.claim, error, agreement.bound, " nats")
+
+
+def _losses(rows: list[dict[str, Any]]) -> dict[int, float]:
+    return {row["iteration"]: row["lm loss"] for row in rows if "lm loss" in row}
+
+
+def _backends(bench: Bench, name: str) -> str:
+    """What Transformer Engine said of the attention that it chose."""
+    log = bench.folder / name / "logs/rank_0.log"
+    if not log.exists():
+        return ""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    chosen = {line.partition("Selected backend = ")[2].rstrip(".") for line in lines if "Selected backend = " in line}
+    return ", ".join(sorted(chosen))
+
+
+def speed(bench: Bench) -> Iterator[Finding]:
+    return speed_of_pairs(bench, SMALL_PAIRS if bench.small else PAIRS)
+
+
+def long_sequences(bench: Bench) -> Iterator[Finding]:
+    return speed_of_pairs(bench, () if bench.small else LONG_PAIRS)
+
+
+def scan(bench: Bench) -> Iterator[Finding]:
+    found = bench.finish(bench.start("scan_speed", "scan"), limit=120)
+    if failure := failed("the scan's speed", found):
+        yield failure
+        return
+    yield Finding("memory bandwidth, by a large copy", "measured", f"{found.pop('bytes_per_second') / 1e12:.2f} TB/s")
+    for length, row in found.items():
+        ours = row.get("kernels", row.get("torch"))
+        others = [f"{name} {ms:.3g} ms ({ms / ours:.2f}x)" for name, ms in row.items() if ms is not ours]
+        name = "kernels" if "kernels" in row else "torch"
+        yield Finding(
+            f"scan, forward and backward, {length} tokens",
+            "measured",
+            f"{name} {ours:.3g} ms; {'; '.join(others)}",
+            row,
+        )
+
+
+def decoding(bench: Bench) -> Iterator[Finding]:
+    found = bench.finish(bench.start("decoding", "decoding"), limit=120)
+    if failure := failed("decoding", found):
+        yield failure
+        return
+    for context, speeds in found.items():
+        ours, llama = speeds["TransXSSM"], speeds["Llama"]
+        said = f"{ours:.1f} tokens/s; Llama {llama:.1f} ({ours / llama:.2f}x)"
+        yield Finding(f"decoding behind {context} tokens, 320M", "measured", said, speeds)
+
+
+def bandwidth(bench: Bench) -> Iterator[Finding]:
+    """All-reduce over the node's GPUs, by the program that the preflight of a job runs, too."""
+    claim = "all-reduce over the GPUs of this node"
+    count = _gpus(bench)
+    if count < 2:
+        yield Finding(claim, "left out", "it takes two GPUs")
+        return
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    words = [*launch, "-m", "megatron_txssm.launch.bandwidth_check", "--megabytes=512", "--timeout=60"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=max(1, bench.seconds_left), check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        yield Finding(claim, "FAILED", (done.stderr.strip().splitlines() or ["no word"])[-1][:300])
+        return
+    found = json.loads(lines[-1])
+    yield Finding(claim, "measured", f"{found['allreduce']:.0f} GB/s of bus bandwidth, {count} GPUs", found)
+
+
+def _gpus(bench: Bench) -> int:
+    if bench.device == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+PARTS: Sequence[Part] = (
+    Part("environment", "versions, and what can be imported", 10, environment),
+    Part("kernels", "scan and rotation against fp64", 30, kernels),
+    Part("trainings", "small trainings, whose losses must agree", 60, trainings),
+    Part("bandwidth", "all-reduce between the GPUs of this node", 20, bandwidth),
+    Part("speed", "a training step at 4096 tokens beside Llama 3", 40, speed),
+    Part("scan", "the scan beside attention", 25, scan),
+    Part("decoding", "tokens per second beside Llama", 40, decoding),
+    Part("long", "a training step at 8192 and 16384 tokens beside Llama 3", 40, long_sequences),
+)

@@ -1,0 +1,114 @@
+"""Tokens per second of a recipe's training steps beside those of Llama 3 of as many parameters."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_txssm.check.gpu.bench import Bench
+from megatron_txssm.check.gpu.children import Child
+from megatron_txssm.check.gpu.findings import Finding, failed
+from megatron_txssm.check.gpu.trainings import SMALL_BATCH, SMALL_LENGTH, SMALL_VOCABULARY, VOCABULARY, Training
+
+# Dense bf16, in TFLOP/s, as NVIDIA's data sheets have it, by a part of the device's name.
+PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362}
+# The first steps compile, and find the fastest block sizes.
+WARM_UP, TIMED = 4, 6
+# One training: its start, and its compilation on a machine that has no cache yet.
+LIMIT, LEAST = 150, 20
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A recipe and its rival, timed on batches of one size: two micro-batches a step, as more than one is the rule."""
+
+    ours: str
+    rival: str
+    seq_length: int
+    micro_batch_size: int
+
+    @property
+    def trainings(self) -> tuple[Training, Training]:
+        settings = (
+            f"training.seq_length={self.seq_length}",
+            f"training.micro_batch_size={self.micro_batch_size}",
+            f"training.global_batch_tokens={2 * self.micro_batch_size * self.seq_length}",
+            f"training.train_iters={WARM_UP + TIMED}",
+        )
+        ours, rival = (Training(f"{name}_{self.seq_length}", name, settings) for name in (self.ours, self.rival))
+        return ours, rival
+
+
+# In place of all others on a machine that they do not fit.
+SMALL_PAIRS = (Pair("transxssm_320m", "llama3_320m", SMALL_LENGTH, SMALL_BATCH),)
+# The most telling first.
+PAIRS = (
+    Pair("transxssm_320m", "llama3_320m", 4096, 4),
+    Pair("transxssm_1.3b", "llama3_1.3b", 4096, 2),
+    Pair("transxssm_1.3b_fp8_h100", "llama3_1.3b_fp8_h100", 4096, 2),
+)
+LONG_PAIRS = (
+    Pair("transxssm_320m", "llama3_320m", 16384, 1),
+    Pair("transxssm_1.3b", "llama3_1.3b", 16384, 1),
+    Pair("transxssm_320m", "llama3_320m", 8192, 2),
+    Pair("transxssm_1.3b", "llama3_1.3b", 8192, 1),
+)
+
+
+def speed_of_pairs(bench: Bench, pairs: Sequence[Pair]) -> Iterator[Finding]:
+    """One finding a pair. While one training is timed, the next has its imports done, and waits."""
+    without = () if bench.transformer_engine else ("training.transformer_impl=local",)
+    waiting = [training for pair in pairs for training in pair.trainings]
+    prepared: list[Child] = []
+    for pair in pairs:
+        found: list[dict[str, Any]] = []
+        for _ in pair.trainings:
+            while waiting and len(prepared) < 2:
+                prepared.append(_prepared(bench, waiting.pop(0), without))
+            child = prepared.pop(0)
+            if bench.seconds_left < LEAST:
+                child.end()
+                found.append({"refused": "no time left"})
+                continue
+            child.begin()
+            found.append(bench.finish(child, LIMIT))
+        yield _finding(pair, *found)
+
+
+def _prepared(bench: Bench, training: Training, settings: tuple[str, ...]) -> Child:
+    changed = Training(training.name, training.recipe, (*training.settings, *settings))
+    return bench.start_training(changed, SMALL_VOCABULARY if bench.small else VOCABULARY, waits=True)
+
+
+def _finding(pair: Pair, ours: dict[str, Any], rival: dict[str, Any]) -> Finding:
+    claim = f"{pair.ours}, {pair.seq_length} tokens, micro-batch {pair.micro_batch_size}"
+    for name, found in ((pair.ours, ours), (pair.rival, rival)):
+        if failure := failed(claim, found, of=name):
+            return failure
+    mine, theirs = _figures(ours), _figures(rival)
+    ratio = mine["tokens_per_second"] / theirs["tokens_per_second"]
+    flops = rival["flops_per_token"] / ours["flops_per_token"]
+    said = f"{_said(mine)}; {pair.rival} {_said(theirs)}: {ratio:.2f}x (by FLOPs {flops:.2f}x)"
+    return Finding(claim, "measured", said, {"ours": mine, "rival": theirs, "ratio": ratio, "ratio_of_flops": flops})
+
+
+def _figures(found: dict[str, Any]) -> dict[str, Any]:
+    rows = [row for row in found["rows"] if "step_seconds" in row]
+    timed = rows[WARM_UP:]
+    speed = statistics.median(row["tokens_per_second"] for row in timed)
+    figures = {
+        "tokens_per_second": speed,
+        "peak_GiB": max(row["peak_memory_bytes"] for row in rows) / 2**30,
+        "first_step_seconds": rows[0]["step_seconds"],
+        "step_seconds": [row["step_seconds"] for row in timed],
+        "losses": [row["lm loss"] for row in rows],
+    }
+    peak = next((peak for name, peak in PEAKS.items() if name in found["device"]), None)
+    if peak is not None:
+        figures["MFU"] = speed * found["flops_per_token"] / (peak * 1e12)
+    return figures
+
+
+def _said(figures: dict[str, Any]) -> str:
+    mfu = f", MFU {figures['MFU']:.1%}" if "MFU" in figures else ""
+    return f"{figures['tokens_per_second']:,.0f} tokens/s{mfu}, {figures['peak_GiB']:.1f} GiB"

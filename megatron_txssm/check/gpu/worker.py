@@ -1,0 +1,108 @@
+"""One process of `txssm check gpu`: does what a file tells it, and leaves what it found in another.
+
+    python -m megatron_txssm.check.gpu.worker TASK.json
+
+TASK is {"kind": a key of KINDS, "result": file, "turn": file or null, ...}. What takes long and no GPU, as imports do,
+is done before the file `turn` exists: what is timed has the machine for itself then.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.launch.environment import end_with_launcher
+
+if TYPE_CHECKING:
+    from megatron_txssm.recipe.recipe import Recipe
+
+
+def main(task_file: str) -> int:
+    end_with_launcher()
+    task = json.loads(Path(task_file).read_text(encoding="utf-8"))
+    try:
+        found = KINDS[task["kind"]](task)
+    except UserError as error:
+        print(f"error: {error}", flush=True)
+        return 2
+    Path(task["result"]).write_text(json.dumps(found), encoding="utf-8")
+    sys.stdout.flush()
+    # Not torch's and NCCL's way out, which takes seconds and may hang.
+    os._exit(0)
+
+
+def wait_for_turn(task: dict[str, Any]) -> None:
+    while task["turn"] and not Path(task["turn"]).exists():
+        time.sleep(0.02)
+
+
+def train(task: dict[str, Any]) -> dict[str, Any]:
+    """Train `recipe` with `overrides`: the rows of its metrics.jsonl, its FLOPs per token, and on what."""
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
+    from megatron_txssm.planning.flops import flops_per_token
+    from megatron_txssm.recipe.loader import load_recipe
+    from megatron_txssm.training.pretrain import follow_deterministic_mode, pretrain, run_worker
+
+    def prepare_and_train(recipe: "Recipe", terminal: TextIO) -> None:
+        follow_deterministic_mode(recipe)
+        from megatron_txssm.platform import prepare_platform
+
+        prepare_platform()
+        import megatron.training  # noqa: F401
+
+        wait_for_turn(task)
+        pretrain(recipe, terminal)
+
+    recipe = load_recipe(task["recipe"], task["overrides"])
+    run_worker(recipe, prepare_and_train)
+    import torch
+
+    metrics = recipe.run_path / "metrics.jsonl"
+    return {
+        "rows": [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()],
+        "flops_per_token": flops_per_token(recipe, recipe.training.seq_length),
+        "device": torch.cuda.get_device_name(0) if task["device"] == "cuda" else "CPU",
+    }
+
+
+def environment(task: dict[str, Any]) -> dict[str, Any]:
+    from megatron_txssm.check.gpu.environment import describe
+
+    return describe(task["device"])
+
+
+def kernels(task: dict[str, Any]) -> dict[str, Any]:
+    from megatron_txssm.check.gpu.kernels import errors
+
+    wait_for_turn(task)
+    return errors(task["device"], small=task["small"])
+
+
+def scan_speed(task: dict[str, Any]) -> dict[str, Any]:
+    from megatron_txssm.check.gpu.scan_speed import milliseconds
+
+    wait_for_turn(task)
+    return milliseconds(task["device"], small=task["small"])
+
+
+def decoding(task: dict[str, Any]) -> dict[str, Any]:
+    from megatron_txssm.check.gpu.decoding import tokens_per_second
+
+    wait_for_turn(task)
+    return tokens_per_second(task["device"], small=task["small"])
+
+
+KINDS = {
+    "environment": environment,
+    "train": train,
+    "kernels": kernels,
+    "scan_speed": scan_speed,
+    "decoding": decoding,
+}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
