@@ -31,7 +31,7 @@ from megatron_txssm.model.piecewise_scan import documents_before, scan
 from megatron_txssm.model.state_space_config import StateSpaceConfig
 from megatron_txssm.model.unified_rope import UnifiedRotaryEmbedding, length_scale
 from megatron_txssm.ops.rotary import apply_rotary
-from megatron_txssm.ops.ssd import ssd_step
+from megatron_txssm.ops.ssd import is_fused, ssd_step
 
 # The in-projection's rows on a rank are a multiple of it: GEMMs of odd sizes are two to three times as slow
 # (docs/gpu-results), and FP8 refuses them; the most that it asks for is 32 (MXFP8).
@@ -178,10 +178,36 @@ class StateSpaceMixer(MegatronModule):
             raise ValueError("state-space layers take packed documents as documents.PackedDocuments only")
         cache, offset = self._cache(inference_context)
         projected_LBE, _ = self.in_proj(hidden_states)
+        if inference_context is None and self._is_fused(projected_LBE):
+            return self.out_proj(self._scan_fused(projected_LBE, documents))
         y_BLE, cache = self._scan(projected_LBE.transpose(0, 1), offset, cache, documents)
         if inference_context is not None:
             inference_context.key_value_memory_dict[self.layer_number] = cache
         return self.out_proj(y_BLE.transpose(0, 1).contiguous())
+
+    def _is_fused(self, projected_LBE: Tensor) -> bool:
+        """Whether `_scan_fused` may take the place of `_scan`; what it leaves to `_scan` is rarer than training."""
+        sizes = self.state_space
+        if self.conv_sizes or sizes.gated or sizes.length_scaling_base is not None or self.zigzag.size > 1:
+            return False
+        return is_fused(sizes.ssd_backend, projected_LBE, self.A_log, self.dt_bias)
+
+    def _scan_fused(self, projected_LBE: Tensor, documents: PackedDocuments | None) -> Tensor:
+        """Rotation and SSD of the packed projection, [L, B, E] → [L, B, H·P]."""
+        from megatron_txssm.ops.ssd_fused_triton import Sizes, scan_packed
+
+        sizes = self.state_space
+        tables = None
+        if sizes.position_encoding == "rope":
+            tables = self.rotary.cos_sin(projected_LBE.shape[0], sizes.state_size, device=projected_LBE.device)
+        return scan_packed(
+            projected_LBE,
+            self.A_log,
+            self.dt_bias,
+            tables,
+            Sizes(sizes.head_dim, sizes.num_groups // self.tp_size, sizes.state_size, sizes.chunk_size),
+            seq_idx=None if documents is None else documents.document_BL,
+        )
 
     def _cache(self, inference_context: Any) -> tuple[StateSpaceCache, int]:
         """The layer's cache and the position of the first new token."""

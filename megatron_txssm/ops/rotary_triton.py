@@ -68,8 +68,16 @@ def _rotate_token(
     c = tl.load(cos + b * cos_b + t * cos_l + r * cos_r, mask=r < planes, other=0.0)
     s = tl.load(sin + b * sin_b + t * sin_l + r * sin_r, mask=r < planes, other=0.0)
     source = x + b * x_b + t * x_l + g * x_g + r * x_n
-    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(source + planes * x_n, mask=inside, other=0.0).to(tl.float32)
     target = turned + (token * groups + g) * (2 * planes) + r
-    tl.store(target, (first * c - second * s).to(turned.dtype.element_ty), mask=inside)
-    tl.store(target + planes, (second * c + first * s).to(turned.dtype.element_ty), mask=inside)
+    turn(source, target, planes * x_n, planes, c, s, inside)
+
+
+@triton.jit
+def turn(source, target, source_step, target_step, c, s, inside):
+    """Planes (source[i], source[i + source_step]) by angles of cosine c and sine s; source and target may be one."""
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + source_step, mask=inside, other=0.0).to(tl.float32)
+    # Threads may hold numbers twice: none may store before all have loaded.
+    tl.debug_barrier()
+    tl.store(target, (first * c - second * s).to(target.dtype.element_ty), mask=inside)
+    tl.store(target + target_step, (second * c + first * s).to(target.dtype.element_ty), mask=inside)

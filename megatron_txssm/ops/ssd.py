@@ -8,7 +8,7 @@ from torch import Tensor
 from megatron_txssm.ops.ssd_reference import ssd_reference
 from megatron_txssm.ops.ssd_reference import ssd_step as reference_step
 from megatron_txssm.ops.ssd_torch import ssd_torch
-from megatron_txssm.ops.ssd_triton import is_available, ssd_step_triton, ssd_triton
+from megatron_txssm.ops.ssd_triton import import_error, is_available, ssd_step_triton, ssd_triton
 from megatron_txssm.ops.tracing import is_traced
 
 # "auto": triton where it is available and not traced, otherwise torch.
@@ -65,6 +65,12 @@ def ssd_step(
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     by_kernel = _chosen(backend, x_BHP) == "triton" and not differentiated
     return (ssd_step_triton if by_kernel else reference_step)(*inputs)
+
+
+def is_fused(backend: str, x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether `ssd_fused_triton` may do what `apply_rotary` and `ssd` do with `x`: its kernels are chosen and can run."""
+    runs = import_error() is None and x.dtype != torch.float64 and not is_traced(x, *parameters)
+    return _chosen(backend, x) == "triton" and runs
 
 
 def _chosen(backend: str, x: Tensor) -> str:

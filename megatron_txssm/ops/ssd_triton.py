@@ -81,15 +81,15 @@ def ssd_triton(
 ) -> tuple[Tensor, Tensor]:
     """The function of `ssd_reference`: `(y_BLHP in x's type, final_state_BHPN in fp32)`.
 
-    Any length and any strides. `chunk_size` is rounded up to a power of two of at least 16, as the kernels' blocks are.
+    Any length and any strides.
     """
     if x_BLHP.dtype == torch.float64:
         raise ValueError("x.dtype=torch.float64 is none of the kernels' types; use fp32, bf16 or backend='torch'")
     scan, _ = _require_kernels()
-    chunk_size = max(16, 1 << (chunk_size - 1).bit_length())
+    chunk_size = rounded_chunk_size(chunk_size)
     # They multiply tensors of one type.
     B_BLGN, C_BLGN = B_BLGN.to(x_BLHP.dtype), C_BLGN.to(x_BLHP.dtype)
-    _check_size(x_BLHP, dt_BLH, B_BLGN, C_BLGN, chunk_size)
+    check_size(x_BLHP, dt_BLH, B_BLGN, C_BLGN, chunk_size)
     y_BLHP, final_state_BHPN = scan(
         x_BLHP,
         dt_BLH,
@@ -130,7 +130,12 @@ def _require_kernels() -> tuple[Any, Any]:
     return _kernels()
 
 
-def _check_size(x_BLHP: Tensor, dt_BLH: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, chunk_size: int) -> None:
+def rounded_chunk_size(chunk_size: int) -> int:
+    """The power of two of at least 16 above it, as the kernels' blocks are."""
+    return max(16, 1 << (chunk_size - 1).bit_length())
+
+
+def check_size(x_BLHP: Tensor, dt_BLH: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, chunk_size: int) -> None:
     """ValueError where an offset in a tensor, ours or the kernels' own, would overflow."""
     batch, length, heads, head_dim = x_BLHP.shape
     groups, state_size = B_BLGN.shape[2:]

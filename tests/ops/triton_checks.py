@@ -223,3 +223,141 @@ def test_deterministic_kernels_repeat_their_bits() -> None:
     torch.use_deterministic_algorithms(before)
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
+
+
+# The layer between its projections (ssd_fused_triton.py), against the recurrence behind PyTorch's softplus and rotation.
+WIDTH = 16
+PADDING = 5
+
+
+def layer_inputs(length: int, groups: int, batch: int = 2) -> dict[str, Tensor]:
+    """The packed projection and the parameters, as `make_inputs` spreads A and dt."""
+    inputs = make_inputs(length, groups, torch.float32, batch=batch, **SIZES)
+    bias_H = torch.linspace(-7, -2, HEADS)
+    raw_BLH = torch.expm1(inputs["dt"]).log() - bias_H
+    parts = [inputs[name].flatten(2) for name in "xBC"] + [raw_BLH, torch.randn(batch, length, PADDING)]
+    packed_LBE = torch.cat(parts, dim=-1).transpose(0, 1).contiguous()
+    return {"packed": packed_LBE, "A_log": (-inputs["A"]).log(), "dt_bias": bias_H}
+
+
+def layer_tables(length: int) -> tuple[Tensor, Tensor]:
+    angles_LR = torch.outer(torch.arange(length), 0.3 ** torch.arange(WIDTH / 2))
+    return angles_LR.cos(), angles_LR.sin()
+
+
+def fused(packed_LBE: Tensor, *parameters: Tensor | None, groups: int, rotated: bool, seq_idx: Tensor | None) -> Tensor:
+    from megatron_txssm.ops.ssd_fused_triton import Sizes, scan_packed
+
+    on_device = [t if t is None else t.to(DEVICE) for t in (packed_LBE, *parameters, seq_idx)]
+    cos, sin = (table.to(DEVICE) for table in layer_tables(packed_LBE.shape[0]))
+    sizes = Sizes(SIZES["head_dim"], groups, WIDTH, 16)
+    return scan_packed(*on_device[:-1], (cos, sin) if rotated else None, sizes, seq_idx=on_device[-1]).cpu()
+
+
+def unfused(
+    packed_LBE: Tensor, *parameters: Tensor | None, groups: int, rotated: bool, seq_idx: Tensor | None
+) -> Tensor:
+    A_log, dt_bias = parameters
+    inner, width = HEADS * SIZES["head_dim"], groups * WIDTH
+    x, B, C, dt, _ = packed_LBE.transpose(0, 1).split([inner, width, width, HEADS, PADDING], dim=-1)
+    B, C = (t.unflatten(-1, (groups, WIDTH)) for t in (B, C))
+    if rotated:
+        B, C = (apply_rotary(t, *layer_tables(t.shape[1]), backend="torch") for t in (B, C))
+    dt = torch.nn.functional.softplus(dt if dt_bias is None else dt + dt_bias)
+    assert A_log is not None
+    y, _ = ssd_reference(x.unflatten(-1, (HEADS, -1)), dt, -A_log.exp(), B, C, seq_idx=seq_idx)
+    return y.transpose(0, 1).flatten(2)
+
+
+def layer_results(function: Any, inputs: dict[str, Tensor | None], **options: Any) -> dict[str, Tensor]:
+    """y and the gradients of the projection's parts and of the parameters, for one fixed cotangent."""
+    leaves = {name: t if t is None else t.clone().requires_grad_() for name, t in inputs.items()}
+    y = function(*leaves.values(), **options)
+    # Not contiguous, as a gradient may be.
+    cotangent = torch.randn(*y.shape[:2], 2 * y.shape[2], generator=torch.Generator().manual_seed(0))[..., ::2]
+    y.backward(cotangent.to(y.dtype))
+    found = {name: leaf.grad for name, leaf in leaves.items() if leaf is not None and leaf.grad is not None}
+    width = options["groups"] * WIDTH
+    widths = {"dx": y.shape[-1], "dB": width, "dC": width, "ddt": HEADS, "dpadding": PADDING}
+    parts = dict(zip(widths, found.pop("packed").split(list(widths.values()), dim=-1), strict=True))
+    assert parts.pop("dpadding").count_nonzero() == 0
+    return {"y": y, **parts, **found}
+
+
+@pytest.mark.parametrize(
+    ("length", "batch", "groups", "biased", "rotated"),
+    [
+        (45, 2, 1, True, True),
+        (45, 2, 2, False, True),
+        (33, 1, HEADS, True, True),
+        (17, 3, 2, True, False),
+        (2, 2, 1, False, False),
+    ],
+)
+def test_the_fused_layer_equals_the_recurrence(
+    length: int, batch: int, groups: int, biased: bool, rotated: bool
+) -> None:
+    inputs: dict[str, Any] = layer_inputs(length, groups, batch)
+    if not biased:
+        inputs["dt_bias"] = None
+    options = {"groups": groups, "rotated": rotated, "seq_idx": None}
+    actual = layer_results(fused, inputs, **options)
+    exact = {name: t if t is None else t.double() for name, t in inputs.items()}
+    assert_close(actual, layer_results(unfused, exact, **options), FP32)
+
+
+def test_the_fused_layers_dt_has_all_digits_however_small() -> None:
+    """One token a sample: y and dx go with dt, and ddt with its slope; each compared for itself, not with the largest."""
+    inputs = layer_inputs(1, 1, batch=13)
+    inputs["packed"][..., -PADDING - HEADS : -PADDING] = torch.linspace(-25, 35, 13)[:, None]
+    options = {"groups": 1, "rotated": False, "seq_idx": None}
+    actual = layer_results(fused, inputs, **options)
+    expected = layer_results(unfused, {n: t.double() for n, t in inputs.items()}, **options)
+    for sample in range(13):
+        of_sample = ({name: tensors[name][:, sample] for name in ("y", "dx", "ddt")} for tensors in (actual, expected))
+        assert_close(*of_sample, FP32)
+
+
+@pytest.mark.parametrize("rows", DOCUMENTS, ids=str)
+def test_the_fused_layer_with_packed_documents(rows: tuple[list[int], ...]) -> None:
+    inputs = layer_inputs(45, 2)
+    options = {"groups": 2, "rotated": True, "seq_idx": numbered(*rows)}
+    actual = layer_results(fused, inputs, **options)
+    assert_close(actual, layer_results(unfused, {n: t.double() for n, t in inputs.items()}, **options), FP32)
+
+
+def test_the_fused_layer_in_bf16() -> None:
+    inputs = layer_inputs(45, 2)
+    inputs["packed"] = inputs["packed"].bfloat16()
+    options = {"groups": 2, "rotated": True, "seq_idx": numbered(*DOCUMENTS[0])}
+    actual = layer_results(fused, inputs, **options)
+    assert {name for name, tensor in actual.items() if tensor.dtype == torch.float32} == {"A_log", "dt_bias"}
+
+    def rounded_y(*arguments: Any, **options: Any) -> Tensor:
+        return unfused(*arguments, **options).bfloat16()
+
+    assert_close(actual, layer_results(rounded_y, {n: t.double() for n, t in inputs.items()}, **options), BF16)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_fused_layer_under_recomputation(reentrant: bool) -> None:
+    inputs = layer_inputs(20, 1)
+    options = {"groups": 1, "rotated": True, "seq_idx": None}
+
+    def recomputed(*tensors: Any, **options: Any) -> Tensor:
+        from torch.utils.checkpoint import checkpoint
+
+        y: Any = checkpoint(lambda *t: fused(*t, **options), *tensors, use_reentrant=reentrant)
+        return y
+
+    actual, expected = (layer_results(function, inputs, **options) for function in (recomputed, fused))
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+def test_the_fused_layer_refuses_what_the_kernels_cannot_address() -> None:
+    from megatron_txssm.ops.ssd_fused_triton import Sizes, scan_packed
+
+    packed_LBE, A_log = torch.empty(2**20, 1, 2**12, device="meta"), torch.empty(32, device="meta")
+    with pytest.raises(ValueError, match=r"x.shape=\[1, 1048576, 32, 64\] is more .* use a smaller micro-batch"):
+        scan_packed(packed_LBE, A_log, None, None, Sizes(64, 4, 128, 256))
