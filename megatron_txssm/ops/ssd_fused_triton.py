@@ -1,11 +1,11 @@
-"""A state-space layer between its projections as one step of autograd: by mamba-ssm's kernels and two of ours; CUDA only.
+"""A state-space layer between its projections as one step of autograd: mamba-ssm's kernels and two of ours; CUDA only.
 
-What it spares against `apply_rotary`, softplus and `ssd` one after the other (README.md counts it): the gradients of x, B,
-C and dt are written where they belong in that of the packed projection, so that nothing is concatenated; one kernel
-prepares a token's B, C and dt, and one finishes their gradients.
+It computes what rotary.py, softplus and `ssd` compute one after the other, with less around mamba-ssm's kernels: one
+kernel prepares a token's B, C and dt; the gradients of x, B, C and dt are written where they belong in that of the
+packed projection, and one kernel finishes them there. README.md counts launches and bytes.
 
-mamba-ssm could take dt before the softplus, but computes log(exp(dt) + 1): below dt = 1e-3 that has three digits, and
-none for dt < 1e-7. ssd_triton.py says of precision and reproducible bits what holds here, too.
+mamba-ssm could take dt before the softplus, but computes log(exp(dt) + 1): that has three digits at dt = 1e-4, and is
+zero below 6e-8. What ssd_triton.py says of precision and reproducible bits holds here, too.
 
 Imported where it is called, so that nothing else needs Triton.
 """

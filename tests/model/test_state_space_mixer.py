@@ -3,6 +3,7 @@
 # B=batch L=sequence D=hidden H=heads P=head dim G=groups N=state K=convolution taps E=channels
 
 import math
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,10 +30,13 @@ from tiny import (
 from torch import Tensor
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.model import state_space_mixer
 from megatron_txssm.model.documents import PackedDocuments
 from megatron_txssm.model.state_space_config import POSITION_ENCODINGS, StateSpaceConfig
 from megatron_txssm.model.state_space_mixer import FP32_PARAMETERS, StateSpaceMixer
 from megatron_txssm.ops import ssd_triton
+from megatron_txssm.ops.rotary import apply_rotary
+from megatron_txssm.ops.ssd import ssd
 
 VARIANTS = [(encoding, gated) for encoding in POSITION_ENCODINGS for gated in (False, True)]
 variants = pytest.mark.parametrize(("encoding", "gated"), VARIANTS, ids=[f"{e}{'-gated' * g}" for e, g in VARIANTS])
@@ -294,6 +298,78 @@ def test_the_backend_is_handed_to_the_operator(one_process: None, monkeypatch: p
     mixer = build_mixer(state_space_config(ssd_backend="triton"))
     with pytest.raises(ImportError, match=r"backend='triton' needs mamba-ssm"):
         mixer(torch.zeros(3, 1, HIDDEN))
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """PyTorch in the place of the fused kernels, which are taken wherever the mixer lets them; what they returned."""
+    returned: list[Tensor] = []
+
+    def scan_packed(
+        packed_LBE: Tensor, A_log: Tensor, dt_bias: Tensor | None, tables: Any, sizes: Any, seq_idx: Tensor | None
+    ) -> Tensor:
+        H, P, G, N, chunk_size = A_log.shape[0], *sizes
+        padding = packed_LBE.shape[-1] - H * P - 2 * G * N - H
+        x, B, C, dt, _ = packed_LBE.transpose(0, 1).split([H * P, G * N, G * N, H, padding], dim=-1)
+        B, C = (part.unflatten(-1, (G, N)) for part in (B, C))
+        if tables is not None:
+            B, C = apply_rotary(B, *tables), apply_rotary(C, *tables)
+        dt = torch.nn.functional.softplus(dt if dt_bias is None else dt + dt_bias)
+        y, _ = ssd(x.unflatten(-1, (H, P)), dt, -A_log.exp(), B, C, chunk_size=chunk_size, seq_idx=seq_idx)
+        returned.append(y.transpose(0, 1).flatten(2))
+        return returned[-1]
+
+    sizes = lambda *numbers: numbers  # noqa: E731
+    module: Any = SimpleNamespace(scan_packed=scan_packed, Sizes=sizes)
+    monkeypatch.setitem(sys.modules, "megatron_txssm.ops.ssd_fused_triton", module)
+    monkeypatch.setattr(state_space_mixer, "is_fused", lambda *arguments: True)
+    return returned
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one-document", "documents"])
+@pytest.mark.parametrize("dt_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("encoding", ["rope", "a_t"])
+def test_the_fused_kernels_are_given_what_they_need(
+    one_process: None, monkeypatch: pytest.MonkeyPatch, encoding: str, dt_bias: bool, packed: bool
+) -> None:
+    mixer = build(encoding, gated=False, dt_bias=dt_bias)
+    leaves = {**dict(mixer.named_parameters()), "input": hidden_states().requires_grad_()}
+    documents = None
+    if packed:
+        positions = [torch.cat([torch.arange(n) for n in row]) for row in ([5, 1, 15], [9, 12])]
+        documents = PackedDocuments.from_position_ids(torch.stack(positions))
+    expected, _ = mixer(leaves["input"], packed_seq_params=documents)
+    returned = stand_in(monkeypatch)
+    actual, _ = mixer(leaves["input"], packed_seq_params=documents)
+    assert len(returned) == 1
+    assert relative_error(actual, expected) < 1e-5
+    ours, theirs = gradients(actual, leaves), gradients(expected, leaves)
+    assert {name: error for name in leaves if (error := relative_error(ours[name], theirs[name])) > 1e-5} == {}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "gated", "overrides"),
+    [("conv1d_d", False, {}), ("rope", True, {}), ("a_t", True, {}), ("rope", False, {"length_scaling_base": 5})],
+)
+def test_the_fused_kernels_are_not_asked_for_what_they_cannot_do(
+    one_process: None, monkeypatch: pytest.MonkeyPatch, encoding: str, gated: bool, overrides: dict[str, Any]
+) -> None:
+    returned = stand_in(monkeypatch)
+    build(encoding, gated, **overrides)(hidden_states())
+    assert not returned
+
+
+def test_neither_decoding_nor_context_parallelism_is_the_fused_kernels(
+    one_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixer = build("rope", gated=False)
+    returned = stand_in(monkeypatch)
+    context = StaticInferenceContext(max_batch_size=BATCH, max_sequence_length=LENGTH)
+    with torch.inference_mode():
+        mixer(hidden_states(), inference_context=context)
+    assert not returned
+    assert mixer._is_fused(hidden_states())
+    monkeypatch.setattr(mixer, "zigzag", SimpleNamespace(size=2))
+    assert not mixer._is_fused(hidden_states())
 
 
 def test_a_mixer_refuses_a_layout_that_would_split_a_group(one_process: None) -> None:

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_txssm.model.state_space_config import StateSpaceConfig
-from megatron_txssm.ops.ssd import ssd
+from megatron_txssm.ops import ssd as ssd_module
+from megatron_txssm.ops.ssd import is_fused, ssd
 from megatron_txssm.ops.ssd_reference import ssd_reference, ssd_step
 from megatron_txssm.ops.ssd_torch import ssd_torch
 
@@ -317,3 +318,17 @@ def test_option_errors_name_value_and_remedy():
         ssd(*inputs, chunk_size=8, seq_idx=torch.zeros(2, 19, dtype=torch.long))
     with pytest.raises(ValueError, match=r"seq_idx.dtype=torch.float32 .* use torch.int32"):
         ssd(*inputs, chunk_size=8, seq_idx=torch.zeros(2, 20))
+
+
+@pytest.mark.parametrize("available", [True, False])
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch", "reference"])
+def test_the_fused_kernels_are_taken_where_those_of_mamba_ssm_are(backend, available, monkeypatch):
+    monkeypatch.setattr(ssd_module, "is_available", lambda x: available)
+    monkeypatch.setattr(ssd_module, "import_error", lambda: None if available else ImportError())
+    x, parameter = torch.ones(2), torch.nn.Parameter(torch.ones(2))
+    assert is_fused(backend, x, parameter, None) is (available and backend in ("auto", "triton"))
+    assert not is_fused(backend, x.double(), parameter, None)
+    seen = []
+    torch.func.grad(lambda t: seen.append(is_fused(backend, x, t)) or t.sum())(torch.ones(2))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert seen == [False] and not is_fused(backend, x, parameter)
