@@ -53,6 +53,7 @@ PASSES: dict[str, str] = {
         ckpt_fully_parallel_load ckpt_fully_parallel_load_exchange_algo:broadcast|gather_rounds|gather_object
         ckpt_fully_parallel_save_process_group:dp|ep_dp ckpt_fully_parallel_load_process_group:dp|ep_dp
         ckpt_assume_constant_structure ckpt_load_validate_sharding_integrity:off
+
         dist_ckpt_strictness:assume_ok_unexpected|log_unexpected|log_all|raise_unexpected|raise_all|return_unexpected|return_all|ignore_all
         distrib_optim_fully_reshardable_mem_efficient no_save_optim no_save_rng no_load_optim no_load_rng ckpt_step:int
         exit_on_missing_checkpoint non_persistent_save_interval:int non_persistent_ckpt_type:global|local|in_memory
@@ -84,7 +85,9 @@ PASSES: dict[str, str] = {
         main_params_dtype:fp32|fp16 exp_avg_dtype:fp32|fp16|bf16|fp8 exp_avg_sq_dtype:fp32|fp16|bf16|fp8
         optimizer_cpu_offload optimizer_offload_fraction:float use_torch_optimizer_for_cpu_offload
         overlap_cpu_optimizer_d2h_h2d pin_cpu_grads:off pin_cpu_params:off gpu_sniff_test_interval:int
-        log_device_memory_used log_energy use_persistent_ckpt_worker ddp_average_in_collective log_straggler
+        cuda_graph_impl:none|full_iteration
+        cuda_graph_warmup_steps:int log_device_memory_used log_energy use_persistent_ckpt_worker
+        ddp_average_in_collective log_straggler
         straggler_ctrlr_port:int straggler_minmax_count:int disable_straggler_on_startup record_memory_history
         memory_snapshot_path:path
     """,
@@ -139,7 +142,8 @@ REFUSED: dict[str, str] = {
         tensor_parallel_num_weight_shards
     """,
     "nothing shows yet that it leaves the state-space layers' results as they are": """
-        enable_cuda_graph external_cuda_graph cuda_graph_* te_rng_tracker cpu_offloading_* fine_grained_*
+        enable_cuda_graph external_cuda_graph cuda_graph_modules cuda_graph_scope_deprecated te_rng_tracker
+        cpu_offloading_* fine_grained_*
         offload_modules min_offloaded_tensor_size delay_offload_until_cuda_graph delta_offload_bytes_across_pp_ranks
         activation_offload_fraction defer_embedding_wgrad_compute wgrad_deferral_limit fused_residual_rmsnorm
         use_transformer_engine_op_fuser use_te_activation_func use_kitchen_attention kitchen_attention_backend

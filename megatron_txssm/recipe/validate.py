@@ -19,6 +19,7 @@ def validate(recipe: Recipe, world_size: int | None = None) -> None:
     _check_other_parallel(recipe)
     _check_length(recipe)
     check_fp8(recipe)
+    _check_gpu_options(recipe)
     _check_schedule(recipe)
     _check_data(recipe)
     if world_size is not None:
@@ -182,6 +183,27 @@ def _check_other_parallel(recipe: Recipe) -> None:
             raise UserError(
                 f"context_parallel_size={context} leaves pieces of {piece} tokens, fewer than the {looks_back} that "
                 "the convolution looks back; use a longer seq_length"
+            )
+
+
+def _check_gpu_options(recipe: Recipe) -> None:
+    """What Megatron would refuse, or do wrong, only after it has started on GPUs."""
+    megatron = recipe.megatron
+    if megatron.get("optimizer_cpu_offload") and recipe.state_space is not None:
+        raise UserError(
+            "megatron.optimizer_cpu_offload=True does not go with state-space layers: Megatron 0.19.2 cannot offload "
+            "parameters that are fp32 themselves, as A_log is; set it to null"
+        )
+    if megatron.get("cuda_graph_impl") == "full_iteration":
+        if megatron.get("check_for_nan_in_loss_and_grad", True):
+            raise UserError(
+                "megatron.cuda_graph_impl=full_iteration lets nobody look at losses within a step; set "
+                "megatron.check_for_nan_in_loss_and_grad=false, too (weights are still checked before each save)"
+            )
+        if recipe.data.isolate_documents:
+            raise UserError(
+                "megatron.cuda_graph_impl=full_iteration repeats the shapes of one step, and with "
+                "data.isolate_documents=true each step has others; set one of both to null"
             )
 
 

@@ -52,6 +52,25 @@ from megatron_txssm.recipe.validate import check_files, data_parallel_size, vali
         ),
         ("transxssm_320m", ["model.kv_channels=63"], "set kv_channels=64"),
         ("transxssm_320m", ["model.rope_scaling=linear"], "needs rotary_interpolation_factor"),
+        (
+            "transxssm_320m",
+            ["megatron.cuda_graph_impl=full_iteration"],
+            "set megatron.check_for_nan_in_loss_and_grad=false, too",
+        ),
+        (
+            "llama3_320m",
+            [
+                "megatron.cuda_graph_impl=full_iteration",
+                "megatron.check_for_nan_in_loss_and_grad=false",
+                "data.isolate_documents=true",
+            ],
+            "data.isolate_documents=true each step has others",
+        ),
+        (
+            "transxssm_320m",
+            ["megatron.optimizer_cpu_offload=true"],
+            "Megatron 0.19.2 cannot offload parameters that are fp32 themselves, as A_log is",
+        ),
         ("transxssm_320m", ["model.rotary_interpolation_factor=2"], "set rope_scaling: linear"),
         (
             "transxssm_320m",

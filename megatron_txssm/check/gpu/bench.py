@@ -13,9 +13,8 @@ from megatron_txssm.check.gpu.children import Child
 from megatron_txssm.check.gpu.trainings import SMALL_SIZES, Training, tokens_for
 
 Device = Literal["cuda", "cpu"]
-# Every process imports for seconds before it computes: as many at once as cores bear.
-CORES_PER_CHILD = 2
-MOST_CHILDREN = 8
+# They import for many seconds, each on one core, before they compute.
+MOST_CHILDREN = 12
 
 
 @dataclass
@@ -39,7 +38,7 @@ class Bench(AbstractContextManager["Bench"]):
 
     @property
     def at_once(self) -> int:
-        return max(1, min(MOST_CHILDREN, len(os.sched_getaffinity(0)) // CORES_PER_CHILD))
+        return min(MOST_CHILDREN, len(os.sched_getaffinity(0)))
 
     def start(
         self, kind: str, name: str, environment: dict[str, str] | None = None, *, waits: bool = False, **task: Any
@@ -67,7 +66,14 @@ class Bench(AbstractContextManager["Bench"]):
         """What it found, or why it did not, within `limit` seconds from now and the check's deadline."""
         return child.wait(min(self.deadline, time.monotonic() + limit))
 
-    def train_all(self, trainings: Sequence[Training], vocab_size: int, limit: float) -> dict[str, dict[str, Any]]:
+    def prepare(self, trainings: Sequence[Training], vocab_size: int, beside: int) -> dict[str, Child]:
+        """Processes that wait to `begin`, as many as may be there beside others that compute; by name."""
+        few = trainings[: max(0, self.at_once - beside)]
+        return {training.name: self.start_training(training, vocab_size, waits=True) for training in few}
+
+    def train_all(
+        self, trainings: Sequence[Training], vocab_size: int, prepared: dict[str, Child], limit: float
+    ) -> dict[str, dict[str, Any]]:
         """What each found, by name; `limit` seconds for all."""
         until = min(self.deadline, time.monotonic() + limit)
         found: dict[str, dict[str, Any]] = {}
@@ -76,5 +82,6 @@ class Bench(AbstractContextManager["Bench"]):
             if len(running) == self.at_once:
                 first = running.pop(0)
                 found[first.name] = first.wait(until)
-            running.append(self.start_training(training, vocab_size))
+            running.append(prepared.get(training.name) or self.start_training(training, vocab_size, waits=True))
+            running[-1].begin()
         return found | {child.name: child.wait(until) for child in running}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_txssm.check.gpu.bench import Bench
+from megatron_txssm.check.gpu.children import Child
 from megatron_txssm.check.gpu.findings import Finding, compared, failed
 from megatron_txssm.check.gpu.speed import LONG_PAIRS, PAIRS, SMALL_PAIRS, speed_of_pairs
 from megatron_txssm.check.gpu.trainings import AGREEMENTS, SMALL_VOCABULARY, WAVES, Agreement, Training
@@ -59,9 +60,14 @@ def kernels(bench: Bench) -> Iterator[Finding]:
 
 def trainings(bench: Bench) -> Iterator[Finding]:
     found: dict[str, dict[str, Any]] = {}
-    for wave in WAVES:
-        wanted = [training for training in wave if _can_train(training, bench)]
-        found |= bench.train_all(wanted, SMALL_VOCABULARY, limit=240)
+    waves = [[training for training in wave if _can_train(training, bench)] for wave in WAVES]
+    prepared: dict[str, Child] = {}
+    for wave, following in zip(waves, [*waves[1:], []], strict=True):
+        # What continues another run must not look at it before that has ended.
+        independent = [training for training in following if training.continues is None]
+        prepared_next = bench.prepare(independent, SMALL_VOCABULARY, beside=len(wave))
+        found |= bench.train_all(wave, SMALL_VOCABULARY, prepared, limit=240)
+        prepared = prepared_next
     for agreement in AGREEMENTS:
         yield _agreement(agreement, found)
     for name in ("te", "fp8_attention", "isolated_te"):
