@@ -196,7 +196,7 @@ class StateSpaceMixer(MegatronModule):
         """Rotation and SSD of the packed projection, [L, B, E] → [L, B, H·P]."""
         from megatron_txssm.ops.ssd_fused_triton import Sizes, scan_packed
 
-        sizes = self.state_space
+        sizes, groups = self.state_space, self.in_proj_sizes["B"] // self.state_space.state_size
         tables = None
         if sizes.position_encoding == "rope":
             tables = self.rotary.cos_sin(projected_LBE.shape[0], sizes.state_size, device=projected_LBE.device)
@@ -205,7 +205,7 @@ class StateSpaceMixer(MegatronModule):
             self.A_log,
             self.dt_bias,
             tables,
-            Sizes(sizes.head_dim, sizes.num_groups // self.tp_size, sizes.state_size, sizes.chunk_size),
+            Sizes(sizes.head_dim, groups, sizes.state_size, sizes.chunk_size),
             seq_idx=None if documents is None else documents.document_BL,
         )
 

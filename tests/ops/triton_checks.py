@@ -7,6 +7,7 @@ those of test_ssd.py.
 # B=batch L=sequence H=heads P=head dim G=groups N=state
 
 import os
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -246,25 +247,35 @@ def layer_tables(length: int) -> tuple[Tensor, Tensor]:
     return angles_LR.cos(), angles_LR.sin()
 
 
-def fused(packed_LBE: Tensor, *parameters: Tensor | None, groups: int, rotated: bool, seq_idx: Tensor | None) -> Tensor:
+def fused(
+    packed_LBE: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor | None,
+    *,
+    groups: int,
+    rotated: bool,
+    seq_idx: Tensor | None,
+) -> Tensor:
     from megatron_txssm.ops.ssd_fused_triton import Sizes, scan_packed
 
-    on_device = [t if t is None else t.to(DEVICE) for t in (packed_LBE, *parameters, seq_idx)]
+    dt_bias, seq_idx = (t if t is None else t.to(DEVICE) for t in (dt_bias, seq_idx))
     cos, sin = (table.to(DEVICE) for table in layer_tables(packed_LBE.shape[0]))
-    sizes = Sizes(SIZES["head_dim"], groups, WIDTH, 16)
-    return scan_packed(*on_device[:-1], (cos, sin) if rotated else None, sizes, seq_idx=on_device[-1]).cpu()
+    sizes = Sizes(SIZES["head_dim"], groups, WIDTH, chunk_size=16)
+    tables = (cos, sin) if rotated else None
+    return scan_packed(packed_LBE.to(DEVICE), A_log.to(DEVICE), dt_bias, tables, sizes, seq_idx=seq_idx).cpu()
 
 
 def unfused(
     packed_LBE: Tensor,
-    *parameters: Tensor | None,
+    A_log: Tensor,
+    dt_bias: Tensor | None,
+    *,
     groups: int,
     rotated: bool,
     seq_idx: Tensor | None,
     by: str = "torch",
 ) -> Tensor:
     """The same by steps, in PyTorch; or those that have kernels `by="triton"`."""
-    A_log, dt_bias = parameters
     inner, width = HEADS * SIZES["head_dim"], groups * WIDTH
     x, B, C, dt, _ = packed_LBE.transpose(0, 1).split([inner, width, width, HEADS, PADDING], dim=-1)
     B, C = (t.unflatten(-1, (groups, WIDTH)) for t in (B, C))
@@ -274,13 +285,12 @@ def unfused(
         B, C = (apply_rotary(t.to(device), *tables, backend=by).cpu() for t in (B, C))
     dt = dt.to(accumulation_dtype(dt))
     dt = torch.nn.functional.softplus(dt if dt_bias is None else dt + dt_bias)
-    assert A_log is not None
     scan: Any = partial(by_kernels, chunk_size=16) if by == "triton" else ssd_reference
     y, _ = scan(x.unflatten(-1, (HEADS, -1)), dt, -A_log.exp(), B, C, seq_idx=seq_idx)
     return y.transpose(0, 1).flatten(2)
 
 
-def layer_results(function: Any, inputs: dict[str, Tensor | None], **options: Any) -> dict[str, Tensor]:
+def layer_results(function: Any, inputs: Mapping[str, Tensor | None], **options: Any) -> dict[str, Tensor]:
     """y and the gradients of the projection's parts and of the parameters, for one fixed cotangent."""
     leaves = {name: t if t is None else t.clone().requires_grad_() for name, t in inputs.items()}
     y = function(*leaves.values(), **options)
@@ -325,14 +335,14 @@ def test_the_fused_layers_dt_has_all_digits_however_small() -> None:
     actual = layer_results(fused, inputs, **options)
     expected = layer_results(unfused, {n: t.double() for n, t in inputs.items()}, **options)
     for sample in range(13):
-        of_sample = ({name: tensors[name][:, sample] for name in ("y", "dx", "ddt")} for tensors in (actual, expected))
-        assert_close(*of_sample, FP32)
+        ours, theirs = ({n: tensors[n][:, sample] for n in ("y", "dx", "ddt")} for tensors in (actual, expected))
+        assert_close(ours, theirs, FP32)
 
 
-@pytest.mark.parametrize("rows", DOCUMENTS, ids=str)
-def test_the_fused_layer_with_packed_documents(rows: tuple[list[int], ...]) -> None:
+@pytest.mark.parametrize(("rows", "numbers"), [(DOCUMENTS[0], None), ([[3, 17, 9, 10, 6]] * 2, [0, 1, 0, 1, 0])])
+def test_the_fused_layer_with_packed_documents(rows: Any, numbers: list[int] | None) -> None:
     inputs = layer_inputs(45, 2)
-    options = {"groups": 2, "rotated": True, "seq_idx": numbered(*rows)}
+    options = {"groups": 2, "rotated": True, "seq_idx": numbered(*rows, numbers=numbers)}
     actual = layer_results(fused, inputs, **options)
     assert_close(actual, layer_results(unfused, {n: t.double() for n, t in inputs.items()}, **options), FP32)
 
@@ -352,11 +362,11 @@ def test_the_fused_layer_in_bf16_equals_the_kernels_one_after_the_other() -> Non
 
 def test_the_fused_layer_puts_gradients_where_they_belong() -> None:
     """Nothing is concatenated, and the in-projection finds its gradient in its own layout."""
-    packed_LBE, *parameters = (tensor.to(DEVICE).requires_grad_() for tensor in layer_inputs(5, 2).values())
-    tables: Any = [table.to(DEVICE) for table in layer_tables(5)]
     from megatron_txssm.ops.ssd_fused_triton import Sizes, scan_packed
 
-    y = scan_packed(packed_LBE, *parameters, tables, Sizes(16, 2, WIDTH, 16))
+    packed_LBE, A_log, dt_bias = (tensor.to(DEVICE).requires_grad_() for tensor in layer_inputs(5, 2).values())
+    tables: Any = [table.to(DEVICE) for table in layer_tables(5)]
+    y = scan_packed(packed_LBE, A_log, dt_bias, tables, Sizes(16, 2, WIDTH, 16))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         (gradient,) = torch.autograd.grad(y, packed_LBE, torch.ones_like(y))
     assert gradient.is_contiguous() and y.is_contiguous()
