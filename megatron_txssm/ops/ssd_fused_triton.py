@@ -50,6 +50,9 @@ def scan_packed(
     seq_idx:    as in `ssd`.
     """
     cos_LR, sin_LR = tables or (None, None)
+    for table_LR in tables or ():
+        # Our kernels read rows of this width, one behind the other.
+        assert table_LR.shape == (packed_LBE.shape[0], sizes.state_size // 2) and table_LR.is_contiguous()
     # The kernels give a chunk's state to a later chunk's tokens of the same number, whatever stands between them.
     document_BL = None if seq_idx is None else number_documents(seq_idx)
     sizes = sizes._replace(chunk_size=rounded_chunk_size(sizes.chunk_size))
