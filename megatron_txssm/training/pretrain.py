@@ -131,7 +131,7 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
             raise FloatingPointError(explain_not_finite(recipe, stop.code)) from None
         if stop.code != 0:
             raise RuntimeError(f"Megatron ended with exit code {stop.code}; see the log of this rank") from None
-        note_signal(args.rank)
+        note_signal()
     finally:
         monitor.close()
     torch.distributed.destroy_process_group()
@@ -169,13 +169,14 @@ def write_stacks_when_asked(attempt: Path | None, rank: int) -> None:
     os.register_at_fork(after_in_child=be_silent)
 
 
-def note_signal(rank: int) -> None:
+def note_signal() -> None:
     """Tell the supervisor of a batch job, if there is one, that a signal ended the loop, after which all was saved."""
     from megatron.training.global_vars import get_signal_handler
 
     folder, handler = attempt_folder(), get_signal_handler()
-    # Any other early end is one that the recipe asks for, such as megatron.exit_interval.
-    if folder is not None and rank == 0 and handler is not None and handler._signal_received:
+    # Any other early end is one that the recipe asks for, such as megatron.exit_interval. Megatron stops all ranks
+    # where one has a signal, and it need not be the first.
+    if folder is not None and handler is not None and handler._signal_received:
         (folder / "stopped").touch()
 
 

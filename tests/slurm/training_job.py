@@ -136,7 +136,9 @@ class TrainingJob:
     def step_id(self) -> str:
         """Slurm's number of the trainer's step."""
         lines = self.sandbox.slurm("squeue", "--noheader", "--steps", f"--jobs={self.job}", "--format=%i %j")
-        return next(step for step, name in map(str.split, lines.splitlines()) if name == "train")
+        steps = [step for step, name in map(str.split, lines.splitlines()) if name == "train"]
+        assert steps, f"slurmctld knows no step of the trainer: {lines}"
+        return steps[0]
 
     def supervisor(self) -> psutil.Process:
         for process in psutil.process_iter(["cmdline"]):
