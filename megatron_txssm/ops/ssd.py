@@ -69,8 +69,9 @@ def ssd_step(
 
 def is_fused(backend: str, x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether `ssd_fused_triton` may take the place of `apply_rotary` and `ssd`: its kernels are chosen and can run."""
-    runs = import_error() is None and x.dtype != torch.float64 and not is_traced(x, *parameters)
-    return _chosen(backend, x) == "triton" and runs
+    if _chosen(backend, x) != "triton" or x.dtype == torch.float64 or is_traced(x, *parameters):
+        return False
+    return import_error() is None
 
 
 def _chosen(backend: str, x: Tensor) -> str:

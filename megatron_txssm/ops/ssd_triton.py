@@ -49,7 +49,8 @@ def import_error() -> ImportError | None:
     try:
         _kernels()
     except ImportError as error:
-        return error
+        # Its traceback would keep alive what the callers hold: a data loader, without whose end no process ends.
+        return error.with_traceback(None)
     return None
 
 

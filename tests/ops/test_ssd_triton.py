@@ -5,6 +5,7 @@ compiled part (tests/ops/requirements.txt says why), so it lies in a folder besi
 tools/bootstrap fills.
 """
 
+import importlib
 import importlib.util
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_txssm.ops import ssd_triton
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.training.pretrain import follow_deterministic_mode
 
@@ -89,3 +91,10 @@ def test_kernels_on_the_gpu(precision: str) -> None:
     if importlib.util.find_spec("mamba_ssm") is None:
         pytest.skip("needs mamba-ssm; docs/gpu.md says how to install it")
     run_checks(TRITON_F32_DEFAULT=precision)
+
+
+def test_the_error_of_a_missing_package_keeps_no_frame_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    monkeypatch.setattr(ssd_triton, "_kernels", lambda: importlib.import_module("mamba_ssm"))
+    error = ssd_triton.import_error.__wrapped__()
+    assert error is not None and error.__traceback__ is None and error.__context__ is None

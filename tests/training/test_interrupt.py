@@ -3,10 +3,13 @@
 import json
 import re
 import shutil
+import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
-from tiny_run import Done, TinyRun
+from tiny_run import ENVIRONMENT, Done, TinyRun, command, sets
 
 
 def iterations(run: TinyRun) -> list[int]:
@@ -38,3 +41,22 @@ def test_the_same_command_goes_on_from_there(interrupted: tuple[TinyRun, Done], 
     assert done.code == 0, done.stderr
     assert re.findall(r"^iteration (\d+)/2000", done.stdout, re.MULTILINE) == [str(step + 1)]
     assert iterations(run) == list(range(1, step + 2))
+
+
+@pytest.mark.slow
+def test_a_signal_to_any_rank_is_told_to_the_supervisor(tiny: TinyRun, tmp_path: Path) -> None:
+    """Megatron stops all ranks then; without the note it looks as if the recipe had asked for it."""
+    attempt = tmp_path / "attempt"
+    attempt.mkdir()
+    words = command("pretrain", str(tiny.recipe), "--nproc", "2", *sets(["training.train_iters=100000"]))
+    environment = ENVIRONMENT | {"TXSSM_ATTEMPT": str(attempt)}
+    with (tiny.folder / "said").open("w") as stream, subprocess.Popen(words, stdout=stream, env=environment) as process:
+        try:
+            while "iteration 2/" not in (tiny.folder / "said").read_text() and process.poll() is None:
+                time.sleep(0.05)
+            ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
+            ranks["1"].terminate()
+            assert process.wait(timeout=600) == 0
+        finally:
+            process.kill()
+    assert (attempt / "stopped").exists()
