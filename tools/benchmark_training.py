@@ -58,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def refuse_gpus() -> None:
-    """Nothing here is what runs on a GPU: fp32, PyTorch's scan and layers, clocks that do not wait for the device."""
+    """What is trained here, fp32 in local modules, is not what a GPU trains, and the clock does not wait for one."""
     import torch
 
     if torch.cuda.is_available():
