@@ -182,3 +182,19 @@ def test_what_cannot_be_drawn_in_parts_is_drawn_whole(monkeypatch: pytest.Monkey
             patch.setattr(initialization, "NUMBERS_PER_THREAD", 1000)
             part = initialization._draw(rule, shard(some, slice(0, width), width=width), 1)
         assert torch.equal(part, whole[some])
+
+
+def test_a_model_drawn_in_parts_is_the_same(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = weights(initialized(share_embeddings_and_output_weights=False))
+    drawn_in_parts, draw_part = [], initialization._draw_part
+
+    def counted(*arguments: Any) -> Tensor:
+        drawn_in_parts.append(arguments)
+        return draw_part(*arguments)
+
+    monkeypatch.setattr(initialization, "NUMBERS_PER_THREAD", 64)
+    monkeypatch.setattr(initialization, "_draw_part", counted)
+    parts = weights(initialized(share_embeddings_and_output_weights=False))
+    # All but a mixer's small ones: of each layer four or five projections, embedding and output layer.
+    assert len(drawn_in_parts) > 4 * len(PATTERN)
+    assert all(torch.equal(parts[key], tensor) for key, tensor in whole.items())
