@@ -94,8 +94,8 @@ def _exponents() -> tuple[int, ...]:
                 p ^= _product(upper[UPPER_BITS], lower[LOWER_BITS - i - 1])
             else:
                 p ^= upper[UPPER_BITS + LOWER_BITS - i - 1]
-    exponents = [exponent for exponent, bit in enumerate(reversed(format(p, "b"))) if bit == "1"]
-    assert exponents.pop() == DEGREE
+    *exponents, degree = (exponent for exponent, bit in enumerate(reversed(format(p, "b"))) if bit == "1")
+    assert degree == DEGREE
     return tuple(exponents)
 
 
