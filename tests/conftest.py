@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
 # Two workers of pytest share two cores; before torch is imported, so that it counts here and in every process started.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from megatron_txssm.ops.ssd_triton import import_error
 from megatron_txssm.platform import prepare_platform
 
 # Before any test module imports Megatron.
@@ -19,9 +21,24 @@ prepare_platform()
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# Imported in deterministic mode, mamba-ssm's kernels would have one size of blocks, and none chosen by its speed.
+if torch.cuda.is_available():
+    import_error()
+
 # torch.empty returns NaN, so that a kernel that forgets to write shows (torch fills it in deterministic mode).
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_trainings(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test on a GPU runs the kernels that trainings run, which are not the deterministic ones."""
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    if on_gpu:
+        torch.use_deterministic_algorithms(False)
+    yield
+    if on_gpu:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,8 @@
 Llama 3 has torch's fused attention, and for comparison, as in the paper, materialised scores. All take turns: each
 turn is a process that trains a few steps on made-up data; its first step warms up, and the median of all others counts.
 
+For CPUs: on a GPU, `txssm check gpu --only speed` is the tool.
+
     .venv/bin/python tools/benchmark_training.py
     .venv/bin/python tools/benchmark_training.py --lengths 4096 --turns 1 --steps 5 --no-materialised
 """
@@ -27,6 +29,7 @@ def main() -> None:
     if args.worker:
         work(args.worker[0], int(args.worker[1]), args)
         return
+    refuse_gpus()
     models = MODELS if args.materialised else MODELS[:2]
     for length in args.lengths:
         steps: dict[str, list[float]] = {model: [] for model in models}
@@ -52,6 +55,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-materialised", dest="materialised", action="store_false")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def refuse_gpus() -> None:
+    """What is trained here, fp32 in local modules, is not what a GPU trains, and the clock does not wait for one."""
+    import torch
+
+    if torch.cuda.is_available():
+        print("error: this measures CPUs; on a GPU, use: txssm check gpu --only speed", file=sys.stderr)
+        sys.exit(2)
 
 
 def in_a_process(model: str, length: int, args: argparse.Namespace) -> list[float]:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_txssm import __version__
 from megatron_txssm.checkpoint.export import sha256_of
 from megatron_txssm.checkpoint.greedy import Generation
 from megatron_txssm.checkpoint.hf_folder import HfFolder, open_hf_folder
@@ -111,9 +112,16 @@ class Proof:
 
 
 def versions() -> dict[str, str]:
-    from importlib.metadata import version
+    """Of what compared; "none" of a package that is on Python's path without being installed."""
+    from importlib.metadata import PackageNotFoundError, version
 
-    return {name: version(name) for name in ("megatron_txssm", "megatron-core", "torch", "transformers")}
+    found = {"megatron_txssm": __version__}
+    for name in ("megatron-core", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
 
 
 def compare_tensors(

@@ -3,10 +3,17 @@
 Megatron seeds each rank's generator by its place in the layout, so the same seed starts another model at TP=2 than at
 TP=1. Here a parameter's initial value is a function of the seed and of the parameter's name and global shape in the
 checkpoint.
+
+The numbers are those of torch's generator on the CPU, whose own draw on a GPU would be another. A small parameter is
+drawn whole on every rank. Of a large one a rank draws the rows that it has a part of, in several threads, each of which
+starts with its generator moved ahead: the same numbers, bit for bit, as drawn whole.
 """
 
+import functools
 import hashlib
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -14,10 +21,18 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.utils import nested_values
 from torch import Tensor
 
+from megatron_txssm.model.mersenne_twister import generators_ahead
 from megatron_txssm.model.state_space_mixer import StateSpaceMixer, parameter_initializers
 
 # Rows drawn at a time. Only the embedding's number of rows depends on the layout (padding); its first rows do not.
 ROWS_PER_DRAW = 128
+
+# A thread's least share: 0.1 s of drawing, beside which moving its generator ahead (10 ms) is little.
+NUMBERS_PER_THREAD = 1 << 25
+MOST_THREADS = 16
+
+# torch makes normal numbers of uniform ones by sixteens, a draw of 32 bits each; what is left over costs more draws.
+NUMBERS_AT_ONCE = 16
 
 
 @torch.no_grad()
@@ -28,11 +43,7 @@ def initialize_by_name(model: Any, seed: int) -> None:
         for shard in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
             if isinstance(shard, ShardedTensor) and (rule := _rule(rules, shard.key)):
                 assert shard.data is not None and not shard.data.is_meta, f"{shard.key} has no memory to fill"
-                where = tuple(
-                    slice(start, start + length)
-                    for start, length in zip(shard.global_offset, shard.local_shape, strict=True)
-                )
-                shard.data.copy_(_draw(rule, shard, seed)[where])
+                shard.data.copy_(_draw(rule, shard, seed))
 
 
 def _rules(model: Any) -> dict[str, Callable[[Tensor], Any]]:
@@ -60,11 +71,37 @@ def _rule(rules: dict[str, Callable[[Tensor], Any]], key: str) -> Callable[[Tens
 
 
 def _draw(rule: Callable[[Tensor], Any], shard: ShardedTensor, seed: int) -> Tensor:
-    """The whole parameter, fp32, from a generator seeded by `seed` and the parameter's name."""
+    """The shard, fp32, of a parameter from a generator seeded by `seed` and the parameter's name."""
     digest = hashlib.sha256(f"{seed}:{shard.key}".encode()).digest()
+    number = int.from_bytes(digest[:8], "big", signed=True)
+    where = tuple(
+        slice(start, start + length) for start, length in zip(shard.global_offset, shard.local_shape, strict=True)
+    )
+    # What the rule does to the generator must be known.
+    normal = isinstance(rule, functools.partial) and rule.func is torch.nn.init.normal_
+    large = len(where) == 2 and shard.global_shape[0] * shard.global_shape[1] >= NUMBERS_PER_THREAD
+    if normal and large and shard.global_shape[1] % NUMBERS_AT_ONCE == 0:
+        return _draw_part(rule, shard.global_shape[1], where[0], where[1], number)
     whole = torch.empty(shard.global_shape, dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+        torch.default_generator.manual_seed(number)
         for rows in whole.split(ROWS_PER_DRAW):
             rule(rows)
-    return whole
+    return whole[where]
+
+
+def _draw_part(rule: Callable[..., Any], width: int, rows: slice, columns: slice, seed: int) -> Tensor:
+    """Rows and columns of a matrix `width` wide, which is filled row by row."""
+    part = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=torch.float32)
+
+    def draw(generator: torch.Generator, own: Tensor) -> None:
+        block = torch.empty(ROWS_PER_DRAW, width, dtype=torch.float32)
+        for some in own.split(ROWS_PER_DRAW):
+            some.copy_(rule(block[: len(some)], generator=generator)[:, columns])
+
+    threads = min(len(os.sched_getaffinity(0)), MOST_THREADS, max(1, len(part) * width // NUMBERS_PER_THREAD))
+    shares = part.split(max(1, -(-len(part) // threads)))
+    generators = generators_ahead(seed, rows.start * width, len(shares[0]) * width, len(shares))
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(draw, generators, shares))
+    return part

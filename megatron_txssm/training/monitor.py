@@ -17,6 +17,7 @@ from megatron.training import training as megatron_training
 
 from megatron_txssm.compat import get_args
 from megatron_txssm.launch.notify import notify
+from megatron_txssm.ops.ssd_triton import why_unavailable
 from megatron_txssm.planning.flops import flops_per_token
 from megatron_txssm.planning.parameters import ModelSizes
 from megatron_txssm.recipe.recipe import Recipe
@@ -55,6 +56,7 @@ class TrainingMonitor:
         self.interval_seconds, self.interval_tokens, self.interval_flops = 0.0, 0, 0.0
         self.skipped_steps = 0
         self.iteration: int | None = None
+        self.first_step_note = first_step_note(recipe)
         # The step and the data of the last validation.
         self.validated: tuple[int | None, str] | None = None
         # One entry a validation set, by loss; None where the time limit came first.
@@ -72,6 +74,9 @@ class TrainingMonitor:
             # The scheduler moves on within the step, after which Megatron logs the next step's rate.
             optimizer = step_signature.bind(*args, **kwargs).arguments["optimizer"]
             self.learning_rate = get_canonical_lr_for_logging(optimizer.param_groups)
+            if self.first_step_note is not None:
+                self.say(self.first_step_note)
+                self.first_step_note = None
             self.slow_run.begin_step()
             start = time.perf_counter()
             result = step(*args, **kwargs)
@@ -218,6 +223,15 @@ class TrainingMonitor:
             return
         with open(self.metrics_file, "a", encoding="utf-8") as file:
             file.write(json.dumps(metrics | {"time": round(time.time(), 3)}) + "\n")
+
+
+def first_step_note(recipe: Recipe) -> str | None:
+    """Why nothing will seem to happen at first; None where the run has no kernels of Triton."""
+    by_kernels = recipe.has_state_space and recipe.model.ssd_backend in ("auto", "triton")
+    if not by_kernels or why_unavailable() is not None:
+        return None
+    # Triton keeps what it compiles. docs/gpu-results has the seconds.
+    return "the first step compiles and tunes kernels: up to two minutes, less where an earlier run has done so"
 
 
 def end_last_line(file: Path) -> None:

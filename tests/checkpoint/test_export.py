@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib.metadata
 import json
 import pickle
 import shutil
@@ -22,7 +23,7 @@ from megatron_txssm.checkpoint.layouts import choose_layout
 from megatron_txssm.checkpoint.mapping import HALVES, TABLES
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.torch_dist import IndexReader
-from megatron_txssm.checkpoint.verify import compare_tensors
+from megatron_txssm.checkpoint.verify import compare_tensors, versions
 from megatron_txssm.cli import main
 from megatron_txssm.errors import UserError
 from megatron_txssm.new_folder import complete_folder
@@ -260,3 +261,17 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
 def test_without_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no checkpoint"):
         open_checkpoint(tmp_path)
+
+
+def test_a_checkout_that_is_not_installed_names_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the comparison: a failure would cost it all."""
+    known = versions()
+    found = importlib.metadata.version
+
+    def lacks(name: str) -> str:
+        if name in ("megatron_txssm", "megatron-core"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", lacks)
+    assert versions() == known | {"megatron-core": "none"}

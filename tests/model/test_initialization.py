@@ -1,7 +1,10 @@
 """initialize_by_name: weights are a function of the seed and the parameter's name, whatever the layout."""
 
+import functools
 import math
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from ranks import model_parallel, run_ranks
 from tiny import Piece, assembled, build_gpt, perturb, pieces, state_space_config, transformer_config
 from torch import Tensor, nn
 
+from megatron_txssm.model import initialization
 from megatron_txssm.model.initialization import ROWS_PER_DRAW, initialize_by_name
 from tests.distributions import assert_uniform
 
@@ -127,3 +131,70 @@ def test_no_parameter_is_forgotten(one_process: None) -> None:
     """`initialized` fills all but norms with NaN first."""
     whole = weights(initialized(share_embeddings_and_output_weights=False))
     assert not any(tensor.isnan().any() for tensor in whole.values())
+
+
+def shard(rows: slice, columns: slice, height: int = 300, width: int = 48) -> Any:
+    """As much of a ShardedTensor as a draw looks at."""
+    lengths = rows.stop - rows.start, columns.stop - columns.start
+    offsets = rows.start, columns.start
+    return SimpleNamespace(key="weight", global_shape=(height, width), local_shape=lengths, global_offset=offsets)
+
+
+@pytest.mark.parametrize("cores", [1, 3, 64])
+@pytest.mark.parametrize(
+    "rows, columns",
+    [
+        (slice(0, 300), slice(0, 48)),
+        (slice(150, 300), slice(0, 48)),
+        (slice(7, 8), slice(0, 48)),
+        (slice(0, 300), slice(12, 24)),
+        (slice(129, 290), slice(47, 48)),
+    ],
+)
+def test_a_part_of_a_large_weight_has_the_numbers_of_the_whole(
+    rows: slice, columns: slice, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    normal, drawn = torch.nn.init.normal_, []
+
+    def counted(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        drawn.append(tensor.numel())
+        return normal(tensor, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.init, "normal_", counted)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    rule = functools.partial(torch.nn.init.normal_, mean=0.0, std=0.02)
+    whole = initialization._draw(rule, shard(slice(0, 300), slice(0, 48)), 1)
+    monkeypatch.setattr(initialization, "NUMBERS_PER_THREAD", 1000)
+    drawn.clear()
+    part = initialization._draw(rule, shard(rows, columns), 1)
+    assert torch.equal(part, whole[rows, columns])
+    assert sum(drawn) == len(part) * 48
+    assert len(drawn) <= 3 or cores > 1
+
+
+def test_what_cannot_be_drawn_in_parts_is_drawn_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rule than the normal one, and a width that is no multiple of sixteen."""
+    normal = functools.partial(torch.nn.init.normal_, mean=0.0, std=0.02)
+    some = slice(100, 200)
+    for rule, width in ((lambda tensor: tensor.uniform_(-1, 1), 48), (normal, 50)):
+        whole = initialization._draw(rule, shard(slice(0, 300), slice(0, width), width=width), 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(initialization, "NUMBERS_PER_THREAD", 1000)
+            part = initialization._draw(rule, shard(some, slice(0, width), width=width), 1)
+        assert torch.equal(part, whole[some])
+
+
+def test_a_model_drawn_in_parts_is_the_same(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = weights(initialized(share_embeddings_and_output_weights=False))
+    drawn_in_parts, draw_part = [], initialization._draw_part
+
+    def counted(*arguments: Any) -> Tensor:
+        drawn_in_parts.append(arguments)
+        return draw_part(*arguments)
+
+    monkeypatch.setattr(initialization, "NUMBERS_PER_THREAD", 64)
+    monkeypatch.setattr(initialization, "_draw_part", counted)
+    parts = weights(initialized(share_embeddings_and_output_weights=False))
+    # All but a mixer's small ones: of each layer four or five projections, embedding and output layer.
+    assert len(drawn_in_parts) > 4 * len(PATTERN)
+    assert all(torch.equal(parts[key], tensor) for key, tensor in whole.items())

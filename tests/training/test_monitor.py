@@ -308,3 +308,29 @@ def test_a_training_outlives_its_terminal(megatron: FakeMegatron, monkeypatch: p
     megatron.validate({"lm loss": torch.tensor(3.0)})
     megatron.monitor.close()
     assert [line["iteration"] for line in megatron.metrics] == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "why_not, fields, said",
+    [
+        (None, [], True),
+        (None, ["model.ssd_backend=triton"], True),
+        (None, ["model.ssd_backend=torch"], False),
+        (None, ["model.layer_pattern=A"], False),
+        ("it needs a CUDA device, and there is none", [], False),
+    ],
+)
+def test_the_first_step_says_what_takes_it_so_long(
+    why_not: str | None,
+    fields: list[str],
+    said: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    clock: Clock,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(monitor, "why_unavailable", lambda: why_not)
+    megatron = FakeMegatron(monkeypatch, clock, tmp_path, fields)
+    for iteration in (1, 2):
+        megatron.step(iteration)
+    lines = megatron.terminal.getvalue().splitlines()
+    assert ["compiles and tunes kernels" in line for line in lines] == [True] * said + [False] * 2
