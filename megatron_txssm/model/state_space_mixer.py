@@ -301,14 +301,14 @@ class StateSpaceMixer(MegatronModule):
         A context-parallel rank convolves its pieces as rows of their own, behind the last inputs of the piece before.
         """
         before, backend = self.conv1d_weight.shape[-1] - 1, self.state_space.ssd_backend
+        document_BL = None if documents is None else documents.document_BL
         xBC_blE, document_bl, document_before_bK = self.zigzag.fold(xBC_BLE), None, None
-        if documents is not None:
-            assert documents.document_BL is not None
-            document_bl = self.zigzag.fold(self.zigzag.own(documents.document_BL))
+        if document_BL is not None:
+            document_bl = self.zigzag.fold(self.zigzag.own(document_BL))
         if self.zigzag.size > 1:
             history_BEK, backend = self.zigzag.previous_tails(xBC_blE, before).mT, "torch"
-            if documents is not None:
-                document_before_bK = documents_before(documents.document_BL, self.zigzag, before)
+            if document_BL is not None:
+                document_before_bK = documents_before(document_BL, self.zigzag, before)
         out_blE = causal_convolution(
             xBC_blE,
             self.conv1d_weight,
