@@ -177,32 +177,26 @@ def test_the_rotation_equals_that_of_pytorch(dtype: torch.dtype, batched: bool, 
 @pytest.mark.parametrize("rows", [None, DOCUMENTS[0]], ids=["one-document", "documents"])
 def test_what_passes_by_the_state_in_the_kernels_is_what_pytorch_adds(rows: Any, dtype: torch.dtype) -> None:
     """D with its gradient, and all others, against `ssd` in PyTorch."""
-    inputs = make_inputs(45, 2, torch.float32, **SIZES)
+    given = make_inputs(45, 2, torch.float32, **SIZES) | {"D": torch.linspace(-2, 3, HEADS)}
+    del given["initial_state"]
     for name in ("x", "B", "C"):
-        inputs[name] = inputs[name].to(dtype)
-    options = {"chunk_size": 16, "seq_idx": None if rows is None else numbered(*rows)}
+        given[name] = given[name].to(dtype)
+    seq_idx = None if rows is None else numbered(*rows)
+    cotangent = torch.randn(given["x"].shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
-    def results(backend: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        D_H = torch.linspace(-2, 3, HEADS).to(inputs["A"])
-        D_H = D_H.to(DEVICE if backend == "triton" else "cpu").requires_grad_()
+    def results(backend: str, device: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        leaves = {name: tensor.to(device).requires_grad_() for name, tensor in given.items()}
+        options = {"chunk_size": 16, "seq_idx": None if seq_idx is None else seq_idx.to(device)}
+        *inputs, D_H = leaves.values()
+        y, state = ssd(*inputs, D_H=D_H, backend=backend, **options)
+        gradients = torch.autograd.grad(y, list(leaves.values()), cotangent.to(y))
+        found = {"y": y, "state": state} | {f"d{n}": g for n, g in zip(leaves, gradients, strict=True)}
+        return {name: tensor.cpu() for name, tensor in found.items()}
 
-        def function(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-            if backend == "triton":
-                tensors = tuple(tensor.to(DEVICE) for tensor in tensors)
-                options = {n: o.to(DEVICE) if isinstance(o, Tensor) else o for n, o in options.items()}
-            y, state = ssd(*tensors, D_H=D_H, backend=backend, **options)
-            if dtype == torch.bfloat16:
-                y = y.bfloat16()
-            # Twice: `run` asks for the gradients of the others.
-            y.backward(torch.ones_like(y), retain_graph=True)
-            return y.cpu(), state.cpu()
-
-        found = run(function, inputs, **options)
-        assert D_H.grad is not None
-        return found | {"dD": D_H.grad.cpu()}
-
-    expected = results("torch", {name: tensor.double() for name, tensor in inputs.items()})
-    assert_close(results("triton", inputs), expected, FP32 if dtype == torch.float32 else BF16)
+    expected = results("torch", "cpu", {name: tensor.double() for name, tensor in given.items()})
+    actual = results("triton", DEVICE, given)
+    assert actual["y"].dtype == dtype and actual["dD"].dtype == torch.float32
+    assert_close(actual, expected, FP32 if dtype == torch.float32 else BF16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
