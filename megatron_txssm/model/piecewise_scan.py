@@ -24,6 +24,7 @@ def scan(
     *,
     state_space: StateSpaceConfig,
     zigzag: Zigzag,
+    D_H: Tensor | None = None,
     document_BL: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -34,12 +35,13 @@ def scan(
     """
     kernel = partial(ssd, chunk_size=state_space.chunk_size, backend=state_space.ssd_backend)
     if zigzag.size == 1:
-        return kernel(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, initial_state=initial_state, seq_idx=document_BL)
+        return kernel(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H=D_H, initial_state=initial_state, seq_idx=document_BL)
     assert initial_state is None, "decoding knows no context parallelism"
     if state_space.context_parallel_method == "all_to_all":
         x, dt, B, C = (zigzag.heads_for_tokens(t) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN))
-        A_of_heads_H = A_H.unflatten(0, (zigzag.size, -1))[zigzag.rank]
-        y_BLHP, _ = kernel(x, dt, A_of_heads_H, B, C, seq_idx=document_BL)
+        of_rank = lambda t_H: t_H.unflatten(0, (zigzag.size, -1))[zigzag.rank]  # noqa: E731
+        D_of_heads_H = None if D_H is None else of_rank(D_H)
+        y_BLHP, _ = kernel(x, dt, of_rank(A_H), B, C, D_H=D_of_heads_H, seq_idx=document_BL)
         return zigzag.tokens_for_heads(y_BLHP), None
 
     x_blHP, dt_blH, B_blGN, C_blGN = (zigzag.fold(t) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN))
@@ -48,7 +50,7 @@ def scan(
         seq_idx_bl = zigzag.fold(zigzag.own(document_BL))
         open_bl = seq_idx_bl == documents_before(document_BL, zigzag, 1)
     # Every piece from an empty state; then what enters it is added, exactly: the scan is linear in the state.
-    y_blHP, added_bHPN = kernel(x_blHP, dt_blH, A_H, B_blGN, C_blGN, seq_idx=seq_idx_bl)
+    y_blHP, added_bHPN = kernel(x_blHP, dt_blH, A_H, B_blGN, C_blGN, D_H=D_H, seq_idx=seq_idx_bl)
     share_blH = surviving_share(dt_blH, A_H, open_bl)
     entering_bHPN = zigzag.pass_states(added_bHPN, share_blH[:, -1])
     read_blHP = read_entering_state(share_blH, C_blGN, entering_bHPN)

@@ -30,6 +30,7 @@ from megatron_txssm.model.packed_rows import saved_by_component
 from megatron_txssm.model.piecewise_scan import documents_before, scan
 from megatron_txssm.model.state_space_config import StateSpaceConfig
 from megatron_txssm.model.unified_rope import UnifiedRotaryEmbedding, length_scale
+from megatron_txssm.ops.mamba2 import causal_convolution, gated_rms_norm
 from megatron_txssm.ops.rotary import apply_rotary
 from megatron_txssm.ops.ssd import is_fused, ssd_step
 
@@ -123,8 +124,8 @@ class StateSpaceMixer(MegatronModule):
         sizes = self.in_proj_sizes
         self.A_log = self._parameter(sizes["dt"], dtype=torch.float32)
         self.dt_bias = self._parameter(sizes["dt"], dtype=torch.float32) if self.state_space.dt_bias else None
+        self.D = self._parameter(sizes["dt"], dtype=torch.float32) if self.conv_sizes else None
         if self.conv_sizes:
-            self.D = self._parameter(sizes["dt"], dtype=torch.float32)
             channels = sum(self.conv_sizes.values())
             self.conv1d_weight = self._parameter(channels, 1, self.state_space.conv_kernel)
             self.conv1d_bias = self._parameter(channels)
@@ -180,10 +181,10 @@ class StateSpaceMixer(MegatronModule):
         projected_LBE, _ = self.in_proj(hidden_states)
         if inference_context is None and self._is_fused(projected_LBE):
             return self.out_proj(self._scan_fused(projected_LBE, documents))
-        y_BLE, cache = self._scan(projected_LBE.transpose(0, 1), offset, cache, documents)
+        y_LBE, cache = self._scan(projected_LBE, offset, cache, documents)
         if inference_context is not None:
             inference_context.key_value_memory_dict[self.layer_number] = cache
-        return self.out_proj(y_BLE.transpose(0, 1).contiguous())
+        return self.out_proj(y_LBE)
 
     def _is_fused(self, projected_LBE: Tensor) -> bool:
         """Whether `_scan_fused` may take the place of `_scan`; what it leaves to `_scan` is rarer than training."""
@@ -223,16 +224,18 @@ class StateSpaceMixer(MegatronModule):
         return inference_context.key_value_memory_dict[self.layer_number], offset
 
     def _scan(
-        self, projected_BLE: Tensor, offset: int, cache: StateSpaceCache, documents: PackedDocuments | None
+        self, projected_LBE: Tensor, offset: int, cache: StateSpaceCache, documents: PackedDocuments | None
     ) -> tuple[Tensor, StateSpaceCache]:
-        """Convolution, rotation and SSD of the packed projection; returns y and the cache behind the last token."""
-        history_BEK = cache.history_BEK
+        """All between the projections; returns y, contiguous, and the cache behind the last token."""
+        sizes, state_space = self.in_proj_sizes, self.state_space
+        of_x, of_BC = sizes["x"], sizes["B"] + sizes["C"]
+        merged = [sizes.get("z", 0), of_x + of_BC, sizes["dt"], self.padding]
+        z_LBE, xBC_LBE, dt_LBH, _ = projected_LBE.split(merged, dim=-1)
+        xBC_BLE, dt_BLH, history_BEK = xBC_LBE.transpose(0, 1), dt_LBH.transpose(0, 1), cache.history_BEK
         if self.conv_sizes:
-            projected_BLE, history_BEK = self._convolve(projected_BLE, history_BEK, documents)
-        sizes = self.in_proj_sizes
-        merged = [sizes.get("z", 0), sizes["x"], sizes["B"] + sizes["C"], sizes["dt"], self.padding]
-        z_BLE, x_BLE, BC_BLE, dt_BLH, _ = projected_BLE.split(merged, dim=-1)
-        x_BLHP = x_BLE.unflatten(-1, (-1, self.state_space.head_dim))
+            xBC_BLE, history_BEK = self._convolve(xBC_BLE, history_BEK, documents)
+        x_BLE, BC_BLE = xBC_BLE.split([of_x, of_BC], dim=-1)
+        x_BLHP = x_BLE.unflatten(-1, (-1, state_space.head_dim))
         B_BLGN, C_BLGN = self._rotate(BC_BLE, offset, documents)
         dt_BLH = dt_BLH.float()
         dt_BLH = F.softplus(dt_BLH if self.dt_bias is None else dt_BLH + self.dt_bias)
@@ -241,7 +244,7 @@ class StateSpaceMixer(MegatronModule):
         if x_BLHP.shape[1] == 1 and cache.state_BHPN is not None:
             x_BHP, dt_BH, B_BGN, C_BGN = (t.squeeze(1) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN))
             y_BHP, state_BHPN = ssd_step(
-                x_BHP, dt_BH, A_H, B_BGN, C_BGN, cache.state_BHPN, backend=self.state_space.ssd_backend
+                x_BHP, dt_BH, A_H, B_BGN, C_BGN, cache.state_BHPN, D_H=self.D, backend=state_space.ssd_backend
             )
             y_BLHP = y_BHP.unsqueeze(1)
         else:
@@ -251,17 +254,24 @@ class StateSpaceMixer(MegatronModule):
                 A_H,
                 B_BLGN,
                 C_BLGN,
-                state_space=self.state_space,
+                state_space=state_space,
                 zigzag=self.zigzag,
+                D_H=self.D,
                 document_BL=None if documents is None else documents.document_BL,
                 initial_state=cache.state_BHPN,
             )
-        if self.conv_sizes:
-            y_BLHP = y_BLHP + (self.D[:, None] * x_BLHP).to(y_BLHP.dtype)
-        y_BLE = y_BLHP.to(projected_BLE.dtype).flatten(2)
-        if self.state_space.gated:
-            y_BLE = self._gated_norm(y_BLE, z_BLE)
-        return y_BLE, StateSpaceCache(state_BHPN, history_BEK)
+        y_LBE = y_BLHP.to(projected_LBE.dtype).flatten(2).transpose(0, 1).contiguous()
+        if state_space.gated:
+            y_LBE = gated_rms_norm(
+                y_LBE,
+                z_LBE,
+                self.norm_weight,
+                # Groups never cross ranks, so any layout gives the same.
+                groups=state_space.num_groups // self.tp_size,
+                eps=self.config.layernorm_epsilon,
+                backend=state_space.ssd_backend,
+            )
+        return y_LBE, StateSpaceCache(state_BHPN, history_BEK)
 
     def _rotate(self, BC_BLE: Tensor, offset: int, documents: PackedDocuments | None) -> tuple[Tensor, Tensor]:
         """B and C, both turned at once by Unified RoPE (eq. 2, 3), C scaled as in appendix A; [B, L, G, N] each."""
@@ -284,46 +294,37 @@ class StateSpaceMixer(MegatronModule):
         return B_BLGN, C_BLGN
 
     def _convolve(
-        self, projected_BLE: Tensor, history_BEK: Tensor | None, documents: PackedDocuments | None
+        self, xBC_BLE: Tensor, history_BEK: Tensor | None, documents: PackedDocuments | None
     ) -> tuple[Tensor, Tensor]:
-        """Mamba-2's causal depthwise convolution and SiLU over the packed x, B, C; E counts the channels of a part.
+        """Mamba-2's convolution of x, B and C; returns the last K-1 inputs, too. E counts the channels of all three.
 
         A context-parallel rank convolves its pieces as rows of their own, behind the last inputs of the piece before.
         """
-        channels, kernel = self.conv1d_weight.shape[0], self.conv1d_weight.shape[-1]
-        before = self.in_proj_sizes.get("z", 0)
-        z, xBC_BLE, rest = projected_BLE.split([before, channels, self.in_proj_sizes["dt"] + self.padding], dim=-1)
-        xBC_blE = self.zigzag.fold(xBC_BLE)
+        before, backend = self.conv1d_weight.shape[-1] - 1, self.state_space.ssd_backend
+        document_BL = None if documents is None else documents.document_BL
+        xBC_blE, document_bl, document_before_bK = self.zigzag.fold(xBC_BLE), None, None
+        if document_BL is not None:
+            document_bl = self.zigzag.fold(self.zigzag.own(document_BL))
         if self.zigzag.size > 1:
-            history_BEK = self.zigzag.previous_tails(xBC_blE, kernel - 1).mT
-        elif history_BEK is None:
-            history_BEK = xBC_BLE.new_zeros(xBC_BLE.shape[0], channels, kernel - 1)
-        seen_bEl = torch.cat([history_BEK, xBC_blE.mT], dim=-1)
-        if documents is None:
-            out_bEl = F.conv1d(seen_bEl, self.conv1d_weight, self.conv1d_bias, groups=channels)
+            history_BEK, backend = self.zigzag.previous_tails(xBC_blE, before).mT, "torch"
+            if document_BL is not None:
+                document_before_bK = documents_before(document_BL, self.zigzag, before)
+        out_blE = causal_convolution(
+            xBC_blE,
+            self.conv1d_weight,
+            self.conv1d_bias,
+            history_BEK=history_BEK,
+            document_BL=document_bl,
+            document_before_BK=document_before_bK,
+            backend=backend,
+        )
+        # A copy, either way: a view would keep the whole projection in memory.
+        tail_bEK = xBC_blE[:, -before:].mT
+        if history_BEK is None:
+            tail_bEK = F.pad(tail_bEK, (before - tail_bEK.shape[-1], 0))
         else:
-            out_bEl = self._convolve_documents(seen_bEl, documents)
-        out_BLE = self.zigzag.unfold(F.silu(out_bEl).mT)
-        return torch.cat([z, out_BLE, rest], dim=-1), seen_bEl[..., seen_bEl.shape[-1] - (kernel - 1) :]
-
-    def _convolve_documents(self, seen_bEl: Tensor, documents: PackedDocuments) -> Tensor:
-        """The convolution tap by tap, each where it stays inside the document."""
-        kernel = self.conv1d_weight.shape[-1]
-        assert documents.document_BL is not None
-        own_bl = self.zigzag.fold(self.zigzag.own(documents.document_BL))
-        seen_bl = torch.cat([documents_before(documents.document_BL, self.zigzag, kernel - 1), own_bl], dim=1)
-        length = own_bl.shape[1]
-        out_bEl = self.conv1d_bias[:, None]
-        for tap in range(kernel):
-            inside_b1l = (seen_bl[:, tap : tap + length] == own_bl)[:, None]
-            out_bEl = out_bEl + self.conv1d_weight[:, :, tap] * (seen_bEl[..., tap : tap + length] * inside_b1l)
-        return out_bEl
-
-    def _gated_norm(self, y_BLE: Tensor, z_BLE: Tensor) -> Tensor:
-        """Mamba-2's gate, then RMSNorm within each group: groups never cross ranks, so any layout gives the same."""
-        gated = (y_BLE.float() * F.silu(z_BLE.float())).unflatten(-1, (self.state_space.num_groups // self.tp_size, -1))
-        normed = F.rms_norm(gated, gated.shape[-1:], eps=self.config.layernorm_epsilon).flatten(-2)
-        return (normed * self.norm_weight.float()).to(y_BLE.dtype)
+            tail_bEK = torch.cat([history_BEK, tail_bEK], dim=-1)[..., -before:]
+        return self.zigzag.unfold(out_blE), tail_bEK
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None, **_: Any

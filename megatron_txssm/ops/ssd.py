@@ -23,30 +23,34 @@ def ssd(
     C_BLGN: Tensor,
     *,
     chunk_size: int,
+    D_H: Tensor | None = None,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_tᵀ, y_t = h_t C_t: returns `(y_BLHP, final_state_BHPN)`.
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_tᵀ, y_t = h_t C_t [+ D x_t]: returns `(y_BLHP, final_state_BHPN)`.
 
     x_BLHP:         the values; y has their type.
     dt_BLH:         step sizes after softplus, > 0.
     A_H:            decay rates, < 0.
     B_BLGN, C_BLGN: input and output directions, rotated already; head h reads group h // (H / G).
     chunk_size:     tokens; a matter of speed and memory (README.md), not of the function.
+    D_H:            what of x passes by the state.
     initial_state:  BHPN, the state of token 0's document before token 0; zero if absent.
     seq_idx:        BL integers, the number of each token's document; the state restarts from zero where it changes.
 
     The final state is fp32 (fp64 for fp64 inputs), whatever the type of x: it goes on accumulating.
     """
     backend = _chosen(backend, x_BLHP)
-    _check_shapes(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, chunk_size, initial_state, seq_idx)
+    _check_shapes(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, chunk_size, D_H, initial_state, seq_idx)
+    inputs, options = (x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN), {"initial_state": initial_state, "seq_idx": seq_idx}
+    if backend == "triton":
+        return ssd_triton(*inputs, chunk_size=chunk_size, D_H=D_H, **options)
     if backend == "reference":
-        return ssd_reference(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, initial_state=initial_state, seq_idx=seq_idx)
-    scan = ssd_triton if backend == "triton" else ssd_torch
-    return scan(
-        x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, chunk_size=chunk_size, initial_state=initial_state, seq_idx=seq_idx
-    )
+        y_BLHP, state_BHPN = ssd_reference(*inputs, **options)
+    else:
+        y_BLHP, state_BHPN = ssd_torch(*inputs, chunk_size=chunk_size, **options)
+    return _passed_by(y_BLHP, x_BLHP, D_H), state_BHPN
 
 
 def ssd_step(
@@ -57,21 +61,28 @@ def ssd_step(
     C_BGN: Tensor,
     state_BHPN: Tensor,
     *,
+    D_H: Tensor | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """One token, as decoding computes it: `(y_BHP in x's type, the new state_BHPN)`; shapes as in `ssd`, without L."""
     inputs = (x_BHP, dt_BH, A_H, B_BGN, C_BGN, state_BHPN)
     # The kernel has no backward.
-    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    by_kernel = _chosen(backend, x_BHP) == "triton" and not differentiated
-    return (ssd_step_triton if by_kernel else reference_step)(*inputs)
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, D_H))
+    if _chosen(backend, x_BHP) == "triton" and not differentiated:
+        return ssd_step_triton(*inputs, D_H=D_H)
+    y_BHP, state_BHPN = reference_step(*inputs)
+    return _passed_by(y_BHP, x_BHP, D_H), state_BHPN
 
 
 def is_fused(backend: str, x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether `ssd_fused_triton` may take the place of `apply_rotary` and `ssd`: its kernels are chosen and can run."""
+    """Whether mamba-ssm's kernels, or ours, may take the place of what stands around `ssd`: chosen, and able to run."""
     if _chosen(backend, x) != "triton" or x.dtype == torch.float64 or is_traced(x, *parameters):
         return False
     return import_error() is None
+
+
+def _passed_by(y: Tensor, x: Tensor, D_H: Tensor | None) -> Tensor:
+    return y if D_H is None else y + (D_H[:, None] * x).to(y.dtype)
 
 
 def _chosen(backend: str, x: Tensor) -> str:
@@ -90,6 +101,7 @@ def _check_shapes(
     B_BLGN: Tensor,
     C_BLGN: Tensor,
     chunk_size: int,
+    D_H: Tensor | None,
     initial_state: Tensor | None,
     seq_idx: Tensor | None,
 ) -> None:
@@ -110,6 +122,7 @@ def _check_shapes(
         "A": (A_H, (heads,)),
         "B": (B_BLGN, (batch, length, groups, state_dim)),
         "C": (C_BLGN, (batch, length, groups, state_dim)),
+        "D": (D_H, (heads,)),
         "initial_state": (initial_state, (batch, heads, head_dim, state_dim)),
         "seq_idx": (seq_idx, (batch, length)),
     }

@@ -77,12 +77,13 @@ def ssd_triton(
     C_BLGN: Tensor,
     *,
     chunk_size: int,
+    D_H: Tensor | None = None,
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The function of `ssd_reference`: `(y_BLHP in x's type, final_state_BHPN in fp32)`.
+    """The function of `ssd`: `(y_BLHP in x's type, final_state_BHPN in fp32)`.
 
-    Any length and any strides.
+    Any length and any strides. D·x is added before y is rounded.
     """
     if x_BLHP.dtype == torch.float64:
         raise ValueError("x.dtype=torch.float64 is none of the kernels' types; use fp32, bf16 or backend='torch'")
@@ -98,6 +99,7 @@ def ssd_triton(
         B_BLGN,
         C_BLGN,
         chunk_size=chunk_size,
+        D=D_H,
         initial_states=initial_state,
         # They give the initial state to the documents numbered 0, and a chunk's state to a later chunk's tokens of the
         # same number, whatever stands between them.
@@ -108,7 +110,14 @@ def ssd_triton(
 
 
 def ssd_step_triton(
-    x_BHP: Tensor, dt_BH: Tensor, A_H: Tensor, B_BGN: Tensor, C_BGN: Tensor, state_BHPN: Tensor
+    x_BHP: Tensor,
+    dt_BH: Tensor,
+    A_H: Tensor,
+    B_BGN: Tensor,
+    C_BGN: Tensor,
+    state_BHPN: Tensor,
+    *,
+    D_H: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The function of `ssd_step`: `(y_BHP in x's type, the new state in fp32)`. The kernel has no backward."""
     _, step = _require_kernels()
@@ -119,7 +128,8 @@ def ssd_step_triton(
     A_HPN = A_H[:, None, None].expand(-1, head_dim, state_size)
     # It asks for the strides of its optional D and dt_bias, absent or not.
     zeros_HP = A_H.new_zeros(()).expand(A_H.shape[0], head_dim)
-    y_BHP = step(state_BHPN, x_BHP, dt_BHP, A_HPN, B_BGN, C_BGN, D=zeros_HP, dt_bias=zeros_HP, dt_softplus=False)
+    D_HP = zeros_HP if D_H is None else D_H[:, None].expand(-1, head_dim)
+    y_BHP = step(state_BHPN, x_BHP, dt_BHP, A_HPN, B_BGN, C_BGN, D=D_HP, dt_bias=zeros_HP, dt_softplus=False)
     return y_BHP, state_BHPN
 
 

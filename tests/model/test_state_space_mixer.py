@@ -31,12 +31,14 @@ from torch import Tensor
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.model import state_space_mixer
+from megatron_txssm.model.context_parallel import Zigzag
 from megatron_txssm.model.documents import PackedDocuments
 from megatron_txssm.model.state_space_config import POSITION_ENCODINGS, StateSpaceConfig
 from megatron_txssm.model.state_space_mixer import FP32_PARAMETERS, StateSpaceMixer
 from megatron_txssm.ops import ssd_triton
 from megatron_txssm.ops.rotary import apply_rotary
 from megatron_txssm.ops.ssd import ssd
+from tests.ops import causal_conv1d_stand_in
 
 VARIANTS = [(encoding, gated) for encoding in POSITION_ENCODINGS for gated in (False, True)]
 variants = pytest.mark.parametrize(("encoding", "gated"), VARIANTS, ids=[f"{e}{'-gated' * g}" for e, g in VARIANTS])
@@ -244,7 +246,7 @@ def test_parameters_are_built_in_megatrons_type_except_the_fp32_ones(one_process
 
 def test_start_values_are_mamba_2s(one_process: None) -> None:
     mixer = build_mixer(state_space_config(num_heads=64, num_groups=2, position_encoding="conv1d_d", gated=True))
-    assert mixer.dt_bias is not None
+    assert mixer.dt_bias is not None and mixer.D is not None
     A, dt = mixer.A_log.detach().exp(), torch.nn.functional.softplus(mixer.dt_bias.detach())
     assert 1 <= A.min() < 4 and 13 < A.max() <= 16.0001
     assert 0.00099 < dt.min() < 0.003 and 0.03 < dt.max() < 0.1001
@@ -370,6 +372,55 @@ def test_neither_decoding_nor_context_parallelism_is_the_fused_kernels(
     assert mixer._is_fused(hidden_states())
     monkeypatch.setattr(mixer, "zigzag", SimpleNamespace(size=2))
     assert not mixer._is_fused(hidden_states())
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one-document", "documents"])
+def test_the_convolutions_kernel_is_given_what_it_needs(
+    one_process: None, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    mixer = build("conv1d_d", gated=False)
+    leaves = {**dict(mixer.named_parameters()), "input": hidden_states().requires_grad_()}
+    documents = None
+    if packed:
+        positions = [torch.cat([torch.arange(n) for n in row]) for row in ([5, 1, 15], [9, 12])]
+        documents = PackedDocuments.from_position_ids(torch.stack(positions))
+    expected, _ = mixer(leaves["input"], packed_seq_params=documents)
+    calls = causal_conv1d_stand_in.install(monkeypatch)
+    actual, _ = mixer(leaves["input"], packed_seq_params=documents)
+    assert [[part is not None for part in call] for call in calls] == [[packed, False]]
+    assert relative_error(actual, expected) < 1e-5
+    ours, theirs = gradients(actual, leaves), gradients(expected, leaves)
+    assert {name: error for name in leaves if (error := relative_error(ours[name], theirs[name])) > 1e-5} == {}
+
+
+@pytest.mark.parametrize("prompt", [(9,), (5, 9), (2,), (1,)], ids=str)
+def test_decoding_by_the_convolutions_kernel_is_the_parallel_form(
+    one_process: None, monkeypatch: pytest.MonkeyPatch, prompt: tuple[int, ...]
+) -> None:
+    mixer, x = build("conv1d_d", gated=False), hidden_states()
+    context = StaticInferenceContext(max_batch_size=BATCH, max_sequence_length=LENGTH)
+    pieces_of_x = [*prompt, *[1] * (LENGTH - sum(prompt))]
+    outputs = []
+    with torch.inference_mode():
+        whole = mixer(x)[0]
+        calls = causal_conv1d_stand_in.install(monkeypatch)
+        for piece in pieces_of_x:
+            start = context.sequence_len_offset
+            outputs.append(mixer(x[start : start + piece], inference_context=context)[0])
+            context.sequence_len_offset += piece
+    assert [history is not None for _, history in calls] == [False] + [True] * (len(pieces_of_x) - 1)
+    assert relative_error(torch.cat(outputs), whole) <= 1e-5
+
+
+def test_a_context_parallel_rank_convolves_without_the_kernel(
+    one_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixer = build("conv1d_d", gated=False)
+    calls = causal_conv1d_stand_in.install(monkeypatch)
+    monkeypatch.setattr(mixer, "zigzag", Zigzag(2, 0))
+    monkeypatch.setattr(Zigzag, "previous_tails", lambda self, t_bl, tokens: torch.zeros_like(t_bl[:, :tokens]))
+    mixer._convolve(torch.zeros(BATCH, 12, mixer.conv1d_weight.shape[0]), None, None)
+    assert not calls
 
 
 def test_a_mixer_refuses_a_layout_that_would_split_a_group(one_process: None) -> None:

@@ -22,6 +22,7 @@ from test_ssd import (  # pyright: ignore[reportMissingImports]
 )
 from torch import Tensor
 
+from megatron_txssm.ops.mamba2 import gated_rms_norm
 from megatron_txssm.ops.rotary import apply_rotary
 from megatron_txssm.ops.ssd import ssd, ssd_step
 from megatron_txssm.ops.ssd_reference import accumulation_dtype, ssd_reference
@@ -172,19 +173,91 @@ def test_the_rotation_equals_that_of_pytorch(dtype: torch.dtype, batched: bool, 
     assert_close(results("triton", *tensors), results("torch", *(tensor.double() for tensor in tensors)), tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [None, DOCUMENTS[0]], ids=["one-document", "documents"])
+def test_what_passes_by_the_state_in_the_kernels_is_what_pytorch_adds(rows: Any, dtype: torch.dtype) -> None:
+    """D with its gradient, and all others, against `ssd` in PyTorch."""
+    given = make_inputs(45, 2, torch.float32, **SIZES) | {"D": torch.linspace(-2, 3, HEADS)}
+    del given["initial_state"]
+    for name in ("x", "B", "C"):
+        given[name] = given[name].to(dtype)
+    seq_idx = None if rows is None else numbered(*rows)
+    cotangent = torch.randn(given["x"].shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def results(backend: str, device: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        leaves = {name: tensor.to(device).requires_grad_() for name, tensor in given.items()}
+        options = {"chunk_size": 16, "seq_idx": None if seq_idx is None else seq_idx.to(device)}
+        *inputs, D_H = leaves.values()
+        y, state = ssd(*inputs, D_H=D_H, backend=backend, **options)
+        gradients = torch.autograd.grad(y, list(leaves.values()), cotangent.to(y))
+        found = {"y": y, "state": state} | {f"d{n}": g for n, g in zip(leaves, gradients, strict=True)}
+        return {name: tensor.cpu() for name, tensor in found.items()}
+
+    expected = results("torch", "cpu", {name: tensor.double() for name, tensor in given.items()})
+    actual = results("triton", DEVICE, given)
+    assert actual["y"].dtype == dtype and actual["dD"].dtype == torch.float32
+    assert_close(actual, expected, FP32 if dtype == torch.float32 else BF16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("groups", "width"), [(1, 24), (2, 16), (3, 7)])
+def test_the_gated_norm_equals_that_of_pytorch(dtype: torch.dtype, groups: int, width: int) -> None:
+    """z is a view into the packed projection, as in the mixer; and of more rows than a program takes."""
+    channels = groups * width
+    shapes = {"y": (9, 2, channels), "packed": (9, 2, channels + 5), "weight": (channels,)}
+    given = {name: torch.randn(shape).to(DEVICE, dtype) for name, shape in shapes.items()}
+    cotangent = torch.randn(shapes["y"], device=DEVICE).to(dtype)
+
+    def results(backend: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
+        z, y, weight = leaves["packed"][..., :channels], leaves["y"], leaves["weight"]
+        out = gated_rms_norm(y, z, weight, groups=groups, eps=1e-5, backend=backend)
+        assert out.is_contiguous() and out.dtype == y.dtype
+        gradients = torch.autograd.grad(out, list(leaves.values()), cotangent.to(out.dtype))
+        return {"out": out.cpu(), **{f"d{name}": g.cpu() for name, g in zip(leaves, gradients, strict=True)}}
+
+    actual, expected = results("triton", given), results("torch", {n: t.float() for n, t in given.items()})
+    assert_close(actual, expected, 1e-5 if dtype == torch.float32 else BF16)
+    assert actual["dpacked"][..., channels:].count_nonzero() == 0
+
+
+def test_the_gated_norm_is_the_kernel_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mamba_ssm.ops.triton import layernorm_gated  # pyright: ignore[reportMissingImports]
+
+    calls = []
+    monkeypatch.setattr(layernorm_gated, "rmsnorm_fn", lambda y, *_, **options: (calls.append(options), y)[1])
+
+    def called(*shape: int, groups: int = 1, backend: str = "triton", device: str = DEVICE, dtype: Any = None) -> bool:
+        y = torch.empty(*shape, dtype=dtype, device=device)
+        before = len(calls)
+        gated_rms_norm(y, y, y.new_empty(shape[-1]), groups=groups, eps=1e-5, backend=backend)
+        return len(calls) > before
+
+    assert called(2, 2**14) and called(2, 2**15, groups=2)
+    # More than a program holds, or 32 bits address; another backend, another type.
+    assert not called(2, 2**14 + 1)
+    assert not called(2**19, 2**12 + 2, device="meta")
+    assert not called(2, 8, backend="torch") and not called(2, 8, dtype=torch.float64)
+    assert calls[-1] == {"z": calls[-1]["z"], "eps": 1e-5, "group_size": 2**14, "norm_before_gate": False}
+
+
 def one_token(groups: int, dtype: torch.dtype) -> list[Tensor]:
     """x, dt, A, B, C of a token, and the state before it."""
     inputs = make_inputs(1, groups, dtype, **SIZES)
     return [tensor if name in ("A", "initial_state") else tensor[:, 0] for name, tensor in inputs.items()]
 
 
+@pytest.mark.parametrize("passed_by", [False, True], ids=["", "D"])
 @pytest.mark.parametrize("groups", [1, 2, HEADS])
-def test_a_step_equals_the_recurrences_and_leaves_the_old_state(groups: int) -> None:
+def test_a_step_equals_the_recurrences_and_leaves_the_old_state(groups: int, passed_by: bool) -> None:
     x, dt, A, B, C, state = (tensor.to(DEVICE) for tensor in one_token(groups, torch.float32))
-    before = state.clone()
-    y, new = ssd_step(x, dt, A, B, C, state, backend="triton")
-    expected = reference_step(*one_token(groups, torch.float64))
-    assert_close({"y": y.cpu(), "state": new.cpu()}, dict(zip(("y", "state"), expected, strict=True)), FP32)
+    before, D = state.clone(), torch.linspace(-2, 3, HEADS)
+    y, new = ssd_step(x, dt, A, B, C, state, D_H=D.to(DEVICE) if passed_by else None, backend="triton")
+    exact = one_token(groups, torch.float64)
+    expected, state_after = reference_step(*exact)
+    if passed_by:
+        expected = expected + D.double()[:, None] * exact[0]
+    assert_close({"y": y.cpu(), "state": new.cpu()}, {"y": expected, "state": state_after}, FP32)
     assert torch.equal(state, before)
 
 
