@@ -6,14 +6,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from megatron_txssm.hf import TransXSSMCache, TransXSSMForCausalLM
-from megatron_txssm.hf.cache_transxssm import StateSpaceCacheLayer
+from megatron_txssm.hf.cache_transxssm import BLOCK_TOKENS, AttentionCacheLayer, StateSpaceCacheLayer
 from tests.hf.tiny import VARIANTS, padded_left, random_ids, tiny_config, tiny_model, worst_difference
 
 # Absolute, of logits around 5, in fp32.
 TOLERANCE = 1e-4
 variants = pytest.mark.parametrize("variant", VARIANTS)
+with_attention = pytest.mark.parametrize("variant", ["transxssm", "jamba"])
 
 
 def in_parts(
@@ -182,3 +184,105 @@ def test_states_are_fp32_in_a_bf16_model() -> None:
     keys: Any = cache.layers[1]
     assert states.state_BHPN.dtype == torch.float32
     assert states.history_BEK.dtype == keys.keys.dtype == torch.bfloat16
+
+
+def copying_cache(model: TransXSSMForCausalLM) -> TransXSSMCache:
+    """Ours, but with transformers' own layers for keys and values, which copy all of them at each token."""
+    cache = TransXSSMCache(model.config)
+    cache.layers = [DynamicLayer() if isinstance(layer, AttentionCacheLayer) else layer for layer in cache.layers]
+    return cache
+
+
+@with_attention
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_written_in_place_or_copied_the_bits_are_the_same(variant: str, attention: str) -> None:
+    """Over two borders of blocks."""
+    model, ids = tiny_model(variant, attn_implementation=attention), random_ids(2, 2 * BLOCK_TOKENS + 40)
+    ours, copying = TransXSSMCache(model.config), copying_cache(model)
+    for part in ids.split([30, BLOCK_TOKENS - 50, 1, 40] + [1] * (ids.shape[1] - 21 - BLOCK_TOKENS), dim=1):
+        logits = [model(part, past_key_values=cache).logits for cache in (ours, copying)]
+        assert torch.equal(*logits), ours.get_seq_length()
+
+
+@torch.no_grad()
+def test_keys_and_values_are_copied_once_in_a_block() -> None:
+    model, ids = tiny_model(), random_ids(2, 2 * BLOCK_TOKENS + 20)
+    _, cache = in_parts(model, ids[:, :10], [10])
+    layer: Any = cache.layers[1]
+    exact = layer.nbytes()
+    moved, before = [], ()
+    for token in range(10, ids.shape[1]):
+        model(ids[:, token : token + 1], past_key_values=cache)
+        places = layer.keys.data_ptr(), layer.values.data_ptr()
+        if places != before:
+            moved.append(token)
+        before = places
+        assert layer.nbytes() == exact // 10 * -(-(token + 1) // BLOCK_TOKENS) * BLOCK_TOKENS
+    assert moved == [10, BLOCK_TOKENS, 2 * BLOCK_TOKENS]
+
+
+def test_whatever_is_done_to_keys_and_values_they_are_those_of_a_layer_that_copies() -> None:
+    """And what a layer has once shown does not change."""
+    torch.manual_seed(0)
+    ours, copying = AttentionCacheLayer(), DynamicLayer()
+    shown: list[tuple[Tensor, Tensor]] = []
+
+    def append(tokens: int, batch: int, dtype: torch.dtype = torch.float32) -> None:
+        states = [torch.randn(batch, 2, tokens, 4, dtype=dtype) for _ in range(2)]
+        for actual, expected in zip(ours.update(*states), copying.update(*states), strict=True):
+            assert torch.equal(actual, expected) and actual.dtype == expected.dtype
+            shown.append((actual, actual.clone()))
+
+    steps: list[tuple[str, Any]] = [
+        ("reorder_cache", torch.tensor([2, 0, 0])),
+        ("crop", -7),
+        ("batch_repeat_interleave", 2),
+        ("reorder_cache", torch.tensor([5, 0, 1, 2, 3, 3])),
+        ("crop", 0),
+        ("batch_select_indices", torch.tensor([4, 1])),
+        ("reset", None),
+        ("reorder_cache", torch.tensor([1, 0])),
+    ]
+    with torch.no_grad():
+        for tokens in (20, 1, 3):
+            append(tokens, 3)
+        batch = 3
+        for name, argument in steps:
+            for layer in (ours, copying):
+                getattr(layer, name)(*() if argument is None else (argument,))
+            batch = {"batch_repeat_interleave": 6, "batch_select_indices": 2}.get(name, batch)
+            for tokens in (2, 1, 1):
+                append(tokens, batch)
+            kept = copy.deepcopy(ours)
+            append(1, batch)
+            assert torch.equal(kept.keys, ours.keys[:, :, :-1]) and kept.nbytes() == ours.nbytes()
+        append(1, batch, torch.float64)
+        append(1, batch)
+    for tensor, then in shown:
+        assert torch.equal(tensor, then)
+
+
+def test_gradients_flow_where_keys_have_none() -> None:
+    """As with an adapter on the queries alone: attention keeps keys and values for its backward pass."""
+    model, ids = tiny_model(num_hidden_layers=1, layer_types=["full_attention"]), random_ids(1, 12)
+    model.requires_grad_(False)
+    query = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
+    gradients = []
+    for lengths in ([12], [9, 1, 1, 1]):
+        logits, _ = in_parts(model, ids, lengths)
+        gradients += torch.autograd.grad(logits.square().sum(), [query])
+    assert worst_difference(gradients[1], gradients[0]) < 1e-4 * gradients[0].abs().max()
+
+
+def test_a_cache_of_inference_mode_goes_on_outside() -> None:
+    model, ids = tiny_model(), random_ids(1, 12)
+    cache = TransXSSMCache(model.config)
+    for part, mode in zip(
+        ids.split([9, 1, 1, 1], dim=1),
+        (torch.inference_mode, torch.inference_mode, torch.no_grad, torch.inference_mode),
+        strict=True,
+    ):
+        with mode():
+            logits = model(part, past_key_values=cache).logits
+    assert worst_difference(logits, model(ids).logits[:, -1:]) < TOLERANCE
