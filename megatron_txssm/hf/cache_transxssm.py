@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer, StaticLayer
 
 from megatron_txssm.ops.tracing import is_traced
 
@@ -128,21 +128,114 @@ class StateSpaceCacheLayer(LinearAttentionLayer):
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
+class StaticStateSpaceCacheLayer(StateSpaceCacheLayer):
+    """The same in one place for all tokens: a new state is written over the old one."""
+
+    is_compileable = True
+
+    def replace(self, state_BHPN: torch.Tensor, history_BEK: torch.Tensor | None) -> None:
+        check_no_gradient(state_BHPN)
+        for name, states, ready, tensor in (
+            ("recurrent_states", self.recurrent_states, self.is_recurrent_states_initialized, state_BHPN),
+            ("conv_states", self.conv_states, self.is_conv_states_initialized, history_BEK),
+        ):
+            if tensor is not None:
+                if not ready[0]:
+                    self.lazy_initialization(**{name: tensor})
+                states[0].copy_(tensor)
+        self.device, self.dtype = state_BHPN.device, state_BHPN.dtype
+        self.has_previous_state[0] = True
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        for states in (self.recurrent_states, self.conv_states):
+            if (tensor := states[0]) is not None:
+                tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+
+
+class StaticAttentionCacheLayer(StaticLayer):
+    """An attention layer's keys and values, [B, H, max_cache_len, P], in one place for all tokens."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        check_no_gradient(key_states)
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def _map(self, function: Any) -> None:
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = function(self.keys), function(self.values)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._map(lambda tensor: tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device))))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map(lambda tensor: tensor[indices])
+
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.keys, self.values) if tensor is not None)
+
+
+def check_no_gradient(tensor: torch.Tensor) -> None:
+    """ValueError where a backward pass would want what a static cache writes over."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "a static cache writes over what a backward pass would need; compute under torch.no_grad(), or leave "
+            "max_cache_len out"
+        )
+
+
 class TransXSSMCache(DynamicCache):
     """The cache of one batch of texts: `TransXSSMCache(model.config)`, then `cache` of forward or generate.
+
+    With `max_cache_len` it is static: everything in it stays where it is and has the shape that so many tokens need,
+    so that one compiled graph decodes every token. Without, keys and values grow.
 
     It counts the tokens that it has seen, as a model without attention layers has no keys that would tell.
     """
 
-    def __init__(self, config: PreTrainedConfig):
-        kinds = {"linear_attention": StateSpaceCacheLayer, "full_attention": AttentionCacheLayer}
-        Cache.__init__(self, layers=[kinds[kind]() for kind in config.layer_types])
-        self.seen_tokens = 0
+    def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None):
+        self.max_cache_len = max_cache_len
+        layers: list[Any] = []
+        for kind in config.layer_types:
+            if max_cache_len is None:
+                layers.append(StateSpaceCacheLayer() if kind == "linear_attention" else AttentionCacheLayer())
+            elif kind == "linear_attention":
+                layers.append(StaticStateSpaceCacheLayer())
+            else:
+                layers.append(StaticAttentionCacheLayer(max_cache_len))
+        Cache.__init__(self, layers=layers)
+        # Of a static cache a tensor: a graph that knew a number would be compiled for it alone.
+        self.seen_tokens: Any = 0 if max_cache_len is None else torch.tensor(0)
+        # Whether it has seen any.
+        self.begun = False
         # Its keys are those of several documents in a row, and nothing in it says which is whose.
         self.packed = False
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """An int; of a static cache a tensor, which the next tokens change."""
         return self.seen_tokens
+
+    def count(self, tokens: int, device: torch.device) -> None:
+        """So many tokens more, all layers of which were updated."""
+        if self.max_cache_len is not None and not self.begun:
+            self.seen_tokens = self.seen_tokens.to(device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.seen_tokens)
+        self.seen_tokens += tokens
+        self.begun = True
+
+    def new_tokens(self, length: int, device: torch.device) -> Any:
+        """Where the next `length` tokens stand among all: a slice; of a static cache a tensor."""
+        if self.max_cache_len is None:
+            return slice(self.seen_tokens, self.seen_tokens + length)
+        return torch.arange(length, device=device) + self.seen_tokens.to(device)
+
+    def whole_mask(self, mask_BT: torch.Tensor) -> torch.Tensor:
+        """A static cache's: of all tokens that it has room for, 0 where none stands yet."""
+        return torch.nn.functional.pad(mask_BT, (0, (self.max_cache_len or mask_BT.shape[1]) - mask_BT.shape[1]))
 
     @property
     def is_linear(self) -> list[bool]:
@@ -153,7 +246,8 @@ class TransXSSMCache(DynamicCache):
 
     def reset(self) -> None:
         super().reset()
-        self.seen_tokens, self.packed = 0, False
+        self.seen_tokens *= 0
+        self.begun = self.packed = False
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
         raise ValueError(

@@ -10,19 +10,26 @@ from transformers.cache_utils import DynamicLayer
 
 from megatron_txssm.hf import TransXSSMCache, TransXSSMForCausalLM
 from megatron_txssm.hf.cache_transxssm import BLOCK_TOKENS, AttentionCacheLayer, StateSpaceCacheLayer
+from tests.hf.attention_kernels import use_attention
 from tests.hf.tiny import VARIANTS, padded_left, random_ids, tiny_config, tiny_model, worst_difference
 
 # Absolute, of logits around 5, in fp32.
 TOLERANCE = 1e-4
 variants = pytest.mark.parametrize("variant", VARIANTS)
+# Of a cache that grows, and of static ones: as long as the longest of these tests' texts, and longer.
+rooms = pytest.mark.parametrize("max_cache_len", [None, 40, 64], ids=["grows", "static", "longer"])
 with_attention = pytest.mark.parametrize("variant", ["transxssm", "jamba"])
 
 
 def in_parts(
-    model: TransXSSMForCausalLM, ids: Tensor, lengths: list[int], mask: Tensor | None = None
+    model: TransXSSMForCausalLM,
+    ids: Tensor,
+    lengths: list[int],
+    mask: Tensor | None = None,
+    max_cache_len: int | None = None,
 ) -> tuple[Tensor, TransXSSMCache]:
     """Logits of a text that is read part by part, and the cache behind it."""
-    cache, logits, seen = TransXSSMCache(model.config), [], 0
+    cache, logits, seen = TransXSSMCache(model.config, max_cache_len), [], 0
     for part in ids.split(lengths, dim=1):
         seen += part.shape[1]
         part_mask = None if mask is None else mask[:, :seen]
@@ -41,11 +48,12 @@ def test_a_long_text_in_uneven_parts_equals_one_pass(variant: str) -> None:
 
 
 @variants
+@rooms
 @torch.no_grad()
-def test_padded_rows_in_parts_equal_one_pass(variant: str) -> None:
+def test_padded_rows_in_parts_equal_one_pass(variant: str, max_cache_len: int | None) -> None:
     """Some parts are padding alone for some rows."""
     model, (ids, mask) = tiny_model(variant), padded_left()
-    logits, _ = in_parts(model, ids, [1, 9, 1, 12, 16, 1], mask)
+    logits, _ = in_parts(model, ids, [1, 9, 1, 12, 16, 1], mask, max_cache_len)
     expected = model(ids, attention_mask=mask).logits
     assert worst_difference(logits[mask.bool()], expected[mask.bool()]) < TOLERANCE
 
@@ -78,15 +86,16 @@ def test_padding_on_the_right_changes_nothing(variant: str) -> None:
 
 
 @variants
+@rooms
 @pytest.mark.parametrize("lengths", [[20, 1, 1, 8], [20, 10], [13, 7, 10], [30]], ids=str)
 @torch.no_grad()
-def test_padding_between_tokens_changes_nothing(variant: str, lengths: list[int]) -> None:
+def test_padding_between_tokens_changes_nothing(variant: str, lengths: list[int], max_cache_len: int | None) -> None:
     """A prompt with padding on the right, then more tokens; shorter rows, and one that is padding alone until then."""
     model, ids = tiny_model(variant), random_ids(4, 30)
     mask = torch.ones_like(ids)
     for row, begin in enumerate((14, 11, 1, 0)):
         mask[row, begin:20] = 0
-    logits, _ = in_parts(model, ids, lengths, mask)
+    logits, _ = in_parts(model, ids, lengths, mask, max_cache_len)
     for row, real in enumerate(mask.bool()):
         alone = model(ids[row : row + 1, real]).logits[0]
         assert worst_difference(logits[row, real], alone) < TOLERANCE, row
@@ -106,10 +115,11 @@ def test_gradients_flow_through_the_cache(variant: str) -> None:
 
 
 @variants
+@rooms
 @torch.no_grad()
-def test_a_copy_goes_its_own_way(variant: str) -> None:
+def test_a_copy_goes_its_own_way(variant: str, max_cache_len: int | None) -> None:
     model, ids = tiny_model(variant), random_ids(1, 30)
-    _, cache = in_parts(model, ids[:, :20], [20])
+    _, cache = in_parts(model, ids[:, :20], [20], max_cache_len=max_cache_len)
     kept = copy.deepcopy(cache)
     # A step by one token and a step by several, which other tokens follow.
     for tokens in (random_ids(1, 1, seed=1), random_ids(1, 9, seed=2)):
@@ -120,8 +130,9 @@ def test_a_copy_goes_its_own_way(variant: str) -> None:
 
 
 @variants
+@rooms
 @torch.no_grad()
-def test_rows_are_selected_repeated_and_reordered(variant: str) -> None:
+def test_rows_are_selected_repeated_and_reordered(variant: str, max_cache_len: int | None) -> None:
     model, ids = tiny_model(variant), random_ids(3, 24)
     expected = model(ids).logits[:, 16:]
     for name, argument, rows in (
@@ -129,17 +140,18 @@ def test_rows_are_selected_repeated_and_reordered(variant: str) -> None:
         ("batch_select_indices", torch.tensor([1]), [1]),
         ("batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2]),
     ):
-        _, cache = in_parts(model, ids[:, :16], [16])
+        _, cache = in_parts(model, ids[:, :16], [16], max_cache_len=max_cache_len)
         getattr(cache, name)(argument)
         logits = model(ids[rows, 16:], past_key_values=cache).logits
         assert worst_difference(logits, expected[rows]) < TOLERANCE, name
 
 
 @variants
+@rooms
 @torch.no_grad()
-def test_after_a_reset_the_cache_is_as_new(variant: str) -> None:
+def test_after_a_reset_the_cache_is_as_new(variant: str, max_cache_len: int | None) -> None:
     model, ids = tiny_model(variant), random_ids(2, 20)
-    _, cache = in_parts(model, random_ids(2, 33, seed=1), [33])
+    _, cache = in_parts(model, random_ids(2, 33, seed=1), [33], max_cache_len=max_cache_len)
     cache.reset()
     assert cache.get_seq_length() == 0
     assert worst_difference(model(ids, past_key_values=cache).logits, model(ids).logits) < TOLERANCE
@@ -286,3 +298,71 @@ def test_a_cache_of_inference_mode_goes_on_outside() -> None:
         with mode():
             logits = model(part, past_key_values=cache).logits
     assert worst_difference(logits, model(ids).logits[:, -1:]) < TOLERANCE
+
+
+@variants
+@torch.no_grad()
+def test_in_a_static_cache_nothing_moves_or_grows(variant: str) -> None:
+    """Nor where rows are reordered."""
+    model, ids = tiny_model(variant), random_ids(2, 30)
+    _, cache = in_parts(model, ids[:, :20], [20], max_cache_len=64)
+
+    def places() -> list[int]:
+        layers: list[Any] = cache.layers
+        tensors = [cache.seen_tokens]
+        for layer in layers:
+            if isinstance(layer, StateSpaceCacheLayer):
+                tensors += [tensor for tensor in (layer.state_BHPN, layer.history_BEK) if tensor is not None]
+            else:
+                assert layer.keys.shape[2] == layer.values.shape[2] == 64
+                tensors += [layer.keys, layer.values]
+        return [tensor.data_ptr() for tensor in tensors]
+
+    before, size = places(), cache.nbytes()
+    for token in ids[:, 20:].split(1, dim=1):
+        model(token, past_key_values=cache)
+        cache.reorder_cache(torch.tensor([1, 0]))
+    assert places() == before and cache.nbytes() == size and cache.is_compileable
+
+
+@torch.no_grad()
+def test_a_mask_of_all_places_of_a_static_cache_is_the_growing_one() -> None:
+    """Whatever it says of those that are empty."""
+    model, (ids, mask) = tiny_model("jamba"), padded_left()
+    results = []
+    for fill in (0, 1):
+        whole = torch.nn.functional.pad(mask, (0, 24), value=fill)
+        cache = TransXSSMCache(model.config, 64)
+        parts = [model(part, attention_mask=whole, past_key_values=cache).logits for part in ids.split([30, 9, 1], 1)]
+        results.append(torch.cat(parts, dim=1))
+    growing, _ = in_parts(model, ids, [30, 9, 1], mask, 64)
+    assert torch.equal(results[0][mask.bool()], growing[mask.bool()])
+    assert torch.equal(results[1][mask.bool()], growing[mask.bool()])
+
+
+def test_what_a_static_cache_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_model(), random_ids(1, 12)
+    for state_alone in (False, True):
+        refusing = tiny_model("mamba2") if state_alone else tiny_model(layer_types=["full_attention"] * 3)
+        with pytest.raises(ValueError, match=r"a backward pass would need; compute under torch.no_grad"):
+            refusing(ids, past_key_values=TransXSSMCache(refusing.config, 16))
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="a static cache takes no packed documents"):
+            model(ids, seq_idx=(torch.arange(12) // 5)[None], past_key_values=TransXSSMCache(model.config, 16))
+        cache = TransXSSMCache(model.config, 16)
+        model(ids, past_key_values=cache)
+        with pytest.raises(IndexError):
+            model(ids, past_key_values=cache)
+        use_attention(model, "flash_attention_2", monkeypatch)
+        with pytest.raises(ValueError, match=r"'flash_attention_2' would attend to the empty places .* use 'sdpa'"):
+            model(ids, past_key_values=TransXSSMCache(model.config, 16))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+@torch.no_grad()
+def test_a_static_cache_under_other_attention(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (ids, mask) = tiny_model(), padded_left()
+    expected = model(ids, attention_mask=mask).logits
+    use_attention(model, implementation, monkeypatch)
+    logits, _ = in_parts(model, ids, [29, 10, 1], mask, 48)
+    assert worst_difference(logits[mask.bool()], expected[mask.bool()]) < TOLERANCE
