@@ -31,7 +31,8 @@ class AttentionCacheLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        old, new = (self.keys, self.values), (key_states, value_states)
+        old: tuple[Any, ...] = (self.keys, self.values)
+        new = (key_states, value_states)
         if not self._may_write(old, new):
             self.rooms, self.shown = (), (None, None)
             return super().update(key_states, value_states, *args, **kwargs)
@@ -65,7 +66,7 @@ class AttentionCacheLayer(DynamicLayer):
         super().reset()
         self.rooms, self.shown = (), (None, None)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """With the room: beam search does this before each token, and then copies everything once and not twice."""
         if self.keys is None or self.keys is not self.shown[0] or self.values is not self.shown[1]:
             super().reorder_cache(beam_idx)
@@ -135,18 +136,16 @@ class StaticStateSpaceCacheLayer(StateSpaceCacheLayer):
 
     def replace(self, state_BHPN: torch.Tensor, history_BEK: torch.Tensor | None) -> None:
         check_no_gradient(state_BHPN)
-        for name, states, ready, tensor in (
-            ("recurrent_states", self.recurrent_states, self.is_recurrent_states_initialized, state_BHPN),
-            ("conv_states", self.conv_states, self.is_conv_states_initialized, history_BEK),
-        ):
+        if not self.is_recurrent_states_initialized[0]:
+            self.lazy_initialization(conv_states=history_BEK, recurrent_states=state_BHPN)
+        places: tuple[Any, ...] = (self.recurrent_states[0], self.conv_states[0])
+        for place, tensor in zip(places, (state_BHPN, history_BEK), strict=True):
             if tensor is not None:
-                if not ready[0]:
-                    self.lazy_initialization(**{name: tensor})
-                states[0].copy_(tensor)
+                place.copy_(tensor)
         self.device, self.dtype = state_BHPN.device, state_BHPN.dtype
         self.has_previous_state[0] = True
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         for states in (self.recurrent_states, self.conv_states):
             if (tensor := states[0]) is not None:
                 tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -158,14 +157,14 @@ class StaticAttentionCacheLayer(StaticLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        check_no_gradient(key_states)
+        check_no_gradient(key_states, value_states)
         return super().update(key_states, value_states, *args, **kwargs)
 
     def _map(self, function: Any) -> None:
         if self.keys is not None and self.values is not None:
             self.keys, self.values = function(self.keys), function(self.values)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         self._map(lambda tensor: tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device))))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -178,9 +177,9 @@ class StaticAttentionCacheLayer(StaticLayer):
         return sum(tensor.nbytes for tensor in (self.keys, self.values) if tensor is not None)
 
 
-def check_no_gradient(tensor: torch.Tensor) -> None:
+def check_no_gradient(*tensors: torch.Tensor) -> None:
     """ValueError where a backward pass would want what a static cache writes over."""
-    if tensor.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise ValueError(
             "a static cache writes over what a backward pass would need; compute under torch.no_grad(), or leave "
             "max_cache_len out"
@@ -209,10 +208,15 @@ class TransXSSMCache(DynamicCache):
         Cache.__init__(self, layers=layers)
         # Of a static cache a tensor: a graph that knew a number would be compiled for it alone.
         self.seen_tokens: Any = 0 if max_cache_len is None else torch.tensor(0)
-        # Whether it has seen any.
-        self.begun = False
+        # Whether a static cache has seen any.
+        self._begun = False
         # Its keys are those of several documents in a row, and nothing in it says which is whose.
         self.packed = False
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has seen any tokens; nobody waits for a GPU to say so."""
+        return self.seen_tokens > 0 if self.max_cache_len is None else self._begun
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """An int; of a static cache a tensor, which the next tokens change."""
@@ -225,7 +229,7 @@ class TransXSSMCache(DynamicCache):
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(self.seen_tokens)
         self.seen_tokens += tokens
-        self.begun = True
+        self._begun = True
 
     def new_tokens(self, length: int, device: torch.device) -> Any:
         """Where the next `length` tokens stand among all: a slice; of a static cache a tensor."""
@@ -247,7 +251,7 @@ class TransXSSMCache(DynamicCache):
     def reset(self) -> None:
         super().reset()
         self.seen_tokens *= 0
-        self.begun = self.packed = False
+        self._begun = self.packed = False
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
         raise ValueError(

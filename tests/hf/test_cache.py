@@ -266,9 +266,9 @@ def test_whatever_is_done_to_keys_and_values_they_are_those_of_a_layer_that_copi
             batch = {"batch_repeat_interleave": 6, "batch_select_indices": 2}.get(name, batch)
             for tokens in (2, 1, 1):
                 append(tokens, batch)
-            kept = copy.deepcopy(ours)
+            kept: Any = copy.deepcopy(ours)
             append(1, batch)
-            assert torch.equal(kept.keys, ours.keys[:, :, :-1]) and kept.nbytes() == ours.nbytes()
+            assert torch.equal(kept.keys, shown[-2][0][:, :, :-1]) and kept.nbytes() == ours.nbytes()
         append(1, batch, torch.float64)
         append(1, batch)
     for tensor, then in shown:
@@ -279,7 +279,7 @@ def test_gradients_flow_where_keys_have_none() -> None:
     """As with an adapter on the queries alone: attention keeps keys and values for its backward pass."""
     model, ids = tiny_model(num_hidden_layers=1, layer_types=["full_attention"]), random_ids(1, 12)
     model.requires_grad_(False)
-    query = model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
+    query = model.get_parameter("model.layers.0.self_attn.q_proj.weight").requires_grad_()
     gradients = []
     for lengths in ([12], [9, 1, 1, 1]):
         logits, _ = in_parts(model, ids, lengths)
@@ -321,7 +321,8 @@ def test_in_a_static_cache_nothing_moves_or_grows(variant: str) -> None:
     before, size = places(), cache.nbytes()
     for token in ids[:, 20:].split(1, dim=1):
         model(token, past_key_values=cache)
-        cache.reorder_cache(torch.tensor([1, 0]))
+        order: Any = torch.tensor([1, 0])
+        cache.reorder_cache(order)
     assert places() == before and cache.nbytes() == size and cache.is_compileable
 
 
@@ -342,8 +343,13 @@ def test_a_mask_of_all_places_of_a_static_cache_is_the_growing_one() -> None:
 
 def test_what_a_static_cache_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny_model(), random_ids(1, 12)
-    for state_alone in (False, True):
-        refusing = tiny_model("mamba2") if state_alone else tiny_model(layer_types=["full_attention"] * 3)
+    only_states, only_attention, only_values = (
+        tiny_model("mamba2"),
+        *(tiny_model(num_hidden_layers=1, layer_types=["full_attention"]) for _ in range(2)),
+    )
+    only_values.requires_grad_(False)
+    only_values.get_parameter("model.layers.0.self_attn.v_proj.weight").requires_grad_()
+    for refusing in (only_states, only_attention, only_values):
         with pytest.raises(ValueError, match=r"a backward pass would need; compute under torch.no_grad"):
             refusing(ids, past_key_values=TransXSSMCache(refusing.config, 16))
     with torch.no_grad():

@@ -110,8 +110,11 @@ def test_a_static_cache_changes_no_token(variant: str, options: dict[str, Any]) 
 def test_a_static_cache_without_ids_or_without_a_mask(given: str) -> None:
     model, ids = tiny_model(), random_ids(2, 9)
     expected = generate(model, ids, max_new_tokens=12)[:, 9:]
-    inputs = {"inputs_embeds": model.get_input_embeddings()(ids)} if given == "embeddings" else {"inputs": ids}
-    tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False, cache_implementation="static")
+    options: dict[str, Any] = {"max_new_tokens": 12, "cache_implementation": "static"}
+    if given == "embeddings":
+        tokens = generate(model, None, inputs_embeds=model.get_input_embeddings()(ids), **options)
+    else:
+        tokens = generate(model, ids, **options)
     assert torch.equal(tokens[:, -12:], expected)
 
 
