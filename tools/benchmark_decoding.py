@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Speed and memory of decoding: TransXSSM beside transformers' own LlamaForCausalLM of as many parameters.
 
-Both in one run on one machine, with random weights: tokens are decoded one by one behind a context, by the model's
-forward and its stock cache (TransXSSMCache; DynamicCache, which copies all keys and values at each token, as
-TransXSSM's attention layers do). The two take turns, and the median round counts.
+All in one run on one machine, with random weights: tokens are decoded one by one behind a context, by the model's
+forward and its cache. That is TransXSSMCache or DynamicCache, which copies all keys and values at each token; as
+"-static" TransXSSMCache(max_cache_len) or StaticCache, and as "-compiled" these under torch.compile (needs g++). They
+take turns, and the median round counts. All caches are in memory at once: name fewer rivals where a context is long.
 
 The context is not read: the caches are filled with random keys, values and states of the shapes that it would leave,
 which saves a slow prefill and costs neither model more or less at decoding. The table of bytes counts the tensors of
@@ -11,6 +12,7 @@ such caches on torch's meta device, which takes no memory.
 
     .venv/bin/python tools/benchmark_decoding.py
     .venv/bin/python tools/benchmark_decoding.py --context 1024 4096 16384 --dtype bf16 --json decoding.json
+    .venv/bin/python tools/benchmark_decoding.py --context 65536 --rivals transxssm llama
     .venv/bin/python tools/benchmark_decoding.py --layers 8 --hidden-size 256 --heads 4 --intermediate-size 704 \\
         --llama-intermediate-size 688 --vocab-size 4096 --rounds 9
 """
@@ -24,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from megatron_txssm.hf import TransXSSMCache, TransXSSMConfig
 from megatron_txssm.hf.cache_transxssm import StateSpaceCacheLayer
@@ -32,23 +35,25 @@ from megatron_txssm.hf.cache_transxssm import StateSpaceCacheLayer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TABLE = (1024, 4096, 16384)
 WARM_UP = 3
+RIVALS = tuple(f"{model}{how}" for how in ("", "-static", "-compiled") for model in ("transxssm", "llama"))
 
 
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    configs = {"TransXSSM": transxssm_config(args), "Llama": llama_config(args)}
+    configs = {"transxssm": transxssm_config(args), "llama": llama_config(args)}
     models = {
         name: AutoModelForCausalLM.from_config(config, dtype=DTYPES[args.dtype]).eval()
         for name, config in configs.items()
     }
     sizes = {name: sum(parameter.numel() for parameter in model.parameters()) for name, model in models.items()}
     print(f"batch {args.batch}, {args.dtype}, {args.threads} threads, {args.tokens} tokens in {args.rounds} rounds")
-    print(f"parameters:  TransXSSM {sizes['TransXSSM']:,}  Llama {sizes['Llama']:,}", flush=True)
+    print(f"parameters: transxssm {sizes['transxssm']:,}  llama {sizes['llama']:,}", flush=True)
     result: dict[str, Any] = {"settings": vars(args) | {"json": str(args.json)}, "parameters": sizes}
     result["cache_bytes"] = {context: compare_bytes(configs, args, context) for context in TABLE}
-    result["decoding"] = {context: compare_speed(models, args, context) for context in args.context}
+    for context in args.context:
+        result.setdefault("decoding", {})[context] = compare_speed(models, args, context)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 
@@ -57,8 +62,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     number: dict[str, Any] = {"type": int, "metavar": "N"}
     parser.add_argument("--context", nargs="+", default=[4096], help="tokens before (default: 4096)", **number)
+    parser.add_argument(
+        "--rivals",
+        nargs="+",
+        choices=RIVALS,
+        default=["transxssm", "llama", "llama-static"],
+        help="(default: %(default)s)",
+    )
     parser.add_argument("--tokens", default=32, help="decoded in each round (default: %(default)s)", **number)
-    parser.add_argument("--rounds", default=5, help="of each model and context (default: %(default)s)", **number)
+    parser.add_argument("--rounds", default=5, help="of each rival and context (default: %(default)s)", **number)
     parser.add_argument("--batch", default=1, help="texts at a time (default: %(default)s)", **number)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="(default: %(default)s)")
     parser.add_argument("--threads", default=len(os.sched_getaffinity(0)), help="(default: all cores)", **number)
@@ -99,9 +111,11 @@ def common_settings(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def filled_cache(config: Any, args: argparse.Namespace, context: int, device: str) -> Any:
+def filled_cache(config: Any, args: argparse.Namespace, context: int, device: str, static: bool = False) -> Any:
     """The model's own cache as `context` tokens would leave it, but for the values, which are random."""
-    cache = TransXSSMCache(config) if isinstance(config, TransXSSMConfig) else DynamicCache(config=config)
+    room: dict[str, Any] = {"max_cache_len": context + max(WARM_UP, args.tokens) + 1} if static else {}
+    kinds: Any = TransXSSMCache if isinstance(config, TransXSSMConfig) else StaticCache if static else DynamicCache
+    cache = kinds(config=config, **room)
     key_shape: Any = (args.batch, config.num_key_value_heads, context, config.head_dim)
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, StateSpaceCacheLayer):
@@ -111,14 +125,16 @@ def filled_cache(config: Any, args: argparse.Namespace, context: int, device: st
             keys, values = (torch.randn(key_shape, dtype=DTYPES[args.dtype], device=device) for _ in range(2))
             cache.update(keys, values, index)
     if isinstance(cache, TransXSSMCache):
-        cache.seen_tokens = context
+        cache.count(context, torch.device(device))
     return cache
 
 
 def rewind(cache: Any, tokens: int) -> None:
     """Back to the context's length; states stay as they are, of the same size."""
     for layer in cache.layers:
-        if not isinstance(layer, StateSpaceCacheLayer):
+        if isinstance(layer, StaticLayer):
+            layer.cumulative_length -= tokens
+        elif not isinstance(layer, StateSpaceCacheLayer):
             layer.crop(-tokens)
     if isinstance(cache, TransXSSMCache):
         cache.seen_tokens -= tokens
@@ -132,45 +148,51 @@ def cache_bytes(cache: Any) -> int:
 
 def compare_bytes(configs: dict[str, Any], args: argparse.Namespace, context: int) -> dict[str, int]:
     counted = {name: cache_bytes(filled_cache(config, args, context, "meta")) for name, config in configs.items()}
-    print(row(f"cache at {context}", {name: f"{count / 2**20:9.1f} MiB" for name, count in counted.items()}, counted))
+    texts = "   ".join(f"{name} {count / 2**20:9.1f} MiB" for name, count in counted.items())
+    print(f"cache at {context}:".ljust(24), texts, f"  ratio {counted['transxssm'] / counted['llama']:.3f}")
     return counted
 
 
 @torch.inference_mode()
 def compare_speed(models: dict[str, Any], args: argparse.Namespace, context: int) -> dict[str, Any]:
-    caches = {name: filled_cache(model.config, args, context, "cpu") for name, model in models.items()}
-    for name, model in models.items():
-        decode(model, caches[name], args.batch, WARM_UP)
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    functions, caches = {}, {}
+    for rival in args.rivals:
+        name, _, how = rival.partition("-")
+        functions[rival] = torch.compile(models[name]) if how == "compiled" else models[name]
+        caches[rival] = filled_cache(models[name].config, args, context, "cpu", static=bool(how))
+        decode(functions[rival], caches[rival], args.batch, WARM_UP)
+    seconds: dict[str, list[float]] = {rival: [] for rival in args.rivals}
     for turn in range(args.rounds):
-        # Who begins changes, so that neither always follows the other.
-        for name in sorted(models, reverse=bool(turn % 2)):
-            seconds[name].append(decode(models[name], caches[name], args.batch, args.tokens))
+        # Who begins changes, so that none always follows the same other.
+        for rival in sorted(args.rivals, reverse=bool(turn % 2)):
+            seconds[rival].append(decode(functions[rival], caches[rival], args.batch, args.tokens))
     count = args.tokens * args.batch
-    speeds = {name: count / statistics.median(of_rounds) for name, of_rounds in seconds.items()}
-    print(row(f"decoding behind {context}", {n: f"{s:9.2f} tokens/s" for n, s in speeds.items()}, speeds), flush=True)
+    speeds = {rival: count / statistics.median(of_rounds) for rival, of_rounds in seconds.items()}
+    ratios = {rival: speeds[args.rivals[0]] / speed for rival, speed in speeds.items()}
+    print(f"decoding behind {context}, and how many times as fast {args.rivals[0]} is:")
+    for rival, speed in speeds.items():
+        print(f"  {rival:20} {speed:9.2f} tokens/s {ratios[rival]:9.3f}", flush=True)
     return {
         "tokens_per_second": speeds,
-        "ratio": speeds["TransXSSM"] / speeds["Llama"],
+        "ratios": ratios,
         "seconds_of_rounds": seconds,
-        "cache_bytes": {name: cache_bytes(cache) for name, cache in caches.items()},
+        "cache_bytes": {rival: cache_bytes(cache) for rival, cache in caches.items()},
     }
 
 
 def decode(model: Any, cache: Any, batch: int, tokens: int) -> float:
-    """Seconds for so many greedy tokens one by one; the cache is rewound afterwards."""
-    ids = torch.zeros(batch, 1, dtype=torch.long)
-    begin = time.perf_counter()
-    for _ in range(tokens):
+    """Seconds for so many greedy tokens one by one, behind one whose time does not count; then the cache is rewound.
+
+    That one because what is written behind a rewound cache may have to be copied first.
+    """
+    ids, begin = torch.zeros(batch, 1, dtype=torch.long), 0.0
+    for step in range(tokens + 1):
+        if step == 1:
+            begin = time.perf_counter()
         ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
     seconds = time.perf_counter() - begin
-    rewind(cache, tokens)
+    rewind(cache, tokens + 1)
     return seconds
-
-
-def row(what: str, texts: dict[str, str], numbers: dict[str, Any]) -> str:
-    ratio = numbers["TransXSSM"] / numbers["Llama"]
-    return f"{what + ':':24} TransXSSM {texts['TransXSSM']}   Llama {texts['Llama']}   ratio {ratio:.3f}"
 
 
 if __name__ == "__main__":

@@ -1,13 +1,92 @@
 """What generation carries from token to token: keys and values of attention layers, states of state-space layers.
 
-B=batch  H=heads  P=head dim  N=state size  E=channels of the convolution  K=its taps
+B=batch  H=heads  T=tokens  P=head dim  N=state size  E=channels of the convolution  K=its taps
 """
 
 from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer, StaticLayer
+
+from megatron_txssm.ops.tracing import is_traced
+
+# Tokens that room is made for at a time: a copy of all keys and values in so many steps, and at most so much unused.
+BLOCK_TOKENS = 256
+
+
+class AttentionCacheLayer(DynamicLayer):
+    """An attention layer's keys and values, [B, H, T, P]; behind them is room, which the next tokens are written into.
+
+    `keys` and `values` are views of the tokens up to now. What is shown is never written again: whatever puts other
+    tensors in their place, or cuts them, leaves the room behind.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Keys and values with their room, and the views of them that the last update showed.
+        self.rooms: tuple[torch.Tensor, ...] = ()
+        self.shown: tuple[Any, ...] = (None, None)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        old: tuple[Any, ...] = (self.keys, self.values)
+        new = (key_states, value_states)
+        if not self._may_write(old, new):
+            self.rooms, self.shown = (), (None, None)
+            return super().update(key_states, value_states, *args, **kwargs)
+        seen, tokens = old[0].shape[-2], key_states.shape[-2]
+        if old[0] is not self.shown[0] or old[1] is not self.shown[1] or seen + tokens > self.rooms[0].shape[-2]:
+            self.rooms = tuple(_with_room(tensor, seen + tokens) for tensor in old)
+        for room_BHTP, states_BHTP in zip(self.rooms, new, strict=True):
+            room_BHTP[:, :, seen : seen + tokens] = states_BHTP
+        return self._show(seen + tokens)
+
+    @staticmethod
+    def _may_write(old: tuple[Any, ...], new: tuple[torch.Tensor, ...]) -> bool:
+        """Whether new tokens may be written behind the old ones, and not into a copy of them all.
+
+        A text's first tokens take no more than their own memory. A backward pass wants keys as they were, and a
+        compiler memory that is its own. Where types or shapes differ, torch.cat says what comes of it.
+        """
+        if old[0] is None or old[0].dim() != 4 or torch.is_grad_enabled() or is_traced(*old, *new):
+            return False
+        return all(
+            (was.dtype, was.device, was.shape[:2], was.shape[3]) == (now.dtype, now.device, now.shape[:2], now.shape[3])
+            for was, now in zip(old, new, strict=True)
+        )
+
+    def _show(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys, self.values = (room_BHTP[:, :, :tokens] for room_BHTP in self.rooms)
+        self.shown = (self.keys, self.values)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        super().reset()
+        self.rooms, self.shown = (), (None, None)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """With the room: beam search does this before each token, and then copies everything once and not twice."""
+        if self.keys is None or self.keys is not self.shown[0] or self.values is not self.shown[1]:
+            super().reorder_cache(beam_idx)
+            return
+        self.rooms = tuple(room_BHTP.index_select(0, beam_idx.to(room_BHTP.device)) for room_BHTP in self.rooms)
+        self._show(self.keys.shape[-2])
+
+    def nbytes(self) -> int:
+        tensors = self.rooms or (self.keys, self.values)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _with_room(tensor_BHTP: torch.Tensor, tokens: int) -> torch.Tensor:
+    """A copy with room for so many tokens, in whole blocks."""
+    batch, heads, seen, width = tensor_BHTP.shape
+    # What is made in inference mode could not be written outside.
+    with torch.inference_mode(False):
+        room_BHTP = tensor_BHTP.new_empty(batch, heads, -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS, width)
+    room_BHTP[:, :, :seen] = tensor_BHTP
+    return room_BHTP
 
 
 class StateSpaceCacheLayer(LinearAttentionLayer):
@@ -45,22 +124,122 @@ class StateSpaceCacheLayer(LinearAttentionLayer):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._map(lambda tensor: tensor[indices])
 
+    def nbytes(self) -> int:
+        tensors = (self.recurrent_states[0], self.conv_states[0])
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+class StaticStateSpaceCacheLayer(StateSpaceCacheLayer):
+    """The same in one place for all tokens: a new state is written over the old one."""
+
+    is_compileable = True
+
+    def replace(self, state_BHPN: torch.Tensor, history_BEK: torch.Tensor | None) -> None:
+        check_no_gradient(state_BHPN)
+        if not self.is_recurrent_states_initialized[0]:
+            self.lazy_initialization(conv_states=history_BEK, recurrent_states=state_BHPN)
+        places: tuple[Any, ...] = (self.recurrent_states[0], self.conv_states[0])
+        for place, tensor in zip(places, (state_BHPN, history_BEK), strict=True):
+            if tensor is not None:
+                place.copy_(tensor)
+        self.device, self.dtype = state_BHPN.device, state_BHPN.dtype
+        self.has_previous_state[0] = True
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        for states in (self.recurrent_states, self.conv_states):
+            if (tensor := states[0]) is not None:
+                tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+
+
+class StaticAttentionCacheLayer(StaticLayer):
+    """An attention layer's keys and values, [B, H, max_cache_len, P], in one place for all tokens."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        check_no_gradient(key_states, value_states)
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def _map(self, function: Any) -> None:
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = function(self.keys), function(self.values)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        self._map(lambda tensor: tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device))))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map(lambda tensor: tensor[indices])
+
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.keys, self.values) if tensor is not None)
+
+
+def check_no_gradient(*tensors: torch.Tensor) -> None:
+    """ValueError where a backward pass would want what a static cache writes over."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise ValueError(
+            "a static cache writes over what a backward pass would need; compute under torch.no_grad(), or leave "
+            "max_cache_len out"
+        )
+
 
 class TransXSSMCache(DynamicCache):
     """The cache of one batch of texts: `TransXSSMCache(model.config)`, then `cache` of forward or generate.
 
+    With `max_cache_len` it is static: everything in it stays where it is and has the shape that so many tokens need,
+    so that one compiled graph decodes every token. Without, keys and values grow.
+
     It counts the tokens that it has seen, as a model without attention layers has no keys that would tell.
     """
 
-    def __init__(self, config: PreTrainedConfig):
-        kinds = {"linear_attention": StateSpaceCacheLayer, "full_attention": DynamicLayer}
-        Cache.__init__(self, layers=[kinds[kind]() for kind in config.layer_types])
-        self.seen_tokens = 0
+    def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None):
+        self.max_cache_len = max_cache_len
+        layers: list[Any] = []
+        for kind in config.layer_types:
+            if max_cache_len is None:
+                layers.append(StateSpaceCacheLayer() if kind == "linear_attention" else AttentionCacheLayer())
+            elif kind == "linear_attention":
+                layers.append(StaticStateSpaceCacheLayer())
+            else:
+                layers.append(StaticAttentionCacheLayer(max_cache_len))
+        Cache.__init__(self, layers=layers)
+        # Of a static cache a tensor: a graph that knew a number would be compiled for it alone.
+        self.seen_tokens: Any = 0 if max_cache_len is None else torch.tensor(0)
+        # Whether a static cache has seen any.
+        self._begun = False
         # Its keys are those of several documents in a row, and nothing in it says which is whose.
         self.packed = False
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    @property
+    def begun(self) -> bool:
+        """Whether it has seen any tokens; nobody waits for a GPU to say so."""
+        return self.seen_tokens > 0 if self.max_cache_len is None else self._begun
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """An int; of a static cache a tensor, which the next tokens change."""
         return self.seen_tokens
+
+    def count(self, tokens: int, device: torch.device) -> None:
+        """So many tokens more, all layers of which were updated."""
+        if self.max_cache_len is not None and not self.begun:
+            self.seen_tokens = self.seen_tokens.to(device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.seen_tokens)
+        self.seen_tokens += tokens
+        self._begun = True
+
+    def new_tokens(self, length: int, device: torch.device) -> Any:
+        """Where the next `length` tokens stand among all: a slice; of a static cache a tensor."""
+        if self.max_cache_len is None:
+            return slice(self.seen_tokens, self.seen_tokens + length)
+        return torch.arange(length, device=device) + self.seen_tokens.to(device)
+
+    def whole_mask(self, mask_BT: torch.Tensor) -> torch.Tensor:
+        """A static cache's: of all tokens that it has room for, 0 where none stands yet."""
+        return torch.nn.functional.pad(mask_BT, (0, (self.max_cache_len or mask_BT.shape[1]) - mask_BT.shape[1]))
 
     @property
     def is_linear(self) -> list[bool]:
@@ -71,7 +250,8 @@ class TransXSSMCache(DynamicCache):
 
     def reset(self) -> None:
         super().reset()
-        self.seen_tokens, self.packed = 0, False
+        self.seen_tokens *= 0
+        self._begun = self.packed = False
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
         raise ValueError(
@@ -80,10 +260,5 @@ class TransXSSMCache(DynamicCache):
 
     def nbytes(self) -> int:
         """Memory of everything it holds, in bytes."""
-        tensors: list[Any] = []
-        for layer in self.layers:
-            if isinstance(layer, StateSpaceCacheLayer):
-                tensors += [layer.recurrent_states[0], layer.conv_states[0]]
-            elif isinstance(layer, DynamicLayer):
-                tensors += [layer.keys, layer.values]
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        layers: list[Any] = self.layers
+        return sum(layer.nbytes() for layer in layers)

@@ -17,7 +17,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
@@ -108,6 +108,8 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """`attention_mask` is 0 on padding, [B, tokens in the cache + L]; `position_ids` are [B or 1, L].
 
+        With a static cache the mask may be [B, max_cache_len], and must be where the forward is compiled.
+
         Documents may be packed in a row: `cu_seq_lens_q`, `seq_idx` ([B or 1, L]) or position_ids that restart say
         where they begin. Neither attention nor a state nor a convolution crosses their borders, and positions, where
         none are given, restart with them. `cache` and `past_key_values` are one argument.
@@ -127,19 +129,26 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             use_cache = False
         if use_cache and cache is None:
             cache = TransXSSMCache(self.config)
-        seen, (batch, length) = (cache.get_seq_length() if cache else 0), hidden_states.shape[:2]
-        mask_BL = _padding(attention_mask, seen, length)
-        if cache is not None and seen:
+        batch, length = hidden_states.shape[:2]
+        static = cache is not None and cache.max_cache_len is not None
+        new: Any = slice(length) if cache is None else cache.new_tokens(length, hidden_states.device)
+        attention_mask, mask_BL = _padding(attention_mask, cache, new, length)
+        if cache is not None and cache.begun:
             check_continues(cache, seq_idx, lengths["cu_seq_lens_q"])
             documents_BL = None
         else:
-            documents_BL = packed_documents((batch, length), seq_idx, lengths["cu_seq_lens_q"], position_ids, mask_BL)
+            # A compiler sees no values of positions that would say whether documents are packed, and here none may be.
+            told = position_ids if position_ids is None or not (static and is_tracing(position_ids)) else None
+            documents_BL = packed_documents((batch, length), seq_idx, lengths["cu_seq_lens_q"], told, mask_BL)
+        if static:
+            check_static(self.config, documents_BL)
         if position_ids is None:
             if documents_BL is None:
-                position_ids = _positions(attention_mask, seen, length, hidden_states.device)
+                position_ids = _positions(attention_mask, new, hidden_states.device)
             else:
                 position_ids = positions_in_documents(documents_BL, mask_BL)
-        causal_mask, kernel = None, dict[str, Any]()
+        causal_mask: Any = None
+        kernel: dict[str, Any] = {}
         if self.config.has_attention:
             causal_mask, kernel = attention_inputs(
                 self.config, hidden_states, attention_mask, cache, documents_BL, lengths
@@ -162,7 +171,7 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
                 **kwargs,
             )
         if cache is not None:
-            cache.seen_tokens += length
+            cache.count(length, hidden_states.device)
             # What a graph is compiled for need not be packed.
             cache.packed |= documents_BL is not None and not is_tracing(documents_BL)
         returned: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
@@ -206,23 +215,46 @@ def check_continues(cache: TransXSSMCache, seq_idx: Tensor | None, cu_seq_lens: 
         )
 
 
-def _padding(attention_mask: Tensor | None, seen: int, length: int) -> Tensor | None:
-    """[B, L] of a 2-D mask over all tokens up to now."""
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2 or attention_mask.shape[1] != seen + length:
+def check_static(config: TransXSSMConfig, documents_BL: Tensor | None) -> None:
+    """ValueError for what does not look at a mask, or has one of its own, where keys end behind the last token."""
+    if documents_BL is not None:
+        raise ValueError("a static cache takes no packed documents; read one document in each row, or leave it out")
+    if config.has_attention and is_flash_attention_requested(config):
         raise ValueError(
-            f"attention_mask.shape={list(attention_mask.shape)} does not fit {seen} tokens in the cache and {length} "
-            f"new ones; use [batch, {seen + length}], 0 on padding"
+            f"attn_implementation={config._attn_implementation!r} would attend to the empty places of a static cache; "
+            "use 'sdpa', or a cache without max_cache_len"
         )
-    return attention_mask[:, -length:].bool()
 
 
-def _positions(attention_mask: Tensor | None, seen: int, length: int, device: torch.device) -> Tensor:
+def _padding(
+    attention_mask: Tensor | None, cache: TransXSSMCache | None, new: Any, length: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mask over all tokens up to now, of a static cache over all that it has room for; and that of the new ones."""
+    if attention_mask is None:
+        return None, None
+    room = None if cache is None else cache.max_cache_len
+    if attention_mask.dim() != 2 or attention_mask.shape[1] != room:
+        if room is not None and is_tracing(attention_mask):
+            raise ValueError(
+                f"attention_mask.shape={list(attention_mask.shape)} would have a graph compiled for each token; use "
+                f"[batch, max_cache_len] = [batch, {room}]"
+            )
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        if attention_mask.dim() != 2 or attention_mask.shape[1] != seen + length:
+            raise ValueError(
+                f"attention_mask.shape={list(attention_mask.shape)} does not fit {seen} tokens in the cache and "
+                f"{length} new ones; use [batch, {seen + length}], 0 on padding"
+            )
+        if cache is not None and room is not None:
+            attention_mask = cache.whole_mask(attention_mask)
+    return attention_mask, attention_mask[:, new].bool()
+
+
+def _positions(attention_mask: Tensor | None, new: Any, device: torch.device) -> Tensor:
     """[B or 1, L]: the number of tokens before each one, padding not counted."""
     if attention_mask is None:
-        return torch.arange(seen, seen + length, device=device)[None]
-    return (attention_mask.bool().long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        return (torch.arange(new.start or 0, new.stop, device=device) if isinstance(new, slice) else new)[None]
+    return (attention_mask.bool().long().cumsum(-1) - 1).clamp(min=0)[:, new]
 
 
 class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
@@ -279,19 +311,38 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
+    def create_masks_for_generate(
+        self, attention_mask: Tensor | None = None, past_key_values: Any = None, cache: Any = None, **_: Any
+    ) -> Tensor | None:
+        """What generate() gives to forward with a cache that one graph serves: a mask that does not grow."""
+        given = the_cache(cache, past_key_values)
+        return None if attention_mask is None else given.whole_mask(attention_mask)
+
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> Any:
         """Where transformers would make a cache of its own, ours."""
         implementation = generation_config.cache_implementation
-        if implementation not in (None, "dynamic"):
+        if implementation not in (None, "dynamic", "static"):
             raise ValueError(
                 f"cache_implementation={implementation!r} holds keys and values, but no states of state-space layers; "
-                "leave it out: the states are of constant size as they are"
+                "leave it out: the states are of constant size as they are; or use 'static'"
             )
         given = the_cache(model_kwargs.get("cache"), model_kwargs.get("past_key_values"))
         if given is None and generation_config.use_cache is not False:
-            model_kwargs[CACHE_NAME] = TransXSSMCache(self.config)
+            room = None
+            if implementation == "static":
+                # No smaller than the last one, which graphs were compiled for.
+                rooms = (max_cache_length, generation_config.max_cache_len, getattr(self, "_last_max_cache_len", 0))
+                room = self._last_max_cache_len = max(number or 0 for number in rooms)
+            model_kwargs[CACHE_NAME] = TransXSSMCache(self.config, room)
             return None
+        if given is not None and given.max_cache_len is not None and given.max_cache_len < max_cache_length:
+            raise ValueError(
+                f"max_cache_len={given.max_cache_len} of the cache is less than the {max_cache_length} tokens that may "
+                "come to stand in it; make it larger, or max_new_tokens smaller"
+            )
         default: Any = super()
-        return default._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        return default._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
+from transformers import CompileConfig
 
+from megatron_txssm.hf import TransXSSMCache
 from megatron_txssm.ops.rotary import apply_rotary
-from tests.hf.tiny import padded_left, random_ids, tiny_model, worst_difference
+from tests.hf.tiny import VARIANTS, generate, padded_left, random_ids, tiny_model, worst_difference
 
 # torch.empty returns NaN, as in the suite.
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -45,13 +48,16 @@ def check_aot_eager() -> None:
     check_training("jamba", "aot_eager", **TWO_LAYERS)
     check_packed_inference("jamba", "aot_eager", **TWO_LAYERS)
     check_decoding("jamba", **TWO_LAYERS)
+    for variant in VARIANTS:
+        check_static_decoding(variant, "aot_eager")
 
 
 def check_inductor() -> None:
     check_training("transxssm", "inductor", **TWO_LAYERS)
+    check_static_decoding("transxssm", "inductor")
 
 
-def compiled(function: Any, backend: str) -> Any:
+def compiled(function: Any, backend: Any) -> Any:
     """Anew, and nothing of it may stay with Python."""
     torch.compiler.reset()
     return torch.compile(function, backend=backend, fullgraph=True)
@@ -89,6 +95,37 @@ def check_decoding(variant: str, **overrides: Any) -> None:
         cache = output.past_key_values
         logits.append(output.logits)
     assert worst_difference(torch.cat(logits, dim=1), model(ids).logits) < 1e-4, variant
+
+
+@torch.no_grad()
+def check_static_decoding(variant: str, backend: str) -> None:
+    """One graph decodes every token of two texts with padding, by generate() and by forward alone."""
+    model, (ids, mask) = tiny_model(variant), padded_left()
+    graphs: list[Any] = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return lookup_backend(backend)(graph, inputs)
+
+    torch.compiler.reset()
+    options = CompileConfig(backend=counting, fullgraph=True, mode=None)  # pyright: ignore[reportArgumentType]
+    # On a CPU as well.
+    options._compile_all_devices = True  # pyright: ignore[reportAttributeAccessIssue]
+    settings: dict[str, Any] = {"max_new_tokens": 24, "no_repeat_ngram_size": 2}
+    for text, seen in ((ids, mask), (random_ids(4, 33, seed=1), mask[:, 7:])):
+        expected = generate(model, text, seen, **settings)
+        static = {"cache_implementation": "static", "compile_config": options}
+        assert torch.equal(generate(model, text, seen, **static, **settings), expected), variant
+    assert len(graphs) == 1, (variant, len(graphs))
+
+    function, cache = compiled(model, counting), TransXSSMCache(model.config, 64)
+    whole = torch.nn.functional.pad(mask, (0, 24))
+    logits = [model(ids[:, :20], attention_mask=whole, past_key_values=cache).logits]
+    for token in ids[:, 20:].split(1, dim=1):
+        logits.append(function(token, attention_mask=whole, past_key_values=cache).logits)
+    expected = model(ids, attention_mask=mask).logits
+    assert worst_difference(torch.cat(logits, dim=1)[mask.bool()], expected[mask.bool()]) < 1e-4, variant
+    assert len(graphs) == 2, (variant, len(graphs))
 
 
 def check_rotation() -> None:

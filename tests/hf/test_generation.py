@@ -89,7 +89,67 @@ def test_generation_makes_our_cache_and_takes_one() -> None:
     assert cache.get_seq_length() == 9 + 3
 
 
-@pytest.mark.parametrize("implementation", ["static", "offloaded", "offloaded_static", "quantized"])
+@variants
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"prefill_chunk_size": 7}],
+    ids=["greedy", "beams", "samples", "prefill in chunks"],
+)
+def test_a_static_cache_changes_no_token(variant: str, options: dict[str, Any]) -> None:
+    model, (ids, mask) = tiny_model(variant), padded_left()
+    results = []
+    for implementation in ("dynamic", "static"):
+        torch.manual_seed(3)
+        options = options | {"return_dict_in_generate": True, "no_repeat_ngram_size": 2}
+        results.append(generate(model, ids, mask, max_new_tokens=32, cache_implementation=implementation, **options))
+    assert torch.equal(*(result.sequences for result in results))
+    assert [result.past_key_values.max_cache_len for result in results] == [None, 40 + 32 - 1]
+
+
+@pytest.mark.parametrize("given", ["embeddings", "no padding"])
+def test_a_static_cache_without_ids_or_without_a_mask(given: str) -> None:
+    model, ids = tiny_model(), random_ids(2, 9)
+    expected = generate(model, ids, max_new_tokens=12)[:, 9:]
+    options: dict[str, Any] = {"max_new_tokens": 12, "cache_implementation": "static"}
+    if given == "embeddings":
+        tokens = generate(model, None, inputs_embeds=model.get_input_embeddings()(ids), **options)
+    else:
+        tokens = generate(model, ids, **options)
+    assert torch.equal(tokens[:, -12:], expected)
+
+
+def test_a_static_cache_is_as_large_as_the_largest_before() -> None:
+    """Graphs were compiled for it."""
+    model, ids = tiny_model(), random_ids(1, 9)
+    options = {"cache_implementation": "static", "return_dict_in_generate": True}
+    for max_new_tokens, max_cache_len, expected in ((4, None, 12), (8, 40, 40), (4, None, 40)):
+        result = generate(model, ids, max_new_tokens=max_new_tokens, max_cache_len=max_cache_len, **options)
+        assert result.past_key_values.max_cache_len == expected
+
+
+@variants
+@pytest.mark.parametrize("all_tokens", [True, False], ids=["all tokens again", "new tokens alone"])
+def test_generation_goes_on_from_a_static_cache(variant: str, all_tokens: bool) -> None:
+    model, (ids, mask) = tiny_model(variant), padded_left()
+    cache = TransXSSMCache(model.config, max_cache_len=40 + 17 + 19)
+    first = generate(model, ids, mask, max_new_tokens=10, past_key_values=cache)
+    text = torch.cat([first, random_ids(len(ids), 7, seed=1)], dim=1)
+    mask = torch.cat([mask, mask.new_ones(len(ids), 17)], dim=1)
+    expected = generate(model, text, mask, max_new_tokens=20)
+    given = text if all_tokens else text[:, 49:]
+    tokens = generate(model, given, mask, max_new_tokens=20, past_key_values=cache)
+    assert torch.equal(tokens[:, given.shape[1] :], expected[:, text.shape[1] :])
+
+
+def test_a_static_cache_that_would_overflow_is_refused() -> None:
+    model, ids = tiny_model(), random_ids(1, 9)
+    cache = TransXSSMCache(model.config, max_cache_len=12)
+    assert generate(model, ids, max_new_tokens=4, past_key_values=cache).shape == (1, 13)
+    with pytest.raises(ValueError, match=r"max_cache_len=12 of the cache is less than the 13 tokens .* make it larger"):
+        generate(model, ids, max_new_tokens=5, past_key_values=TransXSSMCache(model.config, max_cache_len=12))
+
+
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static", "quantized"])
 def test_caches_without_states_are_refused_by_name(implementation: str) -> None:
     with pytest.raises(ValueError, match=rf"cache_implementation='{implementation}' .* no states .* leave it out"):
         generate(tiny_model(), random_ids(1, 9), max_new_tokens=4, cache_implementation=implementation)
