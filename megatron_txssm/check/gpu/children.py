@@ -24,7 +24,9 @@ class Child:
         turn = str(self._turn) if waits else None
         file.write_text(json.dumps({**task, "result": str(self._result), "turn": turn}), encoding="utf-8")
         # PYTHONSAFEPATH: a json.py in the current folder is not to be imported.
-        environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | environment
+        # TMPDIR: they end without tidying up.
+        own = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "TMPDIR": str(folder)}
+        environment = os.environ | own | environment
         with open(self.log, "wb") as stream:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", WORKER, str(file)],

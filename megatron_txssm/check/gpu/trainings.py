@@ -77,6 +77,8 @@ def _small(name: str, *settings: str, **options: object) -> Training:
 
 # Whatever Transformer Engine decides about attention's backend, it says in the log.
 _SAY_BACKENDS = {"NVTE_DEBUG": "1", "NVTE_DEBUG_LEVEL": "2"}
+# One block size a kernel: to compile and try all takes a minute, and the first wave has shown what is tuned.
+_UNTUNED = {"MAMBA_DETERMINISTIC": "1"}
 _SAVE = f"checkpoint.save_interval={STOP}"
 
 # In waves: those of one run at the same time. The first compile what the others find compiled.
@@ -87,12 +89,12 @@ WAVES: tuple[tuple[Training, ...], ...] = (
         _small("deterministic", DETERMINISTIC, _SAVE),
     ),
     (
-        _small("fp32", "training.precision=fp32"),
+        _small("fp32", "training.precision=fp32", environment=_UNTUNED),
         _small("te", TRANSFORMER_ENGINE, environment=_SAY_BACKENDS),
         _small("fp8", TRANSFORMER_ENGINE, *FP8, environment=_SAY_BACKENDS),
         _small("fp8_attention", TRANSFORMER_ENGINE, *FP8, "training.fp8_attention=true", environment=_SAY_BACKENDS),
-        _small("isolated", "data.isolate_documents=true"),
-        _small("isolated_te", TRANSFORMER_ENGINE, "data.isolate_documents=true", environment=_SAY_BACKENDS),
+        _small("isolated", "data.isolate_documents=true", environment=_UNTUNED),
+        _small("isolated_te", TRANSFORMER_ENGINE, "data.isolate_documents=true", environment=_SAY_BACKENDS | _UNTUNED),
         _small("deterministic_again", DETERMINISTIC),
         _small("stopped", DETERMINISTIC, _SAVE, f"megatron.exit_interval={STOP}"),
         _small("stopped_fp8", TRANSFORMER_ENGINE, *FP8, _SAVE, f"megatron.exit_interval={STOP}"),
