@@ -24,9 +24,7 @@ class Child:
         turn = str(self._turn) if waits else None
         file.write_text(json.dumps({**task, "result": str(self._result), "turn": turn}), encoding="utf-8")
         # PYTHONSAFEPATH: a json.py in the current folder is not to be imported.
-        # TMPDIR: they end without tidying up.
-        own = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "TMPDIR": str(folder)}
-        environment = os.environ | own | environment
+        environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | environment
         with open(self.log, "wb") as stream:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", WORKER, str(file)],
@@ -49,10 +47,12 @@ class Child:
         try:
             code = self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
+            code = None
             self.end()
-            return {"error": f"not done after {time.monotonic() - self.began:.0f} s"}
         if self._result.exists():
             return json.loads(self._result.read_text(encoding="utf-8"))
+        if code is None:
+            return {"error": f"not done after {time.monotonic() - self.began:.0f} s"}
         if code == USER_ERROR:
             return {"refused": self._last_words().removeprefix("error: ")}
         return {"error": f"{self._last_words()} (exit code {code})"}

@@ -28,10 +28,12 @@ def main(task_file: str) -> int:
     except UserError as error:
         print(f"error: {error}", flush=True)
         return 2
-    Path(task["result"]).write_text(json.dumps(found), encoding="utf-8")
-    sys.stdout.flush()
-    # Not torch's and NCCL's way out, which takes seconds and may hang.
-    os._exit(0)
+    result = Path(task["result"])
+    # Whole or not at all: the parent may end this process at any time.
+    part = result.with_suffix(".part")
+    part.write_text(json.dumps(found), encoding="utf-8")
+    part.replace(result)
+    return 0
 
 
 def wait_for_turn(task: dict[str, Any]) -> None:
