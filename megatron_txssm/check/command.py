@@ -29,7 +29,7 @@ COMMANDS = {
         ),
     ),
     "gpu": (
-        "on a GPU node: does this installation compute right, and how fast is it beside Llama 3? In six minutes",
+        "on a GPU node: does this installation compute right, and how fast is it beside Llama 3? In ten minutes",
         (
             "txssm check gpu",
             "srun --gpus=1 --cpus-per-task=8 txssm check gpu --out gpu-check.json",
@@ -93,9 +93,9 @@ def _add_gpu(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--budget",
         type=int,
-        default=360,
+        default=600,
         metavar="SECONDS",
-        help="begin nothing that does not fit: later parts are left out (default: 360)",
+        help="begin nothing that does not fit: later parts are left out (default: 600)",
     )
     command.add_argument("--only", default="", metavar="PART,PART", help=f"of {', '.join(GPU_PARTS)}")
     command.add_argument(

@@ -171,6 +171,16 @@ def test_a_process_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pyt
     assert not psutil.pid_exists(child._process.pid)
 
 
+def test_what_the_budget_ends_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "played.py").write_text("import time\nwhile True: time.sleep(1)")
+    monkeypatch.setattr(children, "WORKER", "played")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with Bench("cpu", True, time.monotonic(), tmp_path) as bench:
+        assert bench.finish(bench.start("x", "late"), limit=600) == {"refused": "not done within --budget"}
+    with Bench("cpu", True, time.monotonic() + 600, tmp_path) as bench:
+        assert "not done after" in bench.finish(bench.start("x", "slow"), limit=0)["error"]
+
+
 def test_ctrl_c_ends_all_processes(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "megatron_txssm.cli", *ON_CPU, "--only", "kernels", "--out", str(tmp_path / "f")]
     environment = os.environ | {"TMPDIR": str(tmp_path)}

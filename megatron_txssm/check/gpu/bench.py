@@ -64,7 +64,13 @@ class Bench(AbstractContextManager["Bench"]):
 
     def finish(self, child: Child, limit: float) -> dict[str, Any]:
         """What it found, or why it did not, within `limit` seconds from now and the check's deadline."""
-        return child.wait(min(self.deadline, time.monotonic() + limit))
+        return self._wait(child, time.monotonic() + limit)
+
+    def _wait(self, child: Child, until: float) -> dict[str, Any]:
+        found = child.wait(min(self.deadline, until))
+        late = "error" in found and self.deadline < until and self.seconds_left <= 0
+        # Not its fault.
+        return {"refused": "not done within --budget"} if late else found
 
     def prepare(self, trainings: Sequence[Training], vocab_size: int, beside: int) -> dict[str, Child]:
         """Processes that wait to `begin`, as many as may be there beside others that compute; by name."""
@@ -75,13 +81,13 @@ class Bench(AbstractContextManager["Bench"]):
         self, trainings: Sequence[Training], vocab_size: int, prepared: dict[str, Child], limit: float
     ) -> dict[str, dict[str, Any]]:
         """What each found, by name; `limit` seconds for all."""
-        until = min(self.deadline, time.monotonic() + limit)
+        until = time.monotonic() + limit
         found: dict[str, dict[str, Any]] = {}
         running: list[Child] = []
         for training in trainings:
             if len(running) == self.at_once:
                 first = running.pop(0)
-                found[first.name] = first.wait(until)
+                found[first.name] = self._wait(first, until)
             running.append(prepared.get(training.name) or self.start_training(training, vocab_size, waits=True))
             running[-1].begin()
-        return found | {child.name: child.wait(until) for child in running}
+        return found | {child.name: self._wait(child, until) for child in running}
