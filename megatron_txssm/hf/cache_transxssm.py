@@ -27,6 +27,8 @@ class AttentionCacheLayer(DynamicLayer):
         # Keys and values with their room, and the views of them that the last update showed.
         self.rooms: tuple[torch.Tensor, ...] = ()
         self.shown: tuple[Any, ...] = (None, None)
+        # How many tokens the room holds: one number for all who share it, such as copies of this layer.
+        self.written = [0]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -34,13 +36,14 @@ class AttentionCacheLayer(DynamicLayer):
         old: tuple[Any, ...] = (self.keys, self.values)
         new = (key_states, value_states)
         if not self._may_write(old, new):
-            self.rooms, self.shown = (), (None, None)
+            self._leave_rooms()
             return super().update(key_states, value_states, *args, **kwargs)
         seen, tokens = old[0].shape[-2], key_states.shape[-2]
-        if old[0] is not self.shown[0] or old[1] is not self.shown[1] or seen + tokens > self.rooms[0].shape[-2]:
-            self.rooms = tuple(_with_room(tensor, seen + tokens) for tensor in old)
+        if not self._shows_rooms() or self.written[0] != seen or seen + tokens > self.rooms[0].shape[-2]:
+            self.rooms, self.written = tuple(_with_room(tensor, seen + tokens) for tensor in old), [seen]
         for room_BHTP, states_BHTP in zip(self.rooms, new, strict=True):
             room_BHTP[:, :, seen : seen + tokens] = states_BHTP
+        self.written[0] = seen + tokens
         return self._show(seen + tokens)
 
     @staticmethod
@@ -62,20 +65,36 @@ class AttentionCacheLayer(DynamicLayer):
         self.shown = (self.keys, self.values)
         return self.keys, self.values
 
+    def _shows_rooms(self) -> bool:
+        return self.keys is not None and self.keys is self.shown[0] and self.values is self.shown[1]
+
+    def _leave_rooms(self) -> None:
+        self.rooms, self.shown, self.written = (), (None, None), [0]
+
     def reset(self) -> None:
         super().reset()
-        self.rooms, self.shown = (), (None, None)
+        self._leave_rooms()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._leave_rooms()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._leave_rooms()
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """With the room: beam search does this before each token, and then copies everything once and not twice."""
-        if self.keys is None or self.keys is not self.shown[0] or self.values is not self.shown[1]:
+        if self.keys is None or not self._shows_rooms():
             super().reorder_cache(beam_idx)
             return
-        self.rooms = tuple(room_BHTP.index_select(0, beam_idx.to(room_BHTP.device)) for room_BHTP in self.rooms)
-        self._show(self.keys.shape[-2])
+        tokens = self.keys.shape[-2]
+        self.rooms = tuple(_selected(room_BHTP, beam_idx.to(room_BHTP.device)) for room_BHTP in self.rooms)
+        self.written = [tokens]
+        self._show(tokens)
 
     def nbytes(self) -> int:
-        tensors = self.rooms or (self.keys, self.values)
+        tensors = self.rooms if self._shows_rooms() else (self.keys, self.values)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
@@ -87,6 +106,12 @@ def _with_room(tensor_BHTP: torch.Tensor, tokens: int) -> torch.Tensor:
         room_BHTP = tensor_BHTP.new_empty(batch, heads, -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS, width)
     room_BHTP[:, :, :seen] = tensor_BHTP
     return room_BHTP
+
+
+def _selected(room_BHTP: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode(False):
+        selected_BHTP = room_BHTP.new_empty(len(rows), *room_BHTP.shape[1:])
+    return torch.index_select(room_BHTP, 0, rows, out=selected_BHTP)
 
 
 class StateSpaceCacheLayer(LinearAttentionLayer):

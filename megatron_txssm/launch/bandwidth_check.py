@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from megatron_txssm.launch.environment import adopt_slurm_step
+from megatron_txssm.launch.environment import adopt_slurm_step, end_with_launcher
 
 WARMUPS, REPEATS = 2, 5
 
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, required=True, help="seconds")
     args = parser.parse_args()
     begin = time.monotonic()
+    end_with_launcher()
     adopt_slurm_step()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_size = int(os.environ["LOCAL_WORLD_SIZE"])

@@ -200,6 +200,11 @@ def _check_gpu_options(recipe: Recipe) -> None:
                 "megatron.cuda_graph_impl=full_iteration lets nobody look at losses within a step; set "
                 "megatron.check_for_nan_in_loss_and_grad=false, too (weights are still checked before each save)"
             )
+        if (warm_up := megatron.get("cuda_graph_warmup_steps", 1)) is not None and warm_up < 1:
+            raise UserError(
+                f"megatron.cuda_graph_warmup_steps={warm_up} must be at least 1: what the first step compiles and "
+                "makes must not be recorded"
+            )
         if recipe.data.isolate_documents:
             raise UserError(
                 "megatron.cuda_graph_impl=full_iteration repeats the shapes of one step, and with "

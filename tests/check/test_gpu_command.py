@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,7 +20,7 @@ from megatron_txssm.check.gpu.bench import Bench
 from megatron_txssm.check.gpu.findings import Finding, compared
 from megatron_txssm.check.gpu.parts import PARTS, Part
 from megatron_txssm.check.gpu.speed import PAIRS
-from megatron_txssm.check.gpu.trainings import AGREEMENTS, WAVES, Agreement, Training
+from megatron_txssm.check.gpu.trainings import AGREEMENTS, STEPS, WAVES, Agreement, Training
 from megatron_txssm.cli import main
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.validate import validate
@@ -38,7 +40,7 @@ def test_all_of_it_on_a_cpu(
 ) -> None:
     assert main([*ON_CPU, *out]) == 0
     said = capsys.readouterr().out
-    assert said.endswith("nothing wrong was found\n"), said
+    assert re.search(r"nothing wrong was found; \d+ left out\n$", said), said
     found = json.loads((tmp_path / "found.json").read_text())
     assert list(found) == list(GPU_PARTS)
     verdicts = {finding["claim"]: finding["verdict"] for part in found.values() for finding in part["findings"]}
@@ -77,10 +79,11 @@ def test_each_training_is_a_valid_recipe(training: Training, tmp_path: Path) -> 
             "--only spead is no part of the check; its parts: environment,",
         ),
         (["--device", "cpu", "--budget", "0"], "--budget 0 must be at least 1"),
+        (["--device", "cpu", "--out", "/nowhere/found.json"], "--out /nowhere/found.json: no file can be made there"),
     ],
 )
 def test_mistakes(words: list[str], message: str, out: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", "gpu", *words, *out]) == 2
+    assert main(["check", "gpu", *out, *words]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -124,8 +127,10 @@ def test_wrong_is_what_is_not_within_the_bound(error: float) -> None:
     assert compared("x", 0.1, 0.1).verdict == "right"
 
 
-def rows(*losses: float) -> dict[str, object]:
-    return {"rows": [{"iteration": step, "lm loss": loss} for step, loss in enumerate(losses, start=1)]}
+def rows(*losses: float, steps: list[int] | None = None) -> dict[str, Any]:
+    """As metrics.jsonl has them, of all steps: the last losses are the given ones."""
+    losses = (4.0,) * (STEPS - len(losses)) + losses
+    return {"rows": [{"iteration": n, "lm loss": x} for n, x in zip(steps or range(1, 99), losses, strict=False)]}
 
 
 @pytest.mark.parametrize(
@@ -135,13 +140,15 @@ def rows(*losses: float) -> dict[str, object]:
         (rows(3.0, 2.0), rows(3.0, 2.2), "WRONG"),
         (rows(3.0, float("nan")), rows(3.0, 2.0), "WRONG"),
         (rows(float("nan"), 2.0), rows(3.0, 2.0), "WRONG"),
-        (rows(3.0), rows(3.0, 2.0), "FAILED"),
-        (rows(), rows(), "FAILED"),
+        # It ended early, began anew, or there is nothing.
+        (rows(3.0, steps=[1, 2, 3]), rows(3.0), "FAILED"),
+        ({"rows": [*rows()["rows"][:5], *rows()["rows"]]}, rows(), "FAILED"),
+        ({"rows": []}, {"rows": []}, "FAILED"),
         ({"error": "killed"}, rows(3.0), "FAILED"),
         ({"refused": "no FP8 here"}, rows(3.0), "left out"),
     ],
 )
-def test_losses_agree_in_every_step(ours: dict[str, object], theirs: dict[str, object], verdict: str) -> None:
+def test_losses_agree_in_every_step(ours: dict[str, Any], theirs: dict[str, Any], verdict: str) -> None:
     found = parts._agreement(Agreement("x", "a", "b", 0.1), {"a": ours, "b": theirs})
     assert found.verdict == verdict
 
@@ -177,8 +184,25 @@ def test_what_the_budget_ends_is_left_out(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with Bench("cpu", True, time.monotonic(), tmp_path) as bench:
         assert bench.finish(bench.start("x", "late"), limit=600) == {"refused": "not done within --budget"}
-    with Bench("cpu", True, time.monotonic() + 600, tmp_path) as bench:
+    with Bench("cpu", False, time.monotonic() + 600, tmp_path) as bench:
         assert "not done after" in bench.finish(bench.start("x", "slow"), limit=0)["error"]
+
+
+def test_a_process_ends_with_its_parent(tmp_path: Path) -> None:
+    code = f"""
+import time
+from pathlib import Path
+from megatron_txssm.check.gpu.children import Child
+child = Child(Path({str(tmp_path)!r}), "x", {{"kind": "kernels", "device": "cpu", "small": True}}, {{}}, waits=True)
+print(child._process.pid, flush=True)
+time.sleep(9999)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.05)
 
 
 def test_ctrl_c_ends_all_processes(tmp_path: Path) -> None:
@@ -190,5 +214,7 @@ def test_ctrl_c_ends_all_processes(tmp_path: Path) -> None:
             family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=600) == 130
-    for member in family:
-        assert not member.is_running() or member.status() == psutil.STATUS_ZOMBIE
+    # The kernel ends those that had just been started.
+    while any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in family):
+        time.sleep(0.05)
+    assert not list(tmp_path.glob("txssm-check-gpu-*"))

@@ -300,6 +300,40 @@ def test_a_cache_of_inference_mode_goes_on_outside() -> None:
     assert worst_difference(logits, model(ids).logits[:, -1:]) < TOLERANCE
 
 
+def grown_layer(rows: int = 2) -> AttentionCacheLayer:
+    """With room behind its 10 tokens."""
+    layer = AttentionCacheLayer()
+    for tokens in (9, 1):
+        layer.update(*torch.randn(2, rows, 2, tokens, 8))
+    return layer
+
+
+def test_reordered_in_inference_mode_it_goes_on_outside() -> None:
+    with torch.inference_mode():
+        layer = grown_layer()
+        layer.reorder_cache(torch.tensor([1, 0]))
+    with torch.no_grad():
+        keys, _ = layer.update(*torch.randn(2, 2, 2, 1, 8))
+    assert keys.shape[2] == 11
+
+
+@torch.no_grad()
+def test_copies_that_share_their_tensors_overwrite_nothing() -> None:
+    layer = grown_layer()
+    one, other = copy.copy(layer), copy.copy(layer)
+    keys, values = one.update(*torch.randn(2, 2, 2, 1, 8))
+    shown = keys.clone(), values.clone()
+    other.update(*torch.randn(2, 2, 2, 1, 8))
+    assert torch.equal(keys, shown[0]) and torch.equal(values, shown[1])
+
+
+@torch.no_grad()
+def test_rows_that_were_selected_leave_the_room_of_all() -> None:
+    layer = grown_layer(rows=8)
+    layer.batch_select_indices(torch.tensor([0]))
+    assert layer.nbytes() == 2 * 2 * 10 * 8 * 4 and not layer.rooms
+
+
 @variants
 @torch.no_grad()
 def test_in_a_static_cache_nothing_moves_or_grows(variant: str) -> None:

@@ -62,6 +62,15 @@ from megatron_txssm.recipe.validate import check_files, data_parallel_size, vali
             [
                 "megatron.cuda_graph_impl=full_iteration",
                 "megatron.check_for_nan_in_loss_and_grad=false",
+                "megatron.cuda_graph_warmup_steps=0",
+            ],
+            "megatron.cuda_graph_warmup_steps=0 must be at least 1",
+        ),
+        (
+            "llama3_320m",
+            [
+                "megatron.cuda_graph_impl=full_iteration",
+                "megatron.check_for_nan_in_loss_and_grad=false",
                 "data.isolate_documents=true",
             ],
             "data.isolate_documents=true each step has others",

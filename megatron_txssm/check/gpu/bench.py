@@ -1,6 +1,8 @@
 """The machine that a check runs on, the time it has, and the processes that it started."""
 
+import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -28,9 +30,12 @@ class Bench(AbstractContextManager["Bench"]):
     transformer_engine: bool = False
     _children: list[Child] = field(default_factory=list)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for child in self._children:
             child.end()
+        if kind is not None:
+            # Ctrl-C, say. What is wrong, else, its logs tell.
+            shutil.rmtree(self.folder)
 
     @property
     def seconds_left(self) -> float:
@@ -67,6 +72,8 @@ class Bench(AbstractContextManager["Bench"]):
         return self._wait(child, time.monotonic() + limit)
 
     def _wait(self, child: Child, until: float) -> dict[str, Any]:
+        # A machine without a GPU may take its time.
+        until = math.inf if self.small else until
         found = child.wait(min(self.deadline, until))
         late = "error" in found and self.deadline < until and self.seconds_left <= 0
         # Not its fault.
@@ -90,4 +97,9 @@ class Bench(AbstractContextManager["Bench"]):
                 found[first.name] = self._wait(first, until)
             running.append(prepared.get(training.name) or self.start_training(training, vocab_size, waits=True))
             running[-1].begin()
-        return found | {child.name: self._wait(child, until) for child in running}
+        found |= {child.name: self._wait(child, until) for child in running}
+        for training in trainings:
+            if training.continues and found[training.name].keys() == {"refused"} and self.seconds_left > 0:
+                # The first half could: what is wrong is the checkpoint.
+                found[training.name] = {"error": found[training.name]["refused"]}
+        return found

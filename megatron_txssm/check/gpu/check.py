@@ -16,6 +16,8 @@ def check(args: argparse.Namespace) -> int:
     """The verb; returns the exit code."""
     wanted = _wanted(args.only)
     _require_device(args.device)
+    if args.out.is_dir() or not args.out.absolute().parent.is_dir():
+        raise UserError(f"--out {args.out}: no file can be made there; name one in a folder that exists")
     begin = time.monotonic()
     findings: dict[str, Sequence[Finding]] = {}
     seconds: dict[str, float] = {}
@@ -26,13 +28,15 @@ def check(args: argparse.Namespace) -> int:
             seconds[part.name] = time.monotonic() - began
             show(part.name, findings[part.name], seconds[part.name])
             write(findings, seconds, args.out)
-    bad = [finding.claim for of_part in findings.values() for finding in of_part if finding.verdict in BAD]
+    all_of_them = [finding for of_part in findings.values() for finding in of_part]
+    bad = [finding.claim for finding in all_of_them if finding.verdict in BAD]
+    left_out = sum(finding.verdict == "left out" for finding in all_of_them)
     print(f"\n{args.out}: all figures; {time.monotonic() - begin:.0f} s")
     if bad:
         print(f"NOT right: {'; '.join(bad)}\nlogs: {bench.folder}")
         return DIFFERENT
     shutil.rmtree(bench.folder)
-    print("nothing wrong was found")
+    print(f"nothing wrong was found{f'; {left_out} left out' if left_out else ''}")
     return 0
 
 

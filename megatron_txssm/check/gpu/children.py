@@ -22,7 +22,8 @@ class Child:
         self._result, self._turn = folder / f"{name}.result.json", folder / f"{name}.turn"
         file = folder / f"{name}.task.json"
         turn = str(self._turn) if waits else None
-        file.write_text(json.dumps({**task, "result": str(self._result), "turn": turn}), encoding="utf-8")
+        task = {**task, "result": str(self._result), "turn": turn, "parent": os.getpid()}
+        file.write_text(json.dumps(task), encoding="utf-8")
         # PYTHONSAFEPATH: a json.py in the current folder is not to be imported.
         environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | environment
         with open(self.log, "wb") as stream:

@@ -1,8 +1,5 @@
 """The parts of `txssm check gpu`, most telling first: each gives findings, whatever breaks in it."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +8,7 @@ from megatron_txssm.check.gpu.bench import Bench
 from megatron_txssm.check.gpu.children import Child
 from megatron_txssm.check.gpu.findings import Finding, compared, failed
 from megatron_txssm.check.gpu.speed import LONG_PAIRS, PAIRS, SMALL_PAIRS, speed_of_pairs
-from megatron_txssm.check.gpu.trainings import AGREEMENTS, SMALL_VOCABULARY, WAVES, Agreement, Training
+from megatron_txssm.check.gpu.trainings import AGREEMENTS, SMALL_VOCABULARY, STEPS, WAVES, Agreement, Training
 
 # Of relative errors; measured on an H100: docs/gpu-results.
 KERNEL_BOUNDS = {"fp32, IEEE": 1e-5, "fp32": 5e-3, "bf16": 2e-2}
@@ -87,19 +84,20 @@ def _agreement(agreement: Agreement, found: dict[str, dict[str, Any]]) -> Findin
             return Finding(agreement.claim, "left out", "Transformer Engine is not there")
         if failure := failed(agreement.claim, found[name]):
             return failure
-    ours, theirs = (
-        {row["iteration"]: row["lm loss"] for row in found[name]["rows"] if "lm loss" in row} for name in pair
-    )
-    if ours.keys() != theirs.keys() or not ours:
-        return Finding(agreement.claim, "FAILED", f"steps {sorted(ours)} against {sorted(theirs)}")
+    for name in pair:
+        steps = [row["iteration"] for row in found[name]["rows"] if "lm loss" in row]
+        # Each once: a run that is resumed must not begin anew.
+        if steps != list(range(1, STEPS + 1)):
+            return Finding(agreement.claim, "FAILED", f"{name}: steps {steps}")
+    ours, theirs = (_losses(found[name]["rows"]) for name in pair)
     # Not max(): it may pass a NaN over.
-    differences = [abs(ours[step] - theirs[step]) for step in ours]
+    differences = [abs(one - other) for one, other in zip(ours, theirs, strict=True)]
     error = max(differences) if all(d == d for d in differences) else float("nan")
     return compared(agreement.claim, error, agreement.bound, " nats")
 
 
-def _losses(rows: list[dict[str, Any]]) -> dict[int, float]:
-    return {row["iteration"]: row["lm loss"] for row in rows if "lm loss" in row}
+def _losses(rows: list[dict[str, Any]]) -> list[float]:
+    return [row["lm loss"] for row in rows if "lm loss" in row]
 
 
 def _backends(bench: Bench, name: str) -> str:
@@ -127,13 +125,12 @@ def scan(bench: Bench) -> Iterator[Finding]:
         return
     yield Finding("memory bandwidth, by a large copy", "measured", f"{found.pop('bytes_per_second') / 1e12:.2f} TB/s")
     for length, row in found.items():
-        ours = row.get("kernels", row.get("torch"))
-        others = [f"{name} {ms:.3g} ms ({ms / ours:.2f}x)" for name, ms in row.items() if ms is not ours]
         name = "kernels" if "kernels" in row else "torch"
+        others = [f"{other} {ms:.3g} ms ({ms / row[name]:.2f}x)" for other, ms in row.items() if other != name]
         yield Finding(
             f"scan, forward and backward, {length} tokens",
             "measured",
-            f"{name} {ours:.3g} ms; {'; '.join(others)}",
+            f"{name} {row[name]:.3g} ms; {'; '.join(others)}",
             row,
         )
 
@@ -150,29 +147,15 @@ def decoding(bench: Bench) -> Iterator[Finding]:
 
 
 def bandwidth(bench: Bench) -> Iterator[Finding]:
-    """All-reduce over the node's GPUs, by the program that the preflight of a job runs, too."""
     claim = "all-reduce over the GPUs of this node"
-    count = _gpus(bench)
-    if count < 2:
+    found = bench.finish(bench.start("bandwidth", "bandwidth"), limit=150)
+    if failure := failed(claim, found):
+        yield failure
+    elif not found:
         yield Finding(claim, "left out", "it takes two GPUs")
-        return
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    words = [*launch, "-m", "megatron_txssm.launch.bandwidth_check", "--megabytes=512", "--timeout=60"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=max(1, bench.seconds_left), check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        yield Finding(claim, "FAILED", (done.stderr.strip().splitlines() or ["no word"])[-1][:300])
-        return
-    found = json.loads(lines[-1])
-    yield Finding(claim, "measured", f"{found['allreduce']:.0f} GB/s of bus bandwidth, {count} GPUs", found)
-
-
-def _gpus(bench: Bench) -> int:
-    if bench.device == "cpu":
-        return 0
-    import torch
-
-    return torch.cuda.device_count()
+    else:
+        said = f"{found['allreduce']:.0f} GB/s of bus bandwidth, {found['gpus']} GPUs"
+        yield Finding(claim, "measured", said, found)
 
 
 PARTS: Sequence[Part] = (

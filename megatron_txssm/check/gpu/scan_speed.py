@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_txssm.check.gpu.kernels import HEAD_DIM, STATE_SIZE, scan_inputs
 from megatron_txssm.ops.ssd import ssd
+from megatron_txssm.ops.ssd_triton import import_error
 
 HEADS, GROUPS = 12, 4
 LENGTHS = (4096, 16384, 65536)
@@ -29,9 +30,9 @@ def milliseconds(device: str, *, small: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"bytes_per_second": bandwidth}
     for length in (256,) if small else LENGTHS:
         row: dict[str, float] = {"attention": _attention(length, device, dtype)}
-        if device != "cpu":
+        if device != "cpu" and import_error() is None:
             row["kernels"] = _scan(length, device, dtype, "triton")
-        if length <= LONGEST_BY_TORCH:
+        if length <= LONGEST_BY_TORCH or not row.get("kernels"):
             row["torch"] = _scan(length, device, dtype, "torch")
         row["bound"] = length * _least_bytes_per_token(dtype.itemsize) / bandwidth * 1e3
         found[str(length)] = row

@@ -8,21 +8,25 @@ is done before the file `turn` exists: what is timed has the machine for itself 
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.environment import end_with_launcher
+from megatron_txssm.launch.environment import end_with_parent
 
 if TYPE_CHECKING:
     from megatron_txssm.recipe.recipe import Recipe
 
 
 def main(task_file: str) -> int:
-    end_with_launcher()
+    end_with_parent()
     task = json.loads(Path(task_file).read_text(encoding="utf-8"))
+    if os.getppid() != task["parent"]:
+        # It died before it could be watched.
+        return 1
     try:
         found = KINDS[task["kind"]](task)
     except UserError as error:
@@ -98,12 +102,27 @@ def decoding(task: dict[str, Any]) -> dict[str, Any]:
     return tokens_per_second(task["device"], small=task["small"])
 
 
+def bandwidth(task: dict[str, Any]) -> dict[str, Any]:
+    """All-reduce over the node's GPUs, by the program that the preflight of a job runs, too; {} with one GPU."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if count < 2:
+        return {}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    words = [*launch, "-m", "megatron_txssm.launch.bandwidth_check", "--megabytes=512", "--timeout=60"]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return json.loads(line) | {"gpus": count}
+
+
 KINDS = {
     "environment": environment,
     "train": train,
     "kernels": kernels,
     "scan_speed": scan_speed,
     "decoding": decoding,
+    "bandwidth": bandwidth,
 }
 
 if __name__ == "__main__":
