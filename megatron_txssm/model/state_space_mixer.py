@@ -33,6 +33,7 @@ from megatron_txssm.model.unified_rope import UnifiedRotaryEmbedding, length_sca
 from megatron_txssm.ops.mamba2 import causal_convolution, gated_rms_norm
 from megatron_txssm.ops.rotary import apply_rotary
 from megatron_txssm.ops.ssd import is_fused, ssd_step
+from megatron_txssm.ops.ssd_triton import has_scan_outside_autograd
 
 # The in-projection's rows on a rank are a multiple of it: GEMMs of odd sizes are two to three times as slow
 # (docs/gpu-results), and FP8 refuses them; the most that it asks for is 32 (MXFP8).
@@ -191,7 +192,7 @@ class StateSpaceMixer(MegatronModule):
         sizes = self.state_space
         if self.conv_sizes or sizes.gated or sizes.length_scaling_base is not None or self.zigzag.size > 1:
             return False
-        return is_fused(sizes.ssd_backend, projected_LBE, self.A_log, self.dt_bias)
+        return is_fused(sizes.ssd_backend, projected_LBE, self.A_log, self.dt_bias) and has_scan_outside_autograd()
 
     def _scan_fused(self, projected_LBE: Tensor, documents: PackedDocuments | None) -> Tensor:
         """Rotation and SSD of the packed projection, [L, B, E] → [L, B, H·P]."""

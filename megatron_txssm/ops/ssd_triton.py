@@ -69,6 +69,19 @@ def _kernels() -> tuple[Any, Any]:
     return mamba_chunk_scan_combined, selective_state_update
 
 
+@functools.cache
+def has_scan_outside_autograd() -> bool:
+    """Whether mamba-ssm has what ssd_fused_triton.py calls, which is none of its public functions."""
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import (  # noqa: F401  # pyright: ignore[reportMissingImports]
+            _mamba_chunk_scan_combined_bwd,
+            _mamba_chunk_scan_combined_fwd,
+        )
+    except ImportError:
+        return False
+    return True
+
+
 def ssd_triton(
     x_BLHP: Tensor,
     dt_BLH: Tensor,

@@ -53,7 +53,6 @@ PASSES: dict[str, str] = {
         ckpt_fully_parallel_load ckpt_fully_parallel_load_exchange_algo:broadcast|gather_rounds|gather_object
         ckpt_fully_parallel_save_process_group:dp|ep_dp ckpt_fully_parallel_load_process_group:dp|ep_dp
         ckpt_assume_constant_structure ckpt_load_validate_sharding_integrity:off
-
         dist_ckpt_strictness:assume_ok_unexpected|log_unexpected|log_all|raise_unexpected|raise_all|return_unexpected|return_all|ignore_all
         distrib_optim_fully_reshardable_mem_efficient no_save_optim no_save_rng no_load_optim no_load_rng ckpt_step:int
         exit_on_missing_checkpoint non_persistent_save_interval:int non_persistent_ckpt_type:global|local|in_memory

@@ -231,7 +231,7 @@ def first_step_note(recipe: Recipe) -> str | None:
     if not by_kernels or why_unavailable() is not None:
         return None
     # Triton keeps what it compiles. docs/gpu-results has the seconds.
-    return "the first step compiles and tunes kernels: up to two minutes, less where an earlier run has done so"
+    return "the first step compiles and tunes kernels: about a minute, less where an earlier run has done so"
 
 
 def end_last_line(file: Path) -> None:

@@ -324,6 +324,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     module: Any = SimpleNamespace(scan_packed=scan_packed, Sizes=sizes)
     monkeypatch.setitem(sys.modules, "megatron_txssm.ops.ssd_fused_triton", module)
     monkeypatch.setattr(state_space_mixer, "is_fused", lambda *arguments: True)
+    monkeypatch.setattr(state_space_mixer, "has_scan_outside_autograd", lambda: True)
     return returned
 
 
@@ -371,6 +372,10 @@ def test_neither_decoding_nor_context_parallelism_is_the_fused_kernels(
     assert not returned
     assert mixer._is_fused(hidden_states())
     monkeypatch.setattr(mixer, "zigzag", SimpleNamespace(size=2))
+    assert not mixer._is_fused(hidden_states())
+    monkeypatch.setattr(mixer, "zigzag", SimpleNamespace(size=1))
+    # Another release of mamba-ssm, without what is none of its public functions.
+    monkeypatch.setattr(state_space_mixer, "has_scan_outside_autograd", lambda: False)
     assert not mixer._is_fused(hidden_states())
 
 
