@@ -31,8 +31,9 @@ class SlowRunWatch:
         self.watch = ThroughputWatch(fraction or 0.0, earlier_throughput(metrics_file, world_size) if not rank else ())
         # Every rank's share of a step in collectives, while the run was not slow.
         self.usual: list[float] | None = None
-        # While the run is slow.
+        # While the run is slow, and whether one since then has named ranks.
         self.verdict: Verdict | None = None
+        self.named = False
         self.warm = False
         self.flops, self.seconds = 0.0, 0.0
         self.collectives = CollectiveTime(CHECK_STEPS) if self.is_on and world_size > 1 else None
@@ -47,7 +48,10 @@ class SlowRunWatch:
             self.collectives.end_step()
 
     def after_step(self, iteration: int, flops: float) -> bool:
-        """Called on every rank after each step with its FLOPs on all ranks; True where `verdict` came or went."""
+        """Called on every rank after each step with its FLOPs on all ranks.
+
+        True on rank 0 where `verdict` came or went, or is the first of a slow time to name ranks.
+        """
         self.flops += flops / self.world_size
         if not self.is_on or iteration % CHECK_STEPS:
             return False
@@ -69,8 +73,10 @@ class SlowRunWatch:
                 self.usual = shares
             else:
                 self.verdict = judge(self.watch.share or 0.0, shares, hosts, self.usual)
+                if self.verdict.ranks and not self.named and self.rank == 0:
+                    changed = self.named = True
         if wanted != _SLOW:
-            self.verdict = None
+            self.verdict, self.named = None, False
         return changed
 
 

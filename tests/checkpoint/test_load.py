@@ -14,7 +14,7 @@ CLUSTER = (
     "megatron.tp_comm_overlap=true",
     "megatron.--nccl-ub=true",
     "megatron.grad-reduce-in-bf16=true",
-    "megatron.optimizer_cpu_offload=true",
+    "megatron.use_torch_optimizer_for_cpu_offload=true",
 )
 # What somebody else's recipe might ask for, in any spelling.
 HOSTILE = (

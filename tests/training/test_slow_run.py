@@ -90,7 +90,8 @@ def test_the_rank_that_the_others_wait_for_is_named(slow_run: SlowRun) -> None:
         assert found["nodes"] == [os.uname().nodename]
         assert f"rank {slow} on" in slowness(slow_run.tiny.run / "metrics.jsonl")
         slow_run.speed_up()
-    assert "of its median throughput: the others wait for rank 1 on" in slow_run.said.read_text()
+    # Which of them it is told of first, other load of this machine may decide.
+    assert "of its median throughput: the others wait for rank " in slow_run.said.read_text()
     slow_run.wait_until(lambda step: "slow" not in step)
     assert slowness(slow_run.tiny.run / "metrics.jsonl") == ""
     slow_run.wait_until(lambda _: "throughput is back near its median" in slow_run.said.read_text())
