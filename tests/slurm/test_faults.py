@@ -155,8 +155,8 @@ def test_the_time_limit_is_come_before(
     job.wait_until(lambda: bool(job.steps(offset)), "a step of the next attempt")
     seconds = time.monotonic() - began
     job.wait_over()
-    # On a slow machine it comes more than once.
-    *limited, last = [attempt.cause for attempt in job.attempts()]
+    # On a slow machine it comes more than once. A node that the test before had lost may fail the preflight.
+    *limited, last = [attempt.cause for attempt in job.attempts() if attempt.cause != "preflight"]
     assert (set(limited), last) == ({"time_limit"}, "finished"), job.why()
     assert job.steps() == list(undisturbed.items())
     report(f"{'time limit':30} {seconds:5.1f} s to train again,  0 steps repeated")
