@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.cache_utils import StaticLayer
 
+from megatron_txssm.check.gpu.decoding import filled_cache
 from megatron_txssm.hf import TransXSSMCache, TransXSSMConfig
 from megatron_txssm.hf.cache_transxssm import StateSpaceCacheLayer
 
@@ -111,22 +112,9 @@ def common_settings(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def filled_cache(config: Any, args: argparse.Namespace, context: int, device: str, static: bool = False) -> Any:
-    """The model's own cache as `context` tokens would leave it, but for the values, which are random."""
-    room: dict[str, Any] = {"max_cache_len": context + max(WARM_UP, args.tokens) + 1} if static else {}
-    kinds: Any = TransXSSMCache if isinstance(config, TransXSSMConfig) else StaticCache if static else DynamicCache
-    cache = kinds(config=config, **room)
-    key_shape: Any = (args.batch, config.num_key_value_heads, context, config.head_dim)
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, StateSpaceCacheLayer):
-            shape: Any = (args.batch, config.state_num_heads, config.state_head_dim, config.state_size)
-            layer.replace(torch.randn(shape, device=device), None)
-        else:
-            keys, values = (torch.randn(key_shape, dtype=DTYPES[args.dtype], device=device) for _ in range(2))
-            cache.update(keys, values, index)
-    if isinstance(cache, TransXSSMCache):
-        cache.count(context, torch.device(device))
-    return cache
+def own_cache(config: Any, args: argparse.Namespace, context: int, device: str, static: bool = False) -> Any:
+    room = context + max(WARM_UP, args.tokens) + 1 if static else None
+    return filled_cache(config, args.batch, context, DTYPES[args.dtype], device, room)
 
 
 def rewind(cache: Any, tokens: int) -> None:
@@ -147,7 +135,7 @@ def cache_bytes(cache: Any) -> int:
 
 
 def compare_bytes(configs: dict[str, Any], args: argparse.Namespace, context: int) -> dict[str, int]:
-    counted = {name: cache_bytes(filled_cache(config, args, context, "meta")) for name, config in configs.items()}
+    counted = {name: cache_bytes(own_cache(config, args, context, "meta")) for name, config in configs.items()}
     texts = "   ".join(f"{name} {count / 2**20:9.1f} MiB" for name, count in counted.items())
     print(f"cache at {context}:".ljust(24), texts, f"  ratio {counted['transxssm'] / counted['llama']:.3f}")
     return counted
@@ -159,7 +147,7 @@ def compare_speed(models: dict[str, Any], args: argparse.Namespace, context: int
     for rival in args.rivals:
         name, _, how = rival.partition("-")
         functions[rival] = torch.compile(models[name]) if how == "compiled" else models[name]
-        caches[rival] = filled_cache(models[name].config, args, context, "cpu", static=bool(how))
+        caches[rival] = own_cache(models[name].config, args, context, "cpu", static=bool(how))
         decode(functions[rival], caches[rival], args.batch, WARM_UP)
     seconds: dict[str, list[float]] = {rival: [] for rival in args.rivals}
     for turn in range(args.rounds):

@@ -84,11 +84,9 @@ PASSES: dict[str, str] = {
         main_params_dtype:fp32|fp16 exp_avg_dtype:fp32|fp16|bf16|fp8 exp_avg_sq_dtype:fp32|fp16|bf16|fp8
         optimizer_cpu_offload optimizer_offload_fraction:float use_torch_optimizer_for_cpu_offload
         overlap_cpu_optimizer_d2h_h2d pin_cpu_grads:off pin_cpu_params:off gpu_sniff_test_interval:int
-        cuda_graph_impl:none|full_iteration
-        cuda_graph_warmup_steps:int log_device_memory_used log_energy use_persistent_ckpt_worker
-        ddp_average_in_collective log_straggler
+        log_device_memory_used log_energy use_persistent_ckpt_worker ddp_average_in_collective log_straggler
         straggler_ctrlr_port:int straggler_minmax_count:int disable_straggler_on_startup record_memory_history
-        memory_snapshot_path:path
+        memory_snapshot_path:path cuda_graph_impl:none|full_iteration cuda_graph_warmup_steps:int
     """,
 }
 
@@ -142,12 +140,11 @@ REFUSED: dict[str, str] = {
     """,
     "nothing shows yet that it leaves the state-space layers' results as they are": """
         enable_cuda_graph external_cuda_graph cuda_graph_modules cuda_graph_scope_deprecated te_rng_tracker
-        cpu_offloading_* fine_grained_*
-        offload_modules min_offloaded_tensor_size delay_offload_until_cuda_graph delta_offload_bytes_across_pp_ranks
-        activation_offload_fraction defer_embedding_wgrad_compute wgrad_deferral_limit fused_residual_rmsnorm
-        use_transformer_engine_op_fuser use_te_activation_func use_kitchen_attention kitchen_attention_backend
-        batch_invariant_mode fp8_wgrad fp4_param_gather account_for_embedding_in_pipeline_split
-        account_for_loss_in_pipeline_split use_ring_exchange_p2p lazy_mpu_init
+        cpu_offloading_* fine_grained_* offload_modules min_offloaded_tensor_size delay_offload_until_cuda_graph
+        delta_offload_bytes_across_pp_ranks activation_offload_fraction defer_embedding_wgrad_compute
+        wgrad_deferral_limit fused_residual_rmsnorm use_transformer_engine_op_fuser use_te_activation_func
+        use_kitchen_attention kitchen_attention_backend batch_invariant_mode fp8_wgrad fp4_param_gather
+        account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split use_ring_exchange_p2p lazy_mpu_init
         ddp_param_name_patterns_for_fp32_local_accumulation fake_process_group config_logger_dir enable_experimental
         num_distributed_optimizer_instances
     """,

@@ -328,6 +328,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return returned
 
 
+def some_documents() -> PackedDocuments:
+    """Of uneven lengths, others in each row."""
+    positions = [torch.cat([torch.arange(n) for n in row]) for row in ([5, 1, 15], [9, 12])]
+    return PackedDocuments.from_position_ids(torch.stack(positions))
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["one-document", "documents"])
 @pytest.mark.parametrize("dt_bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("encoding", ["rope", "a_t"])
@@ -336,10 +342,7 @@ def test_the_fused_kernels_are_given_what_they_need(
 ) -> None:
     mixer = build(encoding, gated=False, dt_bias=dt_bias)
     leaves = {**dict(mixer.named_parameters()), "input": hidden_states().requires_grad_()}
-    documents = None
-    if packed:
-        positions = [torch.cat([torch.arange(n) for n in row]) for row in ([5, 1, 15], [9, 12])]
-        documents = PackedDocuments.from_position_ids(torch.stack(positions))
+    documents = some_documents() if packed else None
     expected, _ = mixer(leaves["input"], packed_seq_params=documents)
     returned = stand_in(monkeypatch)
     actual, _ = mixer(leaves["input"], packed_seq_params=documents)
@@ -385,10 +388,7 @@ def test_the_convolutions_kernel_is_given_what_it_needs(
 ) -> None:
     mixer = build("conv1d_d", gated=False)
     leaves = {**dict(mixer.named_parameters()), "input": hidden_states().requires_grad_()}
-    documents = None
-    if packed:
-        positions = [torch.cat([torch.arange(n) for n in row]) for row in ([5, 1, 15], [9, 12])]
-        documents = PackedDocuments.from_position_ids(torch.stack(positions))
+    documents = some_documents() if packed else None
     expected, _ = mixer(leaves["input"], packed_seq_params=documents)
     calls = causal_conv1d_stand_in.install(monkeypatch)
     actual, _ = mixer(leaves["input"], packed_seq_params=documents)

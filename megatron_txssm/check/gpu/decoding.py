@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
 from megatron_txssm.hf import TransXSSMCache, TransXSSMConfig
 from megatron_txssm.hf.cache_transxssm import StateSpaceCacheLayer
@@ -28,23 +28,28 @@ def tokens_per_second(device: str, *, small: bool) -> dict[str, dict[str, float]
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         for context in contexts:
-            speeds[str(context)][name] = BATCH * TOKENS / _seconds(model, filled_cache(config, context, device, dtype))
+            cache = filled_cache(config, BATCH, context, dtype, device)
+            speeds[str(context)][name] = BATCH * TOKENS / _seconds(model, cache)
     return speeds
 
 
-def filled_cache(config: Any, context: int, device: str, dtype: torch.dtype) -> Any:
-    """The model's own cache as `context` tokens leave it, but for the values."""
-    cache = TransXSSMCache(config) if isinstance(config, TransXSSMConfig) else DynamicCache(config=config)
-    key_shape: Any = (BATCH, config.num_key_value_heads, context, config.head_dim)
+def filled_cache(
+    config: Any, batch: int, context: int, dtype: torch.dtype, device: str, max_cache_len: int | None = None
+) -> Any:
+    """The model's own cache as `context` tokens leave it, but for the values; a static one with `max_cache_len`."""
+    static = max_cache_len is not None
+    kinds: Any = TransXSSMCache if isinstance(config, TransXSSMConfig) else StaticCache if static else DynamicCache
+    cache = kinds(config=config, **({"max_cache_len": max_cache_len} if static else {}))
+    key_shape: Any = (batch, config.num_key_value_heads, context, config.head_dim)
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, StateSpaceCacheLayer):
-            shape: Any = (BATCH, config.state_num_heads, config.state_head_dim, config.state_size)
+            shape: Any = (batch, config.state_num_heads, config.state_head_dim, config.state_size)
             layer.replace(torch.randn(shape, device=device), None)
         else:
             keys, values = (torch.randn(key_shape, dtype=dtype, device=device) for _ in range(2))
             cache.update(keys, values, index)
     if isinstance(cache, TransXSSMCache):
-        cache.seen_tokens = context
+        cache.count(context, torch.device(device))
     return cache
 
 

@@ -1,6 +1,7 @@
 """What a part of `txssm check gpu` found, and the page that all of it makes."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +27,9 @@ class Finding:
 def compared(claim: str, error: float, bound: float, unit: str = "") -> Finding:
     """Right where the error, which may be NaN, is within the bound."""
     verdict: Verdict = "right" if error <= bound else "WRONG"
-    return Finding(claim, verdict, f"{error:.2g}{unit} (bound {bound:g})", {"error": error, "bound": bound})
+    # JSON has no NaN.
+    number = error if math.isfinite(error) else str(error)
+    return Finding(claim, verdict, f"{error:.2g}{unit} (bound {bound:g})", {"error": number, "bound": bound})
 
 
 def failed(claim: str, found: dict[str, Any], *, of: str | None = None) -> Finding | None:

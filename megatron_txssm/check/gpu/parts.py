@@ -37,7 +37,7 @@ def environment(bench: Bench) -> Iterator[Finding]:
         elif said.startswith("not installed"):
             yield Finding(package, "left out", said)
         else:
-            yield Finding(package, "WRONG", said)
+            yield Finding(package, "FAILED", said)
 
 
 def kernels(bench: Bench) -> Iterator[Finding]:

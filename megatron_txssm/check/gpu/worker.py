@@ -2,8 +2,8 @@
 
     python -m megatron_txssm.check.gpu.worker TASK.json
 
-TASK is {"kind": a key of KINDS, "result": file, "turn": file or null, ...}. What takes long and no GPU, as imports do,
-is done before the file `turn` exists: what is timed has the machine for itself then.
+TASK is {"kind": a key of KINDS, "result": file, "turn": file or null, ...}. A training waits for the file `turn` when
+its imports are done: it has the GPU for itself then, while the next one imports beside it.
 """
 
 import json
@@ -40,11 +40,6 @@ def main(task_file: str) -> int:
     return 0
 
 
-def wait_for_turn(task: dict[str, Any]) -> None:
-    while task["turn"] and not Path(task["turn"]).exists():
-        time.sleep(0.02)
-
-
 def train(task: dict[str, Any]) -> dict[str, Any]:
     """Train `recipe` with `overrides`: the rows of its metrics.jsonl, its FLOPs per token, and on what."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
@@ -60,7 +55,8 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
         prepare_platform()
         import megatron.training  # noqa: F401
 
-        wait_for_turn(task)
+        while task["turn"] and not Path(task["turn"]).exists():
+            time.sleep(0.02)
         pretrain(recipe, terminal)
 
     recipe = load_recipe(task["recipe"], task["overrides"])
@@ -84,21 +80,18 @@ def environment(task: dict[str, Any]) -> dict[str, Any]:
 def kernels(task: dict[str, Any]) -> dict[str, Any]:
     from megatron_txssm.check.gpu.kernels import errors
 
-    wait_for_turn(task)
     return errors(task["device"], small=task["small"])
 
 
 def scan_speed(task: dict[str, Any]) -> dict[str, Any]:
     from megatron_txssm.check.gpu.scan_speed import milliseconds
 
-    wait_for_turn(task)
     return milliseconds(task["device"], small=task["small"])
 
 
 def decoding(task: dict[str, Any]) -> dict[str, Any]:
     from megatron_txssm.check.gpu.decoding import tokens_per_second
 
-    wait_for_turn(task)
     return tokens_per_second(task["device"], small=task["small"])
 
 
