@@ -121,6 +121,13 @@ def test_what_does_not_fit_is_left_out(
     assert "left out" in capsys.readouterr().out
 
 
+def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    play(monkeypatch, Part("one", "products", 1, sound))
+    assert main([*ON_CPU, "--out", "/dev/full"]) == 2
+    said = capsys.readouterr()
+    assert "a product" in said.out and "--out /dev/full cannot be written: No space left on device" in said.err
+
+
 @pytest.mark.parametrize("error", [float("nan"), float("inf"), 0.2])
 def test_wrong_is_what_is_not_within_the_bound(error: float) -> None:
     assert compared("x", error, 0.1).verdict == "WRONG"

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_txssm.errors import UserError
 from megatron_txssm.table import print_table
 
 # "left out": for want of time, or of what it needs; "FAILED": without an answer.
@@ -41,12 +42,15 @@ def failed(claim: str, found: dict[str, Any], *, of: str | None = None) -> Findi
 
 
 def write(findings: dict[str, Sequence[Finding]], seconds: dict[str, float], file: Path) -> None:
-    """All so far, as JSON, by part."""
+    """All so far, as JSON, by part; UserError where the disk is full, say."""
     parts = {
         part: {"seconds": round(seconds[part], 1), "findings": [asdict(finding) for finding in of_part]}
         for part, of_part in findings.items()
     }
-    file.write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
+    try:
+        file.write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {file} cannot be written: {error.strerror}; name another file") from None
 
 
 def show(part: str, findings: Sequence[Finding], seconds: float) -> None:
