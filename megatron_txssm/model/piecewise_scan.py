@@ -39,9 +39,9 @@ def scan(
     assert initial_state is None, "decoding knows no context parallelism"
     if state_space.context_parallel_method == "all_to_all":
         x, dt, B, C = (zigzag.heads_for_tokens(t) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN))
-        of_rank = lambda t_H: t_H.unflatten(0, (zigzag.size, -1))[zigzag.rank]  # noqa: E731
-        D_of_heads_H = None if D_H is None else of_rank(D_H)
-        y_BLHP, _ = kernel(x, dt, of_rank(A_H), B, C, D_H=D_of_heads_H, seq_idx=document_BL)
+        A_of_heads_H = A_H.unflatten(0, (zigzag.size, -1))[zigzag.rank]
+        D_of_heads_H = None if D_H is None else D_H.unflatten(0, (zigzag.size, -1))[zigzag.rank]
+        y_BLHP, _ = kernel(x, dt, A_of_heads_H, B, C, D_H=D_of_heads_H, seq_idx=document_BL)
         return zigzag.tokens_for_heads(y_BLHP), None
 
     x_blHP, dt_blH, B_blGN, C_blGN = (zigzag.fold(t) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN))

@@ -320,8 +320,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         returned.append(y.transpose(0, 1).flatten(2))
         return returned[-1]
 
-    sizes = lambda *numbers: numbers  # noqa: E731
-    module: Any = SimpleNamespace(scan_packed=scan_packed, Sizes=sizes)
+    module: Any = SimpleNamespace(scan_packed=scan_packed, Sizes=lambda *numbers: numbers)
     monkeypatch.setitem(sys.modules, "megatron_txssm.ops.ssd_fused_triton", module)
     monkeypatch.setattr(state_space_mixer, "is_fused", lambda *arguments: True)
     monkeypatch.setattr(state_space_mixer, "has_scan_outside_autograd", lambda: True)
