@@ -68,15 +68,14 @@ class SlowRunWatch:
             wanted = told_by_first_rank(wanted)
             if wanted != _NOTHING:
                 shares, hosts = gather_shares(self.collectives.share())
-        if wanted != _NOTHING:
-            if wanted == _AS_USUAL:
-                self.usual = shares
-            else:
-                self.verdict = judge(self.watch.share or 0.0, shares, hosts, self.usual)
-                if self.verdict.ranks and not self.named and self.rank == 0:
-                    changed = self.named = True
+        if wanted == _AS_USUAL:
+            self.usual = shares
         if wanted != _SLOW:
             self.verdict, self.named = None, False
+        elif self.watch.share is not None:  # on rank 0
+            self.verdict = judge(self.watch.share, shares, hosts, self.usual)
+            if self.verdict.ranks and not self.named:
+                changed = self.named = True
         return changed
 
 

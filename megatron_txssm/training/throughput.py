@@ -16,8 +16,10 @@ SAMPLE_SECONDS = 10.0
 SAMPLES_IN_A_ROW = 3
 # Before them there is no median to speak of; and how many the median is taken over.
 MIN_SAMPLES, MAX_SAMPLES = 5, 500
-# Shares of the step's time: by so much more must the others wait.
-CLEAR_SHARE = 0.15
+# Of what a step takes longer than usual: so much of it must the others wait longer than the one that they wait for.
+CLEAR_SHARE = 0.5
+# And what it takes longer counts as so much of a usual step at least, so that noise is not divided by next to nothing.
+MIN_EXCESS = 0.1
 
 
 class ThroughputWatch:
@@ -83,11 +85,15 @@ class Verdict:
 
 
 def judge(fraction: float, shares: Sequence[float], hosts: Sequence[str], usual: Sequence[float] | None) -> Verdict:
-    """Whom a run waits for, by every rank's share of the steps' time that it spent in collectives.
+    """Whom a run at `fraction` of its throughput waits for, by every rank's share of the steps' time in collectives.
 
     `usual`: those of the time when it was not slow, if they are known: stages of a pipeline wait unequally.
     """
-    rises = [share - before for share, before in zip(shares, usual or [0.0] * len(shares), strict=True)]
+    # A step takes 1 / fraction usual steps now. How much of what is new in it each rank waits: all of it behind a slow
+    # rank or network, none of it where it is slow by itself.
+    excess = max(1 / fraction - 1, MIN_EXCESS)
+    before = usual or [0.0] * len(shares)
+    rises = [(share / fraction - old) / excess for share, old in zip(shares, before, strict=True)]
     low, high = min(rises), max(rises)
     ranks = [rank for rank, rise in enumerate(rises) if rise <= (low + high) / 2]
     if high - low >= CLEAR_SHARE and len(ranks) <= len(shares) / 2:

@@ -87,6 +87,8 @@ HOSTS = ["n1", "n1", "n2", "n2"]
         # One that does not wait for three is not the one that the others wait for.
         ([0.1, 0.1, 0.1, 0.9], None, [], [], "no rank stands out; they spend 10% of a step in collectives"),
         ([0.5, 0.5, 0.5, 0.4], None, [], [], "no rank stands out"),
+        # Of four that no more wait, none is the one that the others wait for, whoever waited before.
+        ([0.05, 0.05, 0.05, 0.06], [0.05, 0.05, 0.05, 0.4], [], [], "each is slower by itself"),
     ],
 )
 def test_who_does_not_wait_is_waited_for(
@@ -97,6 +99,11 @@ def test_who_does_not_wait_is_waited_for(
     assert words in verdict.reason
     assert str(verdict).startswith("31% of its median throughput: ")
     assert verdict.as_fields()["fraction"] == 0.314
+
+
+def test_a_run_that_is_nearly_well_again_waits_for_nobody() -> None:
+    for fraction in (0.95, 1.0, 1.3):
+        assert judge(fraction, [0.30, 0.32, 0.33, 0.34], HOSTS, [0.32] * 4).ranks == []
 
 
 def test_one_process_waits_for_nobody() -> None:
