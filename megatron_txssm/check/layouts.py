@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_txssm.architecture.state_space_config import CONTEXT_PARALLEL_METHODS
 from megatron_txssm.check.shrink import Changes, changed
 from megatron_txssm.errors import UserError
-from megatron_txssm.model.state_space_config import CONTEXT_PARALLEL_METHODS
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import data_parallel_size, divisors, validate
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megatron_txssm.architecture.parameters import ModelSizes
 from megatron_txssm.checkpoint.config_check import check_config
 from megatron_txssm.checkpoint.config_recipe import recipe_of_config
 from megatron_txssm.checkpoint.hf_config import REFERENCE_TYPE
@@ -19,7 +20,6 @@ from megatron_txssm.checkpoint.layouts import ARCHITECTURES, refusal
 from megatron_txssm.checkpoint.mapping import Group, hf_tensors, plan
 from megatron_txssm.checkpoint.tensors import Shape, compare_shapes, model_shapes
 from megatron_txssm.errors import UserError
-from megatron_txssm.planning.parameters import ModelSizes
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 

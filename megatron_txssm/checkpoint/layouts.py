@@ -7,9 +7,9 @@ reference         the authors' public code (arXiv:2506.09507)
 megatron          Megatron's own names; weights alone
 """
 
+from megatron_txssm.architecture.layer_pattern import ATTENTION
 from megatron_txssm.checkpoint.mapping import TABLES
 from megatron_txssm.errors import UserError
-from megatron_txssm.model.layer_pattern import ATTENTION
 from megatron_txssm.recipe.recipe import Recipe
 
 LAYOUTS = (*TABLES, "megatron")

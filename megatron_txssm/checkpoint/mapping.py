@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_txssm.architecture.parameters import ModelSizes
 from megatron_txssm.checkpoint.tensors import Shape, layer_of
-from megatron_txssm.planning.parameters import ModelSizes
 
 # One or several tensors.
 Tensors = list[Any]

@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from megatron_txssm.model.layer_pattern import STATE_SPACE
-from megatron_txssm.model.state_space_config import StateSpaceConfig
-from megatron_txssm.planning.parameters import ModelSizes
+from megatron_txssm.architecture.layer_pattern import STATE_SPACE
+from megatron_txssm.architecture.parameters import ModelSizes
+from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 from megatron_txssm.recipe.recipe import Recipe
 
 # Name on the command line -> torch's.

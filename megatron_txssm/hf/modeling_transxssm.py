@@ -32,7 +32,7 @@ from megatron_txssm.hf.layers_transxssm import (
     TransXSSMStateSpaceMixer,
 )
 from megatron_txssm.hf.packing_transxssm import LENGTHS, attention_inputs, packed_documents, positions_in_documents
-from megatron_txssm.model.unified_rope import UnifiedRotaryEmbedding, length_scale
+from megatron_txssm.ops.unified_rope import UnifiedRotaryEmbedding, length_scale
 
 
 class TransXSSMPreTrainedModel(PreTrainedModel):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_txssm.architecture.parameters import checkpoint_bytes
 from megatron_txssm.checkpoint.kept_tokenizer import other_tokenizer
 from megatron_txssm.checkpoint.steps import (
     TRACKER,
@@ -24,7 +25,6 @@ from megatron_txssm.checkpoint.steps import (
 )
 from megatron_txssm.data.manifest import read_tokenizer_facts
 from megatron_txssm.errors import UserError
-from megatron_txssm.planning.parameters import checkpoint_bytes
 from megatron_txssm.process_limits import check_open_files, check_shared_memory, check_temporary_folder
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe, with_paths

@@ -3,8 +3,8 @@
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from megatron_txssm.model.layer_pattern import DEFAULT_LAYER_PATTERN
-from megatron_txssm.model.state_space_config import (
+from megatron_txssm.architecture.layer_pattern import DEFAULT_LAYER_PATTERN
+from megatron_txssm.architecture.state_space_config import (
     CONTEXT_PARALLEL_METHODS,
     POSITION_ENCODINGS,
     SSD_BACKENDS,

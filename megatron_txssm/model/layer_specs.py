@@ -26,18 +26,18 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.training import get_args
 
+from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
+from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 from megatron_txssm.compat import mend_megatron
 from megatron_txssm.errors import UserError
 from megatron_txssm.model.arguments import DEFAULTS, state_space_config
 from megatron_txssm.model.document_attention import isolating
 from megatron_txssm.model.fp8_emulation import Float8SpecProvider, emulated_fp8
-from megatron_txssm.model.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
 from megatron_txssm.model.local_modules import TorchSpecProvider
 from megatron_txssm.model.self_attention import UnifiedRotarySelfAttention
-from megatron_txssm.model.state_space_config import StateSpaceConfig
 from megatron_txssm.model.state_space_mixer import StateSpaceMixer, StateSpaceMixerSubmodules
-from megatron_txssm.model.unified_rope import UnifiedRotaryEmbedding
 from megatron_txssm.ops.ssd_triton import why_unavailable
+from megatron_txssm.ops.unified_rope import UnifiedRotaryEmbedding
 
 # What the layers below are built with. Megatron has arguments for other values, which they would not follow.
 BUILT_IN: dict[str, Any] = {

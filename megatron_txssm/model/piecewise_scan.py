@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 from megatron_txssm.model.context_parallel import Zigzag
-from megatron_txssm.model.state_space_config import StateSpaceConfig
 from megatron_txssm.ops.ssd import ssd
 from megatron_txssm.ops.state_passing import read_entering_state, surviving_share
 

@@ -6,7 +6,7 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from megatron_txssm.model.context_parallel import Zigzag
-from megatron_txssm.model.unified_rope import UnifiedRotaryEmbedding
+from megatron_txssm.ops.unified_rope import UnifiedRotaryEmbedding
 
 
 class UnifiedRotarySelfAttention(SelfAttention):

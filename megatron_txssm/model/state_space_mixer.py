@@ -24,16 +24,16 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
+from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 from megatron_txssm.model.context_parallel import Zigzag
 from megatron_txssm.model.documents import PackedDocuments
 from megatron_txssm.model.packed_rows import saved_by_component
 from megatron_txssm.model.piecewise_scan import documents_before, scan
-from megatron_txssm.model.state_space_config import StateSpaceConfig
-from megatron_txssm.model.unified_rope import UnifiedRotaryEmbedding, length_scale
 from megatron_txssm.ops.mamba2 import causal_convolution, gated_rms_norm
 from megatron_txssm.ops.rotary import apply_rotary
 from megatron_txssm.ops.ssd import is_fused, ssd_step
 from megatron_txssm.ops.ssd_triton import has_scan_outside_autograd
+from megatron_txssm.ops.unified_rope import UnifiedRotaryEmbedding, length_scale
 
 # The in-projection's rows on a rank are a multiple of it: GEMMs of odd sizes are two to three times as slow
 # (docs/gpu-results), and FP8 refuses them; the most that it asks for is 32 (MXFP8).

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_txssm.model.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
-from megatron_txssm.model.state_space_config import StateSpaceConfig
+from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
+from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 from megatron_txssm.recipe.megatron_section import passing
 from megatron_txssm.recipe.paths import each_path, escaped, frozen
 from megatron_txssm.recipe.schema import Checkpoint, Data, Logging, Model, Optimizer, Parallel, Training

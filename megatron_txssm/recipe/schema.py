@@ -9,8 +9,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_txssm.model.layer_pattern import DEFAULT_LAYER_PATTERN
-from megatron_txssm.model.state_space_config import CONTEXT_PARALLEL_METHODS, POSITION_ENCODINGS, SSD_BACKENDS
+from megatron_txssm.architecture.layer_pattern import DEFAULT_LAYER_PATTERN
+from megatron_txssm.architecture.state_space_config import CONTEXT_PARALLEL_METHODS, POSITION_ENCODINGS, SSD_BACKENDS
 from megatron_txssm.recipe.setting import Blend, Stages, Verify, Weights, argument, setting
 
 if TYPE_CHECKING:

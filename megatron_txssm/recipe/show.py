@@ -69,7 +69,7 @@ def _megatron_words(recipe: Recipe) -> list[str]:
 
 
 def _print_table() -> None:
-    from megatron_txssm.planning.parameters import count_parameters
+    from megatron_txssm.architecture.parameters import count_parameters
 
     rows = []
     for name in recipe_names():

@@ -15,11 +15,11 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.training import get_tensorboard_writer, get_wandb_writer
 from megatron.training import training as megatron_training
 
+from megatron_txssm.architecture.flops import flops_per_token
+from megatron_txssm.architecture.parameters import ModelSizes
 from megatron_txssm.compat import get_args
 from megatron_txssm.launch.notify import notify
 from megatron_txssm.ops.ssd_triton import why_unavailable
-from megatron_txssm.planning.flops import flops_per_token
-from megatron_txssm.planning.parameters import ModelSizes
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.training.display import BarDisplay, PlainDisplay, make_display
 from megatron_txssm.training.stragglers import SlowRunWatch

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GraniteMoeHybridForCausalLM, LlamaForCausalLM
 
+from megatron_txssm.architecture.parameters import ModelSizes
 from megatron_txssm.checkpoint.hf_folder import open_hf_folder
 from megatron_txssm.checkpoint.hf_model import load_hf_model
 from megatron_txssm.checkpoint.importer import _as_yaml
@@ -22,7 +23,6 @@ from megatron_txssm.data.tokenizer import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.hf import TransXSSMForCausalLM
 from megatron_txssm.model.state_space_mixer import FP32_PARAMETERS
-from megatron_txssm.planning.parameters import ModelSizes
 from megatron_txssm.recipe.loader import load_recipe
 from tests.checkpoint.batch import Task, run_batches
 from tests.checkpoint.trained import Trained, matrix, reference, train

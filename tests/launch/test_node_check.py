@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
+from megatron_txssm.architecture.parameters import checkpoint_bytes
 from megatron_txssm.launch import node_check, node_preflight
 from megatron_txssm.launch.batch_script import HOME
 from megatron_txssm.launch.environment import rendezvous_port
 from megatron_txssm.launch.node_check import report
 from megatron_txssm.launch.node_preflight import MAX_CLOCK_SKEW_SECONDS, NodePreflight, find_problems
 from megatron_txssm.launch.preflight import make_run_directory
-from megatron_txssm.planning.parameters import checkpoint_bytes
 from megatron_txssm.recipe.loader import load_recipe
 
 GB = 10**9

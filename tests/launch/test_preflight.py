@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_txssm.architecture.parameters import checkpoint_bytes
 from megatron_txssm.checkpoint.checksums import DamagedCheckpoint
 from megatron_txssm.checkpoint.steps import Step, find_newest
 from megatron_txssm.errors import UserError
@@ -25,7 +26,6 @@ from megatron_txssm.launch.preflight import (
     saved_step,
     warnings,
 )
-from megatron_txssm.planning.parameters import checkpoint_bytes
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 

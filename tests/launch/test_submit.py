@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_txssm.architecture.parameters import checkpoint_bytes
 from megatron_txssm.cli import main
 from megatron_txssm.launch import preflight, slurm, submit
 from megatron_txssm.launch.batch_script import HOME
-from megatron_txssm.planning.parameters import checkpoint_bytes
 from megatron_txssm.recipe.loader import load_recipe
 from tests.launch.some_queue import write_queue
 

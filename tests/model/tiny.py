@@ -12,10 +12,10 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 from megatron_txssm.model.layer_specs import hybrid_block_spec
-from megatron_txssm.model.state_space_config import StateSpaceConfig
 from megatron_txssm.model.state_space_mixer import StateSpaceMixer, StateSpaceMixerSubmodules
-from megatron_txssm.model.unified_rope import UnifiedRotaryEmbedding
+from megatron_txssm.ops.unified_rope import UnifiedRotaryEmbedding
 
 # (name in the checkpoint, global shape, offset of the piece in it, the piece)
 Piece = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_txssm.model.state_space_config import StateSpaceConfig
+from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 from megatron_txssm.ops import ssd as ssd_module
 from megatron_txssm.ops.ssd import is_fused, ssd
 from megatron_txssm.ops.ssd_reference import ssd_reference, ssd_step

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_txssm.planning.flops import flops_per_token
+from megatron_txssm.architecture.flops import flops_per_token
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.training import monitor, throughput
 from megatron_txssm.training.monitor import TrainingMonitor

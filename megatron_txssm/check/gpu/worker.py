@@ -44,7 +44,7 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
     """Train `recipe` with `overrides`: the rows of its metrics.jsonl, its FLOPs per token, and on what."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
-    from megatron_txssm.planning.flops import flops_per_token
+    from megatron_txssm.architecture.flops import flops_per_token
     from megatron_txssm.recipe.loader import load_recipe
     from megatron_txssm.training.pretrain import follow_deterministic_mode, pretrain, run_worker
 

@@ -7,10 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_txssm.model.layer_pattern import ATTENTION, STATE_SPACE
+from megatron_txssm.architecture.flops import FORWARD_AND_BACKWARD, flops_per_token
+from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE
+from megatron_txssm.architecture.parameters import count_parameters
 from megatron_txssm.model.state_space_mixer import StateSpaceMixer
-from megatron_txssm.planning.flops import FORWARD_AND_BACKWARD, flops_per_token
-from megatron_txssm.planning.parameters import count_parameters
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from tests.built_model import build_model

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from megatron_txssm.planning.flops import flops_per_token
-from megatron_txssm.planning.parameters import ModelSizes, count_parameters
+from megatron_txssm.architecture.flops import flops_per_token
+from megatron_txssm.architecture.parameters import ModelSizes, count_parameters
 from megatron_txssm.recipe.loader import load_recipe
 
 ARCHITECTURES = ("transxssm", "llama3", "mamba2", "jamba")

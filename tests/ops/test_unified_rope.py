@@ -12,9 +12,9 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_txssm.model.unified_rope import UnifiedRotaryEmbedding, length_scale
 from megatron_txssm.ops.rotary import apply_rotary
 from megatron_txssm.ops.ssd_torch import ssd_torch
+from megatron_txssm.ops.unified_rope import UnifiedRotaryEmbedding, length_scale
 
 HEAD_DIM, STATE = 64, 128
 

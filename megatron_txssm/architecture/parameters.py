@@ -6,8 +6,8 @@ H=attention heads  G=query groups  K=channels per head  D=hidden size  F=FFN cha
 from argparse import Namespace
 from dataclasses import dataclass
 
-from megatron_txssm.model.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
-from megatron_txssm.model.state_space_config import StateSpaceConfig
+from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
+from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 from megatron_txssm.recipe.recipe import Recipe
 
 

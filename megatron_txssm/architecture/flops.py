@@ -1,7 +1,7 @@
 """Model FLOPs per token from a model's sizes, without torch. tests/planning holds them against a FLOP counter."""
 
-from megatron_txssm.model.layer_pattern import ATTENTION, STATE_SPACE
-from megatron_txssm.planning.parameters import ModelSizes
+from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE
+from megatron_txssm.architecture.parameters import ModelSizes
 from megatron_txssm.recipe.recipe import Recipe
 
 # The backward pass multiplies every matrix twice: once for the input's gradient, once for the weight's.
