@@ -18,10 +18,10 @@ from megatron_txssm.check.parity import DIFFERENT, Verdict, bounds, verdict
 from megatron_txssm.check.shrink import WITHOUT_FP8, Changes, as_words, changed, shrink
 from megatron_txssm.check.tokens import write_tokens
 from megatron_txssm.errors import UserError
-from megatron_txssm.progress import progress_bar
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import divisors, validate
+from megatron_txssm.terminal import progress_bar
 
 # Configurations that share processes, whose imports take longer than ten runs.
 CHUNK = 50

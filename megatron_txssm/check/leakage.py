@@ -11,10 +11,9 @@ from megatron_txssm.check.layouts import ONE_PROCESS, Layout
 from megatron_txssm.check.parity import DIFFERENT, legal_layouts, listed
 from megatron_txssm.check.shrink import shrink
 from megatron_txssm.errors import UserError
-from megatron_txssm.progress import progress_bar
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.table import print_table
+from megatron_txssm.terminal import print_table, progress_bar
 
 
 @dataclass(frozen=True)

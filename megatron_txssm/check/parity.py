@@ -14,10 +14,9 @@ from megatron_txssm.check.layouts import ONE_PROCESS, Layout, all_layouts, why_n
 from megatron_txssm.check.shrink import changed, left_out, shrink
 from megatron_txssm.check.tokens import write_tokens
 from megatron_txssm.errors import UserError, readable
-from megatron_txssm.progress import progress_bar
 from megatron_txssm.recipe.loader import load_recipe, nearest
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.table import print_table
+from megatron_txssm.terminal import print_table, progress_bar
 
 # By precision: nats per token, and ‖g − g_one‖ / ‖g_one‖ of a parameter.
 BOUNDS = {"fp32": (1e-6, 1e-5), "fp64": (1e-9, 1e-7)}

@@ -18,10 +18,10 @@ from megatron_txssm.checkpoint.verify import NotTheSame
 from megatron_txssm.checkpoint.worker import TaskFailed
 from megatron_txssm.cli import add_commands
 from megatron_txssm.errors import UserError, readable
+from megatron_txssm.files import check_absent, complete_folder
 from megatron_txssm.launch.environment import adopt_slurm_step
-from megatron_txssm.new_folder import check_absent, complete_folder
-from megatron_txssm.progress import progress_bar
 from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.terminal import progress_bar
 
 # Command -> (one line of help, examples).
 COMMANDS = {

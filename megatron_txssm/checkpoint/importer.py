@@ -13,10 +13,10 @@ from megatron_txssm.checkpoint.tensors import is_kept_in_fp32
 from megatron_txssm.data.corpus_recipe import TokenizerSource
 from megatron_txssm.data.tokenizer_files import install_tokenizer
 from megatron_txssm.errors import UserError, readable
-from megatron_txssm.new_folder import check_absent, complete_folder
-from megatron_txssm.progress import doing
+from megatron_txssm.files import check_absent, complete_folder
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.terminal import doing
 
 
 def import_weights(args: argparse.Namespace) -> int:

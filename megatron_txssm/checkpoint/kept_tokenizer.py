@@ -12,9 +12,9 @@ from pathlib import Path
 
 from megatron_txssm.data.corpus_recipe import TokenizerSource
 from megatron_txssm.data.manifest import Corpus, TokenizerFacts, read_tokenizer_facts
-from megatron_txssm.data.shard import file_sha256
 from megatron_txssm.data.tokenizer_files import install_tokenizer
 from megatron_txssm.errors import UserError, readable
+from megatron_txssm.files import file_sha256
 from megatron_txssm.recipe.recipe import Recipe
 
 

@@ -23,7 +23,7 @@ from megatron_txssm.checkpoint.tensors import Weights, compare_shapes
 from megatron_txssm.checkpoint.worker import TOLERANCE, run_task
 from megatron_txssm.data.tokenizer import load_tokenizer
 from megatron_txssm.errors import UserError
-from megatron_txssm.progress import doing
+from megatron_txssm.terminal import doing
 
 TOKENS, DECODED = 512, 32
 

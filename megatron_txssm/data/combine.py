@@ -20,14 +20,12 @@ from megatron_txssm.data.manifest import (
     manifest_path,
     open_corpus,
     read_plan,
-    write_json,
     write_plan,
     write_subset_manifest,
 )
-from megatron_txssm.data.shard import write_file_atomically
 from megatron_txssm.data.tokenizer_files import check_tokenizer
 from megatron_txssm.errors import UserError
-from megatron_txssm.new_folder import check_absent, complete_folder
+from megatron_txssm.files import check_absent, complete_folder, write_file_atomically, write_json
 
 # Of the files of a corpus that are not linked; as much as is asked of the disk.
 _BYTES_PER_TASK = 10_000

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from megatron_txssm.data.combine import combine
-    from megatron_txssm.table import print_table
+    from megatron_txssm.terminal import print_table
 
     if len(args.corpora) < 2:
         raise UserError(f"one corpus, {args.corpora[0]}, is given; name two or more to combine")

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from megatron_txssm.data.corpus_recipe import CorpusRecipe, load_corpus_recipe
 from megatron_txssm.data.manifest import Corpus, is_held_out, open_corpus
-from megatron_txssm.data.shard import write_file_atomically
 from megatron_txssm.data.shard_command import shard
 from megatron_txssm.data.tokenizer import is_representable, train_sentencepiece
 from megatron_txssm.data.verify import remove_faulty_tasks
 from megatron_txssm.errors import UserError
+from megatron_txssm.files import write_file_atomically
 
 MINIMUM_CORPUS_BYTES = 5_000_000
 DOCUMENTS_PER_FILE = 250

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.data.shard import write_file_atomically
 from megatron_txssm.errors import UserError
+from megatron_txssm.files import write_json
 
 # The parts of a corpus: documents to train on, and documents held out.
 SPLITS = ("train", "validation")
@@ -294,9 +294,3 @@ def read_tokenizer_facts(directory: Path) -> TokenizerFacts:
         ) from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not readable ({error}); shard the corpus again") from None
-
-
-def write_json(path: Path, data: Any, indent: int | None = 1) -> None:
-    """Whole or not at all; the same data gives the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file_atomically(path, (json.dumps(data, indent=indent, ensure_ascii=False) + "\n").encode())

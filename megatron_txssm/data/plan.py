@@ -111,7 +111,7 @@ def freeze_recipe(recipe: CorpusRecipe) -> None:
     Subsets may have come since.
     """
     from megatron_txssm.data.corpus_recipe import load_corpus_recipe
-    from megatron_txssm.data.shard import write_file_atomically
+    from megatron_txssm.files import write_file_atomically
 
     kept = recipe.path / KEPT_RECIPE
     if kept.exists() and (recipe.path / "plan.json").exists():

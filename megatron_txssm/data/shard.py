@@ -8,15 +8,14 @@ end-of-document token.
 import contextlib
 import hashlib
 import os
-import re
-import socket
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.files import flush, partial_path, write_file_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,34 +39,6 @@ class ShardCounts:
     tokens: int
     # Size of the .bin.
     bytes: int
-
-
-def write_file_atomically(path: str | Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it: the final name appears complete or not at all."""
-    path = Path(path)
-    # Two processes may write the same file, each with a name of its own.
-    partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-            _flush(stream)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def remove_abandoned(folder: Path) -> None:
-    """Remove what `write_file_atomically` left in a folder when its process, one of this machine, was killed."""
-    for path in folder.glob("*.partial"):
-        found = re.search(rf"\.{re.escape(socket.gethostname())}\.(\d+)\.partial$", path.name)
-        if found and not Path(f"/proc/{found[1]}").exists():
-            path.unlink(missing_ok=True)
-
-
-def file_sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def token_type(vocab_size: int) -> "type[np.number]":
@@ -123,7 +94,7 @@ class ShardWriter:
     def publish(self) -> None:
         """Complete both files and give them their names, the .bin first: no .idx ever belongs to nothing."""
         try:
-            _flush(self._stream)
+            flush(self._stream)
             self._stream.close()
             index = self._index()
             self.sha256 = {".bin": self._hash.hexdigest(), ".idx": hashlib.sha256(index).hexdigest()}
@@ -253,14 +224,3 @@ def read_tokens(prefix: str | Path) -> "np.ndarray":
 def _shard_paths(prefix: str | Path) -> tuple[Path, Path]:
     """The .bin and the .idx; a dot in the prefix stays (Path.with_suffix would replace what follows it)."""
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-
-
-def partial_path(path: Path) -> Path:
-    """The temporary name of a file: the same at every attempt, so that what a killed process left is overwritten."""
-    return path.with_name(path.name + ".partial")
-
-
-def _flush(stream: IO[bytes]) -> None:
-    """To the disk: after a power cut a renamed file must not be an empty one."""
-    stream.flush()
-    os.fsync(stream.fileno())

@@ -9,7 +9,7 @@ from megatron_txssm.data.manifest import Plan
 from megatron_txssm.data.status import CorpusStatus
 from megatron_txssm.data.status_command import print_status, progress, tasks_text
 from megatron_txssm.errors import UserError
-from megatron_txssm.table import print_table
+from megatron_txssm.terminal import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
 def prepare(recipe: CorpusRecipe) -> Plan:
     """Make what all tasks share, unless it is there: the frozen recipe, the tokenizer, the plan."""
     from megatron_txssm.data.plan import freeze_recipe, make_plan
-    from megatron_txssm.data.shard import remove_abandoned
     from megatron_txssm.data.tokenizer_files import check_tokenizer, install_tokenizer
+    from megatron_txssm.files import remove_abandoned
 
     folder = recipe.path / "tokenizer"
     for place in (recipe.path, folder, *(recipe.path / subset for subset in recipe.subsets)):

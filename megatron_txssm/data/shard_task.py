@@ -35,13 +35,13 @@ from megatron_txssm.data.manifest import (
     read_manifest,
     read_plan,
     read_tokenizer_facts,
-    write_json,
     write_manifest,
 )
 from megatron_txssm.data.readers import RowReader
-from megatron_txssm.data.shard import ShardWriter, file_sha256, partial_path
+from megatron_txssm.data.shard import ShardWriter
 from megatron_txssm.data.tokenizer_files import check_tokenizer
 from megatron_txssm.errors import UserError
+from megatron_txssm.files import file_sha256, partial_path, write_json
 
 # Texts encoded at a time: enough to lose no time between them, little memory.
 BATCH_BYTES = 2_000_000

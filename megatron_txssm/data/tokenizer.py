@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_txssm.data.shard import write_file_atomically
 from megatron_txssm.errors import UserError
+from megatron_txssm.files import write_file_atomically
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.data.corpus_recipe import TokenizerSource
-from megatron_txssm.data.manifest import TokenizerFacts, read_tokenizer_facts, write_json
-from megatron_txssm.data.shard import file_sha256, write_file_atomically
+from megatron_txssm.data.manifest import TokenizerFacts, read_tokenizer_facts
 from megatron_txssm.data.tokenizer import load_tokenizer
 from megatron_txssm.errors import UserError
+from megatron_txssm.files import file_sha256, write_file_atomically, write_json
 
 
 def tokenizer_file(folder: Path, facts: TokenizerFacts) -> Path:

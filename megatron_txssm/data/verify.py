@@ -16,9 +16,10 @@ from megatron_txssm.data.manifest import (
     read_plan,
     remove_task,
 )
-from megatron_txssm.data.shard import check_shard, file_sha256
+from megatron_txssm.data.shard import check_shard
 from megatron_txssm.data.tokenizer_files import check_tokenizer
 from megatron_txssm.errors import UserError
+from megatron_txssm.files import file_sha256
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from megatron_txssm.launch.local import add_run_arguments, launch, smallest_worl
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.megatron_args import megatron_arguments, whole_validation_arguments
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.table import print_table
+from megatron_txssm.terminal import print_table
 
 EXAMPLES = (
     "txssm evaluate runs/demo",
@@ -116,7 +116,7 @@ def evaluate(recipe: Recipe, terminal: TextIO, *, step: int | None = None) -> No
 
     from megatron_txssm.checkpoint.load import explain_failed_loads
     from megatron_txssm.compat import mend_megatron
-    from megatron_txssm.progress import beside_the_log
+    from megatron_txssm.terminal import beside_the_log
     from megatron_txssm.training.pretrain import initialize_arguments, model_config
     from megatron_txssm.training.resuming import load_sound_checkpoints
 
@@ -224,7 +224,7 @@ def _validation_sets(num_samples: list[Any], vp_stage: int | None = None, *, arg
 
 def report(recipe: Recipe, step: int, results: dict[str, tuple[float, int]], terminal: TextIO) -> None:
     """Write RUN/evaluation/validation.json and print it as a table."""
-    from megatron_txssm.data.manifest import write_json
+    from megatron_txssm.files import write_json
 
     sets = {name: {"loss": loss, "perplexity": math.exp(loss), "tokens": n} for name, (loss, n) in results.items()}
     file = recipe.run_path / "validation.json"

@@ -14,7 +14,7 @@ from megatron_txssm.checkpoint.hf_folder import is_hf_folder
 from megatron_txssm.checkpoint.saved_model import how_to_make, open_checkpoint
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError, readable
-from megatron_txssm.progress import doing
+from megatron_txssm.terminal import doing
 
 EXAMPLES = (
     "txssm generate runs/demo --prompt 'def main('",

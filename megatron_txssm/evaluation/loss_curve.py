@@ -5,8 +5,8 @@ import json
 import math
 from pathlib import Path
 
-from megatron_txssm.data.shard import write_file_atomically
 from megatron_txssm.errors import UserError
+from megatron_txssm.files import write_file_atomically
 
 TRAINING_KEY = "lm loss"
 VALIDATION_KEY = "validation lm loss"

@@ -31,7 +31,7 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.launch import slurm
 from megatron_txssm.launch.metrics import metrics_lines, metrics_tail
 from megatron_txssm.launch.run_folder import Attempt, attempts, job_ids, read_submission
-from megatron_txssm.table import print_table
+from megatron_txssm.terminal import print_table
 
 # What the field reports of its largest runs: effective training time, and the time to train again after a fault.
 FIELD_ACTIVE, FIELD_RECOVERY_SECONDS = 0.97, 240

@@ -13,7 +13,7 @@ from megatron_txssm.launch.goodput import print_goodput, slowness
 from megatron_txssm.launch.metrics import current_step
 from megatron_txssm.launch.waiting import needs_somebody, what_it_waits_for
 from megatron_txssm.recipe.loader import load_recipe
-from megatron_txssm.table import print_table
+from megatron_txssm.terminal import print_table
 
 
 def add_parser(subparsers: Any) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_txssm.data.manifest import write_json
+from megatron_txssm.files import write_json
 from megatron_txssm.launch.run_lock import Holder, living_holder
 
 _NAME = "ended.json"

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.architecture.parameters import checkpoint_bytes
-from megatron_txssm.data.manifest import write_json
 from megatron_txssm.errors import UserError
+from megatron_txssm.files import write_json
 from megatron_txssm.launch.bandwidth_preflight import Bandwidth, json_lines, measure
 from megatron_txssm.launch.environment import rendezvous_port, srun_words, step_python
 from megatron_txssm.launch.preflight import number_of_shards

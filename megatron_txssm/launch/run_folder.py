@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.data.manifest import write_json
 from megatron_txssm.errors import UserError
+from megatron_txssm.files import write_json
 from megatron_txssm.launch import slurm
 from megatron_txssm.launch.metrics import last_step
 from megatron_txssm.launch.preflight import saved_step

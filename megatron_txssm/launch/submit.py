@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_txssm.data.manifest import NoCorpus, write_json
-from megatron_txssm.data.shard import write_file_atomically
+from megatron_txssm.data.manifest import NoCorpus
 from megatron_txssm.errors import UserError
+from megatron_txssm.files import write_file_atomically, write_json
 from megatron_txssm.launch import slurm
 from megatron_txssm.launch.batch_script import HOME, render
 from megatron_txssm.launch.frozen_code import FrozenCode

@@ -11,7 +11,7 @@ from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe, recipe_names
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.table import print_table
+from megatron_txssm.terminal import print_table
 
 
 def add_parser(subparsers: Any) -> None:

@@ -4,7 +4,7 @@ import time
 from datetime import timedelta
 from typing import Any, TextIO
 
-from megatron_txssm.progress import beside_the_log, terminal_console
+from megatron_txssm.terminal import beside_the_log, terminal_console
 
 
 def make_display(terminal: TextIO, train_iters: int) -> "PlainDisplay | BarDisplay":

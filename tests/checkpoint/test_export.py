@@ -26,8 +26,8 @@ from megatron_txssm.checkpoint.torch_dist import IndexReader
 from megatron_txssm.checkpoint.verify import compare_tensors, versions
 from megatron_txssm.cli import main
 from megatron_txssm.errors import UserError
-from megatron_txssm.new_folder import complete_folder
-from megatron_txssm.progress import progress_bar
+from megatron_txssm.files import complete_folder
+from megatron_txssm.terminal import progress_bar
 from tests.checkpoint.untrained import Evil, make_run, random_weights
 
 

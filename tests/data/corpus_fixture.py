@@ -15,12 +15,12 @@ from megatron_txssm.data.manifest import (
     Slice,
     TaskManifest,
     TokenizerFacts,
-    write_json,
     write_manifest,
     write_plan,
 )
 from megatron_txssm.data.shard import write_shard
 from megatron_txssm.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_txssm.files import write_json
 
 VOCAB_SIZE = 300
 # Ids from here on may stand in a document: below are the unknown token and the end of a document.

@@ -11,10 +11,11 @@ import pytest
 
 from megatron_txssm.cli import main
 from megatron_txssm.data import shard_task, status_command
-from megatron_txssm.data.manifest import Plan, Slice, write_json, write_plan
+from megatron_txssm.data.manifest import Plan, Slice, write_plan
 from megatron_txssm.data.status import SILENT_SECONDS, CorpusStatus, SubsetStatus
 from megatron_txssm.data.status_command import print_status
 from megatron_txssm.errors import UserError
+from megatron_txssm.files import write_json
 from tests.data.in_process import manifest_of, run_tasks_here, shard, web_recipe
 
 # Of the five source files; each is a task.

@@ -17,7 +17,7 @@ from typing import TextIO
 
 import pytest
 
-from megatron_txssm.progress import doing
+from megatron_txssm.terminal import doing
 from megatron_txssm.training import display
 from megatron_txssm.training.display import BarDisplay, PlainDisplay, describe, make_display
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.table import print_table
+from megatron_txssm.terminal import print_table
 
 # "left out": for want of time, or of what it needs; "FAILED": without an answer.
 Verdict = Literal["right", "WRONG", "measured", "left out", "FAILED"]

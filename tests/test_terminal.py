@@ -11,7 +11,7 @@ import termios
 import pytest
 
 from megatron_txssm.recipe.loader import recipe_names
-from megatron_txssm.table import print_table, table_lines
+from megatron_txssm.terminal import print_table, table_lines
 
 COLUMNS = ("recipe", ">params", "layers", "about")
 ROWS = [

@@ -1,0 +1,95 @@
+"""Files and folders that appear complete or not at all."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_txssm.errors import UserError
+
+
+def check_absent(out: Path) -> None:
+    """UserError where `out` exists."""
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists; name another OUT, or remove it")
+
+
+@contextmanager
+def complete_folder(out: Path, nbytes: int) -> Iterator[Path]:
+    """A new folder beside `out` that becomes `out` where the block ends, and is removed where it fails.
+
+    UserError where `out` exists, its parent cannot be written, or the disk has less than `nbytes` left or fills up.
+    """
+    check_absent(out)
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+    except OSError as error:
+        raise UserError(f"{out.parent} cannot be written: {error.strerror}; name another OUT") from None
+    try:
+        if shutil.disk_usage(partial).free < nbytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield partial
+        partial.rename(out)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{out} cannot be made: {error}") from None
+        raise UserError(
+            f"{out} cannot be written: {error.strerror}; it takes {nbytes:,} bytes: make room, or name another OUT"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_file_atomically(path: str | Path, content: bytes) -> None:
+    """Write a file under a temporary name and rename it: the final name appears complete or not at all."""
+    path = Path(path)
+    # Two processes may write the same file, each with a name of its own.
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            flush(stream)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what `write_file_atomically` left in a folder when its process, one of this machine, was killed."""
+    for path in folder.glob("*.partial"):
+        found = re.search(rf"\.{re.escape(socket.gethostname())}\.(\d+)\.partial$", path.name)
+        if found and not Path(f"/proc/{found[1]}").exists():
+            path.unlink(missing_ok=True)
+
+
+def file_sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def partial_path(path: Path) -> Path:
+    """The temporary name of a file: the same at every attempt, so that what a killed process left is overwritten."""
+    return path.with_name(path.name + ".partial")
+
+
+def flush(stream: IO[bytes]) -> None:
+    """To the disk: after a power cut a renamed file must not be an empty one."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def write_json(path: Path, data: Any, indent: int | None = 1) -> None:
+    """Whole or not at all; the same data gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file_atomically(path, (json.dumps(data, indent=indent, ensure_ascii=False) + "\n").encode())

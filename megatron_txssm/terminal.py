@@ -1,0 +1,142 @@
+"""Tables and progress bars, alike for every verb.
+
+Nothing in a table is cut, as one may have to type it: what a terminal is too narrow for stands beneath its row, with
+the column's name, folded. In a file or a pipe a row is one line, whatever its length. Progress is shown to a person
+who looks on, and to nobody else.
+"""
+
+import os
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from megatron_txssm.errors import readable
+
+_GAP, _INDENT = "  ", "    "
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], file: TextIO | None = None) -> None:
+    """Print `rows` under the names of their `columns`; `>name` aligns a column to the right, as numbers need it."""
+    for line in table_lines(columns, rows, terminal_width(file or sys.stdout)):
+        print(line, file=file)
+
+
+def terminal_width(file: TextIO) -> int | None:
+    """Columns of the terminal that a stream goes to; None where it goes to a file or a pipe."""
+    if not file.isatty():
+        return None
+    try:
+        columns = os.get_terminal_size(file.fileno()).columns
+    except (OSError, ValueError):
+        columns = 0
+    # $COLUMNS, or 80, where the terminal does not know.
+    return columns or shutil.get_terminal_size().columns
+
+
+def table_lines(columns: Sequence[str], rows: Iterable[Sequence[str]], width: int | None) -> Iterator[str]:
+    """The lines of a table, none wider than `width` unless its first column is."""
+    from rich.cells import cell_len
+
+    names = [name.lstrip(">") for name in columns]
+    cells = [[" ".join(readable(cell).split()) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(names, *cells, strict=True)]
+    count = _beside(widths, width)
+
+    def aligned(row: Sequence[str]) -> str:
+        padded = []
+        for cell, column, size in zip(row[:count], columns, widths, strict=False):
+            # By what it takes on the screen, where a Chinese character is as wide as two letters.
+            space = " " * (size - cell_len(cell))
+            padded.append(space + cell if column.startswith(">") else cell + space)
+        return _GAP.join(padded).rstrip()
+
+    yield aligned(names)
+    for row in cells:
+        yield aligned(row)
+        beneath = [f"{name}: {cell}" for name, cell in zip(names[count:], row[count:], strict=True) if cell]
+        if width is not None:
+            yield from folded("; ".join(beneath), width)
+
+
+def folded(text: str, width: int) -> list[str]:
+    """Indented lines of at most `width`; no line for no text."""
+    return textwrap.wrap(
+        text, max(width, 20), initial_indent=_INDENT, subsequent_indent=_INDENT, break_on_hyphens=False
+    )
+
+
+def _beside(widths: Sequence[int], width: int | None) -> int:
+    """How many columns have room beside each other, at least one."""
+    if width is None:
+        return len(widths)
+    totals = [sum(widths[:count]) + len(_GAP) * (count - 1) for count in range(1, len(widths) + 1)]
+    return max(1, sum(total <= width for total in totals))
+
+
+@contextmanager
+def progress_bar(what: str, total: int, *, of_bytes: bool = False) -> Iterator[Callable[[int], None]]:
+    """A function to tell how many more of `total` are done; a bar, from the fifth second on."""
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    amount = DownloadColumn() if of_bytes else MofNCompleteColumn()
+    columns = (_description(), BarColumn(), amount, TimeRemainingColumn())
+    progress = Progress(*columns, disable=not sys.stdout.isatty())
+    task, shown_from = progress.add_task(what, total=total), time.monotonic() + 5
+
+    def advance(count: int) -> None:
+        progress.advance(task, count)
+        if time.monotonic() > shown_from:
+            progress.start()
+
+    try:
+        yield advance
+    finally:
+        progress.stop()
+
+
+@contextmanager
+def doing(what: str, terminal: TextIO | None = None) -> Iterator[None]:
+    """Say what takes its time, where a person looks on; on standard output, unless another `terminal` is named."""
+    from rich.progress import Progress, SpinnerColumn
+
+    where = {} if terminal is None else beside_the_log(terminal)
+    hidden = not (terminal or sys.stdout).isatty()
+    with Progress(SpinnerColumn(), _description(), **where, transient=True, disable=hidden) as progress:
+        progress.add_task(what, total=None)
+        yield
+
+
+def beside_the_log(terminal: TextIO) -> dict[str, Any]:
+    """For rich's Progress on `terminal` where standard output and error lead to a log: it leaves these alone.
+
+    It would bring their lines to the terminal, and ask them for its width.
+    """
+    return {"console": terminal_console(terminal), "redirect_stdout": False, "redirect_stderr": False}
+
+
+def terminal_console(terminal: TextIO) -> Any:
+    """rich's console on a stream, as wide as that very stream."""
+    from rich.console import Console, ConsoleDimensions
+
+    class TerminalConsole(Console):
+        @property
+        def size(self) -> ConsoleDimensions:
+            try:
+                columns, rows = os.get_terminal_size(terminal.fileno())
+            except (OSError, ValueError):
+                return super().size
+            # A terminal that does not know its size says 0.
+            return ConsoleDimensions(columns, rows) if columns > 0 else super().size
+
+    return TerminalConsole(file=terminal)
+
+
+def _description() -> Any:
+    """A column that says what is done; braces and brackets in it mean nothing."""
+    from rich.progress import TextColumn
+
+    return TextColumn("{task.description}", markup=False)
