@@ -54,7 +54,7 @@ def main() -> int:
 def make_checkpoint(recipe_name: str, out: Path) -> None:
     """A `release` checkpoint of random weights, by Megatron."""
     from megatron_txssm.checkpoint.load import build_model, one_process_recipe
-    from megatron_txssm.checkpoint.worker import WITHOUT_DATA
+    from megatron_txssm.convert.worker import WITHOUT_DATA
     from megatron_txssm.recipe.loader import load_recipe
 
     out.mkdir(parents=True)

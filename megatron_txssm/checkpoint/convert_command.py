@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.checkpoint.importer import import_weights
-from megatron_txssm.checkpoint.layouts import LAYOUTS, choose_layout
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.tensors import DTYPES
-from megatron_txssm.checkpoint.verify import NotTheSame
-from megatron_txssm.checkpoint.worker import TaskFailed
 from megatron_txssm.cli import add_commands
+from megatron_txssm.convert.formats import LAYOUTS, choose_layout
+from megatron_txssm.convert.importer import import_weights
+from megatron_txssm.convert.proof import NotTheSame
+from megatron_txssm.convert.worker import TaskFailed
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.files import check_absent, complete_folder
 from megatron_txssm.launch.environment import adopt_slurm_step
@@ -134,9 +134,9 @@ def export(args: argparse.Namespace) -> int:
     check_absent(args.out)
     saved = open_checkpoint(args.checkpoint, args.step, recipe=load_recipe(args.recipe) if args.recipe else None)
     # What follows imports transformers, for which nobody is to wait who mistyped a path.
-    from megatron_txssm.checkpoint.export import Export, write_weights
-    from megatron_txssm.checkpoint.hf_files import write_configuration, write_model_card, write_tokenizer
-    from megatron_txssm.checkpoint.verify import prove_export
+    from megatron_txssm.convert.export import Export, write_weights
+    from megatron_txssm.convert.hf_files import write_configuration, write_model_card, write_tokenizer
+    from megatron_txssm.convert.proof import prove_export
 
     planned = Export(saved, choose_layout(saved.recipe, args.layout), args.dtype)
     with complete_folder(args.out, planned.nbytes) as folder:
@@ -176,7 +176,7 @@ def _write_facts(planned: Any, folder: Path) -> None:
 
 
 def verify(args: argparse.Namespace) -> int:
-    from megatron_txssm.checkpoint.verify import prove_equal
+    from megatron_txssm.convert.proof import prove_equal
 
     if args.json and not args.json.absolute().parent.is_dir():
         raise UserError(f"--json {args.json}: no such folder; make it first")
@@ -190,7 +190,7 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def _open(path: Path, step: int | None, option: str) -> Any:
-    from megatron_txssm.checkpoint.hf_folder import is_hf_folder, open_hf_folder
+    from megatron_txssm.convert.hf_folder import is_hf_folder, open_hf_folder
 
     if not is_hf_folder(path):
         return open_checkpoint(path, step, option)

@@ -99,8 +99,8 @@ class HfDecoder:
 
         # Registers our class with AutoModelForCausalLM.
         import megatron_txssm.hf  # noqa: F401
-        from megatron_txssm.checkpoint.hf_folder import lacks_a_class, open_hf_folder
-        from megatron_txssm.checkpoint.hf_model import load_hf_model
+        from megatron_txssm.convert.hf_folder import lacks_a_class, open_hf_folder
+        from megatron_txssm.convert.hf_model import load_hf_model
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()

@@ -10,9 +10,9 @@ import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_txssm.checkpoint.hf_folder import is_hf_folder
 from megatron_txssm.checkpoint.saved_model import how_to_make, open_checkpoint
 from megatron_txssm.cli import add_verb
+from megatron_txssm.convert.hf_folder import is_hf_folder
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.terminal import doing
 

@@ -8,14 +8,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_txssm.checkpoint.hf_tokenizer import export_tokenizer, padding_id
-from megatron_txssm.checkpoint.verify import sample_text
 from megatron_txssm.cli import main
+from megatron_txssm.convert.proof import sample_text
 from megatron_txssm.data.corpus_recipe import TokenizerSource
 from megatron_txssm.data.encoder import load_encoders
 from megatron_txssm.data.tokenizer import load_tokenizer, train_sentencepiece
 from megatron_txssm.data.tokenizer_files import install_tokenizer
 from megatron_txssm.errors import UserError
-from tests.checkpoint.untrained import make_run
+from tests.convert.untrained import make_run
 from tests.data.corpus_recipes import byte_level_bpe
 
 TEXTS = (

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megatron_txssm.checkpoint.load import load_options, one_process_recipe
-from megatron_txssm.checkpoint.worker import WITHOUT_DATA
+from megatron_txssm.convert.worker import WITHOUT_DATA
 from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
 
 CLUSTER = (

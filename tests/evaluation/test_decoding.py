@@ -13,7 +13,7 @@ from megatron_txssm.data.corpus_recipe import TokenizerSource
 from megatron_txssm.data.tokenizer import train_sentencepiece
 from megatron_txssm.evaluation import generate as generate_command
 from megatron_txssm.evaluation.decoding import Sampling, sample
-from tests.checkpoint.untrained import make_run
+from tests.convert.untrained import make_run
 from tests.hf.tiny import generate, tiny_model
 
 PROMPT = "a token's own position"

@@ -2,9 +2,9 @@
 
 import pytest
 
-from megatron_txssm.checkpoint.layouts import choose_layout, refusal
+from megatron_txssm.convert.formats import choose_layout, refusal
 from megatron_txssm.errors import UserError
-from tests.checkpoint.test_mapping import VARIANTS, load
+from tests.convert.test_mapping import VARIANTS, load
 
 
 @pytest.mark.parametrize(

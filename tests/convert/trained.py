@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.checkpoint.batch import Task, run_batches
+from tests.convert.batch import Task, run_batches
 from tests.data.corpus_fixture import make_corpus, random_documents
 
 RECIPE = """\

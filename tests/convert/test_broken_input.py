@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_txssm.checkpoint.hf_folder import open_hf_folder
-from megatron_txssm.checkpoint.hf_model import load_hf_model
 from megatron_txssm.cli import main
+from megatron_txssm.convert.hf_folder import open_hf_folder
+from megatron_txssm.convert.hf_model import load_hf_model
 from megatron_txssm.hf.standalone import AUTO_MAP
-from tests.checkpoint.trained import ARCHITECTURES
-from tests.checkpoint.untrained import Evil, make_run
+from tests.convert.trained import ARCHITECTURES
+from tests.convert.untrained import Evil, make_run
 
 Damage = Callable[[Path], None]
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.checkpoint.hf_folder import open_hf_folder
 from megatron_txssm.checkpoint.tensors import is_kept_in_fp32
+from megatron_txssm.convert.hf_folder import open_hf_folder
 from megatron_txssm.data.corpus_recipe import TokenizerSource
 from megatron_txssm.data.tokenizer_files import install_tokenizer
 from megatron_txssm.errors import UserError, readable
@@ -21,8 +21,8 @@ from megatron_txssm.terminal import doing
 
 def import_weights(args: argparse.Namespace) -> int:
     """The command; returns the exit code."""
-    from megatron_txssm.checkpoint.verify import prove_import
-    from megatron_txssm.checkpoint.worker import run_task
+    from megatron_txssm.convert.proof import prove_import
+    from megatron_txssm.convert.worker import run_task
 
     check_absent(args.out)
     source = open_hf_folder(args.folder, load_recipe(args.recipe) if args.recipe else None)

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemWriter, save
 from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER, model_shapes
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from tests.checkpoint.trained import ARCHITECTURES, Trained
+from tests.convert.trained import ARCHITECTURES, Trained
 
 # No tokens, no tokenizer.
 _WITHOUT_DATA = ("data.corpus=null", "data.train=a", "data.validation=a", "data.tokenizer_type=NullTokenizer")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.checkpoint.logged_losses import losses_at
+from megatron_txssm.convert.logged_losses import losses_at
 
 
 def write(run: Path, *lines: dict[str, Any], torn: str = "") -> None:

@@ -3,10 +3,10 @@
 from typing import Any
 
 from megatron_txssm.architecture.parameters import ModelSizes
-from megatron_txssm.checkpoint.hf_config import hf_config
-from megatron_txssm.checkpoint.hf_folder import HfFolder
-from megatron_txssm.checkpoint.layouts import ARCHITECTURES
-from megatron_txssm.checkpoint.mapping import plan
+from megatron_txssm.convert.formats import ARCHITECTURES
+from megatron_txssm.convert.hf_config import hf_config
+from megatron_txssm.convert.hf_folder import HfFolder
+from megatron_txssm.convert.mapping import plan
 
 
 def load_hf_model(source: HfFolder) -> Any:

@@ -1,8 +1,8 @@
 """Many pieces of Megatron's work in one process, and in ranks that it forks: its imports take longer than any of them.
 
-    tests/checkpoint/batch.py batches.json
+    tests/convert/batch.py batches.json
 
-batches.json is a list of [number of ranks, [[name, arguments], ...]]: the tasks of megatron_txssm/checkpoint/worker.py
+batches.json is a list of [number of ranks, [[name, arguments], ...]]: the tasks of megatron_txssm/convert/worker.py
 and those below.
 """
 
@@ -67,7 +67,7 @@ def megatron_gradients(checkpoints: str, step: int, tokens: list[int], out: str)
     from safetensors.torch import save_file
 
     from megatron_txssm.checkpoint.load import load_model
-    from megatron_txssm.checkpoint.worker import WITHOUT_DATA
+    from megatron_txssm.convert.worker import WITHOUT_DATA
 
     loaded = load_model(Path(checkpoints), WITHOUT_DATA, step=step)
     tokens_BL = torch.tensor([tokens])
@@ -114,7 +114,7 @@ def main(file: str) -> None:
 def be_rank(rank: int, world_size: int, port: int, tasks: list[Task]) -> None:
     from megatron.training import training
 
-    from megatron_txssm.checkpoint import worker
+    from megatron_txssm.convert import worker
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.architecture.parameters import ModelSizes
-from megatron_txssm.checkpoint.config_check import check_config
-from megatron_txssm.checkpoint.config_recipe import recipe_of_config
-from megatron_txssm.checkpoint.hf_config import REFERENCE_TYPE
-from megatron_txssm.checkpoint.layouts import ARCHITECTURES, refusal
-from megatron_txssm.checkpoint.mapping import Group, hf_tensors, plan
 from megatron_txssm.checkpoint.tensors import Shape, compare_shapes, model_shapes
+from megatron_txssm.convert.config_check import check_config
+from megatron_txssm.convert.config_recipe import recipe_of_config
+from megatron_txssm.convert.formats import ARCHITECTURES, refusal
+from megatron_txssm.convert.hf_config import REFERENCE_TYPE
+from megatron_txssm.convert.mapping import Group, hf_tensors, plan
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe

@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE
-from megatron_txssm.checkpoint.layouts import ARCHITECTURES
+from megatron_txssm.convert.formats import ARCHITECTURES
 from megatron_txssm.recipe.recipe import Recipe
 
 # The authors' name for their class's configuration.

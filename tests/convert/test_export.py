@@ -16,19 +16,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_txssm.checkpoint.export import Export, write_weights
-from megatron_txssm.checkpoint.hf_files import write_configuration
-from megatron_txssm.checkpoint.hf_folder import open_hf_folder
-from megatron_txssm.checkpoint.layouts import choose_layout
-from megatron_txssm.checkpoint.mapping import HALVES, TABLES
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.torch_dist import IndexReader
-from megatron_txssm.checkpoint.verify import compare_tensors, versions
 from megatron_txssm.cli import main
+from megatron_txssm.convert.export import Export, write_weights
+from megatron_txssm.convert.formats import choose_layout
+from megatron_txssm.convert.hf_files import write_configuration
+from megatron_txssm.convert.hf_folder import open_hf_folder
+from megatron_txssm.convert.mapping import HALVES, TABLES
+from megatron_txssm.convert.proof import compare_tensors, versions
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import complete_folder
 from megatron_txssm.terminal import progress_bar
-from tests.checkpoint.untrained import Evil, make_run, random_weights
+from tests.convert.untrained import Evil, make_run, random_weights
 
 
 @pytest.fixture(scope="module")

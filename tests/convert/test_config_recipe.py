@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_txssm.checkpoint import worker
-from megatron_txssm.checkpoint.config_check import check_config
-from megatron_txssm.checkpoint.config_recipe import recipe_of_config
-from megatron_txssm.checkpoint.hf_config import hf_config
 from megatron_txssm.cli import main
+from megatron_txssm.convert import worker
+from megatron_txssm.convert.config_check import check_config
+from megatron_txssm.convert.config_recipe import recipe_of_config
+from megatron_txssm.convert.hf_config import hf_config
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from tests.checkpoint.test_hf_config import BY_HAND
-from tests.checkpoint.test_mapping import load
+from tests.convert.test_hf_config import BY_HAND
+from tests.convert.test_mapping import load
 
 VARIANTS = {layout: (variant, changes) for layout, (variant, changes, _) in BY_HAND.items()}
 

@@ -1,6 +1,6 @@
 """What a conversion does with a whole model, in a process of its own: Megatron can be initialised once in a process.
 
-    python -m megatron_txssm.checkpoint.worker TASK JSON
+    python -m megatron_txssm.convert.worker TASK JSON
 
 TASK is a function of this module and JSON its arguments. `run_task` starts one, with its output in a log.
 """
@@ -38,7 +38,7 @@ class TaskFailed(Exception):
 def run_task(task: str, **arguments: Any) -> None:
     """Run a task to its end; UserError as it raised one, TaskFailed where it failed."""
     # -P: the current folder may be a downloaded one, whose json.py is not to be imported.
-    words = [sys.executable, "-P", "-m", "megatron_txssm.checkpoint.worker", task, json.dumps(arguments, default=str)]
+    words = [sys.executable, "-P", "-m", "megatron_txssm.convert.worker", task, json.dumps(arguments, default=str)]
     # Both sides of a comparison compute on the CPU.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     handle, name = tempfile.mkstemp(prefix=f"txssm-{task}-", suffix=".log")
@@ -71,8 +71,8 @@ def save_megatron(folder: str, recipe: str, out: str) -> None:
     Its vocabulary's padding rows are the mean of the others: a padding row's logit is then the mean logit, whose share
     of the probability is, by Jensen's inequality, at most one token's average share.
     """
-    from megatron_txssm.checkpoint.hf_folder import open_hf_folder
     from megatron_txssm.checkpoint.load import build_model, one_process_recipe
+    from megatron_txssm.convert.hf_folder import open_hf_folder
     from megatron_txssm.recipe.loader import load_recipe
 
     source = open_hf_folder(Path(folder), load_recipe(recipe))
@@ -166,9 +166,9 @@ def hf_logits(
     """
     import torch
 
-    from megatron_txssm.checkpoint.greedy import try_generate
-    from megatron_txssm.checkpoint.hf_folder import open_hf_folder
-    from megatron_txssm.checkpoint.hf_model import load_hf_model
+    from megatron_txssm.convert.greedy import try_generate
+    from megatron_txssm.convert.hf_folder import open_hf_folder
+    from megatron_txssm.convert.hf_model import load_hf_model
     from megatron_txssm.evaluation.decoding import HfText
     from megatron_txssm.recipe.loader import load_recipe
 

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GraniteMoeHybridConfig, LlamaConfig
 
-from megatron_txssm.checkpoint.config_check import read_config
-from megatron_txssm.checkpoint.hf_config import hf_config
-from megatron_txssm.checkpoint.hf_folder import open_hf_folder
 from megatron_txssm.cli import main
+from megatron_txssm.convert.config_check import read_config
+from megatron_txssm.convert.hf_config import hf_config
+from megatron_txssm.convert.hf_folder import open_hf_folder
 from megatron_txssm.errors import UserError
-from tests.checkpoint.test_mapping import load
-from tests.checkpoint.trained import ARCHITECTURES, REFERENCE
-from tests.checkpoint.untrained import make_run
+from tests.convert.test_mapping import load
+from tests.convert.trained import ARCHITECTURES, REFERENCE
+from tests.convert.untrained import make_run
 
 # Recipe -> layout -> what config.json must say. Sizes are SMALL's of test_mapping.
 _OWN = "norm_epsilon=3e-4 rotary_base=7000 init_method_std=0.03"

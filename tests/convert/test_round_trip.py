@@ -11,21 +11,21 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GraniteMoeHybridForCausalLM, LlamaForCausalLM
 
 from megatron_txssm.architecture.parameters import ModelSizes
-from megatron_txssm.checkpoint.hf_folder import open_hf_folder
-from megatron_txssm.checkpoint.hf_model import load_hf_model
-from megatron_txssm.checkpoint.importer import _as_yaml
-from megatron_txssm.checkpoint.mapping import TABLES
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER
-from megatron_txssm.checkpoint.verify import compare_tensors, sample_text
 from megatron_txssm.cli import main
+from megatron_txssm.convert.hf_folder import open_hf_folder
+from megatron_txssm.convert.hf_model import load_hf_model
+from megatron_txssm.convert.importer import _as_yaml
+from megatron_txssm.convert.mapping import TABLES
+from megatron_txssm.convert.proof import compare_tensors, sample_text
 from megatron_txssm.data.tokenizer import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.hf import TransXSSMForCausalLM
 from megatron_txssm.model.state_space_mixer import FP32_PARAMETERS
 from megatron_txssm.recipe.loader import load_recipe
-from tests.checkpoint.batch import Task, run_batches
-from tests.checkpoint.trained import Trained, matrix, reference, train
+from tests.convert.batch import Task, run_batches
+from tests.convert.trained import Trained, matrix, reference, train
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ megatron          Megatron's own names; weights alone
 """
 
 from megatron_txssm.architecture.layer_pattern import ATTENTION
-from megatron_txssm.checkpoint.mapping import TABLES
+from megatron_txssm.convert.mapping import TABLES
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
 

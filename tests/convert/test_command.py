@@ -10,10 +10,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from megatron_txssm.checkpoint.verify import sample_text
+from megatron_txssm.convert.proof import sample_text
 from megatron_txssm.data.tokenizer import load_tokenizer
 from megatron_txssm.hf.standalone import code_files
-from tests.checkpoint.trained import ARCHITECTURES, Trained, train
+from tests.convert.trained import ARCHITECTURES, Trained, train
 from tests.training.tiny_run import sets, txssm
 
 pytestmark = pytest.mark.slow

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.architecture.parameters import ModelSizes
-from megatron_txssm.checkpoint.mapping import Group, hf_tensors, plan
 from megatron_txssm.checkpoint.saved_model import SavedModel
 from megatron_txssm.checkpoint.tensors import DTYPES, is_kept_in_fp32
+from megatron_txssm.convert.mapping import Group, hf_tensors, plan
 
 
 @dataclass(frozen=True)
