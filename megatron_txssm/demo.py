@@ -83,7 +83,7 @@ def report(recipe: Recipe, corpus: Any) -> None:
     """Print the model's and the n-grams' validation losses, and draw the loss curve."""
     import numpy as np
 
-    from megatron_txssm.data.shard import read_tokens
+    from megatron_txssm.data.corpus.shard import read_tokens
     from megatron_txssm.evaluation.loss_curve import plot_loss_curve, read_metrics
     from megatron_txssm.evaluation.ngram import bigram_loss, unigram_loss
 

@@ -35,7 +35,7 @@ print(resource.getrlimit(resource.RLIMIT_NOFILE))
 def test_a_shard_takes_no_more_files_than_is_reckoned_with(tmp_path: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    from megatron_txssm.data.shard import write_shard
+    from megatron_txssm.data.corpus.shard import write_shard
 
     def open_now() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))

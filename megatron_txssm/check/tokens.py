@@ -13,7 +13,7 @@ def write_tokens(prefix: Path, vocab_size: int = VOCAB_SIZE) -> Path:
     """
     import numpy as np
 
-    from megatron_txssm.data.shard import write_shard
+    from megatron_txssm.data.corpus.shard import write_shard
 
     random, end = np.random.default_rng(0), vocab_size - 1
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.checkpoint.kept_tokenizer import tokenizer_source
+from megatron_txssm.data.tokenizer.kept_tokenizer import tokenizer_source
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.megatron_args import megatron_arguments
 from megatron_txssm.recipe.recipe import Recipe

@@ -5,14 +5,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.checkpoint.hf_tokenizer import export_tokenizer, padding_id
-from megatron_txssm.checkpoint.kept_tokenizer import tokenizer_source
 from megatron_txssm.convert.export import Export
 from megatron_txssm.convert.formats import ARCHITECTURES
 from megatron_txssm.convert.hf_config import hf_config
 from megatron_txssm.convert.logged_losses import losses_at
 from megatron_txssm.convert.proof import Proof, sample_text, versions
-from megatron_txssm.data.manifest import TokenizerFacts
+from megatron_txssm.data.corpus.manifest import TokenizerFacts
+from megatron_txssm.data.tokenizer.huggingface import export_tokenizer, padding_id
+from megatron_txssm.data.tokenizer.kept_tokenizer import tokenizer_source
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.hf.standalone import AUTO_MAP, write_code
 

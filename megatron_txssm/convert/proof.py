@@ -21,7 +21,7 @@ from megatron_txssm.convert.formats import ARCHITECTURES
 from megatron_txssm.convert.greedy import Generation
 from megatron_txssm.convert.hf_folder import HfFolder, open_hf_folder
 from megatron_txssm.convert.worker import TOLERANCE, run_task
-from megatron_txssm.data.tokenizer import load_tokenizer
+from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.terminal import doing
 

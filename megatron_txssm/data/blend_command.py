@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.data.blend import CorpusBlend, Share, Stage, blend_corpus, recipe_blend
-from megatron_txssm.data.manifest import open_corpus, read_plan
+from megatron_txssm.data.corpus.blend import CorpusBlend, Share, Stage, blend_corpus, recipe_blend
+from megatron_txssm.data.corpus.manifest import open_corpus, read_plan
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_txssm.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_txssm.data.combine import Source
+    from megatron_txssm.data.corpus.combine import Source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_txssm.data.combine import combine
+    from megatron_txssm.data.corpus.combine import combine
     from megatron_txssm.terminal import print_table
 
     if len(args.corpora) < 2:
@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _source(word: str) -> "Source":
-    from megatron_txssm.data.combine import Source
-    from megatron_txssm.data.plan import corpus_directory
+    from megatron_txssm.data.corpus.combine import Source
+    from megatron_txssm.data.sharding.plan import corpus_directory
 
     # A path may hold "=", too.
     name, equals, prefix = word.rpartition("=")

@@ -4,9 +4,9 @@ import argparse
 import os
 import time
 
-from megatron_txssm.data.corpus_recipe import CorpusRecipe, load_corpus_recipe
-from megatron_txssm.data.manifest import Plan
-from megatron_txssm.data.status import CorpusStatus
+from megatron_txssm.data.corpus.manifest import Plan
+from megatron_txssm.data.corpus.recipe import CorpusRecipe, load_corpus_recipe
+from megatron_txssm.data.corpus.status import CorpusStatus
 from megatron_txssm.data.status_command import print_status, progress, tasks_text
 from megatron_txssm.errors import UserError
 from megatron_txssm.terminal import print_table
@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
 
 def prepare(recipe: CorpusRecipe) -> Plan:
     """Make what all tasks share, unless it is there: the frozen recipe, the tokenizer, the plan."""
-    from megatron_txssm.data.plan import freeze_recipe, make_plan
-    from megatron_txssm.data.tokenizer_files import check_tokenizer, install_tokenizer
+    from megatron_txssm.data.sharding.plan import freeze_recipe, make_plan
+    from megatron_txssm.data.tokenizer.install import check_tokenizer, install_tokenizer
     from megatron_txssm.files import remove_abandoned
 
     folder = recipe.path / "tokenizer"
@@ -57,10 +57,10 @@ def prepare(recipe: CorpusRecipe) -> Plan:
 
 def shard(recipe: CorpusRecipe, workers: int) -> int:
     """Finish the corpus on this machine; returns the exit code."""
-    from megatron_txssm.data.workers import start_worker_server
+    from megatron_txssm.data.sharding.workers import start_worker_server
 
     start_worker_server()
-    from megatron_txssm.data.execute import run_locally, unfinished
+    from megatron_txssm.data.sharding.run_local import run_locally, unfinished
 
     plan = prepare(recipe)
     status = CorpusStatus(recipe.path)
@@ -86,7 +86,7 @@ def shard(recipe: CorpusRecipe, workers: int) -> int:
 
 
 def _submit(recipe: CorpusRecipe) -> int:
-    from megatron_txssm.data.slurm_array import submit
+    from megatron_txssm.data.sharding.slurm_array import submit
     from megatron_txssm.launch.batch_script import load_site_settings
 
     load_site_settings()
@@ -102,7 +102,7 @@ def _submit(recipe: CorpusRecipe) -> int:
 
 
 def _print_plan(recipe: CorpusRecipe) -> int:
-    from megatron_txssm.data.plan import list_files, plan_subset
+    from megatron_txssm.data.sharding.plan import list_files, plan_subset
 
     rows = []
     for name, subset in recipe.subsets.items():

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_txssm.data.status import CorpusStatus, SubsetStatus
+from megatron_txssm.data.corpus.status import CorpusStatus, SubsetStatus
 
 SECONDS_BETWEEN_REFRESHES = 0.5
 # Of --follow.
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_txssm.data.plan import corpus_directory
+    from megatron_txssm.data.sharding.plan import corpus_directory
 
     directory = corpus_directory(args.corpus)
     status = CorpusStatus(directory)

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_txssm.data.corpus_recipe import CorpusRecipe, SubsetSource, load_corpus_recipe
+from megatron_txssm.data.corpus.recipe import CorpusRecipe, SubsetSource, load_corpus_recipe
 from megatron_txssm.errors import UserError
 
 DEFAULT_BYTES = 100_000_000
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_txssm.data.tokenizer import train_sentencepiece
+    from megatron_txssm.data.tokenizer.sentencepiece import train_sentencepiece
 
     output = Path(args.output).expanduser()
     if output.suffix != ".model":
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _texts(recipe: CorpusRecipe, name: str, wanted_bytes: float) -> Iterator[str]:
     """The first texts of a subset's files in turn, the same share of each file, up to `wanted_bytes`."""
-    from megatron_txssm.data.plan import list_files
+    from megatron_txssm.data.sharding.plan import list_files
 
     subset = recipe.subsets[name]
     files = list_files(name, subset)
@@ -58,10 +58,10 @@ def _texts(recipe: CorpusRecipe, name: str, wanted_bytes: float) -> Iterator[str
 
 
 def _file_texts(name: str, subset: SubsetSource, file: str) -> Iterator[str]:
-    from megatron_txssm.data.broken_rows import BrokenRows
-    from megatron_txssm.data.fetch import with_texts
-    from megatron_txssm.data.manifest import Slice, is_held_out
-    from megatron_txssm.data.readers import RowReader
+    from megatron_txssm.data.corpus.manifest import Slice, is_held_out
+    from megatron_txssm.data.sharding.broken_rows import BrokenRows
+    from megatron_txssm.data.sharding.fetch import with_texts
+    from megatron_txssm.data.sharding.readers import RowReader
 
     broken = BrokenRows(name, max_broken_fraction=1.0, max_broken_files=subset.max_broken_files)
     documents = with_texts(RowReader(subset, (Slice(file, 0, 1, 0),), broken))

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from megatron_txssm.data.broken_rows import UNREACHABLE_BLOB
+from megatron_txssm.data.sharding.broken_rows import UNREACHABLE_BLOB
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,10 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_txssm.data.manifest import read_manifest, remove_task, write_subset_manifest
-    from megatron_txssm.data.plan import corpus_directory
-    from megatron_txssm.data.tokenizer_files import check_tokenizer
-    from megatron_txssm.data.verify import check_task, tasks_of
+    from megatron_txssm.data.corpus.manifest import read_manifest, remove_task, write_subset_manifest
+    from megatron_txssm.data.corpus.verify import check_task, tasks_of
+    from megatron_txssm.data.sharding.plan import corpus_directory
+    from megatron_txssm.data.tokenizer.install import check_tokenizer
 
     directory = corpus_directory(args.corpus)
     facts, tasks = check_tokenizer(directory), tasks_of(directory)

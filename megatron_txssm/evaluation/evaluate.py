@@ -89,7 +89,7 @@ def evaluation_recipe(run: Path, overrides: Sequence[str]) -> Recipe:
 def _check_validation_data(run: Path, recipe: Recipe) -> None:
     data = recipe.data
     if data.corpus is not None:
-        from megatron_txssm.data.blend import recipe_blend
+        from megatron_txssm.data.corpus.blend import recipe_blend
 
         found = bool(recipe_blend(recipe).shards("validation"))
     elif data.blend is not None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.architecture.parameters import checkpoint_bytes
-from megatron_txssm.checkpoint.kept_tokenizer import other_tokenizer
 from megatron_txssm.checkpoint.steps import (
     TRACKER,
     check_tracker,
@@ -23,7 +22,8 @@ from megatron_txssm.checkpoint.steps import (
     tracked,
     whole_steps,
 )
-from megatron_txssm.data.manifest import read_tokenizer_facts
+from megatron_txssm.data.corpus.manifest import read_tokenizer_facts
+from megatron_txssm.data.tokenizer.kept_tokenizer import other_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.process_limits import check_open_files, check_shared_memory, check_temporary_folder
 from megatron_txssm.recipe.loader import load_recipe
@@ -78,7 +78,7 @@ def number_of_shards(recipe: Recipe) -> int:
     """Token files of the run, each named by its prefix."""
     if recipe.data.corpus is None:
         return sum(len(blend or ()) for blend in (recipe.data.train, recipe.data.validation, recipe.data.blend))
-    from megatron_txssm.data.blend import recipe_blend
+    from megatron_txssm.data.corpus.blend import recipe_blend
 
     blend = recipe_blend(recipe)
     return len(blend.shards("train")) + len(blend.shards("validation"))

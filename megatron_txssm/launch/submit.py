@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_txssm.data.manifest import NoCorpus
+from megatron_txssm.data.corpus.manifest import NoCorpus
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import write_file_atomically, write_json
 from megatron_txssm.launch import slurm
@@ -35,7 +35,7 @@ from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import validate
 
 if TYPE_CHECKING:
-    from megatron_txssm.data.corpus_recipe import CorpusRecipe
+    from megatron_txssm.data.corpus.recipe import CorpusRecipe
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,8 @@ class Submission:
             raise UserError(f"run_directory={self.run} cannot be written: {error.strerror}") from None
 
     def _submit_shards(self, corpus: "CorpusRecipe") -> list[str]:
-        from megatron_txssm.data import slurm_array
         from megatron_txssm.data.shard_command import prepare
+        from megatron_txssm.data.sharding import slurm_array
 
         arrays = slurm_array.submit(corpus, prepare(corpus), self.code.path if self.code else HOME)
         jobs = [job for ids in arrays.values() for job in ids]
@@ -251,7 +251,7 @@ def _check_free(recipe: Recipe) -> set[str]:
 
 def _corpus_to_shard(recipe: Recipe, name: str | None) -> "CorpusRecipe | None":
     """The corpus recipe whose output is the recipe's data.corpus; None where that is sharded already."""
-    from megatron_txssm.data.corpus_recipe import KEPT_RECIPE, corpus_recipe_files, load_corpus_recipe
+    from megatron_txssm.data.corpus.recipe import KEPT_RECIPE, corpus_recipe_files, load_corpus_recipe
 
     if recipe.data.corpus is None:
         raise UserError("--chain shards data.corpus, but the recipe names other data; leave --chain out")
@@ -270,7 +270,7 @@ def _corpus_to_shard(recipe: Recipe, name: str | None) -> "CorpusRecipe | None":
 
 
 def _is_sharded(directory: Path) -> bool:
-    from megatron_txssm.data.manifest import read_plan
+    from megatron_txssm.data.corpus.manifest import read_plan
 
     if not (directory / "plan.json").exists():
         return False

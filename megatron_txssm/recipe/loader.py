@@ -258,7 +258,7 @@ def _build(layers: list[Layer], path: Path) -> Recipe:
 
 
 def _corpus_vocab_size(corpus: str, path: Path) -> int:
-    from megatron_txssm.data.manifest import read_tokenizer_facts
+    from megatron_txssm.data.corpus.manifest import read_tokenizer_facts
 
     try:
         return read_tokenizer_facts(Path(corpus)).vocab_size

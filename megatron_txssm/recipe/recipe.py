@@ -16,7 +16,7 @@ from megatron_txssm.recipe.schema import Checkpoint, Data, Logging, Model, Optim
 from megatron_txssm.recipe.setting import argument, section_fields, setting
 
 if TYPE_CHECKING:
-    from megatron_txssm.data.manifest import Corpus
+    from megatron_txssm.data.corpus.manifest import Corpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class Recipe:
     def corpus_arguments(self) -> list[str]:
         if self.data.corpus is None:
             return []
-        from megatron_txssm.data.blend import megatron_arguments
+        from megatron_txssm.data.corpus.blend import megatron_arguments
 
         return megatron_arguments(self)
 
@@ -130,7 +130,7 @@ class Recipe:
     @property
     def _corpus_tokenizer(self) -> "Corpus":
         """The corpus without its subsets, which need not be there to use its tokenizer."""
-        from megatron_txssm.data.manifest import Corpus, read_tokenizer_facts
+        from megatron_txssm.data.corpus.manifest import Corpus, read_tokenizer_facts
 
         directory = Path(self.data.corpus or "")
         return Corpus(directory, read_tokenizer_facts(directory), subsets={})

@@ -53,7 +53,7 @@ def _print_recipe(name: str, overrides: list[str], megatron: bool) -> None:
 
 def _megatron_words(recipe: Recipe) -> list[str]:
     """Megatron's command line; where the corpus is not made yet, without what only it knows."""
-    from megatron_txssm.data.manifest import NoCorpus
+    from megatron_txssm.data.corpus.manifest import NoCorpus
     from megatron_txssm.recipe.megatron_args import megatron_arguments
 
     try:

@@ -28,8 +28,8 @@ def validate(recipe: Recipe, world_size: int | None = None) -> None:
 
 def check_files(recipe: Recipe) -> None:
     """UserError unless the recipe's corpus or token files and its tokenizer's file are there and whole."""
-    from megatron_txssm.data.blend import check_corpus
-    from megatron_txssm.data.shard import check_shard
+    from megatron_txssm.data.corpus.blend import check_corpus
+    from megatron_txssm.data.corpus.shard import check_shard
 
     if recipe.data.corpus is not None:
         check_corpus(recipe)

@@ -216,7 +216,7 @@ def describe_checkpoints_at_saves(recipe: Recipe) -> None:
     """
     from megatron.training import training
 
-    from megatron_txssm.checkpoint.kept_tokenizer import keep_tokenizer
+    from megatron_txssm.data.tokenizer.kept_tokenizer import keep_tokenizer
 
     save, described = training.save_checkpoint, False
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from megatron_txssm.convert.proof import sample_text
-from megatron_txssm.data.tokenizer import load_tokenizer
+from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.hf.standalone import code_files
 from tests.convert.trained import ARCHITECTURES, Trained, train
 from tests.training.tiny_run import sets, txssm

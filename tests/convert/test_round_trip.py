@@ -19,7 +19,7 @@ from megatron_txssm.convert.hf_model import load_hf_model
 from megatron_txssm.convert.importer import _as_yaml
 from megatron_txssm.convert.mapping import TABLES
 from megatron_txssm.convert.proof import compare_tensors, sample_text
-from megatron_txssm.data.tokenizer import load_tokenizer
+from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.hf import TransXSSMForCausalLM
 from megatron_txssm.model.state_space_mixer import FP32_PARAMETERS

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_txssm.data.manifest import (
+from megatron_txssm.data.corpus.manifest import (
     Plan,
     ShardRecord,
     Slice,
@@ -18,8 +18,8 @@ from megatron_txssm.data.manifest import (
     write_manifest,
     write_plan,
 )
-from megatron_txssm.data.shard import write_shard
-from megatron_txssm.data.tokenizer import load_tokenizer, train_sentencepiece
+from megatron_txssm.data.corpus.shard import write_shard
+from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer, train_sentencepiece
 from megatron_txssm.files import write_json
 
 VOCAB_SIZE = 300

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from megatron_txssm.cli import main
-from megatron_txssm.data import execute
-from megatron_txssm.data.corpus_recipe import CorpusRecipe
-from megatron_txssm.data.manifest import Plan, TaskManifest, read_manifest
-from megatron_txssm.data.shard_task import ShardTask
+from megatron_txssm.data.corpus.manifest import Plan, TaskManifest, read_manifest
+from megatron_txssm.data.corpus.recipe import CorpusRecipe
+from megatron_txssm.data.sharding import run_local as execute
+from megatron_txssm.data.sharding.task import ShardTask
 from tests.data.corpus_recipes import write_byte_level_bpe, write_recipe
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_txssm.data import trace_command
 from megatron_txssm.data.lineage import Part, TracedSample, TrainingData, megatron_initialized
-from megatron_txssm.data.tokenizer import load_tokenizer
+from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe

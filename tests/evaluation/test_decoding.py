@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from megatron_txssm.checkpoint.hf_tokenizer import export_tokenizer
 from megatron_txssm.cli import main
-from megatron_txssm.data.corpus_recipe import TokenizerSource
-from megatron_txssm.data.tokenizer import train_sentencepiece
+from megatron_txssm.data.corpus.recipe import TokenizerSource
+from megatron_txssm.data.tokenizer.huggingface import export_tokenizer
+from megatron_txssm.data.tokenizer.sentencepiece import train_sentencepiece
 from megatron_txssm.evaluation import generate as generate_command
 from megatron_txssm.evaluation.decoding import Sampling, sample
 from tests.convert.untrained import make_run

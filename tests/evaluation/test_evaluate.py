@@ -89,7 +89,7 @@ def test_it_equals_what_the_run_logged(run_folder: Path, words: list[str]) -> No
 
 def expected_tokens(run: Path) -> dict[str, int]:
     """Whole samples of 32 tokens, whose labels need one more; each shard by itself."""
-    from megatron_txssm.data.manifest import open_corpus
+    from megatron_txssm.data.corpus.manifest import open_corpus
 
     subsets = open_corpus(run.parent / "corpus").subsets
     return {

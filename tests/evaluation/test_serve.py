@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from megatron_txssm.checkpoint.hf_tokenizer import export_tokenizer
 from megatron_txssm.cli import main
-from megatron_txssm.data.corpus_recipe import TokenizerSource
-from megatron_txssm.data.tokenizer import train_sentencepiece
+from megatron_txssm.data.corpus.recipe import TokenizerSource
+from megatron_txssm.data.tokenizer.huggingface import export_tokenizer
+from megatron_txssm.data.tokenizer.sentencepiece import train_sentencepiece
 from tests.hf.tiny import generate, tiny_model
 
 PROMPT = "The state of a"

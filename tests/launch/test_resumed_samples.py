@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_txssm.checkpoint.kept_tokenizer import keep_tokenizer
-from megatron_txssm.data.tokenizer import train_sentencepiece
+from megatron_txssm.data.tokenizer.kept_tokenizer import keep_tokenizer
+from megatron_txssm.data.tokenizer.sentencepiece import train_sentencepiece
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.preflight import check_checkpoint, check_run, warnings
 from megatron_txssm.recipe.loader import load_recipe

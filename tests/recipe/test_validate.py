@@ -228,7 +228,7 @@ def test_the_interleaved_schedule_needs_whole_rounds_of_micro_batches() -> None:
 
 
 def test_missing_data_is_reported_before_megatron_starts(tmp_path, monkeypatch) -> None:
-    pytest.importorskip("megatron_txssm.data.shard")
+    pytest.importorskip("megatron_txssm.data.corpus.shard")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="runs/demo/data/vocab_1024 holds no corpus"):
         check_files(load_recipe("demo_cpu"))

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from megatron_txssm.cli import main
-from megatron_txssm.data.shard import write_shard
+from megatron_txssm.data.corpus.shard import write_shard
 from megatron_txssm.launch.limits import LIMITS
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe

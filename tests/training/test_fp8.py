@@ -45,7 +45,7 @@ def train(folder: Path, recipe: str, name: str, *fields: str) -> tuple[list[floa
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With documents that go on in steps of their own, which a model learns."""
-    from megatron_txssm.data.shard import write_shard
+    from megatron_txssm.data.corpus.shard import write_shard
 
     path, draw = tmp_path_factory.mktemp("fp8"), random.Random(0)
     documents = []

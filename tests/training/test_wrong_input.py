@@ -105,7 +105,7 @@ def test_generate_with_a_wrong_option(tiny: TinyRun, words: list[str], wanted: s
 
 
 def larger_tokenizer(folder: Path) -> Path:
-    from megatron_txssm.data.tokenizer import train_sentencepiece
+    from megatron_txssm.data.tokenizer.sentencepiece import train_sentencepiece
 
     texts = [f"def function_{number}(value): return value + {number}\n" for number in range(50)]
     return train_sentencepiece(texts, folder / "tokenizer", vocab_size=300)

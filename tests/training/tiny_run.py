@@ -120,7 +120,7 @@ def sets(fields: Sequence[str]) -> list[str]:
 
 
 def make_tiny_run(folder: Path) -> TinyRun:
-    from megatron_txssm.data.shard import write_shard
+    from megatron_txssm.data.corpus.shard import write_shard
 
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)

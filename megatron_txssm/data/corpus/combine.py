@@ -1,0 +1,133 @@
+"""Makes one corpus of several finished ones, without a copy of their shards.
+
+It has a manifest of its own for every task, and a relative link for each of the task's files. What is written to it,
+such as a task that is made again or Megatron's indices, so never reaches the corpora that it is made of.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_txssm.data.corpus.manifest import (
+    SHARD_SUFFIXES,
+    Corpus,
+    Plan,
+    Subset,
+    manifest_path,
+    open_corpus,
+    read_plan,
+    write_plan,
+    write_subset_manifest,
+)
+from megatron_txssm.data.corpus.recipe import KEPT_RECIPE, CorpusRecipe, check_corpus_recipe, load_corpus_recipe
+from megatron_txssm.data.tokenizer.install import check_tokenizer
+from megatron_txssm.errors import UserError
+from megatron_txssm.files import check_absent, complete_folder, write_file_atomically, write_json
+
+# Of the files of a corpus that are not linked; as much as is asked of the disk.
+_BYTES_PER_TASK = 10_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus to combine."""
+
+    directory: Path
+    # Its subsets are named PREFIX-SUBSET; None: as they are.
+    prefix: str | None = None
+
+    def name(self, subset: str) -> str:
+        return subset if self.prefix is None else f"{self.prefix}-{subset}"
+
+
+def combine(out: Path, sources: Sequence[Source]) -> Corpus:
+    """Make a corpus with the subsets of all of `sources`; UserError where they do not fit, or are not finished."""
+    check_absent(out)
+    corpora = [(source, open_corpus(source.directory)) for source in sources]
+    _check_names(corpora)
+    _check_tokenizers([corpus for _, corpus in corpora])
+    recipe = _recipe(out, sources)
+    plan = Plan(
+        {
+            source.name(subset): tasks
+            for source in sources
+            for subset, tasks in read_plan(source.directory).tasks.items()
+        }
+    )
+    with complete_folder(out, _BYTES_PER_TASK * sum(map(len, plan.tasks.values()))) as folder:
+        write_file_atomically(folder / KEPT_RECIPE, recipe.to_yaml().encode())
+        _copy_tokenizer(sources[0].directory, folder)
+        for source, corpus in corpora:
+            for subset in corpus.subsets.values():
+                _link_subset(subset, folder, source.name(subset.name))
+        write_plan(folder, plan)
+        for name in plan.tasks:
+            write_subset_manifest(folder, name)
+    return open_corpus(out)
+
+
+def _check_names(corpora: Sequence[tuple[Source, Corpus]]) -> None:
+    owners: dict[str, Path] = {}
+    for source, corpus in corpora:
+        for name in map(source.name, corpus.subsets):
+            if name in owners:
+                raise UserError(
+                    f"subset {name} is in both {owners[name]} and {source.directory}; give one of them a prefix: "
+                    f"{source.directory}=NAME makes it NAME-{name}"
+                )
+            owners[name] = source.directory
+
+
+def _check_tokenizers(corpora: Sequence[Corpus]) -> None:
+    first = corpora[0]
+    for corpus in corpora:
+        check_tokenizer(corpus.directory)
+        theirs, ours = vars(first.tokenizer), vars(corpus.tokenizer)
+        if different := [name for name in ours if ours[name] != theirs[name]]:
+            facts = "; ".join(f"{name} {theirs[name]} and {ours[name]}" for name in different)
+            raise UserError(
+                f"{first.directory} and {corpus.directory} were made with different tokenizers ({facts}); "
+                "shard one of them again with the other's"
+            )
+
+
+def _recipe(out: Path, sources: Sequence[Source]) -> CorpusRecipe:
+    """All subsets; the tokenizer and Slurm's options are those of the first."""
+    recipes = [load_corpus_recipe(source.directory / KEPT_RECIPE) for source in sources]
+    subsets = {
+        source.name(name): subset
+        for source, recipe in zip(sources, recipes, strict=True)
+        # One that was added to the recipe may not have come as far as the plan.
+        for name, subset in recipe.subsets.items()
+        if name in read_plan(source.directory).tasks
+    }
+    description = f"combined of {', '.join(recipe.name for recipe in recipes)}"
+    recipe = dataclasses.replace(recipes[0], name=out.name, description=description, output=str(out), subsets=subsets)
+    check_corpus_recipe(recipe)
+    return recipe
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    (folder / "tokenizer").mkdir()
+    for path in sorted((source / "tokenizer").iterdir()):
+        if path.is_file() and path.suffix != ".partial":
+            # Without its permissions: the original may be read-only.
+            shutil.copyfile(path, folder / "tokenizer" / path.name)
+
+
+def _link_subset(subset: Subset, folder: Path, name: str) -> None:
+    (folder / name).mkdir()
+    # Where the links will be: beside `folder`, at the same depth.
+    here = os.path.realpath(folder / name)
+    for split in {split for manifest in subset.manifests for split in manifest.shards}:
+        for prefix, _ in subset.shards(split):
+            for suffix in SHARD_SUFFIXES:
+                # To the file itself, so that a combined corpus may be combined again and removed.
+                target = os.path.realpath(f"{prefix}{suffix}")
+                os.symlink(os.path.relpath(target, here), folder / name / f"{Path(prefix).name}{suffix}")
+    for manifest in subset.manifests:
+        renamed = dataclasses.replace(manifest, subset=name)
+        write_json(manifest_path(folder, name, manifest.task), dataclasses.asdict(renamed))

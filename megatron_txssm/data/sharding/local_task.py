@@ -1,0 +1,26 @@
+"""A task under datatrove's local executor."""
+
+import contextlib
+import io
+
+from datatrove.executor.local import LocalPipelineExecutor
+
+from megatron_txssm.data.corpus.manifest import logging_folder, read_plan
+from megatron_txssm.data.corpus.recipe import CorpusRecipe
+from megatron_txssm.data.sharding.task import ShardTask
+
+
+class LocalTask(LocalPipelineExecutor):
+    """Runs one task at a time in the process that calls it."""
+
+    def __init__(self, recipe: CorpusRecipe, subset: str) -> None:
+        super().__init__(
+            [ShardTask(recipe, subset)],
+            tasks=len(read_plan(recipe.path).tasks[subset]),
+            logging_dir=str(logging_folder(recipe.path, subset)),
+        )
+
+    def run_task(self, task: int) -> None:
+        # What datatrove writes to the terminal is in its log files, too; the terminal is for the progress.
+        with contextlib.redirect_stderr(io.StringIO()):
+            self._run_for_rank(task)

@@ -1,0 +1,51 @@
+"""The processes that local tasks run in: forked from a server that has imported what they need."""
+
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.context
+import multiprocessing.forkserver
+import os
+import signal
+import threading
+
+from megatron_txssm.data.corpus.recipe import CorpusRecipe
+from megatron_txssm.process_limits import check_temporary_folder
+
+# What a task imports. The command itself has no need of it.
+_IMPORTS = ["megatron_txssm.data.sharding.local_task", "gigatoken", "tokenizers"]
+
+
+def start_worker_server() -> multiprocessing.context.ForkServerContext:
+    """Start the server, unless it runs; called early, it imports while the command prepares (idempotent)."""
+    check_temporary_folder()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTS)
+    # It inherits this: a Ctrl-C while it imports is the command's business alone.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
+
+
+def begin_worker() -> None:
+    """What a worker does first."""
+    # Ctrl-C reaches every process of the terminal; the main one ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def run_task(recipe: CorpusRecipe, subset: str, task: int) -> None:
+    """Finish one task, as datatrove's executor runs it: with its log, its statistics and its mark."""
+    from megatron_txssm.data.sharding.local_task import LocalTask
+
+    LocalTask(recipe, subset).run_task(task)
+
+
+def _end_with_parent() -> None:
+    """A worker whose command was killed must not write on: the next run has workers of its own."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)

@@ -1,0 +1,160 @@
+"""From texts to token ids: gigatoken, or the reference tokenizer itself.
+
+gigatoken gives the ids of `tokenizers` and `sentencepiece` tens of times faster. Its word is not taken: see
+`checked_encoder`.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_txssm.data.corpus.manifest import TokenizerFacts
+from megatron_txssm.data.tokenizer.doubtful import DoubtfulCharacters, is_byte_level, shows_cuts
+from megatron_txssm.data.tokenizer.install import tokenizer_file
+
+# gigatoken keeps every word it has met (measured: 1 byte of memory per byte of random text) and cannot be told to
+# forget; a fresh one costs 0.1 s.
+RENEW_AFTER_BYTES = 256_000_000
+# What tokenizers have rules for, and so few texts hold that a sample would miss it.
+PROBES = (
+    "\r\na line of DOS\r\n",
+    "  spaces  ",
+    "\n\n\n",
+    "\t\ta\tb\v\f",
+    "ﬁ ½ Ａ ™ e\u0301",
+    "\u00a0\u2003\u200b\ufeff",
+    "a\0b",
+)
+
+
+class Encoder(Protocol):
+    """Texts to ids, without any token that is not in the text."""
+
+    # Library and version.
+    name: str
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text."""
+        ...
+
+
+class FastEncoder(Encoder, Protocol):
+    """One whose ids may differ from the reference's."""
+
+    def doubtful(self, codes: np.ndarray) -> np.ndarray:
+        """[n] code points -> [n] whether they may differ on texts that hold it."""
+        ...
+
+
+def load_encoders(folder: Path, facts: TokenizerFacts, choice: str = "auto") -> tuple[FastEncoder | None, Encoder]:
+    """(the fast encoder where there is one, the reference) of a corpus's tokenizer/ folder.
+
+    choice: `reference` for the reference alone; `auto` for gigatoken, too, where it knows the tokenizer. Where it does
+    not, the reference's `name` says why.
+    """
+    path = tokenizer_file(folder, facts)
+    is_sentencepiece = facts.type == "SentencePieceTokenizer"
+    reference = _SentencePiece(path) if is_sentencepiece else _Tokenizers(path.read_bytes())
+    if choice == "reference":
+        return None, reference
+    try:
+        fast = _Gigatoken(path.read_bytes(), is_sentencepiece)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of its Rust code is no Exception
+        reference.name += f" (gigatoken cannot load it: {str(error).strip().partition(chr(10))[0]})"
+        return None, reference
+    # Added tokens, too, have rules of their own.
+    added = [text for token in fast.added_tokens for text in (f"a{token}b", f"a {token} b", f"{token} \n{token}")]
+    probes = [*PROBES, *added]
+    for probe, ours, theirs in zip(probes, fast.encode(probes), reference.encode(probes), strict=True):
+        if not np.array_equal(ours, theirs):
+            reference.name += f" (gigatoken does not follow its rules: {probe!r}: {difference(ours, theirs)})"
+            return None, reference
+    return fast, reference
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """Where two different lists of ids part."""
+    both = min(len(ours), len(theirs))
+    differs = ours[:both] != theirs[:both]
+    first = int(np.argmax(differs)) if differs.any() else both
+    here, there = ours[first : first + 5].tolist(), theirs[first : first + 5].tolist()
+    return f"the ids differ from token {first} on ({here} against {there})"
+
+
+class _Gigatoken:
+    def __init__(self, content: bytes, is_sentencepiece: bool = False) -> None:
+        import gigatoken
+
+        self._is_sentencepiece = is_sentencepiece
+        self._content = content
+        if is_sentencepiece:
+            self._content = _without_control_tokens(gigatoken.Tokenizer.from_sentencepiece(content)).encode()
+        self._load = gigatoken.Tokenizer.from_json
+        self._tokenizer = self._load(self._content)
+        self._bytes = 0
+        self._doubtful: DoubtfulCharacters | None = None
+        # Read once: a vocabulary takes its time.
+        described = json.loads(self._content)
+        self.added_tokens: list[str] = [token["content"] for token in described.get("added_tokens", ())]
+        self._shows_cuts = shows_cuts(described) if is_byte_level(described) else None
+        self.name = f"gigatoken {_version('gigatoken')}"
+
+    def doubtful(self, codes: np.ndarray) -> np.ndarray:
+        if self._is_sentencepiece:
+            # Both follow the table in the model, whatever their Unicode.
+            return np.zeros(len(codes), dtype=bool)
+        if self._doubtful is None:
+            content = self._shows_cuts or self._content
+            self._doubtful = DoubtfulCharacters(_Gigatoken(content).encode, _Tokenizers(content).encode)
+        return self._doubtful.among(codes)
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._bytes > RENEW_AFTER_BYTES:
+            self._tokenizer, self._bytes = self._load(self._content), 0
+        self._bytes += sum(map(len, texts))
+        # One by one is as fast as its batches, which cost 0.4 s of imports; tasks are what runs in parallel.
+        return [self._tokenizer.encode(text) for text in texts]
+
+
+def _without_control_tokens(tokenizer: Any) -> str:
+    """A SentencePiece model in gigatoken's terms, to which "</s>" in a text is text, as it is to sentencepiece."""
+    described = json.loads(tokenizer._hf_json)
+    described["added_tokens"] = [token for token in described["added_tokens"] if not token["special"]]
+    return json.dumps(described)
+
+
+class _Tokenizers:
+    def __init__(self, content: bytes) -> None:
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_buffer(content)
+        # Some files carry settings of the training script they come from.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.name = f"tokenizers {_version('tokenizers')}"
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+
+class _SentencePiece:
+    def __init__(self, path: Path) -> None:
+        from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
+
+        self._model = load_tokenizer(path)
+        self.name = f"sentencepiece {_version('sentencepiece')}"
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.asarray(ids, dtype=np.uint32) for ids in self._model.encode(list(texts), out_type=int)]
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)

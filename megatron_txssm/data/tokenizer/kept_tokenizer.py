@@ -1,0 +1,92 @@
+"""The tokenizer that lies beside a run's checkpoints, so that they need neither the corpus nor a hub.
+
+CHECKPOINTS/recipe.yaml     the resolved recipe
+CHECKPOINTS/tokenizer/      tokenizer.json or tokenizer.model, and facts.json (data/tokenizer/install.py)
+"""
+
+import contextlib
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from megatron_txssm.data.corpus.manifest import Corpus, TokenizerFacts, read_tokenizer_facts
+from megatron_txssm.data.corpus.recipe import TokenizerSource
+from megatron_txssm.data.tokenizer.install import install_tokenizer
+from megatron_txssm.errors import UserError, readable
+from megatron_txssm.files import file_sha256
+from megatron_txssm.recipe.recipe import Recipe
+
+
+def keep_tokenizer(recipe: Recipe, checkpoints: Path) -> None:
+    """Copy the recipe's tokenizer beside its checkpoints; a warning where it cannot be had, as training goes on."""
+    partial = checkpoints / "tokenizer.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        source = _stated_source(recipe)
+        if source is None:
+            return
+        install_tokenizer(source, partial)
+    except UserError as error:
+        print(readable(f"warning: no tokenizer is kept beside the checkpoints: {error}"), file=sys.stderr)
+        shutil.rmtree(partial, ignore_errors=True)
+        return
+    shutil.rmtree(checkpoints / "tokenizer", ignore_errors=True)
+    partial.rename(checkpoints / "tokenizer")
+
+
+def kept_tokenizer(checkpoints: Path) -> TokenizerFacts | None:
+    """What lies beside the checkpoints; None where nothing does (an older run)."""
+    return read_tokenizer_facts(checkpoints) if (checkpoints / "tokenizer" / "facts.json").is_file() else None
+
+
+def tokenizer_source(recipe: Recipe, checkpoints: Path) -> TokenizerSource | None:
+    """The tokenizer beside the checkpoints, or else the recipe's; None where it has none.
+
+    UserError where the recipe's is in a corpus that is not there.
+    """
+    facts = kept_tokenizer(checkpoints)
+    if facts is None:
+        return _stated_source(recipe)
+    kept = Corpus(checkpoints, facts, subsets={})
+    return TokenizerSource(type=facts.type, model=kept.tokenizer_model, eod_token=facts.eod_token)
+
+
+def other_tokenizer(recipe: Recipe, checkpoints: Path) -> str:
+    """How the recipe's tokenizer differs from the one beside checkpoints; empty where not, or one is unknown."""
+    kept = kept_tokenizer(checkpoints)
+    own = None if kept is None else _stated_source(recipe)
+    beside = None if kept is None else tokenizer_source(recipe, checkpoints)
+    if kept is None or own is None or beside is None:
+        return ""
+    ours = _fingerprint(own)
+    if ours is None or ours == _fingerprint(beside):
+        return ""
+    # What is kept may differ from its source in how it is written.
+    if _fingerprint_as_kept(own) in (None, kept.fingerprint, _fingerprint_as_kept(beside)):
+        return ""
+    return f"SHA-256 {kept.fingerprint[:12]} in {checkpoints / 'tokenizer'}, {ours[:12]} in {own.model}"
+
+
+def _fingerprint(source: TokenizerSource) -> str | None:
+    """SHA-256 of a tokenizer's file; None where it is none on this machine."""
+    path = Path(source.model)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    return file_sha256(file) if file.is_file() else None
+
+
+def _fingerprint_as_kept(source: TokenizerSource) -> str | None:
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(UserError):
+        return install_tokenizer(source, Path(folder) / "tokenizer").fingerprint
+    return None
+
+
+def _stated_source(recipe: Recipe) -> TokenizerSource | None:
+    model = recipe.tokenizer_model
+    if model is None or recipe.tokenizer_type == "NullTokenizer":
+        return None
+    corpus = Path(recipe.data.corpus or "")
+    stated = recipe.data.tokenizer_model is not None or recipe.data.corpus is None
+    return TokenizerSource(
+        type=recipe.tokenizer_type, model=model, eod_token=None if stated else read_tokenizer_facts(corpus).eod_token
+    )
