@@ -15,11 +15,11 @@ env:  ## make .venv from requirements.lock, unless it is up to date
 demo: env  ## train a small TransXSSM on this machine's CPU, tensor-parallel, and let it write
 	$(BIN)/txssm demo $(ARGS)
 
-test: env  ## run all tests but those of tests/slurm: make test ARGS="-k rope"
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/slurm $(ARGS)
+test: env  ## run all tests but those of tests/cluster: make test ARGS="-k rope"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/cluster $(ARGS)
 
 test-slurm: env  ## run the tests on a simulated Slurm cluster: needs root and Debian's slurm-wlm and munge
-	$(BIN)/python -m pytest tests/slurm $(ARGS)
+	$(BIN)/python -m pytest tests/cluster $(ARGS)
 
 test-te: env  ## run tests/te against Transformer Engine, compiled for this machine's CPU: needs g++ and 1 GB
 	tools/build_te_cpu

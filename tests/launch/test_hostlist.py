@@ -5,7 +5,7 @@ import pytest
 from megatron_txssm.errors import UserError
 from megatron_txssm.launch.hostlist import expand
 
-# What `scontrol show hostnames` of Slurm 22.05 prints (tests/slurm compares again).
+# What `scontrol show hostnames` of Slurm 22.05 prints (tests/cluster compares again).
 LISTS = {
     "": "",
     "gpu1": "gpu1",

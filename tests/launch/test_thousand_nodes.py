@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.launch.run_folder import attempts
-from tests.slurm.training_job import RECIPE
+from tests.cluster.training_job import RECIPE
 
 NODES, RANKS_PER_NODE = 1000, 8
 # One stand-in for all commands; it writes its name and words down.

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm import sandbox as sandbox_module
-from tests.slurm.sandbox import SCRIPT, Sandbox, claim_sandbox, why_not
+from tests.cluster import sandbox as sandbox_module
+from tests.cluster.sandbox import SCRIPT, Sandbox, claim_sandbox, why_not
 
 NODES = ["n1", "n2", "n3"]
 # A job that shows that it lives, until it is told to end.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.sandbox import Sandbox, claim_sandbox, why_not
+from tests.cluster.sandbox import Sandbox, claim_sandbox, why_not
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

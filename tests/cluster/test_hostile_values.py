@@ -23,7 +23,7 @@ from megatron_txssm.data.corpus.shard import write_shard
 from megatron_txssm.launch.limits import LIMITS
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from tests.slurm.sandbox import PATIENCE, Sandbox
+from tests.cluster.sandbox import PATIENCE, Sandbox
 
 MODEL = {"num_layers": 1, "layer_pattern": "A", "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2}
 TRAINING = {

@@ -1,6 +1,6 @@
 """Faults drawn at random over one run, which ends with the losses of an undisturbed one, bit for bit.
 
-pytest tests/slurm/test_drill.py --faults 40 --drill-seed 7
+pytest tests/cluster/test_drill.py --faults 40 --drill-seed 7
 """
 
 import random
@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.slurm.sandbox import Sandbox
-from tests.slurm.training_job import SAVE_INTERVAL, TrainingJob, write_data
+from tests.cluster.sandbox import Sandbox
+from tests.cluster.training_job import SAVE_INTERVAL, TrainingJob, write_data
 
 NODES = ["n1", "n2", "n3"]
 # The farthest step behind a resume at which a fault comes.

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.sandbox import Sandbox
-from tests.slurm.training_job import TrainingJob, txssm, write_data
+from tests.cluster.sandbox import Sandbox
+from tests.cluster.training_job import TrainingJob, txssm, write_data
 
 
 @pytest.fixture

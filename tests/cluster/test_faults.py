@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.launch.collective_trace import explain_hang, missing_ranks
-from tests.slurm.sandbox import Sandbox
-from tests.slurm.training_job import SAVE_INTERVAL, TrainingJob, write_data
+from tests.cluster.sandbox import Sandbox
+from tests.cluster.training_job import SAVE_INTERVAL, TrainingJob, write_data
 
 # Where the fault comes: between two saves.
 STEP = 25

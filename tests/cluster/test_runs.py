@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.sandbox import ROOT, Sandbox
-from tests.slurm.training_job import TrainingJob, txssm, write_data
+from tests.cluster.sandbox import ROOT, Sandbox
+from tests.cluster.training_job import TrainingJob, txssm, write_data
 
 
 @pytest.fixture(scope="module")

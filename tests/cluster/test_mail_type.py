@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.sandbox import Sandbox
-from tests.slurm.training_job import TrainingJob, txssm, write_data
+from tests.cluster.sandbox import Sandbox
+from tests.cluster.training_job import TrainingJob, txssm, write_data
 
 HEADER = ("#SBATCH --mail-type=FAIL,REQUEUE,TIME_LIMIT_90", "#SBATCH --mail-user=lab@example.org")
 

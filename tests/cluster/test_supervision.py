@@ -10,9 +10,9 @@ import psutil
 import pytest
 
 from megatron_txssm.launch.goodput import goodput
-from tests.slurm.sandbox import Sandbox
-from tests.slurm.stand_in_trainer import losses
-from tests.slurm.training_job import TrainingJob, write_data
+from tests.cluster.sandbox import Sandbox
+from tests.cluster.stand_in_trainer import losses
+from tests.cluster.training_job import TrainingJob, write_data
 
 NODES = ["n1", "n2", "n3"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from megatron_txssm.launch.run_folder import Attempt, attempts
-from tests.slurm.sandbox import Sandbox
+from tests.cluster.sandbox import Sandbox
 
 # A start takes 10 s on two quiet cores.
 PATIENCE = 600  # seconds

@@ -13,8 +13,8 @@ from megatron_txssm.launch.frozen_code import FrozenCode
 from megatron_txssm.launch.hostlist import expand
 from megatron_txssm.launch.sbatch_options import OURS, parse_options
 from tests.launch.test_hostlist import LISTS
-from tests.slurm.sandbox import Sandbox
-from tests.slurm.training_job import PATIENCE, TrainingJob, write_data
+from tests.cluster.sandbox import Sandbox
+from tests.cluster.training_job import PATIENCE, TrainingJob, write_data
 
 
 @pytest.fixture(scope="module")
