@@ -25,7 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "recipes": ("megatron_txssm.recipe.show", "list the recipes, or show one with all its fields"),
     "data": ("megatron_txssm.data.commands", "make, check and inspect a corpus of token shards"),
     "pretrain": (
-        "megatron_txssm.launch.local",
+        "megatron_txssm.training.launch.processes",
         "pretrain a recipe: on processes of this machine, or under torchrun or srun",
     ),
     "check": ("megatron_txssm.check.command", "prove that a recipe's parallel layouts compute what one process does"),

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_txssm.checkpoint import checksums, steps
 from megatron_txssm.checkpoint.checksums import Checksum, HashingFile
-from megatron_txssm.launch.environment import end_with_parent
+from megatron_txssm.slurm.environment import end_with_parent
 
 # What this process could not write into checkpoints, and why.
 failed_writes: list[Exception] = []

@@ -7,10 +7,10 @@ from typing import Any
 
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.local import launch, smallest_world_size
-from megatron_txssm.launch.preflight import check_checkpoint, saved_step
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.training.launch.preflight import check_checkpoint, saved_step
+from megatron_txssm.training.launch.processes import launch, smallest_world_size
 
 RECIPE = "demo_cpu"
 EXAMPLES = ("txssm demo", "txssm demo --set training.train_iters=100")

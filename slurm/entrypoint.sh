@@ -62,7 +62,7 @@ supervise() {
   local code stopped='' tries=0 pid=''
   trap 'stopped=yes; [[ -z $pid ]] || kill -TERM "$pid" 2>/dev/null || true' TERM
   while :; do
-    "$python" -m megatron_txssm.launch.supervisor "$@" &
+    "$python" -m megatron_txssm.jobs.supervisor.supervisor "$@" &
     pid=$!
     # It may have come before there was anybody to tell.
     [[ -z $stopped ]] || kill -TERM "$pid" 2>/dev/null || true

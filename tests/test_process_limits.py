@@ -11,8 +11,8 @@ import pytest
 
 from megatron_txssm import process_limits
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.preflight import check_machine, number_of_shards
 from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.training.launch.preflight import check_machine, number_of_shards
 
 OWN_DATA = [
     *("data.corpus=null", "data.tokenizer_type=NullTokenizer", "data.vocab_size=64"),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.environment import end_with_launcher
+from megatron_txssm.slurm.environment import end_with_launcher
 
 
 def main(tasks_file: str, precision: str) -> None:

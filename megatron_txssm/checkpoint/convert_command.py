@@ -19,8 +19,8 @@ from megatron_txssm.convert.proof import NotTheSame
 from megatron_txssm.convert.worker import TaskFailed
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.files import check_absent, complete_folder
-from megatron_txssm.launch.environment import adopt_slurm_step
 from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.slurm.environment import adopt_slurm_step
 from megatron_txssm.terminal import progress_bar
 
 # Command -> (one line of help, examples).

@@ -87,7 +87,7 @@ def shard(recipe: CorpusRecipe, workers: int) -> int:
 
 def _submit(recipe: CorpusRecipe) -> int:
     from megatron_txssm.data.sharding.slurm_array import submit
-    from megatron_txssm.launch.batch_script import load_site_settings
+    from megatron_txssm.slurm.batch_script import load_site_settings
 
     load_site_settings()
     plan = prepare(recipe)

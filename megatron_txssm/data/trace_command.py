@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.local import smallest_world_size
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.training.launch.processes import smallest_world_size
 
 if TYPE_CHECKING:
-    from megatron_txssm.data.lineage import TracedSample
+    from megatron_txssm.training.lineage import TracedSample
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     nproc = smallest_world_size(recipe) if args.nproc is None else args.nproc
     if nproc < 1:
         raise UserError(f"--nproc {nproc} must be at least 1")
-    from megatron_txssm.data.lineage import TrainingData
+    from megatron_txssm.training.lineage import TrainingData
     from megatron_txssm.training.output import output_redirected
 
     # Megatron prints hundreds of lines.

@@ -7,9 +7,9 @@ from typing import Any
 
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch import slurm
-from megatron_txssm.launch.run_folder import attempts, find_run, job_ids
-from megatron_txssm.launch.run_jobs import jobs_of
+from megatron_txssm.jobs.attempts import attempts, find_run, job_ids
+from megatron_txssm.jobs.run_jobs import jobs_of
+from megatron_txssm.slurm import client as slurm
 
 EXAMPLES = ("txssm cancel runs/transxssm_1.3b", "txssm cancel 17")
 # Of a job that has ended meanwhile.

@@ -8,12 +8,12 @@ from typing import Any
 
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch import slurm
-from megatron_txssm.launch.goodput import print_goodput, slowness
-from megatron_txssm.launch.metrics import current_step
-from megatron_txssm.launch.waiting import needs_somebody, what_it_waits_for
+from megatron_txssm.jobs.goodput import print_goodput, slowness
 from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.slurm import client as slurm
+from megatron_txssm.slurm.waiting import needs_somebody, what_it_waits_for
 from megatron_txssm.terminal import print_table
+from megatron_txssm.training.watch.metrics import current_step
 
 
 def add_parser(subparsers: Any) -> None:

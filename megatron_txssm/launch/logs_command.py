@@ -8,8 +8,8 @@ from typing import Any
 
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch import slurm
-from megatron_txssm.launch.run_folder import find_run, read_submission
+from megatron_txssm.jobs.attempts import find_run, read_submission
+from megatron_txssm.slurm import client as slurm
 
 EXAMPLES = (
     "txssm logs runs/transxssm_1.3b",

@@ -6,10 +6,10 @@ from typing import Any
 
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.batch_script import load_site_settings
-from megatron_txssm.launch.limits import LIMITS, add_limits
-from megatron_txssm.launch.sbatch_options import check_time, parse_options
-from megatron_txssm.launch.submit import Layout, plan_submission
+from megatron_txssm.jobs.limits import LIMITS, add_limits
+from megatron_txssm.jobs.submit import Layout, plan_submission
+from megatron_txssm.slurm.batch_script import load_site_settings
+from megatron_txssm.slurm.sbatch_options import check_time, parse_options
 
 EXAMPLES = (
     "txssm submit transxssm_1.3b --nodes 4 --gpus-per-node 8 --time 24:00:00",

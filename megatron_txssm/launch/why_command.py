@@ -8,19 +8,19 @@ from typing import Any
 
 from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch import slurm
-from megatron_txssm.launch.collective_trace import explain_hang
-from megatron_txssm.launch.diagnosis import close, recorded
-from megatron_txssm.launch.goodput import explain_goodput, slowness
-from megatron_txssm.launch.local_end import explain_local_end
-from megatron_txssm.launch.metrics import current_step
-from megatron_txssm.launch.preflight import is_finished, saved_step
-from megatron_txssm.launch.remedies import what_to_do
-from megatron_txssm.launch.run_folder import Attempt, attempts, find_run, job_ids, load_run
-from megatron_txssm.launch.run_jobs import jobs_of, seconds_since_step, who_trains
-from megatron_txssm.launch.stages import end_of, last_words, other_stages
-from megatron_txssm.launch.waiting import what_it_waits_for
+from megatron_txssm.jobs.attempts import Attempt, attempts, find_run, job_ids, load_run
+from megatron_txssm.jobs.diagnosis.diagnosis import close, recorded
+from megatron_txssm.jobs.diagnosis.remedies import what_to_do
+from megatron_txssm.jobs.goodput import explain_goodput, slowness
+from megatron_txssm.jobs.run_jobs import jobs_of, seconds_since_step, who_trains
+from megatron_txssm.jobs.stages import end_of, last_words, other_stages
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.slurm import client as slurm
+from megatron_txssm.slurm.waiting import what_it_waits_for
+from megatron_txssm.training.launch.ended import explain_local_end
+from megatron_txssm.training.launch.preflight import is_finished, saved_step
+from megatron_txssm.training.watch.collective_trace import explain_hang
+from megatron_txssm.training.watch.metrics import current_step
 
 EXAMPLES = ("txssm why runs/transxssm_1.3b", "txssm why 17", "txssm why transxssm_1.3b --all")
 

@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.environment import attempt_folder, end_process, end_with_launcher
-from megatron_txssm.launch.preflight import check_machine, check_run, is_finished, make_run_directory
-from megatron_txssm.launch.run_lock import RunLock
 from megatron_txssm.process_limits import allow_open_files
 from megatron_txssm.recipe.megatron_args import (
     megatron_arguments,
@@ -20,11 +17,14 @@ from megatron_txssm.recipe.megatron_args import (
     whole_validation_arguments,
 )
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.training.collective_trace import dump_when_asked, prepare_recorder
+from megatron_txssm.slurm.environment import attempt_folder, end_process, end_with_launcher
+from megatron_txssm.training.launch.preflight import check_machine, check_run, is_finished, make_run_directory
+from megatron_txssm.training.launch.run_lock import RunLock
 from megatron_txssm.training.not_finite import NOT_THE_SAME, SAME_AGAIN, explain_not_finite
 from megatron_txssm.training.output import redirect_output
 from megatron_txssm.training.resuming import load_sound_checkpoints
 from megatron_txssm.training.saving import explain_full_disk, keep_recipe, prepare_saves
+from megatron_txssm.training.watch.flight_recorder import dump_when_asked, prepare_recorder
 
 
 def run_worker(recipe: Recipe, work: Callable[[Recipe, TextIO], None] | None = None) -> int:
@@ -98,8 +98,8 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     from megatron_txssm.checkpoint.load import explain_failed_loads
     from megatron_txssm.compat import mend_megatron
     from megatron_txssm.training.forward_step import datasets_provider, forward_step
-    from megatron_txssm.training.monitor import TrainingMonitor
-    from megatron_txssm.training.wandb_run import name_wandb_run
+    from megatron_txssm.training.watch.monitor import TrainingMonitor
+    from megatron_txssm.training.watch.wandb_run import name_wandb_run
 
     mend_megatron()
     explain_failed_loads()

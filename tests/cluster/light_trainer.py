@@ -16,8 +16,8 @@ from pathlib import Path
 def main() -> None:
     if "pretrain" not in sys.argv:
         os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-    from megatron_txssm.launch.run_lock import RunLock
     from megatron_txssm.recipe.loader import load_recipe
+    from megatron_txssm.training.launch.run_lock import RunLock
 
     recipe = load_recipe(sys.argv[sys.argv.index("pretrain") + 1])
     stopped = threading.Event()

@@ -9,11 +9,11 @@ import psutil
 import pytest
 import yaml
 
+from tests.cluster.sandbox import Sandbox
+from tests.cluster.training_job import txssm
 from tests.data.corpora import library_texts
 from tests.data.corpus_recipes import corpus_bytes, run_data
 from tests.data.in_process import web_recipe
-from tests.cluster.sandbox import Sandbox
-from tests.cluster.training_job import txssm
 
 TASKS = 4
 PATIENCE = 600  # seconds

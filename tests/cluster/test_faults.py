@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_txssm.launch.collective_trace import explain_hang, missing_ranks
+from megatron_txssm.training.watch.collective_trace import explain_hang, missing_ranks
 from tests.cluster.sandbox import Sandbox
 from tests.cluster.training_job import SAVE_INTERVAL, TrainingJob, write_data
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_txssm.launch.batch_script import HOME
-from megatron_txssm.launch.frozen_code import FrozenCode
-from megatron_txssm.launch.hostlist import expand
-from megatron_txssm.launch.sbatch_options import OURS, parse_options
-from tests.launch.test_hostlist import LISTS
+from megatron_txssm.jobs.frozen_code import FrozenCode
+from megatron_txssm.slurm.batch_script import HOME
+from megatron_txssm.slurm.hostlist import expand
+from megatron_txssm.slurm.sbatch_options import OURS, parse_options
 from tests.cluster.sandbox import Sandbox
 from tests.cluster.training_job import PATIENCE, TrainingJob, write_data
+from tests.slurm.test_hostlist import LISTS
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,9 @@ def test_a_job_runs_what_was_submitted_where_ranks_have_no_slurm(sandbox: Sandbo
     record = json.loads((job.run / "submission.json").read_text())
     job.job = record["jobs"]["pretrain"][0]
     for name in ("supervisor.py", "node_check.py"):
-        (checkout.path / "megatron_txssm" / "launch" / name).write_text("raise SystemExit('another version')\n")
+        (checkout.path / "megatron_txssm" / "jobs" / "supervisor" / name).write_text(
+            "raise SystemExit('another version')\n"
+        )
     job.wait_step(15)
     assert Path(record["code"]).parent == job.run / "code"
     code = job.process(1).environ()["PYTHONPATH"].partition(":")[0]

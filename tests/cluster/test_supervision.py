@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_txssm.launch.goodput import goodput
+from megatron_txssm.jobs.goodput import goodput
 from tests.cluster.sandbox import Sandbox
 from tests.cluster.stand_in_trainer import losses
 from tests.cluster.training_job import TrainingJob, write_data

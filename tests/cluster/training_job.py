@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_txssm.launch.run_folder import Attempt, attempts
+from megatron_txssm.jobs.attempts import Attempt, attempts
 from tests.cluster.sandbox import Sandbox
 
 # A start takes 10 s on two quiet cores.
@@ -143,7 +143,7 @@ class TrainingJob:
     def supervisor(self) -> psutil.Process:
         for process in psutil.process_iter(["cmdline"]):
             words = process.info["cmdline"] or []
-            if "megatron_txssm.launch.supervisor" in words and f"{self.run}/recipe.yaml" in words:
+            if "megatron_txssm.jobs.supervisor.supervisor" in words and f"{self.run}/recipe.yaml" in words:
                 return process
         raise AssertionError(f"no supervisor:\n{self.output()}")
 

@@ -8,8 +8,8 @@ import pytest
 from megatron_txssm.cli import main
 from megatron_txssm.data.corpus.manifest import Plan, TaskManifest, read_manifest
 from megatron_txssm.data.corpus.recipe import CorpusRecipe
-from megatron_txssm.data.sharding import run_local as execute
-from megatron_txssm.data.sharding.task import ShardTask
+from megatron_txssm.data.sharding import run_local
+from megatron_txssm.data.sharding.shard_task import ShardTask
 from tests.data.corpus_recipes import write_byte_level_bpe, write_recipe
 
 
@@ -18,10 +18,10 @@ def run_tasks_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(recipe: CorpusRecipe, plan: Plan, workers: int) -> None:
         for subset in recipe.subsets:
-            for task in execute.unfinished(recipe, plan, subset):
+            for task in run_local.unfinished(recipe, plan, subset):
                 ShardTask(recipe, subset).run(rank=task)
 
-    monkeypatch.setattr(execute, "run_locally", run)
+    monkeypatch.setattr(run_local, "run_locally", run)
 
 
 def shard(recipe: Path, *words: str) -> int:

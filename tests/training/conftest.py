@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from tiny_run import Done, TinyRun, make_tiny_run
+
+from tests.training.tiny_run import Done, TinyRun, make_tiny_run
 
 
 @pytest.fixture

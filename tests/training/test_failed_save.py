@@ -7,7 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tiny_run import ENVIRONMENT, Done, TinyRun, command, sets
+
+from tests.training.tiny_run import ENVIRONMENT, Done, TinyRun, command, sets
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tiny_run import ENVIRONMENT, Done, TinyRun, command, sets
+
+from tests.training.tiny_run import ENVIRONMENT, Done, TinyRun, command, sets
 
 
 def iterations(run: TinyRun) -> list[int]:

@@ -4,7 +4,8 @@ import json
 import math
 
 import pytest
-from tiny_run import TinyRun
+
+from tests.training.tiny_run import TinyRun
 
 LEARNING_RATE, STEPS = 1e-3, 6
 

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from tiny_run import TinyRun
 
 from megatron_txssm.recipe.megatron_section import passing
+from tests.training.tiny_run import TinyRun
 
 # One process; what is left out here needs a GPU, another layout, or ends the run.
 PASSED = {

@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tiny_run import VOCAB_SIZE, Done, TinyRun, make_tiny_run, txssm
+
+from tests.training.tiny_run import VOCAB_SIZE, Done, TinyRun, make_tiny_run, txssm
 
 
 def check_message(done: Done, code: int, *wanted: str) -> None:

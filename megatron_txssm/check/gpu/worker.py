@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.environment import end_with_parent
+from megatron_txssm.slurm.environment import end_with_parent
 
 if TYPE_CHECKING:
     from megatron_txssm.recipe.recipe import Recipe
@@ -103,7 +103,7 @@ def bandwidth(task: dict[str, Any]) -> dict[str, Any]:
     if count < 2:
         return {}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    words = [*launch, "-m", "megatron_txssm.launch.bandwidth_check", "--megabytes=512", "--timeout=60"]
+    words = [*launch, "-m", "megatron_txssm.jobs.nodes.bandwidth_check", "--megabytes=512", "--timeout=60"]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     [line] = [line for line in done.stdout.splitlines() if line.startswith("{")]
     return json.loads(line) | {"gpus": count}

@@ -14,10 +14,10 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 from megatron_txssm.data.corpus.manifest import Plan, logging_folder
 from megatron_txssm.data.corpus.recipe import CorpusRecipe
 from megatron_txssm.data.sharding.run_local import unfinished
-from megatron_txssm.data.sharding.task import ShardTask
+from megatron_txssm.data.sharding.shard_task import ShardTask
 from megatron_txssm.errors import UserError
-from megatron_txssm.launch.batch_script import HOME, render
-from megatron_txssm.launch.slurm import PLAIN_PATH, run_slurm, run_squeue, sbatch_environment
+from megatron_txssm.slurm.batch_script import HOME, render
+from megatron_txssm.slurm.client import PLAIN_PATH, run_slurm, run_squeue, sbatch_environment
 
 # Slurm's own default, where the cluster does not tell.
 DEFAULT_MAX_ARRAY_SIZE = 1001

@@ -13,7 +13,7 @@ from megatron_txssm.cli import main
 from megatron_txssm.data import status_command
 from megatron_txssm.data.corpus.manifest import Plan, Slice, write_plan
 from megatron_txssm.data.corpus.status import SILENT_SECONDS, CorpusStatus, SubsetStatus
-from megatron_txssm.data.sharding import task as shard_task
+from megatron_txssm.data.sharding import shard_task
 from megatron_txssm.data.status_command import print_status
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import write_json

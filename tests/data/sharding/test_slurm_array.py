@@ -17,8 +17,7 @@ import pytest
 from megatron_txssm.cli import main
 from megatron_txssm.data.corpus.manifest import Plan, Slice, logging_folder, manifest_path, write_plan
 from megatron_txssm.data.corpus.recipe import CorpusRecipe, load_corpus_recipe
-from megatron_txssm.data.sharding import run_local as execute
-from megatron_txssm.data.sharding import slurm_array
+from megatron_txssm.data.sharding import run_local, slurm_array
 from megatron_txssm.data.sharding.plan import plan_subset
 from megatron_txssm.errors import UserError
 from tests.data.corpus_recipes import corpus_bytes
@@ -202,7 +201,7 @@ def test_only_what_is_unfinished_is_submitted_again(
     number = len(cluster.submissions)
     total = len(plan.tasks["fineweb-edu-dedup"])
     finish(recipe, "fineweb-edu-dedup", *(task for task in range(total) if task % 7 != 3))
-    monkeypatch.setattr(execute, "write_subset_manifest", lambda *_: None)
+    monkeypatch.setattr(run_local, "write_subset_manifest", lambda *_: None)
     finish(recipe, "cosmopedia-v2", *range(len(plan.tasks["cosmopedia-v2"])))
     # datatrove's own mark, without the shard that it stands for.
     marks = logging_folder(recipe.path, "fineweb-edu-dedup") / "completions"
@@ -222,7 +221,7 @@ def test_nothing_is_submitted_once_all_is_finished(
 ) -> None:
     recipe, plan = tiny_corpus(tmp_path)
     finish(recipe, "web", *range(5))
-    monkeypatch.setattr(execute, "write_subset_manifest", lambda *_: None)
+    monkeypatch.setattr(run_local, "write_subset_manifest", lambda *_: None)
     assert slurm_array.submit(recipe, plan) == {} and cluster.submissions == []
 
 

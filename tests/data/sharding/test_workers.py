@@ -9,7 +9,7 @@ import pytest
 
 from megatron_txssm.data.corpus.manifest import Plan
 from megatron_txssm.data.corpus.recipe import load_corpus_recipe
-from megatron_txssm.data.sharding import run_local as execute
+from megatron_txssm.data.sharding import run_local
 from megatron_txssm.errors import UserError
 from tests.data.in_process import web_recipe
 
@@ -18,10 +18,10 @@ def test_without_room_for_shared_memory_the_place_is_named(tmp_path: Path, monke
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(execute, "unfinished", lambda *_: [0])
-    monkeypatch.setattr(execute, "start_worker_server", lambda: None)
-    monkeypatch.setattr(execute, "ProcessPoolExecutor", full)
+    monkeypatch.setattr(run_local, "unfinished", lambda *_: [0])
+    monkeypatch.setattr(run_local, "start_worker_server", lambda: None)
+    monkeypatch.setattr(run_local, "ProcessPoolExecutor", full)
     (tmp_path / "source").mkdir()
     recipe = load_corpus_recipe(web_recipe(tmp_path, tmp_path / "source"))
     with pytest.raises(UserError, match=r"/dev/shm: No space left on device; .* make room"):
-        execute.run_locally(recipe, Plan({}), 1)
+        run_local.run_locally(recipe, Plan({}), 1)

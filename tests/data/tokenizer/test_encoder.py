@@ -15,7 +15,7 @@ import sentencepiece
 from datatrove.data import Document
 
 from megatron_txssm.data.corpus.manifest import TokenizerFacts
-from megatron_txssm.data.sharding import task as shard_task
+from megatron_txssm.data.sharding import shard_task
 from megatron_txssm.data.tokenizer import checked_encoder, encoder
 from megatron_txssm.data.tokenizer.checked_encoder import CheckedEncoder
 from megatron_txssm.data.tokenizer.encoder import Encoder, load_encoders

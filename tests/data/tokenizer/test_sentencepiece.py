@@ -9,7 +9,7 @@ import pytest
 from megatron_txssm.data import demo_corpus
 from megatron_txssm.data.corpus import shard
 from megatron_txssm.data.corpus.recipe import TokenizerSource
-from megatron_txssm.data.tokenizer import sentencepiece as tokenizer
+from megatron_txssm.data.tokenizer import sentencepiece
 from megatron_txssm.data.tokenizer.install import install_tokenizer
 from megatron_txssm.data.tokenizer.sentencepiece import (
     is_representable,
@@ -19,7 +19,7 @@ from megatron_txssm.data.tokenizer.sentencepiece import (
 from megatron_txssm.errors import UserError
 
 VOCAB_SIZE = 600
-TEXTS = [inspect.getsource(module) for module in (json, argparse, demo_corpus, shard, tokenizer)]
+TEXTS = [inspect.getsource(module) for module in (json, argparse, demo_corpus, shard, sentencepiece)]
 
 AWKWARD_TEXTS = [
     "",

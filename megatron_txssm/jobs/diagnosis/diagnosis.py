@@ -1,0 +1,233 @@
+"""Why an attempt ended: from what Slurm, srun and the workers left in the run folder."""
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.jobs.attempts import Attempt, farthest_step
+from megatron_txssm.jobs.diagnosis.causes import cause_of, is_of_another_rank, meaning, remedy, shortened, suspect
+from megatron_txssm.jobs.nodes.node_preflight import is_silence
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.slurm.client import run_slurm
+from megatron_txssm.slurm.words import (
+    Failure,
+    failed_tasks,
+    first_complaint,
+    job_was_cancelled,
+    step_was_cancelled,
+    what_killed_the_supervisor,
+    why_slurm_ended_it,
+)
+from megatron_txssm.training.launch.preflight import is_finished, saved_step
+from megatron_txssm.training.watch.collective_trace import missing_ranks
+
+# What there was none of, by the limit that was exceeded (stall.StallWatch).
+_HUNG = {"start": "no first step", "step": "no step", "save": "the checkpoint was not complete"}
+# How much of a killed rank's log is read: it ends with what killed it.
+_LAST_WORDS_BYTES = 4096
+# The preflight's words for a file system that all nodes share.
+_NO_ROOM = re.compile(
+    r"GB left; a checkpoint takes|has room for \d+ more files|cannot be written: (?:No space left|Disk quota)"
+)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Why an attempt ended."""
+
+    # A key of CAUSES.
+    cause: str
+    # What exactly; may be empty.
+    detail: str = ""
+    # The rank and the node where it began.
+    rank: int | None = None
+    node: str | None = None
+
+    @property
+    def summary(self) -> str:
+        return meaning(self.cause)[0]
+
+    @property
+    def remedy(self) -> str:
+        """What to do, as far as it does not depend on what has become of the job: see remedies.py."""
+        return remedy(self.cause, self.detail)
+
+    def __str__(self) -> str:
+        place = "" if self.node is None else f" on {self.node}"
+        where = place if self.rank is None else f": rank {self.rank}{place}"
+        return f"{self.summary}{where}{': ' if self.detail else ''}{self.detail}"
+
+
+def close(attempt: Attempt, recipe: Recipe) -> Diagnosis:
+    """Complete the record of an attempt that has ended, the last one of its run (without saving it)."""
+    attempt.ended = time.time()
+    attempt.last_step = farthest_step(recipe.run_path / "metrics.jsonl", attempt)
+    attempt.saved_after = saved_step(recipe.checkpoint_path)
+    found = diagnose(attempt, is_finished(recipe), attempt.read_output())
+    if found.cause in ("unknown", "connection_lost") and (lost := lost_nodes(attempt.nodes)):
+        # With the first node the supervisor is lost as well, and nobody is left to say so.
+        found = Diagnosis("node_failure", node=lost[0])
+    record(attempt, found)
+    return found
+
+
+def record(attempt: Attempt, found: Diagnosis) -> None:
+    """Put a diagnosis into the attempt's record."""
+    attempt.cause, attempt.detail, attempt.rank, attempt.node = found.cause, found.detail, found.rank, found.node
+
+
+def recorded(attempt: Attempt) -> Diagnosis | None:
+    """The diagnosis in an attempt's record; None where nobody could say yet."""
+    if attempt.cause is None:
+        return None
+    return Diagnosis(attempt.cause, attempt.detail, attempt.rank, attempt.node)
+
+
+def diagnose(attempt: Attempt, finished: bool, output: str) -> Diagnosis:
+    """Why `attempt` ended; `output`: what its job printed meanwhile; `finished`: the last step is saved."""
+    if finished:
+        return Diagnosis("finished")
+    if attempt.failed_nodes:
+        node, problems = next(iter(attempt.failed_nodes.items()))
+        if len(attempt.failed_nodes) == len(attempt.nodes):
+            found = [text for texts in attempt.failed_nodes.values() for text in texts]
+            if all(map(_NO_ROOM.search, found)):
+                # No other node would have more.
+                return Diagnosis("disk_full", found[0])
+            if all(map(is_silence, found)):
+                # That is no node's doing.
+                return Diagnosis("preflight", found[0])
+        return Diagnosis("preflight", "; ".join(problems), node=node)
+    if attempt.hang is not None:
+        return _hang(attempt, attempt.hang)
+    if name := what_killed_the_supervisor(output):
+        # Its step was ended after it.
+        return Diagnosis("supervisor_killed", f"killed by {name}")
+    if ended := why_slurm_ended_it(output):
+        cause, node = ended
+        return Diagnosis(cause, node=node)
+    if attempt.told_to_stop or job_was_cancelled(output):
+        return Diagnosis("cancelled")
+    if attempt.exit_code is not None and attempt.exit_code < 0:
+        # Popen's word for a signal. Its ranks may live on, until the next attempt ends them.
+        return Diagnosis("srun_killed", f"killed by {signal.Signals(-attempt.exit_code).name}")
+    if attempt.exit_code == 0:
+        return Diagnosis("stopped" if (attempt.folder / "stopped").exists() else "megatron_exit")
+    return _failure(attempt, output)
+
+
+def lost_nodes(nodes: list[str]) -> list[str]:
+    """Those of `nodes` that do not answer Slurm now; none where Slurm itself does not."""
+    try:
+        states = run_slurm("sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %t")
+    except UserError:
+        return []
+    found = dict(map(str.split, states.splitlines()))
+    # The star: no answer.
+    return [node for node in nodes if found.get(node, "").startswith("down") or found.get(node, "").endswith("*")]
+
+
+def _hang(attempt: Attempt, hang: dict[str, Any]) -> Diagnosis:
+    # None: nobody was asked, as slurmctld was away.
+    silent = hang["silent_ranks"]
+    num_ranks = len(attempt.nodes) * attempt.nproc_per_node
+    detail = f"{_HUNG[hang.get('during', 'step')]} for {hang['seconds']:.0f} s"
+    if not silent:
+        detail += "" if silent is None else "; every rank wrote its stacks into its log"
+        if missing := missing_ranks(attempt.folder, num_ranks):
+            return Diagnosis("hung", detail, missing[0], attempt.node_of(missing[0]))
+        return Diagnosis("hung", detail)
+    if len(silent) == num_ranks > 1:
+        return Diagnosis("hung", f"{detail}; no rank wrote its stacks: the run's file system or the network was gone")
+    ranks = ", ".join(map(str, silent))
+    detail += f"; rank{'s' if len(silent) > 1 else ''} {ranks} did not answer, the others wrote their stacks"
+    return Diagnosis("hung", detail, silent[0], attempt.node_of(silent[0]))
+
+
+def _failure(attempt: Attempt, output: str) -> Diagnosis:
+    found = [
+        failure for _, failure in sorted(_recorded_errors(attempt.folder), key=lambda item: (item[0], item[1].rank))
+    ]
+    # A disk, a GPU or a mount explains what else fails, and what a person set wrong.
+    for failure in found:
+        if (cause := _cause_of(failure, attempt)) and cause != "out_of_memory":
+            return _of(attempt, cause, failure)
+    for failure in found:
+        kind, _, text = failure.text.partition(": ")
+        if kind == UserError.__name__:
+            return Diagnosis("refused", text)
+    own = [failure for failure in found if not is_of_another_rank(failure.text)]
+    tasks = list(failed_tasks(output))
+    killed = [failure for failure in tasks if failure.signal not in (None, signal.SIGTERM)]
+    if own:
+        return _of(attempt, _cause_of(own[0], attempt) or "failed", own[0])
+    if step_was_cancelled(output):
+        return Diagnosis("step_cancelled")
+    if killed:
+        return _killed(attempt, killed[0], output)
+    if found:
+        return _of(attempt, "connection_lost", found[0])
+    if tasks:
+        return _of(attempt, "failed", tasks[0])
+    return Diagnosis("unknown", first_complaint(output))
+
+
+def _of(attempt: Attempt, cause: str, failure: Failure) -> Diagnosis:
+    if origin := suspect(failure.text):
+        return Diagnosis(cause, failure.text, *origin)
+    return Diagnosis(cause, failure.text, failure.rank, failure.node or attempt.node_of(failure.rank))
+
+
+def _cause_of(failure: Failure, attempt: Attempt) -> str | None:
+    missing = re.match(r"FileNotFoundError: .*: '(.+)'$", failure.text)
+    if missing and Path(missing[1]).is_relative_to(attempt.run) and os.path.exists(missing[1]):
+        # Of the run's own folder, and here it is: that node has lost the mount.
+        return "node_file_system"
+    return cause_of(failure.text)
+
+
+def _killed(attempt: Attempt, failure: Failure, output: str) -> Diagnosis:
+    """Of a rank that could leave no record. Its log, or what the job printed, may tell more than a signal's name."""
+    said = [line for line in (*_last_words(attempt, failure.rank), *output.splitlines()) if line.strip()]
+    for line in said:
+        if (cause := cause_of(line.strip())) in ("disk_full", "bad_gpu", "node_file_system"):
+            return _of(attempt, cause, replace(failure, text=f"{failure.text}: {shortened(line)}"))
+    if failure.signal == signal.SIGABRT and (lost := [line for line in said if "Watchdog caught collective" in line]):
+        # NCCL ends the ranks that waited for another.
+        return _of(attempt, "connection_lost", replace(failure, text=f"{failure.text}: {shortened(lost[0])}"))
+    return _of(attempt, "out_of_memory" if cause_of(failure.text) == "out_of_memory" else "killed", failure)
+
+
+def _last_words(attempt: Attempt, rank: int) -> list[str]:
+    """The last lines of a rank's log, if this attempt wrote to it."""
+    log = attempt.run / "logs" / f"rank_{rank}.log"
+    try:
+        with log.open("rb") as file:
+            if os.fstat(file.fileno()).st_mtime < attempt.started:
+                return []
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_WORDS_BYTES))
+            return file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _recorded_errors(folder: Path) -> Iterator[tuple[float, Failure]]:
+    """(time, exception) of the ranks that could still say what ended them, as torch's error handler writes it."""
+    for path in folder.glob("rank_*.json"):
+        rank = path.stem.removeprefix("rank_")
+        try:
+            message = json.loads(path.read_bytes())["message"]
+            # A failed start has only a text.
+            text, extra = (message, {}) if isinstance(message, str) else (message["message"], message["extraInfo"])
+            seconds = float(extra.get("timestamp", "inf"))
+            yield seconds, Failure(int(rank), shortened(text))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            # Cut off, or another's.
+            continue

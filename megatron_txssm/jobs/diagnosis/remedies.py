@@ -1,0 +1,67 @@
+"""What to do about an attempt's end, given what has become of its job since: the commands, ready to be typed."""
+
+import os
+import shlex
+from pathlib import Path
+
+from megatron_txssm.checkpoint.steps import saved_step, whole_steps
+from megatron_txssm.jobs.attempts import Attempt, read_submission
+from megatron_txssm.jobs.diagnosis.causes import remedy
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.slurm.client import Job
+from megatron_txssm.slurm.waiting import needs_somebody, what_it_waits_for
+
+# What starts again by itself or by a person's command, without anything to mend.
+_NOTHING_TO_MEND = {
+    *("time_limit", "preempted", "node_failure", "requeued", "cancelled", "step_cancelled", "stopped"),
+    "megatron_exit",
+}
+
+
+def what_to_do(attempt: Attempt, recipe: Recipe, run: Path, jobs: list[Job] | None) -> str:
+    """`jobs`: the run's training jobs in the queue, None where Slurm does not answer."""
+    cause = attempt.cause
+    assert cause is not None
+    if cause == "finished":
+        return ""
+    mend = go_back(attempt.detail, recipe, run) if cause == "nan" else remedy(cause, attempt.detail)
+    if jobs is None:
+        return mend
+    if jobs:
+        if needs_somebody(jobs[0]):
+            return f"{'' if cause in _NOTHING_TO_MEND else f'{mend}; '}{what_it_waits_for(jobs[0])}"
+        return f"nothing: job {jobs[0].job_id} goes on by itself" if cause in _NOTHING_TO_MEND else mend
+    again = submit_again(run)
+    if cause == "preempted":
+        return f"Slurm did not start it again (PreemptMode=CANCEL, or --no-requeue); submit it again: {again}"
+    if cause in _NOTHING_TO_MEND:
+        return f"submit it again to go on from its checkpoint: {again}"
+    return mend if cause == "nan" else f"{mend}; submit it again: {again}"
+
+
+def submit_again(run: Path, *changes: str) -> str:
+    """The command that queues a run once more; `changes`: its options."""
+    submission = read_submission(run)
+    words = " ".join(["", *changes]) if changes else ""
+    if command := submission.get("command"):
+        place = submission.get("directory")
+        there = f"cd {shlex.quote(place)} && " if place and place != os.getcwd() else ""
+        return f"{there}{command}{words}"
+    return f"txssm submit {shlex.quote(str(run / 'recipe.yaml'))} --nodes N{words}"
+
+
+def go_back(detail: str, recipe: Recipe, run: Path) -> str:
+    """For a run whose weights or gradients are not finite."""
+    if (said := detail.find("The last sound checkpoint")) >= 0:
+        # The trainer has looked at the weights.
+        return detail[said:]
+    newest = saved_step(recipe.checkpoint_path)
+    rate = recipe.optimizer.learning_rate / 2
+    changes = (f"--set optimizer.learning_rate={rate:g}", "--set megatron.override_opt_param_scheduler=true")
+    lower = f"try a lower rate, from there or an older step: {submit_again(run, *changes)}"
+    if newest is None:
+        return f"no checkpoint is there; {lower.replace('from there or an older step', 'from the beginning')}"
+    tracker = recipe.checkpoint_path / "latest_checkpointed_iteration.txt"
+    older = [step.number for step in whole_steps(recipe.checkpoint_path) if step.number < newest]
+    back = f"; to go back to step {older[0]}: echo {older[0]} > {shlex.quote(str(tracker))}" if older else ""
+    return f"the last sound step is {newest}{back}; {lower}"

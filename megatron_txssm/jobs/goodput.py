@@ -1,0 +1,235 @@
+"""How well a run uses its time: the share spent in steps that count, and what is lost to faults, queue and starts.
+
+All of it follows from attempts/*/attempt.json and metrics.jsonl:
+
+  wall           from the submission (or, where a later one has overwritten it, from the first start) to the end of the
+                 last attempt; to now while a job of the run is in the queue
+  active         seconds in training steps, each step counted once: a step that was done twice counts the last time, as
+                 its line in metrics.jsonl does
+  repeated       seconds in the steps that were done again later, and their number
+  queue          between the submission and the first attempt, and between attempts, but for a start within the same job
+                 that its supervisor made; to now while the job is pending
+  start          from the begin of an attempt to its first step
+  other          the rest: validations, saves, hangs, the end of an attempt
+  recovery       from the end of an attempt to the first step that none had done before; of several attempts in between
+                 the first one's end counts
+"""
+
+import contextlib
+import datetime
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.jobs.attempts import Attempt, attempts, job_ids, read_submission
+from megatron_txssm.slurm import client as slurm
+from megatron_txssm.terminal import print_table
+from megatron_txssm.training.watch.metrics import metrics_lines, metrics_tail
+
+# What the field reports of its largest runs: effective training time, and the time to train again after a fault.
+FIELD_ACTIVE, FIELD_RECOVERY_SECONDS = 0.97, 240
+# In Attempt.action, where the supervisor started the trainer again without a requeue.
+WITHIN_JOB = "within the job"
+
+
+@dataclass
+class Goodput:
+    """Seconds, as the module's docstring defines them."""
+
+    wall: float = 0.0
+    active: float = 0.0
+    repeated: float = 0.0
+    queue: float = 0.0
+    start: float = 0.0
+    attempts: int = 0
+    # Distinct steps, and those that were done again.
+    steps: int = 0
+    repeated_steps: int = 0
+    recoveries: list[float] = field(default_factory=list)
+    # metrics.jsonl has lines of an earlier version, without times: what follows from those is not known.
+    has_times: bool = True
+
+    @property
+    def active_share(self) -> float | None:
+        return self.active / self.wall if self.wall > 0 else None
+
+    @property
+    def recovery(self) -> float | None:
+        """The median."""
+        return statistics.median(self.recoveries) if self.recoveries else None
+
+    @property
+    def other(self) -> float:
+        return max(0.0, self.wall - self.active - self.repeated - self.queue - self.start)
+
+
+def goodput(run: Path, job_state: str | None = None, now: float | None = None) -> Goodput | None:
+    """Of a run's attempts so far; None before the first. `job_state`: of its job in the queue, as squeue says it."""
+    found = attempts(run)
+    if not found:
+        return None
+    now = time.time() if now is None else now
+    result = Goodput(attempts=len(found))
+    lines = _steps(run, found)
+    ends = [_end(attempt, of_attempt, now) for attempt, of_attempt in zip(found, lines, strict=True)]
+    submitted = _submitted(run, found[0])
+    over = now if job_state is not None else ends[-1]
+    result.wall = over - submitted
+    result.queue = found[0].started - submitted
+    for end, before, after in zip(ends, found, found[1:], strict=False):
+        result.queue += _queued(end, before, after)
+    if job_state == "PENDING":
+        result.queue += now - ends[-1]
+    _count_steps(result, lines)
+    result.has_times = all("time" in line for of_attempt in lines for line in of_attempt)
+    if result.has_times:
+        for attempt, of_attempt, end in zip(found, lines, ends, strict=True):
+            first = of_attempt[0]["time"] - of_attempt[0].get("step_seconds", 0.0) if of_attempt else end
+            result.start += max(0.0, first - attempt.started)
+        result.recoveries = list(_recoveries(found, lines, ends))
+    return result
+
+
+def explain_goodput(run: Path, job_state: str | None) -> Iterator[tuple[str, str]]:
+    """(name, text) for `txssm why`; nothing before the first attempt."""
+    found = goodput(run, job_state)
+    if found is None:
+        return
+    yield "goodput", f"{_share(found)} of {_shown(found.wall)} in steps that count (the field: {FIELD_ACTIVE:.0%})"
+    yield "recovery", f"{_recovery(found)} (the field: < {FIELD_RECOVERY_SECONDS // 60} min)"
+    yield "steps lost", f"{found.repeated_steps} done twice, of {found.steps} ({_shown(found.repeated)})"
+    start = f", starts {_shown(found.start)}, saves and all else {_shown(found.other)}" if found.has_times else ""
+    yield "time", f"in the queue {_shown(found.queue)}{start}"
+
+
+def print_goodput() -> int:
+    """For `txssm jobs --goodput`: every run in runs/ and in the queue."""
+    try:
+        jobs = [job for job in slurm.queue() if not job.is_over and job.script.stem == "pretrain"]
+    except UserError as error:
+        # The runs' own records are here all the same.
+        print(f"warning: {error}; the wall time ends with the last attempt", file=sys.stderr)
+        jobs = []
+    states = {job.script.parent: job.state for job in jobs if (job.script.parent / "submission.json").is_file()}
+    here = {path.parent.parent.parent.resolve() for path in Path("runs").glob("*/attempts/*/attempt.json")}
+    rows = []
+    for run in sorted(here | set(states)):
+        try:
+            of_run = goodput(run, states.get(run))
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            continue
+        if of_run is not None:
+            rows.append((_path(run), *_row(of_run)))
+    if not rows:
+        print("no run has begun")
+        return 0
+    print_table(("run", ">active", ">recovery", ">steps lost", ">in queue", ">wall", ">attempts"), rows)
+    print(f"The field: {FIELD_ACTIVE:.0%} active, recovery (median) < {FIELD_RECOVERY_SECONDS // 60} min.")
+    return 0
+
+
+def slowness(metrics: Path) -> str:
+    """What makes a run slow now, as its last step says; empty where it is not."""
+    steps = [line for line in metrics_tail(metrics) if "grad_norm" in line]
+    slow = steps[-1].get("slow") if steps else None
+    return f"{slow['fraction']:.0%} of its median throughput: {slow['reason']}" if slow else ""
+
+
+def _row(found: Goodput) -> tuple[str, ...]:
+    lost = f"{found.repeated_steps} of {found.steps}"
+    return _share(found), _recovery(found), lost, _shown(found.queue), _shown(found.wall), str(found.attempts)
+
+
+def _share(found: Goodput) -> str:
+    return "unknown" if found.active_share is None else f"{found.active_share:.1%}"
+
+
+def _path(run: Path) -> str:
+    """As one would type it here."""
+    return str(run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run)
+
+
+def _recovery(found: Goodput) -> str:
+    if not found.has_times:
+        return "unknown"
+    return "none needed" if found.recovery is None else f"{_shown(found.recovery)} ({len(found.recoveries)})"
+
+
+def _shown(seconds: float) -> str:
+    return str(timedelta(seconds=round(max(0.0, seconds))))
+
+
+def _steps(run: Path, found: list[Attempt]) -> list[list[dict[str, Any]]]:
+    """The lines of each attempt's steps."""
+    bounds = [*(attempt.metrics_offset for attempt in found), None]
+    lines = (metrics_lines(run / "metrics.jsonl", begin or 0, end) for begin, end in itertools.pairwise(bounds))
+    return [[line for line in of_attempt if "grad_norm" in line] for of_attempt in lines]
+
+
+def _count_steps(result: Goodput, lines: list[list[dict[str, Any]]]) -> None:
+    seconds_of: dict[int, float] = {}
+    for of_attempt in lines:
+        for line, seconds in zip(of_attempt, _step_seconds(of_attempt), strict=True):
+            step = line["iteration"]
+            if step in seconds_of:
+                result.repeated += seconds_of[step]
+                result.repeated_steps += 1
+            seconds_of[step] = seconds
+    result.steps, result.active = len(seconds_of), sum(seconds_of.values())
+
+
+def _step_seconds(lines: list[dict[str, Any]]) -> list[float]:
+    """Of each step of an attempt. An earlier version wrote the mean throughput of some steps instead."""
+    consumed = [line.get("consumed_tokens", 0) for line in lines]
+    batches = [after - before for before, after in itertools.pairwise(consumed)]
+    batches = [*(batches[:1] or consumed), *batches]
+    return [
+        float(line["step_seconds"] if "step_seconds" in line else batch / max(line.get("tokens_per_second", 0), 1e-9))
+        for line, batch in zip(lines, batches, strict=False)
+    ]
+
+
+def _end(attempt: Attempt, lines: list[dict[str, Any]], now: float) -> float:
+    """When an attempt ended: as its supervisor says; else with its last line, if that is known."""
+    if attempt.ended is None:
+        return now
+    own = attempt.exit_code is not None or attempt.told_to_stop or attempt.hang or attempt.failed_nodes
+    if own or not lines or "time" not in lines[-1]:
+        return attempt.ended
+    # Its supervisor died with its node; the next one wrote the record.
+    return min(attempt.ended, lines[-1]["time"])
+
+
+def _queued(end: float, before: Attempt, after: Attempt) -> float:
+    """Seconds between two attempts, unless the job had its nodes all the while."""
+    within_job = before.job_id == after.job_id and WITHIN_JOB in before.action
+    return 0.0 if within_job else max(0.0, after.started - end)
+
+
+def _recoveries(found: list[Attempt], lines: list[list[dict[str, Any]]], ends: list[float]) -> Iterator[float]:
+    farthest, since = 0, None
+    for attempt, of_attempt, end in zip(found, lines, ends, strict=True):
+        for line in of_attempt:
+            if line["iteration"] > farthest:
+                farthest = line["iteration"]
+                if since is not None:
+                    yield max(0.0, line["time"] - since)
+                    since = None
+        if since is None and attempt.ended is not None:
+            since = end
+
+
+def _submitted(run: Path, first: Attempt) -> float:
+    """When the run was submitted, in seconds since the epoch."""
+    if first.job_id in job_ids(run):
+        with contextlib.suppress(KeyError, ValueError, TypeError):
+            return min(first.started, datetime.datetime.fromisoformat(read_submission(run)["submitted"]).timestamp())
+    return first.started

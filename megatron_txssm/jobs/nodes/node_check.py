@@ -1,0 +1,179 @@
+"""What one node says of itself before training: run by srun on every node, prints one JSON object on one line.
+
+Only the standard library, and what needs no more: it must answer on a node where nothing else works.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import resource
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.jobs.nodes.gpu_check import check_gpus, limit
+
+# Whose versions must agree over the nodes.
+PACKAGES = ("megatron-core", "torch", "triton", "transformer-engine", "mamba-ssm", "causal-conv1d", "numpy")
+# Caches that many processes write at once: on a network file system they bring stale handles and hangs.
+CACHES = {
+    "TRITON_CACHE_DIR": "~/.triton/cache",
+    "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor",
+}
+_NETWORK = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "afs", "panfs", "wekafs", "orangefs", "fuse.")
+CONNECT_SECONDS = 10
+SHARED_MEMORY = "/dev/shm"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, help="the run folder")
+    parser.add_argument("--checkpoints", type=Path, help="their folder")
+    parser.add_argument("--recipe", type=Path)
+    parser.add_argument("--token", help="what the first node wrote into the attempt's folder")
+    parser.add_argument("--token-file", type=Path)
+    parser.add_argument("--address", help="HOST:PORT of the rendezvous")
+    parser.add_argument("--gpus", type=int, help="GPUs that the job has on this node")
+    parser.add_argument("--free-bytes", type=int, help="that a checkpoint needs")
+    parser.add_argument("--free-inodes", type=int, default=0, help="files that the run may still make")
+    parser.add_argument("--open-files", type=int, default=0, help="that a rank keeps open")
+    args = parser.parse_args()
+    print(json.dumps(report(args)), flush=True)
+
+
+def report(args: argparse.Namespace) -> dict[str, Any]:
+    """{node, problems, warnings, facts}; facts are compared over the nodes."""
+    problems: list[str] = []
+    warnings: list[str] = []
+    clock = _clock_offset(args.address, problems)
+    check_gpus(args.gpus, problems, warnings)
+    _check_folder(args, problems, warnings)
+    _check_open_files(limit("OPEN_FILES", args.open_files, warnings), problems)
+    # NCCL's buffers between a node's GPUs; containers begin with 64 MB.
+    _check_shared_memory(limit("SHM_MB", 1024 if args.gpus else None, warnings), problems)
+    for name, default in CACHES.items():
+        folder = os.path.realpath(os.path.expanduser(os.environ.get(name, default)))
+        if (kind := _file_system(folder)).startswith(_NETWORK):
+            warnings.append(f"{name}={folder} is on {kind}; set it to a folder on the node's own disk (slurm/env.sh)")
+        _check_owner(name, folder, problems)
+    facts = {"recipe sha256": _sha256(args.recipe), "python": sys.version.split()[0], **_versions()}
+    return {
+        "node": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
+        "problems": problems,
+        "warnings": warnings,
+        "clock": clock,
+        "facts": facts,
+    }
+
+
+def _clock_offset(address: str, problems: list[str]) -> dict[str, float] | None:
+    """Seconds that the first node's clock is ahead, and how well that is known; asks it at the rendezvous port."""
+    host, _, port = address.rpartition(":")
+    try:
+        begin = time.time()
+        with socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS) as connection:
+            theirs = float(connection.makefile().readline())
+        end = time.time()
+    except (OSError, ValueError) as error:
+        problems.append(f"the rendezvous at {address} cannot be reached ({error})")
+        return None
+    return {"ahead_seconds": theirs - (begin + end) / 2, "uncertain_seconds": (end - begin) / 2}
+
+
+def _check_folder(args: argparse.Namespace, problems: list[str], warnings: list[str]) -> None:
+    try:
+        if args.token_file.read_text() != args.token:
+            problems.append(f"{args.folder} is not the first node's: it must lie on a shared file system")
+            return
+        with tempfile.NamedTemporaryFile(dir=args.folder, prefix=".preflight-") as file:
+            file.write(b"x" * 65536)
+            file.flush()
+            os.fsync(file.fileno())
+    except FileNotFoundError:
+        problems.append(f"{args.folder} is not there: it must lie on a shared file system")
+        return
+    except OSError as error:
+        problems.append(f"{args.folder} cannot be written: {error.strerror}")
+        return
+    try:
+        free, needed = shutil.disk_usage(args.checkpoints).free / 1e9, args.free_bytes / 1e9
+        files = os.statvfs(args.checkpoints)
+    except OSError as error:
+        problems.append(f"{args.checkpoints} cannot be reached: {error.strerror}")
+        return
+    if free < needed:
+        problems.append(f"{args.checkpoints} has {free:.1f} GB left; a checkpoint takes {needed:.1f} GB")
+    # Some file systems have no number of files, and say 0.
+    least = limit("FREE_INODES", args.free_inodes, warnings)
+    if least is not None and files.f_files > 0 and files.f_favail < least:
+        problems.append(
+            f"{args.checkpoints} has room for {files.f_favail} more files (inodes, df -i; limit {least:g}: "
+            "TXSSM_PREFLIGHT_FREE_INODES)"
+        )
+
+
+def _check_shared_memory(least_mb: float | None, problems: list[str]) -> None:
+    if least_mb is None or not os.path.isdir(SHARED_MEMORY):
+        return
+    if (free := shutil.disk_usage(SHARED_MEMORY).free / 1e6) < least_mb:
+        problems.append(
+            f"{SHARED_MEMORY} has {free:.0f} MB left (limit {least_mb:g}: TXSSM_PREFLIGHT_SHM_MB); free or enlarge it"
+        )
+
+
+def _check_open_files(needed: float | None, problems: list[str]) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if needed is not None and hard != resource.RLIM_INFINITY and hard < needed:
+        problems.append(f"a process may have {hard} files open (ulimit -Hn); for its shards a rank needs {needed:.0f}")
+
+
+def _check_owner(name: str, folder: str, problems: list[str]) -> None:
+    """A cache holds code that the ranks run, and its usual place is one where anybody may make folders."""
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        owner = os.stat(folder).st_uid
+    except OSError as error:
+        problems.append(f"{name}={folder} cannot be made: {error.strerror}")
+        return
+    if owner != os.getuid():
+        problems.append(f"{name}={folder} belongs to user {owner}, not to this job's; set another in slurm/env.sh")
+
+
+def _file_system(path: str) -> str:
+    """The type of the file system that holds a path, which need not exist yet."""
+    best = ("", "")
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, mount, kind, *_ = line.split()
+        # As \040 for a space.
+        mount = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), mount)
+        if (path + "/").startswith(mount.rstrip("/") + "/") and len(mount) >= len(best[0]):
+            best = (mount, kind)
+    return best[1]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "none"
+    return found
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        return f"unreadable ({error.strerror})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Which jobs of the queue are a run's, and whether somebody trains there now, whatever Slurm says."""
+
+import contextlib
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.jobs.attempts import attempts, job_ids
+from megatron_txssm.slurm.client import Job, NoAnswer, queue
+from megatron_txssm.training.launch.run_lock import NAME, STALE_SECONDS, Holder, living_holder
+
+
+def jobs_of(run: Path, queue: list[Job]) -> list[Job]:
+    """The jobs of a run that are not over: of its last submission, of others in the same folder, and those by hand."""
+    folder, known = run.resolve(), _known_jobs(run)
+    return [job for job in queue if not job.is_over and _is_of(job, folder, known)]
+
+
+def _is_of(job: Job, folder: Path, known: set[str]) -> bool:
+    place = job.script.parent
+    if place.resolve() == folder:
+        return True
+    # Numbers are used again, on another cluster or after years: never another run's job. Those of shards lie elsewhere.
+    return job.job_id.partition("_")[0] in known and not (place / "submission.json").is_file()
+
+
+def _known_jobs(run: Path) -> set[str]:
+    """Of the last submission, of the last attempt (its script may lie anywhere), of who trains there now."""
+    known = set(job_ids(run))
+    with contextlib.suppress(UserError):
+        known |= {attempt.job_id for attempt in attempts(run)[-1:]}
+    return known | _job_in_running_json(run)
+
+
+def _job_in_running_json(run: Path) -> set[str]:
+    """Of one or none."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        job_id = json.loads((run / NAME).read_bytes()).get("job_id")
+        return set() if job_id is None else {str(job_id)}
+    return set()
+
+
+def who_trains(run: Path) -> str | None:
+    """The process that trains in a run folder, by its sign of life in running.json; None where none gives one.
+
+    Takes up to a minute where one died less than a minute ago.
+    """
+    now = _file_server_time(run)
+    with contextlib.suppress(OSError):
+        if now is not None and now - (run / NAME).stat().st_mtime > STALE_SECONDS:
+            return None
+    holder = living_holder(run, Holder.myself())
+    return None if holder is None else str(holder)
+
+
+def check_no_other_job(run: Path, job_id: str) -> None:
+    """UserError where another job runs in a run's folder: its attempt is open, or its rank 0 is in running.json.
+
+    Whoever trains without a job, or while slurmctld is away, is found by the ranks' own lock.
+    """
+    others = {attempt.job_id for attempt in attempts(run) if attempt.cause is None}
+    others |= _job_in_running_json(run)
+    if not others - {job_id}:
+        return
+    with contextlib.suppress(NoAnswer):
+        for job in queue():
+            if job.runs and job.job_id in others - {job_id}:
+                raise UserError(
+                    f"{run} is in use by job {job.job_id}, on {job.nodes}; wait for its end, or: scancel {job.job_id}"
+                )
+
+
+def _file_server_time(run: Path) -> float | None:
+    """None where the folder is somebody else's."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=run) as file:
+            return Path(file.name).stat().st_mtime
+    except OSError:
+        return None
+
+
+def seconds_since_step(run: Path) -> float | None:
+    """Seconds since metrics.jsonl grew; None where there is none."""
+    try:
+        touched = (run / "metrics.jsonl").stat().st_mtime
+    except OSError:
+        return None
+    return max(0.0, (_file_server_time(run) or time.time()) - touched)

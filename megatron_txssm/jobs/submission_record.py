@@ -1,0 +1,52 @@
+"""What submission.json says of a submission: who asked for what, where, and of which code."""
+
+import argparse
+import datetime
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_txssm import __version__
+
+if TYPE_CHECKING:
+    from megatron_txssm.jobs.submit import Layout
+
+
+def make_record(
+    args: argparse.Namespace, overrides: list[str], layout: "Layout", commit: str | None, home: Path
+) -> dict[str, Any]:
+    """All but the jobs' numbers."""
+    return {
+        "command": _utf8(shlex.join(["txssm", *sys.argv[1:]])),
+        "recipe": _utf8(args.recipe),
+        "overrides": overrides,
+        "submitted": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "directory": _utf8(os.getcwd()),
+        "version": __version__,
+        "git_commit": commit,
+        # The checkout, or the run's frozen copy.
+        "code": str(home),
+        "nodes": layout.nodes,
+        "spare_nodes": layout.spare,
+        "nproc_per_node": layout.nproc_per_node,
+        "gpus_per_node": layout.gpus_per_node,
+    }
+
+
+def git_commit(home: Path) -> str | None:
+    """Of the code that is submitted; with `+changes` where it is not what was committed. None outside a checkout."""
+    git = ["git", "-C", str(home)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}+changes" if changes.strip() else commit
+
+
+def _utf8(text: str) -> str:
+    """Without what a command line or a path may hold beyond text."""
+    return os.fsencode(text).decode(errors="replace")

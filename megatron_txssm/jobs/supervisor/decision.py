@@ -1,0 +1,132 @@
+"""What comes after an attempt: the trainer starts again within the job, the job is requeued or held, or it ends."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_txssm.jobs.attempts import Attempt
+
+# What may go well at the next try. Preemption is Slurm's to requeue, a refusal is nobody's.
+RETRIED = {
+    "time_limit",
+    "time_limit_hit",
+    "stopped",
+    "step_cancelled",
+    "hung",
+    "out_of_memory",
+    "killed",
+    "failed",
+    "connection_lost",
+    "node_failure",
+    "node_file_system",
+    "bad_gpu",
+    "nan",
+    "supervisor_killed",
+    "srun_killed",
+    "unknown",
+}
+# No failures: a run may well go through hundreds of them.
+ROUTINE = {"time_limit", "time_limit_hit", "stopped", "preempted"}
+# Those that a node may be to blame for, also where no step was done: other nodes get a chance.
+_OF_A_NODE = {
+    *("killed", "connection_lost", "hung", "node_failure", "node_file_system", "bad_gpu"),
+    *("supervisor_killed", "srun_killed"),
+}
+# Those after which a node is left out at once; after others, when it is blamed a second time.
+_CERTAINLY_OF_A_NODE = {"node_file_system", "bad_gpu", "nan"}
+_BLAMED_TWICE = {"killed", "failed", "hung", "connection_lost", "node_failure"}
+# Within the job nothing changes for these.
+_NEEDS_A_REQUEUE = ROUTINE | {"supervisor_killed", "unknown"}
+# Attempts in a row that came no further, whoever started them.
+MAX_IDLE_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`reason`: in words, empty for a restart or requeue without one; `leave_out`, and `take_back`: nodes.
+
+    Those that are taken back were left out before, and the job has not enough others.
+    """
+
+    do: Literal["end", "restart", "requeue", "hold"]
+    reason: str = ""
+    leave_out: tuple[str, ...] = ()
+    take_back: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        without = f" without {', '.join(self.leave_out)}" if self.leave_out else ""
+        if self.take_back:
+            without += f", and with {', '.join(self.take_back)} again, as no other node is left"
+        if self.do == "end":
+            return f"the job was not requeued: {self.reason}"
+        if self.do == "hold":
+            return f"the job was requeued and is held: {self.reason}"
+        what = "the job was requeued" if self.do == "requeue" else "the trainer was started again within the job"
+        return f"{what}{without}"
+
+
+def decide(attempt: Attempt, before: list[Attempt], max_requeues: int, restarts: int, nodes: list[str]) -> Decision:
+    """What to do after an attempt that has ended and that nobody stopped.
+
+    `before`: the attempts before it; those of other jobs do not count. `restarts`: those that are left within the job.
+    `nodes`: the job's, without those that were lost. Nodes that failed the preflight are another matter.
+    """
+    if attempt.cause == "disk_full":
+        return Decision("hold", f"make room, then: scontrol release {attempt.job_id}")
+    if why_not := refusal(attempt, before, max_requeues):
+        return Decision("end", why_not)
+    leave_out = nodes_to_leave_out(attempt, before)
+    may_restart = restarts > 0 and attempt.cause not in _NEEDS_A_REQUEUE
+    enough = len(set(nodes) - set(leave_out)) >= len(attempt.nodes)
+    # On the same nodes the same would follow, unless it was a matter of chance.
+    if may_restart and enough and (attempt.came_further or leave_out):
+        return Decision("restart", leave_out=leave_out)
+    return Decision("requeue", leave_out=leave_out)
+
+
+def refusal(attempt: Attempt, before: list[Attempt], max_requeues: int) -> str | None:
+    """Why the trainer must not start again after an attempt that has ended; None where it shall."""
+    if attempt.cause not in RETRIED:
+        return "another try would end the same way"
+    if attempt.cause == "nan":
+        return _same_nan(attempt, before)
+    if not attempt.came_further:
+        if attempt.cause not in _OF_A_NODE:
+            return "this attempt came no further than those before it"
+        if (idle := idle_attempts([*before, attempt], attempt.job_id)) >= MAX_IDLE_ATTEMPTS:
+            return f"{idle} attempts in a row came no further"
+    if attempt.cause in ROUTINE:
+        return None
+    failures = [old for old in before if old.job_id == attempt.job_id and old.cause in RETRIED - ROUTINE]
+    if len(failures) >= max_requeues:
+        return f"it has failed {len(failures)} times before (--max-requeues {max_requeues})"
+    return None
+
+
+def _same_nan(attempt: Attempt, before: list[Attempt]) -> str | None:
+    """A GPU that computes NaN is left out; where others compute it, too, at the same step, the run diverges."""
+    for old in before:
+        if old.job_id == attempt.job_id and old.cause == "nan" and (old.last_step or 0) >= (attempt.last_step or 0):
+            return f"other GPUs compute it, too: attempt {old.number} ended at the same step"
+    return None
+
+
+def idle_attempts(before: list[Attempt], job_id: str) -> int:
+    """How many of the last attempts of a job, in a row, came no further; those that had no chance are left out."""
+    count = 0
+    for attempt in reversed(before):
+        if attempt.job_id != job_id or attempt.came_further:
+            break
+        count += attempt.cause not in ("preempted", "requeued", "disk_full")
+    return count
+
+
+def nodes_to_leave_out(attempt: Attempt, before: list[Attempt]) -> tuple[str, ...]:
+    """The node that an attempt failed on, where that is the node's doing, or the second time for this job."""
+    if attempt.node is None:
+        return ()
+    if attempt.cause in _CERTAINLY_OF_A_NODE:
+        return (attempt.node,)
+    blamed = [old for old in before if old.job_id == attempt.job_id and old.node == attempt.node]
+    if attempt.cause in _BLAMED_TWICE and any(old.cause in _BLAMED_TWICE for old in blamed):
+        return (attempt.node,)
+    return ()

@@ -1,0 +1,295 @@
+"""The batch script's own process: checks the nodes, runs the trainer as a step, and decides what comes after it.
+
+    python -m megatron_txssm.jobs.supervisor.supervisor RECIPE [--set a.b=c] [--step-timeout SECONDS] …
+
+Slurm itself requeues a job that is preempted or loses a node. What it does not requeue, this does: a job that comes
+near its time limit (`--signal=TERM@120` tells the trainer, which saves), one whose worker fails, and one that hangs.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.jobs.attempts import Attempt, attempts, new_attempt
+from megatron_txssm.jobs.diagnosis.diagnosis import Diagnosis, close, lost_nodes, record
+from megatron_txssm.jobs.limits import add_limits
+from megatron_txssm.jobs.nodes.node_preflight import NodePreflight
+from megatron_txssm.jobs.run_jobs import check_no_other_job
+from megatron_txssm.jobs.supervisor.decision import MAX_IDLE_ATTEMPTS, ROUTINE, Decision, decide, idle_attempts
+from megatron_txssm.jobs.supervisor.failed_task import FailedTaskWatch
+from megatron_txssm.jobs.supervisor.requeue import requeue, requeue_without
+from megatron_txssm.jobs.supervisor.stall import StallWatch, end_leftover_steps
+from megatron_txssm.jobs.supervisor.unfit_node import check_checkpoints, check_run_folder, leave_node, say
+from megatron_txssm.notify import notify, wait_for_notifications
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.slurm import client as slurm
+from megatron_txssm.slurm.environment import srun_words, step_python
+from megatron_txssm.slurm.words import why_slurm_ended_it
+from megatron_txssm.training.launch.preflight import is_finished, make_run_directory
+from megatron_txssm.training.launch.run_lock import check_not_running
+
+POLL_SECONDS = 0.5
+# Slurm sends the signal of --signal up to a minute early.
+SIGNAL_SLACK_SECONDS = 75
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="supervisor")
+    parser.add_argument("recipe")
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--nodes", type=int, default=0, help="to train on; the job's others are spare (default: all)")
+    add_limits(parser)
+    args = parser.parse_args(argv)
+    try:
+        if "SLURM_JOB_ID" not in os.environ:
+            raise UserError("this process is not part of a Slurm job; submit one: txssm submit --help")
+        try:
+            check_run_folder(Path(args.recipe))
+            return Supervisor(args).run()
+        except UserError as error:
+            if isinstance(error.__cause__, OSError):
+                # Of the run's records.
+                leave_node(Path(args.recipe).parent, error.__cause__)
+            raise
+        except (OSError, ImportError) as error:
+            # The run's folder holds the code, too.
+            leave_node(Path(args.recipe).parent, error)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+class Supervisor:
+    """One start of a job: an attempt, and another one where the trainer can start again on the job's nodes."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.recipe = load_recipe(args.recipe, args.overrides)
+        self.job_id = os.environ["SLURM_JOB_ID"]
+        self.nodes = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
+        self.num_nodes = args.nodes or len(self.nodes)
+        tasks = os.environ.get("SLURM_NTASKS_PER_NODE")
+        self.nproc_per_node = int(tasks or int(os.environ.get("SLURM_NTASKS", "1")) // len(self.nodes))
+        self.time_limit = self._time_limit()
+        self.told_to_stop = False
+        self.trouble: OSError | None = None
+        # Ranks of the last step may live on, out of slurmctld's sight.
+        self.lost_step = False
+        # Slurm tells the trainer at the same time; this process must outlive it, to say what happened.
+        signal.signal(signal.SIGTERM, self._note_stop)
+
+    def run(self) -> int:
+        """The job's exit code; does not return where the job is requeued."""
+        check_no_other_job(self.recipe.run_path, self.job_id)
+        self._close_last_attempt()
+        if is_finished(self.recipe):
+            say(f"{self.recipe.name}: finished before; {self.recipe.checkpoint_path} holds its last step")
+            return 0
+        check_checkpoints(self.recipe.checkpoint_path)
+        make_run_directory(self.recipe)
+        restarts = self.args.restarts
+        while True:
+            before = attempts(self.recipe.run_path)
+            if (idle := idle_attempts(before, self.job_id)) >= MAX_IDLE_ATTEMPTS:
+                raise UserError(f"{idle} attempts in a row came no further; see: txssm why {self.recipe.run_path}")
+            attempt = new_attempt(self.recipe, self.job_id, self.nodes, self.nproc_per_node)
+            self._train(attempt)
+            diagnosis = self._diagnose(attempt)
+            decision = self._decide(attempt, diagnosis, before, restarts)
+            if decision is not None:
+                self._note_action(attempt, str(decision))
+            self._notify(attempt, diagnosis, decision)
+            if self.trouble is not None and decision is not None:
+                # What was found in the run's folder says little then.
+                leave_node(self.recipe.run_path, self.trouble)
+            if decision is None or decision.do == "end":
+                return self._exit_code(attempt, diagnosis)
+            if decision.do != "restart":
+                wait_for_notifications()
+                requeue(self.job_id, decision.leave_out, decision.take_back, hold=decision.do == "hold")
+            restarts -= 1
+            self.nodes = [node for node in self.nodes if node not in decision.leave_out]
+
+    def _close_last_attempt(self) -> None:
+        """Where its supervisor was killed: with its node, for its memory, or before it could say.
+
+        UserError where it is another job's, which trains here: its record is not this one's to close.
+        """
+        before = attempts(self.recipe.run_path)
+        if before and before[-1].cause is None:
+            own = before[-1].job_id == self.job_id
+            if not own:
+                check_not_running(self.recipe)
+            gone = not own or end_leftover_steps(self.job_id)
+            close(before[-1], self.recipe)
+            before[-1].save()
+            if not gone and not self.told_to_stop:
+                say("Slurm cannot end a step of the last attempt: requeueing")
+                requeue(self.job_id)
+
+    def _train(self, attempt: Attempt) -> None:
+        """Preflight and trainer; fills in where they ran and how they ended."""
+        timeout = self.args.preflight_timeout
+        preflight = NodePreflight(self.recipe, self.args.recipe, self.nodes, attempt.folder, timeout)
+        failed = preflight.run()
+        if self.told_to_stop:
+            return
+        healthy = [node for node in self.nodes if node not in failed]
+        if len(healthy) < self.num_nodes:
+            attempt.failed_nodes = failed
+            return
+        # The job's others are spare.
+        self.nodes, attempt.nodes = healthy, healthy[: self.num_nodes]
+        attempt.skip_output()
+        say(f"START attempt {attempt.number} of {self.recipe.run_path}: job {self.job_id} on {_named(attempt.nodes)}")
+        self._save(attempt)
+        # What tells a worker that it is one, and where to leave its last words.
+        environment = os.environ | {
+            "TXSSM_ATTEMPT": str(attempt.folder),
+            "MASTER_ADDR": attempt.nodes[0],
+            "MASTER_PORT": str(preflight.port),
+        }
+        step = subprocess.Popen(self._step_command(attempt.nodes), env=environment)
+        limits = {name: getattr(self.args, f"{name}_timeout") for name in ("start", "step", "save")}
+        watch = StallWatch(self.recipe.run_path, self.recipe.checkpoint_path, limits)
+        failed_task = FailedTaskWatch(attempt)
+        while (code := step.poll()) is None and not (self.told_to_stop and self._is_out_of_time()):
+            time.sleep(POLL_SECONDS)
+            if attempt.hang is None and not self.told_to_stop and (phase := watch.stalled_phase()):
+                num_ranks = len(attempt.nodes) * self.nproc_per_node
+                attempt.hang = watch.end_step(self.job_id, step, num_ranks, phase)
+                self.lost_step = attempt.hang["silent_ranks"] is None
+            elif not self.told_to_stop and failed_task.ends(self.job_id, step):
+                code, self.lost_step = 1, True
+                break
+        attempt.exit_code = code
+
+    def _step_command(self, nodes: list[str]) -> list[str]:
+        trainer = [step_python(), "-u", "-m", "megatron_txssm.cli", "pretrain", self.args.recipe]
+        trainer += [word for text in self.args.overrides for word in ("--set", text)]
+        return [
+            *srun_words("train"),
+            f"--nodes={len(nodes)}",
+            f"--nodelist={','.join(nodes)}",
+            f"--ntasks={len(nodes) * self.nproc_per_node}",
+            f"--ntasks-per-node={self.nproc_per_node}",
+            "--distribution=block",
+            # One rank's end is the step's: the others would wait for it.
+            "--kill-on-bad-exit=1",
+            *trainer,
+        ]
+
+    def _diagnose(self, attempt: Attempt) -> Diagnosis:
+        attempt.told_to_stop = self.told_to_stop
+        diagnosis = close(attempt, self.recipe)
+        if diagnosis.cause in ("stopped", "step_cancelled") and self._is_out_of_time(
+            self.args.stop_before + SIGNAL_SLACK_SECONDS
+        ):
+            record(attempt, diagnosis := Diagnosis("time_limit"))
+        self._save(attempt)
+        say(f"END attempt {attempt.number}: {diagnosis}")
+        return diagnosis
+
+    def _decide(self, attempt: Attempt, diagnosis: Diagnosis, before: list[Attempt], restarts: int) -> Decision | None:
+        """What to do next; None where nothing is to be done."""
+        if diagnosis.cause == "finished":
+            return None
+        if diagnosis.cause == "preempted":
+            # Slurm does so itself, but not under PreemptMode=CANCEL.
+            return Decision("requeue")
+        if attempt.told_to_stop and diagnosis.cause != "time_limit_hit":
+            # What it was told to stop for is Slurm's to mend: a requeue here would revive a cancelled job.
+            self._note_action(attempt, "Slurm ended the job; it starts again what lost a node")
+            return None
+        if diagnosis.cause == "preflight":
+            if diagnosis.node is None:
+                # No node said a word: that is Slurm's doing.
+                return Decision("requeue")
+            return requeue_without(self.job_id, list(attempt.failed_nodes), self.nodes, before)
+        lost = lost_nodes(self.nodes)
+        self.nodes = [node for node in self.nodes if node not in lost]
+        decision = decide(attempt, before, self.args.max_requeues, restarts, self.nodes)
+        if decision.do == "restart" and (self.lost_step or not end_leftover_steps(self.job_id)):
+            decision = Decision("requeue", leave_out=decision.leave_out)
+        if self.told_to_stop and not attempt.told_to_stop:
+            # While it waited for slurmctld.
+            return Decision("requeue") if self._was_told_as_routine(attempt) else None
+        if decision.do == "requeue" and decision.leave_out:
+            decision = requeue_without(self.job_id, decision.leave_out, attempt.nodes, before)
+            # Better with a node that may be bad than not at all.
+            return Decision("requeue") if decision.do == "end" else decision
+        return decision
+
+    def _was_told_as_routine(self, attempt: Attempt) -> bool:
+        """Whether Slurm's SIGTERM came for the time limit or a preemption; else a requeue would revive the job."""
+        ended = why_slurm_ended_it(attempt.read_output())
+        return (ended is not None and ended[0] in ROUTINE) or self._is_out_of_time(
+            self.args.stop_before + SIGNAL_SLACK_SECONDS
+        )
+
+    def _exit_code(self, attempt: Attempt, diagnosis: Diagnosis) -> int:
+        if diagnosis.cause == "finished":
+            return 0
+        if diagnosis.cause in ("refused", "preflight"):
+            return 2
+        # Megatron's own exits are no failure; whoever waits for this job must not take it for finished, though. To
+        # entrypoint.sh, a signal's code would mean that this process was killed.
+        code = attempt.exit_code or 1
+        return code if 0 < code <= 128 else 1
+
+    def _note_action(self, attempt: Attempt, text: str) -> None:
+        attempt.action = text
+        self._save(attempt)
+        say(text)
+
+    def _notify(self, attempt: Attempt, diagnosis: Diagnosis, decision: Decision | None) -> None:
+        """Tell people of what is not routine: failures, hangs, nodes that are left out, the end."""
+        if diagnosis.cause in ROUTINE or (decision is None and diagnosis.cause != "finished"):
+            return
+        event = diagnosis.cause if diagnosis.cause in ("finished", "hung") else "failed"
+        facts = {"attempt": attempt.number, "step": attempt.last_step, "cause": diagnosis.cause, "nodes": attempt.nodes}
+        text = f"{diagnosis}{'' if decision is None else f'; {decision}'}"
+        notify(self.recipe.run_path, event, text, **facts)
+        if decision is not None and decision.leave_out:
+            named = ", ".join(decision.leave_out)
+            notify(self.recipe.run_path, "excluded", f"{named}: {diagnosis}", **facts | {"nodes": decision.leave_out})
+
+    def _save(self, attempt: Attempt) -> None:
+        """A full disk, or one that is gone, must not keep the job from what comes next."""
+        try:
+            attempt.save()
+        except OSError as error:
+            self.trouble = error
+            say(f"{attempt.folder} cannot be written: {error.strerror}")
+
+    def _note_stop(self, number: int, frame: FrameType | None) -> None:
+        self.told_to_stop = True
+
+    def _time_limit(self) -> float:
+        """When Slurm will end the job, in seconds since the epoch."""
+        if (known := os.environ.get("SLURM_JOB_END_TIME", "")).isdecimal():
+            return float(known)
+        try:
+            return next((job.end_time for job in slurm.queue() if job.job_id == self.job_id), 0) or float("inf")
+        except UserError:
+            return float("inf")
+
+    def _is_out_of_time(self, margin_seconds: float = 2) -> bool:
+        """At the time limit itself a trainer that still saves has KillWait left, and this process no longer."""
+        return time.time() > self.time_limit - margin_seconds
+
+
+def _named(nodes: list[str]) -> str:
+    """A few of them by name; attempt.json has all."""
+    names = ", ".join(nodes if len(nodes) <= 8 else [*nodes[:4], "…", nodes[-1]])
+    return f"{len(nodes)} node{'s' if len(nodes) > 1 else ''} ({names})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

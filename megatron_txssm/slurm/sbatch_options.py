@@ -1,0 +1,102 @@
+"""Options of sbatch as sites and users write them: which exist, which a run states itself, which hurt if left out."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.setting import shown
+from megatron_txssm.slurm.client import PLAIN_WORD
+from megatron_txssm.slurm.time_limit import limit_seconds
+
+# sbatch's long option -> its value; None for an option without one, "" to leave it out.
+Options = Mapping[str, str | None]
+
+_GPUS, _PROCESSES = "--gpus-per-node", "--nproc-per-node or --gpus-per-node"
+_RUN_FOLDER = "nothing: a run's jobs write to its folder"
+_RESTARTS = "nothing: a run's jobs start again by themselves, and --max-requeues bounds it"
+# Options under which there is no job, several, or one that runs something else: nothing takes their place.
+_NO_JOB = "array help parsable test-only usage version wait wrap"
+# sbatch's option that a run's own word decides -> that word.
+OURS = {
+    **dict.fromkeys(("nodes", "use-min-nodes"), "--nodes"),
+    **dict.fromkeys(("gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task"), _GPUS),
+    **dict.fromkeys(("ntasks", "ntasks-per-node", "tasks-per-node", "ntasks-per-gpu"), _PROCESSES),
+    **dict.fromkeys(("ntasks-per-core", "ntasks-per-socket"), _PROCESSES),
+    "signal": "--stop-before",
+    "dependency": "--after",
+    "job-name": "the recipe's name",
+    **dict.fromkeys(("output", "error", "open-mode"), _RUN_FOLDER),
+    **dict.fromkeys(("requeue", "no-requeue", "no-kill", "kill-on-invalid-dep"), _RESTARTS),
+    **dict.fromkeys(_NO_JOB.split(), ""),
+}
+# The others, of Slurm 20.02 to 25.11: a newer one's pass, too.
+_OTHERS = """
+account acctg-freq batch bb bbf begin chdir cluster-constraint clusters comment consolidate-segments constraint
+container container-id contiguous core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot
+distribution exclude exclusive export export-file extra extra-node-info get-user-env gid gpu-bind gpu-freq gres
+gres-flags hint hold ignore-pbs input job-id licenses mail-type mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu
+mincpus network nice nodefile nodelist oom-kill-step overcommit oversubscribe partition power prefer priority profile
+propagate qos quiet reboot reservation resv-ports segment sockets-per-node spread-job spread-segments stepmgr switches
+thread-spec threads-per-core time time-min tmp tres-bind tres-per-task uid verbose wait-all-nodes wckey
+"""
+
+
+def parse_options(texts: Sequence[str], source: str) -> dict[str, str | None]:
+    """Options of sbatch as a site or a user writes them: `exclusive`, `cpus-per-task=12`; UserError names `source`."""
+    options = split_options(texts, source)
+    for text, name in zip(texts, map(_name, texts), strict=True):
+        if (ours := OURS.get(name)) == "":
+            raise UserError(f"{source} {shown(text)} would make another job of it, or none; leave it out")
+        if ours is not None:
+            raise UserError(f"{source} {shown(text)} is decided by {ours}; leave it out")
+        # sbatch takes any beginning that is one option's only.
+        whole = [known for known in (*OURS, *_OTHERS.split()) if known.startswith(name)]
+        if whole and name not in _OTHERS.split():
+            raise UserError(f"{source} {shown(text)} must be the whole name of an option: {' or '.join(sorted(whole))}")
+    return options
+
+
+def split_options(texts: Sequence[str], source: str) -> dict[str, str | None]:
+    """The same of a batch script's own, whatever they are."""
+    options: dict[str, str | None] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name[:1].isalpha() or not PLAIN_WORD.fullmatch(text):
+            raise UserError(
+                f"{source} {shown(text)} must be a long option of sbatch without its dashes, or NAME=VALUE, "
+                "in one plain word"
+            )
+        options[name] = value if equals else None
+    return options
+
+
+def check_time(options: Options, stop_before: int) -> None:
+    """UserError where the job would be told to stop as soon as it starts."""
+    name, limit = "--time", options.get("time")
+    if limit is None:
+        name, limit = "SBATCH_TIMELIMIT", os.environ.get("SBATCH_TIMELIMIT", "")
+    seconds = limit_seconds(limit)
+    if seconds is not None and seconds <= stop_before:
+        raise UserError(
+            f"{name} {limit} is {seconds:.0f} s, and --stop-before {stop_before} tells the trainer to save and stop "
+            "so long before its end: at its start; state a longer limit or a smaller --stop-before"
+        )
+
+
+def costly_defaults(options: Options) -> Iterator[str]:
+    """What a job on GPUs lacks of its node because nobody asked for it, in words."""
+
+    def asked(*names: str) -> bool:
+        variables = (f"SBATCH_{name.upper().replace('-', '_')}" for name in names)
+        return any(options.get(name, "") != "" for name in names) or any(map(os.environ.get, variables))
+
+    if not asked("cpus-per-task", "cpus-per-gpu", "tres-per-task", "exclusive"):
+        yield "cpus-per-task=N (else Slurm gives each rank one core, for its data loaders, too)"
+    if not asked("mem", "mem-per-cpu", "mem-per-gpu", "mem-per-node"):
+        yield "mem=0 (else the partition's default memory)"
+    if not asked("exclusive"):
+        yield "exclusive (else other jobs run on the same nodes)"
+
+
+def _name(text: str) -> str:
+    return text.partition("=")[0]

@@ -1,0 +1,105 @@
+"""What srun, slurmstepd and the batch script print of a job's end, in the words of Slurm 21.08 to 26.05."""
+
+import re
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.slurm.hostlist import expand
+
+# srun: error: n2: task 1: Killed
+_TASK = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+?)(?: \(core dumped\))?$", re.MULTILINE)
+# slurmstepd-n1: error: *** STEP 3.1 ON n1 CANCELLED AT 2026-11-24T14:08:39 DUE TO PREEMPTION ***
+# From 25.05 on a cancel is DUE to SIGNAL Terminated, and 26.05 begins the line with [2026-11-24T14:08:39.077] error:
+_CANCELLED = re.compile(r"\*\*\* (JOB|STEP) \S+ ON \S+ CANCELLED AT \S+?(?: DUE (?:TO|to) ([^*\n]*))? \*\*\*")
+# srun's own doing after a task has failed; before 25.05 the line gives no reason, and follows that of the task.
+_TASK_FAILURE = "TASK FAILURE"
+_NODE_FAILURE = re.compile(r"^srun: error: Node failure on ([a-zA-Z][\w.,\[\]-]*)$", re.MULTILINE)
+# Of slurm/entrypoint.sh, which starts the supervisor.
+_SUPERVISOR = re.compile(r"END supervisor: killed by signal (\d+)$", re.MULTILINE)
+_SAID = re.compile(r"^(?:srun: error: |slurmstepd|\[[\dT:.-]+\] error: ).*", re.MULTILINE)
+_DUE_TO = {
+    "PREEMPTION": "preempted",
+    "NODE FAILURE": "node_failure",
+    "TIME LIMIT": "time_limit_hit",
+    "JOB REQUEUE": "requeued",
+}
+_SIGNALS = {text: number for number in signal.Signals if (text := signal.strsignal(number))}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A rank's end."""
+
+    rank: int
+    # "killed by SIGKILL", or "RuntimeError: …"
+    text: str
+    # The signal's number, None for an exception or an exit code.
+    signal: int | None = None
+    # Where srun says so; else it follows from the rank.
+    node: str | None = None
+
+
+def why_slurm_ended_it(output: str) -> tuple[str, str | None] | None:
+    """Slurm's own reason for the end of a job or a step, a key of CAUSES, and the node that it lost."""
+    # Each node's slurmstepd has a line of its own, and not all state the reason.
+    for _, due in _CANCELLED.findall(output):
+        for text, cause in _DUE_TO.items():
+            if due.startswith(text):
+                return cause, _failed_node(output) if cause == "node_failure" else None
+    # Of a job that outlives its nodes (--no-kill), srun may be the only one to say so, and then kills the other ranks.
+    lost, task = _NODE_FAILURE.search(output), _TASK.search(output)
+    if lost and (task is None or lost.start() < task.start()):
+        return "node_failure", _failed_node(output)
+    return None
+
+
+def _failed_node(output: str) -> str | None:
+    """The first node that srun has lost; None where it lost none."""
+    found = _NODE_FAILURE.search(output)
+    if found is None:
+        return None
+    try:
+        return expand(found[1])[0]
+    except UserError:
+        return None
+
+
+def what_killed_the_supervisor(output: str) -> str | None:
+    """The signal's name; None where it was not killed."""
+    found = _SUPERVISOR.search(output)
+    return signal.Signals(int(found[1])).name if found else None
+
+
+def job_was_cancelled(output: str) -> bool:
+    return any(scope == "JOB" for scope, _ in _CANCELLED.findall(output))
+
+
+def step_was_cancelled(output: str) -> bool:
+    """Before a task had failed: after that srun itself cancels the step."""
+    cancels = (found for found in _CANCELLED.finditer(output) if not (found[2] or "").startswith(_TASK_FAILURE))
+    cancelled, task = next(cancels, None), _TASK.search(output)
+    return cancelled is not None and (task is None or cancelled.start() < task.start())
+
+
+def failed_tasks(output: str) -> Iterator[Failure]:
+    """The tasks that srun says failed, in the order in which it says so."""
+    for node, tasks, how in _TASK.findall(output):
+        first = re.match(r"\d{1,9}", tasks)
+        if first is None:
+            continue
+        rank = int(first[0])
+        if how in _SIGNALS:
+            number = _SIGNALS[how]
+            yield Failure(rank, f"killed by {number.name}", number, node)
+        elif "Out Of Memory" in how:
+            yield Failure(rank, "Out Of Memory, says Slurm", signal.SIGKILL, node)
+        else:
+            yield Failure(rank, how, None, node)
+
+
+def first_complaint(output: str) -> str:
+    """The first line of srun's or slurmstepd's; empty where there is none."""
+    found = _SAID.search(output)
+    return found[0] if found else ""

@@ -1,0 +1,46 @@
+"""How a run on this machine, without Slurm, ended: what `txssm pretrain` leaves for `txssm why` in RUN/ended.json."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_txssm.files import write_json
+from megatron_txssm.training.launch.run_lock import Holder, living_holder
+
+_NAME = "ended.json"
+
+
+def forget_local_end(run: Path) -> None:
+    """At the next start."""
+    with contextlib.suppress(OSError):
+        (run / _NAME).unlink()
+
+
+def note_local_end(run: Path, code: int, what: str, log: str = "") -> None:
+    """Called by the launcher, when its processes have ended."""
+    # A full disk, which may be what ended it.
+    with contextlib.suppress(OSError):
+        write_json(run / _NAME, {"ended": time.time(), "exit_code": code, "what": what, "log": log})
+
+
+def explain_local_end(run: Path) -> Iterator[tuple[str, str]]:
+    """(name, text) of what is known of the last run that was started in a folder; nothing where none was."""
+    if (holder := living_holder(run, Holder.myself())) is not None:
+        yield "it trains now", str(holder)
+        return
+    try:
+        end = json.loads((run / _NAME).read_bytes())
+        yield "it ended", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(end["ended"]))
+        yield "exit code", str(end["exit_code"])
+        yield "what exactly", end["what"]
+        yield "its log", end["log"]
+    except (OSError, ValueError, KeyError, TypeError):
+        # Its launcher was killed. The log that was written last says the most.
+        logs = sorted(run.glob("logs/rank_*.log"), key=lambda path: path.stat().st_mtime)
+        if logs:
+            yield "it ended", "unexpectedly: it was killed, or the machine went down"
+            lines = logs[-1].read_text(encoding="utf-8", errors="replace").split("\n")
+            yield "last words", next((line.strip() for line in reversed(lines) if line.strip()), "")[:400]
+            yield "its log", str(logs[-1])

@@ -1,0 +1,206 @@
+"""txssm pretrain: one worker per process, under torchrun or srun as they are, or on processes it starts itself."""
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+from megatron_txssm.cli import add_verb
+from megatron_txssm.errors import UserError
+from megatron_txssm.process_limits import allow_open_files
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.slurm.environment import adopt_slurm_step, is_worker
+from megatron_txssm.training.launch.ended import forget_local_end, note_local_end
+from megatron_txssm.training.launch.preflight import (
+    check_machine,
+    check_run,
+    is_finished,
+    make_run_directory,
+    saved_step,
+    warnings,
+)
+from megatron_txssm.training.launch.run_lock import check_not_running
+
+EXAMPLES = (
+    "txssm pretrain demo_cpu",
+    "txssm pretrain demo_cpu --nproc 4 --set parallel.pipeline_model_parallel_size=2",
+    "torchrun --nnodes 2 --nproc-per-node 8 … $(which txssm) pretrain transxssm_1.3b",
+    "srun txssm pretrain transxssm_1.3b",
+)
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = add_verb(subparsers, "pretrain", EXAMPLES)
+    add_run_arguments(parser)
+    parser.add_argument("recipe", help="a name that `txssm recipes` lists, or a YAML file")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of every verb that starts a run."""
+    parser.add_argument(
+        "--nproc", type=int, metavar="N", help="processes to start (default: as few as the layout needs)"
+    )
+    parser.add_argument("--port", type=int, help="TCP port of the processes' rendezvous (default: any free one)")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change a field")
+
+
+def run(args: argparse.Namespace) -> int:
+    recipe = load_recipe(args.recipe, args.overrides)
+    adopt_slurm_step()
+    if is_worker():
+        from megatron_txssm.training.pretrain import run_worker
+
+        return run_worker(recipe)
+    nproc = smallest_world_size(recipe) if args.nproc is None else args.nproc
+    command = ["pretrain", args.recipe, *(word for text in args.overrides for word in ("--set", text))]
+    return launch(recipe, nproc, command, port=args.port)
+
+
+def smallest_world_size(recipe: Recipe) -> int:
+    """Processes of one copy of the model."""
+    parallel = recipe.parallel
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+
+
+def launch(recipe: Recipe, nproc: int, command: list[str], *, port: int | None = None) -> int:
+    """Run `txssm COMMAND` in `nproc` processes of this machine and wait; returns the exit code.
+
+    What can be known to be wrong is said before anything is written or started. Ctrl-C or SIGTERM lets the workers
+    finish their step, save and stop.
+    """
+    if nproc < 1:
+        raise UserError(f"--nproc {nproc} must be at least 1")
+    check_run(recipe, world_size=nproc)
+    if port is not None:
+        _check_port(port)
+    if is_finished(recipe):
+        print(f"{recipe.name}: finished before; {recipe.checkpoint_path} holds step {recipe.train_iters}")
+        return 0
+    check_machine(recipe, nproc)
+    allow_open_files()
+    check_not_running(recipe)
+    make_run_directory(recipe)
+    forget_local_end(recipe.run_path)
+    print(f"{recipe.name}: {nproc} process{'es' if nproc > 1 else ''}, run directory {recipe.run_path}", flush=True)
+    for warning in warnings(recipe):
+        print(f"warning: {warning}", flush=True)
+    return _launch_workers(recipe, nproc, command, port or 0)
+
+
+def _launch_workers(recipe: Recipe, nproc: int, command: list[str], port: int) -> int:
+    """Port 0: the rendezvous binds a free one itself. One chosen here could be taken before it does."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # What failed is said below, once; the agent's own words are its child processes' exit codes.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # Workers share the cores; each starts as many threads as there are cores unless told otherwise.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=recipe.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"localhost:{port}",
+        # Else a port that cannot be bound is taken for another launcher's, and waited on.
+        rdzv_configs={"is_host": True},
+        # The workers' address too: this machine's own name need not resolve.
+        local_addr="localhost",
+        max_restarts=0,
+        # The others are ours: torch would give the workers 30 s to save.
+        signals_to_handle="SIGQUIT",
+    )
+    with _StopSignals() as stop:
+        try:
+            elastic_launch(config, sys.executable)("-u", "-m", "megatron_txssm.cli", *command)
+        except RendezvousConnectionError as error:
+            raise UserError(f"no TCP port for the processes' rendezvous (--port {port}): {error.__cause__}") from None
+        except ChildFailedError as failures:
+            if stop.received is None or not _ended_by_signal(failures):
+                return _explain(failures, recipe)
+    if stop.received is None:
+        note_local_end(recipe.run_path, 0, "its processes ended by themselves, without an error")
+        return 0
+    note_local_end(recipe.run_path, 128 + stop.received, f"it was told to stop ({signal.Signals(stop.received).name})")
+    step = None if recipe.checkpoint.save_interval is None else saved_step(recipe.checkpoint_path)
+    if step is None:
+        print("stopped; there is no checkpoint to resume from")
+    else:
+        print(f"stopped; {recipe.checkpoint_path} holds step {step}, from which the same command resumes")
+    return 128 + stop.received
+
+
+def _ended_by_signal(failures: Any) -> bool:
+    """True where the workers ended by the signals that stop a run (while starting, or at once), not by a fault."""
+    codes = {failure.exitcode for failure in failures.failures.values()}
+    return codes <= {-signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL, 128 + signal.SIGINT, 128 + signal.SIGTERM}
+
+
+def _explain(failures: Any, recipe: Recipe) -> int:
+    """Say once what ended the run; 2 for a user's mistake, 1 for a failure."""
+    rank, failure = failures.get_first_failure()
+    message = failure.message
+    if isinstance(message, dict):
+        message = message.get("message", "")
+    kind, _, text = str(message).partition(": ")
+    if kind == UserError.__name__:
+        note_local_end(recipe.run_path, 2, text)
+        raise UserError(text)
+    # Without a file of its own there is only torch's advice on how to make one.
+    if "pytorch.org" in str(message):
+        message = "it ended without a word"
+    log = recipe.run_path / "logs" / f"rank_{rank}.log"
+    note_local_end(recipe.run_path, 1, f"rank {rank} failed (exit code {failure.exitcode}): {message}", str(log))
+    print(f"error: rank {rank} failed (exit code {failure.exitcode}): {message}\nIts log: {log}", file=sys.stderr)
+    return 1
+
+
+class _StopSignals:
+    """The first Ctrl-C, SIGTERM or hang-up lets the workers finish their step and save, the second ends them.
+
+    The workers have sessions of their own, so a terminal's Ctrl-C does not reach them: they are sent SIGTERM.
+    """
+
+    received: int | None = None
+
+    def __enter__(self) -> "_StopSignals":
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        # What is ignored stays so: nohup, and jobs in the background of a script.
+        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        self.previous = {number: signal.signal(number, self._handle) for number in heard}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        import psutil
+
+        if self.received is None:
+            self.received = number
+            # After a hang-up there is no terminal.
+            with contextlib.suppress(OSError):
+                print("\nstopping after this step, saving (Ctrl-C again: stop at once)", flush=True)
+            for worker in psutil.Process().children():
+                worker.terminate()
+            return
+        for process in psutil.Process().children(recursive=True):
+            process.kill()
+
+
+def _check_port(port: int) -> None:
+    """Bind the port on all addresses, as the rendezvous will."""
+    try:
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("", port))
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--port {port} cannot be used: {error}; use another, or leave --port out") from None

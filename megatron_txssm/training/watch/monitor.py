@@ -1,0 +1,250 @@
+"""What a run tells while it trains: its display, metrics.jsonl, throughput and learning rate in Megatron's logs."""
+
+import contextlib
+import functools
+import inspect
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.training import get_tensorboard_writer, get_wandb_writer
+from megatron.training import training as megatron_training
+
+from megatron_txssm.architecture.flops import flops_per_token
+from megatron_txssm.architecture.parameters import ModelSizes
+from megatron_txssm.compat import get_args
+from megatron_txssm.notify import notify
+from megatron_txssm.ops.ssd_triton import why_unavailable
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.training.validation_sets import of_each_set
+from megatron_txssm.training.watch.display import BarDisplay, PlainDisplay, make_display
+from megatron_txssm.training.watch.stragglers import SlowRunWatch
+
+
+class TrainingMonitor:
+    """Listens to Megatron's loop through the functions it calls after each step and each evaluation.
+
+    Every rank has one, since the loss is broadcast from the last pipeline stage; rank 0 writes. `metrics.jsonl` holds
+    one JSON object a line, with its time in seconds since the epoch: every step's own loss at full precision, every
+    validation loss. A resumed run appends to it, so the last line of an iteration counts.
+
+    The learning rate is the one that the step used. Throughput is the mean since the last logged step, over the time
+    spent in training steps: reading data is in it, validations and saves are not.
+    """
+
+    def __init__(self, recipe: Recipe, terminal: TextIO):
+        self.args = get_args()
+        self.metrics_file = recipe.run_path / "metrics.jsonl"
+        self.display: PlainDisplay | BarDisplay | None = None
+        if self.args.rank == 0:
+            end_last_line(self.metrics_file)
+            self.display = make_display(terminal, self.args.train_iters)
+        self.slow_run = SlowRunWatch(
+            recipe.logging.slow_throughput_fraction, self.metrics_file, self.args.rank, self.args.world_size
+        )
+        self.sizes = ModelSizes.from_recipe(recipe)
+        self.learning_rate: float | None = None
+        # Of the last step's global batch.
+        self.batch_tokens, self.batch_flops = 0, 0.0
+        # Of the last step, and since the last logged step.
+        self.step_seconds = 0.0
+        self.interval_seconds, self.interval_tokens, self.interval_flops = 0.0, 0, 0.0
+        self.skipped_steps = 0
+        self.iteration: int | None = None
+        self.first_step_note = first_step_note(recipe)
+        # The step and the data of the last validation.
+        self.validated: tuple[int | None, str] | None = None
+        # One entry a validation set, by loss; None where the time limit came first.
+        self.validation_losses: list[dict[str, torch.Tensor] | None] = []
+
+    def install(self) -> None:
+        """Hook into Megatron's loop, which offers no callbacks of its own."""
+        log, step = megatron_training.training_log, megatron_training.train_step
+        evaluate, evaluate_all = megatron_training.evaluate, megatron_training.evaluate_and_print_results
+        step_signature, log_signature = inspect.signature(step), inspect.signature(log)
+        evaluate_signature = inspect.signature(evaluate_all)
+
+        @functools.wraps(step)
+        def timed_step(*args: Any, **kwargs: Any) -> Any:
+            # The scheduler moves on within the step, after which Megatron logs the next step's rate.
+            optimizer = step_signature.bind(*args, **kwargs).arguments["optimizer"]
+            self.learning_rate = get_canonical_lr_for_logging(optimizer.param_groups)
+            if self.first_step_note is not None:
+                self.say(self.first_step_note)
+                self.first_step_note = None
+            self.slow_run.begin_step()
+            start = time.perf_counter()
+            result = step(*args, **kwargs)
+            self.step_seconds = time.perf_counter() - start
+            self.slow_run.end_step(self.step_seconds)
+            self.interval_seconds += self.step_seconds
+            return result
+
+        @functools.wraps(log)
+        def log_and_report(*args: Any, **kwargs: Any) -> Any:
+            call = log_signature.bind(*args, **kwargs)
+            told = call.arguments
+            told["learning_rate"] = self.learning_rate
+            result = log(*call.args, **call.kwargs)
+            self.on_step(told["iteration"], told["loss_dict"], told["grad_norm"], skipped=bool(told["skipped_iter"]))
+            return result
+
+        @functools.wraps(evaluate)
+        def evaluate_and_keep(*args: Any, **kwargs: Any) -> Any:
+            result = evaluate(*args, **kwargs)
+            self.validation_losses.append(result[0])
+            return result
+
+        @functools.wraps(evaluate_all)
+        def evaluate_all_and_report(*args: Any, **kwargs: Any) -> Any:
+            call = evaluate_signature.bind(*args, **kwargs)
+            told = call.arguments
+            # Megatron says which data it is in words: "iteration 9 on test set".
+            data = "test" if told["prefix"].endswith("test set") else "validation"
+            # At its end, Megatron validates the step again that it has just validated.
+            if self.validated == (self.iteration, data):
+                return None
+            told["data_iterator"] = of_each_set(told["data_iterator"], self.args)
+            self.validation_losses = []
+            result = evaluate_all(*call.args, **call.kwargs)
+            self.on_validation(data)
+            return result
+
+        megatron_training.training_log = log_and_report
+        megatron_training.train_step = timed_step
+        megatron_training.evaluate = evaluate_and_keep
+        megatron_training.evaluate_and_print_results = evaluate_all_and_report
+        # Megatron bills a state-space layer as attention of another width; ours counts what the model computes.
+        megatron_training.num_floating_point_operations = self.floating_point_operations
+
+    def floating_point_operations(
+        self, args: Any, batch_size: int, seqlen_squared_sum_in_batch: float | None = None, **_: Any
+    ) -> float:
+        """Model FLOPs of one global batch, forward and backward; what Megatron's own throughput line divides.
+
+        `seqlen_squared_sum_in_batch`: of the isolated documents that the batch holds, on all ranks, as `forward_step`
+        counts them; None where samples are not divided.
+        """
+        self.batch_tokens = batch_size * args.seq_length
+        squares = seqlen_squared_sum_in_batch
+        document_length = args.seq_length if squares is None else squares / self.batch_tokens
+        self.batch_flops = self.batch_tokens * flops_per_token(self.sizes, args.seq_length, document_length)
+        return self.batch_flops
+
+    def on_step(self, iteration: int, loss_dict: dict[str, torch.Tensor], grad_norm: Any, *, skipped: bool) -> None:
+        self.iteration = iteration
+        losses = _from_last_stage({key: float(value) for key, value in loss_dict.items()})
+        self.interval_tokens += self.batch_tokens
+        self.interval_flops += self.batch_flops
+        self.skipped_steps += skipped
+        seconds = max(self.interval_seconds, 1e-9)
+        tokens_per_second = self.interval_tokens / seconds
+        metrics = {
+            "iteration": iteration,
+            **losses,
+            "learning_rate": self.learning_rate,
+            "grad_norm": None if grad_norm is None else float(grad_norm),
+            "skipped": skipped,
+            "consumed_tokens": self.args.consumed_train_samples * self.args.seq_length,
+            "tokens_per_second": tokens_per_second,
+            "model_tflops_per_second_per_rank": self.interval_flops / seconds / 1e12 / self.args.world_size,
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+            "step_seconds": self.step_seconds,
+            "world_size": self.args.world_size,
+        }
+        changed = self.slow_run.after_step(iteration, self.batch_flops)
+        if self.slow_run.verdict is not None:
+            metrics["slow"] = self.slow_run.verdict.as_fields()
+        self._write(metrics)
+        if changed:
+            self._tell_of_slowness(iteration)
+        if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
+            self.interval_seconds, self.interval_tokens, self.interval_flops = 0.0, 0, 0.0
+            self._show(lambda display: display.step(metrics | {"skipped_steps": self.skipped_steps}))
+            # Megatron keeps its writers on the last rank.
+            if writer := get_tensorboard_writer():
+                writer.add_scalar("tokens-per-second", tokens_per_second, iteration)
+            if wandb := get_wandb_writer():
+                wandb.log({"tokens-per-second": tokens_per_second}, iteration)
+
+    def on_validation(self, data: str = "validation") -> None:
+        """Report the losses of every validation (or test) set; several are told apart as in TensorBoard."""
+        sets = [losses for losses in self.validation_losses if losses is not None]
+        if len(sets) == len(self.validation_losses):
+            self.validated = self.iteration, data
+        known = self.args.validation_set_names or range(len(sets))
+        names = [f"{data}-{name}" for name in known] if len(sets) > 1 else [data]
+        losses = {
+            f"{name} {key}": float(value)
+            for name, values in zip(names, sets, strict=False)
+            for key, value in values.items()
+        }
+        losses = _from_last_stage(losses)
+        iteration = self.args.iteration if self.iteration is None else self.iteration
+        if losses:
+            self._write({"iteration": iteration, **losses})
+            words = " | ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+            self._show(lambda display: display.note(f"iteration {iteration} | {words}"))
+
+    def say(self, text: str) -> None:
+        """A line to the terminal and to the log, on rank 0."""
+        if self.args.rank == 0:
+            print(text, flush=True)
+            self._show(lambda display: display.note(text))
+
+    def _tell_of_slowness(self, iteration: int) -> None:
+        """On rank 0, once where the run becomes slow, and once where it is so no more."""
+        verdict = self.slow_run.verdict
+        if verdict is None:
+            self._show(lambda display: display.note(f"iteration {iteration} | throughput is back near its median"))
+            return
+        self._show(lambda display: display.note(f"warning: iteration {iteration} | {verdict}"))
+        facts = {"step": iteration, "ranks": verdict.ranks, "nodes": verdict.nodes, "fraction": verdict.fraction}
+        notify(self.metrics_file.parent, "slow", f"step {iteration}: {verdict}", **facts)
+
+    def close(self) -> None:
+        self._show(lambda display: display.close())
+
+    def _show(self, what: Callable[[PlainDisplay | BarDisplay], None]) -> None:
+        """The terminal may be gone, by a hang-up or with the reader of a pipe: the training goes on without it."""
+        if self.display is not None:
+            try:
+                what(self.display)
+            except OSError:
+                self.display = None
+
+    def _write(self, metrics: dict[str, Any]) -> None:
+        if self.args.rank > 0:
+            return
+        with open(self.metrics_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics | {"time": round(time.time(), 3)}) + "\n")
+
+
+def first_step_note(recipe: Recipe) -> str | None:
+    """Why nothing will seem to happen at first; None where the run has no kernels of Triton."""
+    by_kernels = recipe.has_state_space and recipe.model.ssd_backend in ("auto", "triton")
+    if not by_kernels or why_unavailable() is not None:
+        return None
+    # Triton keeps what it compiles. docs/gpu-results has the seconds.
+    return "the first step compiles and tunes kernels: about a minute, less where an earlier run has done so"
+
+
+def end_last_line(file: Path) -> None:
+    """Let what is appended begin on a line of its own, also where a killed run left half of one."""
+    with contextlib.suppress(FileNotFoundError), open(file, "rb+") as lines:
+        if lines.seek(0, os.SEEK_END) and os.pread(lines.fileno(), 1, lines.tell() - 1) != b"\n":
+            lines.write(b"\n")
+
+
+def _from_last_stage(losses: dict[str, float]) -> dict[str, float]:
+    """The losses of the last rank, which is on the last pipeline stage, on every rank."""
+    if get_args().pipeline_model_parallel_size == 1:
+        return losses
+    box = [losses]
+    torch.distributed.broadcast_object_list(box, src=torch.distributed.get_world_size() - 1)
+    return box[0]

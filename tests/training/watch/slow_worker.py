@@ -1,0 +1,37 @@
+"""A worker of a tiny run that sleeps in each forward pass for the seconds that RUN/slow_RANK says, if it is there.
+
+Samples of throughput are as short as can be.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm import cli, platform
+from megatron_txssm.training.watch import throughput
+
+throughput.SAMPLE_SECONDS = 0.0
+slow = Path(sys.argv[1]).parent / f"slow_{os.environ['RANK']}"
+prepare = platform.prepare_platform
+
+
+def prepare_and_slow_down() -> list[str]:
+    arguments = prepare()
+    # Imports Megatron, for which the platform must be prepared.
+    from megatron_txssm.training import forward_step
+
+    prompt_step = forward_step.forward_step
+
+    def slow_step(*args: Any) -> Any:
+        if slow.exists():
+            time.sleep(float(slow.read_text() or 0))
+        return prompt_step(*args)
+
+    forward_step.forward_step = slow_step
+    return arguments
+
+
+platform.prepare_platform = prepare_and_slow_down
+sys.exit(cli.main(["pretrain", *sys.argv[1:]]))
