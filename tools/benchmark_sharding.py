@@ -153,7 +153,16 @@ def shard_command(source: Path, output: Path, tokenizer: Path, args: argparse.Na
     recipe.write_text(
         json.dumps({"output": str(output), "tokenizer": {"model": str(tokenizer)}, "subsets": {"web": subset}})
     )
-    return [sys.executable, "-m", "megatron_txssm.cli", "data", "shard", str(recipe), "--workers", str(args.workers)]
+    return [
+        sys.executable,
+        "-m",
+        "megatron_txssm.cli",
+        "data",
+        "shard",
+        str(recipe),
+        "--workers",
+        str(args.workers),
+    ]
 
 
 def shard(source: Path, output: Path, tokenizer: Path, args: argparse.Namespace) -> str:

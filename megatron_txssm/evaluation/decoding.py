@@ -1,11 +1,11 @@
 """Token after token from a model of Megatron's or of transformers', with a cache of keys, values and states."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.evaluation.sampling import Sampling
 
 
 class Decoder(Protocol):
@@ -23,20 +23,6 @@ class Decoder(Protocol):
     def next_logits(self, tokens: list[int]) -> Any:
         """[vocabulary] fp32 logits of the token behind `tokens`, which continue what it has seen."""
         ...
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen."""
-
-    # 0: the likeliest one each time.
-    temperature: float = 0.8
-    # From the k likeliest; 0: all.
-    top_k: int = 50
-    # From the likeliest that together have this probability; 1: all.
-    top_p: float = 1.0
-    # Divides a token's positive logit, and multiplies a negative one, if it stands in the text (arXiv:1909.05858).
-    repetition_penalty: float = 1.0
 
 
 class MegatronDecoder:

@@ -1,10 +1,9 @@
-"""txssm evaluate: the loss of a run's checkpoint on all of its validation data, by Megatron's own evaluation.
+"""The loss of a run's checkpoint on all of its validation data, by Megatron's own evaluation.
 
 Each sample counts once: Megatron's full validation goes over a set once per micro-batch of a training step; here a step
 has one micro-batch. As in Megatron, a shard's last tokens, less than a sample, are left out.
 """
 
-import argparse
 import json
 import math
 import os
@@ -15,43 +14,37 @@ from typing import Any, TextIO
 
 from megatron_txssm.checkpoint.load import load_options
 from megatron_txssm.checkpoint.saved_model import find_checkpoints, step_folder
-from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.megatron_args import megatron_arguments, whole_validation_arguments
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm.environment import adopt_slurm_step, is_worker
 from megatron_txssm.terminal import print_table
-from megatron_txssm.training.launch.processes import add_run_arguments, launch, smallest_world_size
-
-EXAMPLES = (
-    "txssm evaluate runs/demo",
-    "txssm evaluate runs/demo --step 100",
-    "txssm evaluate runs/demo --set parallel.tensor_model_parallel_size=1",
-    "srun txssm evaluate runs/transxssm_1.3b",
-)
+from megatron_txssm.training.launch.processes import launch, worker_command
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = add_verb(subparsers, "evaluate", EXAMPLES)
-    add_run_arguments(parser)
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder; results go to RUN/evaluation")
-    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest)")
+def evaluate(
+    run: Path,
+    *,
+    step: int | None = None,
+    overrides: Sequence[str] = (),
+    nproc: int | None = None,
+    port: int | None = None,
+) -> int:
+    """The loss of a run's checkpoint on all of its validation data, to RUN/evaluation/validation.json; the exit code.
 
-
-def run(args: argparse.Namespace) -> int:
+    step: which checkpoint (None: the newest). The rest is as in `training.launch.processes.pretrain`.
+    """
     adopt_slurm_step()
-    recipe = evaluation_recipe(args.run, args.overrides)
-    if args.step is not None:
-        step_folder(Path(recipe.checkpoint.load_from or ""), args.step)
+    recipe = evaluation_recipe(run, overrides)
+    if step is not None:
+        step_folder(Path(recipe.checkpoint.load_from or ""), step)
     if is_worker():
         from megatron_txssm.training.pretrain import run_worker
 
-        return run_worker(recipe, partial(evaluate, step=args.step))
-    nproc = smallest_world_size(recipe) if args.nproc is None else args.nproc
-    step = [] if args.step is None else ["--step", str(args.step)]
-    command = ["evaluate", str(args.run), *step, *(word for text in args.overrides for word in ("--set", text))]
-    return launch(recipe, nproc, command, port=args.port)
+        return run_worker(recipe, partial(evaluate_as_worker, step=step))
+    words = [str(run), *([] if step is None else ["--step", str(step)])]
+    return launch(recipe, nproc, worker_command("evaluate", *words, overrides=overrides), port=port)
 
 
 def evaluation_recipe(run: Path, overrides: Sequence[str]) -> Recipe:
@@ -103,7 +96,7 @@ def _check_validation_data(run: Path, recipe: Recipe) -> None:
         )
 
 
-def evaluate(recipe: Recipe, terminal: TextIO, *, step: int | None = None) -> None:
+def evaluate_as_worker(recipe: Recipe, terminal: TextIO, *, step: int | None = None) -> None:
     """As one worker of Megatron: evaluate a step (None: the newest); rank 0 writes validation.json and the table."""
     from megatron_txssm.platform import prepare_platform
 

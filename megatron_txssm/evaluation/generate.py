@@ -1,97 +1,73 @@
-"""txssm generate: continue a prompt, from one of Megatron's checkpoints or from a Hugging Face model."""
+"""Continues a prompt, from one of Megatron's checkpoints or from a Hugging Face model."""
 
-import argparse
 import os
 import re
 import sys
 import tempfile
 import time
 import traceback
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from megatron_txssm.checkpoint.saved_model import how_to_make, open_checkpoint
-from megatron_txssm.cli import add_verb
 from megatron_txssm.convert.hf_folder import is_hf_folder
 from megatron_txssm.errors import UserError, readable
+from megatron_txssm.evaluation.sampling import Sampling
 from megatron_txssm.terminal import doing
 
-EXAMPLES = (
-    "txssm generate runs/demo --prompt 'def main('",
-    "txssm generate exports/demo --prompt 'import os' --temperature 0 --max-new-tokens 50",
-    "txssm generate runs/transxssm_1.3b --step 20000 --prompt 'The aim of'",
-    "txssm generate --hub HuggingFaceTB/SmolLM2-135M --prompt 'The aim of'",
-    "txssm generate exports/demo --prompt - --top-p 0.9 --repetition-penalty 1.1 < prompt.txt",
-)
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = add_verb(subparsers, "generate", EXAMPLES)
-    parser.add_argument(
-        "model", metavar="CHECKPOINT_OR_HF", help="a run, its checkpoints, a Hugging Face folder, or with --hub a name"
-    )
-    parser.add_argument("--hub", action="store_true", help="the model is a name on the Hugging Face hub")
-    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest)")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue; -: standard input")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=100, metavar="N", help="stop after N tokens (default: 100)"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token each time (default: 0.8)"
-    )
-    parser.add_argument(
-        "--top-k", type=int, default=50, metavar="K", help="sample from the K likeliest tokens; 0: all (default: 50)"
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="sample from the likeliest tokens that together have probability P (default: 1, all)",
-    )
-    parser.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="R",
-        help="above 1: make tokens that stand in the text less likely (default: 1)",
-    )
-    parser.add_argument("--seed", type=int, default=1234, help="of the sampling (default: 1234)")
+@dataclass(frozen=True)
+class Request:
+    """A text to continue, and by what."""
+
+    # Megatron's checkpoints, or the name of a folder or a model on the Hugging Face hub.
+    model: Path | str
+    # Of Megatron's checkpoints; None: the newest.
+    step: int | None
+    prompt: str
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int
 
 
-def run(args: argparse.Namespace) -> int:
-    _check(args)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    hub: bool = False,
+    step: int | None = None,
+    max_new_tokens: int = 100,
+    sampling: Sampling | None = None,
+    seed: int = 1234,
+) -> int:
+    """Print a prompt and what a model continues it with, token by token; returns the exit code.
+
+    model: a run, its checkpoints (`step`: which; None: the newest), a Hugging Face folder, or with `hub` a name on the
+    Hugging Face hub. UserError where there is none.
+    """
+    if hub and not _HUB_NAME.fullmatch(str(model)):
+        raise UserError(f"--hub {model}: a name on the Hugging Face hub is ORGANISATION/MODEL")
+    place = Path(model).expanduser()
+    of_transformers = hub or is_hf_folder(place)
+    if step is not None and of_transformers:
+        raise UserError(f"--step {step} is of checkpoints, but {model} is a Hugging Face model; leave it out")
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {max_new_tokens} must be at least 1")
     if not prompt:
         raise UserError("--prompt is empty; give at least one character")
-    model = Path(args.model).expanduser()
-    if args.hub or is_hf_folder(model):
-        args.model = args.model if args.hub else str(model)
-        return write(args, prompt, sys.stdout)
-    if not os.path.exists(model) and _HUB_NAME.fullmatch(args.model):
-        raise UserError(f"{model}: no such folder; {how_to_make(model)} (add --hub for a name on the Hugging Face hub)")
-    saved = open_checkpoint(model, args.step)
-    args.model, args.step = saved.checkpoints, saved.step
-    return _by_megatron(args, prompt)
+    request = Request(str(model) if hub else str(place), step, prompt, max_new_tokens, sampling or Sampling(), seed)
+    if of_transformers:
+        return write(request, sys.stdout)
+    if not os.path.exists(place) and _HUB_NAME.fullmatch(str(model)):
+        raise UserError(f"{place}: no such folder; {how_to_make(place)} (add --hub for a name on the Hugging Face hub)")
+    saved = open_checkpoint(place, step)
+    return _by_megatron(replace(request, model=saved.checkpoints, step=saved.step))
 
 
-def _check(args: argparse.Namespace) -> None:
-    if args.hub and not _HUB_NAME.fullmatch(args.model):
-        raise UserError(f"--hub {args.model}: a name on the Hugging Face hub is ORGANISATION/MODEL")
-    if args.step is not None and (args.hub or is_hf_folder(Path(args.model).expanduser())):
-        raise UserError(f"--step {args.step} is of checkpoints, but {args.model} is a Hugging Face model; leave it out")
-    least = {"max_new_tokens": 1, "temperature": 0, "top_k": 0}
-    for name, value in least.items():
-        if not getattr(args, name) >= value:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {value}")
-    if not 0 < args.top_p <= 1:
-        raise UserError(f"--top-p {args.top_p} must be above 0 and at most 1")
-    if not args.repetition_penalty > 0:
-        raise UserError(f"--repetition-penalty {args.repetition_penalty} must be above 0; 1 changes nothing")
-
-
-def _by_megatron(args: argparse.Namespace, prompt: str) -> int:
+def _by_megatron(request: Request) -> int:
     """Megatron prints much: into a log, of which only a failure tells."""
     from megatron_txssm.training.output import output_redirected
 
@@ -101,7 +77,7 @@ def _by_megatron(args: argparse.Namespace, prompt: str) -> int:
     failure: Exception | None = None
     with output_redirected(log) as terminal:
         try:
-            write(args, prompt, terminal)
+            write(request, terminal)
         except (UserError, BrokenPipeError, KeyboardInterrupt):
             log.unlink()
             raise
@@ -115,16 +91,17 @@ def _by_megatron(args: argparse.Namespace, prompt: str) -> int:
     return 0
 
 
-def write(args: argparse.Namespace, prompt: str, terminal: TextIO) -> int:
+def write(request: Request, terminal: TextIO) -> int:
     """Load the model and write the prompt and what follows it to `terminal`, piece by piece."""
-    from megatron_txssm.evaluation.decoding import HfDecoder, MegatronDecoder, Sampling, generate_tokens
+    from megatron_txssm.evaluation.decoding import HfDecoder, MegatronDecoder, generate_tokens
 
-    with doing(f"loading {args.model}", terminal):
-        if isinstance(args.model, Path):
+    prompt = request.prompt
+    with doing(f"loading {request.model}", terminal):
+        if isinstance(request.model, Path):
             # A token has a byte at least.
-            decoder = MegatronDecoder(args.model, len(prompt.encode()) + args.max_new_tokens, args.step)
+            decoder = MegatronDecoder(request.model, len(prompt.encode()) + request.max_new_tokens, request.step)
         else:
-            decoder = HfDecoder(args.model)
+            decoder = HfDecoder(request.model)
     try:
         tokens = decoder.encode(prompt)
     except ValueError as error:
@@ -132,10 +109,9 @@ def write(args: argparse.Namespace, prompt: str, terminal: TextIO) -> int:
     if not tokens:
         raise UserError(f"--prompt {prompt!r} gives no token; give more text")
     print(f"{decoder.description}\n\n{prompt}", file=terminal, end="", flush=True)
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
     written, new = decoder.decode(tokens), list[int]()
     begin = first = time.perf_counter()
-    for token in generate_tokens(decoder, tokens, args.max_new_tokens, sampling, args.seed):
+    for token in generate_tokens(decoder, tokens, request.max_new_tokens, request.sampling, request.seed):
         if not new:
             first = time.perf_counter()
         if token == decoder.eod:

@@ -149,8 +149,8 @@ class Submission:
             raise UserError(f"run_directory={self.run} cannot be written: {error.strerror}") from None
 
     def _submit_shards(self, corpus: "CorpusRecipe") -> list[str]:
-        from megatron_txssm.data.shard_command import prepare
         from megatron_txssm.data.sharding import slurm_array
+        from megatron_txssm.data.sharding.make import prepare
 
         arrays = slurm_array.submit(corpus, prepare(corpus), self.code.path if self.code else HOME)
         jobs = [job for ids in arrays.values() for job in ids]

@@ -14,14 +14,14 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_txssm.check.command import GPU_PARTS
 from megatron_txssm.check.gpu import check, children, parts
 from megatron_txssm.check.gpu.bench import Bench
 from megatron_txssm.check.gpu.findings import Finding, compared
 from megatron_txssm.check.gpu.parts import PARTS, Part
 from megatron_txssm.check.gpu.speed import PAIRS
 from megatron_txssm.check.gpu.trainings import AGREEMENTS, STEPS, WAVES, Agreement, Training
-from megatron_txssm.cli import main
+from megatron_txssm.cli.check import GPU_PARTS
+from megatron_txssm.cli.main import main
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.validate import validate
 
@@ -213,7 +213,16 @@ time.sleep(9999)
 
 
 def test_ctrl_c_ends_all_processes(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "megatron_txssm.cli", *ON_CPU, "--only", "kernels", "--out", str(tmp_path / "f")]
+    words = [
+        sys.executable,
+        "-m",
+        "megatron_txssm.cli",
+        *ON_CPU,
+        "--only",
+        "kernels",
+        "--out",
+        str(tmp_path / "f"),
+    ]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
         family: list[psutil.Process] = []

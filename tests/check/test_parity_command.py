@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from megatron_txssm.check import runs
-from megatron_txssm.cli import main
+from megatron_txssm.cli.main import main
 
 REPOSITORY = Path(__file__).parents[2]
 

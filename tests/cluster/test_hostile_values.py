@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from megatron_txssm.cli import main
+from megatron_txssm.cli.main import main
 from megatron_txssm.data.corpus.shard import write_shard
 from megatron_txssm.jobs.limits import LIMITS
 from megatron_txssm.recipe.loader import load_recipe

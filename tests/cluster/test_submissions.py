@@ -67,7 +67,15 @@ def test_a_job_runs_what_was_submitted_where_ranks_have_no_slurm(sandbox: Sandbo
     (checkout.path / "slurm" / "env.sh").write_text(settings)
     job = TrainingJob(sandbox, tmp_path / "job", data)
     environment = sandbox.env | {"PYTHONPATH": str(checkout.path), "PYTHONSAFEPATH": "1", "SBATCH_EXPORT": "NONE"}
-    command = [sys.executable, "-m", "megatron_txssm.cli", "submit", str(job.recipe), "--nodes=2", "--nproc-per-node=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_txssm.cli",
+        "submit",
+        str(job.recipe),
+        "--nodes=2",
+        "--nproc-per-node=1",
+    ]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     record = json.loads((job.run / "submission.json").read_text())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_txssm.cli import main
+from megatron_txssm.cli.main import main
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_txssm.cli import main
+from megatron_txssm.cli.main import main
 from megatron_txssm.convert.hf_folder import open_hf_folder
 from megatron_txssm.convert.hf_model import load_hf_model
 from megatron_txssm.hf.standalone import AUTO_MAP

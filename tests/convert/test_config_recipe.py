@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_txssm.cli import main
+from megatron_txssm.cli.main import main
 from megatron_txssm.convert import worker
 from megatron_txssm.convert.config_check import check_config
 from megatron_txssm.convert.config_recipe import recipe_of_config

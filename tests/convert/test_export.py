@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.torch_dist import IndexReader
-from megatron_txssm.cli import main
+from megatron_txssm.cli.main import main
 from megatron_txssm.convert.export import Export, write_weights
 from megatron_txssm.convert.formats import choose_layout
 from megatron_txssm.convert.hf_files import write_configuration

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GraniteMoeHybridConfig, LlamaConfig
 
-from megatron_txssm.cli import main
+from megatron_txssm.cli.main import main
 from megatron_txssm.convert.config_check import read_config
 from megatron_txssm.convert.hf_config import hf_config
 from megatron_txssm.convert.hf_folder import open_hf_folder

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GraniteMoeHybridForCausalLM, Llam
 from megatron_txssm.architecture.parameters import ModelSizes
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER
-from megatron_txssm.cli import main
+from megatron_txssm.cli.main import main
 from megatron_txssm.convert.hf_folder import open_hf_folder
 from megatron_txssm.convert.hf_model import load_hf_model
 from megatron_txssm.convert.importer import _as_yaml

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_txssm.cli import main
+from megatron_txssm.cli.main import main
 from megatron_txssm.data.corpus.manifest import Plan, TaskManifest, read_manifest
 from megatron_txssm.data.corpus.recipe import CorpusRecipe
 from megatron_txssm.data.sharding import run_local

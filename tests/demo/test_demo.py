@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_txssm.demo import start_afresh
+from megatron_txssm.demo.demo import start_afresh
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from megatron_txssm.cli import main
+from megatron_txssm.cli.main import main
 from megatron_txssm.data.corpus.recipe import TokenizerSource
 from megatron_txssm.data.tokenizer.huggingface import export_tokenizer
 from megatron_txssm.data.tokenizer.sentencepiece import train_sentencepiece
 from megatron_txssm.evaluation import generate as generate_command
-from megatron_txssm.evaluation.decoding import Sampling, sample
+from megatron_txssm.evaluation.decoding import sample
+from megatron_txssm.evaluation.sampling import Sampling
 from tests.convert.untrained import make_run
 from tests.hf.tiny import generate, tiny_model
 
@@ -150,7 +151,7 @@ def test_a_misspelt_run_is_told_the_nearest(
 
 def test_a_name_on_the_hub_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(generate_command, "write", lambda args, *rest: asked.append(args.model) or 0)
+    monkeypatch.setattr(generate_command, "write", lambda request, *rest: asked.append(request.model) or 0)
     assert main(["generate", "--hub", "org/name-1.5", "--prompt", "a"]) == 0
     assert asked == ["org/name-1.5"]
 
@@ -159,7 +160,7 @@ def test_a_step_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     run = make_run(tmp_path)
     chosen = []
     monkeypatch.setattr(
-        generate_command, "_by_megatron", lambda args, prompt: chosen.append((args.model, args.step)) or 0
+        generate_command, "_by_megatron", lambda request: chosen.append((request.model, request.step)) or 0
     )
     for options in ([], ["--step", "1"]):
         assert main(["generate", str(run), "--prompt", "a", *options]) == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_txssm.cli import main
+from megatron_txssm.cli.main import main
 from megatron_txssm.evaluation import evaluate as evaluate_command
 from megatron_txssm.evaluation.evaluate import evaluation_recipe
 from tests.data.corpus_fixture import make_corpus, make_recipe, random_documents

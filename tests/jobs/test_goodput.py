@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from megatron_txssm.cli.jobs import run as jobs
 from megatron_txssm.jobs.goodput import WITHIN_JOB, explain_goodput, goodput
-from megatron_txssm.launch.jobs_command import run as jobs
 from tests.jobs.some_attempt import some_attempt
 from tests.slurm.some_queue import write_queue
 

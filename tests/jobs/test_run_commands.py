@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from megatron_txssm.cli import main
+from megatron_txssm.cli import logs as logs_command
+from megatron_txssm.cli.main import main
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs import run_jobs
 from megatron_txssm.jobs.run_jobs import check_no_other_job, jobs_of
-from megatron_txssm.launch import logs_command
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm.client import queue

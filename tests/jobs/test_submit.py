@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.architecture.parameters import checkpoint_bytes
-from megatron_txssm.cli import main
+from megatron_txssm.cli.main import main
 from megatron_txssm.jobs import submit
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.slurm import client as slurm
@@ -213,7 +213,7 @@ def test_a_wrong_option_of_the_site_is_named(
 def test_no_slurm(cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(submit, "HOME", Path("/nowhere"))
-    monkeypatch.setattr("megatron_txssm.launch.submit_command.load_site_settings", lambda: None)
+    monkeypatch.setattr("megatron_txssm.cli.submit.load_site_settings", lambda: None)
     assert_refused(cluster, capsys, submit_demo(), "on this machine; run it on a login node")
 
 

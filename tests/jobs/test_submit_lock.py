@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from megatron_txssm.cli import main
+from megatron_txssm.cli import submit as submit_command
+from megatron_txssm.cli.main import main
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.submit_lock import NAME, SubmitLock
-from megatron_txssm.launch import submit_command
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm.batch_script import HOME

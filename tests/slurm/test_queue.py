@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_txssm.cli import main
+from megatron_txssm.cli.main import main
 from megatron_txssm.errors import UserError
 from megatron_txssm.slurm import client as slurm
 from tests.slurm.some_queue import LETTERS, write_queue

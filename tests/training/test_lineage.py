@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_txssm.data import trace_command
+from megatron_txssm.cli import data_trace as trace_command
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe

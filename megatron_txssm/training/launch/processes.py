@@ -1,15 +1,15 @@
-"""txssm pretrain: one worker per process, under torchrun or srun as they are, or on processes it starts itself."""
+"""Starts a run's workers, one process each, on this machine; under torchrun or srun this process is one of them."""
 
-import argparse
 import contextlib
 import logging
 import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.process_limits import allow_open_files
 from megatron_txssm.recipe.loader import load_recipe
@@ -26,39 +26,29 @@ from megatron_txssm.training.launch.preflight import (
 )
 from megatron_txssm.training.launch.run_lock import check_not_running
 
-EXAMPLES = (
-    "txssm pretrain demo_cpu",
-    "txssm pretrain demo_cpu --nproc 4 --set parallel.pipeline_model_parallel_size=2",
-    "torchrun --nnodes 2 --nproc-per-node 8 … $(which txssm) pretrain transxssm_1.3b",
-    "srun txssm pretrain transxssm_1.3b",
-)
 
+def pretrain(
+    recipe: str | Path, *, overrides: Sequence[str] = (), nproc: int | None = None, port: int | None = None
+) -> int:
+    """Train a recipe, from its newest checkpoint if there is one; returns the exit code.
 
-def add_parser(subparsers: Any) -> None:
-    parser = add_verb(subparsers, "pretrain", EXAMPLES)
-    add_run_arguments(parser)
-    parser.add_argument("recipe", help="a name that `txssm recipes` lists, or a YAML file")
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of every verb that starts a run."""
-    parser.add_argument(
-        "--nproc", type=int, metavar="N", help="processes to start (default: as few as the layout needs)"
-    )
-    parser.add_argument("--port", type=int, help="TCP port of the processes' rendezvous (default: any free one)")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change a field")
-
-
-def run(args: argparse.Namespace) -> int:
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe: a name that `txssm recipes` lists, or a YAML file; overrides: fields changed, as "a.b=c". Under torchrun and
+    srun this process is one of the workers; else it starts `nproc` of them on this machine (None: as few as the layout
+    needs), which meet at TCP `port` (None: any free one). UserError where the recipe, its data or its checkpoint are
+    wrong.
+    """
+    checked = load_recipe(str(recipe), overrides)
     adopt_slurm_step()
     if is_worker():
         from megatron_txssm.training.pretrain import run_worker
 
-        return run_worker(recipe)
-    nproc = smallest_world_size(recipe) if args.nproc is None else args.nproc
-    command = ["pretrain", args.recipe, *(word for text in args.overrides for word in ("--set", text))]
-    return launch(recipe, nproc, command, port=args.port)
+        return run_worker(checked)
+    return launch(checked, nproc, worker_command("pretrain", str(recipe), overrides=overrides), port=port)
+
+
+def worker_command(verb: str, *words: str, overrides: Sequence[str]) -> list[str]:
+    """The command line of `txssm` that each worker runs."""
+    return [verb, *words, *(word for text in overrides for word in ("--set", text))]
 
 
 def smallest_world_size(recipe: Recipe) -> int:
@@ -67,12 +57,16 @@ def smallest_world_size(recipe: Recipe) -> int:
     return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
 
 
-def launch(recipe: Recipe, nproc: int, command: list[str], *, port: int | None = None) -> int:
-    """Run `txssm COMMAND` in `nproc` processes of this machine and wait; returns the exit code.
+def launch(recipe: Recipe, nproc: int | None, command: list[str], *, port: int | None = None) -> int:
+    """Run `txssm COMMAND` in `nproc` processes of this machine (None: as few as the layout needs) and wait.
+
+    Returns the exit code.
 
     What can be known to be wrong is said before anything is written or started. Ctrl-C or SIGTERM lets the workers
     finish their step, save and stop.
     """
+    if nproc is None:
+        nproc = smallest_world_size(recipe)
     if nproc < 1:
         raise UserError(f"--nproc {nproc} must be at least 1")
     check_run(recipe, world_size=nproc)

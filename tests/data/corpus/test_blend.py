@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_txssm.data import blend_command
+from megatron_txssm.cli import data_blend as blend_command
 from megatron_txssm.data.corpus.blend import check_corpus, recipe_blend
 from megatron_txssm.data.corpus.shard import write_shard
 from megatron_txssm.errors import UserError

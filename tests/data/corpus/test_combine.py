@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_txssm.cli import main
+from megatron_txssm.cli.main import main
 from megatron_txssm.data.corpus import combine
 from megatron_txssm.data.corpus.manifest import open_corpus
 from megatron_txssm.data.corpus.recipe import load_corpus_recipe

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from megatron_txssm.cli import main
-from megatron_txssm.data import status_command
+from megatron_txssm.cli import data_status as status_command
+from megatron_txssm.cli.main import main
 from megatron_txssm.data.corpus.manifest import Plan, Slice, write_plan
 from megatron_txssm.data.corpus.status import SILENT_SECONDS, CorpusStatus, SubsetStatus
 from megatron_txssm.data.sharding import shard_task
-from megatron_txssm.data.status_command import print_status
+from megatron_txssm.data.sharding.progress import print_status
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import write_json
 from tests.data.in_process import manifest_of, run_tasks_here, shard, web_recipe
@@ -269,7 +269,7 @@ def help_of(capsys: pytest.CaptureFixture, *words: str) -> str:
 
 
 def test_help_shows_examples(capsys: pytest.CaptureFixture) -> None:
-    from megatron_txssm.data.commands import COMMANDS
+    from megatron_txssm.cli.data import COMMANDS
 
     overview = help_of(capsys)
     for command, (_, summary, examples) in COMMANDS.items():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_txssm.cli import main
+from megatron_txssm.cli.main import main
 from megatron_txssm.data.corpus.manifest import open_corpus, read_tokenizer_facts
 from megatron_txssm.data.corpus.shard import ShardWriter
 from megatron_txssm.errors import UserError

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_txssm.cli import main
+from megatron_txssm.cli.main import main
 from megatron_txssm.data.corpus.manifest import Slice, read_plan
 from megatron_txssm.data.corpus.recipe import SubsetSource, load_corpus_recipe
 from megatron_txssm.data.sharding import plan

@@ -14,7 +14,7 @@ from pathlib import Path
 import dill
 import pytest
 
-from megatron_txssm.cli import main
+from megatron_txssm.cli.main import main
 from megatron_txssm.data.corpus.manifest import Plan, Slice, logging_folder, manifest_path, write_plan
 from megatron_txssm.data.corpus.recipe import CorpusRecipe, load_corpus_recipe
 from megatron_txssm.data.sharding import run_local, slurm_array

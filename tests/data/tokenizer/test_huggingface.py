@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_txssm.cli import main
+from megatron_txssm.cli.main import main
 from megatron_txssm.convert.proof import sample_text
 from megatron_txssm.data.corpus.recipe import TokenizerSource
 from megatron_txssm.data.tokenizer.encoder import load_encoders

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from megatron_txssm.cli import main
+from megatron_txssm.cli.main import main
 from megatron_txssm.data.corpus.manifest import TokenizerFacts, is_held_out, open_corpus, read_tokenizer_facts
 from megatron_txssm.data.corpus.recipe import TokenizerSource
 from megatron_txssm.data.corpus.shard import ShardWriter

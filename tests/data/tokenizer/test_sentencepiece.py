@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from megatron_txssm.data import demo_corpus
 from megatron_txssm.data.corpus import shard
 from megatron_txssm.data.corpus.recipe import TokenizerSource
 from megatron_txssm.data.tokenizer import sentencepiece
@@ -16,6 +15,7 @@ from megatron_txssm.data.tokenizer.sentencepiece import (
     load_tokenizer,
     train_sentencepiece,
 )
+from megatron_txssm.demo import corpus as demo_corpus
 from megatron_txssm.errors import UserError
 
 VOCAB_SIZE = 600

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_txssm.cli import main
+from megatron_txssm.cli.main import main
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe

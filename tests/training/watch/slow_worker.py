@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm import cli, platform
+from megatron_txssm import platform
+from megatron_txssm.cli import main as cli
 from megatron_txssm.training.watch import throughput
 
 throughput.SAMPLE_SECONDS = 0.0

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.cli import add_verb
+from megatron_txssm.cli.parsing import add_verb
 from megatron_txssm.errors import UserError
 
 EXAMPLES = (

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.cli import add_verb
+from megatron_txssm.cli.parsing import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import find_run, read_submission
 from megatron_txssm.slurm import client as slurm

@@ -7,7 +7,7 @@ import shlex
 import sys
 from typing import Any
 
-from megatron_txssm.cli import add_verb
+from megatron_txssm.cli.parsing import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe, recipe_names
 from megatron_txssm.recipe.recipe import Recipe

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.cli import VERBS, build_parser
+from megatron_txssm.cli.main import build_parser
+from megatron_txssm.cli.parsing import VERBS
 
 # Whose RECIPE is a corpus recipe.
 _OF_CORPORA = ("txssm data shard", "txssm data train-tokenizer")

@@ -7,8 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from megatron_txssm.evaluation import ngram
-from megatron_txssm.evaluation.ngram import bigram_loss, unigram_loss
+from megatron_txssm.demo import ngram
+from megatron_txssm.demo.ngram import bigram_loss, unigram_loss
 
 
 def _markov_stream(transition: np.ndarray, length: int, seed: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.tensors import DTYPES
-from megatron_txssm.cli import add_commands
+from megatron_txssm.cli.parsing import add_commands
 from megatron_txssm.convert.formats import LAYOUTS, choose_layout
 from megatron_txssm.convert.importer import import_weights
 from megatron_txssm.convert.proof import NotTheSame

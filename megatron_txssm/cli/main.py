@@ -1,44 +1,19 @@
-"""txssm <verb>: finds the verb's module and runs it. A verb's module is imported only when that verb is asked for.
-
-A module of `VERBS` has `add_parser(subparsers)`, which calls `add_verb` or `add_commands`, and `run(args) -> int |
-None`, the exit code.
-"""
+"""txssm <verb>: finds the verb's module and runs it. A verb's module is imported only when that verb is asked for."""
 
 import argparse
 import difflib
 import importlib
 import io
 import os
-import shutil
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_txssm import __version__
+from megatron_txssm.cli.parsing import VERBS, _help_width
 from megatron_txssm.errors import UserError, readable
-
-# Verb -> (module, one line of help).
-VERBS: dict[str, tuple[str, str]] = {
-    "demo": ("megatron_txssm.demo", "train a small TransXSSM on this machine from real text, stop, resume, write text"),
-    "recipes": ("megatron_txssm.recipe.show", "list the recipes, or show one with all its fields"),
-    "data": ("megatron_txssm.data.commands", "make, check and inspect a corpus of token shards"),
-    "pretrain": (
-        "megatron_txssm.training.launch.processes",
-        "pretrain a recipe: on processes of this machine, or under torchrun or srun",
-    ),
-    "check": ("megatron_txssm.check.command", "prove that a recipe's parallel layouts compute what one process does"),
-    "submit": ("megatron_txssm.launch.submit_command", "queue a recipe's pretraining on a Slurm cluster"),
-    "jobs": ("megatron_txssm.launch.jobs_command", "list your Slurm jobs, and how far their runs are"),
-    "logs": ("megatron_txssm.launch.logs_command", "show what a run's job prints, as it grows"),
-    "cancel": ("megatron_txssm.launch.cancel_command", "cancel a run's jobs; the trainer saves first"),
-    "why": ("megatron_txssm.launch.why_command", "say why a run's last attempt ended, and what to do"),
-    "generate": ("megatron_txssm.evaluation.generate", "continue a prompt with a checkpoint or a Hugging Face model"),
-    "convert": ("megatron_txssm.checkpoint.convert_command", "checkpoints to Hugging Face models and back, proven"),
-    "evaluate": ("megatron_txssm.evaluation.evaluate", "the loss of a run's checkpoint on all validation data"),
-    "serve": ("megatron_txssm.evaluation.serve_command", "answer OpenAI-style requests with a Hugging Face model"),
-}
 
 # Headings of the help, and the verbs beneath them.
 GROUPS = {
@@ -60,31 +35,6 @@ completion at the tab key, in bash and zsh:
   eval "$(register-python-argcomplete txssm)\""""
 
 
-def add_verb(subparsers: "argparse._SubParsersAction", verb: str, examples: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser of one verb, with its help from `VERBS` and its examples at the end of --help."""
-    _, summary = VERBS[verb]
-    return subparsers.add_parser(verb, **_help(summary, examples))
-
-
-def add_commands(
-    subparsers: "argparse._SubParsersAction", verb: str, commands: Mapping[str, tuple[str, Sequence[str]]]
-) -> dict[str, argparse.ArgumentParser]:
-    """The parsers of a verb's commands, by name; `commands`: name -> (one line of help, examples)."""
-    parser = add_verb(subparsers, verb, [examples[0] for _, examples in commands.values()])
-    parser.set_defaults(show_help=parser.print_help)
-    action = parser.add_subparsers(title="commands", dest="command", metavar="<command>")
-    return {name: action.add_parser(name, **_help(*about)) for name, about in commands.items()}
-
-
-def _help(summary: str, examples: Sequence[str]) -> dict[str, Any]:
-    return {
-        "help": summary,
-        "description": textwrap.fill(f"{summary[0].upper()}{summary[1:]}.", _help_width()),
-        "epilog": "\n  ".join(["examples:", *examples]),
-        "formatter_class": argparse.RawDescriptionHelpFormatter,
-    }
-
-
 def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
     """The whole command line's parser; only `verb` gets its options, as only its module is imported."""
     parser = Parser(
@@ -103,11 +53,6 @@ def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
         else:
             subparsers.add_parser(name)
     return parser
-
-
-def _help_width() -> int:
-    """Where argparse itself folds."""
-    return shutil.get_terminal_size().columns - 2
 
 
 def _verbs_help() -> str:
@@ -167,7 +112,7 @@ def _prepare_output() -> None:
 
 def _run(words: list[str]) -> int:
     if "_ARGCOMPLETE" in os.environ:
-        from megatron_txssm.completion import complete
+        from megatron_txssm.cli.completion import complete
 
         complete()
     verb = words[0] if words and not words[0].startswith("-") else None
@@ -192,7 +137,3 @@ def _run(words: list[str]) -> int:
     code = importlib.import_module(VERBS[args.verb][0]).run(args)
     sys.stdout.flush()
     return code or 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

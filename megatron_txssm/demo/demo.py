@@ -1,33 +1,30 @@
-"""txssm demo: the whole way on one machine without a GPU, from text to a trained model that writes."""
+"""The whole way on one machine without a GPU, from text to a trained model that writes."""
 
-import argparse
 import math
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
-from megatron_txssm.cli import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.training.launch.preflight import check_checkpoint, saved_step
-from megatron_txssm.training.launch.processes import launch, smallest_world_size
+from megatron_txssm.training.launch.processes import launch, worker_command
 
 RECIPE = "demo_cpu"
-EXAMPLES = ("txssm demo", "txssm demo --set training.train_iters=100")
 PROMPT = "def read_file(path):\n"
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = add_verb(subparsers, "demo", EXAMPLES)
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change a field")
+def run_demo(overrides: Sequence[str] = ()) -> int:
+    """Make the data, train, stop, resume, compare, write; what is done already is left as it is. The exit code.
 
-
-def run(args: argparse.Namespace) -> int:
-    recipe = load_recipe(RECIPE, args.overrides)
+    overrides: fields of the demo's recipe, as "a.b=c".
+    """
+    recipe = load_recipe(RECIPE, overrides)
     print("1/5  text: this Python's own library, tokenised by a SentencePiece model trained on it", flush=True)
     corpus = prepare_data(recipe)
     # The recipe names the demo's own corpus; another vocabulary or run directory has another.
-    overrides = [*args.overrides, f"data.corpus={corpus.directory}"]
+    overrides = [*overrides, f"data.corpus={corpus.directory}"]
     recipe = load_recipe(RECIPE, overrides)
     check_checkpoint(recipe)
     if latest_step(recipe) >= recipe.train_iters:
@@ -53,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 def prepare_data(recipe: Recipe) -> Any:
     """Make the data that the recipe names, unless it is there."""
-    from megatron_txssm.data.demo_corpus import prepare_demo_corpus
+    from megatron_txssm.demo.corpus import prepare_demo_corpus
 
     return prepare_demo_corpus(recipe.run_path / "data", vocab_size=recipe.data.vocab_size)
 
@@ -75,8 +72,7 @@ def start_afresh(recipe: Recipe) -> None:
 
 def train(overrides: list[str]) -> int:
     recipe = load_recipe(RECIPE, overrides)
-    command = ["pretrain", RECIPE, *(word for override in overrides for word in ("--set", override))]
-    return launch(recipe, smallest_world_size(recipe), command)
+    return launch(recipe, None, worker_command("pretrain", RECIPE, overrides=overrides))
 
 
 def report(recipe: Recipe, corpus: Any) -> None:
@@ -84,8 +80,8 @@ def report(recipe: Recipe, corpus: Any) -> None:
     import numpy as np
 
     from megatron_txssm.data.corpus.shard import read_tokens
-    from megatron_txssm.evaluation.loss_curve import plot_loss_curve, read_metrics
-    from megatron_txssm.evaluation.ngram import bigram_loss, unigram_loss
+    from megatron_txssm.demo.loss_curve import plot_loss_curve, read_metrics
+    from megatron_txssm.demo.ngram import bigram_loss, unigram_loss
 
     train, validation = (
         np.concatenate([read_tokens(p) for subset in corpus.subsets.values() for p, _ in subset.shards(split)])
@@ -112,5 +108,13 @@ def write(recipe: Recipe) -> int:
     import subprocess
     import sys
 
-    command = [sys.executable, "-m", "megatron_txssm.cli", "generate", str(recipe.checkpoint_path), "--prompt", PROMPT]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_txssm.cli",
+        "generate",
+        str(recipe.checkpoint_path),
+        "--prompt",
+        PROMPT,
+    ]
     return subprocess.run(command).returncode

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_txssm.cli import GROUPS, VERBS, build_parser, main
+from megatron_txssm.cli.main import GROUPS, build_parser, main
+from megatron_txssm.cli.parsing import VERBS
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -29,7 +30,7 @@ def test_help_answers_in_under_a_second() -> None:
     assert min(seconds) < 1
 
 
-@pytest.mark.parametrize("module", ["megatron_txssm", "megatron_txssm.cli", "megatron_txssm.recipe.show"])
+@pytest.mark.parametrize("module", ["megatron_txssm", "megatron_txssm.cli", "megatron_txssm.cli.recipes"])
 def test_imports_are_light(module: str) -> None:
     heavy = "{'torch', 'megatron', 'numpy', 'transformers', 'rich'} & set(sys.modules)"
     code = f"import sys, {module}; sys.exit(str({heavy}) if {heavy} else 0)"
@@ -101,7 +102,7 @@ def test_every_verb_is_in_one_group_of_the_help() -> None:
 # Prints the heavy modules that the help of each verb and command imports.
 ALL_HELP = """
 import contextlib, io, sys
-from megatron_txssm.cli import VERBS, build_parser, main
+from megatron_txssm.cli.main import VERBS, build_parser, main
 
 def names(parser):
     commands = [action.choices for action in parser._actions if action.dest == "command"]
@@ -133,7 +134,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_interrupt_and_closed_pipe_are_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    import megatron_txssm.cli as cli
+    import megatron_txssm.cli.main as cli
 
     def interrupted(words: list[str]) -> int:
         raise KeyboardInterrupt

@@ -6,7 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.cli import add_verb
+from megatron_txssm.cli.parsing import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt, attempts, find_run, job_ids, load_run
 from megatron_txssm.jobs.diagnosis.diagnosis import close, recorded

@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Any
 
-from megatron_txssm.cli import add_verb
+from megatron_txssm.cli.parsing import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.limits import LIMITS, add_limits
 from megatron_txssm.jobs.submit import Layout, plan_submission

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.cli import add_commands
+from megatron_txssm.cli.parsing import add_commands
 from megatron_txssm.errors import UserError
 
 # Command -> (one line of help, examples).

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.cli import add_verb
+from megatron_txssm.cli.parsing import add_verb
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import attempts, find_run, job_ids
 from megatron_txssm.jobs.run_jobs import jobs_of

@@ -2,11 +2,11 @@
 
 import pytest
 
-from megatron_txssm.data import demo_corpus
 from megatron_txssm.data.corpus.manifest import is_held_out
 from megatron_txssm.data.corpus.shard import read_tokens
-from megatron_txssm.data.demo_corpus import collect_documents, prepare_demo_corpus
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
+from megatron_txssm.demo import corpus as demo_corpus
+from megatron_txssm.demo.corpus import collect_documents, prepare_demo_corpus
 from megatron_txssm.errors import UserError
 from tests.data.corpus_recipes import corpus_bytes
 

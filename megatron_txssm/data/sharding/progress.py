@@ -1,11 +1,9 @@
-"""`txssm data status`, and how progress is shown."""
+"""How far a corpus is, as a table, and as bars while it is made."""
 
-import argparse
 import contextlib
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,28 +14,7 @@ from rich.table import Table
 from megatron_txssm.data.corpus.status import CorpusStatus, SubsetStatus
 
 SECONDS_BETWEEN_REFRESHES = 0.5
-# Of --follow.
-SECONDS_BETWEEN_LOOKS = 2.0
 FAILURES_SHOWN = 10
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("corpus", help="a corpus directory, or the name of its recipe")
-    parser.add_argument("--follow", "-f", action="store_true", help="until all tasks are finished, or one has failed")
-
-
-def run(args: argparse.Namespace) -> int:
-    from megatron_txssm.data.sharding.plan import corpus_directory
-
-    directory = corpus_directory(args.corpus)
-    status = CorpusStatus(directory)
-    if args.follow:
-        with progress(status):
-            while any(not subset.done and not subset.failed for subset in status.read()):
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-    subsets = status.read()
-    print_status(subsets)
-    return 0
 
 
 def print_status(subsets: list[SubsetStatus]) -> None:

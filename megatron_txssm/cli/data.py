@@ -4,12 +4,12 @@ import argparse
 import importlib
 from typing import Any
 
-from megatron_txssm.cli import add_commands
+from megatron_txssm.cli.parsing import add_commands
 
 # Command -> (module with add_arguments_ and run_ functions of that name, one line of help, examples).
 COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "shard": (
-        "megatron_txssm.data.shard_command",
+        "megatron_txssm.cli.data_shard",
         "tokenise a corpus into .bin/.idx shards; run again, it goes on where it stopped",
         (
             "txssm data shard smollm_corpus --plan",
@@ -19,17 +19,17 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ),
     ),
     "status": (
-        "megatron_txssm.data.status_command",
+        "megatron_txssm.cli.data_status",
         "how far a corpus is, wherever its tasks run",
         ("txssm data status data/smollm-corpus", "txssm data status data/smollm-corpus --follow"),
     ),
     "verify": (
-        "megatron_txssm.data.verify_command",
+        "megatron_txssm.cli.data_verify",
         "check every shard against its manifest and through Megatron's own reader; name what to redo",
         ("txssm data verify data/smollm-corpus", "txssm data verify data/smollm-corpus --redo"),
     ),
     "combine": (
-        "megatron_txssm.data.combine_command",
+        "megatron_txssm.cli.data_combine",
         "make one corpus of several that are finished; their shards are linked, not copied",
         (
             "txssm data combine data/all data/smollm-corpus data/mine",
@@ -37,7 +37,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ),
     ),
     "blend": (
-        "megatron_txssm.data.blend_command",
+        "megatron_txssm.cli.data_blend",
         "what a training draws from each subset, how often, and Megatron's arguments for it",
         (
             "txssm data blend transxssm_320m",
@@ -46,7 +46,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ),
     ),
     "trace": (
-        "megatron_txssm.data.trace_command",
+        "megatron_txssm.cli.data_trace",
         "which documents were in a training step, where they come from, and what they say",
         (
             "txssm data trace transxssm_320m --step 3125 --nproc 16",
@@ -54,7 +54,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ),
     ),
     "train-tokenizer": (
-        "megatron_txssm.data.train_tokenizer_command",
+        "megatron_txssm.cli.data_train_tokenizer",
         "train a SentencePiece tokenizer on a corpus's sources",
         ("txssm data train-tokenizer smollm_corpus --vocab-size 32768 --output tokenizer.model",),
     ),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_txssm.cli import build_parser
-from megatron_txssm.completion import add_completers
+from megatron_txssm.cli.completion import add_completers
+from megatron_txssm.cli.main import build_parser
 
 pytest.importorskip("argcomplete", reason="argcomplete is not installed (requirements.txt)")
 
@@ -38,7 +38,7 @@ def asked(line: str) -> dict[str, str]:
 # In a process of its own, as argcomplete takes descriptors 8 and 9 for the shell's.
 ANSWER_ALL = """
 import io, json, os, sys
-from megatron_txssm.completion import complete
+from megatron_txssm.cli.completion import complete
 
 class Ended(Exception):
     pass

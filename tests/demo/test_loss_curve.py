@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from megatron_txssm.demo.loss_curve import TRAINING_KEY, VALIDATION_KEY, plot_loss_curve, read_metrics
 from megatron_txssm.errors import UserError
-from megatron_txssm.evaluation.loss_curve import TRAINING_KEY, VALIDATION_KEY, plot_loss_curve, read_metrics
 
 
 def _write(path, records):

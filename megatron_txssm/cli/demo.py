@@ -1,0 +1,17 @@
+"""txssm demo: the whole way on one machine without a GPU, from text to a trained model that writes."""
+
+import argparse
+from typing import Any
+
+from megatron_txssm.cli.parsing import add_set_option, add_verb
+from megatron_txssm.demo.demo import run_demo
+
+EXAMPLES = ("txssm demo", "txssm demo --set training.train_iters=100")
+
+
+def add_parser(subparsers: Any) -> None:
+    add_set_option(add_verb(subparsers, "demo", EXAMPLES))
+
+
+def run(args: argparse.Namespace) -> int:
+    return run_demo(args.overrides)

@@ -1,0 +1,28 @@
+"""How generated tokens are chosen."""
+
+from dataclasses import dataclass
+
+from megatron_txssm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen."""
+
+    # 0: the likeliest one each time.
+    temperature: float = 0.8
+    # From the k likeliest; 0: all.
+    top_k: int = 50
+    # From the likeliest that together have this probability; 1: all.
+    top_p: float = 1.0
+    # Divides a token's positive logit, and multiplies a negative one, if it stands in the text (arXiv:1909.05858).
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("temperature", 0), ("top_k", 0)):
+            if not getattr(self, name) >= least:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least {least}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p} must be above 0 and at most 1")
+        if not self.repetition_penalty > 0:
+            raise UserError(f"--repetition-penalty {self.repetition_penalty} must be above 0; 1 changes nothing")
