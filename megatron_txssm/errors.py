@@ -1,6 +1,10 @@
-"""What the command line prints without a traceback."""
+"""What the command line prints without a traceback, and what such messages are made of."""
 
+import difflib
 import re
+import reprlib
+from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -15,3 +19,16 @@ def readable(text: str) -> str:
     """A message may hold what somebody typed or a file says: nothing that a terminal obeys, no word without an end."""
     text = "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
     return re.sub(r"\S{400,}", lambda word: f"{word[0][:200]}...{word[0][-50:]}", text)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or nothing where no known name is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def shown(value: Any) -> str:
+    """A user's value for a message, shortened."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)

@@ -9,8 +9,8 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import validate_args
 
 from megatron_txssm.platform import prepare_platform
-from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_arguments
 
 
 def build_model(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -54,7 +54,7 @@ def main(tasks_file: str, precision: str) -> None:
 
 def _recipe_arguments(recipe: str | None) -> list[str]:
     from megatron_txssm.recipe.loader import load_recipe
-    from megatron_txssm.recipe.megatron_args import megatron_arguments
+    from megatron_txssm.session.arguments import megatron_arguments
 
     return [] if recipe is None else megatron_arguments(load_recipe(recipe))
 

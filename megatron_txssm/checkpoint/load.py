@@ -9,9 +9,9 @@ from typing import Any
 
 from megatron_txssm.data.tokenizer.kept_tokenizer import tokenizer_source
 from megatron_txssm.recipe.loader import load_recipe
-from megatron_txssm.recipe.megatron_args import megatron_arguments
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import check_tokenizer_file
+from megatron_txssm.session.arguments import megatron_arguments
 
 # Megatron's own modules, as they need no GPU.
 _ONE_PROCESS = (

@@ -13,8 +13,8 @@ from typing import Any
 from megatron_txssm.checkpoint.checksums import verify_files, wrong_sizes
 from megatron_txssm.checkpoint.steps import TRACKER, check_tracker, tracked
 from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER, Shape, compare_shapes, model_shapes
-from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.loader import load_recipe, nearest, recipe_names
+from megatron_txssm.errors import UserError, nearest
+from megatron_txssm.recipe.loader import load_recipe, recipe_names
 from megatron_txssm.recipe.recipe import Recipe
 
 

@@ -71,7 +71,7 @@ def _recipes(prefix: str, parser: argparse.ArgumentParser, **rest: Any) -> list[
 
 
 def _corpora(prefix: str, **_: Any) -> list[str]:
-    from megatron_txssm.data.corpus.recipe import corpus_recipe_files
+    from megatron_txssm.recipe.corpus_recipe import corpus_recipe_files
 
     return [*corpus_recipe_files(), *_files(prefix, "*.yaml")]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.data.corpus.blend import CorpusBlend, Share, Stage, blend_corpus, recipe_blend
+from megatron_txssm.data.corpus.blend import CorpusBlend, Share, Stage, blend_corpus, corpus_arguments, recipe_blend
 from megatron_txssm.data.corpus.manifest import open_corpus, read_plan
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{recipe.name} names its token files itself; data blend needs a recipe with data.corpus")
         if not args.megatron_args and not (Path(recipe.data.corpus) / "plan.json").exists() and _weights(recipe):
             return _print_weights(recipe)
-        blend, words = recipe_blend(recipe), recipe.corpus_arguments
+        blend, words = recipe_blend(recipe), corpus_arguments(recipe)
     if args.megatron_args:
         print(shlex.join(words))
     else:

@@ -3,9 +3,9 @@
 import argparse
 import os
 
-from megatron_txssm.data.corpus.recipe import CorpusRecipe, load_corpus_recipe
 from megatron_txssm.data.sharding.make import prepare, shard
 from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.corpus_recipe import CorpusRecipe, load_corpus_recipe
 from megatron_txssm.terminal import print_table
 
 

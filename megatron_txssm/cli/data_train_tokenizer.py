@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_txssm.data.corpus.recipe import CorpusRecipe, SubsetSource, load_corpus_recipe
 from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.corpus_recipe import CorpusRecipe, SubsetSource, load_corpus_recipe
 
 DEFAULT_BYTES = 100_000_000
 

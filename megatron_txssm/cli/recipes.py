@@ -53,8 +53,8 @@ def _print_recipe(name: str, overrides: list[str], megatron: bool) -> None:
 
 def _megatron_words(recipe: Recipe) -> list[str]:
     """Megatron's command line; where the corpus is not made yet, without what only it knows."""
-    from megatron_txssm.data.corpus.manifest import NoCorpus
-    from megatron_txssm.recipe.megatron_args import megatron_arguments
+    from megatron_txssm.recipe.corpus_tokenizer import NoCorpus
+    from megatron_txssm.session.arguments import megatron_arguments
 
     try:
         return megatron_arguments(recipe)

@@ -10,11 +10,11 @@ from megatron_txssm.convert.formats import ARCHITECTURES
 from megatron_txssm.convert.hf_config import hf_config
 from megatron_txssm.convert.logged_losses import losses_at
 from megatron_txssm.convert.proof import Proof, sample_text, versions
-from megatron_txssm.data.corpus.manifest import TokenizerFacts
 from megatron_txssm.data.tokenizer.huggingface import export_tokenizer, padding_id
 from megatron_txssm.data.tokenizer.kept_tokenizer import tokenizer_source
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.hf.standalone import AUTO_MAP, write_code
+from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts
 
 # Its norm behind the gate went over all groups at once.
 _GRANITE_VERSIONS = "Needs transformers 5.23 or newer: with several groups of B and C, older ones give other logits. "

@@ -10,10 +10,10 @@ from typing import Any
 
 from megatron_txssm.checkpoint.tensors import is_kept_in_fp32
 from megatron_txssm.convert.hf_folder import open_hf_folder
-from megatron_txssm.data.corpus.recipe import TokenizerSource
 from megatron_txssm.data.tokenizer.install import install_tokenizer
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.files import check_absent, complete_folder
+from megatron_txssm.recipe.corpus_recipe import TokenizerSource
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.terminal import doing

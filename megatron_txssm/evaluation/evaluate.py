@@ -16,8 +16,8 @@ from megatron_txssm.checkpoint.load import load_options
 from megatron_txssm.checkpoint.saved_model import find_checkpoints, step_folder
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
-from megatron_txssm.recipe.megatron_args import megatron_arguments, whole_validation_arguments
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.session.arguments import megatron_arguments, whole_validation_arguments
 from megatron_txssm.slurm.environment import adopt_slurm_step, is_worker
 from megatron_txssm.terminal import print_table
 from megatron_txssm.training.launch.processes import launch, worker_command

@@ -23,11 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.errors import UserError
+from megatron_txssm.errors import UserError, nearest, shown
 from megatron_txssm.files import write_json
-from megatron_txssm.recipe.loader import load_recipe, nearest
+from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.recipe.setting import shown
 from megatron_txssm.slurm import client as slurm
 from megatron_txssm.training.launch.preflight import saved_step
 from megatron_txssm.training.watch.metrics import last_step

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_txssm.data.corpus.manifest import NoCorpus
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import write_file_atomically, write_json
 from megatron_txssm.jobs.attempts import job_ids
@@ -18,6 +17,7 @@ from megatron_txssm.jobs.frozen_code import FrozenCode
 from megatron_txssm.jobs.limits import LIMITS
 from megatron_txssm.jobs.submission_record import git_commit, make_record
 from megatron_txssm.jobs.submit_lock import SubmitLock
+from megatron_txssm.recipe.corpus_tokenizer import NoCorpus
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import validate
@@ -35,7 +35,7 @@ from megatron_txssm.training.launch.preflight import (
 from megatron_txssm.training.launch.run_lock import check_not_running
 
 if TYPE_CHECKING:
-    from megatron_txssm.data.corpus.recipe import CorpusRecipe
+    from megatron_txssm.recipe.corpus_recipe import CorpusRecipe
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def _check_free(recipe: Recipe) -> set[str]:
 
 def _corpus_to_shard(recipe: Recipe, name: str | None) -> "CorpusRecipe | None":
     """The corpus recipe whose output is the recipe's data.corpus; None where that is sharded already."""
-    from megatron_txssm.data.corpus.recipe import KEPT_RECIPE, corpus_recipe_files, load_corpus_recipe
+    from megatron_txssm.recipe.corpus_recipe import KEPT_RECIPE, corpus_recipe_files, load_corpus_recipe
 
     if recipe.data.corpus is None:
         raise UserError("--chain shards data.corpus, but the recipe names other data; leave --chain out")

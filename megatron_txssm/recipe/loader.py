@@ -4,22 +4,21 @@ A recipe is merged from layers: the file at the root of the `extends:` chain, th
 Every layer is checked by itself, so that a mistake is reported with the place where it stands.
 """
 
-import dataclasses
 import difflib
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.errors import UserError
+from megatron_txssm.errors import UserError, nearest, shown
 from megatron_txssm.recipe.megatron_section import entry, known_names, passing
 from megatron_txssm.recipe.paths import each_path, expanded
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.schema import ALTERNATIVES, SECTIONS
-from megatron_txssm.recipe.setting import Field, convert, section_fields, shown, type_name
+from megatron_txssm.recipe.setting import Field, convert, section_fields, type_name
 from megatron_txssm.recipe.validate import validate
-from megatron_txssm.recipe.yaml_text import dump_yaml, load_yaml
+from megatron_txssm.recipe.yaml_text import load_yaml
 
 _PACKAGE_RECIPES = Path(__file__).parents[2] / "recipes"
 _TOP = {field.name: field for field in section_fields(Recipe)}
@@ -54,17 +53,6 @@ def find_recipe(name_or_path: str | Path) -> Path:
     raise UserError(
         f"no recipe is named {shown(text)}{nearest(text, known)}; `txssm recipes` lists them, and a path ends in .yaml"
     )
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or nothing where no known name is near."""
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, every field stated."""
-    return dump_yaml(dataclasses.asdict(recipe))
 
 
 def _recipe_files() -> list[Path]:
@@ -258,7 +246,7 @@ def _build(layers: list[Layer], path: Path) -> Recipe:
 
 
 def _corpus_vocab_size(corpus: str, path: Path) -> int:
-    from megatron_txssm.data.corpus.manifest import read_tokenizer_facts
+    from megatron_txssm.recipe.corpus_tokenizer import read_tokenizer_facts
 
     try:
         return read_tokenizer_facts(Path(corpus)).vocab_size

@@ -6,17 +6,16 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
+from megatron_txssm.recipe.corpus_tokenizer import read_tokenizer_facts, tokenizer_model
 from megatron_txssm.recipe.megatron_section import passing
 from megatron_txssm.recipe.paths import each_path, escaped, frozen
 from megatron_txssm.recipe.schema import Checkpoint, Data, Logging, Model, Optimizer, Parallel, Training
-from megatron_txssm.recipe.setting import argument, section_fields, setting
-
-if TYPE_CHECKING:
-    from megatron_txssm.data.corpus.manifest import Corpus
+from megatron_txssm.recipe.setting import section_fields, setting
+from megatron_txssm.recipe.yaml_text import dump_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,25 +44,6 @@ class Recipe:
         return Path(self.checkpoint.directory) if self.checkpoint.directory else self.run_path / "checkpoints"
 
     @property
-    def checkpoint_arguments(self) -> list[str]:
-        if self.checkpoint.save_interval is None:
-            return []
-        path = str(self.checkpoint_path)
-        return [*argument("--save", path), *argument("--load", path)]
-
-    @property
-    def wandb_arguments(self) -> list[str]:
-        project = self.logging.wandb_project
-        if project is None:
-            return []
-        name, folder = self.logging.wandb_name or self.name, self.run_path / "wandb"
-        return [
-            *argument("--wandb-project", project),
-            *argument("--wandb-exp-name", name),
-            *argument("--wandb-save-dir", folder),
-        ]
-
-    @property
     def global_batch_size(self) -> int:
         """Samples per optimizer step."""
         return self.training.global_batch_tokens // self.training.seq_length
@@ -89,14 +69,6 @@ class Recipe:
         return (*stated, self.train_iters - sum(stated))
 
     @property
-    def corpus_arguments(self) -> list[str]:
-        if self.data.corpus is None:
-            return []
-        from megatron_txssm.data.corpus.blend import megatron_arguments
-
-        return megatron_arguments(self)
-
-    @property
     def cache_path(self) -> str | None:
         """Folder of Megatron's shuffled indices: as stated; None, beside the data; or the run's, where it must."""
         data = self.data
@@ -115,7 +87,7 @@ class Recipe:
         if self.data.tokenizer_type is not None:
             return self.data.tokenizer_type
         if self.data.corpus is not None:
-            return self._corpus_tokenizer.tokenizer.type
+            return read_tokenizer_facts(Path(self.data.corpus)).type
         # Made-up tokens need none.
         mock = self.megatron.get("mock_data") and self.data.tokenizer_model is None
         return "NullTokenizer" if mock else "HuggingFaceTokenizer"
@@ -125,15 +97,8 @@ class Recipe:
         """The tokenizer's name or path: as stated, or else the corpus's."""
         if self.data.tokenizer_model is not None or self.data.corpus is None:
             return self.data.tokenizer_model
-        return self._corpus_tokenizer.tokenizer_model
-
-    @property
-    def _corpus_tokenizer(self) -> "Corpus":
-        """The corpus without its subsets, which need not be there to use its tokenizer."""
-        from megatron_txssm.data.corpus.manifest import Corpus, read_tokenizer_facts
-
-        directory = Path(self.data.corpus or "")
-        return Corpus(directory, read_tokenizer_facts(directory), subsets={})
+        directory = Path(self.data.corpus)
+        return tokenizer_model(directory, read_tokenizer_facts(directory))
 
     @property
     def padded_vocab_size(self) -> int:
@@ -181,17 +146,18 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """Every field with its value, so that the text alone, without what the recipe extended, gives this recipe."""
-        from megatron_txssm.recipe.loader import dump_recipe
-
         return dump_recipe(with_paths(self, escaped))
 
     def frozen(self, folder: Path) -> str:
         """`to_yaml` for a file in `folder` that depends on no current folder and may move with the run's folder."""
-        from megatron_txssm.recipe.loader import dump_recipe
-
         run = Path(os.path.abspath(self.run_path))
         stated = dataclasses.replace(self, run_directory=str(run))
         return dump_recipe(with_paths(stated, lambda path: frozen(path, Path(os.path.abspath(folder)), run)))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every field stated."""
+    return dump_yaml(dataclasses.asdict(recipe))
 
 
 def with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:

@@ -7,14 +7,10 @@
 # ruff: noqa: RUF009
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from megatron_txssm.architecture.layer_pattern import DEFAULT_LAYER_PATTERN
 from megatron_txssm.architecture.state_space_config import CONTEXT_PARALLEL_METHODS, POSITION_ENCODINGS, SSD_BACKENDS
-from megatron_txssm.recipe.setting import Blend, Stages, Verify, Weights, argument, setting
-
-if TYPE_CHECKING:
-    from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.setting import Blend, Stages, Verify, Weights, setting
 
 # What makes a model a TransXSSM or one of its baselines (arXiv:2506.09507, section 3 and appendix B.1), and what makes
 # its checkpoints loadable at any parallel layout. No recipe changes these.
@@ -30,23 +26,6 @@ FIXED_ARGUMENTS: tuple[tuple[str, ...], ...] = (
     # SIGTERM, which clusters send: finish the step, save, stop.
     ("--exit-signal-handler",),
 )
-
-_RECOMPUTE = {
-    "none": [],
-    "selective": ["--recompute-granularity", "selective"],
-    "full": ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
-}
-
-
-def _query_groups(value: int | None, recipe: "Recipe") -> list[str]:
-    return [] if value is None else ["--group-query-attention", "--num-query-groups", str(value)]
-
-
-def _bf16_ends(layers: int, recipe: "Recipe") -> list[str]:
-    if layers == 0:
-        return []
-    counts = ["--num-layers-at-start-in-bf16", str(layers), "--num-layers-at-end-in-bf16", str(layers)]
-    return ["--first-last-layers-bf16", *counts]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +48,6 @@ class Model:
         "--num-query-groups",
         default=None,
         at_least=1,
-        render=_query_groups,
     )
     kv_channels: int | None = setting(
         "channels per attention head; null: hidden_size / num_attention_heads",
@@ -111,7 +89,6 @@ class Model:
         "a learned bias under the softplus of dt, as in Mamba-2",
         "--state-space-no-dt-bias",
         default=True,
-        render=lambda biased, recipe: [] if biased else ["--state-space-no-dt-bias"],
     )
     chunk_size: int = setting("tokens per chunk of the state-space scan", "--ssd-chunk-size", default=256, at_least=1)
     ssd_backend: str = setting(
@@ -149,7 +126,6 @@ class Model:
         "the LM head is the embedding's transpose",
         "--untie-embeddings-and-output-weights",
         default=True,
-        render=lambda tied, recipe: [] if tied else ["--untie-embeddings-and-output-weights"],
     )
     norm_epsilon: float = setting("added under RMSNorm's root", "--norm-epsilon", default=1e-5, above=0)
     init_method_std: float = setting("deviation of initial weights", "--init-method-std", default=0.02, above=0)
@@ -189,9 +165,6 @@ class Parallel:
         "split norms and residuals over the tensor-parallel processes; without effect where there is one",
         "--sequence-parallel",
         default=False,
-        render=lambda on, recipe: argument(
-            "--sequence-parallel", on and recipe.parallel.tensor_model_parallel_size > 1
-        ),
     )
     use_distributed_optimizer: bool = setting(
         "shard the optimizer's state over data parallelism (ZeRO-1)", "--use-distributed-optimizer", default=False
@@ -204,7 +177,6 @@ class Parallel:
         default="none",
         choices=("none", "selective", "full"),
         owns=("--recompute-activations", "--checkpoint-activations"),
-        render=lambda value, recipe: _RECOMPUTE[value],
     )
 
 
@@ -219,7 +191,6 @@ class Training:
         "--global-batch-size",
         at_least=1,
         owns=("--batch-size",),
-        render=lambda value, recipe: ["--global-batch-size", str(recipe.global_batch_size)],
     )
     train_tokens: int | None = setting(
         "tokens to train on, rounded up to whole steps; or state train_iters",
@@ -227,7 +198,6 @@ class Training:
         default=None,
         at_least=1,
         owns=("--train-samples",),
-        render=lambda value, recipe: [] if value is None else ["--train-iters", str(recipe.train_iters)],
     )
     train_iters: int | None = setting(
         "optimizer steps; or state train_tokens", "--train-iters", default=None, at_least=1
@@ -238,7 +208,6 @@ class Training:
         default="bf16",
         choices=("fp32", "bf16"),
         owns=("--fp16",),
-        render=lambda value, recipe: ["--bf16"] if value == "bf16" else [],
     )
     mask_end_of_document: bool = setting(
         "no loss where the model reads the end of a document; every other token of a step weighs the same",
@@ -265,7 +234,6 @@ class Training:
         "--fp8-recipe",
         default="delayed",
         choices=("delayed", "tensorwise", "blockwise", "mxfp8"),
-        render=lambda value, recipe: argument("--fp8-recipe", value if recipe.training.fp8 else None),
     )
     fp8_attention: bool = setting(
         "FP8 in core attention, too; which GPU can: docs/fp8.md", "--fp8-dot-product-attention", default=False
@@ -277,7 +245,6 @@ class Training:
         "--num-layers-at-end-in-bf16",
         default=0,
         at_least=0,
-        render=_bf16_ends,
     )
 
 
@@ -291,7 +258,6 @@ class Optimizer:
         "--min-lr",
         default=0.1,
         at_least=0,
-        render=lambda ratio, recipe: ["--min-lr", f"{ratio * recipe.optimizer.learning_rate:.12g}"],
     )
     adam_beta1: float = setting("decay of the gradient's mean", "--adam-beta1", default=0.9, at_least=0, below=1)
     adam_beta2: float = setting("decay of the gradient's square", "--adam-beta2", default=0.999, at_least=0, below=1)
@@ -318,14 +284,12 @@ class Optimizer:
         default=None,
         above=0,
         below=1,
-        render=lambda share, recipe: argument("--lr-wsd-decay-iters", recipe.wsd_decay_iters),
     )
     wsd_decay_shape: str = setting(
         "how it does",
         "--lr-wsd-decay-style",
         default="exponential",
         choices=("exponential", "linear", "cosine", "minus_sqrt"),
-        render=lambda shape, recipe: argument("--lr-wsd-decay-style", shape if recipe.wsd_decay_iters else None),
     )
 
 
@@ -339,18 +303,15 @@ class Data:
         "--valid-data-path",
         default=None,
         path=True,
-        render=lambda value, recipe: recipe.corpus_arguments,
     )
     weights: Weights | None = setting(
         "subset of the corpus -> its share of the tokens, in any unit; null: in proportion to the subsets' tokens",
         default=None,
-        render=lambda value, recipe: [],
     )
     stages: Stages | None = setting(
         "weights that change: consecutive {tokens, weights}, rounded to whole steps, the last for the rest",
         "--blend-stages",
         default=None,
-        render=lambda value, recipe: [],
     )
     train: Blend | None = setting(
         "training data instead of a corpus: a prefix, or a list of [weight, prefix]",
@@ -371,14 +332,12 @@ class Data:
         "--tokenizer-type",
         default=None,
         choices=("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"),
-        render=lambda value, recipe: argument("--tokenizer-type", recipe.tokenizer_type),
     )
     tokenizer_model: str | None = setting(
         "name on the Hugging Face hub, or path; null: the corpus's",
         "--tokenizer-model",
         default=None,
         path=True,
-        render=lambda value, recipe: argument("--tokenizer-model", recipe.tokenizer_model),
     )
     vocab_size: int = setting(
         "the tokenizer's tokens, before padding; null, or not stated: as many as the corpus's has",
@@ -387,7 +346,6 @@ class Data:
         at_least=1,
         found=True,
         owns=("--no-pad-vocab-size", "--disable-pad-vocab-size"),
-        render=lambda size, recipe: ["--vocab-size", str(size), "--padded-vocab-size", str(recipe.padded_vocab_size)],
     )
     make_vocab_size_divisible_by: int = setting(
         "the embedding's rows are padded to a multiple of this, the same at every tensor-parallel size",
@@ -406,7 +364,6 @@ class Data:
         "--data-cache-path",
         default=None,
         path=True,
-        render=lambda value, recipe: argument("--data-cache-path", recipe.cache_path),
     )
 
 
@@ -420,7 +377,6 @@ class Checkpoint:
         "--load",
         default=None,
         path=True,
-        render=lambda value, recipe: recipe.checkpoint_arguments,
     )
     save_interval: int | None = setting(
         "steps between checkpoints; null: neither save nor resume",
@@ -452,7 +408,6 @@ class Logging:
         "--eval-interval",
         default=None,
         at_least=1,
-        render=lambda value, recipe: ["--eval-interval", str(value or recipe.train_iters + 1)],
     )
     eval_iters: int | None = setting(
         "global batches per validation, each time the same; 0: none; null: all of every set, with a loss for each",
@@ -460,10 +415,6 @@ class Logging:
         default=10,
         at_least=0,
         owns=("--full-validation", "--multiple-validation-sets", "--validation-set-names"),
-        # Together, as Megatron 0.19.2 fails on a full validation of what it holds for a single set.
-        render=lambda value, recipe: (
-            ["--full-validation", "--multiple-validation-sets"] if value is None else ["--eval-iters", str(value)]
-        ),
     )
     slow_throughput_fraction: float | None = setting(
         "a run is reported as slow below this fraction of its own median throughput; null: never",
@@ -475,23 +426,17 @@ class Logging:
         "write TensorBoard files to tensorboard/ in the run directory; with W&B always",
         "--tensorboard-dir",
         default=True,
-        # Megatron sends W&B what it writes to TensorBoard, and nothing without it.
-        render=lambda on, recipe: (
-            ["--tensorboard-dir", str(recipe.run_path / "tensorboard")] if on or recipe.logging.wandb_project else []
-        ),
     )
     wandb_project: str | None = setting(
         "Weights & Biases project, where a resumed run stays the same run; null: no W&B",
         "--wandb-project",
         "--wandb-save-dir",
         default=None,
-        render=lambda value, recipe: recipe.wandb_arguments,
     )
     wandb_name: str | None = setting(
         "the run's name there; null: the recipe's name",
         "--wandb-exp-name",
         default=None,
-        render=lambda value, recipe: [],
     )
 
 

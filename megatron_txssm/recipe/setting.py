@@ -2,14 +2,12 @@
 
 import dataclasses
 import math
-import reprlib
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-if TYPE_CHECKING:
-    from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.errors import shown
 
 # A mixture of data sets: (weight, path prefix of a .bin/.idx pair), weights in any unit.
 Blend = tuple[tuple[float, str], ...]
@@ -22,9 +20,6 @@ Stages = tuple[dict[str, Any], ...]
 Words = tuple[str, ...]
 # How much is checked: all, some, nothing.
 Verify = Literal[True, "sample", False]
-
-# (value, recipe) -> Megatron's command line.
-Render = Callable[[Any, "Recipe"], list[str]]
 
 _NAMES: dict[Any, str] = {
     int: "an integer",
@@ -45,7 +40,7 @@ class Setting:
 
     # One line for people, with the unit.
     explanation: str
-    # The Megatron arguments it sets; without `render`, each of them gets the field's value.
+    # The Megatron arguments it sets: each gets the field's value, unless session/render.py renders the field otherwise.
     flags: tuple[str, ...]
     # Further spellings of the same fact in Megatron; a recipe's `megatron:` section may not use them either.
     owns: tuple[str, ...] = ()
@@ -57,13 +52,6 @@ class Setting:
     path: bool = False
     # null is allowed, and stands for a value that the loader finds.
     found: bool = False
-    render: Render | None = None
-
-    def arguments(self, value: Any, recipe: "Recipe") -> list[str]:
-        """The Megatron command line of one value."""
-        if self.render is not None:
-            return self.render(value, recipe)
-        return [word for flag in self.flags for word in argument(flag, value)]
 
 
 def setting(explanation: str, *flags: str, default: Any = MISSING, **limits: Any) -> Any:
@@ -135,13 +123,6 @@ def convert(value: Any, field: Field) -> Any:
     if rules.below is not None and converted >= rules.below:
         raise ValueError(f"must be below {rules.below:g}")
     return converted
-
-
-def shown(value: Any) -> str:
-    """A user's value for a message, shortened."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 80
-    return short.repr(value)
 
 
 def _as_type(value: Any, hint: Any) -> Any:

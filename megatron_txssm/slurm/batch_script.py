@@ -11,9 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_txssm.errors import UserError
+from megatron_txssm.errors import UserError, shown
 from megatron_txssm.notify import VARIABLE as WEBHOOK
-from megatron_txssm.recipe.setting import shown
 from megatron_txssm.slurm.client import PLAIN_WORD
 from megatron_txssm.slurm.sbatch_options import Options, split_options
 

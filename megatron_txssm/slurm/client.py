@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.setting import shown
+from megatron_txssm.errors import UserError, shown
 from megatron_txssm.slurm.hostlist import expand
 
 # What may stand in a batch script's header: nothing that a shell or sbatch would read as more than one word.

@@ -4,8 +4,7 @@ import itertools
 import math
 import re
 
-from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.setting import shown
+from megatron_txssm.errors import UserError, shown
 
 # More than any cluster has; a typing error such as [1-99999999] is no list.
 MAX_HOSTS = 200_000

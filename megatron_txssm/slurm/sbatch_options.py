@@ -3,8 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
-from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.setting import shown
+from megatron_txssm.errors import UserError, shown
 from megatron_txssm.slurm.client import PLAIN_WORD
 from megatron_txssm.slurm.time_limit import limit_seconds
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import validate
+from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_arguments
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Any, TextIO
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.process_limits import allow_open_files
-from megatron_txssm.recipe.megatron_args import (
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.session.arguments import (
     megatron_arguments,
     parse_megatron_arguments,
     whole_validation_arguments,
 )
-from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm.environment import attempt_folder, end_process, end_with_launcher
 from megatron_txssm.training.launch.preflight import check_machine, check_run, is_finished, make_run_directory
 from megatron_txssm.training.launch.run_lock import RunLock

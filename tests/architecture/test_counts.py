@@ -54,7 +54,7 @@ def test_an_untied_head_counts_twice() -> None:
 
 
 def test_sizes_from_megatrons_arguments_are_those_of_the_recipe() -> None:
-    from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
+    from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_arguments
 
     for name in ("transxssm_320m", "llama3_1.3b", "mamba2_320m", "demo_cpu"):
         recipe = load_recipe(name, OWN_DATA)
@@ -98,7 +98,7 @@ def test_flops_are_six_per_weight_and_token_besides_scores_and_scan(name: str) -
 def test_llama_agrees_with_megatrons_own_count() -> None:
     from megatron.training.training import num_floating_point_operations
 
-    from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
+    from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_arguments
 
     recipe = load_recipe("llama3_320m", OWN_DATA)
     args = parse_megatron_arguments(megatron_arguments(recipe))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_txssm.checkpoint.load import load_options, one_process_recipe
 from megatron_txssm.convert.worker import WITHOUT_DATA
-from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
+from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_arguments
 
 CLUSTER = (
     "parallel.tensor_model_parallel_size=4",

@@ -165,7 +165,7 @@ def test_a_deleted_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     command = f'cd gone && rmdir "$PWD" && {shlex.quote(sys.executable)} -m megatron_txssm.cli recipes'
     # -m looks for the module in the current folder.
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: the current folder has been deleted; change to one that is there\n"
@@ -204,7 +204,7 @@ def test_one_recipe_is_printed_in_full() -> None:
 
 def documented_commands() -> list[str]:
     """Every `txssm …` of the help's examples and of the code blocks in README.md and docs/."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     lines = []
     for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         for block in page.read_text(encoding="utf-8").split("```")[1::2]:

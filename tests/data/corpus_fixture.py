@@ -9,18 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_txssm.data.corpus.manifest import (
-    Plan,
-    ShardRecord,
-    Slice,
-    TaskManifest,
-    TokenizerFacts,
-    write_manifest,
-    write_plan,
-)
+from megatron_txssm.data.corpus.manifest import Plan, ShardRecord, Slice, TaskManifest, write_manifest, write_plan
 from megatron_txssm.data.corpus.shard import write_shard
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer, train_sentencepiece
 from megatron_txssm.files import write_json
+from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts
 
 VOCAB_SIZE = 300
 # Ids from here on may stand in a document: below are the unknown token and the end of a document.

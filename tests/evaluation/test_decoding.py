@@ -8,12 +8,12 @@ import torch
 from transformers import AutoTokenizer
 
 from megatron_txssm.cli.main import main
-from megatron_txssm.data.corpus.recipe import TokenizerSource
 from megatron_txssm.data.tokenizer.huggingface import export_tokenizer
 from megatron_txssm.data.tokenizer.sentencepiece import train_sentencepiece
 from megatron_txssm.evaluation import generate as generate_command
 from megatron_txssm.evaluation.decoding import sample
 from megatron_txssm.evaluation.sampling import Sampling
+from megatron_txssm.recipe.corpus_recipe import TokenizerSource
 from tests.convert.untrained import make_run
 from tests.hf.tiny import generate, tiny_model
 

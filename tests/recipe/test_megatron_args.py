@@ -4,7 +4,7 @@ import pytest
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe, recipe_names
-from megatron_txssm.recipe.megatron_args import (
+from megatron_txssm.session.arguments import (
     megatron_arguments,
     parse_megatron_arguments,
     whole_validation_arguments,

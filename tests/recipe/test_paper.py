@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_txssm.recipe.loader import load_recipe
-from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
+from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_arguments
 
 OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
 ARCHITECTURES = ("transxssm", "llama3", "mamba2", "jamba")

@@ -12,6 +12,7 @@ import torch
 from megatron.core.datasets.utils import Split
 from megatron.training.datasets.data_samplers import MegatronFullValidationSampler, MegatronPretrainingSampler
 
+from megatron_txssm.data.corpus.blend import corpus_arguments
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.training.validation_sets import WholeSet, by_subset, fixed_validation, of_each_set
 from tests.data.corpus_fixture import make_corpus, make_recipe, random_documents
@@ -132,7 +133,7 @@ def test_a_recipe_names_a_set_for_each_subset(tmp_path: Path) -> None:
         name: [random_documents(20, seed=seed) for seed in seeds] for name, seeds in {"a": (0, 1), "b": (2,)}.items()
     }
     recipe = make_recipe(tmp_path, make_corpus(tmp_path / "corpus", subsets, validation=subsets))
-    words = load_recipe(recipe, ["logging.eval_iters=null"]).corpus_arguments
+    words = corpus_arguments(load_recipe(recipe, ["logging.eval_iters=null"]))
     names = words[words.index("--validation-set-names") + 1 :][:2]
     prefixes = words[words.index("--valid-data-path") + 1 : words.index("--validation-set-names")]
     assert [Path(prefix).parent.name for prefix in prefixes] == ["a", "a", "b"] and names == ["a", "b"]

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from megatron_txssm.data.corpus.manifest import Corpus, ShardRecord, Subset, open_corpus, read_plan
 from megatron_txssm.data.corpus.shard import check_shard
-from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.loader import nearest
+from megatron_txssm.errors import UserError, nearest
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.setting import Blend, Weights, argument
 
@@ -112,7 +111,7 @@ def recipe_blend(recipe: Recipe) -> CorpusBlend:
     return CorpusBlend(corpus, tuple(Stage(n * batch, w) for n, w in zip(recipe.stage_iters, weights, strict=True)))
 
 
-def megatron_arguments(recipe: Recipe) -> list[str]:
+def corpus_arguments(recipe: Recipe) -> list[str]:
     """Megatron's arguments for a recipe's corpus: its shards with their weights, and its stages if it has any."""
     blend = recipe_blend(recipe)
     words = argument("--train-data-path", blend.megatron_blend("train"))

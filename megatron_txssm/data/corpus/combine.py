@@ -22,10 +22,10 @@ from megatron_txssm.data.corpus.manifest import (
     write_plan,
     write_subset_manifest,
 )
-from megatron_txssm.data.corpus.recipe import KEPT_RECIPE, CorpusRecipe, check_corpus_recipe, load_corpus_recipe
 from megatron_txssm.data.tokenizer.install import check_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import check_absent, complete_folder, write_file_atomically, write_json
+from megatron_txssm.recipe.corpus_recipe import KEPT_RECIPE, CorpusRecipe, check_corpus_recipe, load_corpus_recipe
 
 # Of the files of a corpus that are not linked; as much as is asked of the disk.
 _BYTES_PER_TASK = 10_000

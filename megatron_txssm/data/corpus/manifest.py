@@ -22,6 +22,8 @@ from typing import Any
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import write_json
+from megatron_txssm.recipe.corpus_recipe import how_to_make
+from megatron_txssm.recipe.corpus_tokenizer import NoCorpus, TokenizerFacts, read_tokenizer_facts
 
 # The parts of a corpus: documents to train on, and documents held out.
 SPLITS = ("train", "validation")
@@ -97,20 +99,6 @@ class TaskManifest:
 
 
 @dataclass(frozen=True)
-class TokenizerFacts:
-    """The tokenizer of a corpus."""
-
-    # Megatron's class: HuggingFaceTokenizer or SentencePieceTokenizer.
-    type: str
-    # SHA-256 of tokenizer.json or tokenizer.model.
-    fingerprint: str
-    # One more than the largest id.
-    vocab_size: int
-    eod: int
-    eod_token: str
-
-
-@dataclass(frozen=True)
 class Subset:
     """A finished subset."""
 
@@ -141,12 +129,6 @@ class Corpus:
     tokenizer: TokenizerFacts
     subsets: dict[str, Subset]
 
-    @property
-    def tokenizer_model(self) -> str:
-        """What Megatron's --tokenizer-model takes."""
-        folder = self.directory / "tokenizer"
-        return str(folder / "tokenizer.model" if self.tokenizer.type == "SentencePieceTokenizer" else folder)
-
 
 def is_held_out(text: str, fraction: float) -> bool:
     """Whether a document is for validation: by a hash of its text, so that equal texts are on the same side.
@@ -154,10 +136,6 @@ def is_held_out(text: str, fraction: float) -> bool:
     Where two subsets hold out different shares, that of the smaller is part of that of the larger.
     """
     return zlib.crc32(text.encode()) < fraction * 2**32
-
-
-class NoCorpus(UserError):
-    """A directory holds no corpus, or an unfinished one; the message names the command that makes it."""
 
 
 def open_corpus(directory: str | Path, used: Collection[str] | None = None) -> Corpus:
@@ -262,15 +240,9 @@ def read_plan(directory: str | Path) -> Plan:
         # Read by every task's end as well as its beginning; the file never changes once it is there.
         return _read_plan(path, path.stat().st_mtime_ns)
     except FileNotFoundError:
-        raise NoCorpus(f"{directory} holds no corpus (no plan.json); {_how_to_make(directory)}") from None
+        raise NoCorpus(f"{directory} holds no corpus (no plan.json); {how_to_make(directory)}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a plan ({error}); delete it and shard again") from None
-
-
-def _how_to_make(directory: str | Path) -> str:
-    from megatron_txssm.data.corpus.recipe import how_to_make
-
-    return how_to_make(directory)
 
 
 @functools.lru_cache(maxsize=4)
@@ -282,15 +254,3 @@ def _read_plan(path: Path, _: int) -> Plan:
 def write_plan(directory: Path, plan: Plan) -> None:
     rows = {name: [[dataclasses.astuple(p) for p in task] for task in tasks] for name, tasks in plan.tasks.items()}
     write_json(directory / "plan.json", {"format": FORMAT, "tasks": rows}, indent=None)
-
-
-def read_tokenizer_facts(directory: Path) -> TokenizerFacts:
-    path = directory / "tokenizer" / "facts.json"
-    try:
-        return TokenizerFacts(**json.loads(path.read_bytes()))
-    except FileNotFoundError:
-        raise NoCorpus(
-            f"{directory} holds no corpus (no {path.relative_to(directory)}); {_how_to_make(directory)}"
-        ) from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not readable ({error}); shard the corpus again") from None

@@ -11,7 +11,6 @@ from megatron_txssm.data.corpus.manifest import (
     Plan,
     ShardRecord,
     TaskManifest,
-    TokenizerFacts,
     read_manifest,
     read_plan,
     remove_task,
@@ -20,6 +19,7 @@ from megatron_txssm.data.corpus.shard import check_shard
 from megatron_txssm.data.tokenizer.install import check_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import file_sha256
+from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 import time
 
 from megatron_txssm.data.corpus.manifest import Plan
-from megatron_txssm.data.corpus.recipe import CorpusRecipe
 from megatron_txssm.data.corpus.status import CorpusStatus
 from megatron_txssm.data.sharding.progress import print_status, progress, tasks_text
 from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.corpus_recipe import CorpusRecipe
 
 
 def prepare(recipe: CorpusRecipe) -> Plan:

@@ -14,9 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.data.corpus.manifest import NoCorpus, Plan, Slice, read_plan, read_tokenizer_facts, write_plan
-from megatron_txssm.data.corpus.recipe import KEPT_RECIPE, CorpusRecipe, SubsetSource
+from megatron_txssm.data.corpus.manifest import Plan, Slice, read_plan, write_plan
 from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.corpus_recipe import KEPT_RECIPE, CorpusRecipe, SubsetSource
+from megatron_txssm.recipe.corpus_tokenizer import NoCorpus, read_tokenizer_facts
 
 # Files that can be read, by their endings; only parquet can be read from the middle.
 PARQUET_SUFFIXES = (".parquet", ".parq")
@@ -110,8 +111,8 @@ def freeze_recipe(recipe: CorpusRecipe) -> None:
 
     Subsets may have come since.
     """
-    from megatron_txssm.data.corpus.recipe import load_corpus_recipe
     from megatron_txssm.files import write_file_atomically
+    from megatron_txssm.recipe.corpus_recipe import load_corpus_recipe
 
     kept = recipe.path / KEPT_RECIPE
     if kept.exists() and (recipe.path / "plan.json").exists():
@@ -168,7 +169,7 @@ def _matches(path: str, glob: str) -> bool:
 
 def corpus_directory(name: str) -> Path:
     """The directory of a corpus recipe or a corpus, by name or path."""
-    from megatron_txssm.data.corpus.recipe import load_corpus_recipe
+    from megatron_txssm.recipe.corpus_recipe import load_corpus_recipe
 
     if os.path.exists(Path(name) / "plan.json"):
         return Path(name)

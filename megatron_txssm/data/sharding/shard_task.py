@@ -24,15 +24,12 @@ from megatron_txssm.data.corpus.manifest import (
     SPLITS,
     ShardRecord,
     TaskManifest,
-    TokenizerFacts,
     is_held_out,
     manifest_path,
     read_manifest,
     read_plan,
-    read_tokenizer_facts,
     write_manifest,
 )
-from megatron_txssm.data.corpus.recipe import CorpusRecipe
 from megatron_txssm.data.corpus.shard import ShardWriter
 from megatron_txssm.data.sharding.broken_rows import BrokenRows
 from megatron_txssm.data.sharding.fetch import with_texts
@@ -42,6 +39,8 @@ from megatron_txssm.data.tokenizer.encoder import Encoder, FastEncoder, load_enc
 from megatron_txssm.data.tokenizer.install import check_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import file_sha256, partial_path, write_json
+from megatron_txssm.recipe.corpus_recipe import CorpusRecipe
+from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts, read_tokenizer_facts
 
 # Texts encoded at a time: enough to lose no time between them, little memory.
 BATCH_BYTES = 2_000_000

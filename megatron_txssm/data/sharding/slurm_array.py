@@ -12,10 +12,10 @@ from typing import cast
 from datatrove.executor.slurm import SlurmPipelineExecutor
 
 from megatron_txssm.data.corpus.manifest import Plan, logging_folder
-from megatron_txssm.data.corpus.recipe import CorpusRecipe
 from megatron_txssm.data.sharding.run_local import unfinished
 from megatron_txssm.data.sharding.shard_task import ShardTask
 from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.corpus_recipe import CorpusRecipe
 from megatron_txssm.slurm.batch_script import HOME, render
 from megatron_txssm.slurm.client import PLAIN_PATH, run_slurm, run_squeue, sbatch_environment
 

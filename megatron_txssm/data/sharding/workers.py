@@ -8,8 +8,8 @@ import os
 import signal
 import threading
 
-from megatron_txssm.data.corpus.recipe import CorpusRecipe
 from megatron_txssm.process_limits import check_temporary_folder
+from megatron_txssm.recipe.corpus_recipe import CorpusRecipe
 
 # What a task imports. The command itself has no need of it.
 _IMPORTS = ["megatron_txssm.data.sharding.local_task", "gigatoken", "tokenizers"]

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_txssm.data.corpus.manifest import TokenizerFacts
 from megatron_txssm.data.tokenizer.doubtful import DoubtfulCharacters, is_byte_level, shows_cuts
 from megatron_txssm.data.tokenizer.install import tokenizer_file
+from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts
 
 # gigatoken keeps every word it has met (measured: 1 byte of memory per byte of random text) and cannot be told to
 # forget; a fresh one costs 0.1 s.

@@ -11,11 +11,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.data.corpus.manifest import TokenizerFacts, read_tokenizer_facts
-from megatron_txssm.data.corpus.recipe import TokenizerSource
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import file_sha256, write_file_atomically, write_json
+from megatron_txssm.recipe.corpus_recipe import TokenizerSource
+from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts, read_tokenizer_facts
 
 
 def tokenizer_file(folder: Path, facts: TokenizerFacts) -> Path:

@@ -10,11 +10,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_txssm.data.corpus.manifest import Corpus, TokenizerFacts, read_tokenizer_facts
-from megatron_txssm.data.corpus.recipe import TokenizerSource
 from megatron_txssm.data.tokenizer.install import install_tokenizer
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.files import file_sha256
+from megatron_txssm.recipe.corpus_recipe import TokenizerSource
+from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts, read_tokenizer_facts, tokenizer_model
 from megatron_txssm.recipe.recipe import Recipe
 
 
@@ -48,8 +48,7 @@ def tokenizer_source(recipe: Recipe, checkpoints: Path) -> TokenizerSource | Non
     facts = kept_tokenizer(checkpoints)
     if facts is None:
         return _stated_source(recipe)
-    kept = Corpus(checkpoints, facts, subsets={})
-    return TokenizerSource(type=facts.type, model=kept.tokenizer_model, eod_token=facts.eod_token)
+    return TokenizerSource(type=facts.type, model=tokenizer_model(checkpoints, facts), eod_token=facts.eod_token)
 
 
 def other_tokenizer(recipe: Recipe, checkpoints: Path) -> str:

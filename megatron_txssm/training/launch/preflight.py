@@ -22,10 +22,10 @@ from megatron_txssm.checkpoint.steps import (
     tracked,
     whole_steps,
 )
-from megatron_txssm.data.corpus.manifest import read_tokenizer_facts
 from megatron_txssm.data.tokenizer.kept_tokenizer import other_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.process_limits import check_open_files, check_shared_memory, check_temporary_folder
+from megatron_txssm.recipe.corpus_tokenizer import read_tokenizer_facts
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe, with_paths
 from megatron_txssm.recipe.validate import check_files, validate

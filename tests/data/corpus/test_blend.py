@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.cli import data_blend as blend_command
-from megatron_txssm.data.corpus.blend import check_corpus, recipe_blend
+from megatron_txssm.data.corpus.blend import check_corpus, corpus_arguments, recipe_blend
 from megatron_txssm.data.corpus.shard import write_shard
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
-from megatron_txssm.recipe.megatron_args import megatron_arguments, parse_megatron_arguments
+from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_arguments
 from tests.data.corpus_fixture import make_corpus, make_recipe
 
 # Tokens of each document, the end included; the recipe trains on 20 steps of 512 tokens.
@@ -156,10 +156,10 @@ def test_the_command_shows_every_stage_and_warns_of_repetition(
 
 def test_the_command_prints_megatrons_arguments(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blend(recipe_file, "--set", STAGES, "--megatron-args")
-    assert shlex.split(capsys.readouterr().out) == load_recipe(recipe_file, [STAGES]).corpus_arguments
+    assert shlex.split(capsys.readouterr().out) == corpus_arguments(load_recipe(recipe_file, [STAGES]))
     blend(recipe_file.parent / "corpus", "--megatron-args")
     words = shlex.split(capsys.readouterr().out)
-    assert words[:7] == load_recipe(recipe_file).corpus_arguments
+    assert words[:7] == corpus_arguments(load_recipe(recipe_file))
     assert words[7] == "--valid-data-path" and len(words) == 12
 
 

@@ -8,15 +8,15 @@ import pytest
 import yaml
 
 from megatron_txssm.data.corpus.manifest import Plan, Slice, write_plan
-from megatron_txssm.data.corpus.recipe import (
+from megatron_txssm.data.sharding.plan import corpus_directory
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.corpus_recipe import (
     CorpusRecipe,
     SubsetSource,
     find_corpus_recipe,
     how_to_make,
     load_corpus_recipe,
 )
-from megatron_txssm.data.sharding.plan import corpus_directory
-from megatron_txssm.errors import UserError
 
 BUILT_IN = sorted(path.stem for path in (Path(__file__).parents[3] / "recipes" / "corpora").glob("*.yaml"))
 

@@ -16,10 +16,10 @@ import pytest
 
 from megatron_txssm.cli.main import main
 from megatron_txssm.data.corpus.manifest import Plan, Slice, logging_folder, manifest_path, write_plan
-from megatron_txssm.data.corpus.recipe import CorpusRecipe, load_corpus_recipe
 from megatron_txssm.data.sharding import run_local, slurm_array
 from megatron_txssm.data.sharding.plan import plan_subset
 from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.corpus_recipe import CorpusRecipe, load_corpus_recipe
 from tests.data.corpus_recipes import corpus_bytes
 from tests.data.in_process import run_tasks_here, shard, web_recipe
 

@@ -14,12 +14,12 @@ import pytest
 import sentencepiece
 from datatrove.data import Document
 
-from megatron_txssm.data.corpus.manifest import TokenizerFacts
 from megatron_txssm.data.sharding import shard_task
 from megatron_txssm.data.tokenizer import checked_encoder, encoder
 from megatron_txssm.data.tokenizer.checked_encoder import CheckedEncoder
 from megatron_txssm.data.tokenizer.encoder import Encoder, load_encoders
 from megatron_txssm.data.tokenizer.sentencepiece import train_sentencepiece
+from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts
 from tests.data.corpora import ODD_TEXTS, library_texts
 from tests.data.corpus_recipes import EOD_TOKEN, byte_level_bpe
 from tests.data.in_process import manifest_of, run_tasks_here, shard, web_recipe

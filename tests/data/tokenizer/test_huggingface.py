@@ -9,12 +9,12 @@ from transformers import AutoTokenizer
 
 from megatron_txssm.cli.main import main
 from megatron_txssm.convert.proof import sample_text
-from megatron_txssm.data.corpus.recipe import TokenizerSource
 from megatron_txssm.data.tokenizer.encoder import load_encoders
 from megatron_txssm.data.tokenizer.huggingface import export_tokenizer, padding_id
 from megatron_txssm.data.tokenizer.install import install_tokenizer
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer, train_sentencepiece
 from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.corpus_recipe import TokenizerSource
 from tests.convert.untrained import make_run
 from tests.data.corpus_recipes import byte_level_bpe
 

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.loader import nearest
-from megatron_txssm.recipe.setting import Field, Words, convert, section_fields, setting, shown, type_name
+from megatron_txssm.errors import UserError, nearest, shown
+from megatron_txssm.recipe.setting import Field, Words, convert, section_fields, setting, type_name
 from megatron_txssm.recipe.yaml_text import dump_yaml, load_yaml
 
-_PACKAGE_CORPORA = Path(__file__).parents[3] / "recipes" / "corpora"
+_PACKAGE_CORPORA = Path(__file__).parents[2] / "recipes" / "corpora"
 # The recipe that a corpus directory keeps.
 KEPT_RECIPE = "corpus.yaml"
 # Names that become folders, file names and Slurm job names.

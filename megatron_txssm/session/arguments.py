@@ -1,7 +1,7 @@
 """From a recipe to Megatron's command line, and from there to Megatron's namespace.
 
-The table of fields is schema.py, that of the `megatron:` section megatron_table.py. Megatron is imported only for a
-parse, by its own parser with our arguments added.
+The table of fields is recipe/schema.py, that of the `megatron:` section recipe/megatron_table.py. Megatron is imported
+only for a parse, by its own parser with our arguments added.
 """
 
 import argparse
@@ -14,8 +14,9 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.megatron_section import passing
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.schema import FIXED_ARGUMENTS, SECTIONS
-from megatron_txssm.recipe.setting import section_fields
+from megatron_txssm.recipe.setting import argument, section_fields
 from megatron_txssm.recipe.validate import data_parallel_size
+from megatron_txssm.session.render import RENDERS
 
 
 def megatron_arguments(recipe: Recipe) -> list[str]:
@@ -24,7 +25,11 @@ def megatron_arguments(recipe: Recipe) -> list[str]:
     for name, section in SECTIONS.items():
         values = getattr(recipe, name)
         for field in section_fields(section):
-            words += field.setting.arguments(getattr(values, field.name), recipe)
+            value = getattr(values, field.name)
+            if render := RENDERS.get(f"{name}.{field.name}"):
+                words += render(value, recipe)
+            else:
+                words += [word for flag in field.setting.flags for word in argument(flag, value)]
     # After them stands nothing that takes a list without a bound, so a list's last word is never swallowed.
     return words + [word for key, value in recipe.megatron.items() for word in passing()[key].words(value)]
 

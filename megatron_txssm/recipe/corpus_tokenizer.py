@@ -1,0 +1,45 @@
+"""The tokenizer of a corpus: what a recipe that names the corpus takes over from it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.corpus_recipe import how_to_make
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """The tokenizer of a corpus."""
+
+    # Megatron's class: HuggingFaceTokenizer or SentencePieceTokenizer.
+    type: str
+    # SHA-256 of tokenizer.json or tokenizer.model.
+    fingerprint: str
+    # One more than the largest id.
+    vocab_size: int
+    eod: int
+    eod_token: str
+
+
+class NoCorpus(UserError):
+    """A directory holds no corpus, or an unfinished one; the message names the command that makes it."""
+
+
+def tokenizer_model(directory: Path, facts: TokenizerFacts) -> str:
+    """What Megatron's --tokenizer-model takes: the copy in a corpus directory, or beside checkpoints."""
+    folder = directory / "tokenizer"
+    return str(folder / "tokenizer.model" if facts.type == "SentencePieceTokenizer" else folder)
+
+
+def read_tokenizer_facts(directory: Path) -> TokenizerFacts:
+    """NoCorpus where the directory holds none."""
+    path = directory / "tokenizer" / "facts.json"
+    try:
+        return TokenizerFacts(**json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        raise NoCorpus(
+            f"{directory} holds no corpus (no {path.relative_to(directory)}); {how_to_make(directory)}"
+        ) from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not readable ({error}); shard the corpus again") from None

@@ -1,0 +1,101 @@
+"""The fields of a recipe that become other Megatron arguments than their own value under their own flags."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron_txssm.data.corpus.blend import corpus_arguments
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.setting import argument
+
+_RECOMPUTE = {
+    "none": [],
+    "selective": ["--recompute-granularity", "selective"],
+    "full": ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
+}
+
+
+def _query_groups(value: int | None, recipe: Recipe) -> list[str]:
+    return [] if value is None else ["--group-query-attention", "--num-query-groups", str(value)]
+
+
+def _sequence_parallel(on: bool, recipe: Recipe) -> list[str]:
+    return argument("--sequence-parallel", on and recipe.parallel.tensor_model_parallel_size > 1)
+
+
+def _bf16_ends(layers: int, recipe: Recipe) -> list[str]:
+    if layers == 0:
+        return []
+    counts = ["--num-layers-at-start-in-bf16", str(layers), "--num-layers-at-end-in-bf16", str(layers)]
+    return ["--first-last-layers-bf16", *counts]
+
+
+def _wsd_shape(shape: str, recipe: Recipe) -> list[str]:
+    return argument("--lr-wsd-decay-style", shape if recipe.wsd_decay_iters else None)
+
+
+def _vocabulary(size: int, recipe: Recipe) -> list[str]:
+    return ["--vocab-size", str(size), "--padded-vocab-size", str(recipe.padded_vocab_size)]
+
+
+def _checkpoints(_: str | None, recipe: Recipe) -> list[str]:
+    if recipe.checkpoint.save_interval is None:
+        return []
+    path = str(recipe.checkpoint_path)
+    return [*argument("--save", path), *argument("--load", path)]
+
+
+def _validation_batches(count: int | None, recipe: Recipe) -> list[str]:
+    # Together, as Megatron 0.19.2 fails on a full validation of what it holds for a single set.
+    return ["--full-validation", "--multiple-validation-sets"] if count is None else ["--eval-iters", str(count)]
+
+
+def _tensorboard(on: bool, recipe: Recipe) -> list[str]:
+    # Megatron sends W&B what it writes to TensorBoard, and nothing without it.
+    wanted = on or recipe.logging.wandb_project
+    return argument("--tensorboard-dir", str(recipe.run_path / "tensorboard") if wanted else None)
+
+
+def _wandb(project: str | None, recipe: Recipe) -> list[str]:
+    if project is None:
+        return []
+    name, folder = recipe.logging.wandb_name or recipe.name, recipe.run_path / "wandb"
+    return [
+        *argument("--wandb-project", project),
+        *argument("--wandb-exp-name", name),
+        *argument("--wandb-save-dir", folder),
+    ]
+
+
+# Field -> its (value, recipe) as words of Megatron's command line.
+RENDERS: Mapping[str, Callable[[Any, Recipe], list[str]]] = {
+    "model.num_query_groups": _query_groups,
+    "model.state_dt_bias": lambda biased, _: argument("--state-space-no-dt-bias", not biased),
+    "model.tie_embeddings": lambda tied, _: argument("--untie-embeddings-and-output-weights", not tied),
+    "parallel.sequence_parallel": _sequence_parallel,
+    "parallel.recompute": lambda kind, _: _RECOMPUTE[kind],
+    "training.global_batch_tokens": lambda _, recipe: argument("--global-batch-size", recipe.global_batch_size),
+    "training.train_tokens": lambda tokens, recipe: argument("--train-iters", tokens and recipe.train_iters),
+    "training.precision": lambda precision, _: argument("--bf16", precision == "bf16"),
+    "training.fp8_recipe": lambda kind, recipe: argument("--fp8-recipe", kind if recipe.training.fp8 else None),
+    "training.first_last_layers_bf16": _bf16_ends,
+    "optimizer.min_learning_rate_ratio": lambda ratio, recipe: argument(
+        "--min-lr", f"{ratio * recipe.optimizer.learning_rate:.12g}"
+    ),
+    "optimizer.wsd_decay_fraction": lambda _, recipe: argument("--lr-wsd-decay-iters", recipe.wsd_decay_iters),
+    "optimizer.wsd_decay_shape": _wsd_shape,
+    "data.corpus": lambda corpus, recipe: [] if corpus is None else corpus_arguments(recipe),
+    # What these say is in the corpus's arguments.
+    "data.weights": lambda _, recipe: [],
+    "data.stages": lambda _, recipe: [],
+    "data.tokenizer_type": lambda _, recipe: argument("--tokenizer-type", recipe.tokenizer_type),
+    "data.tokenizer_model": lambda _, recipe: argument("--tokenizer-model", recipe.tokenizer_model),
+    "data.vocab_size": _vocabulary,
+    "data.cache_path": lambda _, recipe: argument("--data-cache-path", recipe.cache_path),
+    "checkpoint.directory": _checkpoints,
+    "logging.eval_interval": lambda steps, recipe: argument("--eval-interval", steps or recipe.train_iters + 1),
+    "logging.eval_iters": _validation_batches,
+    "logging.tensorboard": _tensorboard,
+    "logging.wandb_project": _wandb,
+    # In the project's.
+    "logging.wandb_name": lambda _, recipe: [],
+}
