@@ -14,7 +14,8 @@ import psutil
 import pytest
 import torch
 
-from megatron_txssm import compat, compat_saves
+from megatron_txssm import compat
+from megatron_txssm.checkpoint import compat_saves
 
 PINNED = {"megatron-core": "0.19.2"}
 

@@ -1,14 +1,13 @@
-"""Model FLOPs per token from a model's sizes, without torch. tests/planning holds them against a FLOP counter."""
+"""Model FLOPs per token from a model's sizes, without torch. tests/architecture holds them against a FLOP counter."""
 
 from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE
 from megatron_txssm.architecture.parameters import ModelSizes
-from megatron_txssm.recipe.recipe import Recipe
 
 # The backward pass multiplies every matrix twice: once for the input's gradient, once for the weight's.
 FORWARD_AND_BACKWARD = 3
 
 
-def flops_per_token(model: Recipe | ModelSizes, seq_length: int, document_length: float | None = None) -> float:
+def flops_per_token(sizes: ModelSizes, seq_length: int, document_length: float | None = None) -> float:
     """Model FLOPs per token of training, forward and backward; a multiply-add counts two.
 
     2 per weight and token forward and twice that backward, the 6·parameters of arXiv:2204.02311 (appendix B) and
@@ -25,7 +24,6 @@ def flops_per_token(model: Recipe | ModelSizes, seq_length: int, document_length
     FLOPs, as MFU has them, not hardware FLOPs. Megatron's count cannot serve: it bills a state-space layer at twice
     our inner width and with a gate.
     """
-    sizes = ModelSizes.from_recipe(model) if isinstance(model, Recipe) else model
     attended = seq_length if document_length is None else document_length
     scores = 2.0 * attended * sizes.num_attention_heads * sizes.kv_channels
     attention = FORWARD_AND_BACKWARD * (2.0 * sizes.attention_weights + scores)

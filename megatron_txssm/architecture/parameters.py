@@ -1,14 +1,14 @@
-"""Parameter counts of a model from its sizes, without torch. tests/planning holds them against the meta-device model.
+"""Parameter counts of a model from its sizes, without torch.
+
+tests/architecture compares them with the model on the meta device.
 
 H=attention heads  G=query groups  K=channels per head  D=hidden size  F=FFN channels  V=padded vocabulary
 """
 
-from argparse import Namespace
 from dataclasses import dataclass
 
-from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
+from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
-from megatron_txssm.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -27,39 +27,6 @@ class ModelSizes:
     tie_embeddings: bool
     # None where no layer is of kind S.
     state_space: StateSpaceConfig | None
-
-    @classmethod
-    def from_recipe(cls, recipe: Recipe) -> "ModelSizes":
-        model = recipe.model
-        return cls(
-            layer_kinds=recipe.layer_kinds,
-            hidden_size=model.hidden_size,
-            ffn_hidden_size=model.ffn_hidden_size,
-            num_attention_heads=model.num_attention_heads,
-            num_query_groups=model.num_query_groups or model.num_attention_heads,
-            kv_channels=recipe.kv_channels,
-            vocab_size=recipe.padded_vocab_size,
-            tie_embeddings=model.tie_embeddings,
-            state_space=recipe.state_space,
-        )
-
-    @classmethod
-    def from_megatron(cls, args: Namespace) -> "ModelSizes":
-        """From Megatron's validated arguments (with the tokenizer built: `padded_vocab_size` is known)."""
-        from megatron_txssm.model.arguments import DEFAULTS, state_space_config
-
-        kinds = layer_kinds(getattr(args, "layer_pattern", DEFAULTS["layer_pattern"]), args.num_layers)
-        return cls(
-            layer_kinds=kinds,
-            hidden_size=args.hidden_size,
-            ffn_hidden_size=args.ffn_hidden_size,
-            num_attention_heads=args.num_attention_heads,
-            num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-            kv_channels=args.kv_channels or args.hidden_size // args.num_attention_heads,
-            vocab_size=args.padded_vocab_size,
-            tie_embeddings=not args.untie_embeddings_and_output_weights,
-            state_space=state_space_config(args) if STATE_SPACE in kinds else None,
-        )
 
     @property
     def attention_weights(self) -> int:
@@ -91,18 +58,8 @@ class ParameterCount:
         return self.embedding + self.output + self.state_space + self.attention + self.ffn + self.norms
 
 
-def checkpoint_bytes(recipe: Recipe) -> int:
-    """Size of one checkpoint: weights in the model's precision, Adam's two moments and the optimizer's weights in fp32.
-
-    Random states, tokens and the index are left out; they are megabytes.
-    """
-    weight = 2 if recipe.training.precision == "bf16" else 4
-    return (weight + 12) * count_parameters(recipe).total
-
-
-def count_parameters(model: Recipe | ModelSizes) -> ParameterCount:
+def count_parameters(sizes: ModelSizes) -> ParameterCount:
     """Parameters by part, over all processes."""
-    sizes = ModelSizes.from_recipe(model) if isinstance(model, Recipe) else model
     num_layers = len(sizes.layer_kinds)
     embedding = sizes.vocab_size * sizes.hidden_size
     mixer = sizes.state_space.num_params() if sizes.state_space else 0

@@ -1,4 +1,4 @@
-"""Sizes, variants and costs of the state-space mixer. Plain Python: planning tools read it without torch.
+"""Sizes, variants and costs of the state-space mixer. Plain Python: planners read it without torch.
 
 D=hidden size  H=heads  P=head dim  G=groups  N=state size  K=convolution kernel  Q=chunk length
 """

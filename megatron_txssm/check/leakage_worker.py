@@ -23,7 +23,7 @@ def run(out: Path, arguments: list[str], packings: int, seed: int) -> None:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import training
 
-    from megatron_txssm.training.pretrain import initialize_arguments, model_config
+    from megatron_txssm.session.start import initialize_arguments, model_config
 
     args = initialize_arguments(arguments)
     training.initialize_megatron()

@@ -65,8 +65,8 @@ def run(out: Path, arguments: list[str]) -> None:
     from megatron.training import pretrain, training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+    from megatron_txssm.session.start import initialize_arguments, model_config
     from megatron_txssm.training.forward_step import datasets_provider, forward_step
-    from megatron_txssm.training.pretrain import initialize_arguments, model_config
 
     args = initialize_arguments(arguments)
     setup, log = training.setup_model_and_optimizer, training.training_log

@@ -11,7 +11,7 @@ from megatron_txssm.data.tokenizer.kept_tokenizer import tokenizer_source
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import check_tokenizer_file
-from megatron_txssm.session.arguments import megatron_arguments
+from megatron_txssm.session.start import start_megatron
 
 # Megatron's own modules, as they need no GPU.
 _ONE_PROCESS = (
@@ -105,18 +105,11 @@ def build_model(recipe: Recipe, options: list[str]) -> Any:
     `options` are Megatron's, behind the recipe's own.
     """
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")
-    from megatron_txssm.platform import prepare_platform
-
-    platform_arguments = prepare_platform()
+    args = start_megatron(recipe, after=[*options, "--no-initialization"])
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import training
     from megatron.training.argument_utils import gpt_config_from_args
 
-    from megatron_txssm.compat import mend_megatron
-    from megatron_txssm.training.pretrain import initialize_arguments
-
-    mend_megatron()
-    args = initialize_arguments([*megatron_arguments(recipe), *options, "--no-initialization", *platform_arguments])
     training.initialize_megatron()
     config = gpt_config_from_args(args)
     [model] = config.get_builder_cls()(config).build_distributed_models(

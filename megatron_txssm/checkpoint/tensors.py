@@ -47,7 +47,7 @@ def is_kept_in_fp32(name: str) -> bool:
 
 def model_shapes(recipe: Recipe) -> dict[str, Shape]:
     """The shape of every tensor of a recipe's model, in the order of its layers; vocabularies without padding."""
-    sizes = ModelSizes.from_recipe(recipe)
+    sizes = recipe.sizes
     hidden, ffn = sizes.hidden_size, sizes.ffn_hidden_size
     vocabulary = (recipe.data.vocab_size, hidden)
     shapes: dict[str, Shape] = {EMBEDDING: vocabulary}

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.cli.main import build_parser
-from megatron_txssm.cli.parsing import VERBS
+from megatron_txssm.cli.parsing import VERBS, build_parser
 
 # Whose RECIPE is a corpus recipe.
 _OF_CORPORA = ("txssm data shard", "txssm data train-tokenizer")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.training.launch.processes import smallest_world_size
+from megatron_txssm.recipe.sizes import smallest_world_size
 
 if TYPE_CHECKING:
     from megatron_txssm.training.lineage import TracedSample
@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
     nproc = smallest_world_size(recipe) if args.nproc is None else args.nproc
     if nproc < 1:
         raise UserError(f"--nproc {nproc} must be at least 1")
+    from megatron_txssm.session.output import output_redirected
     from megatron_txssm.training.lineage import TrainingData
-    from megatron_txssm.training.output import output_redirected
 
     # Megatron prints hundreds of lines.
     with tempfile.TemporaryDirectory(prefix="txssm-trace-") as folder, output_redirected(Path(folder) / "log"):

@@ -8,8 +8,9 @@ from typing import Any
 
 from megatron_txssm.cli.parsing import add_verb
 from megatron_txssm.errors import UserError
-from megatron_txssm.jobs.attempts import find_run, read_submission
+from megatron_txssm.jobs.attempts import find_run
 from megatron_txssm.slurm import client as slurm
+from megatron_txssm.slurm.submission import read_submission
 
 EXAMPLES = (
     "txssm logs runs/transxssm_1.3b",

@@ -6,10 +6,15 @@ elsewhere, with plain arguments.
 """
 
 import argparse
+import difflib
+import importlib
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
+
+from megatron_txssm import __version__
+from megatron_txssm.errors import readable
 
 # Verb -> (module, one line of help).
 VERBS: dict[str, tuple[str, str]] = {
@@ -78,3 +83,74 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--port", type=int, help="TCP port of the processes' rendezvous (default: any free one)")
     add_set_option(parser)
+
+
+# Headings of the help, and the verbs beneath them.
+GROUPS = {
+    "train": ("demo", "recipes", "data", "pretrain", "check"),
+    "on a Slurm cluster": ("submit", "jobs", "logs", "cancel", "why"),
+    "use what was trained": ("evaluate", "generate", "convert", "serve"),
+}
+
+
+EXAMPLES = """\
+examples:
+  txssm demo
+  txssm recipes
+  txssm recipes transxssm_320m --megatron-args
+  txssm data shard smollm_corpus --plan
+  txssm pretrain demo_cpu --nproc 2 --set training.train_iters=20
+  txssm generate runs/demo --prompt 'def main('
+
+completion at the tab key, in bash and zsh:
+  eval "$(register-python-argcomplete txssm)\""""
+
+
+def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
+    """The whole command line's parser; only `verb` gets its options, as only its module is imported."""
+    parser = Parser(
+        prog="txssm",
+        usage="txssm [-h] [--version] <verb> ...",
+        description=f"Pretraining of TransXSSM and its baselines on Megatron-Core.\n\n{_verbs_help()}",
+        epilog=f"`txssm <verb> --help` has a verb's options and examples.\n\n{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"txssm {__version__}")
+    # The description lists them in groups, which argparse does not have.
+    subparsers = parser.add_subparsers(prog="txssm", dest="verb", metavar="<verb>", help=argparse.SUPPRESS)
+    for name, (module, _) in VERBS.items():
+        if name == verb:
+            importlib.import_module(module).add_parser(subparsers)
+        else:
+            subparsers.add_parser(name)
+    return parser
+
+
+def _verbs_help() -> str:
+    fold = textwrap.TextWrapper(_help_width(), subsequent_indent=" " * 13)
+    groups = []
+    for heading, verbs in GROUPS.items():
+        lines = [fold.fill(f"  {verb:10} {VERBS[verb][1]}") for verb in verbs]
+        groups.append("\n".join([f"{heading}:", *lines]))
+    return "\n\n".join(groups)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, which says of an unknown option which one may be meant, and does so under its own verb's usage."""
+
+    _words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._words = list(args or ())
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        known = self._option_string_actions
+        names = [word.partition("=")[0] for word in self._words]
+        unknown = [name for name in names if name.startswith("--") and not any(o.startswith(name) for o in known)]
+        matches = [(name, difflib.get_close_matches(name, known, n=1)) for name in unknown if len(name) > 2]
+        hints = [f"{name}: did you mean {near[0]}?" for name, near in matches if near]
+        super().error(readable("; ".join([message, *hints])))

@@ -82,7 +82,7 @@ def _print_table() -> None:
                 f"{repeats} x {model.layer_pattern}",
                 str(model.hidden_size),
                 str(model.ffn_hidden_size),
-                f"{count_parameters(recipe).total / 1e6:,.1f}M",
+                f"{count_parameters(recipe.sizes).total / 1e6:,.1f}M",
                 f"{training.seq_length:,}",
                 f"{training.global_batch_tokens:,}",
                 f"{recipe.optimizer.learning_rate:g}",

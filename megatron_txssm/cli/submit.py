@@ -6,8 +6,9 @@ from typing import Any
 
 from megatron_txssm.cli.parsing import add_verb
 from megatron_txssm.errors import UserError
+from megatron_txssm.jobs.allocation import Allocation
 from megatron_txssm.jobs.limits import LIMITS, add_limits
-from megatron_txssm.jobs.submit import Layout, plan_submission
+from megatron_txssm.jobs.submit import plan_submission
 from megatron_txssm.slurm.batch_script import load_site_settings
 from megatron_txssm.slurm.sbatch_options import check_time, parse_options
 
@@ -72,13 +73,13 @@ def run(args: argparse.Namespace) -> int:
                 raise UserError(f"--{name} is empty; leave it out for the default")
             options[name] = value
     check_time(options, args.stop_before)
-    submission = plan_submission(args.recipe, args.overrides, _layout(args), options, args)
+    submission = plan_submission(args.recipe, args.overrides, _allocation(args), options, args)
     if submission is None:
         return 0
     return submission.show() if args.dry_run else submission.submit()
 
 
-def _layout(args: argparse.Namespace) -> Layout:
+def _allocation(args: argparse.Namespace) -> Allocation:
     gpus, nproc = args.gpus_per_node, args.nproc_per_node
     if gpus is None and nproc is None:
         site = os.environ.get("TXSSM_GPUS_PER_NODE")
@@ -90,7 +91,7 @@ def _layout(args: argparse.Namespace) -> Layout:
         gpus = int(site)
     if gpus and nproc and gpus != nproc:
         raise UserError(f"--nproc-per-node {nproc} is not --gpus-per-node {gpus}: each process has one GPU; state one")
-    layout = Layout(args.nodes, nproc_per_node=nproc or gpus or 0, gpus_per_node=gpus or 0, spare=args.spare)
-    if layout.nproc_per_node < 1:
-        raise UserError(f"{layout.nproc_per_node} processes per node must be at least 1")
-    return layout
+    allocation = Allocation(args.nodes, nproc_per_node=nproc or gpus or 0, gpus_per_node=gpus or 0, spare=args.spare)
+    if allocation.nproc_per_node < 1:
+        raise UserError(f"{allocation.nproc_per_node} processes per node must be at least 1")
+    return allocation

@@ -28,7 +28,7 @@ class Export:
 
     @cached_property
     def sizes(self) -> ModelSizes:
-        return ModelSizes.from_recipe(self.saved.recipe)
+        return self.saved.recipe.sizes
 
     @cached_property
     def groups(self) -> list[Group]:

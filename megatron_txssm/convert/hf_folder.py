@@ -57,7 +57,7 @@ class HfFolder:
 
     def read(self, names: Iterable[str]) -> dict[str, Any]:
         """Name -> tensor; UserError where a file is damaged or holds what our layers cannot express."""
-        wanted, sizes = list(names), ModelSizes.from_recipe(self.recipe)
+        wanted, sizes = list(names), self.recipe.sizes
         result: dict[str, Any] = {}
         for group in dict.fromkeys(self.groups[name] for name in wanted):
             result |= self._convert(group, sizes)
@@ -67,7 +67,7 @@ class HfFolder:
         """UserError unless the tensors that stand for none of ours hold what they must."""
         for group in plan(self.layout, self.shapes):
             if not group.megatron:
-                self._convert(group, ModelSizes.from_recipe(self.recipe))
+                self._convert(group, self.recipe.sizes)
 
     def _convert(self, group: Group, sizes: ModelSizes) -> dict[str, Any]:
         tensors = {name: _read_tensor(self.folder / self.index[name][0], name) for name in group.hf}
@@ -119,7 +119,7 @@ def open_hf_folder(folder: Path, recipe: Recipe | None = None) -> HfFolder:
             file=sys.stderr,
         )
     opened = HfFolder(folder, layout, recipe, _without_leftovers(folder, index, recipe))
-    sizes = ModelSizes.from_recipe(recipe)
+    sizes = recipe.sizes
     wanted = {name: tuple(t.shape) for name, t in hf_tensors(plan(layout, opened.shapes), sizes).items()}
     if fault := compare_shapes({name: shape for name, (_, shape, _) in opened.index.items()}, wanted):
         raise UserError(f"{folder} is not the model that recipe {recipe.name} describes: {fault}")

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from megatron_txssm.architecture.parameters import ModelSizes
 from megatron_txssm.convert.formats import ARCHITECTURES
 from megatron_txssm.convert.hf_config import hf_config
 from megatron_txssm.convert.hf_folder import HfFolder
@@ -24,7 +23,7 @@ def load_hf_model(source: HfFolder) -> Any:
         options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "attn_implementation": "sdpa"}
         return AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32, **options).eval()
     config = TransXSSMConfig(**hf_config(source.recipe, "transxssm"))
-    sizes, state = ModelSizes.from_recipe(source.recipe), {}
+    sizes, state = source.recipe.sizes, {}
     for group in plan("transxssm", source.shapes):
         state |= group.to_hf(source.read(group.megatron), sizes)
     model = TransXSSMForCausalLM(config)

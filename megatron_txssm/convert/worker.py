@@ -131,7 +131,7 @@ def megatron_logits(
     import torch
 
     from megatron_txssm.checkpoint.load import load_model
-    from megatron_txssm.evaluation.decoding import next_token_logits
+    from megatron_txssm.convert.stepping import next_token_logits
 
     overrides = ("training.precision=fp32", *WITHOUT_DATA)
     loaded = load_model(Path(checkpoints), overrides, step=step, recipe_file=Path(recipe) if recipe else None)
@@ -169,7 +169,7 @@ def hf_logits(
     from megatron_txssm.convert.greedy import try_generate
     from megatron_txssm.convert.hf_folder import open_hf_folder
     from megatron_txssm.convert.hf_model import load_hf_model
-    from megatron_txssm.evaluation.decoding import HfText
+    from megatron_txssm.convert.stepping import HfText
     from megatron_txssm.recipe.loader import load_recipe
 
     model = load_hf_model(open_hf_folder(Path(folder), load_recipe(recipe) if recipe else None))

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_txssm.convert.stepping import HfText, next_token_logits
 from megatron_txssm.errors import UserError
 from megatron_txssm.evaluation.sampling import Sampling
 
@@ -51,28 +52,6 @@ class MegatronDecoder:
 
     def next_logits(self, tokens: list[int]) -> Any:
         return next_token_logits(self.model, self.context, tokens, self.vocab_size)
-
-
-class HfText:
-    """A text as a transformers model has read it, with its cache; without one (`use_cache: false`), all of it anew."""
-
-    def __init__(self, model: Any):
-        self.model, self.seen = model, list[int]()
-        self.cache: Any = None
-
-    def next_logits(self, tokens: list[int]) -> Any:
-        """[vocabulary] fp32 logits of the token behind `tokens`, which continue the text."""
-        import torch
-
-        from megatron_txssm.hf import CACHE_NAME
-
-        cached = self.model.config.use_cache
-        self.seen += tokens
-        with torch.inference_mode():
-            tokens_BL = torch.tensor([tokens if cached else self.seen], device=self.model.device)
-            output = self.model(tokens_BL, use_cache=cached, logits_to_keep=1, **{CACHE_NAME: self.cache})
-        self.cache = getattr(output, CACHE_NAME)
-        return output.logits[0, -1].float()
 
 
 class HfDecoder:
@@ -133,21 +112,6 @@ def generate_tokens(
         yield token
         tokens = [token]
         text.append(token)
-
-
-def next_token_logits(model: Any, context: Any, tokens: list[int], vocab_size: int) -> Any:
-    """[vocab_size] fp32 logits of the token behind `tokens`, by a Megatron model; `context` is what it has seen.
-
-    The embedding's padding rows behind `vocab_size` are no tokens.
-    """
-    import torch
-
-    with torch.inference_mode():
-        tokens_BL = torch.tensor([tokens], device=torch.cuda.current_device())
-        positions_BL = torch.arange(len(tokens), device=tokens_BL.device)[None] + context.sequence_len_offset
-        logits_BLV = model(tokens_BL, positions_BL, None, inference_context=context, runtime_gather_output=True)
-    context.increment_sequence_len_offset(len(tokens))
-    return logits_BLV[0, -1, :vocab_size].float()
 
 
 def sample(logits_V: Any, sampling: Sampling, generator: Any, text: list[int]) -> int:

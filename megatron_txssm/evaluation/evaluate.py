@@ -17,7 +17,8 @@ from megatron_txssm.checkpoint.saved_model import find_checkpoints, step_folder
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.session.arguments import megatron_arguments, whole_validation_arguments
+from megatron_txssm.session.arguments import whole_validation_arguments
+from megatron_txssm.session.start import start_megatron
 from megatron_txssm.slurm.environment import adopt_slurm_step, is_worker
 from megatron_txssm.terminal import print_table
 from megatron_txssm.training.launch.processes import launch, worker_command
@@ -98,9 +99,7 @@ def _check_validation_data(run: Path, recipe: Recipe) -> None:
 
 def evaluate_as_worker(recipe: Recipe, terminal: TextIO, *, step: int | None = None) -> None:
     """As one worker of Megatron: evaluate a step (None: the newest); rank 0 writes validation.json and the table."""
-    from megatron_txssm.platform import prepare_platform
-
-    platform_arguments = prepare_platform()
+    args = start_megatron(recipe, after=evaluation_arguments(recipe, step))
     import torch.distributed
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -108,14 +107,11 @@ def evaluate_as_worker(recipe: Recipe, terminal: TextIO, *, step: int | None = N
     from rich.progress import Progress
 
     from megatron_txssm.checkpoint.load import explain_failed_loads
-    from megatron_txssm.compat import mend_megatron
+    from megatron_txssm.session.start import model_config
     from megatron_txssm.terminal import beside_the_log
-    from megatron_txssm.training.pretrain import initialize_arguments, model_config
     from megatron_txssm.training.resuming import load_sound_checkpoints
 
-    mend_megatron()
     explain_failed_loads()
-    args = initialize_arguments([*megatron_arguments(recipe), *evaluation_arguments(recipe, step), *platform_arguments])
     # Megatron's handler waits for the end of a training step, which does not come.
     args.exit_signal_handler = False
     load_sound_checkpoints(recipe, lambda text: print(text, flush=True) if args.rank == 0 else None)

@@ -69,7 +69,7 @@ def generate(
 
 def _by_megatron(request: Request) -> int:
     """Megatron prints much: into a log, of which only a failure tells."""
-    from megatron_txssm.training.output import output_redirected
+    from megatron_txssm.session.output import output_redirected
 
     handle, name = tempfile.mkstemp(prefix="txssm-generate-", suffix=".log")
     os.close(handle)

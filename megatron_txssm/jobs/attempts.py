@@ -28,6 +28,7 @@ from megatron_txssm.files import write_json
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm import client as slurm
+from megatron_txssm.slurm.submission import read_submission
 from megatron_txssm.training.launch.preflight import saved_step
 from megatron_txssm.training.watch.metrics import last_step
 
@@ -195,18 +196,6 @@ def _queue(job: str) -> list[slurm.Job]:
         return slurm.queue()
     except slurm.NoAnswer as error:
         raise UserError(f"no run here was submitted as job {job}; name the run's folder ({error})") from None
-
-
-def read_submission(run: Path) -> dict[str, Any]:
-    """submission.json; empty where the run was not submitted by `txssm submit`."""
-    path = run / "submission.json"
-    try:
-        found = json.loads(path.read_bytes()) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable ({error})") from None
-    if not isinstance(found, dict) or not isinstance(found.get("jobs", {}), dict):
-        raise UserError(f"{path} is not what txssm submit writes; remove it to go on without it")
-    return found
 
 
 def job_ids(run: Path, but: str = "") -> list[str]:

@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.jobs.attempts import Attempt, attempts, job_ids, read_submission
+from megatron_txssm.jobs.attempts import Attempt, attempts, job_ids
 from megatron_txssm.slurm import client as slurm
+from megatron_txssm.slurm.submission import read_submission
 from megatron_txssm.terminal import print_table
 from megatron_txssm.training.watch.metrics import metrics_lines, metrics_tail
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_txssm.jobs.attempts import read_submission
 from megatron_txssm.jobs.diagnosis.causes import CAUSES, shortened
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm.client import Job
+from megatron_txssm.slurm.submission import read_submission
 from megatron_txssm.slurm.waiting import what_it_waits_for
 from megatron_txssm.slurm.words import job_was_cancelled, why_slurm_ended_it
 

@@ -1,27 +1,24 @@
 """What submission.json says of a submission: who asked for what, where, and of which code."""
 
-import argparse
 import datetime
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_txssm import __version__
-
-if TYPE_CHECKING:
-    from megatron_txssm.jobs.submit import Layout
+from megatron_txssm.jobs.allocation import Allocation
 
 
 def make_record(
-    args: argparse.Namespace, overrides: list[str], layout: "Layout", commit: str | None, home: Path
+    recipe: str, overrides: list[str], allocation: Allocation, commit: str | None, home: Path
 ) -> dict[str, Any]:
     """All but the jobs' numbers."""
     return {
         "command": _utf8(shlex.join(["txssm", *sys.argv[1:]])),
-        "recipe": _utf8(args.recipe),
+        "recipe": _utf8(recipe),
         "overrides": overrides,
         "submitted": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "directory": _utf8(os.getcwd()),
@@ -29,10 +26,10 @@ def make_record(
         "git_commit": commit,
         # The checkout, or the run's frozen copy.
         "code": str(home),
-        "nodes": layout.nodes,
-        "spare_nodes": layout.spare,
-        "nproc_per_node": layout.nproc_per_node,
-        "gpus_per_node": layout.gpus_per_node,
+        "nodes": allocation.nodes,
+        "spare_nodes": allocation.spare,
+        "nproc_per_node": allocation.nproc_per_node,
+        "gpus_per_node": allocation.gpus_per_node,
     }
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import write_file_atomically, write_json
+from megatron_txssm.jobs.allocation import Allocation
 from megatron_txssm.jobs.attempts import job_ids
 from megatron_txssm.jobs.frozen_code import FrozenCode
 from megatron_txssm.jobs.limits import LIMITS
@@ -38,43 +39,12 @@ if TYPE_CHECKING:
     from megatron_txssm.recipe.corpus_recipe import CorpusRecipe
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Processes over nodes; each has a GPU of its own, where there are any."""
-
-    nodes: int
-    nproc_per_node: int
-    gpus_per_node: int
-    # Nodes beside those, that a bad one's place is taken by.
-    spare: int = 0
-
-    @property
-    def world_size(self) -> int:
-        return self.nodes * self.nproc_per_node
-
-    @property
-    def options(self) -> dict[str, str | None]:
-        options: dict[str, str | None] = {
-            "nodes": str(self.nodes + self.spare),
-            "ntasks-per-node": str(self.nproc_per_node),
-            "gpus-per-node": str(self.gpus_per_node or ""),
-        }
-        # The job outlives a lost node, whose place a spare one takes.
-        return options | {"no-kill": None} if self.spare else options
-
-    def __str__(self) -> str:
-        kind = "GPU" if self.gpus_per_node else "process"
-        plural = "" if self.nproc_per_node == 1 else "s" if self.gpus_per_node else "es"
-        spare = f" and {self.spare} spare" if self.spare else ""
-        return f"{self.nodes} node{'s' if self.nodes > 1 else ''} x {self.nproc_per_node} {kind}{plural}{spare}"
-
-
 @dataclass
 class Submission:
     """What is queued: stage -> batch script, in the order of their dependencies."""
 
     recipe: Recipe
-    layout: Layout
+    allocation: Allocation
     scripts: dict[str, str]
     # Jobs that must succeed before the first.
     after: list[str]
@@ -94,7 +64,7 @@ class Submission:
         """For --dry-run."""
         for stage, script in self.scripts.items():
             print(f"# {self.run}/{stage}.sbatch\n{script}")
-        print(f"{self.recipe.name}: {self.layout}; checked, nothing written, nothing queued")
+        print(f"{self.recipe.name}: {self.allocation}; checked, nothing written, nothing queued")
         return 0
 
     def submit(self) -> int:
@@ -163,21 +133,21 @@ class Submission:
     def _queued(self, stage: str, jobs: list[str]) -> None:
         self.jobs[stage] = jobs
         write_json(self.run / "submission.json", self.record | {"jobs": self.jobs})
-        what = "shards" if stage == "shard" else str(self.layout) if stage == "pretrain" else "after it"
+        what = "shards" if stage == "shard" else str(self.allocation) if stage == "pretrain" else "after it"
         print(f"{stage}: job {', '.join(jobs)} ({what})", flush=True)
         if stage != "shard":
             print(f"  script {self.run}/{stage}.sbatch\n  output {self.run}/logs/{stage}-{jobs[0]}.out", flush=True)
 
 
 def plan_submission(
-    recipe_name: str, overrides: list[str], layout: Layout, options: Options, args: argparse.Namespace
+    recipe_name: str, overrides: list[str], allocation: Allocation, options: Options, args: argparse.Namespace
 ) -> Submission | None:
     """What would be queued, checked; None where the run is finished. UserError for the first thing that is wrong."""
     recipe = load_recipe(recipe_name, overrides)
     corpus = _corpus_to_shard(recipe, args.corpus) if args.chain else None
     if corpus is None:
         try:
-            check_run(recipe, layout.world_size)
+            check_run(recipe, allocation.world_size)
         except NoCorpus as error:
             if not args.dry_run:
                 raise UserError(f"{error} (or let --chain shard it first)") from None
@@ -185,7 +155,7 @@ def plan_submission(
             check_checkpoint(recipe)
     else:
         # Its shards are not there yet; the job itself checks them.
-        validate(recipe, layout.world_size)
+        validate(recipe, allocation.world_size)
     if corpus is None:
         for warning in warnings(recipe):
             print(f"warning: {warning}", file=sys.stderr)
@@ -198,7 +168,7 @@ def plan_submission(
     commit = git_commit(HOME)
     code = FrozenCode(HOME, run, commit) if args.freeze_code else None
     home = code.path if code else HOME
-    scripts = _scripts(recipe, home, layout, options, args)
+    scripts = _scripts(recipe, home, allocation, options, args)
     check_room(recipe)
     if shutil.which("sbatch") or not args.dry_run:
         _check_free(recipe)
@@ -206,35 +176,37 @@ def plan_submission(
             slurm.check_submission(script)
     else:
         print("there is no sbatch on this machine: not checked against a cluster", file=sys.stderr)
-    if layout.gpus_per_node and (costly := list(costly_defaults(options))):
+    if allocation.gpus_per_node and (costly := list(costly_defaults(options))):
         print(
             f"warning: this job does not ask for {', '.join(costly)}; unless the cluster gives it anyway, add "
             "--sbatch OPTION, or set TXSSM_SBATCH_OPTIONS in slurm/env.sh",
             file=sys.stderr,
         )
-    record = make_record(args, overrides, layout, commit, home)
-    return Submission(recipe, layout, scripts, args.after, record, corpus, code)
+    record = make_record(recipe_name, overrides, allocation, commit, home)
+    return Submission(recipe, allocation, scripts, args.after, record, corpus, code)
 
 
-def _scripts(recipe: Recipe, home: Path, layout: Layout, options: Options, args: argparse.Namespace) -> dict[str, str]:
+def _scripts(
+    recipe: Recipe, home: Path, allocation: Allocation, options: Options, args: argparse.Namespace
+) -> dict[str, str]:
     """Stage -> batch script. `home`: the code that they run."""
     run = recipe.run_path.resolve()
     limits = [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in LIMITS]
-    if layout.spare:
+    if allocation.spare:
         # Of the job's nodes, how many to train on.
-        limits.append(f"--nodes={layout.nodes}")
+        limits.append(f"--nodes={allocation.nodes}")
 
     def script(stage: str, more: Options, *words: str) -> str:
         names = {"job-name": f"{recipe.name}-{stage}"[:60], "output": f"{run}/logs/{stage}-%j.out"}
         return render(stage, {**names, **options, **more}, words, home)
 
     told = {"signal": f"TERM@{args.stop_before}"}
-    scripts = {"pretrain": script("pretrain", layout.options | told, f"{run}/recipe.yaml", *limits)}
+    scripts = {"pretrain": script("pretrain", allocation.options | told, f"{run}/recipe.yaml", *limits)}
     if args.chain:
         if (run / "export").exists():
             raise UserError(f"{run / 'export'} is there; --chain would convert into it: move or remove it")
         scripts["convert"] = script("convert", {}, str(run), f"{run}/export")
-        scripts["evaluate"] = script("evaluate", replace(layout, spare=0).options, str(run))
+        scripts["evaluate"] = script("evaluate", replace(allocation, spare=0).options, str(run))
     return scripts
 
 

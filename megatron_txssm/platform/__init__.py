@@ -5,12 +5,8 @@ import ctypes
 import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_txssm.errors import UserError
-
-if TYPE_CHECKING:
-    from megatron_txssm.recipe.recipe import Recipe
 
 # Without it Transformer Engine 2.20 refuses to resume a run of delayed FP8 scaling, whose history it saves as a pickle.
 # A checkpoint of Megatron holds others, which Megatron loads in any case: see the README on whose to load.
@@ -86,22 +82,3 @@ def check_devices(count: int) -> None:
             f"{processes} processes on this machine, but {count} GPU{'s' if count > 1 else ''}; "
             "start fewer (--nproc), or set CUDA_VISIBLE_DEVICES= to run on the CPU"
         )
-
-
-def check_gpu(recipe: "Recipe") -> None:
-    """UserError where this process's GPU, or its lack of one, cannot do what the recipe asks."""
-    import torch
-
-    from megatron_txssm.recipe.fp8_checks import check_fp8_on
-    from megatron_txssm.recipe.megatron_section import of_gpus
-
-    if not torch.cuda.is_available():
-        if names := of_gpus(recipe.megatron):
-            raise UserError(f"megatron.{names[0]}={recipe.megatron[names[0]]} needs a GPU; set it to null here")
-        return
-    try:
-        # 92000 is cuDNN 9.20.0.
-        cudnn = torch.backends.cudnn.version() or 0
-    except RuntimeError as error:
-        raise UserError(f"{error}; run without LD_LIBRARY_PATH, or with torch's own cuDNN first in it") from error
-    check_fp8_on(recipe, torch.cuda.get_device_capability(), (cudnn // 10000, cudnn // 100 % 100, cudnn % 100))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
+from megatron_txssm.architecture.parameters import ModelSizes
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 from megatron_txssm.recipe.corpus_tokenizer import read_tokenizer_facts, tokenizer_model
 from megatron_txssm.recipe.megatron_section import passing
@@ -142,6 +143,22 @@ class Recipe:
             ssd_backend=model.ssd_backend,
             length_scaling_base=model.length_scaling_base,
             context_parallel_method=self.parallel.state_context_parallel,
+        )
+
+    @property
+    def sizes(self) -> ModelSizes:
+        """What parameters and FLOPs are counted from."""
+        model = self.model
+        return ModelSizes(
+            layer_kinds=self.layer_kinds,
+            hidden_size=model.hidden_size,
+            ffn_hidden_size=model.ffn_hidden_size,
+            num_attention_heads=model.num_attention_heads,
+            num_query_groups=model.num_query_groups or model.num_attention_heads,
+            kv_channels=self.kv_channels,
+            vocab_size=self.padded_vocab_size,
+            tie_embeddings=model.tie_embeddings,
+            state_space=self.state_space,
         )
 
     def to_yaml(self) -> str:

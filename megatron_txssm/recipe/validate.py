@@ -26,19 +26,6 @@ def validate(recipe: Recipe, world_size: int | None = None) -> None:
         _check_world_size(recipe, world_size)
 
 
-def check_files(recipe: Recipe) -> None:
-    """UserError unless the recipe's corpus or token files and its tokenizer's file are there and whole."""
-    from megatron_txssm.data.corpus.blend import check_corpus
-    from megatron_txssm.data.corpus.shard import check_shard
-
-    if recipe.data.corpus is not None:
-        check_corpus(recipe)
-    for blend in (recipe.data.train, recipe.data.validation, recipe.data.blend):
-        for _, prefix in blend or ():
-            check_shard(prefix)
-    check_tokenizer_file(recipe)
-
-
 def check_tokenizer_file(recipe: Recipe) -> None:
     """UserError unless a tokenizer that is a file is there."""
     model = recipe.tokenizer_model

@@ -5,10 +5,7 @@ from the same arguments; each sample is then followed through Megatron's indices
 """
 
 import dataclasses
-import os
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ from typing import Any
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import validate
-from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_arguments
+from megatron_txssm.session.start import megatron_initialized
 
 
 @dataclass(frozen=True)
@@ -154,38 +151,3 @@ def _read_sources(table: Path, documents: Iterable[int]) -> dict[int, dict[str, 
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{table}: not readable as the sources of a shard ({error}); shard that task again") from None
     return dict(zip(rows, columns.to_pylist(), strict=True))
-
-
-@contextmanager
-def megatron_initialized(recipe: Recipe, world_size: int) -> Iterator[Any]:
-    """Megatron's global arguments and tokenizer as on rank 0 of `world_size` processes, which are not started."""
-    from megatron_txssm.platform import prepare_platform
-
-    platform_arguments = prepare_platform()
-    from megatron.training import global_vars
-    from megatron.training.arguments import parse_args, validate_args
-
-    from megatron_txssm.compat import mend_megatron
-    from megatron_txssm.model.arguments import add_transxssm_arguments
-
-    mend_megatron()
-    words, environment = sys.argv[1:], dict(os.environ)
-    arguments = [*megatron_arguments(recipe), *platform_arguments]
-    # For a clear message where a value does not parse.
-    parse_megatron_arguments(arguments)
-    sys.argv[1:] = arguments
-    os.environ.update(RANK="0", WORLD_SIZE=str(world_size))
-    try:
-        args = parse_args(add_transxssm_arguments)
-        try:
-            validate_args(args)
-        except (AssertionError, ValueError) as error:
-            raise UserError(f"Megatron refuses the arguments: {error}") from error
-        global_vars.set_args(args)
-        global_vars.rebuild_tokenizer(args)
-        yield args
-    finally:
-        global_vars.unset_global_variables()
-        sys.argv[1:] = words
-        os.environ.clear()
-        os.environ.update(environment)

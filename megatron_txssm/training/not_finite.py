@@ -8,9 +8,9 @@ from typing import Any
 
 from megatron_txssm.checkpoint.fallback import from_rank_0, newest_finite
 from megatron_txssm.checkpoint.steps import TRACKER, Step, saved_step, whole_steps
-from megatron_txssm.jobs.attempts import read_submission
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm.environment import attempt_folder
+from megatron_txssm.slurm.submission import read_submission
 
 # Megatron's exit codes where a result is not finite: the same GPU computed it again and got the same, or did not.
 SAME_AGAIN, NOT_THE_SAME = 16, 17

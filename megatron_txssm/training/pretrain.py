@@ -7,21 +7,20 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.process_limits import allow_open_files
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.session.arguments import (
-    megatron_arguments,
-    parse_megatron_arguments,
     whole_validation_arguments,
 )
+from megatron_txssm.session.output import redirect_output
+from megatron_txssm.session.start import model_config, start_megatron
 from megatron_txssm.slurm.environment import attempt_folder, end_process, end_with_launcher
 from megatron_txssm.training.launch.preflight import check_machine, check_run, is_finished, make_run_directory
 from megatron_txssm.training.launch.run_lock import RunLock
 from megatron_txssm.training.not_finite import NOT_THE_SAME, SAME_AGAIN, explain_not_finite
-from megatron_txssm.training.output import redirect_output
 from megatron_txssm.training.resuming import load_sound_checkpoints
 from megatron_txssm.training.saving import explain_full_disk, keep_recipe, prepare_saves
 from megatron_txssm.training.watch.flight_recorder import dump_when_asked, prepare_recorder
@@ -85,27 +84,19 @@ def _report(error: BaseException, terminal: TextIO, log: Path | None = None) -> 
 
 def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     """Initialise Megatron from the recipe and run its loop to the end."""
-    from megatron_txssm.platform import check_gpu, prepare_platform
-
-    follow_deterministic_mode(recipe)
-    platform_arguments = prepare_platform()
-    check_gpu(recipe)
+    # In front: what stands in the recipe's `megatron:` section comes later and holds.
+    args = start_megatron(recipe, before=whole_validation_arguments(recipe, int(os.environ["WORLD_SIZE"])))
     import torch.distributed
     from megatron.core.enums import ModelType
     from megatron.training import pretrain as megatron_pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_txssm.checkpoint.load import explain_failed_loads
-    from megatron_txssm.compat import mend_megatron
     from megatron_txssm.training.forward_step import datasets_provider, forward_step
     from megatron_txssm.training.watch.monitor import TrainingMonitor
     from megatron_txssm.training.watch.wandb_run import name_wandb_run
 
-    mend_megatron()
     explain_failed_loads()
-    # In front: what stands in the recipe's `megatron:` section comes later and holds.
-    arguments = [*whole_validation_arguments(recipe, int(os.environ["WORLD_SIZE"])), *megatron_arguments(recipe)]
-    args = initialize_arguments([*arguments, *platform_arguments])
     if args.rank == 0:
         keep_recipe(recipe, recipe.run_path)
         if args.fp8 and args.transformer_impl == "local":
@@ -137,21 +128,6 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     torch.distributed.destroy_process_group()
 
 
-def follow_deterministic_mode(recipe: Recipe) -> None:
-    """Fix mamba-ssm's kernels under Megatron's --deterministic-mode, and keep what it tunes otherwise.
-
-    Before mamba-ssm is imported, which Megatron does too early itself: else its kernels would add without atomics, but
-    in blocks of the size that each run finds to be the fastest.
-    """
-    if recipe.megatron.get("deterministic_mode"):
-        os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
-        # With it mamba-ssm would try block sizes nevertheless, and each node would keep what it found.
-        os.environ.pop("TRITON_CACHE_AUTOTUNING", None)
-    else:
-        # The next start, and the next process of this node, need not try them again: it takes half a minute.
-        os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
-
-
 def write_stacks_when_asked(attempt: Path | None, rank: int) -> None:
     """At SIGUSR2 this process writes the stack of each of its threads to stderr: where is it stuck?
 
@@ -178,33 +154,3 @@ def note_signal() -> None:
     # where one has a signal, and it need not be the first.
     if folder is not None and handler is not None and handler._signal_received:
         (folder / "stopped").touch()
-
-
-def initialize_arguments(arguments: list[str]) -> Any:
-    """Megatron's global arguments, parsed and validated by Megatron; UserError where it refuses."""
-    from megatron.training.arguments import parse_and_validate_args
-
-    from megatron_txssm.model.arguments import add_transxssm_arguments
-
-    parse_megatron_arguments(arguments)  # for a clear message where a value does not parse
-    sys.argv[1:] = arguments
-    try:
-        return parse_and_validate_args(extra_args_provider=add_transxssm_arguments)
-    except (AssertionError, ValueError) as error:
-        raise UserError(f"Megatron refuses the arguments: {error}") from error
-
-
-def model_config(args: Any) -> Any:
-    """Megatron's GPTModelConfig, whose builder starts every weight from the seed and its name."""
-    from megatron.training.argument_utils import gpt_config_from_args
-
-    from megatron_txssm.model.initialization import initialize_by_name
-
-    def initialize(stages: list[Any]) -> list[Any]:
-        for stage in stages:
-            initialize_by_name(stage, args.seed)
-        return stages
-
-    config = gpt_config_from_args(args)
-    config.pre_wrap_hooks.append(initialize)
-    return config

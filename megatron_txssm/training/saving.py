@@ -22,7 +22,7 @@ ANOTHERS_SECONDS = 2
 
 def prepare_saves(recipe: Recipe, rank: int, say: Callable[[str], None]) -> None:
     """All of it, for the training loop; before the first save. `say` writes a line to the terminal, on rank 0."""
-    from megatron_txssm.compat_saves import end_save_helpers_with_rank, seal_checkpoints, tell_failed_writes
+    from megatron_txssm.checkpoint.compat_saves import end_save_helpers_with_rank, seal_checkpoints, tell_failed_writes
 
     hashed = recipe.checkpoint.verify is not False
     end_save_helpers_with_rank()
@@ -153,8 +153,8 @@ def explain_failed_saves(recipe: Recipe) -> None:
 
 def _failed_save(recipe: Recipe, iteration: int, error: BaseException) -> str:
     """What is said of it; what is left of it is removed, as it holds the room of the next."""
+    from megatron_txssm.checkpoint.compat_saves import failed_writes
     from megatron_txssm.checkpoint.load import first_cause
-    from megatron_txssm.compat_saves import failed_writes
 
     if not (failed_writes or isinstance(error, OSError)):
         # Another rank has the reason, and is to be the first to say so.

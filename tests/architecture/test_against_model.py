@@ -60,7 +60,7 @@ def model(one_process: None, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_every_parameter_is_counted(recipe: Recipe, model: Any) -> None:
-    counted = count_parameters(recipe)
+    counted = count_parameters(recipe.sizes)
     mixers = [module for module in model.modules() if isinstance(module, StateSpaceMixer)]
     padding = sum(mixer.padding for mixer in mixers) * recipe.model.hidden_size
     assert counted.total == sum(parameter.numel() for parameter in model.parameters()) - padding
@@ -80,7 +80,7 @@ def test_flops_are_those_of_the_model(recipe: Recipe, model: Any) -> None:
     by_operator.pop("aten.convolution_backward", None)
     executed = sum(by_operator.values()) / length
 
-    expected = flops_per_token(recipe, length)
+    expected = flops_per_token(recipe.sizes, length)
     # Rows that make the in-projections a good size.
     padding = sum(module.padding for module in model.modules() if isinstance(module, StateSpaceMixer))
     expected += FORWARD_AND_BACKWARD * 2 * padding * recipe.model.hidden_size

@@ -1,11 +1,14 @@
 """Parameter counts and FLOPs of the recipes, without torch."""
 
 import math
+from argparse import Namespace
 
 import pytest
 
 from megatron_txssm.architecture.flops import flops_per_token
+from megatron_txssm.architecture.layer_pattern import STATE_SPACE, layer_kinds
 from megatron_txssm.architecture.parameters import ModelSizes, count_parameters
+from megatron_txssm.model.arguments import state_space_config
 from megatron_txssm.recipe.loader import load_recipe
 
 ARCHITECTURES = ("transxssm", "llama3", "mamba2", "jamba")
@@ -15,7 +18,7 @@ OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
 
 @pytest.mark.parametrize(("scale", "target"), [("320m", 320e6), ("1.3b", 1.3e9)])
 def test_the_four_models_of_a_scale_are_of_one_size(scale: str, target: float) -> None:
-    totals = [count_parameters(load_recipe(f"{name}_{scale}")).total for name in ARCHITECTURES]
+    totals = [count_parameters(load_recipe(f"{name}_{scale}").sizes).total for name in ARCHITECTURES]
     assert max(totals) <= 1.02 * min(totals)
     assert all(abs(total / target - 1) <= 0.05 for total in totals)
 
@@ -36,7 +39,7 @@ def test_counts_of_a_model_small_enough_for_the_margin() -> None:
             "data.vocab_size=100",
         ],
     )
-    count = count_parameters(recipe)
+    count = count_parameters(recipe.sizes)
     assert count.embedding == 128 * 8
     assert count.output == 0
     # Q and output 8x8, K and V 8x4.
@@ -50,7 +53,23 @@ def test_counts_of_a_model_small_enough_for_the_margin() -> None:
 
 def test_an_untied_head_counts_twice() -> None:
     recipe = load_recipe("llama3_320m", ["model.tie_embeddings=false"])
-    assert count_parameters(recipe).output == 50304 * 768
+    assert count_parameters(recipe.sizes).output == 50304 * 768
+
+
+def sizes_of(args: Namespace) -> ModelSizes:
+    """As Megatron's arguments have them."""
+    kinds = layer_kinds(args.layer_pattern, args.num_layers)
+    return ModelSizes(
+        layer_kinds=kinds,
+        hidden_size=args.hidden_size,
+        ffn_hidden_size=args.ffn_hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        kv_channels=args.kv_channels or args.hidden_size // args.num_attention_heads,
+        vocab_size=args.padded_vocab_size,
+        tie_embeddings=not args.untie_embeddings_and_output_weights,
+        state_space=state_space_config(args) if STATE_SPACE in kinds else None,
+    )
 
 
 def test_sizes_from_megatrons_arguments_are_those_of_the_recipe() -> None:
@@ -59,14 +78,14 @@ def test_sizes_from_megatrons_arguments_are_those_of_the_recipe() -> None:
     for name in ("transxssm_320m", "llama3_1.3b", "mamba2_320m", "demo_cpu"):
         recipe = load_recipe(name, OWN_DATA)
         args = parse_megatron_arguments(megatron_arguments(recipe))
-        assert ModelSizes.from_megatron(args) == ModelSizes.from_recipe(recipe)
+        assert sizes_of(args) == recipe.sizes
 
 
 def test_flops_grow_with_the_length_only_through_attention() -> None:
     llama, mamba = load_recipe("llama3_320m"), load_recipe("mamba2_320m")
-    assert flops_per_token(mamba, 4096) == flops_per_token(mamba, 65536)
+    assert flops_per_token(mamba.sizes, 4096) == flops_per_token(mamba.sizes, 65536)
     # 24 layers x 12 heads x 64 channels, 6 per token and position of the causal half twice.
-    assert flops_per_token(llama, 8192) - flops_per_token(llama, 4096) == 6 * 4096 * 24 * 768
+    assert flops_per_token(llama.sizes, 8192) - flops_per_token(llama.sizes, 4096) == 6 * 4096 * 24 * 768
 
 
 def test_flops_of_a_scan_count_the_causal_half_of_a_chunk() -> None:
@@ -89,10 +108,10 @@ def test_flops_of_a_scan_count_the_causal_half_of_a_chunk() -> None:
 @pytest.mark.parametrize("name", ["llama3_320m", "transxssm_1.3b"])
 def test_flops_are_six_per_weight_and_token_besides_scores_and_scan(name: str) -> None:
     recipe = load_recipe(name)
-    count = count_parameters(recipe)
+    count = count_parameters(recipe.sizes)
     weights = 6 * (count.total - count.norms)
     # The mixers' scan and scores come on top, norms' weights do not; short sequences make both small.
-    assert weights < flops_per_token(recipe, 64) < 1.05 * weights
+    assert weights < flops_per_token(recipe.sizes, 64) < 1.05 * weights
 
 
 def test_llama_agrees_with_megatrons_own_count() -> None:
@@ -104,4 +123,4 @@ def test_llama_agrees_with_megatrons_own_count() -> None:
     args = parse_megatron_arguments(megatron_arguments(recipe))
     args.kv_channels = recipe.kv_channels
     megatrons = num_floating_point_operations(args, batch_size=1) / args.seq_length
-    assert math.isclose(flops_per_token(recipe, args.seq_length), megatrons, rel_tol=1e-3)
+    assert math.isclose(flops_per_token(recipe.sizes, args.seq_length), megatrons, rel_tol=1e-3)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_txssm import compat_saves
+from megatron_txssm.checkpoint import compat_saves
 from megatron_txssm.checkpoint.checksums import read_checksums, verify_files
 from megatron_txssm.checkpoint.steps import TRACKER, Step, find_newest, interrupted_saves, remove_step
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_txssm.cli.main import GROUPS, build_parser, main
-from megatron_txssm.cli.parsing import VERBS
+from megatron_txssm.cli.main import main
+from megatron_txssm.cli.parsing import GROUPS, VERBS, build_parser
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -102,7 +102,7 @@ def test_every_verb_is_in_one_group_of_the_help() -> None:
 # Prints the heavy modules that the help of each verb and command imports.
 ALL_HELP = """
 import contextlib, io, sys
-from megatron_txssm.cli.main import VERBS, build_parser, main
+from megatron_txssm.cli.main import main
 
 def names(parser):
     commands = [action.choices for action in parser._actions if action.dest == "command"]

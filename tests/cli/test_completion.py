@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.cli.completion import add_completers
-from megatron_txssm.cli.main import build_parser
+from megatron_txssm.cli.parsing import build_parser
 
 pytest.importorskip("argcomplete", reason="argcomplete is not installed (requirements.txt)")
 

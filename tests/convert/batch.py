@@ -46,8 +46,8 @@ def train(recipe: str) -> None:
     from megatron_txssm.platform import prepare_platform
     from megatron_txssm.recipe.loader import load_recipe
     from megatron_txssm.session.arguments import megatron_arguments
+    from megatron_txssm.session.start import initialize_arguments, model_config
     from megatron_txssm.training.forward_step import datasets_provider, forward_step
-    from megatron_txssm.training.pretrain import initialize_arguments, model_config
     from megatron_txssm.training.saving import describe_checkpoints_at_saves
 
     loaded, save = load_recipe(recipe), training.save_checkpoint

@@ -71,7 +71,7 @@ def test_shapes_are_those_of_megatrons_own_checkpoint(
 def test_sizes_add_up_to_the_parameters_without_padding(recipe: Recipe) -> None:
     padding = 11 * 48 * (1 if recipe.model.tie_embeddings else 2)
     elements = sum(torch.Size(shape).numel() for shape in model_shapes(recipe).values())
-    assert elements == count_parameters(recipe).total - padding
+    assert elements == count_parameters(recipe.sizes).total - padding
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -82,7 +82,7 @@ def test_a_layout_holds_the_whole_model_or_says_why_not(variant: str, layout: st
     assert (refusal(recipe, layout) is None) == held
     if not held:
         return
-    shapes, sizes = model_shapes(recipe), ModelSizes.from_recipe(recipe)
+    shapes, sizes = model_shapes(recipe), recipe.sizes
     groups = plan(layout, shapes)
     assert sorted(name for group in groups for name in group.megatron) == sorted(shapes)
     tensors = hf_tensors(groups, sizes)

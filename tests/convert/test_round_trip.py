@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GraniteMoeHybridForCausalLM, LlamaForCausalLM
 
-from megatron_txssm.architecture.parameters import ModelSizes
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER
 from megatron_txssm.cli.main import main
@@ -171,7 +170,7 @@ def test_every_gradient_is_megatrons(converted: Converted, name: str) -> None:
     found: dict[str, torch.Tensor] = {}
     for group in set(source.groups.values()):
         # Gradients move as the tensors do: all that these layouts do is cut and join.
-        found |= group.from_hf(ours, ModelSizes.from_recipe(source.recipe))
+        found |= group.from_hf(ours, source.recipe.sizes)
     expected = load_file(converted.result(name, "gradients"))
     assert found.keys() == expected.keys() == source.shapes.keys()
     for tensor, gradient in expected.items():

@@ -18,7 +18,7 @@ import torch
 
 from megatron_txssm.ops import ssd_triton
 from megatron_txssm.recipe.loader import load_recipe
-from megatron_txssm.training.pretrain import follow_deterministic_mode
+from megatron_txssm.session.start import follow_deterministic_mode
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

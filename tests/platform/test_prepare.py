@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.platform import check_devices, check_gpu
+from megatron_txssm.platform import check_devices
 from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.session.start import check_gpu
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

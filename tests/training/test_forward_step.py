@@ -8,8 +8,8 @@ from megatron.training import get_tokenizer
 from megatron.training.global_vars import rebuild_tokenizer
 
 from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.session.start import megatron_initialized
 from megatron_txssm.training.forward_step import datasets_provider
-from megatron_txssm.training.lineage import megatron_initialized
 from tests.training.tiny_run import VOCAB_SIZE, TinyRun
 
 END_OF_DOCUMENT = VOCAB_SIZE - 1

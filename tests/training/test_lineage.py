@@ -18,7 +18,8 @@ from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.training.lineage import Part, TracedSample, TrainingData, megatron_initialized
+from megatron_txssm.session.start import megatron_initialized
+from megatron_txssm.training.lineage import Part, TracedSample, TrainingData
 from tests.data.corpus_fixture import FIRST_TOKEN, make_corpus, make_recipe, numbered_documents, random_documents
 
 EOD = 1

@@ -17,7 +17,7 @@ prepare_platform()
 
 from megatron.core.rerun_state_machine import Call, Caller, RerunState
 
-from megatron_txssm import compat_saves
+from megatron_txssm.checkpoint import compat_saves
 from megatron_txssm.checkpoint.steps import Step
 from megatron_txssm.training import not_finite, saving
 from megatron_txssm.training.finite import first_not_finite

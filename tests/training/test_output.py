@@ -26,7 +26,7 @@ def test_everything_but_the_terminals_lines_goes_to_the_log(tmp_path: Path) -> N
     log = tmp_path / "logs" / "rank_0.log"
     done = python(
         "from pathlib import Path\n"
-        "from megatron_txssm.training.output import redirect_output\n"
+        "from megatron_txssm.session.output import redirect_output\n"
         "print('before')\n"
         f"terminal = redirect_output(Path({str(log)!r}))\n" + WORDS
     )
@@ -41,7 +41,7 @@ def test_the_last_line_before_a_crash_is_in_the_log(tmp_path: Path) -> None:
     log = tmp_path / "rank_0.log"
     done = python(
         "import os\nfrom pathlib import Path\n"
-        "from megatron_txssm.training.output import redirect_output\n"
+        "from megatron_txssm.session.output import redirect_output\n"
         f"redirect_output(Path({str(log)!r}))\n"
         "print('iteration 7')\nos.kill(os.getpid(), 9)\n"
     )
@@ -53,7 +53,7 @@ def test_a_second_run_appends(tmp_path: Path) -> None:
     log = tmp_path / "rank_0.log"
     log.write_text("first run\n")
     python(
-        "from pathlib import Path\nfrom megatron_txssm.training.output import redirect_output\n"
+        "from pathlib import Path\nfrom megatron_txssm.session.output import redirect_output\n"
         f"redirect_output(Path({str(log)!r}))\nprint('second run')\n"
     )
     assert log.read_text() == "first run\nsecond run\n"
@@ -63,7 +63,7 @@ def test_for_a_while_only(tmp_path: Path) -> None:
     log = tmp_path / "generate.log"
     done = python(
         "import sys\nfrom pathlib import Path\n"
-        "from megatron_txssm.training.output import output_redirected\n"
+        "from megatron_txssm.session.output import output_redirected\n"
         "try:\n"
         f"    with output_redirected(Path({str(log)!r})) as terminal:\n"
         "        print('hidden')\n"

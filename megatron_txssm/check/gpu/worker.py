@@ -46,7 +46,8 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
     from megatron_txssm.architecture.flops import flops_per_token
     from megatron_txssm.recipe.loader import load_recipe
-    from megatron_txssm.training.pretrain import follow_deterministic_mode, pretrain, run_worker
+    from megatron_txssm.session.start import follow_deterministic_mode
+    from megatron_txssm.training.pretrain import pretrain, run_worker
 
     def prepare_and_train(recipe: "Recipe", terminal: TextIO) -> None:
         follow_deterministic_mode(recipe)
@@ -66,7 +67,7 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
     metrics = recipe.run_path / "metrics.jsonl"
     return {
         "rows": [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()],
-        "flops_per_token": flops_per_token(recipe, recipe.training.seq_length),
+        "flops_per_token": flops_per_token(recipe.sizes, recipe.training.seq_length),
         "device": torch.cuda.get_device_name(0) if task["device"] == "cuda" else "CPU",
     }
 

@@ -5,10 +5,11 @@ import shlex
 from pathlib import Path
 
 from megatron_txssm.checkpoint.steps import saved_step, whole_steps
-from megatron_txssm.jobs.attempts import Attempt, read_submission
+from megatron_txssm.jobs.attempts import Attempt
 from megatron_txssm.jobs.diagnosis.causes import remedy
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm.client import Job
+from megatron_txssm.slurm.submission import read_submission
 from megatron_txssm.slurm.waiting import needs_somebody, what_it_waits_for
 
 # What starts again by itself or by a person's command, without anything to mend.

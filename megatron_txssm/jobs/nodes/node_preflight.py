@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.architecture.parameters import checkpoint_bytes
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import write_json
 from megatron_txssm.jobs.nodes.bandwidth_preflight import Bandwidth, json_lines, measure
 from megatron_txssm.process_limits import open_files
 from megatron_txssm.recipe.loader import find_recipe
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.sizes import checkpoint_bytes
 from megatron_txssm.slurm.environment import rendezvous_port, srun_words, step_python
 from megatron_txssm.training.launch.preflight import number_of_shards
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.architecture.parameters import checkpoint_bytes
 from megatron_txssm.checkpoint.steps import (
     TRACKER,
     check_tracker,
@@ -28,7 +27,8 @@ from megatron_txssm.process_limits import check_open_files, check_shared_memory,
 from megatron_txssm.recipe.corpus_tokenizer import read_tokenizer_facts
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe, with_paths
-from megatron_txssm.recipe.validate import check_files, validate
+from megatron_txssm.recipe.sizes import checkpoint_bytes
+from megatron_txssm.recipe.validate import check_tokenizer_file, validate
 
 # Fields of `model` that change how it is computed or was started, not what a checkpoint holds.
 _FREE_AT_RESUME = ("chunk_size", "ssd_backend", "init_method_std", "rotary_table_precision")
@@ -239,3 +239,16 @@ def make_run_directory(recipe: Recipe) -> None:
                 pass
         except OSError as error:
             raise UserError(f"{name}={folder} cannot be written: {error.strerror}; state another {name}") from None
+
+
+def check_files(recipe: Recipe) -> None:
+    """UserError unless the recipe's corpus or token files and its tokenizer's file are there and whole."""
+    from megatron_txssm.data.corpus.blend import check_corpus
+    from megatron_txssm.data.corpus.shard import check_shard
+
+    if recipe.data.corpus is not None:
+        check_corpus(recipe)
+    for blend in (recipe.data.train, recipe.data.validation, recipe.data.blend):
+        for _, prefix in blend or ():
+            check_shard(prefix)
+    check_tokenizer_file(recipe)

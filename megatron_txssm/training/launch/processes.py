@@ -14,6 +14,7 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.process_limits import allow_open_files
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.sizes import smallest_world_size
 from megatron_txssm.slurm.environment import adopt_slurm_step, is_worker
 from megatron_txssm.training.launch.ended import forget_local_end, note_local_end
 from megatron_txssm.training.launch.preflight import (
@@ -49,12 +50,6 @@ def pretrain(
 def worker_command(verb: str, *words: str, overrides: Sequence[str]) -> list[str]:
     """The command line of `txssm` that each worker runs."""
     return [verb, *words, *(word for text in overrides for word in ("--set", text))]
-
-
-def smallest_world_size(recipe: Recipe) -> int:
-    """Processes of one copy of the model."""
-    parallel = recipe.parallel
-    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
 
 
 def launch(recipe: Recipe, nproc: int | None, command: list[str], *, port: int | None = None) -> int:

@@ -16,7 +16,6 @@ from megatron.training import get_tensorboard_writer, get_wandb_writer
 from megatron.training import training as megatron_training
 
 from megatron_txssm.architecture.flops import flops_per_token
-from megatron_txssm.architecture.parameters import ModelSizes
 from megatron_txssm.compat import get_args
 from megatron_txssm.notify import notify
 from megatron_txssm.ops.ssd_triton import why_unavailable
@@ -47,7 +46,7 @@ class TrainingMonitor:
         self.slow_run = SlowRunWatch(
             recipe.logging.slow_throughput_fraction, self.metrics_file, self.args.rank, self.args.world_size
         )
-        self.sizes = ModelSizes.from_recipe(recipe)
+        self.sizes = recipe.sizes
         self.learning_rate: float | None = None
         # Of the last step's global batch.
         self.batch_tokens, self.batch_flops = 0, 0.0

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_txssm.architecture.parameters import checkpoint_bytes
 from megatron_txssm.checkpoint.checksums import DamagedCheckpoint
 from megatron_txssm.checkpoint.steps import Step, find_newest
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.sizes import checkpoint_bytes
 from megatron_txssm.training.launch import preflight
 from megatron_txssm.training.launch.preflight import (
     changed_data,

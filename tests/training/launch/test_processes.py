@@ -18,6 +18,7 @@ from megatron_txssm.cli.main import main
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.sizes import smallest_world_size
 from megatron_txssm.training.launch import processes
 from megatron_txssm.training.launch.run_lock import Holder
 
@@ -39,7 +40,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     ],
 )
 def test_smallest_world_size(overrides: list[str], size: int) -> None:
-    assert processes.smallest_world_size(load_recipe("demo_cpu", overrides)) == size
+    assert smallest_world_size(load_recipe("demo_cpu", overrides)) == size
 
 
 @pytest.mark.parametrize("nproc", ["0", "-1"])

@@ -166,7 +166,7 @@ def test_throughput(megatron: FakeMegatron) -> None:
     megatron.step(2, seconds=0.5)
     tokens = 8 * 256
     assert [line["tokens_per_second"] for line in megatron.metrics] == pytest.approx([tokens / 2, tokens / 0.5])
-    flops = flops_per_token(megatron.recipe, megatron.recipe.training.seq_length)
+    flops = flops_per_token(megatron.recipe.sizes, megatron.recipe.training.seq_length)
     expected = tokens / 2 * flops / 1e12 / 4
     assert megatron.metrics[0]["model_tflops_per_second_per_rank"] == pytest.approx(expected)
     # What Megatron's own line divides by its time.
@@ -178,7 +178,7 @@ def test_attention_within_documents_is_billed_for_their_lengths(megatron: FakeMe
     megatron.step(1, seconds=1.0, squares=8 * 256**2)
     megatron.step(2, seconds=1.0, squares=8 * (192**2 + 64**2))
     rates = [line["model_tflops_per_second_per_rank"] * 1e12 * 4 for line in megatron.metrics]
-    assert rates[0] == pytest.approx(8 * 256 * flops_per_token(megatron.recipe, 256))
+    assert rates[0] == pytest.approx(8 * 256 * flops_per_token(megatron.recipe.sizes, 256))
     # Of two layers of scores, forward and backward: a query meets half its document, 4 heads of 32 channels wide.
     saved = 3 * 2 * 2 * (8 / 2) * (256**2 - 192**2 - 64**2) * 4 * 32
     assert rates[0] - rates[1] == pytest.approx(saved)

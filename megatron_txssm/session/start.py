@@ -1,0 +1,123 @@
+"""The one way to start Megatron in this process."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.platform import prepare_platform
+from megatron_txssm.recipe.fp8_checks import check_fp8_on
+from megatron_txssm.recipe.megatron_section import of_gpus
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_arguments
+
+
+def start_megatron(recipe: Recipe, *, before: Sequence[str] = (), after: Sequence[str] = ()) -> Any:
+    """Megatron's arguments for a recipe, parsed and validated by Megatron, for the rank that the environment names.
+
+    Call it before anything imports Megatron. `before` and `after`: further arguments, in front of the recipe's own or
+    behind them; of two that contradict each other the later holds. UserError where this machine or Megatron refuses.
+    """
+    follow_deterministic_mode(recipe)
+    platform_arguments = prepare_platform()
+    check_gpu(recipe)
+    from megatron_txssm.compat import mend_megatron
+
+    mend_megatron()
+    return initialize_arguments([*before, *megatron_arguments(recipe), *after, *platform_arguments])
+
+
+def check_gpu(recipe: Recipe) -> None:
+    """UserError where this process's GPU, or its lack of one, cannot do what the recipe asks."""
+    import torch
+
+    if not torch.cuda.is_available():
+        if names := of_gpus(recipe.megatron):
+            raise UserError(f"megatron.{names[0]}={recipe.megatron[names[0]]} needs a GPU; set it to null here")
+        return
+    try:
+        # 92000 is cuDNN 9.20.0.
+        cudnn = torch.backends.cudnn.version() or 0
+    except RuntimeError as error:
+        raise UserError(f"{error}; run without LD_LIBRARY_PATH, or with torch's own cuDNN first in it") from error
+    check_fp8_on(recipe, torch.cuda.get_device_capability(), (cudnn // 10000, cudnn // 100 % 100, cudnn % 100))
+
+
+def follow_deterministic_mode(recipe: Recipe) -> None:
+    """Fix mamba-ssm's kernels under Megatron's --deterministic-mode, and keep what it tunes otherwise.
+
+    Before mamba-ssm is imported, which Megatron does too early itself: else its kernels would add without atomics, but
+    in blocks of the size that each run finds to be the fastest.
+    """
+    if recipe.megatron.get("deterministic_mode"):
+        os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
+        # With it mamba-ssm would try block sizes nevertheless, and each node would keep what it found.
+        os.environ.pop("TRITON_CACHE_AUTOTUNING", None)
+    else:
+        # The next start, and the next process of this node, need not try them again: it takes half a minute.
+        os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
+
+
+def initialize_arguments(arguments: list[str]) -> Any:
+    """Megatron's global arguments, parsed and validated by Megatron; UserError where it refuses."""
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_txssm.model.arguments import add_transxssm_arguments
+
+    parse_megatron_arguments(arguments)  # for a clear message where a value does not parse
+    sys.argv[1:] = arguments
+    try:
+        return parse_and_validate_args(extra_args_provider=add_transxssm_arguments)
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"Megatron refuses the arguments: {error}") from error
+
+
+def model_config(args: Any) -> Any:
+    """Megatron's GPTModelConfig, whose builder starts every weight from the seed and its name."""
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    from megatron_txssm.model.initialization import initialize_by_name
+
+    def initialize(stages: list[Any]) -> list[Any]:
+        for stage in stages:
+            initialize_by_name(stage, args.seed)
+        return stages
+
+    config = gpt_config_from_args(args)
+    config.pre_wrap_hooks.append(initialize)
+    return config
+
+
+@contextmanager
+def megatron_initialized(recipe: Recipe, world_size: int) -> Iterator[Any]:
+    """Megatron's global arguments and tokenizer as on rank 0 of `world_size` processes, which are not started."""
+    platform_arguments = prepare_platform()
+    from megatron.training import global_vars
+    from megatron.training.arguments import parse_args, validate_args
+
+    from megatron_txssm.compat import mend_megatron
+    from megatron_txssm.model.arguments import add_transxssm_arguments
+
+    mend_megatron()
+    words, environment = sys.argv[1:], dict(os.environ)
+    arguments = [*megatron_arguments(recipe), *platform_arguments]
+    # For a clear message where a value does not parse.
+    parse_megatron_arguments(arguments)
+    sys.argv[1:] = arguments
+    os.environ.update(RANK="0", WORLD_SIZE=str(world_size))
+    try:
+        args = parse_args(add_transxssm_arguments)
+        try:
+            validate_args(args)
+        except (AssertionError, ValueError) as error:
+            raise UserError(f"Megatron refuses the arguments: {error}") from error
+        global_vars.set_args(args)
+        global_vars.rebuild_tokenizer(args)
+        yield args
+    finally:
+        global_vars.unset_global_variables()
+        sys.argv[1:] = words
+        os.environ.clear()
+        os.environ.update(environment)
