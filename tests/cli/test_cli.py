@@ -103,6 +103,7 @@ def test_every_verb_is_in_one_group_of_the_help() -> None:
 ALL_HELP = """
 import contextlib, io, sys
 from megatron_txssm.cli.main import main
+from megatron_txssm.cli.parsing import VERBS, build_parser
 
 def names(parser):
     commands = [action.choices for action in parser._actions if action.dest == "command"]
