@@ -26,7 +26,7 @@ test-te: env  ## run tests/te against Transformer Engine, compiled for this mach
 	PYTHONPATH=.venv/transformer_engine_compiled:tests/te:tests/model $(BIN)/python -m pytest -p te_stub -p no:cacheprovider -n 0 \
 	  tests/te/te_checks.py tests/te/te_fp8_checks.py $(ARGS)
 
-check: lint format-check types  ## lint, formatting and types: what .ci/run checks
+check: lint format-check types imports  ## lint, formatting, types, who may import whom: what .ci/run checks
 
 lint: env  ## ruff check
 	$(BIN)/ruff check .
@@ -36,6 +36,9 @@ format-check: env  ## ruff format --check
 
 types: env  ## pyright
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 PYRIGHT_PYTHON_GLOBAL_NODE=0 $(BIN)/pyright
+
+imports: env  ## lint-imports: the rooms and rules in pyproject.toml
+	$(BIN)/lint-imports
 
 format: env  ## rewrite the files as ruff wants them
 	$(BIN)/ruff check --fix .

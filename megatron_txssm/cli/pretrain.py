@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from megatron_txssm.cli.parsing import add_run_options, add_verb
-from megatron_txssm.training.launch.processes import pretrain
+from megatron_txssm.training.processes import pretrain
 
 EXAMPLES = (
     "txssm pretrain demo_cpu",

@@ -9,7 +9,7 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.training.launch.preflight import check_checkpoint, saved_step
-from megatron_txssm.training.launch.processes import launch, worker_command
+from megatron_txssm.training.processes import launch, worker_command
 
 RECIPE = "demo_cpu"
 PROMPT = "def read_file(path):\n"

@@ -21,7 +21,7 @@ from megatron_txssm.session.arguments import whole_validation_arguments
 from megatron_txssm.session.start import start_megatron
 from megatron_txssm.slurm.environment import adopt_slurm_step, is_worker
 from megatron_txssm.terminal import print_table
-from megatron_txssm.training.launch.processes import launch, worker_command
+from megatron_txssm.training.processes import launch, worker_command
 
 
 def evaluate(

@@ -27,7 +27,7 @@ from megatron_txssm.training.launch.preflight import (
     saved_step,
     warnings,
 )
-from megatron_txssm.training.launch.processes import launch
+from megatron_txssm.training.processes import launch
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ def test_a_finished_run_is_not_started_again(
     assert is_finished(recipe)
     # Evaluation alone takes no training samples.
     assert not is_finished(dataclasses.replace(recipe, megatron={"skip_train": True}))
-    monkeypatch.setattr("megatron_txssm.training.launch.processes.check_run", lambda recipe, world_size: None)
+    monkeypatch.setattr("megatron_txssm.training.processes.check_run", lambda recipe, world_size: None)
     assert launch(recipe, 2, ["--no-such-option"]) == 0
     assert f"demo_cpu: finished before; {recipe.checkpoint_path} holds step 320" in capsys.readouterr().out
 

@@ -19,7 +19,7 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import smallest_world_size
-from megatron_txssm.training.launch import processes
+from megatron_txssm.training import processes
 from megatron_txssm.training.launch.run_lock import Holder
 
 
