@@ -66,10 +66,9 @@ def megatron_gradients(checkpoints: str, step: int, tokens: list[int], out: str)
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from safetensors.torch import save_file
 
-    from megatron_txssm.checkpoint.load import load_model
-    from megatron_txssm.convert.worker import WITHOUT_DATA
+    from megatron_txssm.checkpoint.load import WEIGHTS_ONLY, load_model
 
-    loaded = load_model(Path(checkpoints), WITHOUT_DATA, step=step)
+    loaded = load_model(Path(checkpoints), WEIGHTS_ONLY, step=step)
     tokens_BL = torch.tensor([tokens])
     logits_BLV = loaded.model(tokens_BL, torch.arange(len(tokens))[None], None)
     vocab_size = loaded.recipe.data.vocab_size
