@@ -80,18 +80,15 @@ def save_megatron(folder: str, recipe: str, out: str) -> None:
 def _fill(model: Any, source: Weights) -> None:
     """Copy every tensor of `source` into a Megatron model of one process."""
     import torch
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-    from megatron.core.dist_checkpointing.utils import nested_values
+
+    from megatron_txssm.model.shards import model_shards, place_of
 
     with torch.no_grad():
-        for entry in nested_values(model.sharded_state_dict()):
-            for shard in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
-                if isinstance(shard, ShardedTensor):
-                    assert shard.data is not None
-                    whole = _padded(source.read([shard.key])[shard.key], shard.global_shape[0])
-                    # A SwiGLU's gate and up-projection are two pieces of one tensor.
-                    ranges = zip(shard.global_offset, shard.local_shape, strict=True)
-                    shard.data.copy_(whole[tuple(slice(start, start + size) for start, size in ranges)])
+        # A SwiGLU's gate and up-projection are two pieces of one tensor.
+        for shard in model_shards(model):
+            assert shard.data is not None
+            whole = _padded(source.read([shard.key])[shard.key], shard.global_shape[0])
+            shard.data.copy_(whole[place_of(shard)])
 
 
 def _padded(tensor: Any, rows: int) -> Any:
