@@ -6,8 +6,8 @@ from typing import Any
 
 from megatron_txssm.cli.parsing import add_verb
 from megatron_txssm.errors import UserError
-from megatron_txssm.jobs.allocation import Allocation
 from megatron_txssm.jobs.limits import LIMITS, add_limits
+from megatron_txssm.jobs.submission.allocation import Allocation
 from megatron_txssm.jobs.submit import plan_submission
 from megatron_txssm.slurm.batch_script import load_site_settings
 from megatron_txssm.slurm.sbatch_options import check_time, parse_options

@@ -11,9 +11,9 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt, attempts, find_run, job_ids, load_run
 from megatron_txssm.jobs.diagnosis.diagnosis import close, recorded
 from megatron_txssm.jobs.diagnosis.remedies import what_to_do
+from megatron_txssm.jobs.diagnosis.stages import end_of, last_words, other_stages
 from megatron_txssm.jobs.goodput import explain_goodput, slowness
 from megatron_txssm.jobs.run_jobs import jobs_of, seconds_since_step, who_trains
-from megatron_txssm.jobs.stages import end_of, last_words, other_stages
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm import client as slurm
 from megatron_txssm.slurm.waiting import what_it_waits_for

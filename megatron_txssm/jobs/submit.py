@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import write_file_atomically, write_json
-from megatron_txssm.jobs.allocation import Allocation
 from megatron_txssm.jobs.attempts import job_ids
-from megatron_txssm.jobs.frozen_code import FrozenCode
 from megatron_txssm.jobs.limits import LIMITS
-from megatron_txssm.jobs.submission_record import git_commit, make_record
-from megatron_txssm.jobs.submit_lock import SubmitLock
+from megatron_txssm.jobs.submission.allocation import Allocation
+from megatron_txssm.jobs.submission.frozen_code import FrozenCode
+from megatron_txssm.jobs.submission.record import git_commit, make_record
+from megatron_txssm.jobs.submission.submit_lock import SubmitLock
 from megatron_txssm.recipe.corpus_tokenizer import NoCorpus
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.jobs.frozen_code import FrozenCode
+from megatron_txssm.jobs.submission.frozen_code import FrozenCode
 from megatron_txssm.slurm.batch_script import HOME
 
 

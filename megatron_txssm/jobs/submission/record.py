@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm import __version__
-from megatron_txssm.jobs.allocation import Allocation
+from megatron_txssm.jobs.submission.allocation import Allocation
 
 
 def make_record(
