@@ -1,19 +1,11 @@
 """txssm jobs: this user's Slurm jobs, and how far the runs are that they belong to."""
 
 import argparse
-import time
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from megatron_txssm.cli.parsing import add_verb
-from megatron_txssm.errors import UserError
-from megatron_txssm.jobs.goodput import print_goodput, slowness
-from megatron_txssm.recipe.loader import load_recipe
-from megatron_txssm.slurm import client as slurm
-from megatron_txssm.slurm.waiting import needs_somebody, what_it_waits_for
-from megatron_txssm.terminal import print_table
-from megatron_txssm.training.watch.metrics import current_step
+from megatron_txssm.jobs.goodput import print_goodput
+from megatron_txssm.jobs.listing import list_jobs
 
 
 def add_parser(subparsers: Any) -> None:
@@ -24,48 +16,4 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.goodput:
-        return print_goodput()
-    jobs = [job for job in slurm.queue() if not job.is_over]
-    if not jobs:
-        print("no jobs")
-        return 0
-    print_table(("job", "state", "run", "step", "time left", "nodes", ">attempt", "name"), map(_row, jobs))
-    for job in filter(needs_somebody, jobs):
-        print(f"job {job.job_id}: {what_it_waits_for(job)}")
-    return 0
-
-
-def _row(job: slurm.Job) -> tuple[str, ...]:
-    folder = job.script.parent
-    ours = (folder / "submission.json").is_file()
-    return (
-        job.job_id,
-        f"{job.state} ({job.reason})" if job.state == "PENDING" else job.state,
-        _shown(folder) if ours else "",
-        _step(folder) if ours and job.script.stem == "pretrain" else "",
-        _time_left(job),
-        job.nodes,
-        str(sum(1 for _ in folder.glob("attempts/*/attempt.json")) or "") if ours else "",
-        job.name,
-    )
-
-
-def _time_left(job: slurm.Job) -> str:
-    if job.state != "RUNNING" or not job.end_time:
-        return ""
-    return str(timedelta(seconds=max(0, job.end_time - round(time.time()))))
-
-
-def _step(run: Path) -> str:
-    try:
-        total = f"{load_recipe(run / 'recipe.yaml').train_iters:,}"
-    except UserError:
-        total = "?"
-    slow = slowness(run / "metrics.jsonl")
-    return f"{current_step(run / 'metrics.jsonl') or 0:,} of {total}{', slow: ' if slow else ''}{slow}"
-
-
-def _shown(folder: Path) -> str:
-    """As one would type it here."""
-    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
+    return print_goodput() if args.goodput else list_jobs()

@@ -1,16 +1,10 @@
 """txssm logs: what a run's newest job printed; with -f as it grows, until the job is over."""
 
 import argparse
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 from megatron_txssm.cli.parsing import add_verb
-from megatron_txssm.errors import UserError
-from megatron_txssm.jobs.attempts import find_run
-from megatron_txssm.slurm import client as slurm
-from megatron_txssm.slurm.submission import read_submission
+from megatron_txssm.jobs.logs import show_logs
 
 EXAMPLES = (
     "txssm logs runs/transxssm_1.3b",
@@ -18,10 +12,6 @@ EXAMPLES = (
     "txssm logs 17 --lines 200",
     "txssm logs demo_cpu --rank 3",
 )
-POLL_SECONDS = 1.0
-# Between two questions to slurmctld.
-ASK_SECONDS = 15.0
-UNKNOWN = "in a state that is not known"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,70 +26,4 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    folder = find_run(args.run)
-    job = Watched(_job(folder, args.stage))
-    path = folder / "logs" / (f"{args.stage}-{job.number}.out" if args.rank is None else f"rank_{args.rank}.log")
-    waited = False
-    while not path.exists():
-        state = job.state()
-        if not args.follow or state is None:
-            raise UserError(f"{path} is not there (yet); {_pending(job, state)}")
-        if not waited:
-            print(f"{path} is not there yet; {_pending(job, state)}", file=sys.stderr)
-            waited = True
-        time.sleep(POLL_SECONDS if state == "RUNNING" else ASK_SECONDS)
-    _show(path, args.lines, job if args.follow else None)
-    return 0
-
-
-class Watched:
-    """A job that is asked for again and again."""
-
-    def __init__(self, number: str):
-        self.number = number
-        self.answered = True
-
-    def state(self) -> str | None:
-        """PENDING, RUNNING …; None where it is over, UNKNOWN where Slurm does not say, with a line about that."""
-        try:
-            jobs = slurm.queue()
-        except UserError as error:
-            if self.answered:
-                print(f"whether job {self.number} is over is not known, following on: {error}", file=sys.stderr)
-            self.answered = False
-            return UNKNOWN
-        self.answered = True
-        return next((found.state for found in jobs if found.job_id == self.number and not found.is_over), None)
-
-
-def _show(path: Path, lines: int, job: Watched | None) -> None:
-    """The last lines of a file; then, until Slurm says that `job` is over, what comes to it."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        sys.stdout.write("".join(file.readlines()[-lines:] if lines > 0 else []))
-        sys.stdout.flush()
-        asked = float("-inf")
-        over = job is None
-        while True:
-            if text := file.read():
-                sys.stdout.write(text)
-                sys.stdout.flush()
-            elif over:
-                return
-            else:
-                if time.monotonic() - asked > ASK_SECONDS:
-                    asked, over = time.monotonic(), job is None or job.state() is None
-                time.sleep(POLL_SECONDS)
-
-
-def _job(folder: Path, stage: str) -> str:
-    jobs = read_submission(folder).get("jobs", {})
-    if stage not in jobs:
-        if not jobs and (log := folder / "logs" / "rank_0.log").exists():
-            raise UserError(f"{folder} was not submitted to Slurm; its log is {log}: tail -f {log}")
-        known = f"; it has {', '.join(jobs)}" if jobs else ""
-        raise UserError(f"{folder} has no job of stage {stage!r}{known}; submit one: txssm submit --help")
-    return jobs[stage][-1]
-
-
-def _pending(job: Watched, state: str | None) -> str:
-    return f"job {job.number} is {'over' if state is None else state}"
+    return show_logs(args.run, follow=args.follow, lines=args.lines, stage=args.stage, rank=args.rank)

@@ -171,8 +171,9 @@ def farthest_step(metrics: Path, attempt: Attempt | None) -> int | None:
     return max(attempt.done_before, last_step(metrics, attempt.metrics_offset) or 0) or None
 
 
-def find_run(text: str) -> Path:
+def find_run(run: str | Path) -> Path:
     """A run's folder from its path, its name under runs/, or the number of one of its jobs."""
+    text = str(run)
     for path in (Path(text), Path("runs") / text):
         # Path.is_file would raise for a name that is too long.
         if os.path.isfile(path / "recipe.yaml") or os.path.isfile(path / "submission.json"):

@@ -29,6 +29,7 @@ from typing import Any
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt, attempts, job_ids
+from megatron_txssm.jobs.run_jobs import as_typed
 from megatron_txssm.slurm import client as slurm
 from megatron_txssm.slurm.submission import read_submission
 from megatron_txssm.terminal import print_table
@@ -128,7 +129,7 @@ def print_goodput() -> int:
             print(f"warning: {error}", file=sys.stderr)
             continue
         if of_run is not None:
-            rows.append((_path(run), *_row(of_run)))
+            rows.append((as_typed(run), *_row(of_run)))
     if not rows:
         print("no run has begun")
         return 0
@@ -151,11 +152,6 @@ def _row(found: Goodput) -> tuple[str, ...]:
 
 def _share(found: Goodput) -> str:
     return "unknown" if found.active_share is None else f"{found.active_share:.1%}"
-
-
-def _path(run: Path) -> str:
-    """As one would type it here."""
-    return str(run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run)
 
 
 def _recovery(found: Goodput) -> str:

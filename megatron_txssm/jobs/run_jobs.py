@@ -88,3 +88,8 @@ def seconds_since_step(run: Path) -> float | None:
     except OSError:
         return None
     return max(0.0, (_file_server_time(run) or time.time()) - touched)
+
+
+def as_typed(folder: Path) -> str:
+    """A folder as one would type it here: relative to the current folder if it lies in that."""
+    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)

@@ -1,6 +1,5 @@
 """Goodput of constructed attempts; every expected number is worked out by hand."""
 
-import argparse
 import json
 import os
 from pathlib import Path
@@ -8,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from megatron_txssm.cli.jobs import run as jobs
-from megatron_txssm.jobs.goodput import WITHIN_JOB, explain_goodput, goodput
+from megatron_txssm.jobs.goodput import WITHIN_JOB, explain_goodput, goodput, print_goodput
+from megatron_txssm.jobs.listing import list_jobs
 from tests.jobs.some_attempt import some_attempt
 from tests.slurm.some_queue import write_queue
 
@@ -171,7 +170,7 @@ def test_all_runs_here_and_in_the_queue(
     write_queue(tools, {"job_id": "21", "command": str(elsewhere / "pretrain.sbatch")})
     monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
     monkeypatch.chdir(tmp_path)
-    assert jobs(argparse.Namespace(goodput=True)) == 0
+    assert print_goodput() == 0
     header, big, far, field = capsys.readouterr().out.splitlines()
     assert header.split() == ["run", "active", "recovery", "steps", "lost", "in", "queue", "wall", "attempts"]
     assert big.split() == ["runs/big", "80.0%", "none", "needed", "0", "of", "8", "0:00:00", "0:01:40", "1"]
@@ -184,10 +183,10 @@ def test_without_slurm_the_runs_here_are_shown(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.chdir(tmp_path)
-    assert jobs(argparse.Namespace(goodput=True)) == 0
+    assert print_goodput() == 0
     assert capsys.readouterr().out == "no run has begun\n"
     attempt(run, 1, 0, 100)
-    assert jobs(argparse.Namespace(goodput=True)) == 0
+    assert print_goodput() == 0
     said = capsys.readouterr()
     assert "runs/big" in said.out and "warning: there is no squeue" in said.err
 
@@ -200,9 +199,9 @@ def test_jobs_shows_that_a_run_is_slow(
     do_steps(run, 1, 8, 30, slow=slow)
     write_queue(tmp_path, {"job_id": "21", "command": str(run / "pretrain.sbatch")})
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert jobs(argparse.Namespace(goodput=False)) == 0
+    assert list_jobs() == 0
     words = "8 of ?, slow: 31% of its median throughput: the others wait for rank 3 on n2"
     assert words in capsys.readouterr().out
     do_steps(run, 9, 9, 130)
-    assert jobs(argparse.Namespace(goodput=False)) == 0
+    assert list_jobs() == 0
     assert "slow" not in capsys.readouterr().out

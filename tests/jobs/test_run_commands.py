@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_txssm.cli import logs as logs_command
 from megatron_txssm.cli.main import main
 from megatron_txssm.errors import UserError
-from megatron_txssm.jobs import run_jobs
+from megatron_txssm.jobs import logs, run_jobs
 from megatron_txssm.jobs.run_jobs import check_no_other_job, jobs_of
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
@@ -457,8 +456,8 @@ def test_cancel_of_a_run_without_slurm(cluster: Path, recipe: Recipe, capsys: py
 def test_logs_follow_until_slurm_says_that_the_job_is_over(
     cluster: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logs_command, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(logs_command, "ASK_SECONDS", 0.05)
+    monkeypatch.setattr(logs, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(logs, "ASK_SECONDS", 0.05)
     log = recipe.run_path / "logs" / "pretrain-17.out"
     log.write_text("first\n")
     away(cluster)

@@ -1,0 +1,98 @@
+"""What a run's newest job printed, and what it prints until it is over."""
+
+import sys
+import time
+from pathlib import Path
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.jobs.attempts import find_run
+from megatron_txssm.slurm import client as slurm
+from megatron_txssm.slurm.submission import read_submission
+
+POLL_SECONDS = 1.0
+# Between two questions to slurmctld.
+ASK_SECONDS = 15.0
+UNKNOWN = "in a state that is not known"
+
+
+def show_logs(
+    run: str | Path, *, follow: bool = False, lines: int = 40, stage: str = "pretrain", rank: int | None = None
+) -> int:
+    """Print the end of the output of a run's newest job.
+
+    Args:
+        run: a run folder, a name under runs/, or the number of a job
+        follow: print what is added until the job is over; wait for the file if it does not exist yet
+        lines: how many of those that exist already
+        stage: of a chain: pretrain, convert or evaluate
+        rank: print the log of this rank instead
+
+    Returns the exit code, 0. UserError if there is no such run, job or file.
+    """
+    folder = find_run(run)
+    job = Watched(_job(folder, stage))
+    path = folder / "logs" / (f"{stage}-{job.number}.out" if rank is None else f"rank_{rank}.log")
+    waited = False
+    while not path.exists():
+        state = job.state()
+        if not follow or state is None:
+            raise UserError(f"{path} is not there (yet); {_pending(job, state)}")
+        if not waited:
+            print(f"{path} is not there yet; {_pending(job, state)}", file=sys.stderr)
+            waited = True
+        time.sleep(POLL_SECONDS if state == "RUNNING" else ASK_SECONDS)
+    _show(path, lines, job if follow else None)
+    return 0
+
+
+class Watched:
+    """A job that is asked for again and again."""
+
+    def __init__(self, number: str):
+        self.number = number
+        self.answered = True
+
+    def state(self) -> str | None:
+        """PENDING, RUNNING …; None where it is over, UNKNOWN where Slurm does not say, with a line about that."""
+        try:
+            jobs = slurm.queue()
+        except UserError as error:
+            if self.answered:
+                print(f"whether job {self.number} is over is not known, following on: {error}", file=sys.stderr)
+            self.answered = False
+            return UNKNOWN
+        self.answered = True
+        return next((found.state for found in jobs if found.job_id == self.number and not found.is_over), None)
+
+
+def _show(path: Path, lines: int, job: Watched | None) -> None:
+    """The last lines of a file; then, until Slurm says that `job` is over, what comes to it."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        sys.stdout.write("".join(file.readlines()[-lines:] if lines > 0 else []))
+        sys.stdout.flush()
+        asked = float("-inf")
+        over = job is None
+        while True:
+            if text := file.read():
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            elif over:
+                return
+            else:
+                if time.monotonic() - asked > ASK_SECONDS:
+                    asked, over = time.monotonic(), job is None or job.state() is None
+                time.sleep(POLL_SECONDS)
+
+
+def _job(folder: Path, stage: str) -> str:
+    jobs = read_submission(folder).get("jobs", {})
+    if stage not in jobs:
+        if not jobs and (log := folder / "logs" / "rank_0.log").exists():
+            raise UserError(f"{folder} was not submitted to Slurm; its log is {log}: tail -f {log}")
+        known = f"; it has {', '.join(jobs)}" if jobs else ""
+        raise UserError(f"{folder} has no job of stage {stage!r}{known}; submit one: txssm submit --help")
+    return jobs[stage][-1]
+
+
+def _pending(job: Watched, state: str | None) -> str:
+    return f"job {job.number} is {'over' if state is None else state}"
