@@ -1,16 +1,13 @@
 """txssm submit: check a recipe against the cluster, freeze it in its run folder, queue its job or a chain of jobs."""
 
 import argparse
-import os
+import shlex
+import sys
 from typing import Any
 
 from megatron_txssm.cli.parsing import add_verb
-from megatron_txssm.errors import UserError
-from megatron_txssm.jobs.limits import LIMITS, add_limits
-from megatron_txssm.jobs.submission.allocation import Allocation
-from megatron_txssm.jobs.submit import plan_submission
-from megatron_txssm.slurm.batch_script import load_site_settings
-from megatron_txssm.slurm.sbatch_options import check_time, parse_options
+from megatron_txssm.jobs.limits import LIMIT_OPTIONS, Limits
+from megatron_txssm.jobs.submit import submit
 
 EXAMPLES = (
     "txssm submit transxssm_1.3b --nodes 4 --gpus-per-node 8 --time 24:00:00",
@@ -51,47 +48,27 @@ def add_parser(subparsers: Any) -> None:
         dest="freeze_code",
         help="run the checkout as it is at each start of the job, not a copy of it (default: RUN/code)",
     )
-    add_limits(parser)
+    for limit in LIMIT_OPTIONS:
+        parser.add_argument(limit.option, type=int, metavar=limit.unit, default=limit.default, help=limit.help)
 
 
 def run(args: argparse.Namespace) -> int:
-    least = {"nodes": 1, "spare": 0} | {name: int(unit == "SECONDS") for name, (_, unit, _) in LIMITS.items()}
-    for name, smallest in least.items():
-        if (value := getattr(args, name.replace("-", "_"))) < smallest:
-            raise UserError(f"--{name} {value} must be at least {smallest}")
-    for job in args.after:
-        if not job.isdecimal():
-            raise UserError(f"--after {job!r} must be the number of a job")
-    if args.corpus and not args.chain:
-        raise UserError(f"--corpus {args.corpus} goes with --chain")
-    load_site_settings()
-    options = parse_options(os.environ.get("TXSSM_SBATCH_OPTIONS", "").split(), "TXSSM_SBATCH_OPTIONS")
-    options |= parse_options(args.sbatch, "--sbatch")
-    for name in ("time", "partition", "account"):
-        if (value := getattr(args, name)) is not None:
-            if not value:
-                raise UserError(f"--{name} is empty; leave it out for the default")
-            options[name] = value
-    check_time(options, args.stop_before)
-    submission = plan_submission(args.recipe, args.overrides, _allocation(args), options, args)
-    if submission is None:
-        return 0
-    return submission.show() if args.dry_run else submission.submit()
-
-
-def _allocation(args: argparse.Namespace) -> Allocation:
-    gpus, nproc = args.gpus_per_node, args.nproc_per_node
-    if gpus is None and nproc is None:
-        site = os.environ.get("TXSSM_GPUS_PER_NODE")
-        if site is None or not site.isdecimal():
-            raise UserError(
-                "state --gpus-per-node, or --nproc-per-node where nodes have no GPUs (or TXSSM_GPUS_PER_NODE in "
-                "slurm/env.sh)"
-            )
-        gpus = int(site)
-    if gpus and nproc and gpus != nproc:
-        raise UserError(f"--nproc-per-node {nproc} is not --gpus-per-node {gpus}: each process has one GPU; state one")
-    allocation = Allocation(args.nodes, nproc_per_node=nproc or gpus or 0, gpus_per_node=gpus or 0, spare=args.spare)
-    if allocation.nproc_per_node < 1:
-        raise UserError(f"{allocation.nproc_per_node} processes per node must be at least 1")
-    return allocation
+    return submit(
+        args.recipe,
+        nodes=args.nodes,
+        gpus_per_node=args.gpus_per_node,
+        nproc_per_node=args.nproc_per_node,
+        spare=args.spare,
+        time=args.time,
+        partition=args.partition,
+        account=args.account,
+        sbatch=args.sbatch,
+        overrides=args.overrides,
+        after=args.after,
+        chain=args.chain,
+        corpus=args.corpus,
+        dry_run=args.dry_run,
+        freeze_code=args.freeze_code,
+        limits=Limits.parsed(vars(args)),
+        command=shlex.join(["txssm", *sys.argv[1:]]),
+    )

@@ -21,16 +21,28 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from megatron_txssm.errors import UserError, nearest, shown
 from megatron_txssm.files import write_json
+from megatron_txssm.jobs.limits import Phase
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm import client as slurm
 from megatron_txssm.slurm.submission import read_submission
 from megatron_txssm.training.launch.preflight import saved_step
 from megatron_txssm.training.watch.metrics import last_step
+
+
+class Hang(TypedDict):
+    """Where the trainer hung, and which ranks."""
+
+    # Since its last step.
+    seconds: float
+    # Those that wrote no stacks; None where nobody was asked, as slurmctld was away.
+    silent_ranks: list[int] | None
+    # Earlier versions do not say.
+    during: NotRequired[Phase]
 
 
 @dataclass
@@ -59,8 +71,7 @@ class Attempt:
     exit_code: int | None = None
     # Slurm told the batch script to stop (SIGTERM): preempted, cancelled, or out of time.
     told_to_stop: bool = False
-    # Where the trainer hung: {"seconds": since its last step, "silent_ranks": that wrote no stacks, "during": a phase}.
-    hang: dict[str, Any] | None = None
+    hang: Hang | None = None
     # Node -> its problems, of those that failed the preflight.
     failed_nodes: dict[str, list[str]] = field(default_factory=dict)
     # Of all that is in metrics.jsonl and among the checkpoints at the end.

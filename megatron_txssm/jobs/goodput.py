@@ -227,6 +227,7 @@ def _recoveries(found: list[Attempt], lines: list[list[dict[str, Any]]], ends: l
 def _submitted(run: Path, first: Attempt) -> float:
     """When the run was submitted, in seconds since the epoch."""
     if first.job_id in job_ids(run):
-        with contextlib.suppress(KeyError, ValueError, TypeError):
-            return min(first.started, datetime.datetime.fromisoformat(read_submission(run)["submitted"]).timestamp())
+        with contextlib.suppress(ValueError, TypeError):
+            submitted = datetime.datetime.fromisoformat(read_submission(run).get("submitted", ""))
+            return min(first.started, submitted.timestamp())
     return first.started

@@ -1,21 +1,78 @@
-"""The options of `txssm submit` that reach the job's supervisor."""
+"""What `txssm submit` says to a job's supervisor: how long it waits, and how often it starts the trainer again.
 
-import argparse
+The fields of `Limits` are the one table of which both command lines have their options.
+"""
 
-# Option -> (default, unit, what it says).
-LIMITS = {
-    "start-timeout": (1800, "SECONDS", "end the trainer as hung if its first step takes longer"),
-    "step-timeout": (1800, "SECONDS", "end the trainer as hung after so long without a step or a validation"),
-    "save-timeout": (1800, "SECONDS", "end the trainer as hung if a checkpoint takes longer"),
-    "stop-before": (120, "SECONDS", "before the time limit, the trainer saves and the job requeues itself"),
-    "preflight-timeout": (300, "SECONDS", "leave out a node that has not answered by then; container images take long"),
-    "restarts": (3, "N", "failures after which the trainer starts again within the job, before a requeue"),
-    "max-requeues": (10, "N", "failures, restarts included, after which the job ends"),
-}
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Literal, NamedTuple, Self
+
+from megatron_txssm.errors import UserError
+
+# Of the trainer, in which it may hang.
+Phase = Literal["start", "step", "save"]
 
 
-def add_limits(parser: argparse.ArgumentParser) -> None:
-    """The options that `txssm submit` hands on."""
-    for name, (default, unit, meaning) in LIMITS.items():
-        meaning += " (default: %(default)s)"
-        parser.add_argument(f"--{name}", type=int, metavar=unit, default=default, help=meaning)
+def _limit(default: int, unit: str, meaning: str) -> int:
+    return field(default=default, metadata={"unit": unit, "meaning": meaning})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Each field has its unit and its meaning in its metadata; `LIMIT_OPTIONS` lists them."""
+
+    start_timeout: int = _limit(1800, "SECONDS", "end the trainer as hung if its first step takes longer")
+    step_timeout: int = _limit(1800, "SECONDS", "end the trainer as hung after so long without a step or a validation")
+    save_timeout: int = _limit(1800, "SECONDS", "end the trainer as hung if a checkpoint takes longer")
+    stop_before: int = _limit(120, "SECONDS", "before the time limit, the trainer saves and the job requeues itself")
+    preflight_timeout: int = _limit(
+        300, "SECONDS", "leave out a node that has not answered by then; container images take long"
+    )
+    restarts: int = _limit(3, "N", "failures after which the trainer starts again within the job, before a requeue")
+    max_requeues: int = _limit(10, "N", "failures, restarts included, after which the job ends")
+
+    @classmethod
+    def parsed(cls, values: Mapping[str, int]) -> Self:
+        """From a parser's values, by the names of the fields; what is beside them belongs to others."""
+        return cls(**{limit.name: values[limit.name] for limit in LIMIT_OPTIONS})
+
+    def check(self) -> None:
+        """UserError for a time that is not positive, or a negative number."""
+        for limit in LIMIT_OPTIONS:
+            smallest = 1 if limit.unit == "SECONDS" else 0
+            if (value := getattr(self, limit.name)) < smallest:
+                raise UserError(f"{limit.option} {value} must be at least {smallest}")
+
+    @property
+    def seconds_of_phases(self) -> dict[Phase, float]:
+        """After so long without a sign of life the trainer hangs."""
+        return {"start": self.start_timeout, "step": self.step_timeout, "save": self.save_timeout}
+
+    @property
+    def words(self) -> list[str]:
+        """As on the supervisor's command line, all of them."""
+        return [f"{limit.option}={getattr(self, limit.name)}" for limit in LIMIT_OPTIONS]
+
+
+class LimitOption(NamedTuple):
+    """A field of `Limits`, for a parser."""
+
+    name: str
+    default: int
+    unit: str
+    meaning: str
+
+    @property
+    def option(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def help(self) -> str:
+        return f"{self.meaning} (default: {self.default})"
+
+
+DEFAULTS = Limits()
+LIMIT_OPTIONS = tuple(
+    LimitOption(each.name, getattr(DEFAULTS, each.name), each.metadata["unit"], each.metadata["meaning"])
+    for each in fields(Limits)
+)

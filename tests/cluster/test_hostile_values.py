@@ -20,7 +20,7 @@ import pytest
 
 from megatron_txssm.cli.main import main
 from megatron_txssm.data.corpus.shard import write_shard
-from megatron_txssm.jobs.limits import LIMITS
+from megatron_txssm.jobs.limits import Limits
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from tests.cluster.sandbox import PATIENCE, Sandbox
@@ -299,8 +299,7 @@ def test_a_value_is_refused_or_arrives(site: Site, case: Case) -> None:
     assert case.recipe is not None, "the job did not start the supervisor"
     run = case.recipe.run_path.resolve() if case.recipe.run_path.is_absolute() else site.home / case.recipe.run_path
     run = Path(os.path.normpath(run))
-    limits = [f"--{name}={default}" for name, (default, _, _) in LIMITS.items()]
-    assert case.argv == ["-m", "megatron_txssm.jobs.supervisor.supervisor", f"{run}/recipe.yaml", *limits]
+    assert case.argv == ["-m", "megatron_txssm.jobs.supervisor.supervisor", f"{run}/recipe.yaml", *Limits().words]
     # The run's recipe holds paths from the root; the tokenizer's, where there is such a file.
     place = os.path.normpath(site.home / case.value)
     if case.place == "data.train":

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.jobs.attempts import Hang
+from megatron_txssm.jobs.limits import Phase
 from megatron_txssm.jobs.supervisor import stall
 from megatron_txssm.jobs.supervisor.stall import SUSPENDED_SECONDS, StallWatch, end_leftover_steps
 
-LIMITS = {"start": 600.0, "step": 60.0, "save": 300.0}
+LIMITS: dict[Phase, float] = {"start": 600.0, "step": 60.0, "save": 300.0}
 STACKS = "Current thread 0x00007f3a (most recent call first):\n  File train.py, line 3 in step\n"
 
 
@@ -160,7 +162,7 @@ def srun() -> subprocess.Popen:
     return subprocess.Popen(["sleep", "600"])
 
 
-def end_step(run: Path, srun: subprocess.Popen, num_ranks: int) -> dict:
+def end_step(run: Path, srun: subprocess.Popen, num_ranks: int) -> Hang:
     watch = watch_of(run)
     watch.grew -= 61.44
     try:

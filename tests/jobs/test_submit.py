@@ -13,6 +13,7 @@ import pytest
 
 from megatron_txssm.cli.main import main
 from megatron_txssm.jobs import submit
+from megatron_txssm.jobs.submission import submission
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.sizes import checkpoint_bytes
 from megatron_txssm.slurm import client as slurm
@@ -213,7 +214,7 @@ def test_a_wrong_option_of_the_site_is_named(
 def test_no_slurm(cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(submit, "HOME", Path("/nowhere"))
-    monkeypatch.setattr("megatron_txssm.cli.submit.load_site_settings", lambda: None)
+    monkeypatch.setattr("megatron_txssm.jobs.submit.load_site_settings", lambda: None)
     assert_refused(cluster, capsys, submit_demo(), "on this machine; run it on a login node")
 
 
@@ -531,14 +532,14 @@ def test_a_chain_that_breaks_off_is_taken_back(
 def test_a_disk_that_fills_up_takes_the_chain_back(
     cluster: Cluster, corpus: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = submit.write_json
+    write = submission.write_json
 
     def full(path: Path, data: dict) -> None:
         if len(data["jobs"]) == 2:
             raise OSError(28, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr(submit, "write_json", full)
+    monkeypatch.setattr(submission, "write_json", full)
     assert submit_chain(corpus) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert cluster.cancelled == ["101", "102"]

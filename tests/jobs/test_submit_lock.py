@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from megatron_txssm.cli import submit as submit_command
 from megatron_txssm.cli.main import main
 from megatron_txssm.errors import UserError
+from megatron_txssm.jobs import submit
 from megatron_txssm.jobs.submission.submit_lock import NAME, SubmitLock
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
@@ -92,7 +92,7 @@ def test_another_was_quicker_since_the_checks(
     cluster: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It comes to the lock when the other has left it."""
-    plan = submit_command.plan_submission
+    plan = submit.plan_submission
     monkeypatch.chdir(cluster.parent)
     monkeypatch.setenv("PATH", f"{cluster}:{os.environ['PATH']}")
 
@@ -101,7 +101,7 @@ def test_another_was_quicker_since_the_checks(
         write_queue(cluster, {"job_id": 17, "state": "PENDING", "command": f"{Path.cwd()}/runs/demo/pretrain.sbatch"})
         return found
 
-    monkeypatch.setattr(submit_command, "plan_submission", planned)
+    monkeypatch.setattr(submit, "plan_submission", planned)
     words = ["--nodes=1", "--nproc-per-node=2", *(f"--set={text}" for text in FIELDS)]
     assert main(["submit", "demo_cpu", *words]) == 2
     assert capsys.readouterr().err == "error: runs/demo has job 17 (PENDING) already; see txssm jobs\n"

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import socket
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ import pytest
 
 from megatron_txssm.jobs import attempts
 from megatron_txssm.jobs.diagnosis.diagnosis import Diagnosis
-from megatron_txssm.jobs.limits import LIMITS
 from megatron_txssm.jobs.supervisor import supervisor, unfit_node
+from megatron_txssm.jobs.supervisor.settings import Settings
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.training.launch.run_lock import RunLock
 from tests.jobs.some_attempt import some_attempt
@@ -141,7 +140,6 @@ def test_what_the_preflight_said_is_not_the_trainers(run: Path, monkeypatch: pyt
 
 
 def supervisor_of(run: Path) -> supervisor.Supervisor:
-    limits = {name.replace("-", "_"): default for name, (default, *_) in LIMITS.items()}
-    made = supervisor.Supervisor(Namespace(recipe=str(run / "recipe.yaml"), overrides=[], nodes=0, **limits))
+    made = supervisor.Supervisor(Settings(str(run / "recipe.yaml")))
     made.nodes = ["n1", "n2"]
     return made

@@ -8,10 +8,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.jobs.attempts import Attempt, farthest_step
+from megatron_txssm.jobs.attempts import Attempt, Hang, farthest_step
 from megatron_txssm.jobs.diagnosis.causes import cause_of, is_of_another_rank, meaning, remedy, shortened, suspect
 from megatron_txssm.jobs.nodes.node_preflight import is_silence
 from megatron_txssm.recipe.recipe import Recipe
@@ -134,8 +133,7 @@ def lost_nodes(nodes: list[str]) -> list[str]:
     return [node for node in nodes if found.get(node, "").startswith("down") or found.get(node, "").endswith("*")]
 
 
-def _hang(attempt: Attempt, hang: dict[str, Any]) -> Diagnosis:
-    # None: nobody was asked, as slurmctld was away.
+def _hang(attempt: Attempt, hang: Hang) -> Diagnosis:
     silent = hang["silent_ranks"]
     num_ranks = len(attempt.nodes) * attempt.nproc_per_node
     detail = f"{_HUNG[hang.get('during', 'step')]} for {hang['seconds']:.0f} s"

@@ -2,24 +2,23 @@
 
 import datetime
 import os
-import shlex
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 from megatron_txssm import __version__
 from megatron_txssm.jobs.submission.allocation import Allocation
+from megatron_txssm.jobs.submission.request import Request
+from megatron_txssm.slurm.submission import SubmissionRecord
 
 
 def make_record(
-    recipe: str, overrides: list[str], allocation: Allocation, commit: str | None, home: Path
-) -> dict[str, Any]:
-    """All but the jobs' numbers."""
+    command: str, request: Request, allocation: Allocation, commit: str | None, home: Path
+) -> SubmissionRecord:
+    """All but the jobs' numbers. `command`: what submits it again; `home`: the code that the jobs run."""
     return {
-        "command": _utf8(shlex.join(["txssm", *sys.argv[1:]])),
-        "recipe": _utf8(recipe),
-        "overrides": overrides,
+        "command": _utf8(command),
+        "recipe": _utf8(request.recipe),
+        "overrides": list(request.overrides),
         "submitted": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "directory": _utf8(os.getcwd()),
         "version": __version__,

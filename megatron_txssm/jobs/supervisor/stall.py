@@ -8,10 +8,12 @@ import contextlib
 import re
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.jobs.attempts import Hang
+from megatron_txssm.jobs.limits import Phase
 from megatron_txssm.jobs.supervisor.requeue import until_answered
 from megatron_txssm.slurm.client import run_slurm
 from megatron_txssm.training.launch.preflight import saved_step
@@ -31,7 +33,7 @@ class StallWatch:
     without a step or validation, and without one while a checkpoint is written: {"start": …, "step": …, "save": …}.
     """
 
-    def __init__(self, run: Path, checkpoints: Path, limits: dict[str, float]):
+    def __init__(self, run: Path, checkpoints: Path, limits: Mapping[Phase, float]):
         self.run = run
         self.checkpoints = checkpoints
         self.limits = limits
@@ -43,7 +45,7 @@ class StallWatch:
         # This machine's clock: that of the file server may differ.
         self.grew = self.looked = time.monotonic()
 
-    def stalled_phase(self) -> str | None:
+    def stalled_phase(self) -> Phase | None:
         """Of `limits`, the one that is exceeded; None while the trainer comes on."""
         now = time.monotonic()
         if now - self.looked > SUSPENDED_SECONDS:
@@ -56,16 +58,16 @@ class StallWatch:
         silent = now - self.grew
         if silent <= min(self.limits.values()):
             return None
-        phase = "start" if not self.started else "save" if self._unfinished() - self.leftovers else "step"
+        phase: Phase = "start" if not self.started else "save" if self._unfinished() - self.leftovers else "step"
         return phase if silent > self.limits[phase] else None
 
-    def end_step(self, job_id: str, srun: subprocess.Popen, num_ranks: int, phase: str) -> dict[str, Any]:
+    def end_step(self, job_id: str, srun: subprocess.Popen, num_ranks: int, phase: Phase) -> Hang:
         """Let every rank write its stacks into its log, then kill the step; returns `Attempt.hang`."""
         seconds = time.monotonic() - self.grew
         logs = [self.run / "logs" / f"rank_{rank}.log" for rank in range(num_ranks)]
         before = [log.stat().st_size if log.exists() else 0 for log in logs]
         # Nobody has been asked for stacks yet.
-        silent = None
+        silent: list[int] | None = None
         # A slurmctld that is away asks nobody, either.
         with contextlib.suppress(UserError, OSError):
             run_slurm("scancel", "--signal=USR2", _step_id(job_id))

@@ -18,12 +18,13 @@ from types import FrameType
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt, attempts, new_attempt
 from megatron_txssm.jobs.diagnosis.diagnosis import Diagnosis, close, lost_nodes, record
-from megatron_txssm.jobs.limits import add_limits
+from megatron_txssm.jobs.limits import LIMIT_OPTIONS, Limits
 from megatron_txssm.jobs.nodes.node_preflight import NodePreflight
 from megatron_txssm.jobs.run_jobs import check_no_other_job
 from megatron_txssm.jobs.supervisor.decision import MAX_IDLE_ATTEMPTS, ROUTINE, Decision, decide, idle_attempts
 from megatron_txssm.jobs.supervisor.failed_task import FailedTaskWatch
 from megatron_txssm.jobs.supervisor.requeue import requeue, requeue_without
+from megatron_txssm.jobs.supervisor.settings import Settings
 from megatron_txssm.jobs.supervisor.stall import StallWatch, end_leftover_steps
 from megatron_txssm.jobs.supervisor.unfit_node import check_checkpoints, check_run_folder, leave_node, say
 from megatron_txssm.notify import notify, wait_for_notifications
@@ -40,40 +41,47 @@ SIGNAL_SLACK_SECONDS = 75
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="supervisor")
-    parser.add_argument("recipe")
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--nodes", type=int, default=0, help="to train on; the job's others are spare (default: all)")
-    add_limits(parser)
-    args = parser.parse_args(argv)
+    settings = _parse(argv)
+    recipe = Path(settings.recipe)
     try:
         if "SLURM_JOB_ID" not in os.environ:
             raise UserError("this process is not part of a Slurm job; submit one: txssm submit --help")
         try:
-            check_run_folder(Path(args.recipe))
-            return Supervisor(args).run()
+            check_run_folder(recipe)
+            return Supervisor(settings).run()
         except UserError as error:
             if isinstance(error.__cause__, OSError):
                 # Of the run's records.
-                leave_node(Path(args.recipe).parent, error.__cause__)
+                leave_node(recipe.parent, error.__cause__)
             raise
         except (OSError, ImportError) as error:
             # The run's folder holds the code, too.
-            leave_node(Path(args.recipe).parent, error)
+            leave_node(recipe.parent, error)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
+def _parse(argv: list[str] | None) -> Settings:
+    parser = argparse.ArgumentParser(prog="supervisor")
+    parser.add_argument("recipe")
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--nodes", type=int, default=0, help="to train on; the job's others are spare (default: all)")
+    for limit in LIMIT_OPTIONS:
+        parser.add_argument(limit.option, type=int, metavar=limit.unit, default=limit.default, help=limit.help)
+    args = parser.parse_args(argv)
+    return Settings(args.recipe, tuple(args.overrides), args.nodes, Limits.parsed(vars(args)))
+
+
 class Supervisor:
     """One start of a job: an attempt, and another one where the trainer can start again on the job's nodes."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self.recipe = load_recipe(args.recipe, args.overrides)
+    def __init__(self, settings: Settings):
+        self.settings, self.limits = settings, settings.limits
+        self.recipe = load_recipe(settings.recipe, settings.overrides)
         self.job_id = os.environ["SLURM_JOB_ID"]
         self.nodes = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
-        self.num_nodes = args.nodes or len(self.nodes)
+        self.num_nodes = settings.nodes or len(self.nodes)
         tasks = os.environ.get("SLURM_NTASKS_PER_NODE")
         self.nproc_per_node = int(tasks or int(os.environ.get("SLURM_NTASKS", "1")) // len(self.nodes))
         self.time_limit = self._time_limit()
@@ -93,7 +101,7 @@ class Supervisor:
             return 0
         check_checkpoints(self.recipe.checkpoint_path)
         make_run_directory(self.recipe)
-        restarts = self.args.restarts
+        restarts = self.limits.restarts
         while True:
             before = attempts(self.recipe.run_path)
             if (idle := idle_attempts(before, self.job_id)) >= MAX_IDLE_ATTEMPTS:
@@ -135,8 +143,8 @@ class Supervisor:
 
     def _train(self, attempt: Attempt) -> None:
         """Preflight and trainer; fills in where they ran and how they ended."""
-        timeout = self.args.preflight_timeout
-        preflight = NodePreflight(self.recipe, self.args.recipe, self.nodes, attempt.folder, timeout)
+        timeout = self.limits.preflight_timeout
+        preflight = NodePreflight(self.recipe, self.settings.recipe, self.nodes, attempt.folder, timeout)
         failed = preflight.run()
         if self.told_to_stop:
             return
@@ -156,8 +164,7 @@ class Supervisor:
             "MASTER_PORT": str(preflight.port),
         }
         step = subprocess.Popen(self._step_command(attempt.nodes), env=environment)
-        limits = {name: getattr(self.args, f"{name}_timeout") for name in ("start", "step", "save")}
-        watch = StallWatch(self.recipe.run_path, self.recipe.checkpoint_path, limits)
+        watch = StallWatch(self.recipe.run_path, self.recipe.checkpoint_path, self.limits.seconds_of_phases)
         failed_task = FailedTaskWatch(attempt)
         while (code := step.poll()) is None and not (self.told_to_stop and self._is_out_of_time()):
             time.sleep(POLL_SECONDS)
@@ -171,8 +178,8 @@ class Supervisor:
         attempt.exit_code = code
 
     def _step_command(self, nodes: list[str]) -> list[str]:
-        trainer = [step_python(), "-u", "-m", "megatron_txssm.cli", "pretrain", self.args.recipe]
-        trainer += [word for text in self.args.overrides for word in ("--set", text)]
+        trainer = [step_python(), "-u", "-m", "megatron_txssm.cli", "pretrain", self.settings.recipe]
+        trainer += [word for text in self.settings.overrides for word in ("--set", text)]
         return [
             *srun_words("train"),
             f"--nodes={len(nodes)}",
@@ -189,7 +196,7 @@ class Supervisor:
         attempt.told_to_stop = self.told_to_stop
         diagnosis = close(attempt, self.recipe)
         if diagnosis.cause in ("stopped", "step_cancelled") and self._is_out_of_time(
-            self.args.stop_before + SIGNAL_SLACK_SECONDS
+            self.limits.stop_before + SIGNAL_SLACK_SECONDS
         ):
             record(attempt, diagnosis := Diagnosis("time_limit"))
         self._save(attempt)
@@ -214,7 +221,7 @@ class Supervisor:
             return requeue_without(self.job_id, list(attempt.failed_nodes), self.nodes, before)
         lost = lost_nodes(self.nodes)
         self.nodes = [node for node in self.nodes if node not in lost]
-        decision = decide(attempt, before, self.args.max_requeues, restarts, self.nodes)
+        decision = decide(attempt, before, self.limits.max_requeues, restarts, self.nodes)
         if decision.do == "restart" and (self.lost_step or not end_leftover_steps(self.job_id)):
             decision = Decision("requeue", leave_out=decision.leave_out)
         if self.told_to_stop and not attempt.told_to_stop:
@@ -230,7 +237,7 @@ class Supervisor:
         """Whether Slurm's SIGTERM came for the time limit or a preemption; else a requeue would revive the job."""
         ended = why_slurm_ended_it(attempt.read_output())
         return (ended is not None and ended[0] in ROUTINE) or self._is_out_of_time(
-            self.args.stop_before + SIGNAL_SLACK_SECONDS
+            self.limits.stop_before + SIGNAL_SLACK_SECONDS
         )
 
     def _exit_code(self, attempt: Attempt, diagnosis: Diagnosis) -> int:
