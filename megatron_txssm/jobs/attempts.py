@@ -25,6 +25,7 @@ from typing import NotRequired, TypedDict
 
 from megatron_txssm.errors import UserError, nearest, shown
 from megatron_txssm.files import write_json
+from megatron_txssm.jobs.diagnosis.causes import Cause
 from megatron_txssm.jobs.limits import Phase
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
@@ -77,13 +78,17 @@ class Attempt:
     # Of all that is in metrics.jsonl and among the checkpoints at the end.
     last_step: int | None = None
     saved_after: int | None = None
-    # Why it ended: see diagnosis.Diagnosis. None as long as nobody could say.
-    cause: str | None = None
+    # Why it ended: see diagnosis.Diagnosis. None as long as nobody could say, text where a later version said it.
+    cause: Cause | str | None = None
     detail: str = ""
     rank: int | None = None
     node: str | None = None
     # What was done about it.
     action: str = ""
+
+    def __post_init__(self) -> None:
+        if self.cause is not None:
+            self.cause = Cause.read(self.cause)
 
     @property
     def number(self) -> int:

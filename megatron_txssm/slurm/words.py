@@ -4,6 +4,7 @@ import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum, auto
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.slurm.hostlist import expand
@@ -19,13 +20,24 @@ _NODE_FAILURE = re.compile(r"^srun: error: Node failure on ([a-zA-Z][\w.,\[\]-]*
 # Of slurm/entrypoint.sh, which starts the supervisor.
 _SUPERVISOR = re.compile(r"END supervisor: killed by signal (\d+)$", re.MULTILINE)
 _SAID = re.compile(r"^(?:srun: error: |slurmstepd|\[[\dT:.-]+\] error: ).*", re.MULTILINE)
-_DUE_TO = {
-    "PREEMPTION": "preempted",
-    "NODE FAILURE": "node_failure",
-    "TIME LIMIT": "time_limit_hit",
-    "JOB REQUEUE": "requeued",
-}
 _SIGNALS = {text: number for number in signal.Signals if (text := signal.strsignal(number))}
+
+
+class EndedBySlurm(StrEnum):
+    """Slurm's own reasons for the end of a job or a step."""
+
+    PREEMPTED = auto()
+    NODE_FAILURE = auto()
+    TIME_LIMIT_HIT = auto()
+    REQUEUED = auto()
+
+
+_DUE_TO = {
+    "PREEMPTION": EndedBySlurm.PREEMPTED,
+    "NODE FAILURE": EndedBySlurm.NODE_FAILURE,
+    "TIME LIMIT": EndedBySlurm.TIME_LIMIT_HIT,
+    "JOB REQUEUE": EndedBySlurm.REQUEUED,
+}
 
 
 @dataclass(frozen=True)
@@ -41,17 +53,17 @@ class Failure:
     node: str | None = None
 
 
-def why_slurm_ended_it(output: str) -> tuple[str, str | None] | None:
-    """Slurm's own reason for the end of a job or a step, a key of CAUSES, and the node that it lost."""
+def why_slurm_ended_it(output: str) -> tuple[EndedBySlurm, str | None] | None:
+    """Slurm's own reason for the end of a job or a step, and the node that it lost."""
     # Each node's slurmstepd has a line of its own, and not all state the reason.
     for _, due in _CANCELLED.findall(output):
-        for text, cause in _DUE_TO.items():
+        for text, reason in _DUE_TO.items():
             if due.startswith(text):
-                return cause, _failed_node(output) if cause == "node_failure" else None
+                return reason, _failed_node(output) if reason is EndedBySlurm.NODE_FAILURE else None
     # Of a job that outlives its nodes (--no-kill), srun may be the only one to say so, and then kills the other ranks.
     lost, task = _NODE_FAILURE.search(output), _TASK.search(output)
     if lost and (task is None or lost.start() < task.start()):
-        return "node_failure", _failed_node(output)
+        return EndedBySlurm.NODE_FAILURE, _failed_node(output)
     return None
 
 

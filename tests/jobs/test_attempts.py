@@ -12,9 +12,13 @@ import pytest
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt, attempts, farthest_step, find_run, load_run, new_attempt
+from megatron_txssm.jobs.diagnosis.causes import Cause
+from megatron_txssm.jobs.diagnosis.diagnosis import diagnose, recorded
+from megatron_txssm.jobs.supervisor.decision import refusal
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm.submission import read_submission
+from megatron_txssm.slurm.words import EndedBySlurm
 from megatron_txssm.training.watch import metrics as metrics_file
 from megatron_txssm.training.watch.metrics import current_step, last_step, metrics_lines
 from tests.jobs.some_attempt import some_attempt
@@ -114,6 +118,62 @@ def test_an_attempt_of_another_version_is_read(tmp_path: Path) -> None:
     path.write_text(json.dumps({"job_id": "21", "nodes": ["n1"], "nproc_per_node": 2, "started": 1000.0}))
     (read,) = attempts(tmp_path)
     assert (read.done_before, read.saved_before, read.cause, read.failed_nodes) == (0, None, None, {})
+
+
+def test_the_first_versions_attempt_is_read_and_diagnosed(tmp_path: Path) -> None:
+    """Its record of a hang did not say what the trainer was doing."""
+    folder = tmp_path / "attempts" / "0001"
+    folder.mkdir(parents=True)
+    fields = {
+        "job_id": "21",
+        "nodes": ["n1", "n2"],
+        "nproc_per_node": 1,
+        "started": 1000.0,
+        "saved_before": None,
+        "done_before": 0,
+        "metrics_offset": 0,
+        "output": None,
+        "output_offset": 0,
+        "ended": 2000.0,
+        "exit_code": None,
+        "told_to_stop": False,
+        "hang": {"seconds": 61.0, "silent_ranks": [1]},
+        "failed_nodes": {},
+        "cause": None,
+    }
+    (folder / "attempt.json").write_text(json.dumps(fields))
+    (read,) = attempts(tmp_path)
+    found = diagnose(read, finished=False, output="")
+    assert (found.cause, found.rank, found.node) == (Cause.HUNG, 1, "n2")
+    assert found.detail.startswith("no step for 61 s; rank 1 did not answer")
+
+
+def test_a_later_versions_attempt_is_read_and_explained(tmp_path: Path) -> None:
+    attempt = some_attempt(tmp_path, cause="meteorite_strike", detail="in Chelyabinsk", node="n1")
+    attempt.save()
+    path = attempt.folder / "attempt.json"
+    hang = {"seconds": 61.0, "silent_ranks": None, "during": "step", "stacks": {"0": "…"}}
+    later = {"hang": hang, "impact": {"megatons": 0.4}, "schema": 7}
+    path.write_text(json.dumps(json.loads(path.read_text()) | later))
+    (read,) = attempts(tmp_path)
+    assert (read.cause, read.hang) == ("meteorite_strike", hang)
+    found = recorded(read)
+    assert found is not None and str(found) == "meteorite strike on n1: in Chelyabinsk"
+    assert found.remedy == "read the job's output"
+    assert refusal(read, [], 10) == "another try would end the same way"
+
+
+@pytest.mark.parametrize("cause", Cause)
+def test_a_cause_is_written_as_its_text_and_read_as_itself(tmp_path: Path, cause: Cause) -> None:
+    some_attempt(tmp_path, cause=cause).save()
+    text = (tmp_path / "attempts" / "0001" / "attempt.json").read_text()
+    assert json.loads(text)["cause"] == cause.name.lower()
+    (read,) = attempts(tmp_path)
+    assert read.cause is cause
+
+
+def test_slurms_reasons_are_causes() -> None:
+    assert {Cause(reason).name for reason in EndedBySlurm} == {reason.name for reason in EndedBySlurm}
 
 
 def test_ranks_are_dealt_out_in_blocks(tmp_path: Path) -> None:

@@ -1,63 +1,119 @@
 """The causes of an attempt's end: what each means, what to do about it, and the words by which a rank tells it."""
 
 import re
+from enum import StrEnum, auto
+from typing import NamedTuple
 
-# Cause -> (what happened, what to do about it).
-CAUSES: dict[str, tuple[str, str]] = {
-    "finished": ("the run is finished", ""),
-    "time_limit": ("the time limit came near", "nothing: the job goes on; raise --time if it does so too often"),
-    "time_limit_hit": ("the time limit was hit before the run was saved", "raise --stop-before: saving takes longer"),
-    "preempted": (
+from megatron_txssm.slurm.words import EndedBySlurm
+
+
+class Cause(StrEnum):
+    """Why an attempt ended; the value is what attempt.json says."""
+
+    FINISHED = auto()
+    TIME_LIMIT = auto()
+    TIME_LIMIT_HIT = EndedBySlurm.TIME_LIMIT_HIT
+    PREEMPTED = EndedBySlurm.PREEMPTED
+    NODE_FAILURE = EndedBySlurm.NODE_FAILURE
+    REQUEUED = EndedBySlurm.REQUEUED
+    CANCELLED = auto()
+    STEP_CANCELLED = auto()
+    STOPPED = auto()
+    MEGATRON_EXIT = auto()
+    HUNG = auto()
+    PREFLIGHT = auto()
+    REFUSED = auto()
+    DISK_FULL = auto()
+    NAN = auto()
+    BAD_GPU = auto()
+    NODE_FILE_SYSTEM = auto()
+    OUT_OF_MEMORY = auto()
+    KILLED = auto()
+    SUPERVISOR_KILLED = auto()
+    SRUN_KILLED = auto()
+    FAILED = auto()
+    CONNECTION_LOST = auto()
+    UNKNOWN = auto()
+
+    @classmethod
+    def read(cls, text: str) -> "Cause | str":
+        """As attempt.json says it; the text itself if only a later version knows that cause."""
+        try:
+            return cls(text)
+        except ValueError:
+            return text
+
+
+class Meaning(NamedTuple):
+    """What a cause tells people."""
+
+    # What happened.
+    summary: str
+    # What to do about it, as far as that depends on nothing else; may be empty.
+    remedy: str
+
+
+CAUSES: dict[Cause, Meaning] = {
+    Cause.FINISHED: Meaning("the run is finished", ""),
+    Cause.TIME_LIMIT: Meaning(
+        "the time limit came near", "nothing: the job goes on; raise --time if it does so too often"
+    ),
+    Cause.TIME_LIMIT_HIT: Meaning(
+        "the time limit was hit before the run was saved", "raise --stop-before: saving takes longer"
+    ),
+    Cause.PREEMPTED: Meaning(
         "the job was preempted",
         "nothing: it starts again when the nodes are free",
     ),
-    "node_failure": ("a node was lost", "nothing: Slurm starts it again on other nodes"),
-    "requeued": ("somebody requeued the job", "nothing: it starts again by itself"),
-    "cancelled": ("somebody cancelled the job", "submit it again to go on from its checkpoint"),
-    "step_cancelled": ("somebody cancelled the trainer's step", "submit it again to go on, unless it was requeued"),
-    "stopped": ("the trainer was told to save and stop", "submit it again to go on, unless it was requeued"),
-    "megatron_exit": (
+    Cause.NODE_FAILURE: Meaning("a node was lost", "nothing: Slurm starts it again on other nodes"),
+    Cause.REQUEUED: Meaning("somebody requeued the job", "nothing: it starts again by itself"),
+    Cause.CANCELLED: Meaning("somebody cancelled the job", "submit it again to go on from its checkpoint"),
+    Cause.STEP_CANCELLED: Meaning(
+        "somebody cancelled the trainer's step", "submit it again to go on, unless it was requeued"
+    ),
+    Cause.STOPPED: Meaning("the trainer was told to save and stop", "submit it again to go on, unless it was requeued"),
+    Cause.MEGATRON_EXIT: Meaning(
         "megatron.exit_interval or megatron.exit_duration_in_mins ended the trainer",
         "submit it again to go on from its checkpoint",
     ),
-    "hung": (
+    Cause.HUNG: Meaning(
         "the trainer hung",
         "look at the stacks in the ranks' logs; if it is only slow, raise --start-, --step- or --save-timeout",
     ),
-    "preflight": ("a node is not fit to train", "mend the node, or leave it out: --sbatch exclude=NODE"),
-    "refused": ("the recipe cannot run", "mend what the message names"),
-    "disk_full": ("the disk or the quota is full", "make room where the message says; then it can go on"),
-    "nan": (
+    Cause.PREFLIGHT: Meaning("a node is not fit to train", "mend the node, or leave it out: --sbatch exclude=NODE"),
+    Cause.REFUSED: Meaning("the recipe cannot run", "mend what the message names"),
+    Cause.DISK_FULL: Meaning("the disk or the quota is full", "make room where the message says; then it can go on"),
+    Cause.NAN: Meaning(
         "the loss, a gradient or a weight became NaN or infinite",
         "lower optimizer.learning_rate, or go back to an older checkpoint; a GPU may also compute it wrongly",
     ),
-    "bad_gpu": (
+    Cause.BAD_GPU: Meaning(
         "a GPU is not sound",
         "leave its node out (--sbatch exclude=NODE), and have the GPU tested: dcgmi diag -r 3, dmesg | grep -i xid",
     ),
-    "node_file_system": (
+    Cause.NODE_FILE_SYSTEM: Meaning(
         "a file system failed on one node",
         "mend it there (mount, df /dev/shm), or leave the node out: --sbatch exclude=NODE",
     ),
-    "out_of_memory": (
+    Cause.OUT_OF_MEMORY: Meaning(
         "a rank ran out of memory",
         "lower training.micro_batch_size, or set parallel.recompute=full; for the host's memory, --sbatch mem=0",
     ),
-    "killed": ("a rank was killed by a signal", "look at its log and at the node's system log"),
-    "supervisor_killed": (
+    Cause.KILLED: Meaning("a rank was killed by a signal", "look at its log and at the node's system log"),
+    Cause.SUPERVISOR_KILLED: Meaning(
         "the supervisor was killed, on the job's first node",
         "look at that node's system log; where its memory ran out, ask for all of it: --sbatch mem=0",
     ),
-    "srun_killed": (
+    Cause.SRUN_KILLED: Meaning(
         "srun, which runs the trainer's step, was killed on the job's first node",
         "look at that node's system log; where its memory ran out, ask for all of it: --sbatch mem=0",
     ),
-    "failed": ("a rank failed", "read its log; the same step failing twice is no accident"),
-    "connection_lost": (
+    Cause.FAILED: Meaning("a rank failed", "read its log; the same step failing twice is no accident"),
+    Cause.CONNECTION_LOST: Meaning(
         "the ranks lost each other, and none of them says why",
         "look at the node and its network; leave it out if it happens again: --sbatch exclude=NODE",
     ),
-    "unknown": (
+    Cause.UNKNOWN: Meaning(
         "the batch script ended, and nothing says why",
         "look at the job's output and the system log of the node it ran on, the first",
     ),
@@ -76,9 +132,9 @@ _QUOTA_REMEDY = (
 )
 
 # The cause that a rank's last words tell, the certain ones first. CUDA's and the kernel's words are theirs.
-_WORDS: tuple[tuple[str, re.Pattern[str]], ...] = (
+_WORDS: tuple[tuple[Cause, re.Pattern[str]], ...] = (
     (
-        "bad_gpu",
+        Cause.BAD_GPU,
         re.compile(
             r"uncorrectable (?:ECC|NVLink) error|cudaErrorECCUncorrectable|cudaErrorNvlinkUncorrectable"
             r"|NVLink error|peer GPU memory over nvlink|hardware stack error|unspecified launch failure"
@@ -88,10 +144,10 @@ _WORDS: tuple[tuple[str, re.Pattern[str]], ...] = (
         ),
     ),
     # Memory of a node, which leftovers fill.
-    ("node_file_system", re.compile(r"/dev/shm.*No space left on device|No space left on device.*/dev/shm")),
-    ("disk_full", re.compile(r"No space left on device|ENOSPC|\[Errno 28\]|" + _QUOTA.pattern)),
+    (Cause.NODE_FILE_SYSTEM, re.compile(r"/dev/shm.*No space left on device|No space left on device.*/dev/shm")),
+    (Cause.DISK_FULL, re.compile(r"No space left on device|ENOSPC|\[Errno 28\]|" + _QUOTA.pattern)),
     (
-        "node_file_system",
+        Cause.NODE_FILE_SYSTEM,
         # Those of the second line are a network connection's words, too: a file's error names the file.
         re.compile(
             r"Read-only file system|Stale (?:NFS )?file handle|Input/output error|Remote I/O error"
@@ -99,11 +155,11 @@ _WORDS: tuple[tuple[str, re.Pattern[str]], ...] = (
         ),
     ),
     # Computed again, it is finite.
-    ("bad_gpu", re.compile(r"^FloatingPointError\b.*came out differently")),
+    (Cause.BAD_GPU, re.compile(r"^FloatingPointError\b.*came out differently")),
     # Earlier versions raise a RuntimeError.
-    ("nan", re.compile(r"^FloatingPointError\b|is NaN or infinite")),
+    (Cause.NAN, re.compile(r"^FloatingPointError\b|is NaN or infinite")),
     (
-        "out_of_memory",
+        Cause.OUT_OF_MEMORY,
         re.compile(r"out of memory|OutOfMemoryError|^MemoryError\b|Cannot allocate memory", re.IGNORECASE),
     ),
 )
@@ -113,7 +169,7 @@ _CONNECTION = re.compile(
 )
 
 
-def cause_of(text: str) -> str | None:
+def cause_of(text: str) -> Cause | None:
     """The cause that an error's text tells, such as "OSError: [Errno 28] No space left on device"; None for another."""
     return next((cause for cause, words in _WORDS if words.search(text)), None)
 
@@ -131,18 +187,19 @@ def suspect(text: str) -> tuple[int, str] | None:
     return (int(found[1]), found[2]) if found else None
 
 
-def remedy(cause: str, detail: str) -> str:
+def remedy(cause: Cause | str, detail: str) -> str:
     """What to do about a cause, as far as its own words tell."""
-    if cause == "disk_full" and _QUOTA.search(detail):
+    if cause == Cause.DISK_FULL and _QUOTA.search(detail):
         return _QUOTA_REMEDY
-    if cause == "killed":
-        return next((text for name, text in _SIGNAL_REMEDIES.items() if name in detail), CAUSES[cause][1])
-    return meaning(cause)[1]
+    if cause == Cause.KILLED:
+        return next((text for name, text in _SIGNAL_REMEDIES.items() if name in detail), CAUSES[Cause.KILLED].remedy)
+    return meaning(cause).remedy
 
 
-def meaning(cause: str) -> tuple[str, str]:
-    """What happened, what to do about it; of a cause that only a later version knows, its name."""
-    return CAUSES.get(cause, (cause.replace("_", " "), "read the job's output"))
+def meaning(cause: Cause | str) -> Meaning:
+    """Of a cause that only a later version knows, its name."""
+    known = Cause.read(cause)
+    return CAUSES[known] if isinstance(known, Cause) else Meaning(known.replace("_", " "), "read the job's output")
 
 
 def shortened(text: str, limit: int = 4000) -> str:

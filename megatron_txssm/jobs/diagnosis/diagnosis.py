@@ -11,7 +11,15 @@ from pathlib import Path
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt, Hang, farthest_step
-from megatron_txssm.jobs.diagnosis.causes import cause_of, is_of_another_rank, meaning, remedy, shortened, suspect
+from megatron_txssm.jobs.diagnosis.causes import (
+    Cause,
+    cause_of,
+    is_of_another_rank,
+    meaning,
+    remedy,
+    shortened,
+    suspect,
+)
 from megatron_txssm.jobs.nodes.node_preflight import is_silence
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm.client import run_slurm
@@ -41,8 +49,8 @@ _NO_ROOM = re.compile(
 class Diagnosis:
     """Why an attempt ended."""
 
-    # A key of CAUSES.
-    cause: str
+    # Text: one that only a later version knows.
+    cause: Cause | str
     # What exactly; may be empty.
     detail: str = ""
     # The rank and the node where it began.
@@ -51,7 +59,7 @@ class Diagnosis:
 
     @property
     def summary(self) -> str:
-        return meaning(self.cause)[0]
+        return meaning(self.cause).summary
 
     @property
     def remedy(self) -> str:
@@ -70,9 +78,9 @@ def close(attempt: Attempt, recipe: Recipe) -> Diagnosis:
     attempt.last_step = farthest_step(recipe.run_path / "metrics.jsonl", attempt)
     attempt.saved_after = saved_step(recipe.checkpoint_path)
     found = diagnose(attempt, is_finished(recipe), attempt.read_output())
-    if found.cause in ("unknown", "connection_lost") and (lost := lost_nodes(attempt.nodes)):
+    if found.cause in (Cause.UNKNOWN, Cause.CONNECTION_LOST) and (lost := lost_nodes(attempt.nodes)):
         # With the first node the supervisor is lost as well, and nobody is left to say so.
-        found = Diagnosis("node_failure", node=lost[0])
+        found = Diagnosis(Cause.NODE_FAILURE, node=lost[0])
     record(attempt, found)
     return found
 
@@ -92,33 +100,33 @@ def recorded(attempt: Attempt) -> Diagnosis | None:
 def diagnose(attempt: Attempt, finished: bool, output: str) -> Diagnosis:
     """Why `attempt` ended; `output`: what its job printed meanwhile; `finished`: the last step is saved."""
     if finished:
-        return Diagnosis("finished")
+        return Diagnosis(Cause.FINISHED)
     if attempt.failed_nodes:
         node, problems = next(iter(attempt.failed_nodes.items()))
         if len(attempt.failed_nodes) == len(attempt.nodes):
             found = [text for texts in attempt.failed_nodes.values() for text in texts]
             if all(map(_NO_ROOM.search, found)):
                 # No other node would have more.
-                return Diagnosis("disk_full", found[0])
+                return Diagnosis(Cause.DISK_FULL, found[0])
             if all(map(is_silence, found)):
                 # That is no node's doing.
-                return Diagnosis("preflight", found[0])
-        return Diagnosis("preflight", "; ".join(problems), node=node)
+                return Diagnosis(Cause.PREFLIGHT, found[0])
+        return Diagnosis(Cause.PREFLIGHT, "; ".join(problems), node=node)
     if attempt.hang is not None:
         return _hang(attempt, attempt.hang)
     if name := what_killed_the_supervisor(output):
         # Its step was ended after it.
-        return Diagnosis("supervisor_killed", f"killed by {name}")
+        return Diagnosis(Cause.SUPERVISOR_KILLED, f"killed by {name}")
     if ended := why_slurm_ended_it(output):
-        cause, node = ended
-        return Diagnosis(cause, node=node)
+        reason, node = ended
+        return Diagnosis(Cause(reason), node=node)
     if attempt.told_to_stop or job_was_cancelled(output):
-        return Diagnosis("cancelled")
+        return Diagnosis(Cause.CANCELLED)
     if attempt.exit_code is not None and attempt.exit_code < 0:
         # Popen's word for a signal. Its ranks may live on, until the next attempt ends them.
-        return Diagnosis("srun_killed", f"killed by {signal.Signals(-attempt.exit_code).name}")
+        return Diagnosis(Cause.SRUN_KILLED, f"killed by {signal.Signals(-attempt.exit_code).name}")
     if attempt.exit_code == 0:
-        return Diagnosis("stopped" if (attempt.folder / "stopped").exists() else "megatron_exit")
+        return Diagnosis(Cause.STOPPED if (attempt.folder / "stopped").exists() else Cause.MEGATRON_EXIT)
     return _failure(attempt, output)
 
 
@@ -140,13 +148,15 @@ def _hang(attempt: Attempt, hang: Hang) -> Diagnosis:
     if not silent:
         detail += "" if silent is None else "; every rank wrote its stacks into its log"
         if missing := missing_ranks(attempt.folder, num_ranks):
-            return Diagnosis("hung", detail, missing[0], attempt.node_of(missing[0]))
-        return Diagnosis("hung", detail)
+            return Diagnosis(Cause.HUNG, detail, missing[0], attempt.node_of(missing[0]))
+        return Diagnosis(Cause.HUNG, detail)
     if len(silent) == num_ranks > 1:
-        return Diagnosis("hung", f"{detail}; no rank wrote its stacks: the run's file system or the network was gone")
+        return Diagnosis(
+            Cause.HUNG, f"{detail}; no rank wrote its stacks: the run's file system or the network was gone"
+        )
     ranks = ", ".join(map(str, silent))
     detail += f"; rank{'s' if len(silent) > 1 else ''} {ranks} did not answer, the others wrote their stacks"
-    return Diagnosis("hung", detail, silent[0], attempt.node_of(silent[0]))
+    return Diagnosis(Cause.HUNG, detail, silent[0], attempt.node_of(silent[0]))
 
 
 def _failure(attempt: Attempt, output: str) -> Diagnosis:
@@ -155,39 +165,39 @@ def _failure(attempt: Attempt, output: str) -> Diagnosis:
     ]
     # A disk, a GPU or a mount explains what else fails, and what a person set wrong.
     for failure in found:
-        if (cause := _cause_of(failure, attempt)) and cause != "out_of_memory":
+        if (cause := _cause_of(failure, attempt)) and cause != Cause.OUT_OF_MEMORY:
             return _of(attempt, cause, failure)
     for failure in found:
         kind, _, text = failure.text.partition(": ")
         if kind == UserError.__name__:
-            return Diagnosis("refused", text)
+            return Diagnosis(Cause.REFUSED, text)
     own = [failure for failure in found if not is_of_another_rank(failure.text)]
     tasks = list(failed_tasks(output))
     killed = [failure for failure in tasks if failure.signal not in (None, signal.SIGTERM)]
     if own:
-        return _of(attempt, _cause_of(own[0], attempt) or "failed", own[0])
+        return _of(attempt, _cause_of(own[0], attempt) or Cause.FAILED, own[0])
     if step_was_cancelled(output):
-        return Diagnosis("step_cancelled")
+        return Diagnosis(Cause.STEP_CANCELLED)
     if killed:
         return _killed(attempt, killed[0], output)
     if found:
-        return _of(attempt, "connection_lost", found[0])
+        return _of(attempt, Cause.CONNECTION_LOST, found[0])
     if tasks:
-        return _of(attempt, "failed", tasks[0])
-    return Diagnosis("unknown", first_complaint(output))
+        return _of(attempt, Cause.FAILED, tasks[0])
+    return Diagnosis(Cause.UNKNOWN, first_complaint(output))
 
 
-def _of(attempt: Attempt, cause: str, failure: Failure) -> Diagnosis:
+def _of(attempt: Attempt, cause: Cause, failure: Failure) -> Diagnosis:
     if origin := suspect(failure.text):
         return Diagnosis(cause, failure.text, *origin)
     return Diagnosis(cause, failure.text, failure.rank, failure.node or attempt.node_of(failure.rank))
 
 
-def _cause_of(failure: Failure, attempt: Attempt) -> str | None:
+def _cause_of(failure: Failure, attempt: Attempt) -> Cause | None:
     missing = re.match(r"FileNotFoundError: .*: '(.+)'$", failure.text)
     if missing and Path(missing[1]).is_relative_to(attempt.run) and os.path.exists(missing[1]):
         # Of the run's own folder, and here it is: that node has lost the mount.
-        return "node_file_system"
+        return Cause.NODE_FILE_SYSTEM
     return cause_of(failure.text)
 
 
@@ -195,12 +205,13 @@ def _killed(attempt: Attempt, failure: Failure, output: str) -> Diagnosis:
     """Of a rank that could leave no record. Its log, or what the job printed, may tell more than a signal's name."""
     said = [line for line in (*_last_words(attempt, failure.rank), *output.splitlines()) if line.strip()]
     for line in said:
-        if (cause := cause_of(line.strip())) in ("disk_full", "bad_gpu", "node_file_system"):
+        cause = cause_of(line.strip())
+        if cause in (Cause.DISK_FULL, Cause.BAD_GPU, Cause.NODE_FILE_SYSTEM) and cause is not None:
             return _of(attempt, cause, replace(failure, text=f"{failure.text}: {shortened(line)}"))
     if failure.signal == signal.SIGABRT and (lost := [line for line in said if "Watchdog caught collective" in line]):
         # NCCL ends the ranks that waited for another.
-        return _of(attempt, "connection_lost", replace(failure, text=f"{failure.text}: {shortened(lost[0])}"))
-    return _of(attempt, "out_of_memory" if cause_of(failure.text) == "out_of_memory" else "killed", failure)
+        return _of(attempt, Cause.CONNECTION_LOST, replace(failure, text=f"{failure.text}: {shortened(lost[0])}"))
+    return _of(attempt, Cause.OUT_OF_MEMORY if cause_of(failure.text) == Cause.OUT_OF_MEMORY else Cause.KILLED, failure)
 
 
 def _last_words(attempt: Attempt, rank: int) -> list[str]:

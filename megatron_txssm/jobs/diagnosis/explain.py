@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt, attempts, find_run, job_ids, load_run
+from megatron_txssm.jobs.diagnosis.causes import Cause
 from megatron_txssm.jobs.diagnosis.diagnosis import close, recorded
 from megatron_txssm.jobs.diagnosis.remedies import what_to_do
 from megatron_txssm.jobs.diagnosis.stages import end_of, last_words, other_stages
@@ -168,7 +169,7 @@ def _line(attempt: Attempt) -> str:
 
 def _afterwards(attempt: Attempt, later: list[Attempt]) -> str:
     """What later attempts show of a result that was not finite."""
-    if attempt.cause != "nan" or attempt.node is None:
+    if attempt.cause != Cause.NAN or attempt.node is None:
         return ""
     without = (other for other in later if attempt.node not in other.nodes)
     if any((other.last_step or 0) > (attempt.last_step or 0) for other in without):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_txssm.checkpoint.steps import saved_step, whole_steps
 from megatron_txssm.jobs.attempts import Attempt
-from megatron_txssm.jobs.diagnosis.causes import remedy
+from megatron_txssm.jobs.diagnosis.causes import Cause, remedy
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm.client import Job
 from megatron_txssm.slurm.submission import read_submission
@@ -14,8 +14,8 @@ from megatron_txssm.slurm.waiting import needs_somebody, what_it_waits_for
 
 # What starts again by itself or by a person's command, without anything to mend.
 _NOTHING_TO_MEND = {
-    *("time_limit", "preempted", "node_failure", "requeued", "cancelled", "step_cancelled", "stopped"),
-    "megatron_exit",
+    *(Cause.TIME_LIMIT, Cause.PREEMPTED, Cause.NODE_FAILURE, Cause.REQUEUED, Cause.CANCELLED, Cause.STEP_CANCELLED),
+    *(Cause.STOPPED, Cause.MEGATRON_EXIT),
 }
 
 
@@ -23,9 +23,9 @@ def what_to_do(attempt: Attempt, recipe: Recipe, run: Path, jobs: list[Job] | No
     """`jobs`: the run's training jobs in the queue, None where Slurm does not answer."""
     cause = attempt.cause
     assert cause is not None
-    if cause == "finished":
+    if cause == Cause.FINISHED:
         return ""
-    mend = go_back(attempt.detail, recipe, run) if cause == "nan" else remedy(cause, attempt.detail)
+    mend = go_back(attempt.detail, recipe, run) if cause == Cause.NAN else remedy(cause, attempt.detail)
     if jobs is None:
         return mend
     if jobs:
@@ -33,11 +33,11 @@ def what_to_do(attempt: Attempt, recipe: Recipe, run: Path, jobs: list[Job] | No
             return f"{'' if cause in _NOTHING_TO_MEND else f'{mend}; '}{what_it_waits_for(jobs[0])}"
         return f"nothing: job {jobs[0].job_id} goes on by itself" if cause in _NOTHING_TO_MEND else mend
     again = submit_again(run)
-    if cause == "preempted":
+    if cause == Cause.PREEMPTED:
         return f"Slurm did not start it again (PreemptMode=CANCEL, or --no-requeue); submit it again: {again}"
     if cause in _NOTHING_TO_MEND:
         return f"submit it again to go on from its checkpoint: {again}"
-    return mend if cause == "nan" else f"{mend}; submit it again: {again}"
+    return mend if cause == Cause.NAN else f"{mend}; submit it again: {again}"
 
 
 def submit_again(run: Path, *changes: str) -> str:

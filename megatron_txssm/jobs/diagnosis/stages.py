@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_txssm.jobs.diagnosis.causes import CAUSES, shortened
+from megatron_txssm.jobs.diagnosis.causes import CAUSES, Cause, shortened
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm.client import Job
 from megatron_txssm.slurm.submission import read_submission
@@ -98,9 +98,9 @@ def _in_queue(job: Job) -> str:
 def _why(text: str) -> str:
     """Of a job that could not say how it ended."""
     if ended := why_slurm_ended_it(text):
-        return CAUSES[ended[0]][0]
+        return CAUSES[Cause(ended[0])].summary
     if job_was_cancelled(text):
-        return CAUSES["cancelled"][0]
+        return CAUSES[Cause.CANCELLED].summary
     words = last_words(text)
     return f"nothing says why{f'; its last words: {words}' if words else ''}"
 

@@ -4,38 +4,39 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_txssm.jobs.attempts import Attempt
+from megatron_txssm.jobs.diagnosis.causes import Cause
 
 # What may go well at the next try. Preemption is Slurm's to requeue, a refusal is nobody's.
 RETRIED = {
-    "time_limit",
-    "time_limit_hit",
-    "stopped",
-    "step_cancelled",
-    "hung",
-    "out_of_memory",
-    "killed",
-    "failed",
-    "connection_lost",
-    "node_failure",
-    "node_file_system",
-    "bad_gpu",
-    "nan",
-    "supervisor_killed",
-    "srun_killed",
-    "unknown",
+    Cause.TIME_LIMIT,
+    Cause.TIME_LIMIT_HIT,
+    Cause.STOPPED,
+    Cause.STEP_CANCELLED,
+    Cause.HUNG,
+    Cause.OUT_OF_MEMORY,
+    Cause.KILLED,
+    Cause.FAILED,
+    Cause.CONNECTION_LOST,
+    Cause.NODE_FAILURE,
+    Cause.NODE_FILE_SYSTEM,
+    Cause.BAD_GPU,
+    Cause.NAN,
+    Cause.SUPERVISOR_KILLED,
+    Cause.SRUN_KILLED,
+    Cause.UNKNOWN,
 }
 # No failures: a run may well go through hundreds of them.
-ROUTINE = {"time_limit", "time_limit_hit", "stopped", "preempted"}
+ROUTINE = {Cause.TIME_LIMIT, Cause.TIME_LIMIT_HIT, Cause.STOPPED, Cause.PREEMPTED}
 # Those that a node may be to blame for, also where no step was done: other nodes get a chance.
 _OF_A_NODE = {
-    *("killed", "connection_lost", "hung", "node_failure", "node_file_system", "bad_gpu"),
-    *("supervisor_killed", "srun_killed"),
+    *(Cause.KILLED, Cause.CONNECTION_LOST, Cause.HUNG, Cause.NODE_FAILURE, Cause.NODE_FILE_SYSTEM, Cause.BAD_GPU),
+    *(Cause.SUPERVISOR_KILLED, Cause.SRUN_KILLED),
 }
 # Those after which a node is left out at once; after others, when it is blamed a second time.
-_CERTAINLY_OF_A_NODE = {"node_file_system", "bad_gpu", "nan"}
-_BLAMED_TWICE = {"killed", "failed", "hung", "connection_lost", "node_failure"}
+_CERTAINLY_OF_A_NODE = {Cause.NODE_FILE_SYSTEM, Cause.BAD_GPU, Cause.NAN}
+_BLAMED_TWICE = {Cause.KILLED, Cause.FAILED, Cause.HUNG, Cause.CONNECTION_LOST, Cause.NODE_FAILURE}
 # Within the job nothing changes for these.
-_NEEDS_A_REQUEUE = ROUTINE | {"supervisor_killed", "unknown"}
+_NEEDS_A_REQUEUE = ROUTINE | {Cause.SUPERVISOR_KILLED, Cause.UNKNOWN}
 # Attempts in a row that came no further, whoever started them.
 MAX_IDLE_ATTEMPTS = 3
 
@@ -70,7 +71,7 @@ def decide(attempt: Attempt, before: list[Attempt], max_requeues: int, restarts:
     `before`: the attempts before it; those of other jobs do not count. `restarts`: those that are left within the job.
     `nodes`: the job's, without those that were lost. Nodes that failed the preflight are another matter.
     """
-    if attempt.cause == "disk_full":
+    if attempt.cause == Cause.DISK_FULL:
         return Decision("hold", f"make room, then: scontrol release {attempt.job_id}")
     if why_not := refusal(attempt, before, max_requeues):
         return Decision("end", why_not)
@@ -87,7 +88,7 @@ def refusal(attempt: Attempt, before: list[Attempt], max_requeues: int) -> str |
     """Why the trainer must not start again after an attempt that has ended; None where it shall."""
     if attempt.cause not in RETRIED:
         return "another try would end the same way"
-    if attempt.cause == "nan":
+    if attempt.cause == Cause.NAN:
         return _same_nan(attempt, before)
     if not attempt.came_further:
         if attempt.cause not in _OF_A_NODE:
@@ -105,7 +106,7 @@ def refusal(attempt: Attempt, before: list[Attempt], max_requeues: int) -> str |
 def _same_nan(attempt: Attempt, before: list[Attempt]) -> str | None:
     """A GPU that computes NaN is left out; where others compute it, too, at the same step, the run diverges."""
     for old in before:
-        if old.job_id == attempt.job_id and old.cause == "nan" and (old.last_step or 0) >= (attempt.last_step or 0):
+        if old.job_id == attempt.job_id and old.cause == Cause.NAN and (old.last_step or 0) >= (attempt.last_step or 0):
             return f"other GPUs compute it, too: attempt {old.number} ended at the same step"
     return None
 
@@ -116,7 +117,7 @@ def idle_attempts(before: list[Attempt], job_id: str) -> int:
     for attempt in reversed(before):
         if attempt.job_id != job_id or attempt.came_further:
             break
-        count += attempt.cause not in ("preempted", "requeued", "disk_full")
+        count += attempt.cause not in (Cause.PREEMPTED, Cause.REQUEUED, Cause.DISK_FULL)
     return count
 
 

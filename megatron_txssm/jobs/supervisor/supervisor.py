@@ -17,6 +17,7 @@ from types import FrameType
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt, attempts, new_attempt
+from megatron_txssm.jobs.diagnosis.causes import Cause
 from megatron_txssm.jobs.diagnosis.diagnosis import Diagnosis, close, lost_nodes, record
 from megatron_txssm.jobs.limits import LIMIT_OPTIONS, Limits
 from megatron_txssm.jobs.nodes.node_preflight import NodePreflight
@@ -195,26 +196,26 @@ class Supervisor:
     def _diagnose(self, attempt: Attempt) -> Diagnosis:
         attempt.told_to_stop = self.told_to_stop
         diagnosis = close(attempt, self.recipe)
-        if diagnosis.cause in ("stopped", "step_cancelled") and self._is_out_of_time(
+        if diagnosis.cause in (Cause.STOPPED, Cause.STEP_CANCELLED) and self._is_out_of_time(
             self.limits.stop_before + SIGNAL_SLACK_SECONDS
         ):
-            record(attempt, diagnosis := Diagnosis("time_limit"))
+            record(attempt, diagnosis := Diagnosis(Cause.TIME_LIMIT))
         self._save(attempt)
         say(f"END attempt {attempt.number}: {diagnosis}")
         return diagnosis
 
     def _decide(self, attempt: Attempt, diagnosis: Diagnosis, before: list[Attempt], restarts: int) -> Decision | None:
         """What to do next; None where nothing is to be done."""
-        if diagnosis.cause == "finished":
+        if diagnosis.cause == Cause.FINISHED:
             return None
-        if diagnosis.cause == "preempted":
+        if diagnosis.cause == Cause.PREEMPTED:
             # Slurm does so itself, but not under PreemptMode=CANCEL.
             return Decision("requeue")
-        if attempt.told_to_stop and diagnosis.cause != "time_limit_hit":
+        if attempt.told_to_stop and diagnosis.cause != Cause.TIME_LIMIT_HIT:
             # What it was told to stop for is Slurm's to mend: a requeue here would revive a cancelled job.
             self._note_action(attempt, "Slurm ended the job; it starts again what lost a node")
             return None
-        if diagnosis.cause == "preflight":
+        if diagnosis.cause == Cause.PREFLIGHT:
             if diagnosis.node is None:
                 # No node said a word: that is Slurm's doing.
                 return Decision("requeue")
@@ -241,9 +242,9 @@ class Supervisor:
         )
 
     def _exit_code(self, attempt: Attempt, diagnosis: Diagnosis) -> int:
-        if diagnosis.cause == "finished":
+        if diagnosis.cause == Cause.FINISHED:
             return 0
-        if diagnosis.cause in ("refused", "preflight"):
+        if diagnosis.cause in (Cause.REFUSED, Cause.PREFLIGHT):
             return 2
         # Megatron's own exits are no failure; whoever waits for this job must not take it for finished, though. To
         # entrypoint.sh, a signal's code would mean that this process was killed.
@@ -257,9 +258,9 @@ class Supervisor:
 
     def _notify(self, attempt: Attempt, diagnosis: Diagnosis, decision: Decision | None) -> None:
         """Tell people of what is not routine: failures, hangs, nodes that are left out, the end."""
-        if diagnosis.cause in ROUTINE or (decision is None and diagnosis.cause != "finished"):
+        if diagnosis.cause in ROUTINE or (decision is None and diagnosis.cause != Cause.FINISHED):
             return
-        event = diagnosis.cause if diagnosis.cause in ("finished", "hung") else "failed"
+        event = diagnosis.cause if diagnosis.cause in (Cause.FINISHED, Cause.HUNG) else "failed"
         facts = {"attempt": attempt.number, "step": attempt.last_step, "cause": diagnosis.cause, "nodes": attempt.nodes}
         text = f"{diagnosis}{'' if decision is None else f'; {decision}'}"
         notify(self.recipe.run_path, event, text, **facts)
