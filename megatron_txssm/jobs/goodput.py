@@ -21,11 +21,11 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt, attempts, job_ids
@@ -79,8 +79,8 @@ def goodput(run: Path, job_state: str | None = None, now: float | None = None) -
         return None
     now = time.time() if now is None else now
     result = Goodput(attempts=len(found))
-    lines = _steps(run, found)
-    ends = [_end(attempt, of_attempt, now) for attempt, of_attempt in zip(found, lines, strict=True)]
+    steps = _steps(run, found)
+    ends = [_end(attempt, of_attempt, now) for attempt, of_attempt in zip(found, steps, strict=True)]
     submitted = _submitted(run, found[0])
     over = now if job_state is not None else ends[-1]
     result.wall = over - submitted
@@ -89,13 +89,13 @@ def goodput(run: Path, job_state: str | None = None, now: float | None = None) -
         result.queue += _queued(end, before, after)
     if job_state == "PENDING":
         result.queue += now - ends[-1]
-    _count_steps(result, lines)
-    result.has_times = all("time" in line for of_attempt in lines for line in of_attempt)
+    _count_steps(result, steps)
+    result.has_times = all(step.ended is not None for of_attempt in steps for step in of_attempt)
     if result.has_times:
-        for attempt, of_attempt, end in zip(found, lines, ends, strict=True):
-            first = of_attempt[0]["time"] - of_attempt[0].get("step_seconds", 0.0) if of_attempt else end
+        for attempt, of_attempt, end in zip(found, steps, ends, strict=True):
+            first = (of_attempt[0].ended or 0.0) - (of_attempt[0].measured or 0.0) if of_attempt else end
             result.start += max(0.0, first - attempt.started)
-        result.recoveries = list(_recoveries(found, lines, ends))
+        result.recoveries = list(_recoveries(found, steps, ends))
     return result
 
 
@@ -164,45 +164,56 @@ def _shown(seconds: float) -> str:
     return str(timedelta(seconds=round(max(0.0, seconds))))
 
 
-def _steps(run: Path, found: list[Attempt]) -> list[list[dict[str, Any]]]:
-    """The lines of each attempt's steps."""
+class _Step(NamedTuple):
+    """A step's line in metrics.jsonl; None for what an earlier version did not write."""
+
+    number: int
+    # When, in seconds since the epoch.
+    ended: float | None
+    # Its own seconds, measured.
+    measured: float | None
+    # Its own seconds, or, from an earlier version, what the mean throughput of some steps makes of them.
+    seconds: float
+
+
+def _steps(run: Path, found: list[Attempt]) -> list[list[_Step]]:
+    """The steps of each attempt."""
     bounds = [*(attempt.metrics_offset for attempt in found), None]
     lines = (metrics_lines(run / "metrics.jsonl", begin or 0, end) for begin, end in itertools.pairwise(bounds))
-    return [[line for line in of_attempt if "grad_norm" in line] for of_attempt in lines]
+    return [_of_attempt([line for line in of_attempt if "grad_norm" in line]) for of_attempt in lines]
 
 
-def _count_steps(result: Goodput, lines: list[list[dict[str, Any]]]) -> None:
-    seconds_of: dict[int, float] = {}
-    for of_attempt in lines:
-        for line, seconds in zip(of_attempt, _step_seconds(of_attempt), strict=True):
-            step = line["iteration"]
-            if step in seconds_of:
-                result.repeated += seconds_of[step]
-                result.repeated_steps += 1
-            seconds_of[step] = seconds
-    result.steps, result.active = len(seconds_of), sum(seconds_of.values())
-
-
-def _step_seconds(lines: list[dict[str, Any]]) -> list[float]:
-    """Of each step of an attempt. An earlier version wrote the mean throughput of some steps instead."""
+def _of_attempt(lines: Sequence[Mapping[str, float]]) -> list[_Step]:
     consumed = [line.get("consumed_tokens", 0) for line in lines]
     batches = [after - before for before, after in itertools.pairwise(consumed)]
     batches = [*(batches[:1] or consumed), *batches]
+    means = [batch / max(line.get("tokens_per_second", 0), 1e-9) for batch, line in zip(batches, lines, strict=True)]
     return [
-        float(line["step_seconds"] if "step_seconds" in line else batch / max(line.get("tokens_per_second", 0), 1e-9))
-        for line, batch in zip(lines, batches, strict=False)
+        _Step(int(line["iteration"]), line.get("time"), line.get("step_seconds"), line.get("step_seconds", mean))
+        for line, mean in zip(lines, means, strict=True)
     ]
 
 
-def _end(attempt: Attempt, lines: list[dict[str, Any]], now: float) -> float:
+def _count_steps(result: Goodput, steps: list[list[_Step]]) -> None:
+    seconds_of: dict[int, float] = {}
+    for step in itertools.chain.from_iterable(steps):
+        if step.number in seconds_of:
+            result.repeated += seconds_of[step.number]
+            result.repeated_steps += 1
+        seconds_of[step.number] = step.seconds
+    result.steps, result.active = len(seconds_of), sum(seconds_of.values())
+
+
+def _end(attempt: Attempt, steps: list[_Step], now: float) -> float:
     """When an attempt ended: as its supervisor says; else with its last line, if that is known."""
     if attempt.ended is None:
         return now
     own = attempt.exit_code is not None or attempt.told_to_stop or attempt.hang or attempt.failed_nodes
-    if own or not lines or "time" not in lines[-1]:
+    last = steps[-1].ended if steps else None
+    if own or last is None:
         return attempt.ended
     # Its supervisor died with its node; the next one wrote the record.
-    return min(attempt.ended, lines[-1]["time"])
+    return min(attempt.ended, last)
 
 
 def _queued(end: float, before: Attempt, after: Attempt) -> float:
@@ -211,14 +222,14 @@ def _queued(end: float, before: Attempt, after: Attempt) -> float:
     return 0.0 if within_job else max(0.0, after.started - end)
 
 
-def _recoveries(found: list[Attempt], lines: list[list[dict[str, Any]]], ends: list[float]) -> Iterator[float]:
+def _recoveries(found: list[Attempt], steps: list[list[_Step]], ends: list[float]) -> Iterator[float]:
     farthest, since = 0, None
-    for attempt, of_attempt, end in zip(found, lines, ends, strict=True):
-        for line in of_attempt:
-            if line["iteration"] > farthest:
-                farthest = line["iteration"]
-                if since is not None:
-                    yield max(0.0, line["time"] - since)
+    for attempt, of_attempt, end in zip(found, steps, ends, strict=True):
+        for step in of_attempt:
+            if step.number > farthest:
+                farthest = step.number
+                if since is not None and step.ended is not None:
+                    yield max(0.0, step.ended - since)
                     since = None
         if since is None and attempt.ended is not None:
             since = end

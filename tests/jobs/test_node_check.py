@@ -1,6 +1,5 @@
 """What a node says of itself before training, and what is made of it."""
 
-import argparse
 import contextlib
 import json
 import os
@@ -11,13 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_txssm.jobs.nodes import node_check, node_preflight
-from megatron_txssm.jobs.nodes.node_check import report
+from megatron_txssm.jobs.nodes.node_check import NodeCheck, report
 from megatron_txssm.jobs.nodes.node_preflight import MAX_CLOCK_SKEW_SECONDS, NodePreflight, find_problems
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.sizes import checkpoint_bytes
@@ -47,7 +47,7 @@ def answering(answer: bytes | None) -> Iterator[str]:
 
 
 @pytest.fixture
-def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[argparse.Namespace]:
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[NodeCheck]:
     """Of a node that is fit."""
     run = tmp_path / "run"
     run.mkdir()
@@ -55,7 +55,7 @@ def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[argparse.N
     (run / "recipe.yaml").write_text("name: x\n")
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
     with answering(f"{time.time()!r}\n".encode()) as address:
-        yield argparse.Namespace(
+        yield NodeCheck(
             folder=run,
             checkpoints=run,
             recipe=run / "recipe.yaml",
@@ -69,8 +69,8 @@ def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[argparse.N
         )
 
 
-def test_a_node_that_is_fit(args: argparse.Namespace) -> None:
-    found = report(args)
+def test_a_node_that_is_fit(check: NodeCheck) -> None:
+    found = report(check)
     assert found["node"] == "n1"
     assert found["problems"] == []
     assert "no GPU was asked for: not checked" in found["warnings"]
@@ -79,75 +79,75 @@ def test_a_node_that_is_fit(args: argparse.Namespace) -> None:
     assert found["facts"]["mamba-ssm"] == "none"
     assert len(found["facts"]["recipe sha256"]) == 64
     # Nothing is left behind.
-    assert sorted(path.name for path in args.folder.iterdir()) == ["recipe.yaml", "token"]
+    assert sorted(path.name for path in check.folder.iterdir()) == ["recipe.yaml", "token"]
 
 
 # --- The run folder.
 
 
-def test_a_process_that_may_not_open_the_shards(args: argparse.Namespace) -> None:
-    args.open_files = 2**62
-    [problem] = report(args)["problems"]
+def test_a_process_that_may_not_open_the_shards(check: NodeCheck) -> None:
+    check = replace(check, open_files=2**62)
+    [problem] = report(check)["problems"]
     assert problem.endswith(f"(ulimit -Hn); for its shards a rank needs {2**62}")
 
 
-def test_a_limit_of_the_sites(args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_of_the_sites(check: NodeCheck, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TXSSM_PREFLIGHT_OPEN_FILES", str(2**62))
-    [problem] = report(args)["problems"]
+    [problem] = report(check)["problems"]
     assert problem.endswith(f"(ulimit -Hn); for its shards a rank needs {2**62}")
     monkeypatch.setenv("TXSSM_PREFLIGHT_OPEN_FILES", "off")
-    args.open_files = 2**62
-    assert report(args)["problems"] == []
+    check = replace(check, open_files=2**62)
+    assert report(check)["problems"] == []
     monkeypatch.setenv("TXSSM_PREFLIGHT_OPEN_FILES", "many")
-    found = report(args)
+    found = report(check)
     assert len(found["problems"]) == 1
     assert "TXSSM_PREFLIGHT_OPEN_FILES=many is neither a number nor off: the default holds" in found["warnings"]
 
 
-def test_too_few_inodes(args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    args.free_inodes = 2**62
-    if os.statvfs(args.folder).f_files == 0:
+def test_too_few_inodes(check: NodeCheck, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = replace(check, free_inodes=2**62)
+    if os.statvfs(check.folder).f_files == 0:
         # As btrfs says of itself.
-        assert report(args)["problems"] == []
+        assert report(check)["problems"] == []
         return
-    [problem] = report(args)["problems"]
-    assert problem.startswith(f"{args.folder} has room for ") and "TXSSM_PREFLIGHT_FREE_INODES" in problem
+    [problem] = report(check)["problems"]
+    assert problem.startswith(f"{check.folder} has room for ") and "TXSSM_PREFLIGHT_FREE_INODES" in problem
     monkeypatch.setenv("TXSSM_PREFLIGHT_FREE_INODES", "1")
-    assert report(args)["problems"] == []
+    assert report(check)["problems"] == []
 
 
-def test_too_little_shared_memory(args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_shared_memory(check: NodeCheck, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TXSSM_PREFLIGHT_SHM_MB", "1e12")
-    [problem] = report(args)["problems"]
+    [problem] = report(check)["problems"]
     assert problem.startswith("/dev/shm has ") and "(limit 1e+12: TXSSM_PREFLIGHT_SHM_MB)" in problem
 
 
-def test_a_folder_that_is_not_shared(args: argparse.Namespace) -> None:
-    args.token_file.write_text("of another node")
-    assert report(args)["problems"] == [f"{args.folder} is not the first node's: it must lie on a shared file system"]
-    args.token_file.unlink()
-    assert report(args)["problems"] == [f"{args.folder} is not there: it must lie on a shared file system"]
+def test_a_folder_that_is_not_shared(check: NodeCheck) -> None:
+    check.token_file.write_text("of another node")
+    assert report(check)["problems"] == [f"{check.folder} is not the first node's: it must lie on a shared file system"]
+    check.token_file.unlink()
+    assert report(check)["problems"] == [f"{check.folder} is not there: it must lie on a shared file system"]
 
 
-def test_a_file_in_the_place_of_the_folder(args: argparse.Namespace, tmp_path: Path) -> None:
-    args.folder = tmp_path / "file"
-    args.folder.touch()
-    assert report(args)["problems"] == [f"{args.folder} cannot be written: Not a directory"]
+def test_a_file_in_the_place_of_the_folder(check: NodeCheck, tmp_path: Path) -> None:
+    check = replace(check, folder=tmp_path / "file")
+    check.folder.touch()
+    assert report(check)["problems"] == [f"{check.folder} cannot be written: Not a directory"]
 
 
-def test_too_little_space(args: argparse.Namespace) -> None:
-    free = os.statvfs(args.folder)
-    args.free_bytes = free.f_blocks * free.f_frsize + 1
-    (problem,) = report(args)["problems"]
-    assert problem.startswith(f"{args.folder} has ")
-    assert problem.endswith(f" GB left; a checkpoint takes {args.free_bytes / GB:.1f} GB")
+def test_too_little_space(check: NodeCheck) -> None:
+    free = os.statvfs(check.folder)
+    check = replace(check, free_bytes=free.f_blocks * free.f_frsize + 1)
+    (problem,) = report(check)["problems"]
+    assert problem.startswith(f"{check.folder} has ")
+    assert problem.endswith(f" GB left; a checkpoint takes {check.free_bytes / GB:.1f} GB")
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [("ro", "Read-only file system"), ("size=16k", "No space left on device"), ("nr_inodes=1", "No space left")],
 )
-def test_a_file_system_that_takes_no_file(args: argparse.Namespace, tmp_path: Path, options: str, reason: str) -> None:
+def test_a_file_system_that_takes_no_file(check: NodeCheck, tmp_path: Path, options: str, reason: str) -> None:
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
         pytest.skip("needs root that may make mount namespaces: start the container with --privileged")
     mounted = tmp_path / "mounted"
@@ -156,11 +156,11 @@ def test_a_file_system_that_takes_no_file(args: argparse.Namespace, tmp_path: Pa
     words = [
         f"--folder={mounted}",
         f"--checkpoints={mounted}",
-        f"--recipe={args.recipe}",
+        f"--recipe={check.recipe}",
         "--token=secret",
-        f"--token-file={args.token_file}",
+        f"--token-file={check.token_file}",
     ]
-    words += [f"--address={args.address}", "--gpus=0", "--free-bytes=1"]
+    words += [f"--address={check.address}", "--gpus=0", "--free-bytes=1"]
     script = f'mount -t tmpfs -o {options} none "$0" && exec "$@"'
     command = ["unshare", "--mount", "sh", "-c", script, str(mounted), sys.executable, node_check.__file__, *words]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -173,32 +173,33 @@ def test_a_file_system_that_takes_no_file(args: argparse.Namespace, tmp_path: Pa
 
 
 @pytest.mark.parametrize("ahead", [-3600.0, 0.0, 3600.0])
-def test_the_first_nodes_clock_is_read(args: argparse.Namespace, ahead: float) -> None:
-    with answering(f"{time.time() + ahead!r}\n".encode()) as args.address:
-        clock = report(args)["clock"]
+def test_the_first_nodes_clock_is_read(check: NodeCheck, ahead: float) -> None:
+    with answering(f"{time.time() + ahead!r}\n".encode()) as address:
+        clock = report(replace(check, address=address))["clock"]
+    assert clock is not None
     assert abs(clock["ahead_seconds"] - ahead) < 60
     assert 0 <= clock["uncertain_seconds"] < 60
 
 
 @pytest.mark.parametrize("answer", [b"noon\n", b"\xff\n", b"", None])
-def test_another_service_at_the_port(args: argparse.Namespace, answer: bytes | None) -> None:
-    with answering(answer) as args.address:
-        found = report(args)
+def test_another_service_at_the_port(check: NodeCheck, answer: bytes | None) -> None:
+    with answering(answer) as address:
+        found = report(replace(check, address=address))
     assert found["clock"] is None
-    assert found["problems"][0].startswith(f"the rendezvous at {args.address} cannot be reached (")
+    assert found["problems"][0].startswith(f"the rendezvous at {address} cannot be reached (")
 
 
-def test_a_port_that_cannot_be_reached(args: argparse.Namespace) -> None:
-    with answering(None) as args.address:
+def test_a_port_that_cannot_be_reached(check: NodeCheck) -> None:
+    with answering(None) as address:
         pass
-    found = report(args)
+    found = report(replace(check, address=address))
     assert found["clock"] is None
     assert "Connection refused" in found["problems"][0]
 
 
-def test_a_host_that_has_no_address(args: argparse.Namespace) -> None:
-    args.address = "no-such-host.invalid:29500"
-    assert report(args)["problems"][0].startswith("the rendezvous at no-such-host.invalid:29500 cannot be reached (")
+def test_a_host_that_has_no_address(check: NodeCheck) -> None:
+    check = replace(check, address="no-such-host.invalid:29500")
+    assert report(check)["problems"][0].startswith("the rendezvous at no-such-host.invalid:29500 cannot be reached (")
 
 
 # --- Caches and versions.
@@ -226,7 +227,7 @@ user@host:/x /mnt/my\\040disk fuse.sshfs rw 0 0
     ],
 )
 def test_a_cache_on_a_network_file_system(
-    args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, folder: str, kind: str | None
+    check: NodeCheck, monkeypatch: pytest.MonkeyPatch, folder: str, kind: str | None
 ) -> None:
     read = Path.read_text
 
@@ -238,26 +239,26 @@ def test_a_cache_on_a_network_file_system(
     monkeypatch.setattr(node_check, "_check_owner", lambda *words: None)
     monkeypatch.setenv("TRITON_CACHE_DIR", folder)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/scratch")
-    texts = [text for text in report(args)["warnings"] if "GPU" not in text]
+    texts = [text for text in report(check)["warnings"] if "GPU" not in text]
     expected = f"TRITON_CACHE_DIR={folder} is on {kind}; set it to a folder on the node's own disk (slurm/env.sh)"
     assert texts == ([] if kind is None else [expected])
 
 
-def test_a_cache_of_somebody_else(args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_cache_of_somebody_else(check: NodeCheck, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cache = tmp_path / "triton"
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
-    assert report(args)["problems"] == [] and cache.stat().st_mode & 0o777 == 0o700
+    assert report(check)["problems"] == [] and cache.stat().st_mode & 0o777 == 0o700
     if os.geteuid() != 0:
         pytest.skip("needs root, to give a folder away")
     os.chown(cache, 4711, 4711)
-    assert report(args)["problems"] == [
+    assert report(check)["problems"] == [
         f"TRITON_CACHE_DIR={cache} belongs to user 4711, not to this job's; set another in slurm/env.sh"
     ]
 
 
-def test_a_recipe_that_cannot_be_read_is_a_fact(args: argparse.Namespace) -> None:
-    args.recipe.unlink()
-    assert report(args)["facts"]["recipe sha256"] == "unreadable (No such file or directory)"
+def test_a_recipe_that_cannot_be_read_is_a_fact(check: NodeCheck) -> None:
+    check.recipe.unlink()
+    assert report(check)["facts"]["recipe sha256"] == "unreadable (No such file or directory)"
 
 
 def test_a_user_without_a_name_is_no_obstacle() -> None:
@@ -275,7 +276,7 @@ def test_a_user_without_a_name_is_no_obstacle() -> None:
 # --- Over the nodes.
 
 
-def says(node: str, **changed: Any) -> dict[str, Any]:
+def says(node: str, **changed: Any) -> Any:
     facts = {"recipe sha256": "ab", "torch": "2.9", **changed.pop("facts", {})}
     clock = {"ahead_seconds": 0.0, "uncertain_seconds": 0.01}
     return {"node": node, "problems": [], "warnings": [], "clock": clock, "facts": facts} | changed

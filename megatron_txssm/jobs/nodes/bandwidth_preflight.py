@@ -6,7 +6,7 @@ import os
 import statistics
 import subprocess
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Never, TypedDict, cast
 
 from megatron_txssm.jobs.nodes.gpu_check import limit
 from megatron_txssm.slurm.environment import srun_words, step_python
@@ -19,12 +19,20 @@ GPU_MEGABYTES, CPU_MEGABYTES = 256, 16
 SLOW_SHARE = 0.5
 
 
+class Measured(TypedDict):
+    """As bandwidth_check prints it: GB/s over all ranks, GB/s into each node from the one before it, seconds."""
+
+    allreduce: float
+    links: list[float]
+    seconds: float
+
+
 @dataclass
 class Bandwidth:
     """What was found; `problems` names the nodes that are at fault."""
 
-    # As bandwidth_check prints it; empty where it was not measured.
-    measured: dict[str, Any] = field(default_factory=dict)
+    # Empty where it was not measured.
+    measured: Measured | dict[str, Never] = field(default_factory=dict)
     words: list[str] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=dict)
 
@@ -57,16 +65,16 @@ def measure(nodes: list[str], gpus: int, port: int, timeout_seconds: float) -> B
             srun.kill()
             output, _ = srun.communicate()
             why = f"it did not end within {timeout_seconds:g} s (--preflight-timeout)"
-    answers = json_lines(output, '{"allreduce": ')
+    answers = cast(list[Measured], json_lines(output, '{"allreduce": '))
     if not answers:
         found.words.append(f"all-reduce between nodes could not be measured: {why} ({_LIMIT}=off leaves it out)")
         return found
     found.measured = answers[-1]
-    _judge(found, nodes, least)
+    _judge(found, answers[-1], nodes, least)
     return found
 
 
-def json_lines(output: str, begin: str) -> list[dict[str, Any]]:
+def json_lines(output: str, begin: str) -> list[dict[str, object]]:
     """The lines of a step's output that begin so; one that was cut off when srun was killed is left out."""
     found = []
     for line in output.splitlines():
@@ -76,12 +84,12 @@ def json_lines(output: str, begin: str) -> list[dict[str, Any]]:
     return found
 
 
-def _judge(found: Bandwidth, nodes: list[str], least: float) -> None:
-    rate, seconds = found.measured["allreduce"], found.measured["seconds"]
+def _judge(found: Bandwidth, measured: Measured, nodes: list[str], least: float) -> None:
+    rate, seconds = measured["allreduce"], measured["seconds"]
     found.words.append(f"all-reduce over {len(nodes)} nodes: {rate:.2f} GB/s (measured in {seconds:.1f} s)")
     if rate >= least:
         return
-    links = found.measured["links"]
+    links = measured["links"]
     # A node is as good as the better of its two links: the other may be slow for the neighbour's sake.
     best = [max(links[place], links[(place + 1) % len(links)]) for place in range(len(links))]
     usual = statistics.median(best)

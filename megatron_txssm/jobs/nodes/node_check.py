@@ -15,8 +15,9 @@ import socket
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from megatron_txssm.jobs.nodes.gpu_check import check_gpus, limit
 
@@ -32,6 +33,52 @@ CONNECT_SECONDS = 10
 SHARED_MEMORY = "/dev/shm"
 
 
+@dataclass(frozen=True)
+class NodeCheck:
+    """What a node is to look at; each field is an option of this program."""
+
+    # Of the run, and of its checkpoints.
+    folder: Path
+    checkpoints: Path
+    recipe: Path
+    # What the first node wrote into the attempt's folder, and where.
+    token: str
+    token_file: Path
+    # HOST:PORT of the rendezvous.
+    address: str
+    # That the job has on this node.
+    gpus: int
+    # That a checkpoint needs.
+    free_bytes: int
+    # Files that the run may still make.
+    free_inodes: int
+    # That a rank keeps open.
+    open_files: int
+
+    @property
+    def words(self) -> list[str]:
+        return [f"--{each.name.replace('_', '-')}={getattr(self, each.name)}" for each in fields(self)]
+
+
+class Clock(TypedDict):
+    """How far the first node's clock is ahead of this node's, and how well that is known."""
+
+    ahead_seconds: float
+    uncertain_seconds: float
+
+
+class NodeReport(TypedDict):
+    """A node's answer."""
+
+    node: str
+    problems: list[str]
+    warnings: list[str]
+    # None where the first node could not be asked.
+    clock: Clock | None
+    # Compared over the nodes.
+    facts: dict[str, str]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, help="the run folder")
@@ -45,25 +92,25 @@ def main() -> None:
     parser.add_argument("--free-inodes", type=int, default=0, help="files that the run may still make")
     parser.add_argument("--open-files", type=int, default=0, help="that a rank keeps open")
     args = parser.parse_args()
-    print(json.dumps(report(args)), flush=True)
+    print(json.dumps(report(NodeCheck(**vars(args)))), flush=True)
 
 
-def report(args: argparse.Namespace) -> dict[str, Any]:
-    """{node, problems, warnings, facts}; facts are compared over the nodes."""
+def report(check: NodeCheck) -> NodeReport:
+    """What this node says of itself."""
     problems: list[str] = []
     warnings: list[str] = []
-    clock = _clock_offset(args.address, problems)
-    check_gpus(args.gpus, problems, warnings)
-    _check_folder(args, problems, warnings)
-    _check_open_files(limit("OPEN_FILES", args.open_files, warnings), problems)
+    clock = _clock_offset(check.address, problems)
+    check_gpus(check.gpus, problems, warnings)
+    _check_folder(check, problems, warnings)
+    _check_open_files(limit("OPEN_FILES", check.open_files, warnings), problems)
     # NCCL's buffers between a node's GPUs; containers begin with 64 MB.
-    _check_shared_memory(limit("SHM_MB", 1024 if args.gpus else None, warnings), problems)
+    _check_shared_memory(limit("SHM_MB", 1024 if check.gpus else None, warnings), problems)
     for name, default in CACHES.items():
         folder = os.path.realpath(os.path.expanduser(os.environ.get(name, default)))
         if (kind := _file_system(folder)).startswith(_NETWORK):
             warnings.append(f"{name}={folder} is on {kind}; set it to a folder on the node's own disk (slurm/env.sh)")
         _check_owner(name, folder, problems)
-    facts = {"recipe sha256": _sha256(args.recipe), "python": sys.version.split()[0], **_versions()}
+    facts = {"recipe sha256": _sha256(check.recipe), "python": sys.version.split()[0], **_versions()}
     return {
         "node": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
         "problems": problems,
@@ -73,7 +120,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _clock_offset(address: str, problems: list[str]) -> dict[str, float] | None:
+def _clock_offset(address: str, problems: list[str]) -> Clock | None:
     """Seconds that the first node's clock is ahead, and how well that is known; asks it at the rendezvous port."""
     host, _, port = address.rpartition(":")
     try:
@@ -87,34 +134,34 @@ def _clock_offset(address: str, problems: list[str]) -> dict[str, float] | None:
     return {"ahead_seconds": theirs - (begin + end) / 2, "uncertain_seconds": (end - begin) / 2}
 
 
-def _check_folder(args: argparse.Namespace, problems: list[str], warnings: list[str]) -> None:
+def _check_folder(check: NodeCheck, problems: list[str], warnings: list[str]) -> None:
     try:
-        if args.token_file.read_text() != args.token:
-            problems.append(f"{args.folder} is not the first node's: it must lie on a shared file system")
+        if check.token_file.read_text() != check.token:
+            problems.append(f"{check.folder} is not the first node's: it must lie on a shared file system")
             return
-        with tempfile.NamedTemporaryFile(dir=args.folder, prefix=".preflight-") as file:
+        with tempfile.NamedTemporaryFile(dir=check.folder, prefix=".preflight-") as file:
             file.write(b"x" * 65536)
             file.flush()
             os.fsync(file.fileno())
     except FileNotFoundError:
-        problems.append(f"{args.folder} is not there: it must lie on a shared file system")
+        problems.append(f"{check.folder} is not there: it must lie on a shared file system")
         return
     except OSError as error:
-        problems.append(f"{args.folder} cannot be written: {error.strerror}")
+        problems.append(f"{check.folder} cannot be written: {error.strerror}")
         return
     try:
-        free, needed = shutil.disk_usage(args.checkpoints).free / 1e9, args.free_bytes / 1e9
-        files = os.statvfs(args.checkpoints)
+        free, needed = shutil.disk_usage(check.checkpoints).free / 1e9, check.free_bytes / 1e9
+        files = os.statvfs(check.checkpoints)
     except OSError as error:
-        problems.append(f"{args.checkpoints} cannot be reached: {error.strerror}")
+        problems.append(f"{check.checkpoints} cannot be reached: {error.strerror}")
         return
     if free < needed:
-        problems.append(f"{args.checkpoints} has {free:.1f} GB left; a checkpoint takes {needed:.1f} GB")
+        problems.append(f"{check.checkpoints} has {free:.1f} GB left; a checkpoint takes {needed:.1f} GB")
     # Some file systems have no number of files, and say 0.
-    least = limit("FREE_INODES", args.free_inodes, warnings)
+    least = limit("FREE_INODES", check.free_inodes, warnings)
     if least is not None and files.f_files > 0 and files.f_favail < least:
         problems.append(
-            f"{args.checkpoints} has room for {files.f_favail} more files (inodes, df -i; limit {least:g}: "
+            f"{check.checkpoints} has room for {files.f_favail} more files (inodes, df -i; limit {least:g}: "
             "TXSSM_PREFLIGHT_FREE_INODES)"
         )
 

@@ -10,11 +10,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import write_json
 from megatron_txssm.jobs.nodes.bandwidth_preflight import Bandwidth, json_lines, measure
+from megatron_txssm.jobs.nodes.node_check import NodeCheck, NodeReport
 from megatron_txssm.process_limits import open_files
 from megatron_txssm.recipe.loader import find_recipe
 from megatron_txssm.recipe.recipe import Recipe
@@ -66,25 +67,27 @@ class NodePreflight:
             print(f"preflight: {node} is not fit: {'; '.join(texts)}", flush=True)
         return problems
 
-    def _ask(self, token: str) -> tuple[list[dict[str, Any]], str]:
+    def _ask(self, token: str) -> tuple[list[NodeReport], str]:
         """What the nodes report, and what to say of one that did not."""
         count, saves = len(self.nodes), self.recipe.checkpoint.save_interval is not None
         checkpoints = self.recipe.checkpoint_path if saves else self.recipe.run_path
+        check = NodeCheck(
+            folder=self.recipe.run_path.resolve(),
+            checkpoints=checkpoints.resolve(),
+            recipe=find_recipe(self.recipe_file).resolve(),
+            token=token,
+            token_file=self.folder / "token",
+            # This process's, also where the job's first node is not among those that are asked.
+            address=f"{os.environ.get('SLURMD_NODENAME', socket.gethostname())}:{self.port}",
+            gpus=gpus_on_node(),
+            free_bytes=checkpoint_bytes(self.recipe) if saves else 0,
+            free_inodes=FILES_A_RANK * count * max(1, gpus_on_node()) if saves else 0,
+            open_files=self._open_files(),
+        )
         command = [
             *srun_words("preflight"),
             *(f"--nodes={count}", f"--nodelist={','.join(self.nodes)}", f"--ntasks={count}", "--ntasks-per-node=1"),
-            *(step_python(), "-m", _MODULE),
-            f"--folder={self.recipe.run_path.resolve()}",
-            f"--checkpoints={checkpoints.resolve()}",
-            f"--recipe={find_recipe(self.recipe_file).resolve()}",
-            f"--token={token}",
-            f"--token-file={self.folder / 'token'}",
-            # This process's, also where the job's first node is not among those that are asked.
-            f"--address={os.environ.get('SLURMD_NODENAME', socket.gethostname())}:{self.port}",
-            f"--gpus={gpus_on_node()}",
-            f"--free-bytes={checkpoint_bytes(self.recipe) if saves else 0}",
-            f"--free-inodes={FILES_A_RANK * count * max(1, gpus_on_node()) if saves else 0}",
-            f"--open-files={self._open_files()}",
+            *(step_python(), "-m", _MODULE, *check.words),
         ]
         silence = f"{_ENDED}; srun's words above may say why"
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as srun:
@@ -97,7 +100,7 @@ class NodePreflight:
                     f"{_NO_ANSWER} within {self.timeout_seconds:g} s; the import of a container's image or a cold "
                     "file system may take longer: --preflight-timeout"
                 )
-        return json_lines(output, '{"node": '), silence
+        return cast(list[NodeReport], json_lines(output, '{"node": ')), silence
 
     def _open_files(self) -> int:
         """Of a rank; 0 where the data cannot be read, which the ranks say."""
@@ -112,7 +115,7 @@ def is_silence(problem: str) -> bool:
     return problem.startswith((_ENDED, _NO_ANSWER))
 
 
-def find_problems(reports: list[dict[str, Any]], nodes: list[str], silence: str) -> dict[str, list[str]]:
+def find_problems(reports: list[NodeReport], nodes: list[str], silence: str) -> dict[str, list[str]]:
     """Node -> problems: its own, and where it differs from the others; `silence` is that of one without a report."""
     by_node = {report["node"]: report for report in reports}
     # In the nodes' order, whatever srun's: of two that differ, the first counts.

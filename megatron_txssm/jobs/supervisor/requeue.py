@@ -5,7 +5,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt
@@ -100,12 +100,12 @@ def _requeue_once(verb: str, job_id: str) -> None:
             raise
 
 
-def until_answered[T](call: Callable[..., T], *args: Any) -> T:
-    """`call(*args)`, again and again unless Slurm refuses; a slurmctld that is away is waited for."""
+def until_answered[**P, T](call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+    """What `call` returns: called again and again unless Slurm refuses; a slurmctld that is away is waited for."""
     wait, deadline = 0.5, time.monotonic() + REQUEUE_SECONDS
     while True:
         try:
-            return call(*args)
+            return call(*args, **named)
         except UserError as error:
             if _REFUSED.search(str(error)) or time.monotonic() > deadline:
                 raise
