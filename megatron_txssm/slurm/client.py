@@ -131,6 +131,16 @@ def queue() -> list[Job]:
     return sorted(map(_job, rows), key=lambda job: [int(number) for number in re.findall(r"\d+", job.job_id)])
 
 
+def time_limit_of(job_id: str) -> float:
+    """When Slurm will end the job that this process runs in, in seconds since the epoch; infinite if unknown."""
+    if (known := os.environ.get("SLURM_JOB_END_TIME", "")).isdecimal():
+        return float(known)
+    try:
+        return next((job.end_time for job in queue() if job.job_id == job_id), 0) or float("inf")
+    except UserError:
+        return float("inf")
+
+
 def run_squeue(*options: str) -> str:
     """What squeue prints, whatever the user has set for it; times in seconds since the epoch."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}

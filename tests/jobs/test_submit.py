@@ -6,14 +6,18 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_txssm.cli.main import main
+from megatron_txssm.errors import UserError
 from megatron_txssm.jobs import submit
+from megatron_txssm.jobs.limits import Limits
 from megatron_txssm.jobs.submission import submission
+from megatron_txssm.jobs.submission.request import Request
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.sizes import checkpoint_bytes
 from megatron_txssm.slurm import client as slurm
@@ -486,6 +490,59 @@ def test_a_refusal_at_the_end_leaves_no_job_behind(cluster: Cluster, capsys: pyt
     assert "Socket timed out" in capsys.readouterr().err
     assert cluster.queued == [] and cluster.cancelled == []
     assert json.loads(Path("runs/demo/submission.json").read_text())["jobs"] == {}
+
+
+# --- From Python.
+
+
+def test_submit_from_python_queues_what_the_command_line_does(cluster: Cluster) -> None:
+    limits = Limits(step_timeout=60, restarts=0)
+    words = ("--after=7", "--time=2:00:00", "--sbatch=mem=0", "--spare=1", "--step-timeout=60", "--restarts=0")
+    assert submit_demo(*words) == 0
+    script, record = (Path(f"runs/demo/{name}").read_text() for name in ("pretrain.sbatch", "submission.json"))
+    given: dict[str, Any] = {"after": [7], "time": "2:00:00", "sbatch": ["mem=0"], "spare": 1, "limits": limits}
+    assert submit.submit("demo_cpu", nodes=2, nproc_per_node=2, overrides=FIELDS, **given) == 0
+    assert Path("runs/demo/pretrain.sbatch").read_text() == script
+    assert cluster.queued[0] == cluster.queued[1]
+    ours, theirs = json.loads(Path("runs/demo/submission.json").read_text()), json.loads(record)
+    for name in ("command", "submitted", "jobs"):
+        del ours[name], theirs[name]
+    assert ours == theirs
+
+
+def test_the_command_that_submits_again_what_python_submitted(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every argument, changed; parsed, it asks for the same."""
+    request = Request(
+        "a recipe.yaml",
+        nodes=3,
+        gpus_per_node=4,
+        nproc_per_node=4,
+        spare=1,
+        time="1-0",
+        partition="big",
+        account="us",
+        sbatch=("exclusive", "mem=0"),
+        overrides=("data.train=[a b]", "name=x"),
+        after=("7", "8"),
+        chain=True,
+        corpus="c",
+        dry_run=True,
+        freeze_code=False,
+        limits=Limits(*range(1, 8)),
+    )
+    assert all(getattr(request, each.name) != each.default for each in fields(Request))
+    asked = []
+    monkeypatch.setattr(submit, "plan_submission", lambda request, command: asked.append(request))
+    assert main(shlex.split(request.command)[1:]) == 0
+    assert asked == [request]
+
+
+def test_an_error_from_python_is_raised(cluster: Cluster) -> None:
+    with pytest.raises(UserError, match="--step-timeout 0 must be at least 1"):
+        submit.submit("demo_cpu", nodes=1, nproc_per_node=2, limits=Limits(step_timeout=0))
+    assert cluster.queued == []
 
 
 # --- Chains.

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_txssm.jobs import attempts
 from megatron_txssm.jobs.diagnosis.diagnosis import Diagnosis
+from megatron_txssm.jobs.limits import Limits
 from megatron_txssm.jobs.supervisor import supervisor, unfit_node
 from megatron_txssm.jobs.supervisor.settings import Settings
 from megatron_txssm.recipe.loader import load_recipe
@@ -137,6 +138,12 @@ def test_what_the_preflight_said_is_not_the_trainers(run: Path, monkeypatch: pyt
     monkeypatch.setattr(trains, "_step_command", lambda nodes: ["true"])
     trains._train(attempt)
     assert attempt.exit_code == 0 and attempt.read_output() == ""
+
+
+def test_the_command_line_of_the_batch_script_is_read_back() -> None:
+    settings = Settings("a b.yaml", ("x=$y", "data.train=[]"), nodes=2, limits=Limits(*range(1, 8)))
+    assert supervisor._parse(settings.words) == settings
+    assert supervisor._parse(["demo_cpu"]) == Settings("demo_cpu")
 
 
 def supervisor_of(run: Path) -> supervisor.Supervisor:

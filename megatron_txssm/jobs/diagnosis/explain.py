@@ -59,17 +59,24 @@ def explain(run: str | Path, *, every_attempt: bool = False) -> int:
         _print("  what to do", stage.todo)
     if last is not None and running:
         _print("now", f"attempt {last.number} of job {last.job_id} {running}: {_progress(recipe, folder)}")
+    _explain_now(folder, recipe, jobs, no_answer, runs=bool(running), has_ended=bool(ended))
+    return 0
+
+
+def _explain_now(
+    folder: Path, recipe: Recipe, jobs: list[slurm.Job] | None, no_answer: str, runs: bool, has_ended: bool
+) -> None:
+    """What the run's jobs do, and how well it uses its time. `runs`, `has_ended`: one of its attempts."""
     for job in jobs or ():
         _print("now", _now(job))
-        _print("what to do", what_it_waits_for(job) if job.state == "PENDING" and not ended else "")
+        _print("what to do", what_it_waits_for(job) if job.state == "PENDING" and not has_ended else "")
     if no_answer:
         _print("Slurm", no_answer)
-    elif not jobs and not running:
+    elif not jobs and not runs:
         _print("now", "finished" if is_finished(recipe) else "no job of this run is pending or running")
-    _print("slow", slowness(folder / "metrics.jsonl") if running else "")
+    _print("slow", slowness(folder / "metrics.jsonl") if runs else "")
     for name, text in explain_goodput(folder, jobs[0].state if jobs else None):
         _print(name, text)
-    return 0
 
 
 def _ask(folder: Path, is_slurms: bool) -> tuple[list[slurm.Job] | None, str]:

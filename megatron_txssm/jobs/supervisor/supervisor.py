@@ -85,7 +85,7 @@ class Supervisor:
         self.num_nodes = settings.nodes or len(self.nodes)
         tasks = os.environ.get("SLURM_NTASKS_PER_NODE")
         self.nproc_per_node = int(tasks or int(os.environ.get("SLURM_NTASKS", "1")) // len(self.nodes))
-        self.time_limit = self._time_limit()
+        self.time_limit = slurm.time_limit_of(self.job_id)
         self.told_to_stop = False
         self.trouble: OSError | None = None
         # Ranks of the last step may live on, out of slurmctld's sight.
@@ -196,9 +196,7 @@ class Supervisor:
     def _diagnose(self, attempt: Attempt) -> Diagnosis:
         attempt.told_to_stop = self.told_to_stop
         diagnosis = close(attempt, self.recipe)
-        if diagnosis.cause in (Cause.STOPPED, Cause.STEP_CANCELLED) and self._is_out_of_time(
-            self.limits.stop_before + SIGNAL_SLACK_SECONDS
-        ):
+        if diagnosis.cause in (Cause.STOPPED, Cause.STEP_CANCELLED) and self._is_near_time_limit():
             record(attempt, diagnosis := Diagnosis(Cause.TIME_LIMIT))
         self._save(attempt)
         say(f"END attempt {attempt.number}: {diagnosis}")
@@ -237,9 +235,7 @@ class Supervisor:
     def _was_told_as_routine(self, attempt: Attempt) -> bool:
         """Whether Slurm's SIGTERM came for the time limit or a preemption; else a requeue would revive the job."""
         ended = why_slurm_ended_it(attempt.read_output())
-        return (ended is not None and ended[0] in ROUTINE) or self._is_out_of_time(
-            self.limits.stop_before + SIGNAL_SLACK_SECONDS
-        )
+        return (ended is not None and Cause(ended[0]) in ROUTINE) or self._is_near_time_limit()
 
     def _exit_code(self, attempt: Attempt, diagnosis: Diagnosis) -> int:
         if diagnosis.cause == Cause.FINISHED:
@@ -279,14 +275,8 @@ class Supervisor:
     def _note_stop(self, number: int, frame: FrameType | None) -> None:
         self.told_to_stop = True
 
-    def _time_limit(self) -> float:
-        """When Slurm will end the job, in seconds since the epoch."""
-        if (known := os.environ.get("SLURM_JOB_END_TIME", "")).isdecimal():
-            return float(known)
-        try:
-            return next((job.end_time for job in slurm.queue() if job.job_id == self.job_id), 0) or float("inf")
-        except UserError:
-            return float("inf")
+    def _is_near_time_limit(self) -> bool:
+        return self._is_out_of_time(self.limits.stop_before + SIGNAL_SLACK_SECONDS)
 
     def _is_out_of_time(self, margin_seconds: float = 2) -> bool:
         """At the time limit itself a trainer that still saves has KillWait left, and this process no longer."""
