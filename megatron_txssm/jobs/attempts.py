@@ -25,7 +25,7 @@ from typing import NotRequired, TypedDict
 
 from megatron_txssm.errors import UserError, nearest, shown
 from megatron_txssm.files import write_json
-from megatron_txssm.jobs.diagnosis.causes import Cause
+from megatron_txssm.jobs.cause import Cause
 from megatron_txssm.jobs.limits import Phase
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe

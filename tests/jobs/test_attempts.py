@@ -12,7 +12,7 @@ import pytest
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt, attempts, farthest_step, find_run, load_run, new_attempt
-from megatron_txssm.jobs.diagnosis.causes import Cause
+from megatron_txssm.jobs.cause import Cause
 from megatron_txssm.jobs.diagnosis.diagnosis import diagnose, recorded
 from megatron_txssm.jobs.supervisor.decision import refusal
 from megatron_txssm.recipe.loader import load_recipe

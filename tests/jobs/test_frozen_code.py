@@ -109,5 +109,5 @@ def test_a_copy_of_this_checkout_runs_by_itself(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(code.path), "PYTHONSAFEPATH": "1"}
     done = subprocess.run([sys.executable, "-c", text], env=environment, cwd=HOME, capture_output=True, text=True)
     place = code.path
-    expected = f"{place}/megatron_txssm/launch/supervisor.py demo_cpu {place}/recipes\n"
+    expected = f"{place}/megatron_txssm/jobs/supervisor/supervisor.py demo_cpu {place}/recipes\n"
     assert (done.stdout, done.stderr) == (expected, "")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt, Hang, farthest_step
+from megatron_txssm.jobs.cause import Cause
 from megatron_txssm.jobs.diagnosis.causes import (
-    Cause,
     cause_of,
     is_of_another_rank,
     meaning,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt, attempts, find_run, job_ids, load_run
-from megatron_txssm.jobs.diagnosis.causes import Cause
+from megatron_txssm.jobs.cause import Cause
 from megatron_txssm.jobs.diagnosis.diagnosis import close, recorded
 from megatron_txssm.jobs.diagnosis.remedies import what_to_do
 from megatron_txssm.jobs.diagnosis.stages import end_of, last_words, other_stages

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from megatron_txssm.checkpoint.steps import saved_step, whole_steps
 from megatron_txssm.jobs.attempts import Attempt
-from megatron_txssm.jobs.diagnosis.causes import Cause, remedy
+from megatron_txssm.jobs.cause import Cause
+from megatron_txssm.jobs.diagnosis.causes import remedy
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm.client import Job
 from megatron_txssm.slurm.submission import read_submission

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_txssm.jobs.diagnosis.causes import CAUSES, Cause, shortened
+from megatron_txssm.jobs.cause import Cause
+from megatron_txssm.jobs.diagnosis.causes import CAUSES, shortened
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm.client import Job
 from megatron_txssm.slurm.submission import read_submission

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_txssm.jobs.attempts import Attempt
-from megatron_txssm.jobs.diagnosis.causes import Cause
+from megatron_txssm.jobs.cause import Cause
 
 # What may go well at the next try. Preemption is Slurm's to requeue, a refusal is nobody's.
 RETRIED = {

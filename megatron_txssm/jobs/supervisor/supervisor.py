@@ -17,7 +17,7 @@ from types import FrameType
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt, attempts, new_attempt
-from megatron_txssm.jobs.diagnosis.causes import Cause
+from megatron_txssm.jobs.cause import Cause
 from megatron_txssm.jobs.diagnosis.diagnosis import Diagnosis, close, lost_nodes, record
 from megatron_txssm.jobs.limits import LIMIT_OPTIONS, Limits
 from megatron_txssm.jobs.nodes.node_preflight import NodePreflight

@@ -1,0 +1,42 @@
+"""The causes of an attempt's end, named; diagnosis/causes.py says what each means."""
+
+from enum import StrEnum, auto
+
+from megatron_txssm.slurm.words import EndedBySlurm
+
+
+class Cause(StrEnum):
+    """Why an attempt ended; the value is what attempt.json says."""
+
+    FINISHED = auto()
+    TIME_LIMIT = auto()
+    TIME_LIMIT_HIT = EndedBySlurm.TIME_LIMIT_HIT
+    PREEMPTED = EndedBySlurm.PREEMPTED
+    NODE_FAILURE = EndedBySlurm.NODE_FAILURE
+    REQUEUED = EndedBySlurm.REQUEUED
+    CANCELLED = auto()
+    STEP_CANCELLED = auto()
+    STOPPED = auto()
+    MEGATRON_EXIT = auto()
+    HUNG = auto()
+    PREFLIGHT = auto()
+    REFUSED = auto()
+    DISK_FULL = auto()
+    NAN = auto()
+    BAD_GPU = auto()
+    NODE_FILE_SYSTEM = auto()
+    OUT_OF_MEMORY = auto()
+    KILLED = auto()
+    SUPERVISOR_KILLED = auto()
+    SRUN_KILLED = auto()
+    FAILED = auto()
+    CONNECTION_LOST = auto()
+    UNKNOWN = auto()
+
+    @classmethod
+    def read(cls, text: str) -> "Cause | str":
+        """As attempt.json says it; the text itself if only a later version knows that cause."""
+        try:
+            return cls(text)
+        except ValueError:
+            return text
