@@ -75,7 +75,7 @@ supervise() {
 
 case $stage in
   pretrain) supervise "$@" ;;
-  shard) step "$step_python" -m datatrove.tools.launch_pickled_pipeline "$@" ;;
+  shard) step "$step_python" -m megatron_txssm.data.sharding.array_task "$@" ;;
   convert) step "$step_python" -m megatron_txssm.cli convert export "$@" ;;
   evaluate) step "$step_python" -m megatron_txssm.cli evaluate "$@" ;;
   *)

@@ -53,16 +53,14 @@ def main() -> int:
 
 def make_checkpoint(recipe_name: str, out: Path) -> None:
     """A `release` checkpoint of random weights, by Megatron."""
-    from megatron_txssm.checkpoint.load import build_model, one_process_recipe
-    from megatron_txssm.convert.worker import WITHOUT_DATA
+    from megatron_txssm.checkpoint.load import WEIGHTS_ONLY, build_model, one_process_recipe
+    from megatron_txssm.recipe.changes import changed
     from megatron_txssm.recipe.loader import load_recipe
 
     out.mkdir(parents=True)
-    recipe = load_recipe(recipe_name, WITHOUT_DATA)
+    recipe = changed(load_recipe(recipe_name), WEIGHTS_ONLY)
     (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    model = build_model(
-        one_process_recipe(recipe_name, WITHOUT_DATA), [f"--save={out}", "--no-save-optim", "--no-save-rng"]
-    )
+    model = build_model(one_process_recipe(recipe), [f"--save={out}", "--no-save-optim", "--no-save-rng"])
     import torch
     from megatron.training.checkpointing import save_checkpoint
 

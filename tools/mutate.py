@@ -26,7 +26,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 _MORE_TESTS = {
     "ops": ["tests/model/test_state_space_mixer.py", "tests/model/test_context_parallel.py"],
     "model": ["tests/parity/test_layouts.py"],
-    "recipe": ["tests/planning", "tests/cli/test_cli.py"],
+    "recipe": ["tests/architecture", "tests/cli/test_cli.py"],
 }
 _SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
     ast.Add: ast.Sub,

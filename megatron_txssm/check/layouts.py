@@ -4,20 +4,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_txssm.architecture.state_space_config import CONTEXT_PARALLEL_METHODS
-from megatron_txssm.check.shrink import Changes, changed
 from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.changes import ONE_MODEL_PARALLEL_RANK, Changes, changed
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import data_parallel_size, divisors, validate
 
 # How a recipe lays out itself.
 AS_STATED = "recipe"
 ONE_PROCESS: Changes = {
-    "parallel.tensor_model_parallel_size": 1,
-    "parallel.pipeline_model_parallel_size": 1,
-    "parallel.virtual_pipeline_stages": None,
-    "parallel.context_parallel_size": 1,
+    **ONE_MODEL_PARALLEL_RANK,
     "parallel.state_context_parallel": "state_passing",
-    "parallel.sequence_parallel": False,
     "parallel.use_distributed_optimizer": False,
     "parallel.recompute": "none",
     "megatron.overlap_grad_reduce": None,

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_txssm.check.layouts import ONE_PROCESS, Layout, all_layouts, why_not
-from megatron_txssm.check.shrink import changed, left_out, shrink
+from megatron_txssm.check.shrink import left_out, shrink
 from megatron_txssm.check.tokens import write_tokens
 from megatron_txssm.errors import UserError, nearest, readable, require_positive
 from megatron_txssm.files import unwound_by_signals
+from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.terminal import print_table, progress_bar

@@ -4,47 +4,28 @@ Sizes shrink to numbers that the same parallel sizes divide, as far as these div
 small already stays as it is.
 """
 
-import dataclasses
 import itertools
 import json
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 from megatron_txssm.check.tokens import VOCAB_SIZE
+from megatron_txssm.recipe.changes import (
+    WITHOUT_FP8,
+    WITHOUT_REPORTS,
+    WITHOUT_TOKENIZER,
+    WITHOUT_TOKENS,
+    Changes,
+    changed,
+)
 from megatron_txssm.recipe.recipe import Recipe
-
-# Dotted field -> value, as --set takes them.
-Changes = dict[str, Any]
 
 # Of a recipe's `megatron:` section what changes how gradients come about; nothing in it changes the model.
 _OF_THE_GRADIENTS = re.compile(
     r"overlap_grad_reduce|overlap_param_gather|ddp_bucket_size|ddp_num_buckets"
     r"|cp_comm_type|recompute_modules|accumulate_allreduce_grads_in_fp32"
 )
-
-
-WITHOUT_FP8: Changes = {
-    "training.fp8": None,
-    "training.fp8_recipe": "delayed",
-    "training.fp8_attention": False,
-    "training.first_last_layers_bf16": 0,
-}
-
-
-def changed(recipe: Recipe, changes: Changes) -> Recipe:
-    """The recipe with other values in some fields, unchecked; None in its `megatron:` section takes an entry out."""
-    sections: dict[str, Changes] = {}
-    for dotted, value in changes.items():
-        section, _, name = dotted.partition(".")
-        sections.setdefault(section, {})[name] = value
-    megatron = recipe.megatron | sections.pop("megatron", {})
-    return dataclasses.replace(
-        recipe,
-        **{name: dataclasses.replace(getattr(recipe, name), **fields) for name, fields in sections.items()},
-        megatron={name: value for name, value in megatron.items() if value is not None},
-    )
 
 
 def as_words(recipe: Recipe, changes: Changes) -> list[str]:
@@ -167,12 +148,13 @@ def _training(recipe: Recipe, nproc: int, steps: int) -> Changes:
 
 def _without_surroundings(recipe: Recipe, tokens: Path) -> Changes:
     """No corpus, tokenizer, checkpoints or reports."""
-    data = dict.fromkeys(("corpus", "weights", "stages", "train", "validation", "tokenizer_model", "cache_path"))
     return {
-        **{f"data.{name}": value for name, value in data.items()},
+        **WITHOUT_TOKENS,
+        **WITHOUT_TOKENIZER,
+        **WITHOUT_REPORTS,
         "data.blend": ((1.0, str(tokens)),),
         "data.split": "100,0,0",
-        "data.tokenizer_type": "NullTokenizer",
+        "data.cache_path": None,
         "data.vocab_size": VOCAB_SIZE,
         "data.make_vocab_size_divisible_by": _smaller(recipe.data.make_vocab_size_divisible_by, 8, at_least=8),
         "checkpoint.directory": None,
@@ -181,7 +163,5 @@ def _without_surroundings(recipe: Recipe, tokens: Path) -> Changes:
         "logging.log_interval": 1,
         "logging.eval_interval": None,
         "logging.eval_iters": 0,
-        "logging.tensorboard": False,
-        "logging.wandb_project": None,
         **{f"megatron.{key}": None for key in left_out(recipe)},
     }

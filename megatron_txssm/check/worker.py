@@ -105,22 +105,16 @@ def run(out: Path, arguments: list[str]) -> None:
 
 def dump_gradients(path: Path, models: list[Any]) -> None:
     """This rank's gradients as (name in the checkpoint, global shape, global offset, tensor), whatever the layout."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+    from megatron_txssm.model.shards import model_shards
 
-    shards = []
+    shards: list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]] = []
     for model in models:
         if model.ddp_config.use_distributed_optimizer:
             fetch_reduced_shards(model)
-        owners = {parameter.data_ptr(): parameter for parameter in model.parameters()}
-        for entry in nested_values(model.module.sharded_state_dict()):
-            if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
-                continue
-            tensor: Any = entry.data
-            if tensor.data_ptr() in owners:
-                entry.data = owners[tensor.data_ptr()].main_grad
-                pieces: Any = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
-                shards += [(p.key, tuple(p.global_shape), tuple(p.global_offset), p.data.clone()) for p in pieces]
+        gradients = {parameter.data_ptr(): parameter.main_grad for parameter in model.parameters()}
+        for shard in model_shards(model.module, instead=lambda tensor, known=gradients: known.get(tensor.data_ptr())):
+            assert shard.data is not None
+            shards.append((shard.key, tuple(shard.global_shape), tuple(shard.global_offset), shard.data.clone()))
     torch.save(shards, path)
 
 

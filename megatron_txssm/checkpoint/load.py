@@ -1,35 +1,42 @@
 """A trained model in one process, from a checkpoint saved at any layout."""
 
 import functools
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_txssm.data.tokenizer.kept_tokenizer import tokenizer_source
+from megatron_txssm.recipe.changes import (
+    ONE_MODEL_PARALLEL_RANK,
+    WITHOUT_FP8,
+    WITHOUT_REPORTS,
+    WITHOUT_TOKENIZER,
+    WITHOUT_TOKENS,
+    Changes,
+    changed,
+)
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.recipe.validate import check_tokenizer_file
+from megatron_txssm.recipe.validate import check_tokenizer_file, validate
 from megatron_txssm.session.start import start_megatron
 
-# Megatron's own modules, as they need no GPU.
-_ONE_PROCESS = (
-    "training.transformer_impl=local",
-    "model.ssd_backend=auto",
-    # A way to train; the weights are those of a bf16 model.
-    "training.fp8=null",
-    "training.fp8_recipe=delayed",
-    "training.fp8_attention=false",
-    "training.first_last_layers_bf16=0",
-    "parallel.tensor_model_parallel_size=1",
-    "parallel.pipeline_model_parallel_size=1",
-    "parallel.virtual_pipeline_stages=null",
-    "parallel.context_parallel_size=1",
-    "parallel.sequence_parallel=false",
-    "logging.tensorboard=false",
-    "logging.wandb_project=null",
-)
+# A way to train, in part; the weights are those of a bf16 model. Megatron's own modules need no GPU.
+_ONE_PROCESS: Changes = {
+    **ONE_MODEL_PARALLEL_RANK,
+    **WITHOUT_FP8,
+    **WITHOUT_REPORTS,
+    "training.transformer_impl": "local",
+    "model.ssd_backend": "auto",
+}
+# A model that is given its weights needs no tokens, tokenizer or checkpoints.
+WEIGHTS_ONLY: Changes = {
+    **WITHOUT_TOKENS,
+    **WITHOUT_TOKENIZER,
+    "megatron.mock_data": True,
+    "checkpoint.directory": None,
+    "checkpoint.load_from": None,
+}
 
 
 @dataclass(frozen=True)
@@ -42,46 +49,53 @@ class LoadedModel:
     iteration: int
 
 
-def checkpoint_recipe(checkpoint: Path, overrides: tuple[str, ...] = (), file: Path | None = None) -> Recipe:
-    """The recipe in `file`, or that a checkpoint directory holds, for one process.
+def checkpoint_recipe(checkpoint: Path, changes: Changes, file: Path | None = None) -> Recipe:
+    """The recipe in `file`, or the one that a checkpoint directory holds, changed, for one process.
 
     It needs no data, and takes the tokenizer that lies beside the checkpoints.
     """
-    file = file or checkpoint / "recipe.yaml"
-    recipe = one_process_recipe(file, (*overrides, *_without_data(load_recipe(file, overrides), checkpoint)))
+    recipe = changed(load_recipe(file or checkpoint / "recipe.yaml"), changes)
+    source = tokenizer_source(recipe, checkpoint)
+    tokenizer = (source.type, source.model) if source else ("NullTokenizer", None)
+    recipe = one_process_recipe(
+        changed(
+            recipe,
+            {
+                **WITHOUT_TOKENS,
+                "data.tokenizer_type": tokenizer[0],
+                "data.tokenizer_model": tokenizer[1],
+                "megatron.mock_data": True,
+            },
+        )
+    )
     check_tokenizer_file(recipe)
     return recipe
 
 
-def one_process_recipe(name: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """A recipe, changed by `overrides`, for one process that has no GPU and does not train.
+def one_process_recipe(recipe: Recipe) -> Recipe:
+    """A recipe for one process that has no GPU and does not train.
 
-    Of its `megatron:` section remains only what stands for data: the rest is of training, of a cluster or a GPU, or
-    names files and code, which nobody else's checkpoint shall do here. Nothing in it changes a model's function.
+    Of its `megatron:` section remains only what replaces data: the rest is of training, of a cluster or a GPU, or names
+    files and code, which nobody else's checkpoint shall do here. Nothing in it changes a model's function.
     """
-    without = (f"megatron.{key}=null" for key in load_recipe(name, overrides).megatron if key != "mock_data")
-    return load_recipe(name, (*overrides, *_ONE_PROCESS, *without))
-
-
-def _without_data(recipe: Recipe, checkpoint: Path) -> tuple[str, ...]:
-    """Overrides that keep the tokenizer, but need none of the tokens."""
-    source = tokenizer_source(recipe, checkpoint)
-    return (
-        *(f"data.{name}=null" for name in ("corpus", "weights", "stages", "train", "validation", "blend", "split")),
-        f"data.tokenizer_type={source.type if source else 'NullTokenizer'}",
-        f"data.tokenizer_model={json.dumps(source.model if source else None)}",
-        "megatron.mock_data=true",
-    )
+    without = {f"megatron.{key}": None for key in recipe.megatron if key != "mock_data"}
+    recipe = changed(recipe, {**_ONE_PROCESS, **without})
+    validate(recipe)
+    return recipe
 
 
 def load_model(
-    checkpoint: Path, overrides: tuple[str, ...] = (), *, step: int | None = None, recipe_file: Path | None = None
+    checkpoint: Path,
+    changes: Changes | None = None,
+    *,
+    step: int | None = None,
+    recipe_file: Path | None = None,
 ) -> LoadedModel:
     """Load a checkpoint (the newest, or that of a `step`) into this process, which must not have initialised Megatron
-    yet. `overrides` change the recipe, as --set does; it is in `recipe_file`, or beside the checkpoints.
+    yet. `changes` are made to the recipe, which is in `recipe_file` or beside the checkpoints.
     `saved_model.open_checkpoint` says what is wrong with one.
     """
-    recipe = checkpoint_recipe(checkpoint, overrides, recipe_file)
+    recipe = checkpoint_recipe(checkpoint, changes or {}, recipe_file)
     model = build_model(recipe, load_options(checkpoint, step))
     from megatron.training import get_tokenizer, training
 

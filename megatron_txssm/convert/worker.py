@@ -20,15 +20,6 @@ from megatron_txssm.errors import UserError
 
 # Largest difference of fp32 logits, in units of the largest logit (but at least of 1): the order of sums differs.
 TOLERANCE = 1e-5
-# Overrides for a model that is given its weights: no tokens, no tokenizer.
-WITHOUT_DATA = (
-    *(f"data.{name}=null" for name in ("corpus", "weights", "stages", "train", "validation", "blend", "split")),
-    "data.tokenizer_type=NullTokenizer",
-    "data.tokenizer_model=null",
-    "megatron.mock_data=true",
-    "checkpoint.directory=null",
-    "checkpoint.load_from=null",
-)
 
 
 class TaskFailed(Exception):
@@ -71,13 +62,15 @@ def save_megatron(folder: str, recipe: str, out: str) -> None:
     Its vocabulary's padding rows are the mean of the others: a padding row's logit is then the mean logit, whose share
     of the probability is, by Jensen's inequality, at most one token's average share.
     """
-    from megatron_txssm.checkpoint.load import build_model, one_process_recipe
+    from megatron_txssm.checkpoint.load import WEIGHTS_ONLY, build_model, one_process_recipe
     from megatron_txssm.convert.hf_folder import open_hf_folder
+    from megatron_txssm.recipe.changes import changed
     from megatron_txssm.recipe.loader import load_recipe
 
-    source = open_hf_folder(Path(folder), load_recipe(recipe))
+    made_by = load_recipe(recipe)
+    source = open_hf_folder(Path(folder), made_by)
     options = [f"--save={out}", "--no-save-optim", "--no-save-rng"]
-    model = build_model(one_process_recipe(recipe, WITHOUT_DATA), options)
+    model = build_model(one_process_recipe(changed(made_by, WEIGHTS_ONLY)), options)
     _fill(model, source)
     from megatron.training.checkpointing import save_checkpoint
 
@@ -87,18 +80,15 @@ def save_megatron(folder: str, recipe: str, out: str) -> None:
 def _fill(model: Any, source: Weights) -> None:
     """Copy every tensor of `source` into a Megatron model of one process."""
     import torch
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-    from megatron.core.dist_checkpointing.utils import nested_values
+
+    from megatron_txssm.model.shards import model_shards, place_of
 
     with torch.no_grad():
-        for entry in nested_values(model.sharded_state_dict()):
-            for shard in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
-                if isinstance(shard, ShardedTensor):
-                    assert shard.data is not None
-                    whole = _padded(source.read([shard.key])[shard.key], shard.global_shape[0])
-                    # A SwiGLU's gate and up-projection are two pieces of one tensor.
-                    ranges = zip(shard.global_offset, shard.local_shape, strict=True)
-                    shard.data.copy_(whole[tuple(slice(start, start + size) for start, size in ranges)])
+        # A SwiGLU's gate and up-projection are two pieces of one tensor.
+        for shard in model_shards(model):
+            assert shard.data is not None
+            whole = _padded(source.read([shard.key])[shard.key], shard.global_shape[0])
+            shard.data.copy_(whole[place_of(shard)])
 
 
 def _padded(tensor: Any, rows: int) -> Any:
@@ -130,11 +120,11 @@ def megatron_logits(
     """
     import torch
 
-    from megatron_txssm.checkpoint.load import load_model
+    from megatron_txssm.checkpoint.load import WEIGHTS_ONLY, load_model
     from megatron_txssm.convert.stepping import next_token_logits
 
-    overrides = ("training.precision=fp32", *WITHOUT_DATA)
-    loaded = load_model(Path(checkpoints), overrides, step=step, recipe_file=Path(recipe) if recipe else None)
+    changes = {"training.precision": "fp32", **WEIGHTS_ONLY}
+    loaded = load_model(Path(checkpoints), changes, step=step, recipe_file=Path(recipe) if recipe else None)
     # Megatron may be imported from here on.
     from megatron.core.inference.contexts.static_context import StaticInferenceContext
 

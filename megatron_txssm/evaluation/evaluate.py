@@ -4,7 +4,6 @@ Each sample counts once: Megatron's full validation goes over a set once per mic
 has one micro-batch. As in Megatron, a shard's last tokens, less than a sample, are left out.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -15,8 +14,10 @@ from typing import Any, TextIO
 from megatron_txssm.checkpoint.load import load_options
 from megatron_txssm.checkpoint.saved_model import find_checkpoints, step_folder
 from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.changes import WITHOUT_REPORTS, Changes, changed
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.validate import validate
 from megatron_txssm.session.arguments import whole_validation_arguments
 from megatron_txssm.session.start import start_megatron
 from megatron_txssm.slurm.environment import adopt_slurm_step, is_worker
@@ -59,25 +60,25 @@ def evaluation_recipe(run: Path, overrides: Sequence[str]) -> Recipe:
     made_by = next((file for folder in (checkpoints, run) if (file := folder / "recipe.yaml").is_file()), None)
     if made_by is None:
         raise UserError(f"{run} has no recipe.yaml; `txssm pretrain` writes one")
-    _check_validation_data(run, load_recipe(made_by, overrides))
-    ours = {
-        "run_directory": run / "evaluation",
+    recipe = load_recipe(made_by, overrides)
+    _check_validation_data(run, recipe)
+    ours: Changes = {
+        **WITHOUT_REPORTS,
+        "run_directory": str(run / "evaluation"),
         "checkpoint.directory": None,
         # With an interval, preflight would try to write to the checkpoints.
         "checkpoint.save_interval": None,
         # Preflight compares the model with that of the checkpoint.
-        "checkpoint.load_from": checkpoints,
+        "checkpoint.load_from": str(checkpoints),
         # A schedule of many micro-batches, where a step has one here.
         "parallel.virtual_pipeline_stages": None,
         "logging.eval_iters": None,
-        "logging.tensorboard": False,
-        "logging.wandb_project": None,
         "megatron.skip_train": True,
         "megatron.exit_duration_in_mins": None,
     }
-    # JSON's strings are YAML's, whatever a path holds.
-    fixed = [f"{name}={json.dumps(str(v) if isinstance(v, Path) else v)}" for name, v in ours.items()]
-    return load_recipe(made_by, [*overrides, *fixed])
+    recipe = changed(recipe, ours)
+    validate(recipe)
+    return recipe
 
 
 def _check_validation_data(run: Path, recipe: Recipe) -> None:

@@ -17,11 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_txssm.model.mersenne_twister import generators_ahead
+from megatron_txssm.model.shards import model_shards
 from megatron_txssm.model.state_space_mixer import StateSpaceMixer, parameter_initializers
 
 # Rows drawn at a time. Only the embedding's number of rows depends on the layout (padding); its first rows do not.
@@ -39,11 +39,10 @@ NUMBERS_AT_ONCE = 16
 def initialize_by_name(model: Any, seed: int) -> None:
     """Fill every parameter of this rank's GPTModel in place, by Megatron's own init functions of its config."""
     rules = _rules(model)
-    for entry in nested_values(model.sharded_state_dict()):
-        for shard in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
-            if isinstance(shard, ShardedTensor) and (rule := _rule(rules, shard.key)):
-                assert shard.data is not None and not shard.data.is_meta, f"{shard.key} has no memory to fill"
-                shard.data.copy_(_draw(rule, shard, seed))
+    for shard in model_shards(model):
+        if rule := _rule(rules, shard.key):
+            assert shard.data is not None and not shard.data.is_meta, f"{shard.key} has no memory to fill"
+            shard.data.copy_(_draw(rule, shard, seed))
 
 
 def _rules(model: Any) -> dict[str, Callable[[Tensor], Any]]:

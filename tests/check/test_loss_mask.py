@@ -7,8 +7,9 @@ import pytest
 from megatron_txssm.check.layouts import ONE_PROCESS
 from megatron_txssm.check.parity import verdict
 from megatron_txssm.check.runs import RecipeRun, run_all
-from megatron_txssm.check.shrink import changed, shrink
+from megatron_txssm.check.shrink import shrink
 from megatron_txssm.check.tokens import write_tokens
+from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.loader import load_recipe
 
 RUNS = {

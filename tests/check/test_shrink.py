@@ -7,9 +7,10 @@ import pytest
 
 from megatron_txssm.check.fuzz import Draw, draw
 from megatron_txssm.check.layouts import all_layouts
-from megatron_txssm.check.shrink import WITHOUT_FP8, changed, left_out, shrink
+from megatron_txssm.check.shrink import left_out, shrink
 from megatron_txssm.cli.parsing import build_parser
 from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.changes import WITHOUT_FP8, changed
 from megatron_txssm.recipe.loader import load_recipe, recipe_names
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import validate

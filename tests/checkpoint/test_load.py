@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
-from megatron_txssm.checkpoint.load import load_options, one_process_recipe
-from megatron_txssm.convert.worker import WITHOUT_DATA
+from megatron_txssm.checkpoint.load import WEIGHTS_ONLY, load_options, one_process_recipe
+from megatron_txssm.recipe.changes import changed
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_arguments
 
 CLUSTER = (
@@ -25,8 +27,12 @@ HOSTILE = (
 )
 
 
+def for_one_process(*overrides: str) -> Recipe:
+    return one_process_recipe(changed(load_recipe("transxssm_1.3b", overrides), WEIGHTS_ONLY))
+
+
 def test_what_only_a_cluster_needs_is_left_out() -> None:
-    recipe = one_process_recipe("transxssm_1.3b", (*CLUSTER, *WITHOUT_DATA))
+    recipe = for_one_process(*CLUSTER)
     parallel = recipe.parallel
     assert parallel.tensor_model_parallel_size == parallel.pipeline_model_parallel_size == 1
     assert parallel.virtual_pipeline_stages is None and not parallel.sequence_parallel
@@ -35,11 +41,11 @@ def test_what_only_a_cluster_needs_is_left_out() -> None:
         assert not [flag for flag in words if word in flag], word
     assert words[words.index("--transformer-impl") + 1] == "local"
     # What the model computes is the recipe's.
-    assert recipe.model == one_process_recipe("transxssm_1.3b").model
+    assert recipe.model == load_recipe("transxssm_1.3b").model
 
 
 def test_a_foreign_recipe_names_no_code_and_no_files() -> None:
-    recipe = one_process_recipe("transxssm_1.3b", (*HOSTILE, *WITHOUT_DATA))
+    recipe = for_one_process(*HOSTILE)
     args = parse_megatron_arguments(megatron_arguments(recipe))
     assert not args.trust_remote_code
     assert args.non_persistent_ckpt_type is None and args.non_persistent_global_ckpt_dir is None
@@ -48,7 +54,7 @@ def test_a_foreign_recipe_names_no_code_and_no_files() -> None:
 
 def test_a_prompt_is_read_as_the_corpus_was() -> None:
     """Without what a tokenizer puts around a text."""
-    recipe = one_process_recipe("transxssm_1.3b", WITHOUT_DATA)
+    recipe = for_one_process()
     for step, expected in ((None, None), (0, None), (7, 7)):
         args = parse_megatron_arguments([*megatron_arguments(recipe), *load_options(Path("there"), step)])
         assert args.tokenizer_hf_no_include_special_tokens

@@ -62,31 +62,21 @@ def train(recipe: str) -> None:
 def megatron_gradients(checkpoints: str, step: int, tokens: list[int], out: str) -> None:
     """Of the mean loss over `tokens`, by the parameter's name in the checkpoint, padding and all."""
     import torch
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from safetensors.torch import save_file
 
-    from megatron_txssm.checkpoint.load import load_model
-    from megatron_txssm.convert.worker import WITHOUT_DATA
+    from megatron_txssm.checkpoint.load import WEIGHTS_ONLY, load_model
+    from megatron_txssm.model.shards import model_shards, place_of
 
-    loaded = load_model(Path(checkpoints), WITHOUT_DATA, step=step)
+    loaded = load_model(Path(checkpoints), WEIGHTS_ONLY, step=step)
     tokens_BL = torch.tensor([tokens])
     logits_BLV = loaded.model(tokens_BL, torch.arange(len(tokens))[None], None)
     vocab_size = loaded.recipe.data.vocab_size
     torch.nn.functional.cross_entropy(logits_BLV[0, :-1, :vocab_size], tokens_BL[0, 1:]).backward()
-    owners = {parameter.data_ptr(): parameter for parameter in loaded.model.parameters()}
+    gradients = {parameter.data_ptr(): parameter.grad for parameter in loaded.model.parameters()}
     whole: dict[str, torch.Tensor] = {}
-    for entry in nested_values(loaded.model.sharded_state_dict()):
-        data = getattr(entry, "data", None)
-        if not isinstance(data, torch.Tensor) or data.data_ptr() not in owners:
-            continue
-        entry.data = owners[data.data_ptr()].grad
-        for shard in entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]:
-            assert isinstance(shard, ShardedTensor) and shard.data is not None
-            place = tuple(
-                slice(start, start + size) for start, size in zip(shard.global_offset, shard.local_shape, strict=True)
-            )
-            whole.setdefault(shard.key, torch.full(shard.global_shape, torch.nan))[place] = shard.data
+    for shard in model_shards(loaded.model, instead=lambda tensor: gradients.get(tensor.data_ptr())):
+        assert shard.data is not None
+        whole.setdefault(shard.key, torch.full(shard.global_shape, torch.nan))[place_of(shard)] = shard.data
     save_file(whole, out)
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -395,3 +396,23 @@ def test_the_jobs_make_the_bytes_that_this_machine_makes(
     assert main(["data", "shard", str(recipe), "--slurm"]) == 0
     assert "all tasks are finished" in capsys.readouterr().out
     assert len(cluster.submissions) == 1
+
+
+def test_an_array_submitted_by_an_earlier_version_finds_its_classes() -> None:
+    """In another process: the names stay in sys.modules."""
+    code = """
+import pickle
+from megatron_txssm.data.sharding.array_task import know_earlier_names
+know_earlier_names()
+for module, name in (
+    ("corpus_recipe", "CorpusRecipe"), ("manifest", "Plan"), ("shard_task", "ShardTask"), ("slurm_array", "_Array")
+):
+    print(pickle.loads(f"cmegatron_txssm.data.{module}\\n{name}\\n.".encode()).__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [
+        "megatron_txssm.recipe.corpus_recipe",
+        "megatron_txssm.data.corpus.manifest",
+        "megatron_txssm.data.sharding.shard_task",
+        "megatron_txssm.data.sharding.slurm_array",
+    ]

@@ -1,0 +1,30 @@
+"""This rank's pieces of a model, by their names and places in a checkpoint, whatever the layout."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import nested_values
+from torch import Tensor
+
+
+def model_shards(model: Any, instead: Callable[[Tensor], Tensor | None] | None = None) -> Iterator[ShardedTensor]:
+    """Each has `key`, `data`, `local_shape`, `global_shape` and `global_offset`; packed tensors come by component.
+
+    instead: what takes a saved tensor's place, such as its gradient; where it gives None, the tensor is left out.
+    """
+    entries: Any = nested_values(model.sharded_state_dict())
+    for entry in entries:
+        if not isinstance(entry, ShardedTensor | ShardedTensorFactory) or entry.data is None:
+            continue
+        if instead is not None:
+            if (data := instead(entry.data)) is None:
+                continue
+            entry.data = data
+        shards: Any = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
+        yield from shards
+
+
+def place_of(shard: ShardedTensor) -> tuple[slice, ...]:
+    """The shard's rows, columns, … of the whole tensor."""
+    return tuple(slice(start, start + size) for start, size in zip(shard.global_offset, shard.local_shape, strict=True))

@@ -1,0 +1,48 @@
+"""A recipe with other values in some fields, and the changes that several rooms make to one."""
+
+import dataclasses
+from typing import Any
+
+from megatron_txssm.recipe.recipe import Recipe
+
+# Dotted field -> value; a field of no section has no dot.
+Changes = dict[str, Any]
+
+WITHOUT_FP8: Changes = {
+    "training.fp8": None,
+    "training.fp8_recipe": "delayed",
+    "training.fp8_attention": False,
+    "training.first_last_layers_bf16": 0,
+}
+WITHOUT_REPORTS: Changes = {"logging.tensorboard": False, "logging.wandb_project": None}
+# Of whatever kind, and how they are mixed.
+WITHOUT_TOKENS: Changes = dict.fromkeys(
+    f"data.{name}" for name in ("corpus", "weights", "stages", "train", "validation", "blend", "split")
+)
+WITHOUT_TOKENIZER: Changes = {"data.tokenizer_type": "NullTokenizer", "data.tokenizer_model": None}
+ONE_MODEL_PARALLEL_RANK: Changes = {
+    "parallel.tensor_model_parallel_size": 1,
+    "parallel.pipeline_model_parallel_size": 1,
+    "parallel.virtual_pipeline_stages": None,
+    "parallel.context_parallel_size": 1,
+    "parallel.sequence_parallel": False,
+}
+
+
+def changed(recipe: Recipe, changes: Changes) -> Recipe:
+    """The recipe with other values in some fields, unchecked; None in its `megatron:` section takes an entry out."""
+    top: dict[str, Any] = {}
+    sections: dict[str, dict[str, Any]] = {}
+    for dotted, value in changes.items():
+        section, dot, name = dotted.partition(".")
+        if dot:
+            sections.setdefault(section, {})[name] = value
+        else:
+            top[section] = value
+    megatron = recipe.megatron | sections.pop("megatron", {})
+    return dataclasses.replace(
+        recipe,
+        **top,
+        **{name: dataclasses.replace(getattr(recipe, name), **fields) for name, fields in sections.items()},
+        megatron={name: value for name, value in megatron.items() if value is not None},
+    )
