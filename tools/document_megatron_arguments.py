@@ -1,4 +1,4 @@
-"""Write docs/megatron-arguments.md from the tables of recipe/megatron_table.py and schema.py.
+"""Generates docs/megatron-arguments.md from the tables of recipe/megatron_table.py and recipe/schema.py.
 
 python tools/document_megatron_arguments.py > docs/megatron-arguments.md
 """
@@ -13,19 +13,20 @@ from megatron_txssm.recipe.schema import FIXED_ARGUMENTS
 INTRODUCTION = """\
 # Megatron's arguments
 
-What becomes of every argument of Megatron 0.19.2: it is a recipe's field, or the same in every recipe, or passed on
-from the recipe's `megatron:` section, or refused. `tools/document_megatron_arguments.py` makes this page from the table
-that recipes are read with (`megatron_txssm/recipe/megatron_table.py`); a test compares that with Megatron's parser.
+Every argument of Megatron 0.19.2 is either a recipe field, or fixed for all recipes, or passed on from the recipe's
+`megatron:` section, or refused. `tools/document_megatron_arguments.py` generates this page from the tables that the
+recipe loader uses (`megatron_txssm/recipe/megatron_table.py`, `megatron_txssm/recipe/schema.py`). A test compares the
+tables with Megatron's parser.
 
-In the section write an argument by its name in Megatron's namespace or by its flag, with dashes or underscores:
-`overlap_grad_reduce: true`, `--overlap-grad-reduce: true`; `bias_swiglu_fusion: false`, `no_bias_swiglu_fusion: true`.
-They are one entry, and the one that is read last holds. `null` takes an inherited entry out. A mistake is reported when
-the recipe is read.
+In the `megatron:` section, name an argument by its name in Megatron's namespace or by its flag, with dashes or
+underscores: `overlap_grad_reduce: true`, `--overlap-grad-reduce: true`; `bias_swiglu_fusion: false`,
+`no_bias_swiglu_fusion: true`. All spellings are the same entry, and the last one read takes effect. `null` removes an
+inherited entry. Mistakes are reported when the recipe is read.
 
 ## Passed on
 
-None changes the model's function. After the name stands what it takes: nothing for true or false, (on) where it is true
-unless stated.
+None of these changes the model's function. Each name is followed by the kind of value: nothing for true or false, (on)
+if true is the default.
 """
 
 
@@ -34,7 +35,7 @@ def page() -> str:
     parts = [INTRODUCTION]
     for about, text in PASSES.items():
         parts.append(_paragraph(f"**{about[0].upper()}{about[1:]}**", map(_passed, text.split())))
-    parts.append("## Refused\n\nA `*` stands for any ending.\n")
+    parts.append("## Refused\n\n`*` matches any ending.\n")
     parts += [_paragraph(f"**{reason}**", map("`{}`".format, text.split())) for reason, text in REFUSED.items()]
     parts.append("## The same in every recipe\n")
     parts.append("".join(f"- `{' '.join(words)}`\n" for words in FIXED_ARGUMENTS))

@@ -20,7 +20,7 @@ PACKAGES = Path(sys.prefix) / "transformers_newest"
 FILES = (
     *("test_generation.py", "test_cache.py", "test_arguments.py", "test_packing_collators.py", "test_standalone.py"),
     # What proves a conversion.
-    "../checkpoint/test_greedy.py",
+    "../convert/test_greedy.py",
 )
 
 

@@ -295,7 +295,7 @@ def test_the_job_imports_the_code_beside_its_script(entrypoint: Path, tmp_path: 
     words = [str(entrypoint), "pretrain", "recipe"]
     environment = os.environ | {"TXSSM_PYTHON": sys.executable, "TXSSM_ENV": ""}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=tmp_path / "here")
-    assert (done.stdout, done.stderr) == (f"{tmp_path}/home/megatron_txssm/launch/supervisor.py\n", "")
+    assert (done.stdout, done.stderr) == (f"{tmp_path}/home/megatron_txssm/jobs/supervisor/supervisor.py\n", "")
 
 
 def test_an_unknown_stage_is_refused(entrypoint: Path) -> None:
