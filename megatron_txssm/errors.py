@@ -27,6 +27,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
+def require_positive(**values: int | None) -> None:
+    """UserError where one of these is below 1; each is named as its option is. None passes."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
 def shown(value: Any) -> str:
     """A user's value for a message, shortened."""
     short = reprlib.Repr()

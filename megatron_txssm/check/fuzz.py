@@ -1,12 +1,12 @@
 """txssm check parity --fuzz: random legal architectures, lengths and layouts, each compared with one process."""
 
-import argparse
 import dataclasses
 import math
 import shlex
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -14,10 +14,11 @@ from typing import Any
 
 from megatron_txssm.architecture.state_space_config import CONTEXT_PARALLEL_METHODS
 from megatron_txssm.check.layouts import AS_STATED, ONE_PROCESS
-from megatron_txssm.check.parity import DIFFERENT, Verdict, bounds, verdict
+from megatron_txssm.check.parity import DIFFERENT, Precision, Verdict, bounds, verdict
 from megatron_txssm.check.shrink import as_words, shrink
 from megatron_txssm.check.tokens import write_tokens
-from megatron_txssm.errors import UserError
+from megatron_txssm.errors import UserError, require_positive
+from megatron_txssm.files import unwound_by_signals
 from megatron_txssm.recipe.changes import WITHOUT_FP8, Changes, changed
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
@@ -37,33 +38,48 @@ class Draw:
     changes: Changes
     processes: int
 
-    def command(self, args: argparse.Namespace, recipe: Recipe) -> str:
-        """What compares this configuration alone."""
-        words = ["txssm", "check", "parity", args.recipe, "--nproc", str(self.processes), "--layout", AS_STATED]
-        words += ["--steps", str(args.steps), "--precision", args.precision]
-        words += [*(word for text in args.overrides for word in ("--set", text))]
-        return shlex.join([*words, *as_words(recipe, self.changes)])
+    def command(self, recipe: Recipe, words: Sequence[str]) -> str:
+        """The command line that compares this configuration alone; `words`: its recipe and options, as they were."""
+        layout = ["--nproc", str(self.processes), "--layout", AS_STATED]
+        return shlex.join(["txssm", "check", "parity", *words, *layout, *as_words(recipe, self.changes)])
 
 
-def check(args: argparse.Namespace) -> int:
-    """The verb; returns the exit code."""
-    recipe, begin = load_recipe(args.recipe, args.overrides), time.monotonic()
-    draws = [draw(recipe, args.nproc, args.seed, number) for number in range(args.fuzz)]
-    print(f"{len(draws)} configurations by seed {args.seed}, on up to {args.nproc} processes", flush=True)
+@unwound_by_signals()
+def fuzz_parity(
+    recipe: str | Path,
+    count: int,
+    *,
+    nproc: int = 4,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+    steps: int = 2,
+    precision: Precision = "fp64",
+) -> int:
+    """Compare `count` configurations drawn at random with one process each; 0 if all are the same, else DIFFERENT.
+
+    Architecture, length, batch and a layout of up to `nproc` processes are drawn; the rest is the recipe's. A seed
+    gives the same configurations each time. For one that differs, the command that compares it alone is printed.
+    """
+    require_positive(nproc=nproc, steps=steps, fuzz=count)
+    loaded, begin = load_recipe(recipe, overrides), time.monotonic()
+    words = [str(recipe), "--steps", str(steps), "--precision", precision]
+    words += [word for text in overrides for word in ("--set", text)]
+    draws = [draw(loaded, nproc, seed, number) for number in range(count)]
+    print(f"{len(draws)} configurations by seed {seed}, on up to {nproc} processes", flush=True)
     different, largest = 0, Verdict(0.0, 0.0)
     with tempfile.TemporaryDirectory(prefix="txssm-check-") as name, progress_bar("runs", 2 * len(draws)) as advance:
         folder = Path(name)
         tokens = write_tokens(folder / "tokens")
         for first in range(0, len(draws), CHUNK):
             chunk = draws[first : first + CHUNK]
-            small = [shrink(changed(recipe, d.changes), tokens, nproc=d.processes, steps=args.steps) for d in chunk]
-            results = compare(chunk, small, folder / "runs", args.precision, advance)
+            small = [shrink(changed(loaded, d.changes), tokens, nproc=d.processes, steps=steps) for d in chunk]
+            results = compare(chunk, small, folder / "runs", precision, advance)
             for drawn, result in zip(chunk, results, strict=True):
                 if result.same:
                     largest = _larger(largest, result)
                 else:
                     different += 1
-                    _report(result, drawn.command(args, recipe))
+                    _report(result, drawn.command(loaded, words))
             shutil.rmtree(folder / "runs")
             if different >= MOST_DIFFERENT:
                 print(f"stopped after {first + len(chunk)} configurations")
@@ -72,7 +88,7 @@ def check(args: argparse.Namespace) -> int:
     print(
         f"{len(draws) - different} of {len(draws)} the same as one process, in {time.monotonic() - begin:.0f} s; "
         f"largest loss error of these {largest.loss_error:.1e}, gradient error {largest.gradient_error:.1e} "
-        f"({largest.parameter}); {bounds(args.precision)}"
+        f"({largest.parameter}); {bounds(precision)}"
     )
     return DIFFERENT if different else 0
 

@@ -1,6 +1,5 @@
 """txssm check leakage: does a document change what is computed of the next one, in any layout?"""
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
@@ -10,7 +9,8 @@ from pathlib import Path
 from megatron_txssm.check.layouts import ONE_PROCESS, Layout
 from megatron_txssm.check.parity import DIFFERENT, legal_layouts, listed
 from megatron_txssm.check.shrink import shrink
-from megatron_txssm.errors import UserError
+from megatron_txssm.errors import UserError, require_positive
+from megatron_txssm.files import unwound_by_signals
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.terminal import print_table, progress_bar
@@ -29,26 +29,39 @@ class Leaks:
         return self.of_mode is not None and self.of_mode["isolated"]["changed"] == 0 < self.of_mode["packed"]["changed"]
 
 
-def check(args: argparse.Namespace) -> int:
-    """The verb; returns the exit code."""
-    recipe = load_recipe(args.recipe, args.overrides)
+@unwound_by_signals()
+def check_leakage(
+    recipe: str | Path,
+    *,
+    nproc: int = 4,
+    overrides: Sequence[str] = (),
+    layouts: Sequence[str] = (),
+    seed: int = 0,
+    packings: int = 200,
+) -> int:
+    """Look for logits that another document of the sample changes, in each layout; 0 if none does, else DIFFERENT.
+
+    The samples are `packings` random ones, by `seed`. The rest is as in `parity.check_parity`.
+    """
+    require_positive(nproc=nproc, packings=packings)
+    loaded = load_recipe(recipe, overrides)
     with tempfile.TemporaryDirectory(prefix="txssm-check-") as name:
         folder = Path(name)
-        small = shrink(recipe, folder / "tokens", nproc=args.nproc, steps=1)
-        layouts, refused = legal_layouts(recipe, small, args.nproc, args.layout)
-        if not args.layout:
-            layouts = [Layout("one_process", 1, ONE_PROCESS), *(layout for layout in layouts if _matters(layout))]
+        small = shrink(loaded, folder / "tokens", nproc=nproc, steps=1)
+        legal, refused = legal_layouts(loaded, small, nproc, layouts)
         if not layouts:
-            raise UserError(f"--nproc {args.nproc}: no layout of {recipe.name} to check:\n{listed(refused)}")
+            legal = [Layout("one_process", 1, ONE_PROCESS), *(layout for layout in legal if _matters(layout))]
+        if not legal:
+            raise UserError(f"--nproc {nproc}: no layout of {loaded.name} to check:\n{listed(refused)}")
         print(
-            f"{recipe.name}, made small: {small.model.num_layers} layers ({small.layer_kinds}), samples of "
-            f"{small.training.seq_length} tokens, {args.packings} random packings, each with two first documents",
+            f"{loaded.name}, made small: {small.model.num_layers} layers ({small.layer_kinds}), samples of "
+            f"{small.training.seq_length} tokens, {packings} random packings, each with two first documents",
             flush=True,
         )
-        leaks = _run(small, layouts, folder, args.packings, args.seed)
+        leaks = _run(small, legal, folder, packings, seed)
     _print_table(leaks)
-    if not recipe.data.isolate_documents:
-        print(f"\n{recipe.name} trains with data.isolate_documents=false: as in the column of leaks")
+    if not loaded.data.isolate_documents:
+        print(f"\n{loaded.name} trains with data.isolate_documents=false: as in the column of leaks")
     leaky = [layout.name for layout, found in leaks.items() if not found.isolated]
     if leaky:
         print(f"\nNOT isolated under data.isolate_documents=true: {', '.join(leaky)}")

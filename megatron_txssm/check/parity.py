@@ -1,6 +1,5 @@
 """txssm check parity: loss and gradients of a recipe's parallel layouts, compared with one process."""
 
-import argparse
 import itertools
 import math
 import sys
@@ -8,17 +7,19 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_txssm.check.layouts import ONE_PROCESS, Layout, all_layouts, why_not
 from megatron_txssm.check.shrink import left_out, shrink
 from megatron_txssm.check.tokens import write_tokens
-from megatron_txssm.errors import UserError, nearest, readable
+from megatron_txssm.errors import UserError, nearest, readable, require_positive
+from megatron_txssm.files import unwound_by_signals
 from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.terminal import print_table, progress_bar
 
+Precision = Literal["fp64", "fp32"]
 # By precision: nats per token, and ‖g − g_one‖ / ‖g_one‖ of a parameter.
 BOUNDS = {"fp32": (1e-6, 1e-5), "fp64": (1e-9, 1e-7)}
 # Exit code where a layout does not compute what one process does.
@@ -50,24 +51,39 @@ class Verdict:
         return "same" if self.same else "FAILED" if self.failure else "DIFFERENT"
 
 
-def check(args: argparse.Namespace) -> int:
-    """The verb; returns the exit code."""
-    recipe = load_recipe(args.recipe, args.overrides)
+@unwound_by_signals()
+def check_parity(
+    recipe: str | Path,
+    *,
+    nproc: int = 4,
+    overrides: Sequence[str] = (),
+    layouts: Sequence[str] = (),
+    steps: int = 2,
+    precision: Precision = "fp64",
+) -> int:
+    """Compare a recipe's parallel layouts with one process, and print a table; 0 if all are the same, else DIFFERENT.
+
+    recipe: a name or a YAML file, with fields changed by `overrides` ("a.b=c"); it is made small. layouts: names such
+    as "tp2_sp", or "recipe" for the recipe's own; none: all legal ones of up to `nproc` processes. steps: optimizer
+    steps. UserError where nothing can be compared.
+    """
+    require_positive(nproc=nproc, steps=steps)
+    loaded = load_recipe(recipe, overrides)
     with tempfile.TemporaryDirectory(prefix="txssm-check-") as name:
         folder = Path(name)
-        small = shrink(recipe, folder / "tokens", nproc=args.nproc, steps=args.steps)
-        layouts, refused = legal_layouts(recipe, small, args.nproc, args.layout)
-        if not layouts:
-            raise UserError(f"--nproc {args.nproc}: no layout of {recipe.name} to compare:\n{listed(refused)}")
-        print(described(recipe, small, args.precision), flush=True)
+        small = shrink(loaded, folder / "tokens", nproc=nproc, steps=steps)
+        legal, refused = legal_layouts(loaded, small, nproc, layouts)
+        if not legal:
+            raise UserError(f"--nproc {nproc}: no layout of {loaded.name} to compare:\n{listed(refused)}")
+        print(described(loaded, small, precision), flush=True)
         write_tokens(folder / "tokens")
         try:
-            verdicts = compare(small, layouts, folder, args.precision)
+            verdicts = compare(small, legal, folder, precision)
         except RunFailed as error:
             print(readable(f"error: {error}"), file=sys.stderr)
             return DIFFERENT
     _print_table(verdicts)
-    print(bounds(args.precision))
+    print(bounds(precision))
     if refused:
         print(f"\nnot legal for this recipe:\n{listed(refused)}")
     different = [layout.name for layout, verdict in verdicts.items() if not verdict.same]

@@ -1,13 +1,10 @@
 """txssm check <command>: prove on this machine what a recipe's layouts must not change, and what a GPU computes."""
 
 import argparse
-import importlib
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.cli.parsing import add_commands
+from megatron_txssm.cli.parsing import add_commands, add_set_option
 from megatron_txssm.errors import UserError
 
 # Command -> (one line of help, examples).
@@ -39,8 +36,6 @@ COMMANDS = {
     ),
 }
 
-# Where a command is not the module of its name.
-MODULES = {"gpu": "gpu.check"}
 # As check/gpu/parts.py has them, which is imported only when it is asked for.
 GPU_PARTS = ("environment", "kernels", "trainings", "bandwidth", "speed", "scan", "decoding", "long")
 
@@ -56,7 +51,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--nproc", type=int, default=4, metavar="N", help="processes of the largest layouts (default: 4)"
     )
-    command.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change a field")
+    add_set_option(command)
     command.add_argument(
         "--layout",
         action="append",
@@ -106,19 +101,24 @@ def _add_gpu(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("nproc", "steps", "fuzz", "packings", "budget"):
-        value = getattr(args, name, None)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value} must be at least 1")
-    fuzz = args.command == "parity" and args.fuzz is not None
-    if fuzz and args.layout:
+    # Imported here: none is needed to show the help.
+    if args.command == "gpu":
+        from megatron_txssm.check.gpu.check import check_gpu
+
+        parts = args.only.split(",") if args.only else ()
+        return check_gpu(budget=args.budget, parts=parts, out=args.out, device=args.device, small=args.small)
+    common = {"nproc": args.nproc, "overrides": args.overrides}
+    if args.command == "leakage":
+        from megatron_txssm.check.leakage import check_leakage
+
+        return check_leakage(args.recipe, layouts=args.layout, seed=args.seed, packings=args.packings, **common)
+    common |= {"steps": args.steps, "precision": args.precision}
+    if args.fuzz is None:
+        from megatron_txssm.check.parity import check_parity
+
+        return check_parity(args.recipe, layouts=args.layout, **common)
+    if args.layout:
         raise UserError("--fuzz draws layouts itself; leave --layout out")
-    module = f"megatron_txssm.check.{'fuzz' if fuzz else MODULES.get(args.command, args.command)}"
-    # Processes and temporary files do not outlive us, whether we end by Ctrl-C, SIGTERM or a closed terminal.
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in numbers}
-    try:
-        return importlib.import_module(module).check(args)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    from megatron_txssm.check.fuzz import fuzz_parity
+
+    return fuzz_parity(args.recipe, args.fuzz, seed=args.seed, **common)

@@ -31,7 +31,6 @@ def add_completers(parser: argparse.ArgumentParser) -> None:
         "recipe": _recipes,
         "source": _recipes,
         "overrides": _fields,
-        "set": _fields,
         "run": _runs,
         "model": _folders,
         "checkpoint": _folders,

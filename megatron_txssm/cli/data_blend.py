@@ -1,21 +1,8 @@
 """txssm data blend: what a recipe draws from each subset of its corpus, how often, and Megatron's arguments for it."""
 
 import argparse
-import shlex
-import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
-from megatron_txssm.data.corpus.blend import CorpusBlend, Share, Stage, blend_corpus, corpus_arguments, recipe_blend
-from megatron_txssm.data.corpus.manifest import open_corpus, read_plan
-from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.loader import load_recipe
-from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.recipe.setting import argument
-
-# Up to four epochs, repeated tokens are worth nearly as much as new ones (arXiv:2305.16264).
-EPOCHS_OF_USE = 4
+from megatron_txssm.cli.parsing import add_set_option
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,54 +14,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=_tokens, metavar="N", help="training tokens (default: the recipe's; of a directory: all, once)"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change a field")
+    add_set_option(parser)
     parser.add_argument("--megatron-args", action="store_true", help="print Megatron's arguments and nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
-    # A recipe's name may be a folder's, too, but only a corpus holds a plan.
-    if (Path(args.source) / "plan.json").is_file():
-        if args.overrides:
-            raise UserError(f"--set {args.overrides[0]}: {args.source} is a corpus, no recipe; name a recipe instead")
-        blend = _directory_blend(args.source, args.tokens)
-        words = _path_arguments(blend)
-    else:
-        length = [] if args.tokens is None else [f"training.train_tokens={args.tokens}"]
-        recipe = load_recipe(args.source, [*args.overrides, *length])
-        if recipe.data.corpus is None:
-            raise UserError(f"{recipe.name} names its token files itself; data blend needs a recipe with data.corpus")
-        if not args.megatron_args and not (Path(recipe.data.corpus) / "plan.json").exists() and _weights(recipe):
-            return _print_weights(recipe)
-        blend, words = recipe_blend(recipe), corpus_arguments(recipe)
-    if args.megatron_args:
-        print(shlex.join(words))
-    else:
-        _print_table(blend)
-    _warn_of_repetition(blend)
-    return 0
+    from megatron_txssm.data.corpus.show_blend import show_blend
 
-
-def _weights(recipe: Recipe) -> list[Mapping[str, float]]:
-    """Those of each stage, as far as the recipe alone tells."""
-    if recipe.data.stages is not None:
-        return [stage["weights"] for stage in recipe.data.stages]
-    return [] if recipe.data.weights is None else [recipe.data.weights]
-
-
-def _print_weights(recipe: Recipe) -> int:
-    """What would be drawn from a corpus that is not made yet."""
-    steps = [recipe.train_iters] if recipe.data.stages is None else recipe.stage_iters
-    for number, (weights, iters) in enumerate(zip(_weights(recipe), steps, strict=True), start=1):
-        tokens, total = iters * recipe.training.global_batch_tokens, sum(weights.values())
-        stage = "" if recipe.data.stages is None else f"stage {number}, "
-        print(f"{stage}{tokens:,} tokens:")
-        for name, weight in weights.items():
-            print(f"  {name:20} {weight / total:.4f} {tokens * weight / total:>20,.0f}")
-    try:
-        read_plan(recipe.data.corpus or "")
-    except UserError as error:
-        print(f"how often each is read is known once there is a corpus: {error}")
-    return 0
+    words = {"tokens": args.tokens, "overrides": args.overrides, "megatron_args": args.megatron_args}
+    return show_blend(args.source, **words)
 
 
 def _tokens(text: str) -> int:
@@ -83,54 +31,3 @@ def _tokens(text: str) -> int:
     if not 1 <= number < 2**63 or number != int(number):
         raise argparse.ArgumentTypeError(f"{text!r} must be a number of tokens, such as 6.4e9")
     return int(number)
-
-
-def _directory_blend(directory: str, tokens: int | None) -> CorpusBlend:
-    corpus = open_corpus(directory)
-    return blend_corpus(corpus, tokens or sum(subset.tokens("train") for subset in corpus.subsets.values()))
-
-
-def _path_arguments(blend: CorpusBlend) -> list[str]:
-    words = argument("--train-data-path", blend.megatron_blend("train"))
-    if validation := blend.megatron_blend("validation"):
-        words += argument("--valid-data-path", validation)
-    return words
-
-
-def _print_table(blend: CorpusBlend) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("stage", "subset"):
-        table.add_column(column, no_wrap=True)
-    for column in ("weight", "tokens available", "tokens drawn", "epochs"):
-        table.add_column(column, justify="right", no_wrap=True)
-    if len(blend.stages) > 1:
-        for number, stage in enumerate(blend.stages, start=1):
-            _add_rows(table, str(number), stage, blend.shares(stage))
-    _add_rows(table, "all", blend.average, blend.shares(blend.average))
-    Console(markup=False, width=240).print(table)
-
-
-def _warn_of_repetition(blend: CorpusBlend) -> None:
-    for share in blend.shares(blend.average):
-        if share.epochs > EPOCHS_OF_USE:
-            print(
-                f"warning: {share.subset} is read {share.epochs:.1f} times; beyond {EPOCHS_OF_USE}, repeated tokens "
-                "teach less and less (arXiv:2305.16264): lower its weight or the number of tokens",
-                file=sys.stderr,
-            )
-
-
-def _add_rows(table: Any, stage: str, part: Stage, shares: Sequence[Share]) -> None:
-    for position, share in enumerate(shares):
-        table.add_row(
-            stage if position == 0 else "",
-            share.subset,
-            f"{share.weight:.4f}",
-            f"{share.available:,}",
-            f"{share.drawn:,.0f}",
-            f"{share.epochs:.2f}",
-        )
-    table.add_row("", "", "", "", f"{part.tokens:,}", "")

@@ -2,10 +2,7 @@
 
 import argparse
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from megatron_txssm.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_txssm.data.corpus.combine import Source
@@ -23,26 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_txssm.data.corpus.combine import combine
-    from megatron_txssm.terminal import print_table
+    from megatron_txssm.data.corpus.combine import combine_corpora
 
-    if len(args.corpora) < 2:
-        raise UserError(f"one corpus, {args.corpora[0]}, is given; name two or more to combine")
-    sources = [_source(word) for word in args.corpora]
-    corpus = combine(Path(args.out), sources)
-    rows = [
-        (name, f"{len(s.manifests):,}", f"{s.tokens('train'):,}", f"{s.tokens('validation'):,}")
-        for name, s in corpus.subsets.items()
-    ]
-    print_table(("subset", ">tasks", ">tokens", ">held out"), rows)
-    originals = ", ".join(dict.fromkeys(str(source.directory) for source in sources))
-    print(f"{corpus.directory} links to {originals}, which must stay")
-    return 0
+    return combine_corpora(args.out, [_source(word) for word in args.corpora])
 
 
 def _source(word: str) -> "Source":
     from megatron_txssm.data.corpus.combine import Source
-    from megatron_txssm.data.sharding.plan import corpus_directory
+    from megatron_txssm.data.corpus.manifest import corpus_directory
 
     # A path may hold "=", too.
     name, equals, prefix = word.rpartition("=")

@@ -1,13 +1,6 @@
 """`txssm data status`: how far a corpus is."""
 
 import argparse
-import time
-
-from megatron_txssm.data.corpus.status import CorpusStatus
-from megatron_txssm.data.sharding.progress import print_status, progress
-
-# Of --follow.
-SECONDS_BETWEEN_LOOKS = 2.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,14 +9,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_txssm.data.sharding.plan import corpus_directory
+    from megatron_txssm.data.sharding.progress import show_status
 
-    directory = corpus_directory(args.corpus)
-    status = CorpusStatus(directory)
-    if args.follow:
-        with progress(status):
-            while any(not subset.done and not subset.failed for subset in status.read()):
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-    subsets = status.read()
-    print_status(subsets)
-    return 0
+    return show_status(args.corpus, follow=args.follow)

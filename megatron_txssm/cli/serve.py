@@ -1,13 +1,11 @@
 """txssm serve: transformers' own OpenAI-compatible server, with our class among those it can load."""
 
 import argparse
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 from megatron_txssm.cli.parsing import add_verb
-from megatron_txssm.errors import UserError
+from megatron_txssm.evaluation.serve import serve
 
 EXAMPLES = (
     "txssm serve exports/demo",
@@ -15,7 +13,6 @@ EXAMPLES = (
     "curl localhost:8000/v1/completions -H 'content-type: application/json' \\\n"
     '    -d \'{"model": "exports/demo", "prompt": "import os", "max_tokens": 50}\'',
 )
-_NEEDS = ("fastapi", "uvicorn", "openai")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -26,17 +23,4 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not (args.folder / "config.json").is_file():
-        raise UserError(f"{args.folder} is no Hugging Face model; make one with `txssm convert export RUN OUT`")
-    if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
-        raise UserError(f"the server needs {', '.join(missing)}: pip install 'transformers[serving]'")
-    # The server looks a model's class up in the module that it knows as transformers, which has no registry.
-    from transformers.cli.serving import model_manager
-    from transformers.cli.transformers import main
-
-    from megatron_txssm.hf import TransXSSMForCausalLM
-
-    setattr(model_manager.transformers, "TransXSSMForCausalLM", TransXSSMForCausalLM)
-    sys.argv[:] = ["txssm", "serve", str(args.folder), "--host", args.host, "--port", str(args.port)]
-    main()
-    return 0
+    return serve(args.folder, host=args.host, port=args.port)

@@ -19,7 +19,7 @@ _NO_MATTER = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "num_labels", "problem_type"),
     *("max_position_embeddings", "initializer_range", "init_method", "attention_dropout", "hidden_dropout"),
     *("chunk_size", "mamba_chunk_size", "ssd_chunk_size", "pretraining_tp"),
-    # Of experts, which no layout holds.
+    # Of experts, which no format holds.
     *("num_experts_per_tok", "output_router_logits", "router_aux_loss_coef"),
 }
 # Keys that transformers reads into other fields, which are compared.
@@ -48,12 +48,12 @@ _REFERENCE_DEFAULTS: dict[str, Any] = {
 }
 
 
-def check_config(folder: Path, config: dict[str, Any], recipe: Recipe, layout: str, remedy: str) -> None:
+def check_config(folder: Path, config: dict[str, Any], recipe: Recipe, format: str, remedy: str) -> None:
     """UserError where config.json describes another computation than the recipe, though the shapes may be the same.
 
     `config`: its content. `remedy`: what its user can do.
     """
-    ours, theirs = _ours(recipe, layout), read_config(folder, config, layout)
+    ours, theirs = _ours(recipe, format), read_config(folder, config, format)
     for name, value in ours.items():
         if theirs[name] != value:
             raise UserError(
@@ -62,22 +62,22 @@ def check_config(folder: Path, config: dict[str, Any], recipe: Recipe, layout: s
             )
 
 
-def read_config(folder: Path, config: dict[str, Any], layout: str) -> dict[str, Any]:
+def read_config(folder: Path, config: dict[str, Any], format: str) -> dict[str, Any]:
     """What a folder's config.json says of a model's function, by the name of its field; UserError for what is unknown.
 
     `config`: its content.
     """
     file = folder / "config.json"
-    model_type = REFERENCE_TYPE if layout == "reference" else layout
+    model_type = REFERENCE_TYPE if format == "reference" else format
     if config.get("model_type") != model_type:
         raise UserError(f"{file} has model_type={config.get('model_type')!r}, not {model_type!r}")
     if config.get("quantization_config"):
         raise UserError(f"{folder} is a quantized model; import the one that it was made from")
-    found = _reference_fields(config) if layout == "reference" else _load(folder, layout)
+    found = _reference_fields(config) if format == "reference" else _load(folder, format)
     for name, value in config.items():
         known = name in found or name in _NO_MATTER | _READ_ELSEWHERE or name in _generation_settings()
         harmless = not value or name.startswith("_") or _AS_ALWAYS.get(name) == value
-        if not known and not harmless and name not in _UNUSED.get(layout, set()):
+        if not known and not harmless and name not in _UNUSED.get(format, set()):
             raise UserError(
                 f"{file} has {name}={value!r}, which is unknown here and may change what the model computes; "
                 "if it does not, import a copy of the folder without it"
@@ -85,32 +85,32 @@ def read_config(folder: Path, config: dict[str, Any], layout: str) -> dict[str, 
     return found
 
 
-def _ours(recipe: Recipe, layout: str) -> dict[str, Any]:
+def _ours(recipe: Recipe, format: str) -> dict[str, Any]:
     """What `read_config` gives of an export of the recipe's model."""
-    config = hf_config(recipe, layout)
-    return _reference_fields(config) if layout == "reference" else _fields(_class(layout)(**config), layout)
+    config = hf_config(recipe, format)
+    return _reference_fields(config) if format == "reference" else _fields(_class(format)(**config), format)
 
 
-def _load(folder: Path, layout: str) -> dict[str, Any]:
+def _load(folder: Path, format: str) -> dict[str, Any]:
     """The fields of a folder's config.json as transformers reads them."""
     try:
-        return _fields(_class(layout).from_pretrained(folder, local_files_only=True), layout)
+        return _fields(_class(format).from_pretrained(folder, local_files_only=True), format)
     except Exception as error:  # whatever transformers makes of a wrong value
         reason = " ".join(str(error).split())
-        raise UserError(f"{folder / 'config.json'} is no {layout} configuration: {reason}") from None
+        raise UserError(f"{folder / 'config.json'} is no {format} configuration: {reason}") from None
 
 
-def _class(layout: str) -> Any:
+def _class(format: str) -> Any:
     from transformers import GraniteMoeHybridConfig, LlamaConfig
 
     from megatron_txssm.hf import TransXSSMConfig
 
-    return {"llama": LlamaConfig, "granitemoehybrid": GraniteMoeHybridConfig, "transxssm": TransXSSMConfig}[layout]
+    return {"llama": LlamaConfig, "granitemoehybrid": GraniteMoeHybridConfig, "transxssm": TransXSSMConfig}[format]
 
 
-def _fields(config: Any, layout: str) -> dict[str, Any]:
+def _fields(config: Any, format: str) -> dict[str, Any]:
     """Of one of transformers' configurations, the fields that matter."""
-    names = {field.name for field in dataclasses.fields(config)} - _NO_MATTER - _UNUSED.get(layout, set())
+    names = {field.name for field in dataclasses.fields(config)} - _NO_MATTER - _UNUSED.get(format, set())
     found = {name: getattr(config, name) for name in sorted(names)}
     # Granite's class reads it, but has no field for it.
     found["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -119,7 +119,7 @@ def _fields(config: Any, layout: str) -> dict[str, Any]:
         for name, value in config.rope_parameters.items()
         if value is not None and name != "type" and (name, value) != ("partial_rotary_factor", 1)
     }
-    if layout == "granitemoehybrid" and found["position_embedding_type"] != "rope":
+    if format == "granitemoehybrid" and found["position_embedding_type"] != "rope":
         # Whatever else it says ("nope"), there are no positions.
         found |= {"position_embedding_type": None, "rope_parameters": None}
     return found

@@ -15,12 +15,12 @@ _TRAINING = "llama3_1.3b"
 _LAYERS = {"linear_attention": "S", "full_attention": "A"}
 
 
-def recipe_of_config(folder: Path, config: dict[str, Any], layout: str) -> Recipe:
+def recipe_of_config(folder: Path, config: dict[str, Any], format: str) -> Recipe:
     """The recipe of a folder whose config.json holds `config`; UserError where no recipe can say what it says.
 
     `check_config` finds what is not expressed here.
     """
-    found = read_config(folder, config, layout)
+    found = read_config(folder, config, format)
     describe = {"llama": _llama, "granitemoehybrid": _granite, "transxssm": _transxssm, "reference": _reference}
     model = _rotation(folder, found) | {
         "num_layers": found["num_hidden_layers"],
@@ -30,12 +30,12 @@ def recipe_of_config(folder: Path, config: dict[str, Any], layout: str) -> Recip
         "norm_epsilon": found["rms_norm_eps"],
         "tie_embeddings": found["tie_word_embeddings"],
         "init_method_std": config.get("initializer_range", 0.02),
-        **describe[layout](found, config),
+        **describe[format](found, config),
     }
-    name = re.sub(r"[^\w.-]+", "_", folder.absolute().name).strip("._-") or layout
+    name = re.sub(r"[^\w.-]+", "_", folder.absolute().name).strip("._-") or format
     values: dict[str, Any] = {
         "name": name,
-        "description": f"of a {layout} folder's config.json",
+        "description": f"of a {format} folder's config.json",
         **{f"model.{field}": value for field, value in model.items()},
         "data.vocab_size": found["vocab_size"],
         # Of this model's tokenizer there is no corpus yet.

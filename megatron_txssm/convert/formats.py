@@ -1,4 +1,4 @@
-"""The layouts of a conversion, and which model each can hold.
+"""The formats of a conversion (`--layout`), and which model each can hold.
 
 transxssm         our transformers model (hf/); every model of a recipe
 llama             transformers' LlamaForCausalLM: attention with RoPE in every layer
@@ -7,12 +7,14 @@ reference         the authors' public code (arXiv:2506.09507)
 megatron          Megatron's own names; weights alone
 """
 
+from typing import Literal, get_args
+
 from megatron_txssm.architecture.layer_pattern import ATTENTION
-from megatron_txssm.convert.mapping import TABLES
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
 
-LAYOUTS = (*TABLES, "megatron")
+Format = Literal["transxssm", "llama", "granitemoehybrid", "reference", "megatron"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 # Those that transformers can load, with the class in their config.json.
 ARCHITECTURES = {
     "transxssm": "TransXSSMForCausalLM",
@@ -21,7 +23,7 @@ ARCHITECTURES = {
 }
 
 
-def choose_layout(recipe: Recipe, asked: str | None) -> str:
+def choose_format(recipe: Recipe, asked: Format | None) -> Format:
     """`asked`, or else llama where the model is one and transxssm where not; UserError with the reason for a misfit."""
     if asked is None:
         return "llama" if refusal(recipe, "llama") is None else "transxssm"
@@ -30,12 +32,12 @@ def choose_layout(recipe: Recipe, asked: str | None) -> str:
     return asked
 
 
-def refusal(recipe: Recipe, layout: str) -> str | None:
-    """Why a layout cannot hold a recipe's model; None where it can."""
+def refusal(recipe: Recipe, format: str) -> str | None:
+    """Why a format cannot hold a recipe's model; None where it can."""
     checks = {"llama": _llama_misfits, "granitemoehybrid": _granite_misfits, "reference": _reference_misfits}
-    if layout not in checks:
+    if format not in checks:
         return None
-    return next((reason for misfit, reason in checks[layout](recipe) if misfit), None)
+    return next((reason for misfit, reason in checks[format](recipe) if misfit), None)
 
 
 def _llama_misfits(recipe: Recipe) -> list[tuple[bool, str]]:

@@ -1,4 +1,4 @@
-"""What config.json says of a recipe's model, in every layout that has one."""
+"""What config.json says of a recipe's model, in every format that has one."""
 
 from typing import Any
 
@@ -13,32 +13,32 @@ _LAYER_TYPES = {STATE_SPACE: "linear_attention", ATTENTION: "full_attention"}
 _GRANITE_LAYER_TYPES = {STATE_SPACE: "mamba", ATTENTION: "attention"}
 
 
-def hf_config(recipe: Recipe, layout: str, dtype: str = "float32") -> dict[str, Any]:
-    """What config.json says of a model, every rotary setting stated; empty for a layout that has no config.json."""
-    if layout == "reference":
+def hf_config(recipe: Recipe, format: str, dtype: str = "float32") -> dict[str, Any]:
+    """What config.json says of a model, every rotary setting stated; empty for a format that has no config.json."""
+    if format == "reference":
         return _reference(recipe)
-    if layout not in ARCHITECTURES:
+    if format not in ARCHITECTURES:
         return {}
     model = recipe.model
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model.rotary_base)}
     if model.rope_scaling == "linear":
         rope |= {"rope_type": "linear", "factor": float(model.rotary_interpolation_factor or 1)}
     common = {
-        "architectures": [ARCHITECTURES[layout]],
-        "model_type": layout,
+        "architectures": [ARCHITECTURES[format]],
+        "model_type": format,
         **_everywhere(recipe),
         "head_dim": recipe.kv_channels,
         "rope_parameters": rope,
         "dtype": dtype,
     }
-    if layout == "transxssm":
+    if format == "transxssm":
         return common | _transxssm(recipe)
     common |= {"attention_bias": False, "hidden_act": "silu"} | _older_names(rope)
-    return common | ({"mlp_bias": False} if layout == "llama" else _granite(recipe))
+    return common | ({"mlp_bias": False} if format == "llama" else _granite(recipe))
 
 
 def _everywhere(recipe: Recipe) -> dict[str, Any]:
-    """What every layout calls by the same name."""
+    """What every format calls by the same name."""
     model = recipe.model
     return {
         "vocab_size": recipe.data.vocab_size,

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.convert.export import Export
 from megatron_txssm.convert.formats import ARCHITECTURES
 from megatron_txssm.convert.hf_config import hf_config
+from megatron_txssm.convert.hf_weights import Export
 from megatron_txssm.convert.logged_losses import losses_at
 from megatron_txssm.convert.proof import Proof, sample_text, versions
 from megatron_txssm.data.tokenizer.huggingface import export_tokenizer, padding_id
@@ -38,9 +38,9 @@ def write_tokenizer(export: Export, folder: Path) -> TokenizerFacts | None:
 
 
 def write_configuration(export: Export, facts: TokenizerFacts | None, folder: Path) -> None:
-    """config.json, generation_config.json and, for our class, its code. Nothing for Megatron's own layout."""
+    """config.json, generation_config.json and, for our class, its code. Nothing for Megatron's own format."""
     dtypes = [tensor.dtype for tensor in export.tensors.values()]
-    config = hf_config(export.saved.recipe, export.layout, str(max(dtypes, key=dtypes.count)).removeprefix("torch."))
+    config = hf_config(export.saved.recipe, export.format, str(max(dtypes, key=dtypes.count)).removeprefix("torch."))
     if not config:
         return
     import transformers
@@ -49,7 +49,7 @@ def write_configuration(export: Export, facts: TokenizerFacts | None, folder: Pa
     # Documents follow one another in training, so that the token that ends one also begins the next.
     tokens = {"bos_token_id": eod, "eos_token_id": eod}
     version = {"transformers_version": transformers.__version__}
-    if export.layout == "transxssm":
+    if export.format == "transxssm":
         config |= {"auto_map": AUTO_MAP}
         write_code(folder)
     _write(folder / "config.json", config | tokens | version)
@@ -67,7 +67,7 @@ def write_model_card(export: Export, folder: Path, name: str, proof: Proof | Non
 def _card(export: Export, name: str, proof: Proof | None, has_tokenizer: bool) -> list[str]:
     recipe, step = export.saved.recipe, export.saved.step
     kinds = recipe.layer_kinds
-    loaded = export.layout in ARCHITECTURES
+    loaded = export.format in ARCHITECTURES
     lines = ["---", *(["library_name: transformers"] if loaded else []), "pipeline_tag: text-generation", "tags:"]
     lines += [
         "- transxssm",
@@ -91,7 +91,7 @@ def _card(export: Export, name: str, proof: Proof | None, has_tokenizer: bool) -
     ]
     if loaded and has_tokenizer:
         # For the tokenizer, too: transformers reads config.json first, which names code.
-        remote = ", trust_remote_code=True" if export.layout == "transxssm" else ""
+        remote = ", trust_remote_code=True" if export.format == "transxssm" else ""
         lines += [
             "## Use",
             "",
@@ -105,8 +105,8 @@ def _card(export: Export, name: str, proof: Proof | None, has_tokenizer: bool) -
             "```",
             "",
         ]
-    lines += ["## Conversion", "", f"Layout `{export.layout}`, from the checkpoint of step {step}. "]
-    if export.layout == "granitemoehybrid":
+    lines += ["## Conversion", "", f"Layout `{export.format}`, from the checkpoint of step {step}. "]
+    if export.format == "granitemoehybrid":
         lines[-1] += _GRANITE_VERSIONS
     if proof is None:
         lines[-1] += "Not verified (`--no-verify`)."

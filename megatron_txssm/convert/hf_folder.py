@@ -1,4 +1,4 @@
-"""Weights in a folder of safetensors, in any layout of mapping.py, read back as Megatron names them.
+"""Weights in a folder of safetensors, in any format of mapping.py, read back as Megatron names them.
 
 Nothing of such a folder is run: no pickle is opened, and no code that came with the weights is imported.
 """
@@ -23,13 +23,13 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 
-# A name that only one layout has -> the layout.
+# A name that only one format has -> the format.
 _SIGNS = {
     "embedding.word_embeddings.weight": "megatron",
     "model.word_embed.weight": "reference",
     "model.layers.0.shared_mlp.input_linear.weight": "granitemoehybrid",
 }
-# The embedding, in the layouts that call an LM head lm_head.
+# The embedding, in the formats that call an LM head lm_head.
 _EMBEDDINGS = {"model.embed_tokens.weight", "model.word_embed.weight"}
 
 
@@ -38,7 +38,7 @@ class HfFolder:
     """A folder of weights that fit its recipe. See `tensors.Weights`."""
 
     folder: Path
-    layout: str
+    format: str
     recipe: Recipe
     # Tensor -> the file that holds it, its shape and dtype.
     index: dict[str, tuple[str, Shape, Any]]
@@ -50,7 +50,7 @@ class HfFolder:
     @cached_property
     def groups(self) -> dict[str, Group]:
         """By each tensor of Megatron's."""
-        return {name: group for group in plan(self.layout, self.shapes) for name in group.megatron}
+        return {name: group for group in plan(self.format, self.shapes) for name in group.megatron}
 
     def dtype(self, name: str) -> Any:
         return self.index[self.groups[name].hf[0]][2]
@@ -65,7 +65,7 @@ class HfFolder:
 
     def check_constants(self) -> None:
         """UserError unless the tensors that stand for none of ours hold what they must."""
-        for group in plan(self.layout, self.shapes):
+        for group in plan(self.format, self.shapes):
             if not group.megatron:
                 self._convert(group, self.recipe.sizes)
 
@@ -78,7 +78,7 @@ class HfFolder:
 
 
 def lacks_a_class(folder: Path) -> bool:
-    """Whether transformers has no class for a folder's layout: Megatron's names, or the authors'."""
+    """Whether transformers has no class for a folder's format: Megatron's names, or the authors'."""
     file = folder / "config.json"
     return not file.is_file() or _read_json(file).get("model_type") == REFERENCE_TYPE
 
@@ -94,33 +94,33 @@ def open_hf_folder(folder: Path, recipe: Recipe | None = None) -> HfFolder:
     """The weights of a folder, which `recipe`, its recipe.yaml or its config.json describes; UserError for a misfit."""
     index = _read_index(folder)
     config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    layout = next((layout for sign, layout in _SIGNS.items() if sign in index), None)
-    layout = layout or config.get("model_type")
-    if layout not in (*ARCHITECTURES, *_SIGNS.values()):
+    format = next((format for sign, format in _SIGNS.items() if sign in index), None)
+    format = format or config.get("model_type")
+    if format not in (*ARCHITECTURES, *_SIGNS.values()):
         raise UserError(
-            f"{folder} holds a model of type {layout!r}; only {', '.join(ARCHITECTURES)} can be imported, "
+            f"{folder} holds a model of type {format!r}; only {', '.join(ARCHITECTURES)} can be imported, "
             "and the layouts reference and megatron"
         )
     remedy = "name a recipe that describes this model with --recipe"
     if recipe is None and (folder / "recipe.yaml").is_file():
         recipe = load_recipe(folder / "recipe.yaml")
-    elif recipe is None and config and layout != "megatron":
-        recipe, remedy = recipe_of_config(folder, config, layout), "no recipe can describe such a model"
+    elif recipe is None and config and format != "megatron":
+        recipe, remedy = recipe_of_config(folder, config, format), "no recipe can describe such a model"
     elif recipe is None:
         raise UserError(f"{folder} has neither recipe.yaml nor config.json; {remedy}")
-    if reason := refusal(recipe, layout):
-        raise UserError(f"{folder} has layout {layout}, which cannot hold recipe {recipe.name}: {reason}; {remedy}")
-    if layout in ARCHITECTURES or (config and layout == "reference"):
-        check_config(folder, config, recipe, layout, remedy)
-    elif layout == "reference":
+    if reason := refusal(recipe, format):
+        raise UserError(f"{folder} has layout {format}, which cannot hold recipe {recipe.name}: {reason}; {remedy}")
+    if format in ARCHITECTURES or (config and format == "reference"):
+        check_config(folder, config, recipe, format, remedy)
+    elif format == "reference":
         print(
             f"warning: {folder} has no config.json: that its rotary base, epsilon and heads are those of recipe "
             f"{recipe.name} cannot be checked",
             file=sys.stderr,
         )
-    opened = HfFolder(folder, layout, recipe, _without_leftovers(folder, index, recipe))
+    opened = HfFolder(folder, format, recipe, _without_leftovers(folder, index, recipe))
     sizes = recipe.sizes
-    wanted = {name: tuple(t.shape) for name, t in hf_tensors(plan(layout, opened.shapes), sizes).items()}
+    wanted = {name: tuple(t.shape) for name, t in hf_tensors(plan(format, opened.shapes), sizes).items()}
     if fault := compare_shapes({name: shape for name, (_, shape, _) in opened.index.items()}, wanted):
         raise UserError(f"{folder} is not the model that recipe {recipe.name} describes: {fault}")
     if coded := next((name for name, (_, _, dtype) in opened.index.items() if isinstance(dtype, str)), None):

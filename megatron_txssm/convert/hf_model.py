@@ -1,4 +1,4 @@
-"""A transformers model from a folder of weights, whatever its layout; nothing that came with the weights is run."""
+"""A transformers model from a folder of weights, whatever its format; nothing that came with the weights is run."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from megatron_txssm.convert.mapping import plan
 def load_hf_model(source: HfFolder) -> Any:
     """A model for inference, in fp32.
 
-    Layouts that transformers has a class for are loaded by it. The others become our class's tensors first.
+    Formats that transformers has a class for are loaded by it. The others become our class's tensors first.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -19,7 +19,7 @@ def load_hf_model(source: HfFolder) -> Any:
     # Registers our class with AutoModelForCausalLM.
     from megatron_txssm.hf import TransXSSMConfig, TransXSSMForCausalLM
 
-    if source.layout in ARCHITECTURES:
+    if source.format in ARCHITECTURES:
         options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "attn_implementation": "sdpa"}
         return AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32, **options).eval()
     config = TransXSSMConfig(**hf_config(source.recipe, "transxssm"))

@@ -1,6 +1,5 @@
-"""txssm convert import: a Megatron checkpoint of weights in a folder, complete or not there at all."""
+"""A Megatron checkpoint of the weights in a Hugging Face folder, complete or not there at all."""
 
-import argparse
 import math
 import shutil
 import sys
@@ -9,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.checkpoint.tensors import is_kept_in_fp32
+from megatron_txssm.convert.conversion import conversion
 from megatron_txssm.convert.hf_folder import open_hf_folder
+from megatron_txssm.convert.proof import prove_import
+from megatron_txssm.convert.worker import run_task
 from megatron_txssm.data.tokenizer.install import install_tokenizer
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.files import check_absent, complete_folder
@@ -19,28 +21,31 @@ from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.terminal import doing
 
 
-def import_weights(args: argparse.Namespace) -> int:
-    """The command; returns the exit code."""
-    from megatron_txssm.convert.proof import prove_import
-    from megatron_txssm.convert.worker import run_task
+@conversion
+def import_weights(
+    folder: str | Path, out: str | Path, *, recipe: str | Path | None = None, verify: bool = True
+) -> int:
+    """Make the checkpoints folder `out`, to train on from, of a Hugging Face folder; returns the exit code.
 
-    check_absent(args.out)
-    source = open_hf_folder(args.folder, load_recipe(args.recipe) if args.recipe else None)
-    with complete_folder(args.out, _checkpoint_bytes(source.recipe, source.shapes)) as folder:
-        (folder / "recipe.yaml").write_text(_as_yaml(source.recipe), encoding="utf-8")
+    recipe: describes the model and its training (None: recipe.yaml in the folder, else its config.json). verify: prove
+    that both hold the same model, and keep the checkpoint only then. UserError where the folder cannot be imported.
+    """
+    hf, out = Path(folder), Path(out)
+    check_absent(out)
+    source = open_hf_folder(hf, load_recipe(recipe) if recipe else None)
+    with complete_folder(out, _checkpoint_bytes(source.recipe, source.shapes)) as made:
+        (made / "recipe.yaml").write_text(_as_yaml(source.recipe), encoding="utf-8")
         with doing("building the model in Megatron"):
-            run_task("save_megatron", folder=args.folder.absolute(), recipe=folder / "recipe.yaml", out=folder)
-        _keep_tokenizer(args.folder, folder)
-        proof = None if args.no_verify else prove_import(source, folder)
-    stated = args.recipe is not None or (args.folder / "recipe.yaml").is_file()
+            run_task("save_megatron", folder=hf.absolute(), recipe=made / "recipe.yaml", out=made)
+        _keep_tokenizer(hf, made)
+        proof = prove_import(source, made) if verify else None
+    stated = recipe is not None or (hf / "recipe.yaml").is_file()
     if not stated:
-        print(
-            f"{args.out / 'recipe.yaml'}: the model as config.json describes it; its data and training are yours to set"
-        )
-    recipe = "RECIPE" if stated else args.out / "recipe.yaml"
+        print(f"{out / 'recipe.yaml'}: the model as config.json describes it; its data and training are yours to set")
+    train_by = "RECIPE" if stated else out / "recipe.yaml"
     print(
-        f"{args.out}: from layout {source.layout}; "
-        f"train on with `txssm pretrain {recipe} --set checkpoint.load_from={args.out}`"
+        f"{out}: from layout {source.format}; "
+        f"train on with `txssm pretrain {train_by} --set checkpoint.load_from={out}`"
     )
     for line in proof.summary() if proof else ():
         print(line)

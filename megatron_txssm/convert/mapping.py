@@ -1,4 +1,4 @@
-"""One table per layout: which tensors of Megatron's checkpoint become which of a Hugging Face model, and how.
+"""One table per format: which tensors of Megatron's checkpoint become which of a Hugging Face model, and how.
 
 Both directions read the same rows. `*` is the number of the layer; a row counts for the layers that have its tensors,
 and of several tensors on Megatron's side those that a variant lacks (the gate's z) are left out.
@@ -137,7 +137,7 @@ def _state_space(mixer: str) -> tuple[Row, ...]:
     )
 
 
-# The layout's name -> its table. "llama" and "granitemoehybrid" are classes of transformers itself, "transxssm" is ours
+# The format's name -> its table. "llama" and "granitemoehybrid" are classes of transformers itself, "transxssm" is ours
 # (hf/), "reference" the authors' public code (arXiv:2506.09507).
 TABLES: dict[str, tuple[Row, ...]] = {
     "transxssm": (*_EMBEDDINGS, *_NORMS, *_ATTENTION, *_MLP, *_state_space("mixer")),
@@ -194,16 +194,16 @@ class Group:
         return dict(zip(self.megatron, converted, strict=True))
 
 
-def plan(layout: str, shapes: dict[str, Shape]) -> list[Group]:
+def plan(format: str, shapes: dict[str, Shape]) -> list[Group]:
     """The groups of a model in the order of its layers; `shapes` are those of `model_shapes`.
 
-    "megatron" is a layout, too: every tensor stays as it is.
+    "megatron" is a format, too: every tensor stays as it is.
     """
-    if layout == "megatron":
+    if format == "megatron":
         return [Group((name,), (name,), SAME, (shape,)) for name, shape in shapes.items()]
     layers = sorted({layer for name in shapes if (layer := layer_of(name)) is not None})
     groups: list[Group] = []
-    for row in TABLES[layout]:
+    for row in TABLES[format]:
         for layer in layers if "*" in row.hf[0] else [0]:
             names = tuple(name.replace("*", str(layer)) for name in row.megatron)
             there = tuple(name for name in names if name in shapes)
@@ -211,7 +211,7 @@ def plan(layout: str, shapes: dict[str, Shape]) -> list[Group]:
                 hf = tuple(name.replace("*", str(layer)) for name in row.hf)
                 groups.append(Group(there, hf, row.transform, tuple(shapes[name] for name in there)))
     covered = [name for group in groups for name in group.megatron]
-    assert sorted(covered) == sorted(shapes), f"layout {layout} does not cover {set(shapes) ^ set(covered)}"
+    assert sorted(covered) == sorted(shapes), f"layout {format} does not cover {set(shapes) ^ set(covered)}"
     places = {name: place for place, name in enumerate(shapes)}
     ends = {layer_of(name): place for name, place in places.items()}
     # What stands for no tensor of ours comes at its layer's end.

@@ -16,10 +16,10 @@ from typing import Any
 from megatron_txssm import __version__
 from megatron_txssm.checkpoint.saved_model import SavedModel, open_checkpoint
 from megatron_txssm.checkpoint.tensors import Weights, compare_shapes
-from megatron_txssm.convert.export import sha256_of
 from megatron_txssm.convert.formats import ARCHITECTURES
 from megatron_txssm.convert.greedy import Generation
 from megatron_txssm.convert.hf_folder import HfFolder, open_hf_folder
+from megatron_txssm.convert.hf_weights import sha256_of
 from megatron_txssm.convert.worker import TOLERANCE, run_task
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
@@ -175,7 +175,7 @@ def compare_logits(
             if isinstance(side, SavedModel):
                 run_task("megatron_logits", checkpoints=side.checkpoints, step=side.step, **common)
             else:
-                generated = out.with_suffix(".json") if side.layout in ARCHITECTURES else None
+                generated = out.with_suffix(".json") if side.format in ARCHITECTURES else None
                 run_task("hf_logits", folder=side.folder, generated=generated, **common)
                 if generated is not None:
                     generation.append(Generation(**json.loads(generated.read_bytes())))

@@ -150,7 +150,7 @@ def hf_logits(
     out: str,
     generated: str | None = None,
 ) -> None:
-    """The same of a folder of weights, by transformers; layouts that it has no class for, by our class.
+    """The same of a folder of weights, by transformers; formats that it has no class for, by our class.
 
     generate() is tried as well (greedy.py), and what came of it written to `generated`, as JSON.
     """

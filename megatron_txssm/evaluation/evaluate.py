@@ -26,7 +26,7 @@ from megatron_txssm.training.processes import launch, worker_command
 
 
 def evaluate(
-    run: Path,
+    run: str | Path,
     *,
     step: int | None = None,
     overrides: Sequence[str] = (),
@@ -35,10 +35,10 @@ def evaluate(
 ) -> int:
     """The loss of a run's checkpoint on all of its validation data, to RUN/evaluation/validation.json; the exit code.
 
-    step: which checkpoint (None: the newest). The rest is as in `training.launch.processes.pretrain`.
+    step: which checkpoint (None: the newest). The rest is as in `training.processes.pretrain`.
     """
     adopt_slurm_step()
-    recipe = evaluation_recipe(run, overrides)
+    recipe = evaluation_recipe(Path(run), overrides)
     if step is not None:
         step_folder(Path(recipe.checkpoint.load_from or ""), step)
     if is_worker():

@@ -1,4 +1,4 @@
-"""A recipe made of a config.json: that of the model, whatever its layout, or the reason why there is none."""
+"""A recipe made of a config.json: that of the model, whatever its format, or the reason why there is none."""
 
 import json
 from pathlib import Path
@@ -19,21 +19,21 @@ from megatron_txssm.recipe.recipe import Recipe
 from tests.convert.test_hf_config import BY_HAND
 from tests.convert.test_mapping import load
 
-VARIANTS = {layout: (variant, changes) for layout, (variant, changes, _) in BY_HAND.items()}
+VARIANTS = {format: (variant, changes) for format, (variant, changes, _) in BY_HAND.items()}
 
 
-def made(folder: Path, layout: str, config: dict[str, Any]) -> Recipe:
+def made(folder: Path, format: str, config: dict[str, Any]) -> Recipe:
     (folder / "config.json").write_text(json.dumps(config))
-    recipe = recipe_of_config(folder, config, layout)
-    check_config(folder, config, recipe, layout, "none")
+    recipe = recipe_of_config(folder, config, format)
+    check_config(folder, config, recipe, format, "none")
     return recipe
 
 
-@pytest.mark.parametrize("layout", VARIANTS)
-def test_the_model_is_the_same(tmp_path: Path, layout: str) -> None:
-    recipe = load(*VARIANTS[layout])
-    found = made(tmp_path, layout, hf_config(recipe, layout))
-    assert hf_config(found, layout) == hf_config(recipe, layout)
+@pytest.mark.parametrize("format", VARIANTS)
+def test_the_model_is_the_same(tmp_path: Path, format: str) -> None:
+    recipe = load(*VARIANTS[format])
+    found = made(tmp_path, format, hf_config(recipe, format))
+    assert hf_config(found, format) == hf_config(recipe, format)
     assert found.layer_kinds == recipe.layer_kinds and found.data.vocab_size == recipe.data.vocab_size
     # Of an attention-only model nothing asks for it.
     if recipe.has_state_space:

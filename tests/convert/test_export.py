@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.torch_dist import IndexReader
 from megatron_txssm.cli.main import main
-from megatron_txssm.convert.export import Export, write_weights
-from megatron_txssm.convert.formats import choose_layout
+from megatron_txssm.convert.formats import choose_format
 from megatron_txssm.convert.hf_files import write_configuration
 from megatron_txssm.convert.hf_folder import open_hf_folder
+from megatron_txssm.convert.hf_weights import Export, write_weights
 from megatron_txssm.convert.mapping import HALVES, TABLES
 from megatron_txssm.convert.proof import compare_tensors, versions
 from megatron_txssm.errors import UserError
@@ -47,7 +47,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_megatrons_layout_is_what_was_saved_without_padding(run_folder: Path, tmp_path: Path) -> None:
+def test_megatrons_format_is_what_was_saved_without_padding(run_folder: Path, tmp_path: Path) -> None:
     for step, options in ((2, []), (1, ["--step", "1"])):
         weights = export(run_folder, tmp_path / str(step), "--layout", "megatron", *options)
         saved = random_weights(open_checkpoint(run_folder).recipe, seed=step)
@@ -111,7 +111,7 @@ def test_of_several_tasks_one_exports(run_folder: Path, tmp_path: Path, monkeypa
 
 def test_the_bar_hears_of_every_byte(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved, heard = open_checkpoint(run_folder), []
-    planned = Export(saved, choose_layout(saved.recipe, None), "bf16")
+    planned = Export(saved, choose_format(saved.recipe, None), "bf16")
     hashes = write_weights(planned, tmp_path, max_file_bytes=30_000, advance=heard.append)
     assert sum(heard) == planned.nbytes and hashes.keys() == saved.shapes.keys()
     with progress_bar("exporting", sum(heard), of_bytes=True) as advance:

@@ -1,14 +1,14 @@
-"""Which layout can hold which model, and each reason why not."""
+"""Which format can hold which model, and each reason why not."""
 
 import pytest
 
-from megatron_txssm.convert.formats import choose_layout, refusal
+from megatron_txssm.convert.formats import Format, choose_format, refusal
 from megatron_txssm.errors import UserError
 from tests.convert.test_mapping import VARIANTS, load
 
 
 @pytest.mark.parametrize(
-    ("layout", "variant", "changes", "reason"),
+    ("format", "variant", "changes", "reason"),
     [
         ("llama", "transxssm", "", "it has state-space layers"),
         ("llama", "llama3", "attention_position_encoding=none", "its attention has no rotary positions"),
@@ -46,14 +46,14 @@ from tests.convert.test_mapping import VARIANTS, load
         ("reference", "reference", "tie_embeddings=false", "its LM head is not tied to the embedding"),
     ],
 )
-def test_a_misfit_is_named(layout: str, variant: str, changes: str, reason: str) -> None:
+def test_a_misfit_is_named(format: Format, variant: str, changes: str, reason: str) -> None:
     recipe = load(variant, changes)
-    assert refusal(recipe, layout) == reason
+    assert refusal(recipe, format) == reason
     with pytest.raises(UserError) as refused:
-        choose_layout(recipe, layout)
-    assert str(refused.value) == f"--layout {layout} cannot hold {recipe.name}: {reason}; leave --layout out"
+        choose_format(recipe, format)
+    assert str(refused.value) == f"--layout {format} cannot hold {recipe.name}: {reason}; leave --layout out"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_llama_is_chosen_where_it_fits(variant: str) -> None:
-    assert choose_layout(load(variant), None) == ("llama" if variant == "llama3" else "transxssm")
+    assert choose_format(load(variant), None) == ("llama" if variant == "llama3" else "transxssm")

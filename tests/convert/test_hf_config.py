@@ -20,7 +20,7 @@ from tests.convert.test_mapping import load
 from tests.convert.trained import ARCHITECTURES, REFERENCE
 from tests.convert.untrained import make_run
 
-# Recipe -> layout -> what config.json must say. Sizes are SMALL's of test_mapping.
+# Recipe -> format -> what config.json must say. Sizes are SMALL's of test_mapping.
 _OWN = "norm_epsilon=3e-4 rotary_base=7000 init_method_std=0.03"
 _COMMON = {
     "vocab_size": 245,
@@ -139,26 +139,26 @@ BY_HAND: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("layout", BY_HAND)
-def test_what_an_export_says_by_hand(layout: str) -> None:
-    variant, changes, wanted = BY_HAND[layout]
+@pytest.mark.parametrize("format", BY_HAND)
+def test_what_an_export_says_by_hand(format: str) -> None:
+    variant, changes, wanted = BY_HAND[format]
     recipe = load(variant, changes)
-    assert hf_config(recipe, layout) == wanted
+    assert hf_config(recipe, format) == wanted
     assert hf_config(recipe, "megatron") == {}
 
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One of each layout that has a config.json. Copy them before changing them."""
+    """One of each format that has a config.json. Copy them before changing them."""
     folder, made = tmp_path_factory.mktemp("configs"), {}
     models = {"transxssm": "transxssm", "llama": "llama3", "granitemoehybrid": "jamba"}
-    for layout, model in (
-        *((layout, ARCHITECTURES[name]) for layout, name in models.items()),
+    for format, model in (
+        *((format, ARCHITECTURES[name]) for format, name in models.items()),
         ("reference", REFERENCE),
     ):
-        (folder / layout).mkdir()
-        run, made[layout] = make_run(folder / layout, model), folder / layout / "out"
-        words = ["convert", "export", str(run), str(made[layout]), "--layout", layout, "--no-verify"]
+        (folder / format).mkdir()
+        run, made[format] = make_run(folder / format, model), folder / format / "out"
+        words = ["convert", "export", str(run), str(made[format]), "--layout", format, "--no-verify"]
         assert main(words) == 0
     return made
 
@@ -167,9 +167,9 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def copied(exports: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
     """A copy of an export, whose config.json gets other values."""
 
-    def copy(layout: str, **values: Any) -> Path:
-        folder = tmp_path / f"{layout}{len(list(tmp_path.iterdir()))}"
-        shutil.copytree(exports[layout], folder)
+    def copy(format: str, **values: Any) -> Path:
+        folder = tmp_path / f"{format}{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(exports[format], folder)
         config = json.loads((folder / "config.json").read_text()) | values
         (folder / "config.json").write_text(json.dumps(config))
         return folder
@@ -177,22 +177,22 @@ def copied(exports: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
     return copy
 
 
-@pytest.mark.parametrize("layout", BY_HAND)
-def test_every_field_that_matters_is_compared(copied: Any, layout: str) -> None:
+@pytest.mark.parametrize("format", BY_HAND)
+def test_every_field_that_matters_is_compared(copied: Any, format: str) -> None:
     """Whatever else it says is refused: by name, or by the class, where no such model can be."""
-    folder = copied(layout)
+    folder = copied(format)
     config = json.loads((folder / "config.json").read_text())
-    fields = read_config(folder, config, layout)
-    if layout == "granitemoehybrid":
+    fields = read_config(folder, config, format)
+    if format == "granitemoehybrid":
         # Without positions there is no rotation, whatever the file says.
         unread = [fields.pop("position_embedding_type"), fields.pop("rope_parameters")]
         assert unread == [None, None]
     least = {"transxssm": 20, "llama": 13, "granitemoehybrid": 23, "reference": 15}
-    assert len(fields) >= least[layout]
+    assert len(fields) >= least[format]
     for name, value in fields.items():
         with pytest.raises(UserError) as refused:
-            open_hf_folder(copied(layout, **{name: another(name, value)}))
-        assert f" has {name}=" in str(refused.value) or f"is no {layout} configuration" in str(refused.value), name
+            open_hf_folder(copied(format, **{name: another(name, value)}))
+        assert f" has {name}=" in str(refused.value) or f"is no {format} configuration" in str(refused.value), name
 
 
 def another(name: str, value: Any) -> Any:
@@ -206,17 +206,17 @@ def another(name: str, value: Any) -> Any:
 
 
 def test_what_does_not_matter_may_differ(copied: Any) -> None:
-    for layout in BY_HAND:
+    for format in BY_HAND:
         ignored = {"use_cache": False, "initializer_range": 0.5, "attention_dropout": 0.3, "torch_dtype": "bfloat16"}
         ignored |= {"eos_token_id": 7, "_name_or_path": "x", "temperature": 0.7, "some_switch": False, "a_list": []}
-        ignored |= {"chunk_size": 8} if layout == "transxssm" else {"max_position_embeddings": 99}
-        open_hf_folder(copied(layout, **ignored))
+        ignored |= {"chunk_size": 8} if format == "transxssm" else {"max_position_embeddings": 99}
+        open_hf_folder(copied(format, **ignored))
 
 
-@pytest.mark.parametrize("layout", BY_HAND)
-def test_what_is_unknown_is_refused(copied: Any, layout: str) -> None:
+@pytest.mark.parametrize("format", BY_HAND)
+def test_what_is_unknown_is_refused(copied: Any, format: str) -> None:
     with pytest.raises(UserError, match=r"config\.json has sliding_window=16, which is unknown here and may change"):
-        open_hf_folder(copied(layout, sliding_window=16))
+        open_hf_folder(copied(format, sliding_window=16))
     for extra in ({"rope_type": "default", "partial_rotary_factor": 0.5}, {"rope_type": "linear", "factor": 2.0}):
         with pytest.raises(UserError, match="rope_"):
             open_hf_folder(copied("llama", rope_parameters=extra | {"rope_theta": 500.0}))
@@ -248,9 +248,9 @@ def test_weights_without_a_configuration_are_taken_with_a_warning(
     assert "has no config.json: that its rotary base, epsilon and heads are those" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("layout", "embedding"), [("reference", "word_embed"), ("transxssm", "embed_tokens")])
-def test_an_lm_head_of_its_own_is_no_tied_one(copied: Any, layout: str, embedding: str) -> None:
-    folder = copied(layout)
+@pytest.mark.parametrize(("format", "embedding"), [("reference", "word_embed"), ("transxssm", "embed_tokens")])
+def test_an_lm_head_of_its_own_is_no_tied_one(copied: Any, format: str, embedding: str) -> None:
+    folder = copied(format)
     tensors = load_file(folder / "model.safetensors")
     rows = tensors[f"model.{embedding}.weight"]
     save_file(tensors | {"lm_head.weight": rows.clone()}, folder / "model.safetensors")

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import megatron_txssm.hf  # noqa: F401  (our class)
 from megatron_txssm.architecture.parameters import ModelSizes, count_parameters
 from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER, layer_of, model_shapes
-from megatron_txssm.convert.export import Export, split_files
-from megatron_txssm.convert.formats import ARCHITECTURES, LAYOUTS, refusal
+from megatron_txssm.convert.formats import ARCHITECTURES, FORMATS, refusal
 from megatron_txssm.convert.hf_config import hf_config
+from megatron_txssm.convert.hf_weights import Export, split_files
 from megatron_txssm.convert.mapping import CONCAT, DECAY_RATE, HALVES, QKV, SAME, Group, hf_tensors, plan
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
@@ -39,7 +39,7 @@ VARIANTS = {
     "jamba without a gate": ("jamba_320m", "state_gated=false"),
     "reference": ("transxssm_320m", _REFERENCE),
 }
-# What each layout can hold of these; transxssm and megatron hold all.
+# What each format can hold of these; transxssm and megatron hold all.
 HELD = {"llama": {"llama3"}, "granitemoehybrid": {"mamba2", "jamba"}, "reference": {"reference"}}
 
 
@@ -74,16 +74,16 @@ def test_sizes_add_up_to_the_parameters_without_padding(recipe: Recipe) -> None:
     assert elements == count_parameters(recipe.sizes).total - padding
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_layout_holds_the_whole_model_or_says_why_not(variant: str, layout: str) -> None:
+def test_a_format_holds_the_whole_model_or_says_why_not(variant: str, format: str) -> None:
     recipe = load(variant)
-    held = variant in HELD.get(layout, VARIANTS)
-    assert (refusal(recipe, layout) is None) == held
+    held = variant in HELD.get(format, VARIANTS)
+    assert (refusal(recipe, format) is None) == held
     if not held:
         return
     shapes, sizes = model_shapes(recipe), recipe.sizes
-    groups = plan(layout, shapes)
+    groups = plan(format, shapes)
     assert sorted(name for group in groups for name in group.megatron) == sorted(shapes)
     tensors = hf_tensors(groups, sizes)
     assert len(tensors) == sum(len(group.hf) for group in groups), "each name once"
@@ -92,19 +92,19 @@ def test_a_layout_holds_the_whole_model_or_says_why_not(variant: str, layout: st
     assert {name: tensor.shape for name, tensor in there.items()} == {name: t.shape for name, t in tensors.items()}
     back = {name: tensor for group in groups for name, tensor in group.from_hf(there, sizes).items()}
     for name, value in values.items():
-        exact = layout != "reference" or not name.endswith("A_log")
+        exact = format != "reference" or not name.endswith("A_log")
         torch.testing.assert_close(back[name], value, rtol=0, atol=0 if exact else 1e-6)
-    if layout in ARCHITECTURES:
+    if format in ARCHITECTURES:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config(recipe, layout)))
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config(recipe, format)))
         wanted = {name: tensor.shape for name, tensor in model.named_parameters()}
         assert {name: tensor.shape for name, tensor in tensors.items()} == wanted
 
 
-@pytest.mark.parametrize(("layout", "variant"), [("reference", "reference"), ("transxssm", "jamba")])
-def test_a_plan_goes_through_the_model_in_order(layout: str, variant: str) -> None:
+@pytest.mark.parametrize(("format", "variant"), [("reference", "reference"), ("transxssm", "jamba")])
+def test_a_plan_goes_through_the_model_in_order(format: str, variant: str) -> None:
     shapes = model_shapes(load(variant))
-    groups = plan(layout, shapes)
+    groups = plan(format, shapes)
     places = [list(shapes).index(group.megatron[0]) for group in groups if group.megatron]
     assert places == sorted(places)
     layers = [layer_of(group.hf[0]) for group in groups]
@@ -113,7 +113,7 @@ def test_a_plan_goes_through_the_model_in_order(layout: str, variant: str) -> No
     assert inner == sorted(inner) and set(inner) == set(range(8))
     assert layers[1:] == [*inner, None] + ([] if "output_layer.weight" not in shapes else [None])
     with_ones = [n for n, group in enumerate(groups) if not group.megatron]
-    assert len(with_ones) == (16 if layout == "reference" else 0)
+    assert len(with_ones) == (16 if format == "reference" else 0)
     for n in with_ones:
         rest = [group for group in groups[n + 1 :] if layer_of(group.hf[0]) == layers[n]]
         assert not any(group.megatron for group in rest), "at their layer's end"

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 TOKENS, DECODED = 512, 32
 MATRIX = [model.name for model in matrix(Path())]
-# (trained model, layout); None: the one that an export takes by itself.
+# (trained model, format); None: the one that an export takes by itself.
 EXPORTS: list[tuple[str, str | None]] = [
     *((name, None) for name in MATRIX),
     *((name, "granitemoehybrid") for name in MATRIX if name.startswith(("mamba2", "jamba"))),
@@ -38,7 +38,7 @@ EXPORTS: list[tuple[str, str | None]] = [
     ("transxssm_tp2pp2", "megatron"),
 ]
 CLASSES: dict[str | None, type] = {"llama": LlamaForCausalLM, "granitemoehybrid": GraniteMoeHybridForCausalLM}
-on_every_export = pytest.mark.parametrize(("name", "layout"), EXPORTS, ids=str)
+on_every_export = pytest.mark.parametrize(("name", "format"), EXPORTS, ids=str)
 on_every_model = pytest.mark.parametrize("name", MATRIX)
 
 
@@ -50,11 +50,11 @@ class Converted:
     models: dict[str, Trained]
     tokens: list[int]
 
-    def exported(self, name: str, layout: str | None = None) -> Path:
-        return self.folder / "exports" / f"{name}_{layout}"
+    def exported(self, name: str, format: str | None = None) -> Path:
+        return self.folder / "exports" / f"{name}_{format}"
 
-    def imported(self, name: str, layout: str | None = None) -> Path:
-        return self.folder / "imports" / f"{name}_{layout}"
+    def imported(self, name: str, format: str | None = None) -> Path:
+        return self.folder / "imports" / f"{name}_{format}"
 
     def result(self, name: str, what: str) -> Path:
         return self.folder / f"{name}.{what}"
@@ -68,13 +68,13 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     tokenizer = load_tokenizer(models[MATRIX[0]].checkpoints / "tokenizer" / "tokenizer.model")
     made = Converted(folder, models, tokenizer.EncodeAsIds(sample_text())[:TOKENS])
     tasks: list[Task] = []
-    for name, layout in EXPORTS:
-        export(made, name, layout)
-        out = made.imported(name, layout)
+    for name, format in EXPORTS:
+        export(made, name, format)
+        out = made.imported(name, format)
         out.mkdir(parents=True)
         recipe = out / "recipe.yaml"
-        recipe.write_text(_as_yaml(load_recipe(made.exported(name, layout) / "recipe.yaml")))
-        tasks.append(("save_megatron", {"folder": made.exported(name, layout), "recipe": recipe, "out": out}))
+        recipe.write_text(_as_yaml(load_recipe(made.exported(name, format) / "recipe.yaml")))
+        tasks.append(("save_megatron", {"folder": made.exported(name, format), "recipe": recipe, "out": out}))
     for name, model in models.items():
         common = {"checkpoints": model.checkpoints, "step": 2, "tokens": made.tokens}
         rest = {"decoded": DECODED, "round_to": None, "out": made.result(name, "logits")}
@@ -84,31 +84,31 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     return made
 
 
-def export(converted: Converted, name: str, layout: str | None, *options: str, out: Path | None = None) -> Path:
-    out = out or converted.exported(name, layout)
+def export(converted: Converted, name: str, format: str | None, *options: str, out: Path | None = None) -> Path:
+    out = out or converted.exported(name, format)
     words = ["convert", "export", str(converted.models[name].run), str(out), "--no-verify", *options]
-    assert main([*words, *(["--layout", layout] if layout else [])]) == 0
+    assert main([*words, *(["--layout", format] if format else [])]) == 0
     return out
 
 
 @on_every_export
-def test_every_tensor_comes_back_bit_for_bit(converted: Converted, name: str, layout: str | None) -> None:
+def test_every_tensor_comes_back_bit_for_bit(converted: Converted, name: str, format: str | None) -> None:
     old = open_checkpoint(converted.models[name].run)
-    new = open_checkpoint(converted.imported(name, layout))
+    new = open_checkpoint(converted.imported(name, format))
     assert old.step == 2 and new.step == 0, "a release"
     before, after = old.read(old.shapes), new.read(new.shapes)
     assert before.keys() == after.keys()
     for tensor, value in before.items():
         assert after[tensor].dtype == value.dtype == torch.float32, tensor
-        if layout == "reference" and tensor.endswith(".A_log"):
+        if format == "reference" and tensor.endswith(".A_log"):
             torch.testing.assert_close(after[tensor], value, rtol=1e-6, atol=0)
         else:
             assert torch.equal(after[tensor], value), tensor
 
 
 @on_every_export
-def test_padding_rows_come_back_as_the_mean(converted: Converted, name: str, layout: str | None) -> None:
-    new = open_checkpoint(converted.imported(name, layout))
+def test_padding_rows_come_back_as_the_mean(converted: Converted, name: str, format: str | None) -> None:
+    new = open_checkpoint(converted.imported(name, format))
     size = converted.models[name].vocab_size
     for tensor in {EMBEDDING, OUTPUT_LAYER} & set(new.entries):
         assert new.entries[tensor].size[0] == 304
@@ -119,16 +119,16 @@ def test_padding_rows_come_back_as_the_mean(converted: Converted, name: str, lay
 
 @on_every_export
 @torch.inference_mode()
-def test_transformers_gives_megatrons_logits(converted: Converted, name: str, layout: str | None) -> None:
+def test_transformers_gives_megatrons_logits(converted: Converted, name: str, format: str | None) -> None:
     """fp32, in one pass and token by token."""
     expected = load_file(converted.result(name, "logits"))
-    folder = converted.exported(name, layout)
-    if layout in ("reference", "megatron"):
+    folder = converted.exported(name, format)
+    if format in ("reference", "megatron"):
         # transformers has no class for them.
         model = load_hf_model(open_hf_folder(folder))
     else:
         model = AutoModelForCausalLM.from_pretrained(folder)
-        stock = layout or ("llama" if name.startswith("llama3") else None)
+        stock = format or ("llama" if name.startswith("llama3") else None)
         assert type(model) is CLASSES.get(stock, TransXSSMForCausalLM)
     tokens_BL = torch.tensor([converted.tokens])
     full_LV = model(tokens_BL, use_cache=False).logits[0]
@@ -169,7 +169,7 @@ def test_every_gradient_is_megatrons(converted: Converted, name: str) -> None:
     ours = {parameter: tensor.grad for parameter, tensor in model.named_parameters()}
     found: dict[str, torch.Tensor] = {}
     for group in set(source.groups.values()):
-        # Gradients move as the tensors do: all that these layouts do is cut and join.
+        # Gradients move as the tensors do: all that these formats do is cut and join.
         found |= group.from_hf(ours, source.recipe.sizes)
     expected = load_file(converted.result(name, "gradients"))
     assert found.keys() == expected.keys() == source.shapes.keys()
@@ -194,12 +194,12 @@ def test_what_is_wrong_both_ways_shows_in_the_logits(
     converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, megatron: str, order: list[int]
 ) -> None:
     """Keys for values, the gate for the up-projection: the same bits come back."""
-    layout = "llama" if name.startswith("llama3") else "transxssm"
+    format = "llama" if name.startswith("llama3") else "transxssm"
     rows = [
         replace(row, hf=tuple(row.hf[n] for n in order)) if row.megatron[0].endswith(megatron) else row
-        for row in TABLES[layout]
+        for row in TABLES[format]
     ]
-    monkeypatch.setitem(TABLES, layout, tuple(rows))
+    monkeypatch.setitem(TABLES, format, tuple(rows))
     out = export(converted, name, None, out=tmp_path / "out")
     source, saved = open_hf_folder(out), open_checkpoint(converted.models[name].run)
     assert not compare_tensors(saved, source, list(saved.shapes)).different
@@ -232,7 +232,7 @@ REFERENCE_NAMES = {
 }
 
 
-def test_the_reference_layout_has_the_authors_names(converted: Converted) -> None:
+def test_the_reference_format_has_the_authors_names(converted: Converted) -> None:
     written = load_file(converted.exported("reference", "reference") / "model.safetensors")
     names = set(REFERENCE_NAMES[""].split())
     for layer, kind in enumerate("SSSSSSSA"):

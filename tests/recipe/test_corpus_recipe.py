@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_txssm.data.corpus.manifest import Plan, Slice, write_plan
-from megatron_txssm.data.sharding.plan import corpus_directory
+from megatron_txssm.data.corpus.manifest import Plan, Slice, corpus_directory, write_plan
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.corpus_recipe import (
     CorpusRecipe,

@@ -1,6 +1,5 @@
 """The way back from a step to its documents, against a search of the whole corpus for what the loader delivers."""
 
-import argparse
 import json
 import random
 import subprocess
@@ -13,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_txssm.cli import data_trace as trace_command
+from megatron_txssm.cli.main import main
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.session.start import megatron_initialized
+from megatron_txssm.training import trace
 from megatron_txssm.training.lineage import Part, TracedSample, TrainingData
 from tests.data.corpus_fixture import FIRST_TOKEN, make_corpus, make_recipe, numbered_documents, random_documents
 
@@ -45,15 +45,6 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             first = subsets[name][-1][-1][-1] + 1
     validation = {"a": [[[5] * 200]] * 2}
     return make_recipe(folder, make_corpus(folder / "corpus", subsets, validation))
-
-
-PROGRAM = """
-import argparse
-from megatron_txssm.data import trace_command
-parser = argparse.ArgumentParser()
-trace_command.add_arguments(parser)
-trace_command.run(parser.parse_args())
-"""
 
 
 class Loaders:
@@ -197,9 +188,8 @@ def test_the_command_prints_sources_and_text(tmp_path: Path, capfd: pytest.Captu
     recipe_file = make_recipe(tmp_path, corpus)
     words = [str(recipe_file), "--step", "2", "--sample", "5", "--nproc", "2"]
     # In a process of its own: Megatron's words, which go past Python's stdout, too, must not stand among ours.
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *words, "--json"], capture_output=True, text=True, timeout=600
-    )
+    command = [sys.executable, "-m", "megatron_txssm.cli", "data", "trace", *words, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     found = json.loads(done.stdout)
     assert (found["step"], found["processes"], found["data_parallel_size"]) == (2, 2, 2)
@@ -213,9 +203,7 @@ def test_the_command_prints_sources_and_text(tmp_path: Path, capfd: pytest.Captu
         begin, end = part["document_tokens"]
         ids = [*documents[120 * task + part["document"]], EOD][begin:end]
         assert part["text"] == tokenizer.decode(ids)
-    parser = argparse.ArgumentParser()
-    trace_command.add_arguments(parser)
-    assert trace_command.run(parser.parse_args(words)) == 0
+    assert main(["data", "trace", *words]) == 0
     printed = capfd.readouterr().out
     for part in sample["documents"]:
         assert f"--- a {part['file']}:{part['row']}" in printed and part["text"] in printed
@@ -229,7 +217,7 @@ def test_in_a_narrow_terminal_a_trace_is_a_list(monkeypatch: pytest.MonkeyPatch,
     recipe: Any = SimpleNamespace(name="small", training=SimpleNamespace(seq_length=32))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
-    trace_command._print_table(recipe, 2, 1, traced)
+    trace._print_table(recipe, 2, 1, traced)
     assert capsys.readouterr().out.splitlines()[1:] == [
         "sample 1: rank 0, micro-batch 2, position 3",
         "  tokens 0-3: fineweb-edu-dedup train-00000-of-00234.parquet:498",
@@ -237,5 +225,5 @@ def test_in_a_narrow_terminal_a_trace_is_a_list(monkeypatch: pytest.MonkeyPatch,
         "    00012.train, document 7, its tokens 65-68",
     ]
     monkeypatch.setenv("COLUMNS", "200")
-    trace_command._print_table(recipe, 2, 1, traced)
+    trace._print_table(recipe, 2, 1, traced)
     assert capsys.readouterr().out.splitlines()[2].split()[-3:] == ["00012.train", "7", "65-68"]

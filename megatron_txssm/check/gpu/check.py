@@ -1,37 +1,52 @@
 """txssm check gpu: does this node's installation compute right, and how fast is it?"""
 
-import argparse
 import shutil
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
-from megatron_txssm.check.gpu.bench import Bench
+from megatron_txssm.check.gpu.bench import Bench, Device
 from megatron_txssm.check.gpu.findings import BAD, Finding, show, write
 from megatron_txssm.check.gpu.parts import PARTS, Part
 from megatron_txssm.check.parity import DIFFERENT
-from megatron_txssm.errors import UserError
+from megatron_txssm.errors import UserError, require_positive
+from megatron_txssm.files import unwound_by_signals
 
 
-def check(args: argparse.Namespace) -> int:
-    """The verb; returns the exit code."""
-    wanted = _wanted(args.only)
-    _require_device(args.device)
-    if args.out.is_dir() or not args.out.absolute().parent.is_dir():
-        raise UserError(f"--out {args.out}: no file can be made there; name one in a folder that exists")
+@unwound_by_signals()
+def check_gpu(
+    *,
+    budget: int = 600,
+    parts: Sequence[str] = (),
+    out: str | Path = "gpu-check.json",
+    device: Device = "cuda",
+    small: bool = False,
+) -> int:
+    """Check this node's installation, print what was found, and write all figures to `out`; the exit code.
+
+    It is DIFFERENT where something is wrong. budget: seconds; a part that does not fit is left out. parts: names of
+    PARTS; none: all. small: sizes for a machine without a GPU.
+    """
+    require_positive(budget=budget)
+    out = Path(out)
+    wanted = _wanted(parts)
+    _require_device(device)
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: no file can be made there; name one in a folder that exists")
     begin = time.monotonic()
     findings: dict[str, Sequence[Finding]] = {}
     seconds: dict[str, float] = {}
-    with Bench(args.device, args.small, begin + args.budget) as bench:
+    with Bench(device, small, begin + budget) as bench:
         for part in wanted:
             began = time.monotonic()
             findings[part.name] = _found(part, bench)
             seconds[part.name] = time.monotonic() - began
             show(part.name, findings[part.name], seconds[part.name])
-            write(findings, seconds, args.out)
+            write(findings, seconds, out)
     all_of_them = [finding for of_part in findings.values() for finding in of_part]
     bad = [finding.claim for finding in all_of_them if finding.verdict in BAD]
     left_out = sum(finding.verdict == "left out" for finding in all_of_them)
-    print(f"\n{args.out}: all figures; {time.monotonic() - begin:.0f} s")
+    print(f"\n{out}: all figures; {time.monotonic() - begin:.0f} s")
     if bad:
         print(f"NOT right: {'; '.join(bad)}\nlogs: {bench.folder}")
         return DIFFERENT
@@ -40,9 +55,9 @@ def check(args: argparse.Namespace) -> int:
     return 0
 
 
-def _wanted(names: str) -> Sequence[Part]:
+def _wanted(names: Sequence[str]) -> Sequence[Part]:
     known = [part.name for part in PARTS]
-    chosen = names.split(",") if names else known
+    chosen = names or known
     for name in chosen:
         if name not in known:
             raise UserError(f"--only {name} is no part of the check; its parts: {', '.join(known)}")

@@ -26,6 +26,7 @@ from megatron_txssm.data.tokenizer.install import check_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import check_absent, complete_folder, write_file_atomically, write_json
 from megatron_txssm.recipe.corpus_recipe import KEPT_RECIPE, CorpusRecipe, check_corpus_recipe, load_corpus_recipe
+from megatron_txssm.terminal import print_table
 
 # Of the files of a corpus that are not linked; as much as is asked of the disk.
 _BYTES_PER_TASK = 10_000
@@ -41,6 +42,24 @@ class Source:
 
     def name(self, subset: str) -> str:
         return subset if self.prefix is None else f"{self.prefix}-{subset}"
+
+
+def combine_corpora(out: str | Path, sources: Sequence[Source]) -> int:
+    """Make one corpus of two or more finished ones, and print what it holds; returns the exit code.
+
+    UserError where they do not fit, or are not finished.
+    """
+    if len(sources) < 2:
+        raise UserError(f"one corpus, {sources[0].directory}, is given; name two or more to combine")
+    corpus = combine(Path(out), sources)
+    rows = [
+        (name, f"{len(s.manifests):,}", f"{s.tokens('train'):,}", f"{s.tokens('validation'):,}")
+        for name, s in corpus.subsets.items()
+    ]
+    print_table(("subset", ">tasks", ">tokens", ">held out"), rows)
+    originals = ", ".join(dict.fromkeys(str(source.directory) for source in sources))
+    print(f"{corpus.directory} links to {originals}, which must stay")
+    return 0
 
 
 def combine(out: Path, sources: Sequence[Source]) -> Corpus:

@@ -14,6 +14,8 @@ Nothing here holds an absolute path, so a corpus may be moved.
 import dataclasses
 import functools
 import json
+import os
+import shlex
 import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from typing import Any
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import write_json
-from megatron_txssm.recipe.corpus_recipe import how_to_make
+from megatron_txssm.recipe.corpus_recipe import how_to_make, load_corpus_recipe
 from megatron_txssm.recipe.corpus_tokenizer import NoCorpus, TokenizerFacts, read_tokenizer_facts
 
 # The parts of a corpus: documents to train on, and documents held out.
@@ -31,6 +33,8 @@ SPLITS = ("train", "validation")
 SHARD_SUFFIXES = (".bin", ".idx", ".parquet")
 # Raise it when the same sources and recipe would no longer give the same files.
 FORMAT = 1
+# Of the reasons in TaskManifest.broken, the one that may not last: the text could not be fetched.
+UNREACHABLE_BLOB = "unreachable blob"
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,19 @@ def open_corpus(directory: str | Path, used: Collection[str] | None = None) -> C
             )
         subsets[name] = Subset(directory, name, finished)
     return Corpus(directory, facts, subsets)
+
+
+def corpus_directory(name: str | Path) -> Path:
+    """The directory of a corpus recipe or a corpus, by name or path; NoCorpus where it holds none."""
+    # Path.exists would raise for a name that is too long.
+    if os.path.exists(Path(name) / "plan.json"):
+        return Path(name)
+    directory = load_corpus_recipe(name).path
+    if not (directory / "plan.json").exists():
+        raise NoCorpus(
+            f"{directory} holds no corpus (no plan.json); make it: txssm data shard {shlex.quote(str(name))}"
+        )
+    return directory
 
 
 def logging_folder(directory: Path, subset: str) -> Path:

@@ -1,19 +1,23 @@
 """Checks a corpus against its manifests, byte by byte, and through the reader that training uses."""
 
 import functools
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_txssm.data.corpus.manifest import (
     SHARD_SUFFIXES,
     SPLITS,
+    UNREACHABLE_BLOB,
     Plan,
     ShardRecord,
     TaskManifest,
+    corpus_directory,
     read_manifest,
     read_plan,
     remove_task,
+    write_subset_manifest,
 )
 from megatron_txssm.data.corpus.shard import check_shard
 from megatron_txssm.data.tokenizer.install import check_tokenizer
@@ -29,6 +33,43 @@ class Fault:
     subset: str
     task: int
     what: str
+
+
+def verify_corpus(corpus: str | Path, *, redo: bool = False) -> int:
+    """Check every task of a corpus and print what is wrong; 0 if nothing is, else 1.
+
+    corpus: a directory, or the name of its recipe. redo: remove the tasks with a fault, so that sharding makes them
+    again.
+    """
+    directory = corpus_directory(corpus)
+    facts, tasks = check_tokenizer(directory), tasks_of(directory)
+    faults, unreachable = [], 0
+    for subset, task in _with_progress_bar(tasks):
+        if fault := check_task(directory, subset, task, facts):
+            faults.append(fault)
+            print(f"{fault.subset} task {fault.task}: {fault.what}")
+        elif manifest := read_manifest(directory, subset, task):
+            unreachable += manifest.broken.get(UNREACHABLE_BLOB, 0)
+    if unreachable:
+        print(f"{unreachable:,} texts could not be fetched; to try again, delete the manifests that count them")
+    if not faults:
+        for subset in dict.fromkeys(subset for subset, _ in tasks):
+            write_subset_manifest(directory, subset)
+        print(f"{directory}: all {len(tasks):,} tasks are as their manifests say")
+        return 0
+    if redo:
+        for fault in faults:
+            remove_task(directory, fault.subset, fault.task)
+    remedy = f"txssm data shard {directory}"
+    removed = "they are removed; make them again" if redo else "remove them with --redo, and make them again"
+    print(f"{len(faults):,} of {len(tasks):,} tasks are not as they should be; {removed}: {remedy}")
+    return 1
+
+
+def _with_progress_bar(tasks: list[tuple[str, int]]) -> Iterable[tuple[str, int]]:
+    from rich.progress import track
+
+    return track(tasks, "verifying", transient=True, disable=not sys.stdout.isatty())
 
 
 def tasks_of(directory: Path) -> list[tuple[str, int]]:

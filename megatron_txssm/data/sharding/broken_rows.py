@@ -11,7 +11,6 @@ EMPTY_TEXT = "empty text"
 INVALID_UTF8 = "invalid UTF-8"
 INVALID_JSON = "invalid JSON"
 MISSING_BLOB = "missing blob"
-UNREACHABLE_BLOB = "unreachable blob"
 CORRUPT_BLOB = "corrupt blob"
 # The one reason that is about a file: from some row on, or at all.
 UNREADABLE_FILE = "unreadable file"

@@ -22,12 +22,12 @@ import fsspec.config
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
+from megatron_txssm.data.corpus.manifest import UNREACHABLE_BLOB
 from megatron_txssm.data.sharding.broken_rows import (
     CORRUPT_BLOB,
     EMPTY_TEXT,
     INVALID_UTF8,
     MISSING_BLOB,
-    UNREACHABLE_BLOB,
     BrokenRows,
 )
 from megatron_txssm.data.sharding.readers import RowReader

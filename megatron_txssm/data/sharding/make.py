@@ -1,12 +1,67 @@
-"""Makes a corpus: what all of its tasks share, then the tasks, on this machine."""
+"""Makes a corpus: what all of its tasks share, then the tasks, on this machine or as job arrays."""
 
+import os
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_txssm.data.corpus.manifest import Plan
 from megatron_txssm.data.corpus.status import CorpusStatus
 from megatron_txssm.data.sharding.progress import print_status, progress, tasks_text
-from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus_recipe import CorpusRecipe
+from megatron_txssm.errors import UserError, require_positive
+from megatron_txssm.recipe.corpus_recipe import CorpusRecipe, load_corpus_recipe
+from megatron_txssm.terminal import print_table
+
+
+def shard_corpus(recipe: str | Path, *, overrides: Sequence[str] = (), workers: int | None = None) -> int:
+    """Make a corpus on `workers` processes of this machine (None: one per core), or finish it; returns the exit code.
+
+    recipe: a name in recipes/corpora/, a YAML file or a corpus directory; overrides: fields changed, as "a.b=c".
+    UserError where the recipe, its sources or the disk are at fault.
+    """
+    require_positive(workers=workers)
+    return shard(load_corpus_recipe(recipe, overrides), workers or len(os.sched_getaffinity(0)))
+
+
+def submit_corpus(recipe: str | Path, *, overrides: Sequence[str] = ()) -> int:
+    """Submit what a corpus lacks as Slurm job arrays, one per subset, and print their numbers; returns the exit code.
+
+    The arguments are those of `shard_corpus`.
+    """
+    from megatron_txssm.data.sharding.slurm_array import submit
+    from megatron_txssm.slurm.batch_script import load_site_settings
+
+    corpus = load_corpus_recipe(recipe, overrides)
+    load_site_settings()
+    submitted = submit(corpus, prepare(corpus))
+    for subset, job_ids in submitted.items():
+        print(f"{subset}: job array{'s' if len(job_ids) > 1 else ''} {', '.join(job_ids)}")
+    if not submitted:
+        print(f"{corpus.path}: all tasks are finished")
+    else:
+        print(f"follow with: txssm data status {corpus.path}")
+    return 0
+
+
+def show_plan(recipe: str | Path, *, overrides: Sequence[str] = ()) -> int:
+    """List a corpus's sources, and print which tasks there would be; returns the exit code. Nothing is written.
+
+    The arguments are those of `shard_corpus`.
+    """
+    from megatron_txssm.data.sharding.plan import list_files, plan_subset
+
+    corpus, rows = load_corpus_recipe(recipe, overrides), []
+    for name, subset in corpus.subsets.items():
+        files = list_files(name, subset)
+        tasks = plan_subset(name, subset, files)
+        largest = max(sum(piece.bytes for piece in task) for task in tasks)
+        total = sum(size for _, size in files)
+        rows.append((name, f"{len(files):,}", f"{total / 1e9:,.2f} GB", f"{len(tasks):,}", f"{largest / 1e6:,.0f} MB"))
+    print_table(("subset", ">files", ">bytes", ">tasks", ">largest task"), rows)
+    for name, subset in corpus.subsets.items():
+        if subset.filters:
+            print(f"{name}: only rows with {' and '.join(subset.filters)}")
+    return 0
 
 
 def prepare(recipe: CorpusRecipe) -> Plan:

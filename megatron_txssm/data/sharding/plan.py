@@ -7,7 +7,6 @@ shards. It is written once: files that come later are not part of the corpus.
 import fnmatch
 import math
 import os
-import shlex
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +16,7 @@ from typing import Any
 from megatron_txssm.data.corpus.manifest import Plan, Slice, read_plan, write_plan
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.corpus_recipe import KEPT_RECIPE, CorpusRecipe, SubsetSource
-from megatron_txssm.recipe.corpus_tokenizer import NoCorpus, read_tokenizer_facts
+from megatron_txssm.recipe.corpus_tokenizer import read_tokenizer_facts
 
 # Files that can be read, by their endings; only parquet can be read from the middle.
 PARQUET_SUFFIXES = (".parquet", ".parq")
@@ -165,15 +164,3 @@ def _decisive(recipe: CorpusRecipe) -> dict[str, object]:
 def _matches(path: str, glob: str) -> bool:
     # "**/x" is to match "x" as well; fnmatch's "*" also matches a slash.
     return fnmatch.fnmatch(path, glob) or (glob.startswith("**/") and fnmatch.fnmatch(path, glob[3:]))
-
-
-def corpus_directory(name: str) -> Path:
-    """The directory of a corpus recipe or a corpus, by name or path."""
-    from megatron_txssm.recipe.corpus_recipe import load_corpus_recipe
-
-    if os.path.exists(Path(name) / "plan.json"):
-        return Path(name)
-    directory = load_corpus_recipe(name).path
-    if not (directory / "plan.json").exists():
-        raise NoCorpus(f"{directory} holds no corpus (no plan.json); make it: txssm data shard {shlex.quote(name)}")
-    return directory

@@ -4,17 +4,37 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from megatron_txssm.data.corpus.manifest import corpus_directory
 from megatron_txssm.data.corpus.status import CorpusStatus, SubsetStatus
 
 SECONDS_BETWEEN_REFRESHES = 0.5
+# Of a look from outside the process that makes the corpus.
+SECONDS_BETWEEN_LOOKS = 2.0
 FAILURES_SHOWN = 10
+
+
+def show_status(corpus: str | Path, *, follow: bool = False) -> int:
+    """Print how far a corpus is, wherever its tasks run; returns the exit code.
+
+    corpus: a directory, or the name of its recipe. follow: only when all tasks of each subset are finished, or one has
+    failed; with bars until then.
+    """
+    status = CorpusStatus(corpus_directory(corpus))
+    if follow:
+        with progress(status):
+            while any(not subset.done and not subset.failed for subset in status.read()):
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+    print_status(status.read())
+    return 0
 
 
 def print_status(subsets: list[SubsetStatus]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_txssm.cli import data_blend as blend_command
+from megatron_txssm.cli import data_blend
 from megatron_txssm.data.corpus.blend import check_corpus, corpus_arguments, recipe_blend
 from megatron_txssm.data.corpus.shard import write_shard
 from megatron_txssm.errors import UserError
@@ -31,9 +31,9 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def blend(*words: str | Path) -> None:
     parser = argparse.ArgumentParser()
-    blend_command.add_arguments(parser)
+    data_blend.add_arguments(parser)
     args = parser.parse_args(list(map(str, words)))
-    assert blend_command.run(args) == 0
+    assert data_blend.run(args) == 0
 
 
 def arguments(recipe_file: Path, *overrides: str) -> argparse.Namespace:

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from megatron_txssm.cli import data_status as status_command
 from megatron_txssm.cli.main import main
 from megatron_txssm.data.corpus.manifest import Plan, Slice, write_plan
 from megatron_txssm.data.corpus.status import SILENT_SECONDS, CorpusStatus, SubsetStatus
-from megatron_txssm.data.sharding import shard_task
+from megatron_txssm.data.sharding import progress, shard_task
 from megatron_txssm.data.sharding.progress import print_status
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import write_json
@@ -202,7 +201,7 @@ def test_the_error_of_a_failed_task_is_shown_until_it_is_finished(
 
 
 def test_only_the_first_failures_are_listed(corpus: Path, capsys: pytest.CaptureFixture, monkeypatch: Any) -> None:
-    monkeypatch.setattr(status_command, "FAILURES_SHOWN", 2)
+    monkeypatch.setattr(progress, "FAILURES_SHOWN", 2)
     for task in (4, 0, 3):
         say(corpus, task, "failed", error=f"error of {task}")
     lines = shown(corpus, capsys)
@@ -225,7 +224,7 @@ def test_follow_ends_with_the_last_task_or_a_failed_one(
         if len(looks) == 3:
             (corpus / "web" / "00001.json").write_bytes(content)
 
-    monkeypatch.setattr(status_command.time, "sleep", wait)
+    monkeypatch.setattr(progress.time, "sleep", wait)
     assert main(["data", "status", str(corpus), "--follow"]) == 0
     assert len(looks) == 3 and "5/5" in capsys.readouterr().out
 

@@ -11,21 +11,21 @@ from contextlib import closing
 
 import dill
 import pytest
-from blob_server import CUT_SHORT, HANG, RESET, serve_bucket, unused_port
-from corpora import PYTHON_EDU, library_texts, make_smollm_corpus, python_edu_row, write_blob
 from datatrove.data import Document
 
+from megatron_txssm.data.corpus.manifest import UNREACHABLE_BLOB
 from megatron_txssm.data.sharding import fetch
 from megatron_txssm.data.sharding.broken_rows import (
     CORRUPT_BLOB,
     EMPTY_TEXT,
     INVALID_UTF8,
     MISSING_BLOB,
-    UNREACHABLE_BLOB,
     BrokenRows,
 )
 from megatron_txssm.data.sharding.fetch import WINDOW_PER_THREAD, FetchBlobs
 from megatron_txssm.errors import UserError
+from tests.data.blob_server import CUT_SHORT, HANG, RESET, serve_bucket, unused_port
+from tests.data.corpora import PYTHON_EDU, library_texts, make_smollm_corpus, python_edu_row, write_blob
 
 TEXTS = library_texts(40)
 IDS = [python_edu_row(0, text)["blob_id"] for text in TEXTS]

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_txssm.data.corpus.manifest import is_held_out, open_corpus
 from megatron_txssm.data.tokenizer.sentencepiece import train_sentencepiece
+from megatron_txssm.recipe.corpus_tokenizer import tokenizer_model
 from tests.data.corpora import SmolLMSources, make_smollm_corpus
 from tests.data.corpus_recipes import (
     EOD_TOKEN,
@@ -135,7 +136,7 @@ def test_megatron_loads_the_tokenizer_that_made_the_tokens(sources: SmolLMSource
     recipe = smollm_recipe(tmp_path, sources, write_byte_level_bpe(tmp_path), max_files=1)
     assert run_data("shard", str(recipe)).returncode == 0
     corpus = open_corpus(tmp_path / "corpus")
-    tokenizer = HuggingFaceTokenizer(corpus.tokenizer_model)
+    tokenizer = HuggingFaceTokenizer(tokenizer_model(corpus.directory, corpus.tokenizer))
     assert tokenizer.eod == corpus.tokenizer.eod
     (first, *_), text = (
         documents_by_subset(tmp_path / "corpus", "train")["cosmopedia-v2"],

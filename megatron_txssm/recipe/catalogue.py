@@ -1,0 +1,52 @@
+"""Prints the recipes there are, and the fields of a recipe."""
+
+import json
+
+from megatron_txssm.architecture.parameters import count_parameters
+from megatron_txssm.recipe.loader import load_recipe, recipe_names
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.schema import SECTIONS
+from megatron_txssm.recipe.setting import section_fields, type_name
+from megatron_txssm.terminal import print_table
+
+
+def show_recipes() -> int:
+    """Print a table of all recipes with their sizes; returns the exit code."""
+    rows = []
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        model, training = recipe.model, recipe.training
+        repeats = model.num_layers // len(model.layer_pattern)
+        rows.append(
+            (
+                name,
+                f"{repeats} x {model.layer_pattern}",
+                str(model.hidden_size),
+                str(model.ffn_hidden_size),
+                f"{count_parameters(recipe.sizes).total / 1e6:,.1f}M",
+                f"{training.seq_length:,}",
+                f"{training.global_batch_tokens:,}",
+                f"{recipe.optimizer.learning_rate:g}",
+                recipe.description,
+            )
+        )
+    print_table(("recipe", "layers", ">hidden", ">ffn", ">params", ">length", ">batch", ">lr", "about"), rows)
+    print("S: state-space layer, A: attention layer; length and batch in tokens.")
+    print("`txssm recipes NAME` shows one in full.")
+    return 0
+
+
+def show_fields() -> int:
+    """Print a table of all fields of a recipe, with their Megatron arguments; returns the exit code."""
+    rows = []
+    for name, section in {"": Recipe, **SECTIONS}.items():
+        for field in section_fields(section):
+            rules = field.setting
+            # As one would write it in a recipe.
+            default = "required" if field.required else json.dumps(field.default).strip('"')
+            kind = " | ".join(rules.choices) or type_name(field.type)
+            dotted = f"{name}.{field.name}".lstrip(".")
+            rows.append((dotted, default, kind, rules.explanation, " ".join(rules.flags)))
+    rows.append(("megatron.*", "", "any", "any other Megatron argument, by its name or flag", "that argument"))
+    print_table(("field", "default", "type", "meaning", "Megatron argument"), rows)
+    return 0

@@ -1,0 +1,39 @@
+"""Prints one recipe in full, or its Megatron arguments."""
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_txssm.recipe.corpus_tokenizer import NoCorpus
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.session.arguments import megatron_arguments
+
+
+def show_recipe(recipe: str | Path, *, overrides: Sequence[str] = (), megatron_args: bool = False) -> int:
+    """Print a recipe with all its fields, as YAML; or Megatron's command line for it. Returns the exit code.
+
+    recipe: a name or a YAML file; overrides: fields changed, as "a.b=c".
+    """
+    loaded = load_recipe(recipe, overrides)
+    if megatron_args:
+        print(shlex.join(_megatron_words(loaded)))
+    else:
+        print(loaded.to_yaml(), end="")
+    return 0
+
+
+def _megatron_words(recipe: Recipe) -> list[str]:
+    """Megatron's command line; where the corpus is not made yet, without what only it knows."""
+    try:
+        return megatron_arguments(recipe)
+    except NoCorpus as error:
+        print(f"without the corpus's --train-data-path, --valid-data-path and tokenizer: {error}", file=sys.stderr)
+    words = megatron_arguments(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, corpus=None)))
+    if recipe.data.tokenizer_type is None:
+        # What a recipe without a corpus would have.
+        place = words.index("--tokenizer-type")
+        del words[place : place + 2]
+    return words
