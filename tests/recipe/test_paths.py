@@ -1,4 +1,4 @@
-"""Paths in recipes: `~` and variables, and a run's own recipe, which no current folder and no move changes."""
+"""Paths in recipes: `~` and variables; a run's own recipe survives moves and other current folders."""
 
 import shutil
 from pathlib import Path
@@ -55,14 +55,14 @@ def test_a_home_folder_and_variables_are_read_as_in_a_shell(
     else:
         recipe = load_recipe("demo_cpu", own_data(f"{place}='{written}'"))
     assert at(recipe, place) == wanted
-    # Once: what a variable held is not read again.
+    # Expanded once: a variable's value is not expanded again.
     (tmp_path / "again.yaml").write_text(recipe.to_yaml())
     assert load_recipe(tmp_path / "again.yaml") == recipe
 
 
 @pytest.mark.parametrize(
     ("written", "wanted"),
-    [("$UNSET_HERE/a", "names $UNSET_HERE, which is not set"), ("~nobody-here/a", "begins with ~nobody-here")],
+    [("$UNSET_HERE/a", "contains $UNSET_HERE, which is not set"), ("~nobody-here/a", "begins with ~nobody-here")],
 )
 def test_what_has_no_value_is_refused(monkeypatch: pytest.MonkeyPatch, written: str, wanted: str) -> None:
     monkeypatch.delenv("UNSET_HERE", raising=False)
@@ -74,7 +74,7 @@ def test_what_has_no_value_is_refused(monkeypatch: pytest.MonkeyPatch, written: 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run folder as training leaves it, begun in home/ with relative paths; the current folder is another one."""
+    """A run folder as training leaves it, started in home/ with relative paths; the current folder is another."""
     home = tmp_path / "home"
     for folder in ("data", "runs/r$1/data", "tokenizer"):
         (home / folder).mkdir(parents=True)
