@@ -99,7 +99,7 @@ def ssd_triton(
     Any length and any strides. D·x is added before y is rounded.
     """
     if x_BLHP.dtype == torch.float64:
-        raise ValueError("x.dtype=torch.float64 is none of the kernels' types; use fp32, bf16 or backend='torch'")
+        raise ValueError("x.dtype=torch.float64 is not supported by the kernels; use fp32, bf16 or backend='torch'")
     scan, _ = _require_kernels()
     chunk_size = rounded_chunk_size(chunk_size)
     # The kernels require operands of one dtype.

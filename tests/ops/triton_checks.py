@@ -270,7 +270,7 @@ def test_a_step_that_is_differentiated_is_not_the_kernels() -> None:
 
 def test_what_the_kernels_cannot_do_is_refused() -> None:
     inputs = [make_inputs(20, 2, **SIZES)[name].to(DEVICE) for name in NAMES[:5]]
-    with pytest.raises(ValueError, match=r"x.dtype=torch.float64 is none .* use fp32, bf16 or backend='torch'"):
+    with pytest.raises(ValueError, match=r"x.dtype=torch.float64 is not .* use fp32, bf16 or backend='torch'"):
         ssd(*inputs, chunk_size=16, backend="triton")
     # 2^31 elements, none of them in memory.
     x, dt, B = (torch.empty(1, 2**20, *shape, device="meta") for shape in ((32, 64), (32,), (4, 128)))
