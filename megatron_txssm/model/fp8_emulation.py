@@ -55,10 +55,10 @@ def emulated_fp8(config: Any) -> Float8Settings | None:
         return getattr(config, "emulated_fp8", None)
     for name, value in {"fp8_wgrad": True, "fp8_param": False, "fp8_output_proj": False}.items():
         if getattr(config, name) != value:
-            raise UserError(f"{name}={not value} is not emulated; FP8 needs Transformer Engine and a GPU for it")
+            raise UserError(f"{name}={not value} is not emulated; it needs Transformer Engine and a GPU")
     if config.fp8_recipe == "delayed" and config.recompute_granularity is not None:
         raise UserError(
-            "fp8_recipe=delayed is not emulated where layers are computed again, by then with another scale; "
+            "fp8_recipe=delayed is not emulated with recomputed layers, whose scale would differ by then; "
             "set recompute: none, or another fp8_recipe"
         )
     config.emulated_fp8 = Float8Settings(

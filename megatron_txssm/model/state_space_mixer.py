@@ -177,7 +177,7 @@ class StateSpaceMixer(MegatronModule):
         """
         documents = kwargs.get("packed_seq_params")
         if documents is not None and not isinstance(documents, PackedDocuments):
-            raise ValueError("state-space layers take packed documents as documents.PackedDocuments only")
+            raise ValueError("state-space layers only accept packed documents as documents.PackedDocuments")
         cache, offset = self._cache(inference_context)
         projected_LBE, _ = self.in_proj(hidden_states)
         if inference_context is None and self._is_fused(projected_LBE):
@@ -218,7 +218,7 @@ class StateSpaceMixer(MegatronModule):
         if not inference_context.is_static_batching():
             raise ValueError("state-space layers decode with Megatron's StaticInferenceContext only")
         if self.zigzag.size > 1:
-            raise ValueError("state-space layers decode without context parallelism only")
+            raise ValueError("state-space layers do not decode under context parallelism")
         offset = inference_context.sequence_len_offset
         if offset == 0:
             return StateSpaceCache(), 0

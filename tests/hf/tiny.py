@@ -60,7 +60,7 @@ def padded_left(length: int = 40, padding: tuple[int, ...] = (0, 3, 11, 20)) -> 
 
 
 def generate(model: Any, ids: Tensor | None, mask: Tensor | None = None, **options: Any) -> Any:
-    """model.generate, greedy unless told otherwise."""
+    """model.generate, greedy by default."""
     if mask is None and ids is not None:
         mask = torch.ones_like(ids)
     return model.generate(ids, attention_mask=mask, **{"do_sample": False, **options})

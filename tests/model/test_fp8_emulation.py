@@ -193,7 +193,7 @@ def test_attention_rounds_what_it_takes_and_the_gradient_of_what_it_gives(one_pr
 
 
 def test_what_cannot_be_emulated_is_refused(one_process: None) -> None:
-    with pytest.raises(UserError, match="delayed is not emulated where layers are computed again"):
+    with pytest.raises(UserError, match="delayed is not emulated with recomputed layers"):
         config_of("delayed", recompute_granularity="selective", recompute_modules=["core_attn"])
     with pytest.raises(UserError, match="fp8_wgrad=False is not emulated"):
         config_of("tensorwise", fp8_wgrad=False)

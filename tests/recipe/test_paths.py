@@ -11,7 +11,7 @@ from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.training.saving import keep_recipe
 
-# A place of each kind: a field of its own, a section's, a blend, Megatron's.
+# One place of each kind: a top-level field, a section's field, a blend, a Megatron argument.
 PLACES = ("run_directory", "checkpoint.directory", "data.cache_path", "data.train", "megatron.memory_snapshot_path")
 
 
