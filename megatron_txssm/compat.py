@@ -1,6 +1,6 @@
-"""The file that imports moved or private Megatron names, and that mends what its wheel lacks; saves: compat_saves.py.
+"""Imports moved or private names of Megatron, and patches its faults; for checkpoint saves: compat_saves.py.
 
-Checked against megatron-core 0.19.2 (tests/test_compat.py); at an upgrade, look here first.
+Checked against megatron-core 0.19.2 (tests/test_compat.py); start here when upgrading Megatron.
 """
 
 import argparse
@@ -20,12 +20,12 @@ _mended = False
 
 
 def get_args() -> argparse.Namespace:
-    """Megatron's global arguments. Megatron's own function is untyped, and its variable begins as None."""
+    """Megatron's global arguments. Megatron's own function is untyped, and its variable starts as None."""
     return megatron.training.get_args()  # pyright: ignore[reportReturnType]
 
 
 def mend_megatron() -> None:
-    """Repair, once per process, seven faults of Megatron 0.19.2 that hit every platform."""
+    """Patch, once per process, seven faults of Megatron 0.19.2 that affect every platform."""
     global _mended
     if _mended:
         return
@@ -40,7 +40,7 @@ def mend_megatron() -> None:
 
 
 def _use_compiled_dataset_helpers() -> None:
-    """The wheel ships the compiled index builder without its Makefile; Megatron runs `make` all the same and exits."""
+    """The wheel ships the compiled index builder without its Makefile; Megatron still runs `make` and exits."""
     import megatron.core.datasets.utils as utils
 
     if not (Path(utils.__file__).parent / "Makefile").exists():
@@ -56,10 +56,10 @@ def _load_optimizer_state_without_grad() -> None:
 
 
 def _find_distributed_optimizer_state() -> None:
-    """The distributed optimizer looks for the state of a bf16 model's fp32 parameters (A_log) at other parameters.
+    """The distributed optimizer finds the state of a bf16 model's fp32 parameters (A_log) at other parameters.
 
-    It orders a parameter group by gradient buffer, of which every dtype has its own, and notes each parameter's place;
-    then it hands the group to Adam with the fp32 parameters in front. Here they are in front from the start.
+    It orders a parameter group by gradient buffer, one per dtype, and records each parameter's place; but it passes the
+    group to Adam with the fp32 parameters first. Here they come first from the start.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -70,7 +70,7 @@ def _find_distributed_optimizer_state() -> None:
     def build_fp32_first(cls: Any, *args: Any, **kwargs: Any) -> tuple[dict[Any, tuple[int, int]], list[Any]]:
         _, groups = build(cls, *args, **kwargs)
         for group in groups:
-            # Stable: groups of one dtype stay as they are.
+            # Stable: groups of one dtype keep their order.
             group["params"].sort(key=lambda param: param.dtype != torch.float32)
         places = {param: (i, j) for i, group in enumerate(groups) for j, param in enumerate(group["params"])}
         return places, groups
@@ -79,10 +79,10 @@ def _find_distributed_optimizer_state() -> None:
 
 
 def _find_mixed_precision_optimizer_state() -> None:
-    """Without the distributed optimizer, state is matched to the 16-bit parameters only, as if there were no others.
+    """Without the distributed optimizer, state is matched only to the 16-bit parameters.
 
-    While it is saved or loaded, the lists of 16-bit parameters and of their fp32 copies hold the fp32 parameters as
-    well, each as its own copy, in Adam's order; the distributed optimizer saves them so, too.
+    During saving and loading, this adds the fp32 parameters to the lists of 16-bit parameters and of their fp32 copies,
+    each as its own copy, in Adam's order; the distributed optimizer saves them in the same way.
     """
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
@@ -94,7 +94,7 @@ def _find_mixed_precision_optimizer_state() -> None:
 def _with_fp32_parameters(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.is_stub_optimizer:  # it has no parameters
+        if self.is_stub_optimizer:  # without parameters
             return method(self, *args, **kwargs)
         params_16_bit, copies = self.float16_groups, self.fp32_from_float16_groups
         param_of = {
@@ -114,10 +114,10 @@ def _with_fp32_parameters(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _save_parameters_of_padded_buckets() -> None:
-    """The distributed optimizer saves shifted state where a gradient buffer has several buckets, with padding between.
+    """The distributed optimizer saves shifted state if a gradient buffer has several buckets with padding in between.
 
-    It cuts the padding out, then looks for each parameter at its place with padding, and only logs a warning. There are
-    several buckets under --overlap-grad-reduce, and where pipeline stages share the embedding.
+    It removes the padding, but then indexes parameters as if it were there, and only logs a warning. There are several
+    buckets under --overlap-grad-reduce, and if pipeline stages share the embedding.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -141,12 +141,12 @@ def _save_parameters_of_padded_buckets() -> None:
 
 
 def _resume_under_another_schedule() -> None:
-    """Another learning rate at a resume is refused, whatever the switches say.
+    """Megatron refuses to resume with another learning rate, regardless of its switches.
 
-    A saved parameter group belongs to the one of this run that has the same learning rates; and what it holds replaces
-    the run's own. Here groups that differ in their rates alone belong together, and the switches are obeyed:
-    --override-opt-param-scheduler keeps all settings of this run, --use-checkpoint-opt-param-scheduler takes all of the
-    checkpoint's, Adam's betas and epsilon included.
+    It matches saved parameter groups to the run's by their learning rates, and the saved settings replace the run's.
+    Here groups that differ only in their rates are matched, and the switches work: --override-opt-param-scheduler keeps
+    all settings of this run, --use-checkpoint-opt-param-scheduler takes all of the checkpoint's, including Adam's betas
+    and epsilon.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
@@ -159,7 +159,7 @@ def _resume_under_another_schedule() -> None:
 def _count_steps_by_this_runs_batch() -> None:
     """Under --override-opt-param-scheduler, step n has the rate of this run's step n.
 
-    Megatron's schedule counts samples. After steps of fewer samples, those that are left would not reach its end.
+    Megatron's schedule counts samples: after steps with fewer samples, the run would end before its schedule does.
     """
     from megatron.training import training
 
@@ -196,7 +196,7 @@ def _with_one_schedule(load: Callable[..., None]) -> Callable[..., None]:
 def _pairs_of_groups(
     ours: list[dict[str, Any]], theirs: list[dict[str, Any]]
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """The groups of both sides that differ in their schedule alone; several such, by their learning rates' order."""
+    """Pairs of groups that differ only in their schedule; if there are several, in order of learning rate."""
     from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
     schedule = ("max_lr", "min_lr", "start_wd", "end_wd")
@@ -209,12 +209,12 @@ def _pairs_of_groups(
             )
             kinds[kind][side].append(group)
     for pair in kinds.values():
-        # A group that one side lacks is for Megatron to name.
+        # Megatron reports groups that one side lacks.
         yield from zip(*(sorted(side, key=lambda group: group["max_lr"]) for side in pair), strict=False)
 
 
 def _decay_weights_from_the_first_step() -> None:
-    """The first step after a resume has this run's weight decay, even where the checkpoint's holds."""
+    """The first step after a resume uses this run's weight decay, even under the checkpoint's schedule."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     load = OptimizerParamScheduler.load_state_dict

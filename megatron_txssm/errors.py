@@ -1,4 +1,4 @@
-"""What the command line prints without a traceback, and what such messages are made of."""
+"""Errors that the command line prints without a traceback, and helpers for their messages."""
 
 import difflib
 import re
@@ -8,21 +8,21 @@ from typing import Any
 
 
 class UserError(Exception):
-    """A mistake the user can mend: name, value, remedy. The command line prints it and exits with 2."""
+    """A mistake that the user can fix: name, value, remedy. The command line prints it and exits with 2."""
 
 
 class RequirementError(UserError, ImportError):
-    """A library that is missing, or of a version that cannot work."""
+    """A library is missing, or has an unsupported version."""
 
 
 def readable(text: str) -> str:
-    """A message may hold what somebody typed or a file says: nothing that a terminal obeys, no word without an end."""
+    """Escape control characters and shorten overlong words: the text may come from a user or a file."""
     text = "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
     return re.sub(r"\S{400,}", lambda word: f"{word[0][:200]}...{word[0][-50:]}", text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or nothing where no known name is near."""
+    """`; did you mean 'x'?`, or an empty string if no known name is similar."""
     matches = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 

@@ -20,16 +20,16 @@ from megatron_txssm.errors import UserError
 
 
 def check_absent(out: Path) -> None:
-    """UserError where `out` exists."""
+    """UserError if `out` exists."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists; name another OUT, or remove it")
 
 
 @contextmanager
 def complete_folder(out: Path, nbytes: int) -> Iterator[Path]:
-    """A new folder beside `out` that becomes `out` where the block ends, and is removed where it fails.
+    """A new folder beside `out` that becomes `out` when the block ends, and is removed if it fails.
 
-    UserError where `out` exists, its parent cannot be written, or the disk has less than `nbytes` left or fills up.
+    UserError if `out` exists, its parent cannot be written, or the disk has less than `nbytes` left or fills up.
     """
     check_absent(out)
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -74,7 +74,7 @@ def unwound_by_signals() -> Iterator[None]:
 def write_file_atomically(path: str | Path, content: bytes) -> None:
     """Write a file under a temporary name and rename it: the final name appears complete or not at all."""
     path = Path(path)
-    # Two processes may write the same file, each with a name of its own.
+    # Two processes may write the same file, so each uses its own temporary name.
     partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as stream:
@@ -86,7 +86,7 @@ def write_file_atomically(path: str | Path, content: bytes) -> None:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what `write_file_atomically` left in a folder when its process, one of this machine, was killed."""
+    """Remove files that `write_file_atomically` left in a folder when its process on this machine was killed."""
     for path in folder.glob("*.partial"):
         found = re.search(rf"\.{re.escape(socket.gethostname())}\.(\d+)\.partial$", path.name)
         if found and not Path(f"/proc/{found[1]}").exists():
@@ -100,17 +100,17 @@ def file_sha256(path: str | Path) -> str:
 
 
 def partial_path(path: Path) -> Path:
-    """The temporary name of a file: the same at every attempt, so that what a killed process left is overwritten."""
+    """The temporary name of a file: the same for every attempt, so that a killed process's file is overwritten."""
     return path.with_name(path.name + ".partial")
 
 
 def flush(stream: IO[bytes]) -> None:
-    """To the disk: after a power cut a renamed file must not be an empty one."""
+    """Flush to the disk, so that a renamed file is not empty after a power failure."""
     stream.flush()
     os.fsync(stream.fileno())
 
 
 def write_json(path: Path, data: Any, indent: int | None = 1) -> None:
-    """Whole or not at all; the same data gives the same bytes."""
+    """Write JSON atomically; the same data gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file_atomically(path, (json.dumps(data, indent=indent, ensure_ascii=False) + "\n").encode())

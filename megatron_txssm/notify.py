@@ -1,6 +1,6 @@
-"""Tells people, through a webhook, what happened to a run: Slack, Mattermost and the like show the field "text".
+"""Reports events of a run through a webhook: Slack, Mattermost and similar services show the field "text".
 
-The address, which is a secret, is in the site's environment variable TXSSM_WEBHOOK and is never printed or written.
+The address is a secret: it is read from the environment variable TXSSM_WEBHOOK, and never printed or written.
 """
 
 import atexit
@@ -19,13 +19,13 @@ from typing import Any
 from megatron_txssm.errors import readable
 
 VARIABLE = "TXSSM_WEBHOOK"
-# Of one try: for a connection, and for each answer of the other side.
+# Per attempt: for the connection, and for each response.
 TIMEOUT_SECONDS = 5.0
-# Before the second try, and the third.
+# Before the second and the third attempt.
 PAUSES_SECONDS = (1.0, 4.0)
-# For what is under way when the process ends.
+# For messages in flight when the process ends.
 LAST_SECONDS = 10.0
-# Longer messages are refused by some services.
+# Some services reject longer messages.
 _TEXT_LENGTH = 3000
 _under_way: list[threading.Thread] = []
 
@@ -33,9 +33,9 @@ _under_way: list[threading.Thread] = []
 def notify(run: Path, event: str, text: str, **facts: Any) -> None:
     """Post that `event` (failed, hung, excluded, requeued, finished, slow …) happened to a run; returns at once.
 
-    `facts`: fields for programs, such as job, attempt, step, nodes, cause. Nothing happens without TXSSM_WEBHOOK. Never
-    raises: a webhook that does not work costs a line on stderr. A thread posts; the process's end waits for it,
-    `LAST_SECONDS` at most.
+    `facts`: fields for programs, such as job, attempt, step, nodes, cause. Does nothing without TXSSM_WEBHOOK. Never
+    raises: a failing webhook only prints a line to stderr. A thread posts; at exit the process waits for it, for at
+    most `LAST_SECONDS`.
     """
     address = os.environ.get(VARIABLE, "").strip()
     if not address:
@@ -45,13 +45,13 @@ def notify(run: Path, event: str, text: str, **facts: Any) -> None:
         thread = threading.Thread(target=_deliver, args=(address, event, message), name="notify", daemon=True)
         thread.start()
         _under_way.append(thread)
-    except Exception as error:  # whatever it is, a run does not end for it
+    except Exception as error:  # no failure here may end the run
         _complain(event, type(error).__name__)
 
 
 @atexit.register
 def wait_for_notifications(seconds: float = LAST_SECONDS) -> None:
-    """Let the messages that are under way arrive, for `seconds` at most."""
+    """Wait for messages in flight, for at most `seconds`."""
     deadline = time.monotonic() + seconds
     while _under_way:
         _under_way.pop().join(max(0.0, deadline - time.monotonic()))
@@ -60,12 +60,12 @@ def wait_for_notifications(seconds: float = LAST_SECONDS) -> None:
 def _message(run: Path, event: str, text: str, facts: dict[str, Any]) -> dict[str, Any]:
     known = {"run": str(run), "event": event, "job": os.environ.get("SLURM_JOB_ID"), "time": round(time.time(), 3)}
     words = readable(f"{run.name}: {event}: {text}")[:_TEXT_LENGTH]
-    # No half of a character pair, which a file name may hold.
+    # Replaces unpaired surrogates, which a file name may contain.
     return known | facts | {"text": words.encode(errors="replace").decode()}
 
 
 def _deliver(address: str, event: str, message: bytes) -> None:
-    """One message, at most three times."""
+    """Post one message, with at most three attempts."""
     problem, retry = _post(address, message)
     for pause in PAUSES_SECONDS:
         if not retry:
@@ -77,12 +77,12 @@ def _deliver(address: str, event: str, message: bytes) -> None:
 
 
 def _post(address: str, message: bytes) -> tuple[str, bool]:
-    """(what went wrong, whether it may go well later). Errors' own texts may hold the address."""
+    """(problem, whether a retry may succeed). The errors' own texts are not used: they may contain the address."""
     try:
         if urllib.parse.urlsplit(address).scheme not in ("http", "https"):
             return "its address must begin with http:// or https://", False
         request = urllib.request.Request(address, message, {"Content-Type": "application/json"}, method="POST")
-        # Proxies as the environment's http_proxy, https_proxy and no_proxy say.
+        # Proxies come from http_proxy, https_proxy and no_proxy in the environment.
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=TIMEOUT_SECONDS):
             return "", False
     except urllib.error.HTTPError as error:
@@ -95,12 +95,12 @@ def _post(address: str, message: bytes) -> tuple[str, bool]:
         return _reason(error.reason), True
     except OSError as error:
         return _reason(error), True
-    except Exception as error:  # http.client's, for an address that is none
+    except Exception as error:  # http.client's, for an invalid address
         return type(error).__name__, False
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """urllib would follow with a GET, which posts nothing, and to whoever the answer names."""
+    """urllib would follow a redirect with a GET, which posts nothing, to an address that the response chooses."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -116,5 +116,5 @@ def _complain(event: str, problem: str) -> None:
     try:
         print(f"{VARIABLE}: the message '{event}' was not delivered: {problem}", file=sys.stderr, flush=True)
     except (OSError, ValueError):
-        # A full disk, or a stream that is closed.
+        # A full disk or a closed stream.
         return

@@ -1,4 +1,4 @@
-"""What the operating system lets a process have: open files, shared memory, short paths for sockets."""
+"""Operating system limits of a process: open files, shared memory, the length of socket paths."""
 
 import os
 import resource
@@ -7,48 +7,48 @@ import tempfile
 
 from megatron_txssm.errors import UserError
 
-# Of one shard: Megatron maps its .bin twice and its .idx once, and the three index files that it keeps in its cache.
+# Per shard: Megatron maps the .bin twice, the .idx once, and three index files in its cache.
 FILES_A_SHARD = 6
 # Python's and torch's own files, connections between ranks, logs, helper processes.
 OTHER_FILES = 256
-# An address of a socket in the file system has at most 107 bytes; of these multiprocessing and torch take 35.
+# A socket's path has at most 107 bytes, of which multiprocessing and torch use 35.
 LONGEST_TEMPORARY_FOLDER = 70
 SHARED_MEMORY = "/dev/shm"
 
 
 def allow_open_files() -> None:
-    """Raise this process's soft limit of open files to the hard one; programs that it starts inherit it."""
+    """Raise this process's soft limit of open files to the hard limit; child processes inherit it."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def open_files(shards: int) -> int:
-    """How many files a process that trains on `shards` keeps open at most."""
+    """The maximum number of files that a process training on `shards` keeps open."""
     return FILES_A_SHARD * shards + OTHER_FILES
 
 
 def check_open_files(shards: int) -> None:
-    """UserError where a process may not keep so many shards open."""
+    """UserError if a process may not keep this many shards open."""
     needed, (_, hard) = open_files(shards), resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise UserError(
-            f"the data are {shards} shards, for which a process keeps up to {needed} files open, but it may have "
-            f"{hard} (ulimit -Hn); raise that limit, or make fewer and larger shards"
+            f"the data has {shards} shards, for which a process keeps up to {needed} files open, but the limit is "
+            f"{hard} (ulimit -Hn); raise it, or make fewer and larger shards"
         )
 
 
 def check_temporary_folder() -> None:
-    """UserError where the folder for temporary files leaves no room for the names of sockets in it."""
+    """UserError if the path of the temporary folder is too long for sockets in it."""
     folder = tempfile.gettempdir()
     if (length := len(os.fsencode(folder))) > LONGEST_TEMPORARY_FOLDER:
         raise UserError(
-            f"TMPDIR={folder} is {length} bytes long, but sockets in it can have no names behind more than "
+            f"TMPDIR={folder} is {length} bytes long, but sockets need a path of at most "
             f"{LONGEST_TEMPORARY_FOLDER}; set TMPDIR to a shorter path, such as /tmp"
         )
 
 
 def check_shared_memory(needed: int) -> None:
-    """UserError where data loaders cannot pass on so many bytes."""
+    """UserError if shared memory is too small for the data loaders' `needed` bytes."""
     if needed and os.path.isdir(SHARED_MEMORY) and (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:
         raise UserError(
             f"{SHARED_MEMORY} has {free / 1e6:.1f} MB left, but the data loaders pass up to {needed / 1e6:.1f} MB "

@@ -1,8 +1,8 @@
-"""Tables and progress bars, alike for every verb.
+"""Tables and progress display, shared by all verbs.
 
-Nothing in a table is cut, as one may have to type it: what a terminal is too narrow for stands beneath its row, with
-the column's name, folded. In a file or a pipe a row is one line, whatever its length. Progress is shown to a person
-who looks on, and to nobody else.
+Table cells are never truncated, because users may need to copy them: columns that do not fit a terminal are printed
+below their row, wrapped, with the column's name. In a file or a pipe a row is one line of any length. Progress is only
+shown on a terminal.
 """
 
 import os
@@ -20,20 +20,20 @@ _GAP, _INDENT = "  ", "    "
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], file: TextIO | None = None) -> None:
-    """Print `rows` under the names of their `columns`; `>name` aligns a column to the right, as numbers need it."""
+    """Print `rows` under the names of their `columns`; `>name` aligns a column to the right, for numbers."""
     for line in table_lines(columns, rows, terminal_width(file or sys.stdout)):
         print(line, file=file)
 
 
 def terminal_width(file: TextIO) -> int | None:
-    """Columns of the terminal that a stream goes to; None where it goes to a file or a pipe."""
+    """Columns of a stream's terminal; None for a file or a pipe."""
     if not file.isatty():
         return None
     try:
         columns = os.get_terminal_size(file.fileno()).columns
     except (OSError, ValueError):
         columns = 0
-    # $COLUMNS, or 80, where the terminal does not know.
+    # $COLUMNS or 80 if the terminal does not report its width.
     return columns or shutil.get_terminal_size().columns
 
 
@@ -49,7 +49,7 @@ def table_lines(columns: Sequence[str], rows: Iterable[Sequence[str]], width: in
     def aligned(row: Sequence[str]) -> str:
         padded = []
         for cell, column, size in zip(row[:count], columns, widths, strict=False):
-            # By what it takes on the screen, where a Chinese character is as wide as two letters.
+            # By width on the screen: a Chinese character is as wide as two letters.
             space = " " * (size - cell_len(cell))
             padded.append(space + cell if column.startswith(">") else cell + space)
         return _GAP.join(padded).rstrip()
@@ -63,14 +63,14 @@ def table_lines(columns: Sequence[str], rows: Iterable[Sequence[str]], width: in
 
 
 def folded(text: str, width: int) -> list[str]:
-    """Indented lines of at most `width`; no line for no text."""
+    """Indented lines of at most `width`; none for an empty text."""
     return textwrap.wrap(
         text, max(width, 20), initial_indent=_INDENT, subsequent_indent=_INDENT, break_on_hyphens=False
     )
 
 
 def _beside(widths: Sequence[int], width: int | None) -> int:
-    """How many columns have room beside each other, at least one."""
+    """How many columns fit side by side, at least one."""
     if width is None:
         return len(widths)
     totals = [sum(widths[:count]) + len(_GAP) * (count - 1) for count in range(1, len(widths) + 1)]
@@ -79,7 +79,7 @@ def _beside(widths: Sequence[int], width: int | None) -> int:
 
 @contextmanager
 def progress_bar(what: str, total: int, *, of_bytes: bool = False) -> Iterator[Callable[[int], None]]:
-    """A function to tell how many more of `total` are done; a bar, from the fifth second on."""
+    """Yields a function to call with each number of finished items of `total`; the bar appears after five seconds."""
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     amount = DownloadColumn() if of_bytes else MofNCompleteColumn()
@@ -100,7 +100,7 @@ def progress_bar(what: str, total: int, *, of_bytes: bool = False) -> Iterator[C
 
 @contextmanager
 def doing(what: str, terminal: TextIO | None = None) -> Iterator[None]:
-    """Say what takes its time, where a person looks on; on standard output, unless another `terminal` is named."""
+    """Show a spinner with the name of a long operation, on standard output or another `terminal`."""
     from rich.progress import Progress, SpinnerColumn
 
     where = {} if terminal is None else beside_the_log(terminal)
@@ -111,15 +111,15 @@ def doing(what: str, terminal: TextIO | None = None) -> Iterator[None]:
 
 
 def beside_the_log(terminal: TextIO) -> dict[str, Any]:
-    """For rich's Progress on `terminal` where standard output and error lead to a log: it leaves these alone.
+    """Options for rich's Progress on `terminal` while standard output and error go to a log.
 
-    It would bring their lines to the terminal, and ask them for its width.
+    By default rich would redirect their lines to the terminal, and take the width from them.
     """
     return {"console": terminal_console(terminal), "redirect_stdout": False, "redirect_stderr": False}
 
 
 def terminal_console(terminal: TextIO) -> Any:
-    """rich's console on a stream, as wide as that very stream."""
+    """rich's console on a stream, with that stream's width."""
     from rich.console import Console, ConsoleDimensions
 
     class TerminalConsole(Console):
@@ -129,14 +129,14 @@ def terminal_console(terminal: TextIO) -> Any:
                 columns, rows = os.get_terminal_size(terminal.fileno())
             except (OSError, ValueError):
                 return super().size
-            # A terminal that does not know its size says 0.
+            # A terminal of unknown size reports 0.
             return ConsoleDimensions(columns, rows) if columns > 0 else super().size
 
     return TerminalConsole(file=terminal)
 
 
 def _description() -> Any:
-    """A column that says what is done; braces and brackets in it mean nothing."""
+    """A column with the description, in which braces and brackets are literal."""
     from rich.progress import TextColumn
 
     return TextColumn("{task.description}", markup=False)

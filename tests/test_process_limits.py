@@ -50,7 +50,7 @@ def test_a_shard_takes_no_more_files_than_is_reckoned_with(tmp_path: Path) -> No
 def test_too_many_shards_are_named_with_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 4096))
     process_limits.check_open_files(640)
-    with pytest.raises(UserError, match=r"1800 shards, .* up to 11056 files open, but it may have 4096 \(ulimit -Hn\)"):
+    with pytest.raises(UserError, match=r"1800 shards, .* up to 11056 files open, but the limit is 4096 \(ulimit -Hn"):
         process_limits.check_open_files(1800)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, resource.RLIM_INFINITY))
     process_limits.check_open_files(1800)

@@ -11,23 +11,23 @@ def flops_per_token(sizes: ModelSizes, seq_length: int, document_length: float |
     """Model FLOPs per token of training, forward and backward; a multiply-add counts two.
 
     2 per weight and token forward and twice that backward, the 6·parameters of arXiv:2204.02311 (appendix B) and
-    arXiv:2001.08361, over every projection of the mixers, the FFNs and the LM head (D·V, tied or not; the lookup of
-    the embedding is no product). Attention adds Q·Kᵀ and scores·V: a token at position t sees t keys, on average about
-    half the sequence, so 2 · 2·(seq_length / 2)·H·K; this is the causal half that Megatron's own count bills
+    arXiv:2001.08361, over every projection of the mixers, the FFNs and the LM head (D·V, tied or not; the embedding
+    lookup is not a matmul). Attention adds Q·Kᵀ and scores·V: a token at position t sees t keys, on average about half
+    the sequence, so 2 · 2·(seq_length / 2)·H·K; Megatron's own count also uses this causal half
     (megatron.training.training.num_floating_point_operations). State-space layers add the scan,
     `StateSpaceConfig.flops_per_token`: linear in the length.
 
-    `document_length`: where attention ends at a document's borders, the mean length of the document that a token is in,
-    so the sum of the documents' squared lengths over the number of tokens; None: the whole sample is one.
+    `document_length`: if attention is isolated by document, the mean length of the document that a token is in: the sum
+    of the documents' squared lengths over the number of tokens; None: the whole sample is one document.
 
-    Not counted: norms, rotations, activations, softmax, residuals, the optimizer, and recomputed activations: model
-    FLOPs, as MFU has them, not hardware FLOPs. Megatron's count cannot serve: it bills a state-space layer at twice
-    our inner width and with a gate.
+    Not counted: norms, rotations, activations, softmax, residuals, the optimizer, and recomputed activations: these are
+    model FLOPs, as in MFU, not hardware FLOPs. Megatron's count does not apply: it assumes state-space layers with
+    twice our inner width and a gate.
     """
     attended = seq_length if document_length is None else document_length
     scores = 2.0 * attended * sizes.num_attention_heads * sizes.kv_channels
     attention = FORWARD_AND_BACKWARD * (2.0 * sizes.attention_weights + scores)
-    # The mixer's own figure has the backward pass in it.
+    # The mixer's figure includes the backward pass.
     mixer = sizes.state_space.flops_per_token(seq_length) if sizes.state_space else 0.0
     ffn = FORWARD_AND_BACKWARD * 2.0 * sizes.ffn_weights
     logits = FORWARD_AND_BACKWARD * 2.0 * sizes.hidden_size * sizes.vocab_size

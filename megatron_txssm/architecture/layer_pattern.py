@@ -5,15 +5,15 @@ from megatron_txssm.errors import UserError
 STATE_SPACE = "S"
 ATTENTION = "A"
 
-# A module of the paper: seven state-space sub-layers, then one self-attention sub-layer (arXiv:2506.09507, section 3).
+# The paper's module: seven state-space sub-layers, then one self-attention sub-layer (arXiv:2506.09507, section 3).
 DEFAULT_LAYER_PATTERN = "SSSSSSSA"
 
 
 def layer_kinds(pattern: str, num_layers: int) -> str:
-    """The kind of each of `num_layers` layers: `pattern`, repeated as often as it fits.
+    """The kind of each of `num_layers` layers: `pattern`, repeated to this length.
 
-    Returns a string of `num_layers` letters. Raises UserError where the pattern is empty, has a letter other than
-    `S` and `A`, or does not divide `num_layers`.
+    Returns a string of `num_layers` letters. Raises UserError if the pattern is empty, has letters other than `S` and
+    `A`, or its length does not divide `num_layers`.
     """
     strangers = sorted(set(pattern) - {STATE_SPACE, ATTENTION})
     if not pattern or strangers:

@@ -13,7 +13,7 @@ from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What the counts need to know of a model."""
+    """The sizes of a model that determine the counts."""
 
     # One letter per layer, S or A.
     layer_kinds: str
@@ -25,7 +25,7 @@ class ModelSizes:
     # Rows of the embedding, with padding.
     vocab_size: int
     tie_embeddings: bool
-    # None where no layer is of kind S.
+    # None if no layer is of kind S.
     state_space: StateSpaceConfig | None
 
     @property
@@ -44,9 +44,9 @@ class ParameterCount:
     """Parameters of the whole model by part; a shared tensor counts once."""
 
     embedding: int
-    # 0 where the embedding serves as LM head.
+    # 0 if the embedding is also the LM head.
     output: int
-    # The mixers of all layers of a kind.
+    # The mixers of all layers of each kind.
     state_space: int
     attention: int
     ffn: int

@@ -1,4 +1,4 @@
-"""Sizes, variants and costs of the state-space mixer. Plain Python: planners read it without torch.
+"""Sizes, variants and costs of the state-space mixer; plain Python, without torch.
 
 D=hidden size  H=heads  P=head dim  G=groups  N=state size  K=convolution kernel  Q=chunk length
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_txssm.errors import UserError
 
 POSITION_ENCODINGS = ("rope", "conv1d_d", "a_t")
-# What computes the scan; "auto" is mamba-ssm's Triton kernels where they can run, else PyTorch.
+# What computes the scan; "auto" is mamba-ssm's Triton kernels if they can run, otherwise PyTorch.
 SSD_BACKENDS = ("auto", "torch", "triton")
 CONTEXT_PARALLEL_METHODS = ("state_passing", "all_to_all")
 
@@ -25,13 +25,13 @@ class StateSpaceConfig:
     state_size: int = 128
     # B and C are shared by the num_heads / num_groups heads of a group, as keys are in grouped-query attention.
     num_groups: int = 8
-    # How the layer learns of positions: "rope" rotates C and B (TransXSSM); "conv1d_d" is Mamba-2's short causal
-    # convolution on x, B, C and the skip D; "a_t" is the bare recurrence.
+    # The position encoding: "rope" rotates C and B (TransXSSM); "conv1d_d" is Mamba-2's short causal convolution on
+    # x, B, C and the skip D; "a_t" is the bare recurrence.
     position_encoding: str = "rope"
-    # Mamba-2's output gate and the grouped RMSNorm behind it.
+    # Mamba-2's output gate and the grouped RMSNorm after it.
     gated: bool = False
     # A learned bias under the softplus of dt, as in Mamba-2; it spreads the heads' first dt over [0.001, 0.1]. Without
-    # it, as in the authors' public layout of parameters, every head starts at dt = softplus(~0) = 0.69, as theirs do.
+    # it, as in the authors' public parameter layout, every head starts at dt = softplus(~0) = 0.69, as theirs do.
     dt_bias: bool = True
     # Chunk length of the parallel scan, in tokens (the paper's chunk_len).
     chunk_size: int = 256
@@ -39,8 +39,8 @@ class StateSpaceConfig:
     ssd_backend: str = "auto"
     # Appendix A: beyond this many tokens, C is scaled by log_base(position). None: never.
     length_scaling_base: int | None = None
-    # What context-parallel ranks exchange: the states between their pieces of the sequence, or all activations, so that
-    # each scans a share of the heads.
+    # What context-parallel ranks exchange: the states between pieces of the sequence, or all activations, so that each
+    # rank scans a share of the heads.
     context_parallel_method: str = "state_passing"
     # Taps of the causal convolution of "conv1d_d".
     conv_kernel: int = 4
@@ -62,14 +62,14 @@ class StateSpaceConfig:
             )
         if self.position_encoding == "rope" and self.state_size % 2 != 0:
             raise UserError(
-                f"state_size={self.state_size} is odd, but Unified RoPE turns pairs of channels; "
+                f"state_size={self.state_size} is odd, but Unified RoPE rotates pairs of channels; "
                 f"use {self.state_size + 1}, or position_encoding: a_t"
             )
         if self.length_scaling_base is not None and self.length_scaling_base < 2:
             raise UserError(f"length_scaling_base={self.length_scaling_base} tokens must be at least 2")
 
     def check_context_parallel(self, size: int, tensor_parallel_size: int) -> None:
-        """UserError where heads are to be exchanged, and whole groups do not fall to each of `size` ranks."""
+        """UserError if heads are exchanged and the groups are not divisible among `size` ranks."""
         if self.context_parallel_method == "all_to_all" and self.num_groups % (tensor_parallel_size * size) != 0:
             raise UserError(
                 f"num_groups={self.num_groups} is not divisible by tensor_model_parallel_size={tensor_parallel_size} x "
@@ -77,7 +77,7 @@ class StateSpaceConfig:
             )
 
     def check_tensor_parallel(self, size: int) -> None:
-        """UserError unless whole groups (and so whole heads) fall to each of `size` tensor-parallel ranks."""
+        """UserError unless the groups (and so the heads) are divisible among `size` tensor-parallel ranks."""
         if self.num_groups % size != 0:
             raise UserError(
                 f"num_groups={self.num_groups} is not divisible by tensor_model_parallel_size={size}; "
@@ -91,7 +91,7 @@ class StateSpaceConfig:
 
     @property
     def in_proj_sizes(self) -> dict[str, int]:
-        """Rows of the packed in-projection by component, in their order, over all tensor-parallel ranks."""
+        """Rows of the packed in-projection by component, in order, over all tensor-parallel ranks."""
         sizes = {"x": self.inner_size, "B": self.num_groups * self.state_size, "C": self.num_groups * self.state_size}
         if self.gated:
             sizes = {"z": self.inner_size, **sizes}
@@ -99,7 +99,7 @@ class StateSpaceConfig:
 
     @property
     def conv_sizes(self) -> dict[str, int]:
-        """Channels of the causal convolution by component; empty where the variant has none."""
+        """Channels of the causal convolution by component; empty if the variant has none."""
         if self.position_encoding != "conv1d_d":
             return {}
         return {name: self.in_proj_sizes[name] for name in ("x", "B", "C")}
@@ -125,9 +125,9 @@ class StateSpaceConfig:
         """FLOPs per token of the chunked scan, forward only: 2·Q·(G·N + H·P) + 4·H·P·N (derived in ops/README.md).
 
         The four GEMMs of arXiv:2405.21060, section 6: scores C·Bᵀ of a group and scores·x of a head, over all Q×Q pairs
-        of a chunk (`whole_chunks`: what the operator executes, where Q divides the length) or over their causal half
-        (model FLOPs, as they count attention's causal half only: Q in the formula becomes Q/2); building the chunk
-        states and reading them. Omitted: the recurrence over chunk states, 2·H·P·N/Q.
+        of a chunk (`whole_chunks`: what the operator executes if Q divides the length) or over their causal half
+        (model FLOPs, which count only attention's causal half: Q in the formula becomes Q/2); building and reading the
+        chunk states. Omitted: the recurrence over chunk states, 2·H·P·N/Q.
         """
         chunk = min(self.chunk_size, seq_length)
         pairs = 2 * chunk * (self.num_groups * self.state_size + self.inner_size)

@@ -1,8 +1,8 @@
-"""The demo's text: the library sources of the Python that runs, about 10 MB on every machine, nothing to download.
+"""The demo's text: the running Python's standard library, about 10 MB on every machine, without a download.
 
-What it is: every .py file of the standard library, and the language reference that pydoc carries as plain text.
-What is left out: test suites (binary junk on purpose, and many installations lack them), `encodings` (tables so alike
-that a validation document would have a near-twin in training), installed packages, and files written for one machine.
+Included: every .py file of the standard library, and the language reference that pydoc contains as plain text.
+Excluded: test suites (deliberate binary junk, and many installations lack them), `encodings` (its tables are so similar
+that a validation document would have a near-duplicate in training), installed packages, and machine-specific files.
 """
 
 import ast
@@ -31,7 +31,7 @@ SUBSET = "python-library"
 EXCLUDED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
 )
-# Build configuration and site hooks hold the paths of the machine they were made on.
+# Build configuration and site hooks contain machine-specific paths.
 EXCLUDED_PREFIXES = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize")
 REFERENCE_TOPICS = "pydoc_data/topics.py"
 
@@ -55,7 +55,7 @@ def collect_documents(
     minimum_bytes: int = MINIMUM_CORPUS_BYTES,
     skipped: list[str] | None = None,
 ) -> Iterator[Document]:
-    """The documents in the order of their paths, each text once; fewer than `minimum_bytes` is a UserError.
+    """The documents in order of path, each text once; UserError for less than `minimum_bytes`.
 
     root: the library's folder; by default that of the running Python.
     skipped: receives the sources of files that are not readable text.
@@ -69,7 +69,7 @@ def collect_documents(
         if not _is_wanted(source):
             continue
         try:
-            # tokenize.open obeys the file's own encoding line.
+            # tokenize.open honours the file's encoding declaration.
             with tokenize.open(path) as stream:
                 text = stream.read()
             if source == REFERENCE_TOPICS:
@@ -103,10 +103,10 @@ def prepare_demo_corpus(
     root: str | Path | None = None,
     minimum_bytes: int = MINIMUM_CORPUS_BYTES,
 ) -> Corpus:
-    """Make the demo's corpus in DIRECTORY/vocab_N, or reuse it where all of it is as its manifests say.
+    """Make the demo's corpus in DIRECTORY/vocab_N, or reuse it if it matches its manifests.
 
-    Another vocabulary has a folder of its own: Megatron keeps its dataset cache per path. The same Python gives the
-    same bytes. Call it from one process, before the workers start.
+    Every vocabulary size has its own folder, because Megatron keeps its dataset cache per path. The same Python gives
+    the same bytes. Call it from one process, before the workers start.
     """
     directory = Path(directory) / f"vocab_{vocab_size}"
     source = directory / "source"
@@ -131,7 +131,7 @@ def prepare_demo_corpus(
 
 
 def _write_source(source: Path, documents: list[Document], recipe: CorpusRecipe, vocab_size: int) -> None:
-    """Write the documents as .jsonl, then the tokenizer, whose presence says that both are complete."""
+    """Write the documents as .jsonl, then the tokenizer, whose presence marks both as complete."""
     source.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, len(documents), DOCUMENTS_PER_FILE)):
         lines = [
@@ -139,7 +139,7 @@ def _write_source(source: Path, documents: list[Document], recipe: CorpusRecipe,
             for document in documents[start : start + DOCUMENTS_PER_FILE]
         ]
         write_file_atomically(source / f"{number:03d}.jsonl", "".join(lines).encode())
-    # Only training text, so nothing of the validation split is known before it is measured.
+    # Only training text, so that the tokenizer has not seen the validation split.
     fraction = recipe.subsets[SUBSET].validation_fraction
     texts = (document.text for document in documents if not is_held_out(document.text, fraction))
     train_sentencepiece(texts, source / "tokenizer", vocab_size)
@@ -151,7 +151,7 @@ def _is_wanted(source: str) -> bool:
 
 
 def _reference_text(module_source: str) -> str:
-    """The language reference as plain text, out of the one dictionary literal that pydoc_data/topics.py consists of."""
+    """The language reference as plain text, from the dictionary literal in pydoc_data/topics.py."""
     for statement in ast.parse(module_source).body:
         if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
             topics = ast.literal_eval(statement.value)

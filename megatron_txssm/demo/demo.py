@@ -1,4 +1,4 @@
-"""The whole way on one machine without a GPU, from text to a trained model that writes."""
+"""The demo: from text to a trained model that generates, on one machine without a GPU."""
 
 import math
 import shutil
@@ -16,14 +16,14 @@ PROMPT = "def read_file(path):\n"
 
 
 def run_demo(overrides: Sequence[str] = ()) -> int:
-    """Make the data, train, stop, resume, compare, write; what is done already is left as it is. The exit code.
+    """Make data, train, stop, resume, compare, generate; finished parts are not repeated. Returns the exit code.
 
     overrides: fields of the demo's recipe, as "a.b=c".
     """
     recipe = load_recipe(RECIPE, overrides)
     print("1/5  text: this Python's own library, tokenised by a SentencePiece model trained on it", flush=True)
     corpus = prepare_data(recipe)
-    # The recipe names the demo's own corpus; another vocabulary or run directory has another.
+    # The recipe names the default corpus; another vocabulary or run directory has its own.
     overrides = [*overrides, f"data.corpus={corpus.directory}"]
     recipe = load_recipe(RECIPE, overrides)
     check_checkpoint(recipe)
@@ -36,7 +36,7 @@ def run_demo(overrides: Sequence[str] = ()) -> int:
     ):
         print(f"{number}/5  {what}", flush=True)
         if stop and latest_step(recipe) >= half:
-            print("     done before")
+            print("     already finished")
             continue
         code = train(overrides + stop)
         if code != 0:
@@ -49,19 +49,19 @@ def run_demo(overrides: Sequence[str] = ()) -> int:
 
 
 def prepare_data(recipe: Recipe) -> Any:
-    """Make the data that the recipe names, unless it is there."""
+    """Make the recipe's data, unless it exists."""
     from megatron_txssm.demo.corpus import prepare_demo_corpus
 
     return prepare_demo_corpus(recipe.run_path / "data", vocab_size=recipe.data.vocab_size)
 
 
 def latest_step(recipe: Recipe) -> int:
-    """The newest checkpoint's step; 0 where there is none."""
+    """The newest checkpoint's step; 0 without a checkpoint."""
     return saved_step(recipe.checkpoint_path) or 0
 
 
 def start_afresh(recipe: Recipe) -> None:
-    """Remove what a finished demo left; the data stay. UserError where the checkpoints are another run's."""
+    """Remove a finished demo's outputs, but not its data. UserError if the checkpoints are another run's."""
     made_by = recipe.checkpoint_path / "recipe.yaml"
     if not made_by.is_file() or load_recipe(made_by).name != RECIPE:
         raise UserError(f"{recipe.checkpoint_path} holds another run's checkpoints; use another run_directory")
@@ -104,7 +104,7 @@ def report(recipe: Recipe, corpus: Any) -> None:
 
 
 def write(recipe: Recipe) -> int:
-    """Generate in a process of its own, as a user would: Megatron initialises once in a process."""
+    """Generate in a separate process, as a user would: Megatron can be initialised only once per process."""
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""The loss curve of one run as a PNG: training and validation loss beside baselines that need no network."""
+"""The loss curve of one run as a PNG: training and validation loss, with n-gram baselines."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from megatron_txssm.files import write_file_atomically
 TRAINING_KEY = "lm loss"
 VALIDATION_KEY = "validation lm loss"
 
-# From this many points on the training loss is drawn faint, with its running mean over a window of 1/40 of them.
+# From this many points on, the training loss is drawn faintly, with its running mean over 1/40 of them.
 SMOOTH_FROM_POINTS = 80
 SMOOTHING_WINDOWS = 40
 
@@ -23,8 +23,7 @@ BASELINE_COLOURS = ("#5b5b5b", "#2e8b57", "#8a5a00", "#6f4fa0")
 def read_metrics(metrics_jsonl: str | Path, key: str) -> tuple[list[int], list[float]]:
     """(iterations, values) of one key, ordered by iteration.
 
-    A resumed run repeats iterations: the last line of each counts. A line cut off by a kill is passed over, and so are
-    values that are not finite.
+    A resumed run repeats iterations: the last line of each counts. Truncated lines and non-finite values are skipped.
     """
     path = Path(metrics_jsonl)
     try:
@@ -61,7 +60,7 @@ def plot_loss_curve(
     iterations, losses = read_metrics(metrics_jsonl, TRAINING_KEY)
     validation_iterations, validation_losses = read_metrics(metrics_jsonl, VALIDATION_KEY)
     if not losses and not validation_losses:
-        raise UserError(f'metrics file {metrics_jsonl}: holds no "{TRAINING_KEY}"; let the run log a few iterations')
+        raise UserError(f'metrics file {metrics_jsonl}: has no "{TRAINING_KEY}"; let the run log a few iterations')
 
     # Figure without pyplot: no global state and no display.
     figure = Figure(figsize=(8.0, 4.8), layout="constrained")
@@ -69,7 +68,7 @@ def plot_loss_curve(
     axes = figure.add_subplot()
     if len(losses) >= SMOOTH_FROM_POINTS:
         axes.plot(iterations, losses, color=TRAINING_COLOUR, alpha=0.3, linewidth=0.9)
-        # Odd, so that it reaches equally far to both sides.
+        # Odd, so that the window is symmetric.
         window = max(3, len(losses) // SMOOTHING_WINDOWS | 1)
         label = f"training, mean over {window} logged steps"
         axes.plot(iterations, _running_mean(losses, window), color=TRAINING_COLOUR, linewidth=1.8, label=label)
@@ -95,7 +94,7 @@ def plot_loss_curve(
     axes.legend(frameon=False, fontsize=9)
 
     png = io.BytesIO()
-    # Without the library's version in it, the same metrics give the same bytes.
+    # Without the library's version, the same metrics give the same bytes.
     figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
     png_path = Path(png_path)
     png_path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +103,7 @@ def plot_loss_curve(
 
 
 def _running_mean(values: list[float], window: int) -> list[float]:
-    """Mean over a window around each point, cut off at both ends, so the curve is neither shifted nor shortened."""
+    """Mean over a window around each point, truncated at both ends: the curve is neither shifted nor shortened."""
     half = window // 2
     means = []
     for index in range(len(values)):

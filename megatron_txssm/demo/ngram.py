@@ -1,9 +1,9 @@
-"""Unigram and interpolated bigram models: what a language model must beat to have learned more than counts.
+"""Unigram and interpolated bigram models: baselines that a model must beat to have learned more than counts.
 
-Losses are cross-entropies in nats per token over the stream of documents joined by their end-of-document tokens, the
-stream that Megatron's GPTDataset cuts into samples. As there, every token but the first is predicted once, so a model
-evaluated over one whole epoch of the same shard is compared on the same tokens, but for an incomplete last sample that
-Megatron drops. The order of the documents, which Megatron shuffles, changes nothing: each begins after the same token.
+Losses are cross-entropies in nats per token over the stream of documents joined by end-of-document tokens, which
+Megatron's GPTDataset cuts into samples. As there, every token but the first is predicted once, so a model evaluated
+over one whole epoch of the same shard sees the same tokens, except for an incomplete last sample that Megatron drops.
+Megatron's shuffling of the documents has no effect: each begins after the same token.
 
 Smoothing is Jelinek-Mercer interpolation with weights fitted by expectation-maximisation on held-out training text
 (Jelinek and Mercer 1980, "Interpolated estimation of Markov source parameters from sparse data"), for the bigram with
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 # V=vocabulary  N=predicted tokens  K=interpolated models  U=distinct bigrams
 
-# The stream is cut into this many equal blocks and every tenth is held out while the weights are fitted: blocks of
-# many documents each, from all over the corpus.
+# The stream is cut into this many equal blocks, and every tenth is held out to fit the weights: each has many
+# documents, and they cover the whole corpus.
 HELD_OUT_BLOCKS = 100
 HELD_OUT_EVERY = 10
 
 EM_MAX_ITERATIONS = 200
-# Stop when no weight moves by more than this.
+# Stop when no weight changes by more than this.
 EM_TOLERANCE = 1e-6
-# A range of context counts borrows the overall weights with the strength of this many observations.
+# The overall weights are a prior for each range of context counts, worth this many observations.
 BUCKET_PRIOR_TOKENS = 10.0
 
 
@@ -77,7 +77,7 @@ def bigram_loss(train_tokens: "np.ndarray", validation_tokens: "np.ndarray", voc
 
 
 class _BigramCounts:
-    """Counts of (context, target) pairs, kept sparse: V squared would be 134 MB at a vocabulary of 4,096."""
+    """Sparse counts of (context, target) pairs: V² counts would take 134 MB at a vocabulary of 4,096."""
 
     def __init__(self, contexts_N: "np.ndarray", targets_N: "np.ndarray", vocab_size: int):
         import numpy as np
@@ -95,7 +95,7 @@ class _BigramCounts:
     def probabilities(self, contexts_N: "np.ndarray", targets_N: "np.ndarray") -> tuple["np.ndarray", "np.ndarray"]:
         """Per pair: the probabilities by bigram, unigram and uniform model [N, 3], and the bucket of its context [N].
 
-        After a context never seen the bigram is the unigram, so that every mixture sums to one.
+        After an unseen context the bigram equals the unigram, so that every mixture sums to one.
         """
         import numpy as np
 
@@ -106,22 +106,22 @@ class _BigramCounts:
         unigram_N = self.frequencies_V[targets_N]
         bigram_N = np.where(context_counts_N > 0, pair_counts_N / np.maximum(context_counts_N, 1), unigram_N)
         uniform_N = np.full(codes_N.size, 1.0 / self.vocab_size)
-        # Bucket b holds the counts from 2^(b-1) to 2^b - 1, bucket 0 the contexts never seen: numpy's bit_length.
+        # Bucket b holds the counts from 2^(b-1) to 2^b - 1, bucket 0 the unseen contexts: numpy's bit_length.
         buckets_N = np.frexp(context_counts_N.astype(np.float64))[1]
         return np.stack([bigram_N, unigram_N, uniform_N], axis=1), buckets_N
 
 
 def _fit_weights(probabilities_NK: "np.ndarray", prior: "np.ndarray | None" = None) -> "np.ndarray":
-    """Mixture weights [K] that make the observed tokens likeliest, by expectation-maximisation.
+    """Maximum-likelihood mixture weights [K] of the observed tokens, by expectation-maximisation.
 
-    prior: weights towards which a bucket with few observations leans; without it, a start from equal weights.
+    prior: weights towards which a bucket with few observations is pulled; without it, EM starts from equal weights.
     """
     import numpy as np
 
     num_models = probabilities_NK.shape[1]
     start_K = np.full(num_models, 1.0 / num_models)
     pull_K = np.zeros(num_models) if prior is None else BUCKET_PRIOR_TOKENS * prior
-    # Many tokens share a row (frequent pairs): each distinct row once, with how often it occurs.
+    # Many tokens share a row (frequent pairs): each distinct row once, with its count.
     rows_UK, counts_U = np.unique(probabilities_NK, axis=0, return_counts=True)
     weights_K = start_K if prior is None else prior
     for _ in range(EM_MAX_ITERATIONS):
@@ -136,7 +136,7 @@ def _fit_weights(probabilities_NK: "np.ndarray", prior: "np.ndarray | None" = No
 
 
 def _held_out_mask(num_predictions: int) -> "np.ndarray":
-    """Which of the predictions [N] are held out while the interpolation weights are fitted."""
+    """Which predictions [N] are held out to fit the interpolation weights."""
     import numpy as np
 
     block_N = np.arange(num_predictions) * HELD_OUT_BLOCKS // num_predictions
@@ -144,7 +144,7 @@ def _held_out_mask(num_predictions: int) -> "np.ndarray":
 
 
 def _as_stream(tokens: "np.ndarray", vocab_size: int, name: str) -> "np.ndarray":
-    """The tokens as int64 [tokens], with their range and number checked."""
+    """The tokens as int64 [tokens], after checks of their range and number."""
     import numpy as np
 
     stream = np.asarray(tokens).astype(np.int64).reshape(-1)

@@ -3,7 +3,7 @@
 from megatron_txssm.errors import RequirementError
 
 try:
-    # First: what follows fails on other versions of transformers, and less clearly.
+    # First: on unsupported versions of transformers, the imports below fail with less clear errors.
     from megatron_txssm.hf.versions_transxssm import CACHE_NAME
 except ImportError as error:
     raise RequirementError(str(error)) from None

@@ -1,22 +1,22 @@
-"""What callers give to `forward`: a cache by either name, and keyword arguments, of which none is lost unseen."""
+"""Arguments of `forward`: the cache under either name, and a check that no keyword argument is silently ignored."""
 
 from typing import Any
 
-# What transformers, Trainer, TRL, PEFT, accelerate and lm-eval give to every model.
+# Arguments that transformers, Trainer, TRL, PEFT, accelerate and lm-eval pass to every model.
 KNOWN_ARGUMENTS = frozenset(
     {
-        # The loss's.
+        # For the loss.
         *("num_items_in_batch", "shift_labels", "ignore_index"),
-        # What to return; there is no router.
+        # Which outputs to return; the model has no router.
         *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
-        # How a kernel of attention computes, not what.
+        # Affect how an attention kernel computes, not its result.
         *("deterministic", "kernel_options"),
-        # Its server gives it to generate(), for strings that end a text.
+        # transformers' server passes it to generate(), for stop strings.
         "tokenizer",
-        # transformers' debugger, which sits around the model.
+        # transformers' debugger, which wraps the model.
         *("debug_io", "debug_io_dir", "prune_layers"),
-        # Without meaning here: a cache counts its tokens itself, and there is one type of token. Older callers and some
-        # tokenizers give them.
+        # Passed by older callers and some tokenizers, without meaning here: a cache counts its tokens itself, and there
+        # is one token type.
         *("cache_position", "token_type_ids"),
         # Checked below.
         "is_causal",
@@ -25,18 +25,18 @@ KNOWN_ARGUMENTS = frozenset(
 
 
 def check_arguments(kwargs: dict[str, Any]) -> None:
-    """TypeError for what would change the function and is not obeyed; None says nothing and passes."""
+    """TypeError for arguments that would be silently ignored; arguments that are None are accepted."""
     if strangers := sorted(name for name in kwargs.keys() - KNOWN_ARGUMENTS if kwargs[name] is not None):
         names = ", ".join(strangers)
         raise TypeError(f"TransXSSM does not know the argument {names}, which would have no effect; leave it out")
     if kwargs.get("is_causal") is False:
-        raise TypeError("is_causal=False: a state-space layer reads from left to right alone; leave the argument out")
+        raise TypeError("is_causal=False: a state-space layer only reads from left to right; leave the argument out")
 
 
 def the_cache(cache: Any, past_key_values: Any) -> Any:
-    """The one cache among the two names that versions of transformers have for it; TypeError for another class's.
+    """The cache, under either of transformers' two names for it; TypeError for another kind of cache.
 
-    By what ours has and no other, not by its class: a model that was loaded with its own code has its own class.
+    Recognised by an attribute, not by class: a model loaded with its own code has its own cache class.
     """
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise ValueError("cache and past_key_values are two names for one cache; give one of them")

@@ -1,4 +1,4 @@
-"""What generation carries from token to token: keys and values of attention layers, states of state-space layers.
+"""The generation cache: keys and values of attention layers, states of state-space layers.
 
 B=batch  H=heads  T=tokens  P=head dim  N=state size  E=channels of the convolution  K=its taps
 """
@@ -11,23 +11,23 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAt
 
 from megatron_txssm.ops.tracing import is_traced
 
-# Tokens that room is made for at a time: a copy of all keys and values in so many steps, and at most so much unused.
+# Tokens per allocation: all keys and values are copied once per so many steps, and at most so many places are unused.
 BLOCK_TOKENS = 256
 
 
 class AttentionCacheLayer(DynamicLayer):
-    """An attention layer's keys and values, [B, H, T, P]; behind them is room, which the next tokens are written into.
+    """An attention layer's keys and values, [B, H, T, P], in buffers ("rooms") with spare places for the next tokens.
 
-    `keys` and `values` are views of the tokens up to now. What is shown is never written again: whatever puts other
-    tensors in their place, or cuts them, leaves the room behind.
+    `keys` and `values` are views of the tokens so far. Tokens in a view are never overwritten: code that replaces or
+    slices these tensors abandons the buffers.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        # Keys and values with their room, and the views of them that the last update showed.
+        # Buffers of keys and values, and the views of them that the last update returned.
         self.rooms: tuple[torch.Tensor, ...] = ()
         self.shown: tuple[Any, ...] = (None, None)
-        # How many tokens the room holds: one number for all who share it, such as copies of this layer.
+        # Tokens in the buffers: one shared number for all layers that share them, such as copies of this layer.
         self.written = [0]
 
     def update(
@@ -48,10 +48,10 @@ class AttentionCacheLayer(DynamicLayer):
 
     @staticmethod
     def _may_write(old: tuple[Any, ...], new: tuple[torch.Tensor, ...]) -> bool:
-        """Whether new tokens may be written behind the old ones, and not into a copy of them all.
+        """Whether new tokens may be written after the old ones, without a copy of them all.
 
-        A text's first tokens take no more than their own memory. A backward pass wants keys as they were, and a
-        compiler memory that is its own. Where types or shapes differ, torch.cat says what comes of it.
+        A text's first tokens get no spare places. A backward pass needs unmodified keys, and a compiler its own memory.
+        Where dtypes or shapes differ, torch.cat decides the result.
         """
         if old[0] is None or old[0].dim() != 4 or torch.is_grad_enabled() or is_traced(*old, *new):
             return False
@@ -84,7 +84,7 @@ class AttentionCacheLayer(DynamicLayer):
         self._leave_rooms()
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        """With the room: beam search does this before each token, and then copies everything once and not twice."""
+        """Reorders the buffers, too: beam search calls it before each token, so this saves one of two copies."""
         if self.keys is None or not self._shows_rooms():
             super().reorder_cache(beam_idx)
             return
@@ -99,9 +99,9 @@ class AttentionCacheLayer(DynamicLayer):
 
 
 def _with_room(tensor_BHTP: torch.Tensor, tokens: int) -> torch.Tensor:
-    """A copy with room for so many tokens, in whole blocks."""
+    """A copy with places for at least `tokens`, in whole blocks."""
     batch, heads, seen, width = tensor_BHTP.shape
-    # What is made in inference mode could not be written outside.
+    # A tensor created in inference mode could not be written to outside of it.
     with torch.inference_mode(False):
         room_BHTP = tensor_BHTP.new_empty(batch, heads, -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS, width)
     room_BHTP[:, :, :seen] = tensor_BHTP
@@ -115,10 +115,10 @@ def _selected(room_BHTP: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 class StateSpaceCacheLayer(LinearAttentionLayer):
-    """A state-space layer's state, [B, H, P, N], and where it has a convolution, its last inputs, [B, E, K-1].
+    """A state-space layer's state, [B, H, P, N], and its convolution's last inputs, if it has one, [B, E, K-1].
 
-    Of constant size, whatever the length of the text. A new state takes the place of the old one, which stays as it
-    was: gradients may flow through it.
+    The size is independent of the text's length. A new state replaces the old tensor without modifying it, so gradients
+    can flow through it.
     """
 
     is_compileable = False
@@ -132,7 +132,7 @@ class StateSpaceCacheLayer(LinearAttentionLayer):
         return self.conv_states[0] if self.has_previous_state[0] else None
 
     def replace(self, state_BHPN: torch.Tensor, history_BEK: torch.Tensor | None) -> None:
-        """The state and the convolution's inputs behind the last token."""
+        """Set the state and the convolution's inputs after the last token."""
         self.device, self.dtype = state_BHPN.device, state_BHPN.dtype
         self.recurrent_states[0], self.is_recurrent_states_initialized[0] = state_BHPN, True
         self.conv_states[0], self.is_conv_states_initialized[0] = history_BEK, history_BEK is not None
@@ -155,7 +155,7 @@ class StateSpaceCacheLayer(LinearAttentionLayer):
 
 
 class StaticStateSpaceCacheLayer(StateSpaceCacheLayer):
-    """The same in one place for all tokens: a new state is written over the old one."""
+    """The same at a fixed address: a new state overwrites the old one."""
 
     is_compileable = True
 
@@ -177,7 +177,7 @@ class StaticStateSpaceCacheLayer(StateSpaceCacheLayer):
 
 
 class StaticAttentionCacheLayer(StaticLayer):
-    """An attention layer's keys and values, [B, H, max_cache_len, P], in one place for all tokens."""
+    """An attention layer's keys and values, [B, H, max_cache_len, P], at a fixed address."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -203,21 +203,21 @@ class StaticAttentionCacheLayer(StaticLayer):
 
 
 def check_no_gradient(*tensors: torch.Tensor) -> None:
-    """ValueError where a backward pass would want what a static cache writes over."""
+    """ValueError if a backward pass would need tensors that a static cache overwrites."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise ValueError(
-            "a static cache writes over what a backward pass would need; compute under torch.no_grad(), or leave "
-            "max_cache_len out"
+            "a static cache overwrites tensors that a backward pass would need; compute under torch.no_grad(), or "
+            "leave max_cache_len out"
         )
 
 
 class TransXSSMCache(DynamicCache):
-    """The cache of one batch of texts: `TransXSSMCache(model.config)`, then `cache` of forward or generate.
+    """The cache of one batch of texts: `TransXSSMCache(model.config)`, passed to forward or generate as `cache`.
 
-    With `max_cache_len` it is static: everything in it stays where it is and has the shape that so many tokens need,
-    so that one compiled graph decodes every token. Without, keys and values grow.
+    With `max_cache_len` it is static: all tensors keep their address and have their final shape, so that one compiled
+    graph decodes every token. Otherwise keys and values grow.
 
-    It counts the tokens that it has seen, as a model without attention layers has no keys that would tell.
+    It counts the tokens itself, because a model without attention layers has no keys to count.
     """
 
     def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None):
@@ -231,24 +231,24 @@ class TransXSSMCache(DynamicCache):
             else:
                 layers.append(StaticAttentionCacheLayer(max_cache_len))
         Cache.__init__(self, layers=layers)
-        # Of a static cache a tensor: a graph that knew a number would be compiled for it alone.
+        # A tensor in a static cache: a graph would specialise on an int.
         self.seen_tokens: Any = 0 if max_cache_len is None else torch.tensor(0)
-        # Whether a static cache has seen any.
+        # Whether a static cache has seen any tokens.
         self._begun = False
-        # Its keys are those of several documents in a row, and nothing in it says which is whose.
+        # Whether a row's keys belong to several documents; the cache does not record which.
         self.packed = False
 
     @property
     def begun(self) -> bool:
-        """Whether it has seen any tokens; nobody waits for a GPU to say so."""
+        """Whether it has seen any tokens; does not synchronise with the GPU."""
         return self.seen_tokens > 0 if self.max_cache_len is None else self._begun
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
-        """An int; of a static cache a tensor, which the next tokens change."""
+        """An int; for a static cache a tensor, which later tokens modify in place."""
         return self.seen_tokens
 
     def count(self, tokens: int, device: torch.device) -> None:
-        """So many tokens more, all layers of which were updated."""
+        """Count new tokens, after all layers were updated with them."""
         if self.max_cache_len is not None and not self.begun:
             self.seen_tokens = self.seen_tokens.to(device)
             if not torch.compiler.is_compiling():
@@ -257,19 +257,22 @@ class TransXSSMCache(DynamicCache):
         self._begun = True
 
     def new_tokens(self, length: int, device: torch.device) -> Any:
-        """Where the next `length` tokens stand among all: a slice; of a static cache a tensor."""
+        """The places of the next `length` tokens: a slice; for a static cache a tensor."""
         if self.max_cache_len is None:
             return slice(self.seen_tokens, self.seen_tokens + length)
         return torch.arange(length, device=device) + self.seen_tokens.to(device)
 
     def whole_mask(self, mask_BT: torch.Tensor) -> torch.Tensor:
-        """A static cache's: of all tokens that it has room for, 0 where none stands yet."""
+        """The mask padded to a static cache's capacity, 0 at empty places."""
         return torch.nn.functional.pad(mask_BT, (0, (self.max_cache_len or mask_BT.shape[1]) - mask_BT.shape[1]))
 
     @property
     def is_linear(self) -> list[bool]:
-        """Of state-space layers alone it would tell generate() of 5.24 that no tokens are counted: it would feed all
-        tokens again where a text goes on from this cache."""
+        """Which layers are state-space layers; all False if they all are.
+
+        All True would tell transformers 5.24's generate() that the cache does not count tokens, and it would feed all
+        tokens again when it continues a text.
+        """
         linear = [isinstance(layer, StateSpaceCacheLayer) for layer in self.layers]
         return linear if not all(linear) else [False] * len(linear)
 
@@ -284,6 +287,6 @@ class TransXSSMCache(DynamicCache):
         )
 
     def nbytes(self) -> int:
-        """Memory of everything it holds, in bytes."""
+        """Memory of all tensors in it, in bytes."""
         layers: list[Any] = self.layers
         return sum(layer.nbytes() for layer in layers)

@@ -1,9 +1,9 @@
-"""The sizes and settings of a TransXSSM, of its Mamba-2 and Jamba baselines and of anything between, for transformers.
+"""The transformers configuration of TransXSSM, its Mamba-2 and Jamba baselines, and anything in between.
 
-Names are those of transformers where it has one, and otherwise those of the recipe's `model` section.
+Names are those of transformers where it has one, otherwise those of the recipe's `model` section.
 """
 
-# First: what follows fails on other versions of transformers, and less clearly.
+# First: on unsupported versions of transformers, the imports below fail with less clear errors.
 from megatron_txssm.hf.versions_transxssm import CACHE_NAME
 
 # isort: split
@@ -15,26 +15,26 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-# A module of the paper: seven state-space layers, then one of attention (arXiv:2506.09507, section 3).
+# The paper's module: seven state-space layers, then one attention layer (arXiv:2506.09507, section 3).
 _MODULE = ["linear_attention"] * 7 + ["full_attention"]
-# The others ("dynamic" above all) change frequencies as a text grows, and a state was accumulated under the old ones;
-# or they scale cosines and sines ("yarn", "longrope"), which softmax absorbs and a state does not.
+# Other types either change frequencies as a text grows (such as "dynamic"), which contradicts the accumulated state,
+# or scale cosines and sines ("yarn", "longrope"), which softmax absorbs and a state does not.
 ROPE_TYPES = ("default", "linear")
 
 
 @strict
 class TransXSSMConfig(PreTrainedConfig):
-    """Configuration of `TransXSSMForCausalLM`; huggingface_hub's StrictDataclassError where a field is wrong."""
+    """Configuration of `TransXSSMForCausalLM`; raises huggingface_hub's StrictDataclassError for invalid fields."""
 
     model_type = "transxssm"
-    # Writes the code into a folder and says what config.json is to name as auto_map. None where this file is a copy
-    # that lies beside weights: what was loaded from there, transformers copies.
+    # Writes the code into a folder and returns config.json's auto_map. None in a copy of this file beside weights:
+    # transformers itself copies code that it loaded from there.
     write_code: ClassVar[Callable[[Path], dict[str, str]] | None] = None
     keys_to_ignore_at_inference = [CACHE_NAME]  # noqa: RUF012  (transformers' own way to state it)
 
     vocab_size: int = 50277
     hidden_size: int = 768
-    # Channels inside the SwiGLU FFN.
+    # Inner channels of the SwiGLU FFN.
     intermediate_size: int = 4224
     num_hidden_layers: int = 24
     # The kind of each layer, "linear_attention" (state-space) or "full_attention"; None: seven to one.
@@ -42,10 +42,10 @@ class TransXSSMConfig(PreTrainedConfig):
     num_attention_heads: int = 12
     num_key_value_heads: int | None = None
     head_dim: int | None = None
-    # How attention layers learn of positions: "rope" or "none".
+    # Position encoding of attention layers: "rope" or "none".
     attention_position_encoding: str = "rope"
-    # How state-space layers do: "rope" (Unified RoPE), "conv1d_d" (Mamba-2's convolution and skip D) or "a_t" (only
-    # by the decay).
+    # Position encoding of state-space layers: "rope" (Unified RoPE), "conv1d_d" (Mamba-2's convolution and skip D) or
+    # "a_t" (only the decay).
     position_encoding: str = "rope"
     # Channels of the recurrent state per head channel (d_state).
     state_size: int = 128
@@ -60,15 +60,15 @@ class TransXSSMConfig(PreTrainedConfig):
     state_dt_bias: bool = True
     # Taps of the causal convolution of "conv1d_d".
     conv_kernel: int = 4
-    # Tokens per chunk of the parallel scan: speed and memory, not the function.
+    # Tokens per chunk of the parallel scan; affects speed and memory, not the function.
     chunk_size: int = 256
     # Tokens beyond which C is scaled by log_base(position) (appendix A); None: never.
     length_scaling_base: int | None = None
     # {"rope_type": "default" or "linear", "rope_theta": base, "factor": divisor of positions under "linear"}
     rope_parameters: dict[str, Any] | None = None
-    # Of the angles: "fp32", as in Megatron, or "fp64", exact at any position.
+    # Precision of the angles: "fp32", as in Megatron, or "fp64", exact at any position.
     rotary_table_precision: str = "fp32"
-    # Tokens of a training sample; longer texts are allowed.
+    # Tokens per training sample; longer texts are allowed.
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
@@ -88,7 +88,7 @@ class TransXSSMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """`strict` calls it wherever a configuration is made."""
+        """`strict` calls it whenever a configuration is created."""
         choices = {
             "attention_position_encoding": ("rope", "none"),
             "position_encoding": ("rope", "conv1d_d", "a_t"),
@@ -105,7 +105,7 @@ class TransXSSMConfig(PreTrainedConfig):
         check_rope_type(self.rope_parameters or {})
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """transformers' own, and the model's code beside it, for those who have not this package."""
+        """transformers' own, plus the model's code, for users without this package."""
         if self.write_code is not None:
             self.auto_map = self.write_code(Path(save_directory))
         super().save_pretrained(save_directory, **kwargs)
@@ -121,7 +121,7 @@ class TransXSSMConfig(PreTrainedConfig):
 
     @property
     def in_proj_sizes(self) -> dict[str, int]:
-        """Rows of a state-space layer's in-projection by component, in their order."""
+        """Rows of a state-space layer's in-projection by component, in order."""
         sizes = {"z": self.state_inner_size} if self.state_gated else {}
         group_channels = self.state_num_groups * self.state_size
         sizes |= {"x": self.state_inner_size, "B": group_channels, "C": group_channels}

@@ -21,7 +21,7 @@ from megatron_txssm.ops.ssd import ssd, ssd_step
 # Width of a vector -> cosines and sines of every token, each [B or 1, L, R], fp32.
 RotaryTables = dict[int, tuple[Tensor, Tensor]]
 
-# They set the decay exp(dt·A), which compounds over thousands of tokens.
+# They set the decay exp(dt·A), which compounds over thousands of tokens, so they stay fp32.
 FP32_PARAMETERS = ("A_log", "dt_bias", "D")
 
 
@@ -50,7 +50,7 @@ class TransXSSMAttention(nn.Module):
         cache: TransXSSMCache | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, L, D] → ([B, L, D], attention weights where the implementation gives them)."""
+        """[B, L, D] → ([B, L, D], attention weights if the implementation returns them)."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (project(hidden_states).unflatten(-1, (-1, self.head_dim)) for project in projections)
         if self.config.attention_position_encoding == "rope":
@@ -66,7 +66,7 @@ class TransXSSMAttention(nn.Module):
 
 
 def residual_projection(width: int, config: TransXSSMConfig) -> nn.Linear:
-    """A projection into the residual stream; the mark tells `_init_weights`, which transformers calls for it alone."""
+    """A projection into the residual stream, marked for `_init_weights`, which transformers calls module by module."""
     projection = nn.Linear(width, config.hidden_size, bias=False)
     setattr(projection, "into_residual_stream", True)
     return projection
@@ -113,7 +113,7 @@ class TransXSSMStateSpaceMixer(nn.Module):
         self.out_proj = residual_projection(config.state_inner_size, config)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TransXSSMStateSpaceMixer":
-        """Moves and casts as any module does, but FP32_PARAMETERS and their gradients are never cast to half."""
+        """Moves and casts like any module, but never casts FP32_PARAMETERS and their gradients to half precision."""
         own = [parameter for name, parameter in self.named_parameters(recurse=False) if name in FP32_PARAMETERS]
         keep = {id(tensor) for parameter in own for tensor in (parameter, parameter.grad) if tensor is not None}
 
@@ -135,8 +135,8 @@ class TransXSSMStateSpaceMixer(nn.Module):
     ) -> Tensor:
         """[B, L, D] → [B, L, D]. Where `mask_BL` is 0, a token neither adds to the state nor decays it.
 
-        `scale_C` ([B or 1, L]) multiplies C, the state restarts where `seq_idx` ([B or 1, L]) changes, and `cache`
-        gives the state before the first token and takes the one behind the last.
+        `scale_C` ([B or 1, L]) multiplies C; the state restarts where `seq_idx` ([B or 1, L]) changes. `cache` holds
+        the state before the first token and receives the state after the last.
         """
         config = self.config
         state_BHPN, history_BEK = (cache.state_BHPN, cache.history_BEK) if cache is not None else (None, None)
@@ -187,9 +187,9 @@ class TransXSSMStateSpaceMixer(nn.Module):
     def _convolve(
         self, xBC_BLE: Tensor, history_BEK: Tensor | None, mask_BL: Tensor | None, seq_idx: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Mamba-2's causal depthwise convolution and SiLU; returns the last K-1 inputs that are no padding, too.
+        """Mamba-2's causal depthwise convolution and SiLU; also returns the last K-1 non-padding inputs.
 
-        No tap reaches padding, nor, where documents are packed, another one's tokens.
+        Taps skip padding and, if documents are packed, do not reach other documents.
         """
         length, before = xBC_BLE.shape[1], self.config.conv_kernel - 1
         if history_BEK is None:
@@ -197,7 +197,7 @@ class TransXSSMStateSpaceMixer(nn.Module):
         seen_BEL = torch.cat([history_BEK, xBC_BLE.transpose(1, 2)], dim=-1)
         order_BL = None
         if mask_BL is not None:
-            # Padding first, before the history: what is left is one text without gaps, whose end is the new history.
+            # Sort padding to the front, before the history: the rest is gapless and ends in the new history.
             order_BL = F.pad(mask_BL.int(), (before, 0), value=1).argsort(dim=1, stable=True)
             seen_BEL = seen_BEL.gather(2, order_BL[:, None].expand_as(seen_BEL))
         if seq_idx is None:
@@ -205,7 +205,7 @@ class TransXSSMStateSpaceMixer(nn.Module):
         else:
             bias_E: Any = self.conv1d.bias
             out_BEL = torch.zeros_like(seen_BEL[..., before:]) + bias_E[:, None]
-            # What precedes the first token are zeros, of whichever document.
+            # Zeros precede the first token, so their document does not matter.
             documents = F.pad(seq_idx.expand(xBC_BLE.shape[:2]), (before, 0))
             if order_BL is not None:
                 documents = documents.gather(1, order_BL)
@@ -216,7 +216,7 @@ class TransXSSMStateSpaceMixer(nn.Module):
         # A copy: a view would keep the inputs of the whole text in memory.
         history_BEK = seen_BEL[..., seen_BEL.shape[-1] - before :].clone()
         if order_BL is not None:
-            # Back to where the tokens were; what the convolution says of padding is not used.
+            # Back to the tokens' places; the convolution's output at padding is not used.
             place_BL = (order_BL.argsort(dim=1)[:, before:] - before).clamp(min=0)
             out_BEL = out_BEL.gather(2, place_BL[:, None].expand_as(out_BEL))
         return F.silu(out_BEL).transpose(1, 2), history_BEK

@@ -1,11 +1,11 @@
-"""TransXSSM for transformers: state-space layers and attention under one rotary position embedding (arXiv:2506.09507).
+"""TransXSSM for transformers: state-space layers and attention with one rotary position embedding (arXiv:2506.09507).
 
-It needs torch and transformers alone; on CUDA, mamba-ssm's kernels do the scan where they are installed.
+It needs only torch and transformers; on CUDA, it scans with mamba-ssm's kernels if they are installed.
 
 B=batch  L=sequence length  R=planes of rotation (half of a vector's width)
 """
 
-# First: what follows fails on other versions of transformers, and less clearly.
+# First: on unsupported versions of transformers, the imports below fail with less clear errors.
 from megatron_txssm.hf.versions_transxssm import CACHE_NAME
 
 # isort: split
@@ -47,7 +47,7 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # A state cannot go back: transformers then refuses assisted generation.
+    # A state cannot be rolled back: this makes transformers refuse assisted generation.
     _is_stateful = True
     _keep_in_fp32_modules_strict = list(FP32_PARAMETERS)  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
@@ -57,10 +57,10 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As in training: Megatron's way, and Mamba-2's for what is a state-space layer's own.
+        """As in training: Megatron's initialization, and Mamba-2's for parameters specific to state-space layers.
 
-        Normal with deviation initializer_range, divided by √(2 · layers) for projections into the residual stream; A
-        uniform in [1, 16], dt log-uniform in [0.001, 0.1], the convolution uniform within 1/√taps, D ones.
+        Normal with standard deviation initializer_range, divided by √(2 · layers) for projections into the residual
+        stream; A uniform in [1, 16], dt log-uniform in [0.001, 0.1], the convolution uniform within ±1/√taps, D ones.
         """
         super()._init_weights(module)
         if isinstance(module, nn.Linear) and getattr(module, "into_residual_stream", False):
@@ -108,11 +108,11 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """`attention_mask` is 0 on padding, [B, tokens in the cache + L]; `position_ids` are [B or 1, L].
 
-        With a static cache the mask may be [B, max_cache_len], and must be where the forward is compiled.
+        With a static cache the mask may be [B, max_cache_len], and must be if the forward is compiled.
 
-        Documents may be packed in a row: `cu_seq_lens_q`, `seq_idx` ([B or 1, L]) or position_ids that restart say
-        where they begin. Neither attention nor a state nor a convolution crosses their borders, and positions, where
-        none are given, restart with them. `cache` and `past_key_values` are one argument.
+        A row may hold packed documents: `cu_seq_lens_q`, `seq_idx` ([B or 1, L]) or restarting position_ids mark where
+        they begin. Attention, states and convolutions stay within a document; positions, if not given, restart in
+        each. `cache` and `past_key_values` are two names for the same argument.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -137,7 +137,7 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             check_continues(cache, seq_idx, lengths["cu_seq_lens_q"])
             documents_BL = None
         else:
-            # A compiler sees no values of positions that would say whether documents are packed, and here none may be.
+            # A compiler cannot read positions to detect packed documents, which a static cache does not allow anyway.
             told = position_ids if position_ids is None or not (static and is_tracing(position_ids)) else None
             documents_BL = packed_documents((batch, length), seq_idx, lengths["cu_seq_lens_q"], told, mask_BL)
         if static:
@@ -172,13 +172,13 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             )
         if cache is not None:
             cache.count(length, hidden_states.device)
-            # What a graph is compiled for need not be packed.
+            # A compiled graph may also run without packed documents.
             cache.packed |= documents_BL is not None and not is_tracing(documents_BL)
         returned: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **returned)
 
     def _tables(self, position_ids: Tensor) -> RotaryTables:
-        """Cosines and sines, once for all layers; attention's heads and the state take theirs from one spectrum."""
+        """Cosines and sines, once for all layers; attention heads and the state share one spectrum."""
         config, rotary, widths = self.config, self._rotary(), set()
         if config.has_attention and config.attention_position_encoding == "rope":
             widths.add(config.head_dim)
@@ -192,7 +192,7 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
         return tables
 
     def _rotary(self) -> UnifiedRotaryEmbedding:
-        """As the configuration says now: rope_parameters may have been changed since it was made, or the model."""
+        """From the current configuration: rope_parameters may have changed since it or the model was created."""
         rope = self.config.rope_parameters or {}
         check_rope_type(rope)
         return UnifiedRotaryEmbedding(
@@ -203,22 +203,22 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
 
 
 def check_continues(cache: TransXSSMCache, seq_idx: Tensor | None, cu_seq_lens: Tensor | None) -> None:
-    """ValueError where tokens behind a cache cannot be told to which document they belong."""
+    """ValueError if the document of tokens after a cache is ambiguous."""
     if cache.packed:
         raise ValueError(
-            "the cache holds packed documents, and nothing says which of them goes on; read one document in each row"
+            "the cache holds packed documents, and it is unknown which of them continues; use one document per row"
         )
     if seq_idx is not None or cu_seq_lens is not None:
         raise ValueError(
-            f"seq_idx and cu_seq_lens_q mark documents of a text that begins, and the cache holds {cache.seen_tokens} "
-            "tokens of one; leave them out, or the cache"
+            f"seq_idx and cu_seq_lens_q are only valid at the start of a text, but the cache holds {cache.seen_tokens} "
+            "tokens of one; leave out either them or the cache"
         )
 
 
 def check_static(config: TransXSSMConfig, documents_BL: Tensor | None) -> None:
-    """ValueError for what does not look at a mask, or has one of its own, where keys end behind the last token."""
+    """ValueError for inputs and kernels whose masks do not cover a static cache's empty places."""
     if documents_BL is not None:
-        raise ValueError("a static cache takes no packed documents; read one document in each row, or leave it out")
+        raise ValueError("a static cache does not support packed documents; use one document per row, or another cache")
     if config.has_attention and is_flash_attention_requested(config):
         raise ValueError(
             f"attn_implementation={config._attn_implementation!r} would attend to the empty places of a static cache; "
@@ -229,7 +229,7 @@ def check_static(config: TransXSSMConfig, documents_BL: Tensor | None) -> None:
 def _padding(
     attention_mask: Tensor | None, cache: TransXSSMCache | None, new: Any, length: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The mask over all tokens up to now, of a static cache over all that it has room for; and that of the new ones."""
+    """The mask over all tokens so far (with a static cache, over its capacity), and the mask of the new tokens."""
     if attention_mask is None:
         return None, None
     room = None if cache is None else cache.max_cache_len
@@ -251,7 +251,7 @@ def _padding(
 
 
 def _positions(attention_mask: Tensor | None, new: Any, device: torch.device) -> Tensor:
-    """[B or 1, L]: the number of tokens before each one, padding not counted."""
+    """[B or 1, L]: the number of tokens before each one, not counting padding."""
     if attention_mask is None:
         return (torch.arange(new.start or 0, new.stop, device=device) if isinstance(new, slice) else new)[None]
     return (attention_mask.bool().long().cumsum(-1) - 1).clamp(min=0)[:, new]
@@ -284,9 +284,9 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, L, vocab_size], of the last `logits_to_keep` tokens where it is not 0; with `labels` the loss.
+        """Logits [B, L, vocab_size], of the last `logits_to_keep` tokens unless it is 0; with `labels` also the loss.
 
-        `labels` are the input ids themselves, -100 where none counts: the shift to the next token happens here.
+        `labels` are the input ids, -100 for ignored tokens: they are shifted here.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -314,33 +314,33 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(
         self, attention_mask: Tensor | None = None, past_key_values: Any = None, cache: Any = None, **_: Any
     ) -> Tensor | None:
-        """What generate() gives to forward with a cache that one graph serves: a mask that does not grow."""
+        """The mask that generate() passes to forward with a static cache: it does not grow, so one graph serves."""
         given = the_cache(cache, past_key_values)
         return None if attention_mask is None else given.whole_mask(attention_mask)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> Any:
-        """Where transformers would make a cache of its own, ours."""
+        """Create our cache where transformers would create its own."""
         implementation = generation_config.cache_implementation
         if implementation not in (None, "dynamic", "static"):
             raise ValueError(
                 f"cache_implementation={implementation!r} holds keys and values, but no states of state-space layers; "
-                "leave it out: the states are of constant size as they are; or use 'static'"
+                "leave it out (states have constant size anyway), or use 'static'"
             )
         given = the_cache(model_kwargs.get("cache"), model_kwargs.get("past_key_values"))
         if given is None and generation_config.use_cache is not False:
             room = None
             if implementation == "static":
-                # No smaller than the last one, which graphs were compiled for.
+                # Not smaller than the last one, for which graphs were compiled.
                 rooms = (max_cache_length, generation_config.max_cache_len, getattr(self, "_last_max_cache_len", 0))
                 room = self._last_max_cache_len = max(number or 0 for number in rooms)
             model_kwargs[CACHE_NAME] = TransXSSMCache(self.config, room)
             return None
         if given is not None and given.max_cache_len is not None and given.max_cache_len < max_cache_length:
             raise ValueError(
-                f"max_cache_len={given.max_cache_len} of the cache is less than the {max_cache_length} tokens that may "
-                "come to stand in it; make it larger, or max_new_tokens smaller"
+                f"max_cache_len={given.max_cache_len} of the cache is less than the {max_cache_length} tokens that it "
+                "may have to hold; make it larger, or max_new_tokens smaller"
             )
         default: Any = super()
         return default._prepare_cache_for_generation(

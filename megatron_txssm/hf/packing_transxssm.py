@@ -1,4 +1,4 @@
-"""Packed documents: which token belongs to which, from any way to say it, for attention, state and convolution alike.
+"""Packed documents: which token belongs to which document, for attention, state and convolution, from any marking.
 
 B=batch  L=sequence length
 """
@@ -16,7 +16,7 @@ from transformers.utils.import_utils import is_tracing
 from megatron_txssm.hf.versions_transxssm import CACHE_NAME
 from megatron_txssm.ops.ssd_reference import number_documents
 
-# As collators give them to flash attention's kernel for packed documents.
+# Arguments that collators pass for flash attention's variable-length kernel.
 LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -27,10 +27,10 @@ def packed_documents(
     position_ids: Tensor | None,
     mask_BL: Tensor | None,
 ) -> Tensor | None:
-    """[B, L]: documents of a row numbered 0, 1, 2, …; padding (0 in `mask_BL`) belongs to the one before it.
+    """[B, L]: a row's documents numbered 0, 1, 2, …; padding (0 in `mask_BL`) belongs to the document before it.
 
-    They begin where `cu_seq_lens` says (of all rows, one behind the other), otherwise where `seq_idx` changes,
-    otherwise where `position_ids` do not go on by one. None: one in each row.
+    They begin at `cu_seq_lens` (over all rows concatenated), otherwise where `seq_idx` changes, otherwise where
+    `position_ids` do not increase by one. None: one document per row.
     """
     if cu_seq_lens is not None:
         tokens = torch.arange(shape[0] * shape[1], dtype=cu_seq_lens.dtype, device=cu_seq_lens.device)
@@ -39,7 +39,7 @@ def packed_documents(
         if seq_idx.dim() != 2 or seq_idx.shape[1] != shape[1] or seq_idx.shape[0] not in (1, shape[0]):
             raise ValueError(f"seq_idx.shape={list(seq_idx.shape)} does not fit the tokens; use {list(shape)}")
         key_BL = seq_idx.expand(shape)
-    # Whether a mask's rows are packed is a question about values, and a compiled graph has none.
+    # Detecting packed rows under a mask requires values, which a compiled graph cannot read.
     elif position_ids is not None and (mask_BL is None or not is_tracing(position_ids)):
         key_BL = (position_ids - _rank(position_ids, mask_BL)).expand(shape)
     else:
@@ -51,7 +51,7 @@ def packed_documents(
 
 
 def positions_in_documents(documents_BL: Tensor, mask_BL: Tensor | None) -> Tensor:
-    """[B, L]: the number of tokens before each one in its document, padding not counted."""
+    """[B, L]: the number of tokens before each one in its document, not counting padding."""
     rank_BL = _rank(documents_BL, mask_BL).expand_as(documents_BL)
     starts_BL = F.pad(documents_BL[:, 1:] != documents_BL[:, :-1], (1, 0))
     return rank_BL - (rank_BL * starts_BL).cummax(1).values
@@ -65,9 +65,9 @@ def attention_inputs(
     documents_BL: Tensor | None,
     lengths: dict[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
-    """The mask of the implementation that the configuration names, and what a kernel without a mask needs.
+    """The mask for the configured attention implementation, and arguments for a kernel without a mask.
 
-    `lengths` are LENGTHS as the caller gave them.
+    `lengths` are the caller's values of LENGTHS.
     """
     common: dict[str, Any] = {"config": config, "inputs_embeds": hidden_states, CACHE_NAME: cache}
     if documents_BL is None:
@@ -78,10 +78,10 @@ def attention_inputs(
         if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
             raise ValueError(
                 f"attn_implementation={config._attn_implementation!r} takes padding or packed documents, not both; "
-                "leave attention_mask out, with padding as a document of its own"
+                "leave attention_mask out, and mark padding as a separate document"
             )
         return mask, {}
-    common[CACHE_NAME] = None  # Empty; transformers looks for packed documents only where there is none.
+    common[CACHE_NAME] = None  # Empty: transformers detects packed documents only without a cache.
     positions_BL = positions_in_documents(documents_BL, None)
     mask = create_causal_mask(attention_mask=None, position_ids=positions_BL, **common)
     kernel: dict[str, Any] = {"position_ids": positions_BL}
@@ -94,14 +94,14 @@ def attention_inputs(
 
 
 def _rank(like: Tensor, mask_BL: Tensor | None) -> Tensor:
-    """[B or 1, L]: the number of tokens before each one in its row, padding not counted."""
+    """[B or 1, L]: the number of tokens before each one in its row, not counting padding."""
     if mask_BL is None:
         return torch.arange(like.shape[1], device=like.device)[None]
     return (mask_BL.long().cumsum(1) - 1).clamp(min=0)
 
 
 def _last_real(mask_BL: Tensor) -> Tensor:
-    """[B, L]: where in the row the last token up to this one is that is no padding; before the first, the first."""
+    """[B, L]: the index of the last non-padding token up to this one; before the first, that of the first."""
     mask_BL = mask_BL.bool()
     places_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
     return torch.where(mask_BL, places_L, mask_BL.int().argmax(1, keepdim=True)).cummax(1).values

@@ -1,11 +1,11 @@
-"""The model's code as files that lie beside exported weights and need neither this package nor Megatron."""
+"""The model's code as files beside exported weights, independent of this package and Megatron."""
 
 import re
 from pathlib import Path
 
 import megatron_txssm
 
-# What config.json names as auto_map: how transformers finds the classes in those files.
+# config.json's auto_map, by which transformers finds the classes in those files.
 AUTO_MAP = {
     "AutoConfig": "configuration_transxssm.TransXSSMConfig",
     "AutoModel": "modeling_transxssm.TransXSSMModel",
@@ -16,9 +16,9 @@ _IMPORT = re.compile(r"^( *)from (megatron_txssm(?:\.\w+)*)\.(\w+) import", re.M
 
 
 def code_files() -> dict[str, str]:
-    """File name -> content: the model's module and all of ours that it imports, side by side in one folder.
+    """File name -> content: the model's module and all modules of ours that it imports, flat in one folder.
 
-    `from megatron_txssm.ops.ssd import ssd` becomes `from .ssd import ssd`; the rest is copied as it is.
+    `from megatron_txssm.ops.ssd import ssd` becomes `from .ssd import ssd`; the rest is copied unchanged.
     """
     files: dict[str, str] = {}
     waiting = [_ENTRY]

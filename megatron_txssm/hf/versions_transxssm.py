@@ -1,4 +1,4 @@
-"""Which versions of transformers this model's code runs on; imported before anything that other versions lack."""
+"""The versions of transformers that this code supports; imported before anything that other versions lack."""
 
 import inspect
 from typing import Any
@@ -10,7 +10,7 @@ OLDEST, NEWEST_TESTED, FIRST_REFUSED = "5.23", "5.24", "6"
 
 
 def check_version(version: str) -> None:
-    """ImportError outside of what this code is written for, a warning beyond what it was tested with."""
+    """ImportError for unsupported versions, a warning for versions newer than the last tested one."""
     release = Version(version).release[:2]
     if not Version(OLDEST).release <= release < Version(FIRST_REFUSED).release:
         wanted = f"transformers>={OLDEST},<{FIRST_REFUSED}"
@@ -18,12 +18,12 @@ def check_version(version: str) -> None:
     if release > Version(NEWEST_TESTED).release:
         transformers.utils.logging.get_logger(__name__).warning(
             f"transformers {version} is newer than {NEWEST_TESTED}, the last version that TransXSSM was tested with; "
-            "see whether generate() writes the same with use_cache=True and use_cache=False"
+            "check that generate() gives the same output with use_cache=True and use_cache=False"
         )
 
 
 check_version(transformers.__version__)
 
-# What generate() calls the cache, among a model's arguments and in its output: 5.24 renamed it.
+# generate()'s name for the cache, in a model's arguments and outputs: 5.24 renamed it.
 _prepare: Any = getattr(transformers.GenerationMixin, "prepare_inputs_for_generation")  # noqa: B009
 CACHE_NAME = "cache" if "cache" in inspect.signature(_prepare).parameters else "past_key_values"

@@ -11,7 +11,7 @@ from megatron_txssm.architecture.state_space_config import (
     StateSpaceConfig,
 )
 
-# Where Megatron was started without our arguments (stock pretrain_gpt.py --spec), these hold.
+# Used where Megatron was started without our arguments (stock pretrain_gpt.py --spec).
 DEFAULTS: dict[str, Any] = {
     "layer_pattern": DEFAULT_LAYER_PATTERN,
     "position_encoding": "rope",
@@ -43,7 +43,7 @@ def add_transxssm_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--state-context-parallel", choices=CONTEXT_PARALLEL_METHODS, help="what state-space layers exchange"
     )
     group.add_argument("--isolate-documents", action="store_true", help="neither attention nor state crosses documents")
-    # A field of Megatron's TransformerConfig, to which Megatron hands every argument of a field's name.
+    # A field of Megatron's TransformerConfig, which Megatron fills from arguments of the same name.
     group.add_argument("--fp8-dot-product-attention", action="store_true", help="FP8 in core attention (needs FP8)")
     group.add_argument("--blend-stages", help="JSON of a training blend that changes (recipes: data.stages)")
     parser.set_defaults(**DEFAULTS)

@@ -1,8 +1,8 @@
-"""Context parallelism: how a sequence is divided over ranks, and what its pieces pass to each other.
+"""Context parallelism: how a sequence is divided over ranks, and what its pieces exchange.
 
-Each rank holds two pieces, as Megatron's attention wants them: of 2·size pieces the rank-th from the front and from the
-back, so that causal attention is the same work everywhere (a "zigzag"). L=length on this rank, l=length of a piece,
-B=batch; where a tensor's pieces are rows of their own, its letter is b = B·pieces.
+Megatron's attention cuts a sequence into 2·size pieces; rank n holds the n-th from the front and the n-th from the
+back, so that causal attention costs the same on every rank (a "zigzag"). L=length on this rank, l=length of a piece,
+B=batch, b=B·pieces where each piece is a row.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Zigzag:
-    """The place of one rank among `size` ones; without context parallelism its only piece is the whole sequence."""
+    """One rank among `size`; without context parallelism its only piece is the whole sequence."""
 
     size: int = 1
     rank: int = 0
@@ -23,16 +23,16 @@ class Zigzag:
 
     @classmethod
     def of(cls, group: Any) -> "Zigzag":
-        """Of this rank in a process group."""
+        """This rank's zigzag in a process group."""
         return cls() if group is None or group.size() == 1 else cls(group.size(), group.rank(), group)
 
     @property
     def pieces(self) -> tuple[int, ...]:
-        """The numbers of this rank's pieces."""
+        """Indices of this rank's pieces."""
         return (0,) if self.size == 1 else (self.rank, 2 * self.size - 1 - self.rank)
 
     def ranges(self, length: int, offset: int = 0) -> list[slice]:
-        """Where the pieces of a rank's `length` tokens are in the whole sequence, which begins at `offset`."""
+        """The positions, in the whole sequence starting at `offset`, of the pieces of a rank's `length` tokens."""
         piece = length // len(self.pieces)
         return [slice(offset + number * piece, offset + (number + 1) * piece) for number in self.pieces]
 
@@ -44,11 +44,11 @@ class Zigzag:
         return torch.cat([whole.narrow(dim, r.start, r.stop - r.start) for r in ranges], dim=dim)
 
     def fold(self, t_BL: Tensor) -> Tensor:
-        """[B, L, …] → [b, l, …]: every piece as a row."""
+        """[B, L, …] → [b, l, …]: one row per piece."""
         return t_BL.unflatten(1, (len(self.pieces), -1)).flatten(0, 1)
 
     def unfold(self, t_bl: Tensor) -> Tensor:
-        """The contrary of `fold`."""
+        """Inverse of `fold`."""
         return t_bl.unflatten(0, (-1, len(self.pieces))).flatten(1, 2)
 
     def gather(self, own: Tensor) -> Tensor:
@@ -62,12 +62,12 @@ class Zigzag:
 
     @property
     def _order_of_ranks(self) -> list[int]:
-        """The numbers of all pieces, rank by rank."""
+        """Indices of all pieces, rank by rank."""
         return [piece for rank in range(self.size) for piece in Zigzag(self.size, rank).pieces]
 
     @property
     def _order_of_sequence(self) -> list[int]:
-        """Where among these each piece stands."""
+        """Each piece's index in `_order_of_ranks`."""
         return sorted(range(2 * self.size), key=self._order_of_ranks.__getitem__)
 
     def gather_tokens(self, t_LB: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Zigzag:
         return self.gather(t_LB.unflatten(0, (len(self.pieces), -1))).flatten(0, 1)
 
     def previous_tails(self, t_bl: Tensor, tokens: int) -> Tensor:
-        """What stands before each piece, its predecessor's last `tokens` ones, [b, tokens, …]; zeros before the first.
+        """The last `tokens` tokens of each piece's predecessor, [b, tokens, …]; zeros before the first piece.
 
         Differentiable.
         """
@@ -85,10 +85,10 @@ class Zigzag:
         return before.transpose(0, 1).flatten(0, 1)
 
     def pass_states(self, added_bHPN: Tensor, decay_bH: Tensor) -> Tensor:
-        """The state that enters each piece, [b, H, P, N], from what every piece adds and lets through; differentiable.
+        """The state entering each piece, [b, H, P, N], from every piece's added state and decay; differentiable.
 
-        All ranks get all pieces' (state, decay), so that what is sent is independent of the length, and add up those
-        before their own: entering of the next = decay · entering + added.
+        Every rank receives all pieces' (state, decay), so communication is independent of the length, and accumulates
+        the pieces before its own: entering of the next = decay · entering + added.
         """
         packed = torch.cat([added_bHPN.flatten(2), decay_bH[..., None]], dim=-1)
         packed = self.gather(packed.unflatten(0, (-1, len(self.pieces))).transpose(0, 1))
@@ -100,14 +100,14 @@ class Zigzag:
         return own.flatten(0, 1).view_as(added_bHPN)
 
     def heads_for_tokens(self, t_BLH: Tensor) -> Tensor:
-        """[B, L, H, …] → [B, L·size, H / size, …]: a share of the heads for all tokens, in order; differentiable."""
+        """[B, L, H, …] → [B, L·size, H / size, …]: 1/size of the heads for all tokens, in order; differentiable."""
         of_heads = t_BLH.unflatten(2, (self.size, -1)).movedim(2, 0).contiguous()
         of_ranks = all_to_all(self.group, of_heads)
         pieces = of_ranks.unflatten(2, (2, -1)).transpose(1, 2).flatten(0, 1)
         return pieces[torch.tensor(self._order_of_sequence, device=pieces.device)].transpose(0, 1).flatten(1, 2)
 
     def tokens_for_heads(self, t_BLH: Tensor) -> Tensor:
-        """The contrary of `heads_for_tokens`."""
+        """Inverse of `heads_for_tokens`."""
         pieces = t_BLH.unflatten(1, (2 * self.size, -1)).transpose(0, 1)
         pieces = pieces[torch.tensor(self._order_of_ranks, device=pieces.device)]
         of_ranks = pieces.unflatten(0, (self.size, 2)).transpose(1, 2).flatten(2, 3).contiguous()

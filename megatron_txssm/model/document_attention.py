@@ -1,4 +1,4 @@
-"""Transformer Engine's core attention for packed documents, by its kernels for sequences of unequal lengths ("thd").
+"""Transformer Engine's core attention for packed documents, using its kernels for variable-length sequences ("thd").
 
 S=length on this rank  T=length of the whole sample  B=batch  H=heads  D=head dim
 """
@@ -15,16 +15,16 @@ from torch import Tensor
 from megatron_txssm.model.context_parallel import Zigzag
 from megatron_txssm.model.documents import PackedDocuments, Segment
 
-# The last query of a segment sees its last key. Megatron's enumeration has no such member; it asks for the name.
+# A segment's last query sees its last key. Megatron's enum lacks this member, but only its name is read.
 _BOTTOM_RIGHT = SimpleNamespace(name="padding_causal_bottom_right")
 
 
 @functools.cache
 def isolating(core_attention: Any) -> Any:
-    """The class `core_attention` (Megatron's TEDotProductAttention), which takes PackedDocuments as well.
+    """A subclass of `core_attention` (Megatron's TEDotProductAttention) that also accepts PackedDocuments.
 
-    Under context parallelism it then gathers keys and values from all ranks: Transformer Engine's own ring wants every
-    document padded and divided among the ranks.
+    Under context parallelism it then gathers keys and values from all ranks: Transformer Engine's own ring requires
+    every document to be padded and divided among the ranks.
     """
 
     class IsolatingAttention(core_attention):
@@ -52,7 +52,7 @@ def isolating(core_attention: Any) -> Any:
             segments = packed_seq_params.segments(zigzag)
             query, key, value = (t.transpose(0, 1).flatten(0, 1) for t in (query, key, value))
             if zigzag.size > 1:
-                # A document's keys serve each of its pieces.
+                # Every piece of a document reads the document's keys.
                 seen = _seen_keys(segments, length * zigzag.size, key.device)
                 key, value = key[seen], value[seen]
             out = super().forward(
@@ -64,13 +64,13 @@ def isolating(core_attention: Any) -> Any:
 
 
 def _seen_keys(segments: list[Segment], length: int, device: torch.device) -> Tensor:
-    """Where the keys of all segments, one after another, are in the rows of the batch, one after another."""
+    """Indices of all segments' keys, concatenated, into the batch's concatenated rows."""
     ranges = [(row * length + keys.start, row * length + keys.stop) for row, _, keys in segments]
     return torch.cat([torch.arange(*ends, device=device) for ends in ranges])
 
 
 def _unequal_sequences(segments: list[Segment], device: torch.device) -> PackedSeqParams:
-    """Transformer Engine's parameters for these segments, without context parallelism of its own."""
+    """Transformer Engine's parameters for these segments, without its own context parallelism."""
     queries = [segment.queries.stop - segment.queries.start for segment in segments]
     keys = [segment.keys.stop - segment.keys.start for segment in segments]
     starts_q, starts_kv = (torch.tensor([0, *lengths]).cumsum(0) for lengths in (queries, keys))

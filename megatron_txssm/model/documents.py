@@ -1,6 +1,6 @@
-"""Packed documents: which tokens of a sample belong together, as attention and state-space layers need to know it.
+"""Packed documents: which tokens of a sample belong together, for attention and state-space layers.
 
-B=batch (samples)  L=length of a sample, whole under context parallelism as well
+B=batch (samples)  L=length of the whole sample, also under context parallelism
 """
 
 from dataclasses import dataclass, field
@@ -13,33 +13,33 @@ from megatron_txssm.model.context_parallel import Zigzag
 
 
 class Segment(NamedTuple):
-    """Consecutive queries of one document on this rank, and the keys that the last of them sees."""
+    """Consecutive queries of one document on this rank, and the keys that the last query sees."""
 
     row: int
-    # Of this rank's tokens.
+    # Into this rank's tokens.
     queries: slice
-    # Of the whole sample; queries and keys end at the same token.
+    # Into the whole sample; queries and keys end at the same token.
     keys: slice
 
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
-    """What travels through Megatron's `packed_seq_params`: nothing crosses a document's end.
+    """Passed as Megatron's `packed_seq_params`: layers then keep documents separate.
 
     Megatron's own parameters flatten the samples of a micro-batch into one sequence ("thd"), which its pipeline does
-    not expect; here samples keep their shape. Positions need not restart: rotation depends on distances alone.
+    not expect; here samples keep their shape. Positions need not restart: rotation depends only on distances.
     """
 
-    # The number of each token's document, from 1; and the token's position in it.
+    # Each token's document, numbered from 1; and the token's position in it.
     document_BL: Tensor | None = None
     position_BL: Tensor | None = None
     _segments: dict[Zigzag, list[Segment]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_position_ids(cls, position_ids_BL: Tensor) -> "PackedDocuments":
-        """From positions that restart from 0 with every document, as GPTDataset's inter_document_masking gives them."""
+        """From positions that restart at 0 in every document, as GPTDataset's inter_document_masking makes them."""
         length = position_ids_BL.shape[1]
-        # From max_seqlen Megatron takes the length of its rotary table.
+        # Megatron takes the length of its rotary table from max_seqlen.
         return cls(
             qkv_format="sbhd",
             max_seqlen_q=length,
@@ -49,7 +49,7 @@ class PackedDocuments(PackedSeqParams):
         )
 
     def segments(self, zigzag: Zigzag) -> list[Segment]:
-        """Of this rank, row by row in the order of its tokens; computed once for all layers."""
+        """This rank's segments, row by row in token order; computed once for all layers."""
         if zigzag not in self._segments:
             assert self.position_BL is not None
             rows = enumerate(self.position_BL.tolist())

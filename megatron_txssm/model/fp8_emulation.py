@@ -1,9 +1,9 @@
-"""FP8 without Transformer Engine: every operand of a GEMM is rounded as FP8 would round it, then multiplied in fp32.
+"""FP8 without Transformer Engine: every GEMM operand is rounded to FP8, then multiplied in fp32.
 
-It shows what FP8 does to a loss, and saves neither time nor memory. Rounded are the linear layers of mixer, attention
-and FFN (input, weight, gradient of the output) and, with FP8 attention, core attention's Q, K, V and the gradient of
-its output. Not rounded: embedding, LM head, norms, the scan; and attention's scores and inner gradients, which
-Transformer Engine rounds as well, but which torch keeps inside a fused kernel.
+It shows FP8's effect on the loss; it saves neither time nor memory. Rounded: the linear layers of mixer, attention and
+FFN (input, weight, gradient of the output) and, with FP8 attention, core attention's Q, K, V and the gradient of its
+output. Not rounded: embedding, LM head, norms, the scan; nor attention's scores and inner gradients, which Transformer
+Engine rounds, but which torch keeps inside a fused kernel.
 
 M=rows (tokens, or a weight's outputs)  K=columns (channels of the input)
 """
@@ -26,17 +26,17 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.model.local_modules import ScaledDotProductAttention, TorchSpecProvider
 
 FORMATS = {
-    # Of inputs and weights, of gradients.
+    # Format of inputs and weights, format of gradients.
     "e4m3": (torch.float8_e4m3fn, torch.float8_e4m3fn),
     "hybrid": (torch.float8_e4m3fn, torch.float8_e5m2),
 }
-# A block of numbers with a scale of its own lies along the sum; those of weights are squares in "blockwise".
+# Elements per scale, along the summed dimension; "blockwise" uses square blocks for weights.
 BLOCK_LENGTHS = {"blockwise": 128, "mxfp8": 32}
 
 
 @dataclass(frozen=True)
 class Float8Settings:
-    """Megatron's FP8 settings; its defaults."""
+    """Megatron's FP8 settings, with its defaults."""
 
     fp8_format: str
     recipe: str = "delayed"
@@ -47,18 +47,18 @@ class Float8Settings:
 
 
 def emulated_fp8(config: Any) -> Float8Settings | None:
-    """Take FP8 out of a TransformerConfig, as Megatron would look for Transformer Engine; None where it has none.
+    """Remove FP8 from a TransformerConfig, for which Megatron would need Transformer Engine; None if it has none.
 
-    The settings remain as an attribute of the config, with which the modules below are built.
+    The settings are kept as an attribute of the config, which the modules below read.
     """
     if config.fp8 is None:
         return getattr(config, "emulated_fp8", None)
     for name, value in {"fp8_wgrad": True, "fp8_param": False, "fp8_output_proj": False}.items():
         if getattr(config, name) != value:
-            raise UserError(f"{name}={not value} is not emulated; FP8 needs Transformer Engine and a GPU for it")
+            raise UserError(f"{name}={not value} is not emulated; it needs Transformer Engine and a GPU")
     if config.fp8_recipe == "delayed" and config.recompute_granularity is not None:
         raise UserError(
-            "fp8_recipe=delayed is not emulated where layers are computed again, by then with another scale; "
+            "fp8_recipe=delayed is not emulated with recomputed layers, whose scale would differ by then; "
             "set recompute: none, or another fp8_recipe"
         )
     config.emulated_fp8 = Float8Settings(
@@ -74,13 +74,13 @@ def emulated_fp8(config: Any) -> Float8Settings | None:
 
 
 def round_to_float8(x: Tensor, dtype: torch.dtype, scale: Tensor) -> Tensor:
-    """x as the FP8 numbers nearest to x·scale, divided by scale; what is too large becomes the largest number."""
+    """x·scale rounded to the nearest FP8 number, saturating, divided by scale."""
     largest = torch.finfo(dtype).max
     return (x.float() * scale).clamp(-largest, largest).to(dtype).float() / scale
 
 
 def scale_to(amax: Tensor, dtype: torch.dtype, *, power_of_two: bool = False) -> Tensor:
-    """The scale that takes `amax` to the format's largest number; 1 where nothing is to be scaled."""
+    """The scale that maps `amax` to the format's largest number; 1 where there is nothing to scale."""
     scale = (torch.finfo(dtype).max / amax).clamp(max=2.0**126)
     if power_of_two:
         mantissa, exponent = torch.frexp(scale)
@@ -89,7 +89,7 @@ def scale_to(amax: Tensor, dtype: torch.dtype, *, power_of_two: bool = False) ->
 
 
 def block_amax(x_MK: Tensor, rows: int, columns: int) -> Tensor:
-    """[M, K] → [M, K]: to each element the largest magnitude of its block of rows × columns."""
+    """[M, K] → [M, K]: for each element, the largest magnitude in its block of rows × columns."""
     M, K = x_MK.shape
     padded = F.pad(x_MK.abs(), (0, -K % columns, 0, -M % rows))
     amax = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).amax((1, 3))
@@ -97,7 +97,7 @@ def block_amax(x_MK: Tensor, rows: int, columns: int) -> Tensor:
 
 
 class Rounding:
-    """Rounds one operand of a GEMM, step after step; of "delayed" it holds the history of maxima.
+    """Rounds one operand of a GEMM in every step; under "delayed" it keeps the amax history.
 
     The history is not saved: at the start, and after a resume, the first scale comes from the tensor itself.
     """
@@ -107,7 +107,7 @@ class Rounding:
         self.history: Tensor | None = None
 
     def __call__(self, x_MK: Tensor, *, record: bool) -> tuple[Tensor, Tensor]:
-        """[M, K] → it in fp32, rounded for a sum over K, and for one over M: where blocks lie along the sum."""
+        """[M, K] → the operand in fp32, rounded for a sum over K and for a sum over M: blocks lie along the sum."""
         x_MK = x_MK.float()
         length = BLOCK_LENGTHS.get(self.settings.recipe)
         if length is None:
@@ -125,7 +125,7 @@ class Rounding:
         return along_K, along_M
 
     def _delayed(self, amax: Tensor, record: bool) -> Tensor:
-        """The maximum that scales now: of the history, to which the tensor's own is added, the largest of all ranks."""
+        """The amax to scale by, from the history; if `record`, adds the tensor's own, reduced over all ranks."""
         if not record:
             return amax if self.history is None else self._chosen(self.history)
         if dist.is_initialized():
@@ -142,7 +142,7 @@ class Rounding:
 
 
 class _Float8GEMM(torch.autograd.Function):
-    """y = x·Wᵀ and the two GEMMs of its backward pass, whose operands are rounded."""
+    """y = x·Wᵀ and the two GEMMs of its backward pass, with rounded operands."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, linear: "_Float8Linear", record: bool) -> Tensor:
@@ -163,7 +163,7 @@ class _Float8GEMM(torch.autograd.Function):
 
 
 class _Float8Linear:
-    """What Megatron's two parallel linear layers become: their GEMM, with the collectives that they leave to it."""
+    """Replaces the GEMM of Megatron's two parallel linear layers, with the collectives that the GEMM performs."""
 
     config: Any
     training: bool
@@ -178,7 +178,7 @@ class _Float8Linear:
     def _forward_impl(
         self, input: Tensor, weight: Tensor, *, allreduce_dgrad: bool, sequence_parallel: bool, tp_group: Any, **_: Any
     ) -> Tensor:
-        # Before the rounding, so that a tensor's maximum is that of all ranks' tokens, as it is in Transformer Engine.
+        # Gather before rounding, so that the amax covers all ranks' tokens, as in Transformer Engine.
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(input, group=tp_group)
         elif allreduce_dgrad:
@@ -196,7 +196,7 @@ class Float8RowParallelLinear(_Float8Linear, RowParallelLinear):
 
 
 class _Round(torch.autograd.Function):
-    """Rounds a tensor on its way forward, or its gradient on the way back; the other one passes."""
+    """Rounds a tensor in the forward pass, or its gradient in the backward pass; the other passes unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rounding: Rounding | None, grad_rounding: Rounding | None, record: bool) -> Tensor:
@@ -214,7 +214,7 @@ def _rounded(x: Tensor, rounding: Rounding, record: bool) -> Tensor:
 
 
 class Float8ScaledDotProductAttention(ScaledDotProductAttention):
-    """Core attention that rounds Q, K and V, by one scale as in Transformer Engine, and its output's gradient."""
+    """Core attention that rounds Q, K and V, with one scale as in Transformer Engine, and its output's gradient."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)

@@ -1,12 +1,12 @@
 """Initial weights that do not depend on the parallel layout.
 
-Megatron seeds each rank's generator by its place in the layout, so the same seed starts another model at TP=2 than at
-TP=1. Here a parameter's initial value is a function of the seed and of the parameter's name and global shape in the
-checkpoint.
+Megatron seeds each rank's generator by the rank's place in the layout, so the same seed gives different models at TP=1
+and TP=2. Here a parameter's initial value is a function of the seed and of the parameter's name and global shape in
+the checkpoint.
 
-The numbers are those of torch's generator on the CPU, whose own draw on a GPU would be another. A small parameter is
-drawn whole on every rank. Of a large one a rank draws the rows that it has a part of, in several threads, each of which
-starts with its generator moved ahead: the same numbers, bit for bit, as drawn whole.
+The numbers come from torch's CPU generator; its GPU generator would draw others. Every rank draws small parameters
+whole. Of a large parameter, a rank draws only the rows that it holds a part of, in several threads, each with a
+generator moved ahead: bitwise the same numbers as one whole draw.
 """
 
 import functools
@@ -24,20 +24,20 @@ from megatron_txssm.model.mersenne_twister import generators_ahead
 from megatron_txssm.model.shards import model_shards
 from megatron_txssm.model.state_space_mixer import StateSpaceMixer, parameter_initializers
 
-# Rows drawn at a time. Only the embedding's number of rows depends on the layout (padding); its first rows do not.
+# Rows per draw. Only the embedding's number of rows depends on the layout (padding); its first rows do not.
 ROWS_PER_DRAW = 128
 
-# A thread's least share: 0.1 s of drawing, beside which moving its generator ahead (10 ms) is little.
+# The minimum per thread: 0.1 s of drawing, against 10 ms to move its generator ahead.
 NUMBERS_PER_THREAD = 1 << 25
 MOST_THREADS = 16
 
-# torch makes normal numbers of uniform ones by sixteens, a draw of 32 bits each; what is left over costs more draws.
+# torch makes normal numbers from uniform ones in groups of 16, one 32-bit draw each; a remainder costs extra draws.
 NUMBERS_AT_ONCE = 16
 
 
 @torch.no_grad()
 def initialize_by_name(model: Any, seed: int) -> None:
-    """Fill every parameter of this rank's GPTModel in place, by Megatron's own init functions of its config."""
+    """Fill every parameter of this rank's GPTModel in place, with the init functions of Megatron's config."""
     rules = _rules(model)
     for shard in model_shards(model):
         if rule := _rule(rules, shard.key):
@@ -46,7 +46,7 @@ def initialize_by_name(model: Any, seed: int) -> None:
 
 
 def _rules(model: Any) -> dict[str, Callable[[Tensor], Any]]:
-    """The init function by the end of the parameter's name; what is not listed (norms: ones) stays as built."""
+    """Parameter name suffix -> init function; parameters not listed (norms: ones) stay as built."""
     config = model.config
     rules = {
         "linear_proj.weight": config.output_layer_init_method,
@@ -70,13 +70,13 @@ def _rule(rules: dict[str, Callable[[Tensor], Any]], key: str) -> Callable[[Tens
 
 
 def _draw(rule: Callable[[Tensor], Any], shard: ShardedTensor, seed: int) -> Tensor:
-    """The shard, fp32, of a parameter from a generator seeded by `seed` and the parameter's name."""
+    """A parameter's shard, fp32, from a generator seeded by `seed` and the parameter's name."""
     digest = hashlib.sha256(f"{seed}:{shard.key}".encode()).digest()
     number = int.from_bytes(digest[:8], "big", signed=True)
     where = tuple(
         slice(start, start + length) for start, length in zip(shard.global_offset, shard.local_shape, strict=True)
     )
-    # What the rule does to the generator must be known.
+    # Drawing in parts requires a rule whose use of the generator is known.
     normal = isinstance(rule, functools.partial) and rule.func is torch.nn.init.normal_
     large = len(where) == 2 and shard.global_shape[0] * shard.global_shape[1] >= NUMBERS_PER_THREAD
     if normal and large and shard.global_shape[1] % NUMBERS_AT_ONCE == 0:
@@ -90,7 +90,7 @@ def _draw(rule: Callable[[Tensor], Any], shard: ShardedTensor, seed: int) -> Ten
 
 
 def _draw_part(rule: Callable[..., Any], width: int, rows: slice, columns: slice, seed: int) -> Tensor:
-    """Rows and columns of a matrix `width` wide, which is filled row by row."""
+    """Rows and columns of a matrix of `width` columns, which is filled row by row."""
     part = torch.empty(rows.stop - rows.start, columns.stop - columns.start, dtype=torch.float32)
 
     def draw(generator: torch.Generator, own: Tensor) -> None:

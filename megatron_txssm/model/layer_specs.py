@@ -1,9 +1,9 @@
-"""TransXSSM's layers as Megatron-Core block specs: the door through which the model registers.
+"""TransXSSM's layers as Megatron-Core block specs: how the model registers with Megatron.
 
 Megatron imports `transxssm_block_spec` by name (`--spec megatron_txssm.model.layer_specs transxssm_block_spec`) and
-calls it with the model's config; what comes back is an ordinary GPT decoder, in which seven of eight layers have a
-state-space mixer in the place of self-attention. Stock Megatron-LM's pretrain_gpt.py takes it as it is; stock.py
-gives that our arguments too.
+calls it with the model's config. The result is an ordinary GPT decoder in which a state-space mixer replaces
+self-attention in seven of eight layers. Stock Megatron-LM's pretrain_gpt.py accepts it unchanged; stock.py adds our
+arguments to that script.
 """
 
 import warnings
@@ -39,7 +39,7 @@ from megatron_txssm.model.state_space_mixer import StateSpaceMixer, StateSpaceMi
 from megatron_txssm.ops.ssd_triton import why_unavailable
 from megatron_txssm.ops.unified_rope import UnifiedRotaryEmbedding
 
-# What the layers below are built with. Megatron has arguments for other values, which they would not follow.
+# Settings fixed in the layers below. Megatron has arguments for other values, which the layers would ignore.
 BUILT_IN: dict[str, Any] = {
     "normalization": "RMSNorm",
     "add_bias_linear": False,
@@ -54,30 +54,30 @@ BUILT_IN: dict[str, Any] = {
     "num_moe_experts": None,
     "mtp_num_layers": None,
     "rotary_interleaved": False,
-    # Transformer Engine's norms would follow, our local ones and exports not.
+    # Transformer Engine's norms would follow this; our local norms and exports would not.
     "layernorm_zero_centered_gamma": False,
-    # Its fp32 meets bf16 weights.
+    # It would feed fp32 activations to bf16 weights.
     "fp32_residual_connection": False,
-    # Of Megatron's GPTModelConfig.
+    # Fields of Megatron's GPTModelConfig.
     "rotary_percent": 1.0,
     "rope_scaling": False,
 }
-# The same, of arguments that are no part of a model's config.
+# The same for arguments outside of a model's config.
 BUILT_IN_ARGUMENTS: dict[str, Any] = {
     "reset_position_ids": False,
     "reset_attention_mask": False,
     "heterogeneous_layers_config_path": None,
 }
-# Of attention layers: Unified RoPE, or no positions.
+# For attention layers: Unified RoPE, or no positions.
 POSITION_EMBEDDING_TYPES = ("rope", "none")
 
 
 def transxssm_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The decoder block of this pipeline stage, by Megatron's global arguments (ours where they were registered).
+    """The decoder block of this pipeline stage, from Megatron's global arguments (and ours, if registered).
 
     `config` is Megatron's GPTModelConfig or TransformerConfig.
     """
-    # Stock Megatron-LM comes to us here only, and saves no bf16 model with fp32 parameters as it is.
+    # Stock Megatron-LM calls nothing else of ours, and unpatched it cannot save a bf16 model with fp32 parameters.
     mend_megatron()
     args: Any = get_args()
     for name, value in BUILT_IN_ARGUMENTS.items():
@@ -94,7 +94,7 @@ def transxssm_block_spec(config: Any, vp_stage: int | None = None) -> Transforme
         table_precision=getattr(args, "rotary_table_precision", DEFAULTS["rotary_table_precision"]),
     )
     pattern = getattr(args, "layer_pattern", DEFAULTS["layer_pattern"])
-    # Where no layer is one, sizes that fit no state-space layer are no fault.
+    # Without state-space layers, sizes that do not fit one are not an error.
     state_space = state_space_config(args) if STATE_SPACE in pattern else None
     if state_space is not None:
         check_ssd_backend(state_space.ssd_backend)
@@ -102,7 +102,7 @@ def transxssm_block_spec(config: Any, vp_stage: int | None = None) -> Transforme
 
 
 def check_ssd_backend(backend: str) -> None:
-    """UserError where the kernels are asked for and cannot run; a warning where "auto" goes without them on a GPU."""
+    """UserError if "triton" cannot run here; a warning if "auto" falls back to PyTorch on a GPU."""
     reason = None if backend == "torch" else why_unavailable()
     if reason is None:
         return
@@ -121,15 +121,15 @@ def hybrid_block_spec(
     vp_stage: int | None = None,
     pp_rank: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """The block spec of one pipeline stage, from explicit settings; modules by `config.transformer_impl`.
+    """The block spec of one pipeline stage, from explicit settings; `config.transformer_impl` selects the modules.
 
-    `state_space` is None where the pattern has no state-space layer.
+    `state_space` is None if the pattern has no state-space layer.
     """
     for name, value in BUILT_IN.items():
         if (asked := getattr(config, name, value)) != value:
             raise UserError(f"{name}={asked} is not supported by TransXSSM's layers; use {value}")
     transformer: Any = getattr(config, "transformer", config)
-    # Otherwise Megatron saves all layers as one stacked tensor, which layers of different kinds cannot be.
+    # Otherwise Megatron saves all layers as one stacked tensor, which requires identical layers.
     transformer.hetereogenous_dist_checkpoint = True
     backend = TorchSpecProvider() if config.transformer_impl == "local" else get_backend(config.transformer_impl)
     layers = fp8_layers = _layer_specs(config, backend, state_space, rotary)
@@ -149,7 +149,7 @@ def hybrid_block_spec(
 def _layer_specs(
     config: Any, backend: BackendSpecProvider, state_space: StateSpaceConfig | None, rotary: UnifiedRotaryEmbedding
 ) -> dict[str, ModuleSpec]:
-    """A layer of each kind."""
+    """Layer kind -> its spec."""
     layers = {ATTENTION: _layer_spec(config, backend, "linear_qkv", _attention_spec(backend, rotary))}
     if state_space is not None:
         layers[STATE_SPACE] = _layer_spec(config, backend, "in_proj", _state_space_spec(backend, state_space, rotary))
@@ -157,7 +157,7 @@ def _layer_specs(
 
 
 def _stage_layers(config: Any, vp_stage: int | None, pp_rank: int | None) -> range | list[int]:
-    """Indices, from 0, of the layers that this pipeline stage builds."""
+    """0-based indices of the layers that this pipeline stage builds."""
     if config.pipeline_model_parallel_layout is not None:
         return config.pipeline_model_parallel_layout.get_layer_id_list(
             layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank
@@ -169,11 +169,11 @@ def _stage_layers(config: Any, vp_stage: int | None, pp_rank: int | None) -> ran
 def _layer_spec(config: Any, backend: BackendSpecProvider, first_linear: str, mixer: ModuleSpec) -> ModuleSpec:
     """norm → mixer → residual → norm → MLP → residual (arXiv:2506.09507, figure 2).
 
-    Transformer Engine's linear layers hold the norm before them. The local spec's norms are saved under the same names,
-    so that a checkpoint of one loads into the other.
+    Transformer Engine's linear layers include the preceding norm. The local spec saves its norms under the same names,
+    so that checkpoints are interchangeable.
     """
     fused = backend.fuse_layernorm_and_linear()
-    # Megatron declares a class here and takes a function.
+    # Megatron annotates this as a class, but accepts a function.
     add_residual: Any = get_bias_dropout_add
     norm = IdentityOp if fused else backend.layer_norm(rms_norm=True, has_residual=True)
     names = {
@@ -195,7 +195,7 @@ def _layer_spec(config: Any, backend: BackendSpecProvider, first_linear: str, mi
 
 
 def _column_parallel_linear(backend: BackendSpecProvider) -> Any:
-    """The first linear layer of a mixer, with the norm in it where the backend fuses the two."""
+    """A mixer's first linear layer, fused with the norm where the backend supports it."""
     fused = backend.column_parallel_layer_norm_linear() if backend.fuse_layernorm_and_linear() else None
     return fused or backend.column_parallel_linear()
 
@@ -214,7 +214,7 @@ def _state_space_spec(
 
 def _attention_spec(backend: BackendSpecProvider, rotary: UnifiedRotaryEmbedding) -> ModuleSpec:
     core_attention: Any = backend.core_attention()
-    # Our local one takes packed documents by itself.
+    # Our local core attention handles packed documents itself.
     if not isinstance(backend, TorchSpecProvider):
         core_attention = isolating(core_attention)
     return ModuleSpec(

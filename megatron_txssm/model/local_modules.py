@@ -1,4 +1,4 @@
-"""Norm and core attention for `transformer_impl: local`, where Megatron's own would refuse or materialise scores.
+"""Norm and core attention for `transformer_impl: local`, where Megatron's own would fail or materialise scores.
 
 S=sequence length of queries  T=sequence length of keys  B=batch  H=heads  D=hidden size or head dim
 """
@@ -19,8 +19,8 @@ from megatron_txssm.model.documents import PackedDocuments
 class RMSNorm(nn.Module):
     """Root mean square norm (arXiv:1910.07467) over the last dimension.
 
-    Megatron's WrappedTorchNorm refuses sequence parallelism. Under it each rank sees a part of the tokens, so the
-    weight is marked for Megatron to sum its gradient over the tensor-parallel ranks.
+    Megatron's WrappedTorchNorm does not support sequence parallelism, under which each rank sees a part of the tokens.
+    Here the weight is marked, so that Megatron sums its gradient over the tensor-parallel ranks.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
@@ -37,10 +37,10 @@ class RMSNorm(nn.Module):
 
 
 class FinalRMSNorm(RMSNorm):
-    """The norm behind the last layer, which saves an empty extra state as Megatron's local linear layers do.
+    """The norm after the last layer; it saves an empty extra state, as Megatron's local linear layers do.
 
-    Transformer Engine's modules save theirs (FP8 statistics) and refuse a checkpoint without; the norms inside the
-    layers are part of a linear layer there.
+    Transformer Engine's modules save an extra state (FP8 statistics) and reject a checkpoint without one; its norms
+    inside the layers are part of a linear layer.
     """
 
     def get_extra_state(self) -> None: ...
@@ -49,9 +49,9 @@ class FinalRMSNorm(RMSNorm):
 
 
 class ScaledDotProductAttention(nn.Module):
-    """Causal core attention by torch's fused kernels; Megatron's local one materialises every score.
+    """Causal core attention with torch's fused kernels; Megatron's local attention materialises all scores.
 
-    Under context parallelism keys and values are gathered from all ranks. With packed documents each is computed alone.
+    Under context parallelism keys and values are gathered from all ranks. Packed documents are computed one by one.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class ScaledDotProductAttention(nn.Module):
         return out.flatten(2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[S, B, H, D]; queries are the last S of T positions: all of them, or what decoding adds to a prompt."""
+        """[S, B, H, D]; queries are the last S of T positions: all of them, or the new tokens in decoding."""
         num_queries, num_keys = query.shape[0], key.shape[0]
         mask = None
         if 1 < num_queries < num_keys:
@@ -110,7 +110,7 @@ class ScaledDotProductAttention(nn.Module):
 
 
 class TorchSpecProvider(LocalSpecProvider):
-    """Megatron's local modules, with those above in place of its norm and its core attention."""
+    """Megatron's local modules, with its norm and core attention replaced by those above."""
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
         return RMSNorm if has_residual else FinalRMSNorm

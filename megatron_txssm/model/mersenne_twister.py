@@ -1,9 +1,9 @@
-"""torch's generator on the CPU, moved ahead by any count of numbers in less than a second.
+"""Moves torch's CPU generator ahead by any count of numbers in less than a second.
 
-It is MT19937, whose words follow x_{k+624} = x_{k+397} ^ A·(x_k's upper bit, x_{k+1}'s lower 31), linear over GF(2).
+The generator is MT19937: x_{k+624} = x_{k+397} ^ A·(x_k's upper bit, x_{k+1}'s lower 31), linear over GF(2).
 With its characteristic polynomial p, of degree 19937, and t^N mod p = Σ c_i t^i, x_{k+N} is the sum of c_i x_{k+i}
 (Haramoto et al. 2008, "Efficient jump ahead for F2-linear random number generators"). Polynomials over GF(2) are
-Python's integers here, a bit a coefficient.
+Python integers, one bit per coefficient.
 """
 
 from functools import cache, lru_cache
@@ -15,13 +15,13 @@ WORDS, MIDDLE, UPPER_BITS, LOWER_BITS = 624, 397, 1, 31
 MATRIX = 0x9908B0DF
 DEGREE = WORDS * UPPER_BITS + (WORDS - 1) * LOWER_BITS
 
-# In torch's Generator.get_state(): the seed, how many words are left, whether it is seeded, the next word; the words.
+# Generator.get_state() holds: the seed, the number of words left, whether it is seeded, the next word; the words.
 _HEADER_BYTES = 24
 _STATE_BYTES = 5056
 
 
 def generators_ahead(seed: int, start: int, step: int, count: int) -> list[torch.Generator]:
-    """Those that torch seeds with `seed`, after start, start + step, start + 2·step, … draws of 32 bits."""
+    """Generators seeded with `seed`, after start, start + step, start + 2·step, … draws of 32 bits."""
     generators = [torch.Generator().manual_seed(seed)]
     _advance(generators[0], start)
     while len(generators) < count:
@@ -31,7 +31,7 @@ def generators_ahead(seed: int, start: int, step: int, count: int) -> list[torch
 
 
 def _advance(generator: torch.Generator, numbers: int) -> None:
-    """A generator that has given no number yet."""
+    """Move a freshly seeded generator ahead."""
     if numbers == 0:
         return
     state = generator.get_state()
@@ -43,7 +43,7 @@ def _advance(generator: torch.Generator, numbers: int) -> None:
 
 
 def _ahead(words: np.ndarray, numbers: int) -> np.ndarray:
-    """The 624 words that stand `numbers` after these ones."""
+    """The 624 words that follow `numbers` after these."""
     coefficients = format(power_of_t(numbers), "b")[::-1]
     positions = np.flatnonzero(np.frombuffer(coefficients.encode(), np.uint8) == ord("1"))
     windows = np.lib.stride_tricks.sliding_window_view(_extended(words, DEGREE + WORDS), WORDS)
@@ -53,7 +53,7 @@ def _ahead(words: np.ndarray, numbers: int) -> np.ndarray:
 def _extended(words: np.ndarray, count: int) -> np.ndarray:
     x = np.empty(count, np.uint32)
     x[:WORDS] = words
-    # As many at once as do not need each other.
+    # As many at once as are independent of each other.
     step = WORDS - MIDDLE
     for start in range(WORDS, count, step):
         stop = min(start + step, count)
@@ -84,7 +84,7 @@ def _reduced(polynomial: int) -> int:
 
 @cache
 def _exponents() -> tuple[int, ...]:
-    """Of p, less the leading one: appendix A of Matsumoto and Nishimura 1998, "Mersenne Twister"."""
+    """Exponents of p without the leading one: appendix A of Matsumoto and Nishimura 1998, "Mersenne Twister"."""
     upper = _powers((1 << WORDS) ^ (1 << MIDDLE), UPPER_BITS)
     lower = _powers((1 << WORDS - 1) ^ (1 << MIDDLE - 1), LOWER_BITS)
     p = _product(upper[UPPER_BITS], lower[LOWER_BITS])

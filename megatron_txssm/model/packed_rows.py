@@ -1,4 +1,4 @@
-"""Packed parameters in a checkpoint: saved by component, so that any layout can load them."""
+"""Packed parameters in a checkpoint: saved by component, so that every layout can load them."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from megatron_txssm.compat import split_tensor_factory
 
 
 def saved_by_component(packed: ShardedTensor, sizes: dict[str, int]) -> ShardedTensorFactory:
-    """What stands in a sharded state dict for a tensor whose rows are components of these sizes on this rank.
+    """The sharded state dict's entry for a tensor whose rows are components of these sizes on this rank.
 
-    Rows behind them are padding: they are not saved, and zero when they are loaded. Optimizer states alike.
+    Further rows are padding: they are not saved, and are zero after a load. The same holds for optimizer states.
     """
     rows = sum(sizes.values())
     padding = packed.local_shape[0] - rows
@@ -29,5 +29,5 @@ def saved_by_component(packed: ShardedTensor, sizes: dict[str, int]) -> ShardedT
         merged = factory.merge_fn(components)
         return torch.cat([merged, merged.new_zeros(padding, *merged.shape[1:])])
 
-    # The parameter itself: by it Megatron finds the optimizer's state.
+    # The parameter itself: Megatron uses it to find the optimizer's state.
     return ShardedTensorFactory(packed.key, packed.data, build, merge, packed.replica_id)

@@ -1,4 +1,4 @@
-"""The state-space scan of a sequence that may be divided over context-parallel ranks and packed of documents.
+"""The state-space scan of a sequence that may be divided over context-parallel ranks and packed with documents.
 
 B=batch  L=length on this rank  H=heads  P=head dim  G=groups  N=state size; b, l: see context_parallel.py
 """
@@ -28,15 +28,15 @@ def scan(
     document_BL: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`ssd` of the whole sequence at this rank's tokens: `(y_BLHP, final_state_BHPN)`.
+    """`ssd` of the whole sequence, for this rank's tokens: `(y_BLHP, final_state_BHPN)`.
 
-    `document_BL` numbers the documents of the whole sequence. Under context parallelism there is no final state, and
-    no initial one.
+    `document_BL` numbers the documents of the whole sequence. Initial and final states are not supported under context
+    parallelism.
     """
     kernel = partial(ssd, chunk_size=state_space.chunk_size, backend=state_space.ssd_backend)
     if zigzag.size == 1:
         return kernel(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H=D_H, initial_state=initial_state, seq_idx=document_BL)
-    assert initial_state is None, "decoding knows no context parallelism"
+    assert initial_state is None, "decoding does not support context parallelism"
     if state_space.context_parallel_method == "all_to_all":
         x, dt, B, C = (zigzag.heads_for_tokens(t) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN))
         A_of_heads_H = A_H.unflatten(0, (zigzag.size, -1))[zigzag.rank]
@@ -49,7 +49,7 @@ def scan(
     if document_BL is not None:
         seq_idx_bl = zigzag.fold(zigzag.own(document_BL))
         open_bl = seq_idx_bl == documents_before(document_BL, zigzag, 1)
-    # Every piece from an empty state; then what enters it is added, exactly: the scan is linear in the state.
+    # Scan every piece from an empty state, then add the entering state: exact, because the scan is linear in the state.
     y_blHP, added_bHPN = kernel(x_blHP, dt_blH, A_H, B_blGN, C_blGN, D_H=D_H, seq_idx=seq_idx_bl)
     share_blH = surviving_share(dt_blH, A_H, open_bl)
     entering_bHPN = zigzag.pass_states(added_bHPN, share_blH[:, -1])
@@ -58,7 +58,7 @@ def scan(
 
 
 def documents_before(document_BL: Tensor, zigzag: Zigzag, tokens: int) -> Tensor:
-    """The documents of the last `tokens` tokens before each of this rank's pieces, [b, tokens]; 0 before the first."""
+    """Documents of the `tokens` tokens before each of this rank's pieces, [b, tokens]; 0 before the first piece."""
     padded_BL = F.pad(document_BL, (tokens, 0))
     starts = [piece.start for piece in zigzag.ranges(document_BL.shape[1] // zigzag.size)]
     return torch.stack([padded_BL[:, start : start + tokens] for start in starts], dim=1).flatten(0, 1)

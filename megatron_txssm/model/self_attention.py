@@ -1,4 +1,4 @@
-"""Self-attention that takes its rotary angles from the spectrum it shares with the state-space layers."""
+"""Self-attention that shares its rotary spectrum with the state-space layers."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ class UnifiedRotarySelfAttention(SelfAttention):
         self.zigzag = Zigzag.of(self.pg_collection.cp)
 
     def forward(self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
-        """[S, B, D] → ([S, B, D], bias). Of the model's own table only the length counts (None: no position)."""
+        """[S, B, D] → ([S, B, D], bias). Only the length of `rotary_pos_emb` is used (None: no positions)."""
         if rotary_pos_emb is not None:
             length, width = rotary_pos_emb.shape[0], rotary_pos_emb.shape[-1]
             table = self.rotary.megatron_table(length * self.zigzag.size, width, device=hidden_states.device)

@@ -1,4 +1,4 @@
-"""This rank's pieces of a model, by their names and places in a checkpoint, whatever the layout."""
+"""This rank's pieces of a model, with their names and places in a checkpoint, in any layout."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def model_shards(model: Any, instead: Callable[[Tensor], Tensor | None] | None = None) -> Iterator[ShardedTensor]:
-    """Each has `key`, `data`, `local_shape`, `global_shape` and `global_offset`; packed tensors come by component.
+    """Each has `key`, `data`, `local_shape`, `global_shape` and `global_offset`; packed tensors are split by component.
 
-    instead: what takes a saved tensor's place, such as its gradient; where it gives None, the tensor is left out.
+    instead: maps a saved tensor to its replacement, such as its gradient; None leaves the tensor out.
     """
     entries: Any = nested_values(model.sharded_state_dict())
     for entry in entries:
@@ -26,5 +26,5 @@ def model_shards(model: Any, instead: Callable[[Tensor], Tensor | None] | None =
 
 
 def place_of(shard: ShardedTensor) -> tuple[slice, ...]:
-    """The shard's rows, columns, … of the whole tensor."""
+    """The shard's rows, columns, … in the whole tensor."""
     return tuple(slice(start, start + size) for start, size in zip(shard.global_offset, shard.local_shape, strict=True))

@@ -1,7 +1,7 @@
-"""The state-space mixer: what stands in a state-space layer where an attention layer has its self-attention.
+"""The state-space mixer, which replaces self-attention in a state-space layer.
 
 B=batch  L=sequence length  D=hidden size  H=heads  P=head dim  G=groups  N=state size  K=convolution kernel
-H and G count this tensor-parallel rank's share, L this context-parallel rank's, [L, B, D] is Megatron's layout; under
+H and G count this tensor-parallel rank's share, L this context-parallel rank's. [L, B, D] is Megatron's layout; under
 sequence parallelism the mixer's input and output hold L / tensor_model_parallel_size tokens, and the projections gather
 and scatter them.
 """
@@ -35,16 +35,16 @@ from megatron_txssm.ops.ssd import is_fused, ssd_step
 from megatron_txssm.ops.ssd_triton import has_scan_outside_autograd
 from megatron_txssm.ops.unified_rope import UnifiedRotaryEmbedding, length_scale
 
-# The in-projection's rows on a rank are a multiple of it: GEMMs of odd sizes are two to three times as slow
-# (docs/gpu-results), and FP8 refuses them; the most that it asks for is 32 (MXFP8).
+# The in-projection's rows on a rank are padded to this multiple: GEMMs of odd sizes are two to three times slower
+# (docs/gpu-results), and FP8 rejects them; its largest requirement is 32 (MXFP8).
 ROWS_MULTIPLE = 32
-# They set the decay exp(dt·A), which compounds over thousands of tokens: in bf16 its logarithm would have three digits.
+# They set the decay exp(dt·A), which compounds over thousands of tokens; bf16 would leave its logarithm three digits.
 FP32_PARAMETERS = ("A_log", "dt_bias", "D")
 
 
 @dataclass
 class StateSpaceMixerSubmodules:
-    """The two projections: local or Transformer Engine's (whose in-projection holds the norm before it)."""
+    """The two projections: local, or Transformer Engine's (whose in-projection includes the preceding norm)."""
 
     in_proj: ModuleSpec | type
     out_proj: ModuleSpec | type
@@ -52,7 +52,7 @@ class StateSpaceMixerSubmodules:
 
 @dataclass
 class StateSpaceCache:
-    """What decoding carries from token to token, of constant size: see `StateSpaceMixer.forward`."""
+    """Decoding's state between tokens, of constant size: see `StateSpaceMixer.forward`."""
 
     state_BHPN: Tensor | None = None
     # The convolution's last K-1 inputs; unused by variants without one.
@@ -62,9 +62,9 @@ class StateSpaceCache:
 class StateSpaceMixer(MegatronModule):
     """in-projection → [z,] x, B, C, dt → rotation of B and C → SSD → out-projection.
 
-    `state_space.position_encoding` chooses the paper's variant (arXiv:2506.09507, table 2). The in-projection is one
-    column-parallel layer whose rows are packed per rank: [z_r, x_r, B_r, C_r, dt_r, padding_r]. The padding's rows are
-    zero and stay so; no checkpoint, exported model or `num_params` has them (Megatron's log of its parameters does).
+    `state_space.position_encoding` selects the paper's variant (arXiv:2506.09507, table 2). The in-projection is one
+    column-parallel layer whose rows are packed per rank: [z_r, x_r, B_r, C_r, dt_r, padding_r]. The padding rows stay
+    zero; checkpoints, exported models and `num_params` leave them out (Megatron's log counts them).
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class StateSpaceMixer(MegatronModule):
         self._build_parameters()
 
     def _build_parameters(self) -> None:
-        """This rank's parameters beside the projections, all sharded over tensor-parallel ranks along dimension 0."""
+        """This rank's parameters besides the projections, all sharded over tensor-parallel ranks along dimension 0."""
         sizes = self.in_proj_sizes
         self.A_log = self._parameter(sizes["dt"], dtype=torch.float32)
         self.dt_bias = self._parameter(sizes["dt"], dtype=torch.float32) if self.state_space.dt_bias else None
@@ -150,13 +150,13 @@ class StateSpaceMixer(MegatronModule):
         return parameter
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StateSpaceMixer":
-        """Moves and casts as any module does, but FP32_PARAMETERS and their gradients stay fp32."""
+        """Moves and casts like any module, but keeps FP32_PARAMETERS and their gradients in fp32."""
         own = [parameter for name, parameter in self.named_parameters(recurse=False) if name in FP32_PARAMETERS]
         keep = {id(tensor) for parameter in own for tensor in (parameter, parameter.grad) if tensor is not None}
 
         def keep_fp32(tensor: Tensor) -> Tensor:
             result = fn(tensor)
-            # What changes no type is taken as it is: to_empty() gives memory to a tensor of the meta device.
+            # Results without a dtype change are kept: to_empty() allocates memory for a meta tensor.
             return tensor.to(result.device) if id(tensor) in keep and result.dtype != torch.float32 else result
 
         return super()._apply(keep_fp32, recurse)
@@ -171,13 +171,13 @@ class StateSpaceMixer(MegatronModule):
     ) -> tuple[Tensor, Tensor | None]:
         """[L, B, D] → ([L, B, D], bias=None).
 
-        With an `inference_context` (Megatron's StaticInferenceContext) the tokens continue the sequence that the
-        layer's cache in it has seen; L may be 1 or any number. With `packed_seq_params` no state crosses a document's
-        end. Attention's keyword arguments that mean nothing here are ignored.
+        With an `inference_context` (Megatron's StaticInferenceContext) the tokens continue the sequence in the layer's
+        cache; L may be 1 or any number. With `packed_seq_params` the state restarts in every document. Keyword
+        arguments that only concern attention are ignored.
         """
         documents = kwargs.get("packed_seq_params")
         if documents is not None and not isinstance(documents, PackedDocuments):
-            raise ValueError("state-space layers take packed documents as documents.PackedDocuments only")
+            raise ValueError("state-space layers only accept packed documents as documents.PackedDocuments")
         cache, offset = self._cache(inference_context)
         projected_LBE, _ = self.in_proj(hidden_states)
         if inference_context is None and self._is_fused(projected_LBE):
@@ -188,7 +188,7 @@ class StateSpaceMixer(MegatronModule):
         return self.out_proj(y_LBE)
 
     def _is_fused(self, projected_LBE: Tensor) -> bool:
-        """Whether `_scan_fused` may take the place of `_scan`; what it leaves to `_scan` is rarer than training."""
+        """Whether `_scan_fused` can replace `_scan`: it covers the usual training cases."""
         sizes = self.state_space
         if self.conv_sizes or sizes.gated or sizes.length_scaling_base is not None or self.zigzag.size > 1:
             return False
@@ -218,7 +218,7 @@ class StateSpaceMixer(MegatronModule):
         if not inference_context.is_static_batching():
             raise ValueError("state-space layers decode with Megatron's StaticInferenceContext only")
         if self.zigzag.size > 1:
-            raise ValueError("state-space layers decode without context parallelism only")
+            raise ValueError("state-space layers do not decode under context parallelism")
         offset = inference_context.sequence_len_offset
         if offset == 0:
             return StateSpaceCache(), 0
@@ -227,7 +227,7 @@ class StateSpaceMixer(MegatronModule):
     def _scan(
         self, projected_LBE: Tensor, offset: int, cache: StateSpaceCache, documents: PackedDocuments | None
     ) -> tuple[Tensor, StateSpaceCache]:
-        """All between the projections; returns y, contiguous, and the cache behind the last token."""
+        """Everything between the projections; returns y, contiguous, and the cache after the last token."""
         sizes, state_space = self.in_proj_sizes, self.state_space
         of_x, of_BC = sizes["x"], sizes["B"] + sizes["C"]
         merged = [sizes.get("z", 0), of_x + of_BC, sizes["dt"], self.padding]
@@ -267,7 +267,7 @@ class StateSpaceMixer(MegatronModule):
                 y_LBE,
                 z_LBE,
                 self.norm_weight,
-                # Groups never cross ranks, so any layout gives the same.
+                # Groups never cross ranks, so every layout gives the same result.
                 groups=state_space.num_groups // self.tp_size,
                 eps=self.config.layernorm_epsilon,
                 backend=state_space.ssd_backend,
@@ -275,7 +275,7 @@ class StateSpaceMixer(MegatronModule):
         return y_LBE, StateSpaceCache(state_BHPN, history_BEK)
 
     def _rotate(self, BC_BLE: Tensor, offset: int, documents: PackedDocuments | None) -> tuple[Tensor, Tensor]:
-        """B and C, both turned at once by Unified RoPE (eq. 2, 3), C scaled as in appendix A; [B, L, G, N] each."""
+        """B and C, rotated together by Unified RoPE (eq. 2, 3), C scaled as in appendix A; [B, L, G, N] each."""
         BC_BLGN = BC_BLE.unflatten(-1, (-1, self.state_space.state_size))
         ranges = self.zigzag.ranges(BC_BLE.shape[1], offset)
         if self.state_space.position_encoding == "rope":
@@ -297,9 +297,9 @@ class StateSpaceMixer(MegatronModule):
     def _convolve(
         self, xBC_BLE: Tensor, history_BEK: Tensor | None, documents: PackedDocuments | None
     ) -> tuple[Tensor, Tensor]:
-        """Mamba-2's convolution of x, B and C; returns the last K-1 inputs, too. E counts the channels of all three.
+        """Mamba-2's convolution of x, B and C; also returns the last K-1 inputs. E counts the channels of all three.
 
-        A context-parallel rank convolves its pieces as rows of their own, behind the last inputs of the piece before.
+        A context-parallel rank convolves each piece as a row, after the last inputs of the preceding piece.
         """
         before, backend = self.conv1d_weight.shape[-1] - 1, self.state_space.ssd_backend
         document_BL = None if documents is None else documents.document_BL
@@ -319,7 +319,7 @@ class StateSpaceMixer(MegatronModule):
             document_before_BK=document_before_bK,
             backend=backend,
         )
-        # A copy, either way: a view would keep the whole projection in memory.
+        # Always a copy: a view would keep the whole projection in memory.
         tail_bEK = xBC_blE[:, -before:].mT
         if history_BEK is None:
             tail_bEK = F.pad(tail_bEK, (before - tail_bEK.shape[-1], 0))
@@ -330,7 +330,7 @@ class StateSpaceMixer(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None, **_: Any
     ) -> dict[str, Any]:
-        """Megatron's sharded state dict. Packed tensors are saved by component, so that any layout can load them."""
+        """Megatron's sharded state dict. Packed tensors are saved by component, so that every layout can load them."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         own: dict[str, Any] = {}
         self._save_to_state_dict(own, "", keep_vars=True)
@@ -365,10 +365,10 @@ class StateSpaceMixer(MegatronModule):
 
 
 def parameter_initializers(state_space: StateSpaceConfig) -> dict[str, Callable[[Tensor], Any]]:
-    """How each parameter beside the projections starts, in place, as in Mamba-2 (arXiv:2405.21060).
+    """In-place initializers of the parameters besides the projections, as in Mamba-2 (arXiv:2405.21060).
 
     A is uniform in [1, 16]; dt_bias is the inverse softplus of a dt drawn log-uniformly from [0.001, 0.1]; the
-    convolution is uniform within 1/√K, torch's default for K inputs a channel; D and the norm's weight are ones.
+    convolution is uniform within ±1/√K, torch's default for K inputs per channel; D and the norm's weight are ones.
     """
 
     def init_A_log(tensor: Tensor) -> None:

@@ -1,19 +1,19 @@
-"""Stock Megatron-LM's own pretraining script, with our arguments in its parser.
+"""Runs stock Megatron-LM's pretraining script with our arguments in its parser.
 
-Stock Megatron-LM (the release of our megatron-core) trains our model without anything of ours but the block spec:
+Stock Megatron-LM (the release of our megatron-core) can train our model with only our block spec:
 
     torchrun … pretrain_gpt.py --spec megatron_txssm.model.layer_specs transxssm_block_spec …
 
-Its own --mamba-* arguments set the sizes, and what its parser has no argument for has our default
-(arguments.DEFAULTS: Unified RoPE, seven state-space layers to one of attention). To set these as well, start the same
-script through this module:
+Its own --mamba-* arguments set the sizes. Settings unknown to its parser have our defaults (arguments.DEFAULTS:
+Unified RoPE, seven state-space layers per attention layer). To set these as well, start the same script through this
+module:
 
     torchrun … -m megatron_txssm.model.stock pretrain_gpt.py \\
         --spec megatron_txssm.model.layer_specs transxssm_block_spec --position-encoding a_t --layer-pattern SSSA …
 
 The script runs unchanged. Either way add --normalization RMSNorm --swiglu --disable-bias-linear
---position-embedding-type rope, as every recipe of ours does. Initial weights are Megatron's own there, another draw
-at every tensor-parallel size: our initialisation by name belongs to `txssm pretrain`.
+--position-embedding-type rope, as all our recipes do. Initial weights are then Megatron's own, which differ between
+tensor-parallel sizes: only `txssm pretrain` initialises by name.
 """
 
 import functools
@@ -28,7 +28,7 @@ USAGE = "usage: torchrun … -m megatron_txssm.model.stock SCRIPT [its arguments
 
 
 def main() -> None:
-    """Run `sys.argv[1]` as Python would run it, where Megatron's parser knows our arguments."""
+    """Run `sys.argv[1]` as Python would, with our arguments in Megatron's parser."""
     if len(sys.argv) < 2:
         print(USAGE, file=sys.stderr)
         sys.exit(2)
@@ -48,15 +48,15 @@ def main() -> None:
 
 
 def _refuse_what_its_loop_ignores(arguments: list[str]) -> None:
-    """Exit where an argument of ours asks for what `txssm pretrain` does with the data."""
+    """Exit on arguments that only the data loading of `txssm pretrain` implements."""
     for argument in arguments:
         if argument.partition("=")[0] in ("--isolate-documents", "--blend-stages"):
-            print(f"error: {argument} is obeyed by `txssm pretrain` only; leave it out here", file=sys.stderr)
+            print(f"error: {argument} only works with `txssm pretrain`; leave it out here", file=sys.stderr)
             sys.exit(2)
 
 
 def register_arguments() -> None:
-    """From now on every parser that Megatron makes for itself has our argument group."""
+    """Add our argument group to every parser that Megatron creates from now on."""
     from megatron.training import arguments
 
     from megatron_txssm.model.arguments import add_transxssm_arguments

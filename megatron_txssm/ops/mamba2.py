@@ -1,9 +1,9 @@
-"""What Mamba-2 has around the scan: a convolution before it, a gated norm behind it (arXiv:2405.21060, section 7).
+"""Mamba-2's convolution before the scan and its gated norm after it (arXiv:2405.21060, section 7).
 
-Where `ssd` takes mamba-ssm's kernels (`is_fused`), so do these take fused ones, if they can: mamba-ssm's for the norm
-(2.3.2.post1), and for the convolution those of causal-conv1d (1.7.0; mamba-ssm does not need it, so it may be absent).
-Both compute in fp32 and round once; what they keep for the backward pass are their inputs. With
-torch.use_deterministic_algorithms neither adds by atomics.
+Where `ssd` uses mamba-ssm's kernels (`is_fused`), these use fused kernels where possible: mamba-ssm's for the norm
+(2.3.2.post1), causal-conv1d's for the convolution (1.7.0; mamba-ssm does not require it, so it may be absent).
+Both compute in fp32, round once, and save only their inputs for the backward pass. Neither uses atomics under
+torch.use_deterministic_algorithms.
 """
 
 # B=batch L=sequence E=channels K=convolution taps; [..., E]: any layout of tokens
@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_txssm.ops.ssd import is_fused
 from megatron_txssm.ops.ssd_triton import MAX_OFFSET
 
-# One program of mamba-ssm's norm holds a whole group.
+# Each program of mamba-ssm's norm holds a whole group.
 MAX_GROUP_BYTES = 2**16
 
 
@@ -35,8 +35,8 @@ def causal_convolution(
     """SiLU of a causal depthwise convolution, [B, L, E] → [B, L, E].
 
     history_BEK:        the K-1 inputs before token 0; zeros if absent.
-    document_BL:        the number of each token's document, from 1; no tap leaves it.
-    document_before_BK: those of the history, whose tokens otherwise are in none.
+    document_BL:        each token's document, numbered from 1; no tap reaches into another document.
+    document_before_BK: the same for the history; if absent, its tokens belong to no document.
     """
     taps = weight_E1K.shape[-1]
     if document_before_BK is None and _convolves(backend, x_BLE, weight_E1K, bias_E):
@@ -59,7 +59,7 @@ def causal_convolution(
 def _convolved_documents(
     seen_BEL: Tensor, weight_E1K: Tensor, bias_E: Tensor, document_BL: Tensor, document_before_BK: Tensor
 ) -> Tensor:
-    """The convolution tap by tap, each where it stays inside the document."""
+    """The convolution, tap by tap; taps that leave the document are masked."""
     seen_BL, length = torch.cat([document_before_BK, document_BL], dim=1), document_BL.shape[1]
     out_BEL = bias_E[:, None]
     for tap in range(weight_E1K.shape[-1]):
@@ -69,7 +69,7 @@ def _convolved_documents(
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight_E: Tensor, *, groups: int, eps: float, backend: str = "auto") -> Tensor:
-    """RMSNorm of y·silu(z) within each group of channels, times the weight; [..., E] → [..., E] in y's type."""
+    """RMSNorm of y·silu(z) within each group of channels, times the weight; [..., E] → [..., E] in y's dtype."""
     size = y.shape[-1] // groups
     fits = size * y.element_size() <= MAX_GROUP_BYTES and max(map(_last_offset, (y, z))) <= MAX_OFFSET
     if fits and is_fused(backend, y, z, weight_E):
@@ -82,18 +82,18 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight_E: Tensor, *, groups: int, eps: 
 
 
 def _convolves(backend: str, x_BLE: Tensor, weight_E1K: Tensor, bias_E: Tensor) -> bool:
-    """Whether causal-conv1d is there and can take them: it reads 8 channels at once, or 16 bytes, of each token."""
+    """Whether causal-conv1d is installed and accepts these: it reads 8 channels, or 16 bytes, of a token at once."""
     if not is_fused(backend, x_BLE, weight_E1K, bias_E) or _causal_conv1d() is None:
         return False
     batch, token, channel = x_BLE.stride()
-    # It looks at the sizes and strides itself and raises; not at the address.
+    # It checks sizes and strides itself and raises, but not the address.
     aligned = channel == 1 and not any(n % 8 for n in (batch, token, x_BLE.shape[2])) and x_BLE.data_ptr() % 16 == 0
     return aligned and 2 <= weight_E1K.shape[-1] <= 4 and _last_offset(x_BLE) <= MAX_OFFSET
 
 
 @functools.cache
 def _causal_conv1d() -> Any:
-    """Its function; None where it cannot be imported."""
+    """causal_conv1d_fn, or None if it cannot be imported."""
     try:
         from causal_conv1d import causal_conv1d_fn  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -102,5 +102,5 @@ def _causal_conv1d() -> Any:
 
 
 def _last_offset(tensor: Tensor) -> int:
-    """Of its elements, in memory: kernels multiply indices and strides in 32 bits."""
+    """The largest element offset in memory: kernels compute index times stride in 32 bits."""
     return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -1,4 +1,4 @@
-"""The rotation R_{Θ,m} of unified RoPE (arXiv:2506.09507, eq. 2, 3 and 5), applied to C and B of the state space."""
+"""The rotation R_{Θ,m} of Unified RoPE (arXiv:2506.09507, eq. 2, 3 and 5), applied to the state space's C and B."""
 
 # B=batch L=sequence G=groups N=state R=N/2 planes of rotation
 
@@ -13,12 +13,12 @@ from megatron_txssm.ops.tracing import is_traced
 
 
 def apply_rotary(x_BLGN: Tensor, cos_LR: Tensor, sin_LR: Tensor, *, backend: str = "auto") -> Tensor:
-    """Turns plane i = (x[i], x[i + N/2]) of every token by that token's angle; [B, L, R] tables serve as well.
+    """Rotate plane i = (x[i], x[i + N/2]) of every token by that token's angle; tables may also be [B, L, R].
 
-    Half-split pairing, as Megatron's attention has it (rotary_interleaved=False). Computed in fp32 (fp64 for fp64
-    inputs) and returned in x's type: with bf16 tables the rotation would change lengths and depend on more than m - n.
-    Nothing of x is kept for the backward pass, which turns back. The tables have no gradient. `backend` is that of
-    `ssd`: where its kernels are taken, so is one for the rotation.
+    Half-split pairing, as in Megatron's attention (rotary_interleaved=False). Computed in fp32 (fp64 for fp64 inputs)
+    and returned in x's dtype: with bf16 tables the rotation would change norms and depend on more than m - n.
+    The backward pass is the inverse rotation and does not save x. The tables get no gradient. `backend` is that of
+    `ssd`: where `ssd` uses its kernels, a kernel rotates.
     """
     width, planes = x_BLGN.shape[-1], cos_LR.shape[-1]
     if width % 2:
@@ -28,11 +28,11 @@ def apply_rotary(x_BLGN: Tensor, cos_LR: Tensor, sin_LR: Tensor, *, backend: str
     dtype = accumulation_dtype(x_BLGN)
     cos_L1R, sin_L1R = cos_LR.to(dtype).unsqueeze(-2), sin_LR.to(dtype).unsqueeze(-2)
     if is_traced(x_BLGN, cos_LR, sin_LR):
-        # In that type from the start: both uses of a half give one gradient, rounded once.
+        # Cast first: the gradients of a half's two uses are then summed before rounding.
         first, second = x_BLGN.to(dtype).chunk(2, dim=-1)
         turned = (first * cos_L1R - second * sin_L1R, second * cos_L1R + first * sin_L1R)
         return torch.cat(turned, dim=-1).to(x_BLGN.dtype)
-    # Without them `ssd` says so.
+    # If the kernels are missing, `ssd` raises the error.
     wanted = import_error() is None if backend == "triton" else backend == "auto" and is_available(x_BLGN)
     return _Rotation.apply(x_BLGN, cos_L1R, sin_L1R, wanted and dtype == torch.float32)
 
@@ -55,7 +55,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(x_BLGN: Tensor, cos_L1R: Tensor, sin_L1R: Tensor) -> Tensor:
-    """Written where it belongs: no halves that are put together afterwards."""
+    """Writes both halves in place, which saves a concatenation."""
     turned_BLGN = torch.empty(x_BLGN.shape, dtype=cos_L1R.dtype, device=x_BLGN.device)
     first, second = x_BLGN.chunk(2, dim=-1)
     turned_first, turned_second = turned_BLGN.chunk(2, dim=-1)

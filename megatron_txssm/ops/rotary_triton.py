@@ -1,4 +1,4 @@
-"""The rotation of rotary.py as one Triton kernel, where PyTorch's form launches five; each number moves once.
+"""The rotation of rotary.py as one Triton kernel, where PyTorch launches five; each element is read and written once.
 
 Imported where it is called, so that nothing else needs Triton.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:  # So that transformers does not ask for it when it loads an exported model from the Hub.
+try:  # transformers requires every unguarded import of an exported model's code.
     import triton
     import triton.language as tl
 except ImportError:
@@ -29,7 +29,7 @@ def rotate(x_BLGN: Tensor, cos_L1R: Tensor, sin_L1R: Tensor) -> Tensor:
     if x_BLGN.numel() > 0:
         strides = (*x_BLGN.stride(), *cos_BLR.stride(), *sin_BLR.stride())
         blocks = {"BLOCK_G": triton.next_power_of_2(groups), "BLOCK_R": triton.next_power_of_2(planes)}
-        # One program a token: all its groups share the angles.
+        # One program per token: all its groups share the angles.
         launch: Any = _rotate_token[(batch * length,)]
         # Triton launches on the current device.
         with torch.cuda.device_of(x_BLGN):
@@ -74,10 +74,10 @@ def _rotate_token(
 
 @triton.jit
 def turn(source, target, source_step, target_step, c, s, inside):
-    """Planes (source[i], source[i + source_step]) by angles of cosine c and sine s; source and target may be one."""
+    """Rotate planes (source[i], source[i + source_step]) by cosine c and sine s; target may be source."""
     first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + source_step, mask=inside, other=0.0).to(tl.float32)
-    # Threads may hold numbers twice: none may store before all have loaded.
+    # Several threads may load the same element: none may store before all have loaded.
     tl.debug_barrier()
     tl.store(target, (first * c - second * s).to(target.dtype.element_ty), mask=inside)
     tl.store(target + target_step, (second * c + first * s).to(target.dtype.element_ty), mask=inside)

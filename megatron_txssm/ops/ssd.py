@@ -1,4 +1,4 @@
-"""The state-space operator as the model calls it: one signature, an explicit backend, checked shapes."""
+"""The state-space operator that the model calls: one signature, an explicit backend, checked shapes."""
 
 # B=batch L=sequence H=heads P=head dim G=groups N=state
 
@@ -11,7 +11,7 @@ from megatron_txssm.ops.ssd_torch import ssd_torch
 from megatron_txssm.ops.ssd_triton import import_error, is_available, ssd_step_triton, ssd_triton
 from megatron_txssm.ops.tracing import is_traced
 
-# "auto": triton where it is available and not traced, otherwise torch.
+# "auto": triton if available and not traced, otherwise torch.
 BACKENDS = ("auto", "reference", "torch", "triton")
 
 
@@ -30,16 +30,16 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_tᵀ, y_t = h_t C_t [+ D x_t]: returns `(y_BLHP, final_state_BHPN)`.
 
-    x_BLHP:         the values; y has their type.
+    x_BLHP:         the values; y has their dtype.
     dt_BLH:         step sizes after softplus, > 0.
     A_H:            decay rates, < 0.
-    B_BLGN, C_BLGN: input and output directions, rotated already; head h reads group h // (H / G).
-    chunk_size:     tokens; a matter of speed and memory (README.md), not of the function.
-    D_H:            what of x passes by the state.
+    B_BLGN, C_BLGN: input and output directions, already rotated; head h reads group h // (H / G).
+    chunk_size:     tokens; affects speed and memory (README.md), not the function.
+    D_H:            the skip connection from x to y.
     initial_state:  BHPN, the state of token 0's document before token 0; zero if absent.
     seq_idx:        BL integers, the number of each token's document; the state restarts from zero where it changes.
 
-    The final state is fp32 (fp64 for fp64 inputs), whatever the type of x: it goes on accumulating.
+    The final state is fp32 (fp64 for fp64 inputs) for any dtype of x, because it keeps accumulating.
     """
     backend = _chosen(backend, x_BLHP)
     _check_shapes(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, chunk_size, D_H, initial_state, seq_idx)
@@ -64,7 +64,7 @@ def ssd_step(
     D_H: Tensor | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """One token, as decoding computes it: `(y_BHP in x's type, the new state_BHPN)`; shapes as in `ssd`, without L."""
+    """One decoding step: `(y_BHP in x's dtype, the new state_BHPN)`; shapes as in `ssd`, without L."""
     inputs = (x_BHP, dt_BH, A_H, B_BGN, C_BGN, state_BHPN)
     # The kernel has no backward.
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*inputs, D_H))
@@ -75,7 +75,7 @@ def ssd_step(
 
 
 def is_fused(backend: str, x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether mamba-ssm's kernels, or ours, may take the place of what stands around `ssd`: chosen, and able to run."""
+    """Whether fused kernels (mamba-ssm's or ours) can replace the operators around `ssd`: selected, and able to run."""
     if _chosen(backend, x) != "triton" or x.dtype == torch.float64 or is_traced(x, *parameters):
         return False
     return import_error() is None
@@ -89,7 +89,7 @@ def _chosen(backend: str, x: Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not an SSD backend; use one of {', '.join(BACKENDS)}")
     if backend == "auto":
-        # A compiler or a transform of functions sees nothing of a kernel.
+        # Compilers and function transforms cannot see into a kernel.
         return "triton" if is_available(x) and not is_traced(x) else "torch"
     return backend
 

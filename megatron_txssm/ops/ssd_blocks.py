@@ -1,11 +1,11 @@
-"""What the forward and the backward pass of `ssd_torch` share: blocks of chunks, their memory, their operands.
+"""Shared by the forward and backward pass of `ssd_torch`: blocks of chunks, their buffers and operands.
 
 The derivation is in ops/README.md.
 """
 
 # B=batch (of a block: its rows) L=sequence H=heads=G·K P=head dim G=groups K=heads per group N=state
-# C=chunks (of a block) Q=chunk length; S=chunk length too: where tokens are paired, Q counts the readers (rows of C)
-# and S the sources (rows of B and x)
+# C=chunks (of a block) Q=S=chunk length: in pairs of tokens, Q counts the readers (rows of C) and S the sources (rows
+# of B and x)
 
 import threading
 from collections.abc import Iterator
@@ -17,23 +17,23 @@ from torch import Tensor
 from megatron_txssm.ops.ssd_reference import accumulation_dtype
 from megatron_txssm.ops.tracing import is_traced
 
-# On a CPU: tokens of a chunk at most, and of a block. Measured on caches of 1 MiB a core (tools/benchmark_ssd.py).
+# On a CPU: the maximum tokens per chunk and per block. Measured with 1 MiB of cache per core (tools/benchmark_ssd.py).
 CPU_CHUNK_TOKENS = 64
 CPU_BLOCK_TOKENS = 256
 
 
 class Block(NamedTuple):
-    """Some chunks of some rows: where its tokens are, and how many chunks they fill."""
+    """Some chunks of some rows: the slice of tokens, and how many chunks they fill."""
 
     rows: slice
     tokens: slice
     chunks: int
-    # Whether it is the first of its rows.
+    # Whether it is the first block of its rows.
     first: bool
 
 
 def blocks(x_BLHP: Tensor, chunk_size: int) -> Iterator[Block]:
-    """Row by row from left to right; rows that are shorter than a block share one."""
+    """Blocks row by row, left to right; rows shorter than a block share one."""
     batch, length = x_BLHP.shape[:2]
     block_tokens = CPU_BLOCK_TOKENS if x_BLHP.device.type == "cpu" else batch * length
     rows = max(1, block_tokens // length)
@@ -46,18 +46,18 @@ def blocks(x_BLHP: Tensor, chunk_size: int) -> Iterator[Block]:
 
 
 class Scratch:
-    """Memory that blocks use one after another: fresh memory costs a CPU more time than most of what is done in it."""
+    """Reusable buffers: on a CPU, allocating memory costs more than most of the arithmetic."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.options: Any = {"dtype": dtype, "device": device}
         self.buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """The buffer of this name, in this shape, with whatever it holds."""
+        """The named buffer in this shape, uninitialised."""
         size = torch.Size(shape).numel()
         buffer = self.buffers.get(name)
         if buffer is None or buffer.numel() < size:
-            # What is made in inference mode could not be written to outside.
+            # A tensor created in inference mode could not be written to outside of it.
             with torch.inference_mode(False):
                 buffer = torch.empty(size, **{**self.options, "dtype": dtype or self.options["dtype"]})
             self.buffers[name] = buffer
@@ -65,7 +65,7 @@ class Scratch:
 
     @classmethod
     def of(cls, x: Tensor) -> "Scratch":
-        """For operands like x. On a CPU it is kept from call to call, 20 MB at the sizes of the recipes."""
+        """Buffers for operands like x. On a CPU they are kept between calls: 20 MB at the recipes' sizes."""
         dtype = accumulation_dtype(x)
         if x.device.type != "cpu" or is_traced(x):
             return cls(dtype, x.device)
@@ -88,9 +88,9 @@ class Inputs(NamedTuple):
 
 
 class Operands:
-    """What both passes need of a block: its inputs in GEMM layouts, and the decays along its paths.
+    """A block's operands in both passes: its inputs in GEMM layouts, and the decays along its paths.
 
-    A decay is exp(sum of dt·A), the share in [0, 1] that survives; 0 where a document starts on the way. The sums are
+    A decay is exp(sum of dt·A), the fraction in [0, 1] that survives; 0 if a document starts on the path. The sums are
     differences of prefix sums, which cancel near the diagonal (A = -16, dt = 0.1, 64 tokens: -1.6 as the difference of
     two numbers near -100). Hence the logarithms, a small part of the work, are fp64.
     """
@@ -117,7 +117,7 @@ class Operands:
         self.source_to_reader_BCHQS = self.scratch("decay", B, C, G * K, Q, Q)
         exact_BCHQS = self.scratch("exact", B, C, G * K, Q, Q, dtype=torch.float64)
         self.source_to_reader_BCHQS.copy_(torch.sub(log_BCHQ[..., :, None], log_BCHQ[..., None, :], out=exact_BCHQS))
-        # Above the diagonal exp may overflow; what it gives there is overwritten, not multiplied.
+        # Above the diagonal exp may overflow; the values are overwritten there, not multiplied.
         self.source_to_reader_BCHQS.exp_().tril_()
         self.source_to_end_BCHS = (log_BCHQ[..., -1:] - log_BCHQ).exp_().to(dtype)
         self.start_to_reader_BCHQ = log_BCHQ.exp().to(dtype)
@@ -135,11 +135,11 @@ class Operands:
         self.start_to_end_BCH.masked_fill_(last_BC1 != previous_BC1, 0)
 
     def by_group(self, t_BCHQP: Tensor) -> Tensor:
-        """[B, C, H, Q, P] -> [B, C, G, Q, K, P]: the layout in which a group's heads share one GEMM."""
+        """[B, C, H, Q, P] -> [B, C, G, Q, K, P]: a group's heads share one GEMM."""
         return t_BCHQP.unflatten(2, self.sizes[3:5]).transpose(3, 4)
 
     def group_buffer(self, name: str) -> Tensor:
-        """Memory for that layout."""
+        """A buffer of [B, C, G, Q, K, P]."""
         B, C, Q, G, K, P, _ = self.sizes
         return self.scratch(name, B, C, G, Q, K, P)
 
@@ -148,9 +148,9 @@ class Operands:
         return bmm(self.C_BCGQN, self.B_BCGSN.mT, self.scratch("scores", B, C, G, Q, Q))
 
     def entering_states(self, state_BHPN: Tensor) -> Tensor:
-        """The state that enters each chunk, [B, C, H, P, N]; `state_BHPN` enters the block and becomes what leaves it.
+        """The state entering each chunk, [B, C, H, P, N]; updates `state_BHPN` from the block's entry to its exit.
 
-        A loop of a few small steps: as a GEMM with a C×C matrix of decays it is slower.
+        A loop of a few small steps is faster than a GEMM with a C×C matrix of decays.
         """
         B, C, _, G, K, P, N = self.sizes
         at_end_BCGSKP = self.group_buffer("by group")
@@ -169,7 +169,7 @@ class Operands:
 
 
 def write_tokens(tokens_BL: Tensor, value_BCQ: Tensor) -> None:
-    """Put [B, C, Q, ...] into [B, L, ...], as far as there are tokens; both may divide the heads into groups or not."""
+    """Copy [B, C, Q, ...] into [B, L, ...] without the padding; heads may be split into groups in either."""
     B, C, Q = value_BCQ.shape[:3]
     if tokens_BL.shape[1] == C * Q:
         target_BCQ = tokens_BL.unflatten(1, (C, Q))
@@ -181,20 +181,20 @@ def write_tokens(tokens_BL: Tensor, value_BCQ: Tensor) -> None:
 
 
 def bmm(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """left @ right into `out`; the leading dimensions of all three are one batch, without a copy."""
+    """left @ right into `out`; the leading dimensions of all three form one batch, without a copy."""
     torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out=out.view(-1, *out.shape[-2:]))
     return out
 
 
 def _into_chunks(t_BL: Tensor, chunk_size: int) -> Tensor:
-    """[B, L, ...] -> [B, C, Q, ...], zeros after the end.
+    """[B, L, ...] -> [B, C, Q, ...], zero-padded at the end.
 
     A padded token has dt = 0: it decays nothing and adds nothing, so the final state is that of the last real token.
     """
     padding = -t_BL.shape[1] % chunk_size
     if padding:
         last_BL = t_BL[:, -1:]
-        # Integers number documents, and the last one goes on.
+        # Integers are document numbers: the padding belongs to the last document.
         filling = torch.zeros_like(last_BL) if t_BL.is_floating_point() else last_BL
         t_BL = torch.cat([t_BL, *[filling] * padding], dim=1)
     return t_BL.unflatten(1, (-1, chunk_size))

@@ -1,11 +1,11 @@
-"""A state-space layer between its projections as one step of autograd: mamba-ssm's kernels and two of ours; CUDA only.
+"""A state-space layer between its projections as one autograd function: mamba-ssm's kernels and two of ours; CUDA only.
 
-It computes what rotary.py, softplus and `ssd` compute one after the other, with less around mamba-ssm's kernels: one
-kernel prepares a token's B, C and dt; the gradients of x, B, C and dt are written where they belong in that of the
-packed projection, and one kernel finishes them there. README.md counts launches and bytes.
+Same result as rotary.py, softplus and `ssd` in sequence, with fewer launches around mamba-ssm's kernels: one kernel
+prepares a token's B, C and dt; the gradients of x, B, C and dt are written directly into the packed projection's
+gradient, where a second kernel finishes them. README.md counts launches and bytes.
 
-mamba-ssm could take dt before the softplus, but computes log(exp(dt) + 1): that has three digits at dt = 1e-4, and is
-zero below 6e-8. What ssd_triton.py says of precision and reproducible bits holds here, too.
+mamba-ssm accepts dt before the softplus, but computes log(exp(dt) + 1), which has three digits at dt = 1e-4 and is
+zero below 6e-8. The notes on precision and reproducibility in ssd_triton.py apply here, too.
 
 Imported where it is called, so that nothing else needs Triton.
 """
@@ -46,21 +46,21 @@ def scan_packed(
 
     packed_LBE: columns x [H·P], B [G·N], C [G·N], dt [H] before bias and softplus, padding, whose gradient is zero.
     A_log_H:    A = -exp(A_log).
-    tables:     cosines and sines of `apply_rotary`, [L, R], fp32, without gradient; None: B and C are not turned.
+    tables:     cosines and sines of `apply_rotary`, [L, R], fp32, without gradient; None: B and C are not rotated.
     seq_idx:    as in `ssd`.
     """
     cos_LR, sin_LR = tables or (None, None)
     for table_LR in tables or ():
-        # Our kernels read rows of this width, one behind the other.
+        # Our kernels assume contiguous rows of this width.
         assert table_LR.shape == (packed_LBE.shape[0], sizes.state_size // 2) and table_LR.is_contiguous()
-    # The kernels give a chunk's state to a later chunk's tokens of the same number, whatever stands between them.
+    # The kernels give a chunk's state to all later tokens with the same number, even across another document.
     document_BL = None if seq_idx is None else number_documents(seq_idx)
     sizes = sizes._replace(chunk_size=rounded_chunk_size(sizes.chunk_size))
     return _ScanPacked.apply(packed_LBE.contiguous(), A_log_H, dt_bias_H, cos_LR, sin_LR, document_BL, sizes)
 
 
 def _kernels() -> tuple[Any, Any]:
-    """mamba-ssm's scan of a sequence forward and backward, outside autograd."""
+    """mamba-ssm's forward and backward scan of a sequence, outside autograd."""
     from mamba_ssm.ops.triton.ssd_combined import (  # pyright: ignore[reportMissingImports]
         _mamba_chunk_scan_combined_bwd,
         _mamba_chunk_scan_combined_fwd,
@@ -70,7 +70,7 @@ def _kernels() -> tuple[Any, Any]:
 
 
 class _ScanPacked(torch.autograd.Function):
-    """Keeps the packed projection, turned B and C, and dt; not y, as mamba-ssm's own function does without a need."""
+    """Saves the packed projection, rotated B and C, and dt; not y, which mamba-ssm's own function saves needlessly."""
 
     @staticmethod
     def forward(
@@ -99,7 +99,7 @@ class _ScanPacked(torch.autograd.Function):
         y_BLHP, *_ = scan(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, chunk_size=sizes.chunk_size, seq_idx=document_BL)
         ctx.save_for_backward(packed_LBE, turned_LBGN, dt_LBH, A_H, dt_bias_H, cos_LR, sin_LR, document_BL)
         ctx.sizes = sizes
-        # A copy but for a batch of one: mamba-ssm allocates y itself.
+        # A copy unless the batch is 1: mamba-ssm allocates y itself.
         return y_BLHP.transpose(0, 1).contiguous().flatten(2)
 
     @staticmethod
@@ -121,7 +121,7 @@ class _ScanPacked(torch.autograd.Function):
             A_H,
             B_BLGN,
             C_BLGN,
-            # In the place of y, of which it looks at nothing but the shape.
+            # In place of y, of which only the shape is used.
             x_BLHP,
             sizes.chunk_size,
             seq_idx=document_BL,
@@ -144,7 +144,7 @@ def _x_and_BC(packed_LBE: Tensor, heads: int, sizes: Sizes) -> tuple[Tensor, Ten
 
 
 def _launch(kernel: Any, packed_LBE: Tensor, heads: int, sizes: Sizes, *tensors: Tensor | None) -> None:
-    """One program a token: all its groups share the angles."""
+    """One program per token: all its groups share the angles."""
     length, batch, columns = packed_LBE.shape
     start, groups, planes = heads * sizes.head_dim, 2 * sizes.groups, sizes.state_size // 2
     end = start + groups * sizes.state_size
@@ -189,7 +189,7 @@ def _prepare_token(
         _turn_groups(source + start, target, cos, sin, 1.0, token // batch, groups, planes, BLOCK_G, BLOCK_R)
     h = tl.arange(0, BLOCK_H)
     raw = _raw_dt(source + end, dt_bias, h, heads)
-    # softplus(z) = max(z, 0) + log(1 + u), u = exp(-|z|); the last term is what the sum was rounded by.
+    # softplus(z) = max(z, 0) + log(1 + u), u = exp(-|z|); the last term corrects the rounding of 1 + u.
     u = tl.exp(-tl.abs(raw))
     total = 1.0 + u
     log1p = tl.log(total) + (u - (total - 1.0)) / total
@@ -228,7 +228,7 @@ def _finish_token(
     raw = _raw_dt(packed + token * columns + end, dt_bias, h, heads)
     gradient = tl.load(ddt + token * heads + h, mask=h < heads, other=0.0) * tl.sigmoid(raw)
     tl.store(target + end + h, gradient.to(dpacked.dtype.element_ty), mask=h < heads)
-    # In fp32 for the bias, whose gradient is the sum over all tokens.
+    # fp32, because the bias's gradient sums over all tokens.
     tl.store(ddt + token * heads + h, gradient, mask=h < heads)
     padding = end + heads + tl.arange(0, BLOCK_E)
     tl.store(target + padding, tl.zeros([BLOCK_E], dpacked.dtype.element_ty), mask=padding < columns)
@@ -238,7 +238,7 @@ def _finish_token(
 def _turn_groups(
     source, target, cos, sin, direction, position, groups, planes, BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr
 ):
-    """All groups of a token, which lie side by side, by the angles of its position; source and target may be one."""
+    """Rotate all groups of a token, which are adjacent, by the angles of its position; target may be source."""
     g = tl.arange(0, BLOCK_G)[:, None]
     r = tl.arange(0, BLOCK_R)[None, :]
     c = tl.load(cos + position * planes + r, mask=r < planes, other=0.0)
@@ -249,7 +249,7 @@ def _turn_groups(
 
 @triton.jit
 def _raw_dt(source, dt_bias, h, heads):
-    """What stands under the softplus."""
+    """dt with its bias, before the softplus."""
     raw = tl.load(source + h, mask=h < heads, other=0.0).to(tl.float32)
     if dt_bias is not None:
         raw += tl.load(dt_bias + h, mask=h < heads, other=0.0).to(tl.float32)

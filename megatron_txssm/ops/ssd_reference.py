@@ -13,15 +13,15 @@ from torch.nn import functional as F
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """The type of states and decays: fp32 for bf16, fp16 and fp32 inputs, fp64 for fp64 ones."""
+    """The dtype of states and decays: fp32 for bf16, fp16 and fp32 inputs, fp64 for fp64 inputs."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def number_documents(seq_idx_BL: Tensor) -> Tensor:
-    """Numbers the packed documents 0, 1, 2, … by the changes of `seq_idx` so far, [B, L], int32.
+    """Number the packed documents 0, 1, 2, … by counting the changes of `seq_idx`, [B, L], int32.
 
-    Unlike `seq_idx` itself a number never comes back: equal ones mean no reset in between. The initial state belongs to
-    number 0.
+    Unlike values of `seq_idx`, a number never recurs: equal numbers mean no reset in between. The initial state belongs
+    to document 0.
     """
     changes = seq_idx_BL[:, 1:] != seq_idx_BL[:, :-1]
     return F.pad(changes.cumsum(1, dtype=torch.int32), (1, 0))
@@ -30,10 +30,10 @@ def number_documents(seq_idx_BL: Tensor) -> Tensor:
 def ssd_step(
     x_BHP: Tensor, dt_BH: Tensor, A_H: Tensor, B_BGN: Tensor, C_BGN: Tensor, state_BHPN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token: decay the state, add the token, read the state out. This is also how a model decodes.
+    """One token: decay the state, add the token, read the state out. Decoding uses it, too.
 
     `dt_BH` is the step after softplus (> 0), `A_H` is negative; head h reads group h // (H / G) of B and C.
-    Returns `y_BHP` in x's type and the new state in fp32 (fp64 for fp64 inputs).
+    Returns `y_BHP` in x's dtype and the new state in fp32 (fp64 for fp64 inputs).
     """
     dtype = accumulation_dtype(x_BHP)
     dt_BH11 = dt_BH.to(dtype)[:, :, None, None]
@@ -43,7 +43,7 @@ def ssd_step(
     C_BH1N = C_BGN.to(dtype).repeat_interleave(heads_per_group, dim=1)[:, :, None, :]
 
     state_BHPN = decay_BH11 * state_BHPN.to(dtype) + dt_BH11 * x_BHP.to(dtype)[..., None] * B_BH1N
-    # Not a product of matrices, whose factors autocast would round to bf16.
+    # Not a matmul: autocast would round its operands to bf16.
     y_BHP = (state_BHPN * C_BH1N).sum(-1)
     return y_BHP.to(x_BHP.dtype), state_BHPN
 
@@ -58,7 +58,7 @@ def ssd_reference(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ssd_step` over every token: `(y_BLHP in x's type, final_state_BHPN in fp32 or fp64)`.
+    """`ssd_step` over every token: `(y_BLHP in x's dtype, final_state_BHPN in fp32 or fp64)`.
 
     `initial_state` (BHPN, zero if absent) belongs to the document of token 0. `seq_idx` (BL, integers) numbers the
     packed documents: the state is zeroed before token t wherever seq_idx[t] differs from seq_idx[t-1].
@@ -68,7 +68,7 @@ def ssd_reference(
     if state_BHPN is None:
         state_BHPN = x_BLHP.new_zeros(batch, heads, head_dim, B_BLGN.shape[-1], dtype=accumulation_dtype(x_BLHP))
 
-    # unbind, not x[:, t]: the backward of one index is a tensor of the full length, which would make the loop O(L²).
+    # unbind, not x[:, t]: the backward of each index makes a full-length tensor, so the loop would be O(L²).
     tokens = zip(x_BLHP.unbind(1), dt_BLH.unbind(1), B_BLGN.unbind(1), C_BLGN.unbind(1), strict=True)
     outputs = []
     for t, (x_BHP, dt_BH, B_BGN, C_BGN) in enumerate(tokens):

@@ -1,8 +1,8 @@
-"""SSD in chunks: quadratic inside a chunk, a recurrence of states between chunks; plain PyTorch with its own backward.
+"""Chunked SSD: quadratic inside a chunk, a recurrence of states between chunks; plain PyTorch with its own backward.
 
-Work goes block by block, a few chunks at a time, so that what is computed on the way stays in a CPU's cache; only the
-inputs and the state that enters each block are kept for the backward pass, which computes the rest again.
-Source: arXiv:2405.21060, section 6 (block decomposition). The derivation is in ops/README.md, the letters in
+It works on blocks of a few chunks, so that intermediates stay in a CPU's cache. Only the inputs and the state entering
+each block are saved for the backward pass, which recomputes the rest.
+Source: arXiv:2405.21060, section 6 (block decomposition). The derivation is in ops/README.md, the shape letters in
 ssd_blocks.py.
 """
 
@@ -28,10 +28,10 @@ def ssd_torch(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The function of `ssd_reference`, at any length: `(y_BLHP in x's type, final_state_BHPN in fp32 or fp64)`.
+    """Same function as `ssd_reference`, at any length: `(y_BLHP in x's dtype, final_state_BHPN in fp32 or fp64)`.
 
-    `chunk_size` (tokens) changes speed, memory and rounding, never the function; on a CPU it is at most 64. What is
-    traced (tracing.py), or differentiated more than once, is computed by `ssd_traced`.
+    `chunk_size` (tokens) affects speed, memory and rounding, not the function; on a CPU it is at most 64. `ssd_traced`
+    takes over under tracing (tracing.py) and for higher-order derivatives.
     """
     if x_BLHP.device.type == "cpu":
         chunk_size = min(chunk_size, CPU_CHUNK_TOKENS)
@@ -75,7 +75,7 @@ class _Ssd(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_BLHP: Tensor, dstate_BHPN: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, document_BL, initial_state_BHPN, *entering = ctx.saved_tensors
-        # Grad mode is on where the gradient is to be differentiated in turn.
+        # Grad mode is on if the gradient itself will be differentiated.
         if torch.is_grad_enabled() or is_traced(dy_BLHP, dstate_BHPN):
             return _traced_backward(ctx, dy_BLHP, dstate_BHPN)
         inputs = Inputs(x, dt, A, B, C, document_BL)
@@ -99,7 +99,7 @@ class _Ssd(torch.autograd.Function):
 
 
 def _traced_backward(ctx: Any, dy_BLHP: Tensor, dstate_BHPN: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients as plain operators, which have gradients of their own."""
+    """The gradients by plain operators, which are themselves differentiable."""
     x, dt, A, B, C, document_BL, initial_state_BHPN, *_ = ctx.saved_tensors
     inputs = (x, dt, A, B, C, initial_state_BHPN)
     with torch.enable_grad():
@@ -112,14 +112,14 @@ def _traced_backward(ctx: Any, dy_BLHP: Tensor, dstate_BHPN: Tensor) -> tuple[Te
 
 
 def _forward_block(operands: Operands, state_BHPN: Tensor, y_BLHP: Tensor) -> None:
-    """Writes `y_BLHP`; `state_BHPN` becomes the state behind the block."""
+    """Writes `y_BLHP`; updates `state_BHPN` to the state after the block."""
     B, C, Q, G, K, P, _ = operands.sizes
     scratch, by_group = operands.scratch, operands.by_group
     # Inside a chunk: masked attention. Scores belong to a group and decays to a head, so B and C are never repeated.
     weights_BCHQS = operands.source_to_reader_BCHQS
     weights_BCHQS.unflatten(2, (G, K)).mul_(operands.scores()[:, :, :, None])
     y_inside_BCHQP = bmm(weights_BCHQS, operands.dtx_BCHSP, scratch("y", B, C, G * K, Q, P))
-    # What the readers see of the state that enters their chunk: one GEMM per group, with its common C.
+    # Readers' share of the state entering their chunk: one GEMM per group, whose heads share C.
     entering_BCHPN = operands.entering_states(state_BHPN)
     states_BCGKPN = entering_BCHPN.unflatten(2, (G, K)).flatten(3, 4)
     y_entering_BCGQKP = operands.group_buffer("by group")
@@ -130,12 +130,12 @@ def _forward_block(operands: Operands, state_BHPN: Tensor, y_BLHP: Tensor) -> No
 
 
 class _BlockGradients(NamedTuple):
-    """Of the inputs of a block's tokens; what stands in `scratch` is lost with the next block."""
+    """Gradients of a block's inputs; the next block overwrites those in `scratch`."""
 
     dx_BCQGKP: Tensor
-    # By x·dt; what comes by the decays is in the next one.
+    # Through x·dt; the part through the decays is in dlog.
     ddt_BCQH: Tensor
-    # Of the logarithm of each token's own decay, dt·A.
+    # Of each token's own log decay, dt·A.
     dlog_BCQH: Tensor
     dB_BCQGN: Tensor
     dC_BCQGN: Tensor
@@ -144,7 +144,7 @@ class _BlockGradients(NamedTuple):
 def _backward_block(
     operands: Operands, entering_BCHPN: Tensor, dstate_BHPN: Tensor, dy_BLHP: Tensor
 ) -> _BlockGradients:
-    """`dstate_BHPN`, of the state behind the block, becomes the gradient of the state before it."""
+    """Updates `dstate_BHPN` from the gradient of the state after the block to that of the state before it."""
     B, C, Q, G, K, P, _ = operands.sizes
     dy_BCHQP = operands.scratch("dy", B, C, G * K, Q, P)
     dy_BCHQP.copy_(operands.chunked(dy_BLHP).transpose(2, 3))
@@ -153,7 +153,7 @@ def _backward_block(
     ddtx_BCGSKP, dB_BCGSN, dadd_BCHS = _through_sources(operands, dentering_BCHPN)
     dpath_BCHQ = _through_pairs(operands, dy_BCHQP, ddtx_BCGSKP, dB_BCGSN, dC_BCGQN)
 
-    # A token's dt·A is on every path that crosses it: from a source before it to a reader at or behind it.
+    # A token's dt·A is on every path across it: from a source before it to a reader at or after it.
     dpath_BCHQ += dread_BCHQ
     dpath_BCHQ -= dadd_BCHS
     dthrough_BCH1 = dadd_BCHS.sum(-1, keepdim=True) + (dend_BCH * operands.start_to_end_BCH)[..., None]
@@ -169,14 +169,14 @@ def _backward_block(
 
 
 def _through_readers(operands: Operands, entering_BCHPN: Tensor, dy_BCHQP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the states that enter the chunks, of C, and of the logarithm of each reader's decay."""
+    """Gradients of the states entering the chunks, of C, and of each reader's log decay."""
     B, C, Q, G, K, P, N = operands.sizes
     scratch, by_group = operands.scratch, operands.by_group
     read_BCGQKP = operands.group_buffer("by group")
     torch.mul(by_group(dy_BCHQP), by_group(operands.start_to_reader_BCHQ[..., None]), out=read_BCGQKP)
     dentering_BCGKPN = scratch("added", B, C, G, K * P, N)
     bmm(read_BCGQKP.flatten(4).mT, operands.C_BCGQN, dentering_BCGKPN)
-    # By head, as each head's decay has a gradient.
+    # Per head, because each head's decay has a gradient.
     dC_BCHQN = bmm(dy_BCHQP, entering_BCHPN, scratch("by head", B, C, G * K, Q, N))
     dC_BCGQN, dread_BCHQ = _over_heads(
         dC_BCHQN, operands.C_BCGQN, operands.start_to_reader_BCHQ, scratch("dC", B, C, G, Q, N)
@@ -187,7 +187,8 @@ def _through_readers(operands: Operands, entering_BCHPN: Tensor, dy_BCHQP: Tenso
 def _through_states(operands: Operands, entering_BCHPN: Tensor, dentering_BCHPN: Tensor, dstate_BHPN: Tensor) -> Tensor:
     """From the last chunk to the first; returns the gradient of each chunk's decay, [B, C, H].
 
-    `dstate_BHPN` becomes that of the state before the block, `dentering_BCHPN` that of what each chunk adds.
+    Updates `dstate_BHPN` to the gradient of the state before the block, `dentering_BCHPN` to that of each chunk's
+    added state.
     """
     dend_BCH = torch.empty_like(operands.start_to_end_BCH)
     behind_BHPN = operands.scratch("state", *dstate_BHPN.shape)
@@ -201,7 +202,7 @@ def _through_states(operands: Operands, entering_BCHPN: Tensor, dentering_BCHPN:
 
 
 def _through_sources(operands: Operands, dadded_BCHPN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of dt·x, of B, and of the logarithm of each source's decay, by what the chunks add to the state."""
+    """Gradients of dt·x, of B, and of each source's log decay, through the states that the chunks add."""
     B, C, Q, G, K, _, N = operands.sizes
     dB_BCHSN = bmm(operands.dtx_BCHSP, dadded_BCHPN, operands.scratch("by head", B, C, G * K, Q, N))
     dB_BCGSN, dadd_BCHS = _over_heads(
@@ -216,10 +217,10 @@ def _through_sources(operands: Operands, dadded_BCHPN: Tensor) -> tuple[Tensor, 
 def _through_pairs(
     operands: Operands, dy_BCHQP: Tensor, ddtx_BCGSKP: Tensor, dB_BCGSN: Tensor, dC_BCGQN: Tensor
 ) -> Tensor:
-    """Adds to the gradients of dt·x, B and C what comes by the pairs inside a chunk.
+    """Adds the part through the pairs inside a chunk to the gradients of dt·x, B and C.
 
-    Returns, of each token, the gradients of the logarithms of its paths as a reader less those as a source,
-    [B, C, H, Q]. The sums are fp64 and of the same numbers, as rows cancel against columns.
+    Returns, for each token, the gradients of its paths' log decays as a reader minus those as a source, [B, C, H, Q].
+    Both sums are fp64 sums of the same numbers, because rows cancel against columns.
     """
     B, C, Q, G, K, P, N = operands.sizes
     H, scratch = G * K, operands.scratch
@@ -243,7 +244,7 @@ def _through_pairs(
 def _over_heads(
     of_heads_BCHQN: Tensor, of_group_BCGQN: Tensor, decay_BCHQ: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A GEMM's result by head, not decayed yet -> the group's gradient, and that of the logarithm of each decay."""
+    """A GEMM's per-head result before decay -> the group's gradient, and that of each log decay."""
     of_heads_BCHQN.mul_(decay_BCHQ[..., None])
     of_heads_BCGKQN = of_heads_BCHQN.unflatten(2, (of_group_BCGQN.shape[2], -1))
     torch.sum(of_heads_BCGKQN, 3, out=out)

@@ -1,14 +1,14 @@
-"""SSD in chunks, written for compilers: one expression of plain operators, all chunks at once.
+"""Chunked SSD for compilers: plain operators only, all chunks at once.
 
-`ssd_torch` takes it where it is traced (tracing.py). Whatever can read operators can read it: torch.compile,
-torch.export, vmap, torch.func's jvp, repeated differentiation. Nothing is computed again in the backward
-pass, unless the compiler decides so: memory grows by a chunk's pairs.
+`ssd_torch` uses it under tracing (tracing.py). It works with torch.compile, torch.export, vmap, torch.func's jvp and
+repeated differentiation. The backward pass recomputes nothing unless the compiler chooses to, so the pairs of all
+chunks stay in memory.
 Source: arXiv:2405.21060, section 6 and listing 1. The derivation is in ops/README.md.
 """
 
 # B=batch L=sequence H=heads=G·K P=head dim G=groups K=heads per group N=state
-# C=chunks Q=chunk length; S=chunk length too: readers and sources, as in ssd_blocks.py
-# E=C+1 edges of chunks: the first one's start, every one's end; R=the edge that reads
+# C=chunks Q=chunk length (readers) S=chunk length (sources), as in ssd_blocks.py
+# E=C+1 edges: the first chunk's start and every chunk's end; R=the edge that reads
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,8 @@ def ssd_traced(
     initial_state: Tensor,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The function of `ssd_reference`: `(y_BLHP in x's type, final_state_BHPN in fp32 or fp64)`."""
-    # Else the products of matrices would be rounded to bf16.
+    """Same function as `ssd_reference`: `(y_BLHP in x's dtype, final_state_BHPN in fp32 or fp64)`."""
+    # Autocast would round the operands of matmuls to bf16.
     with torch.autocast(x_BLHP.device.type, enabled=False):
         dtype, length = accumulation_dtype(x_BLHP), x_BLHP.shape[1]
         groups = B_BLGN.shape[2]
@@ -37,7 +37,7 @@ def ssd_traced(
         dtx_BLHP = x_BLHP.to(dtype) * dt_BLH.to(dtype)[..., None]
         dtx_BCGKSP = _chunked(dtx_BLHP, chunk_size).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)
         B_BCGSN, C_BCGQN = (_chunked(t.to(dtype), chunk_size).transpose(2, 3) for t in (B_BLGN, C_BLGN))
-        # Logarithms of decays, fp64 (ssd_blocks.py says why): from a chunk's start, and from the sequence's.
+        # Log decays in fp64 (see ssd_blocks.py): from the chunk's start, and from the sequence's.
         log_BCHQ = _chunked(dt_BLH.double() * A_H.double(), chunk_size).cumsum(2).transpose(2, 3)
         edge_BHE = F.pad(log_BCHQ[..., -1].cumsum(1), (0, 0, 1, 0)).transpose(1, 2)
 
@@ -53,7 +53,7 @@ def ssd_traced(
         inside_BCGKQP = torch.einsum("bcgkqs,bcgksp->bcgkqp", weights_BCGKQS, dtx_BCGKSP)
         at_end_BCGKSP = dtx_BCGKSP * end_BCGKS[..., None]
         added_BCHPN = torch.einsum("bcgksp,bcgsn->bcgkpn", at_end_BCGKSP, B_BCGSN).flatten(2, 3)
-        # The states at all edges by one product: a loop over chunks would fix the length.
+        # The states at all edges by one matmul: a loop over chunks would fix the length.
         sources_BEHPN = torch.cat([initial_state.to(dtype)[:, None], added_BCHPN], dim=1)
         states_BRHPN = torch.einsum("bhre,behpn->brhpn", edges_BHRE, sources_BEHPN)
         entering_BCGKPN = states_BRHPN[:, :-1].unflatten(2, (groups, -1))
@@ -63,20 +63,20 @@ def ssd_traced(
 
 
 def _chunked(t_BL: Tensor, chunk_size: int) -> Tensor:
-    """[B, L, ...] -> [B, C, Q, ...], zeros after the end."""
+    """[B, L, ...] -> [B, C, Q, ...], zero-padded at the end."""
     padded_BL = F.pad(t_BL, [0, 0] * (t_BL.dim() - 2) + [0, -t_BL.shape[1] % chunk_size])
     return padded_BL.unflatten(1, (-1, chunk_size))
 
 
 def _decay(log: Tensor, is_open: Tensor) -> Tensor:
-    # Where it is closed the logarithm may be large: masked after exp, its gradient would be 0·inf.
+    # On closed paths the logarithm may be large: masking after exp would give a gradient of 0·inf.
     return log.masked_fill(~is_open, float("-inf")).exp()
 
 
 def _open_paths(seq_idx_BL: Tensor | None, log_BCHQ: Tensor, chunk_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Which paths are open: source to reader, source to end, start to reader of a chunk; edge to later edge.
+    """Open paths: source to reader, source to end, start to reader of a chunk; edge to later edge.
 
-    Forwards in time, and inside one document; [B or 1, C or 1, 1, …], booleans.
+    A path is open forwards in time, inside one document; [B or 1, C or 1, 1, …], booleans.
     """
     device = log_BCHQ.device
     token_Q = torch.arange(chunk_size, device=device)

@@ -1,16 +1,16 @@
-"""SSD by mamba-ssm's Triton kernels, behind the signatures of `ssd_torch` and `ssd_step`; CUDA only.
+"""SSD by mamba-ssm's Triton kernels, with the signatures of `ssd_torch` and `ssd_step`; CUDA only.
 
-Source of the kernels: arXiv:2405.21060; what is said of them here holds for mamba-ssm 2.3.2.post1, which is imported
-where a kernel is called, so that nothing else needs it.
+Source of the kernels: arXiv:2405.21060. The notes below hold for mamba-ssm 2.3.2.post1, which is imported where a
+kernel is called, so that nothing else needs it.
 
-Precision: sums are fp32, but the operands of every product are rounded to x's type (chunk states, too), and on a GPU
-those of fp32 tensors to TF32, unless TRITON_F32_DEFAULT=ieee is in the environment.
+Precision: sums are fp32, but the operands of every product (chunk states, too) are rounded to x's dtype, and on a GPU
+fp32 operands are rounded to TF32 unless TRITON_F32_DEFAULT=ieee is set in the environment.
 
-Reproducible bits: kernels that add without atomics are taken under torch.use_deterministic_algorithms, which Megatron's
-`--deterministic-mode` sets. The block sizes, which order the sums, are fixed only if that holds, or
-MAMBA_DETERMINISTIC=1 is in the environment, when mamba-ssm is imported; else they are those that a process of this
-machine found to be the fastest (TRITON_CACHE_AUTOTUNING).
-Megatron imports it before it reads its arguments: training/pretrain.py sets the variable.
+Bitwise reproducibility: torch.use_deterministic_algorithms, which Megatron's `--deterministic-mode` sets, selects
+kernels without atomics. Block sizes determine the order of sums. They are fixed only if that mode is on, or
+MAMBA_DETERMINISTIC=1 is set in the environment, when mamba-ssm is imported; otherwise they are those that a process on
+this machine measured as fastest (TRITON_CACHE_AUTOTUNING).
+Megatron imports mamba-ssm before it reads its arguments, so training/pretrain.py sets the variable.
 """
 
 # B=batch L=sequence H=heads P=head dim G=groups N=state
@@ -23,18 +23,18 @@ from torch import Tensor
 
 from megatron_txssm.ops.ssd_reference import number_documents
 
-# What a kernel can address: it multiplies indices and strides in 32 bits and does not notice when they overflow
+# The largest offset that a kernel can address: it computes index times stride in 32 bits, and overflow is silent
 # (mamba issue 1015).
 MAX_OFFSET = 2**31 - 1
 
 
 def is_available(x: Tensor) -> bool:
-    """Whether the kernels can take `x`: it is on a CUDA device and no fp64, and mamba-ssm can be imported."""
+    """Whether the kernels support `x`: it is on a CUDA device, its dtype is not fp64, and mamba-ssm can be imported."""
     return x.is_cuda and x.dtype != torch.float64 and import_error() is None
 
 
 def why_unavailable() -> str | None:
-    """What keeps the kernels from running in this process; None where nothing does."""
+    """Why the kernels cannot run in this process; None if they can."""
     if not torch.cuda.is_available():
         return "it needs a CUDA device, and there is none"
     error = import_error()
@@ -45,18 +45,18 @@ def why_unavailable() -> str | None:
 
 @functools.cache
 def import_error() -> ImportError | None:
-    """Why the kernels cannot be imported; None where they can."""
+    """The error from importing the kernels; None if there is none."""
     try:
         _kernels()
     except ImportError as error:
-        # Its traceback would keep alive what the callers hold: a data loader, without whose end no process ends.
+        # The traceback would keep the callers' objects alive, a data loader among them, and the process would not exit.
         return error.with_traceback(None)
     return None
 
 
 def _kernels() -> tuple[Any, Any]:
-    """mamba-ssm's scan of a sequence and its step of one token."""
-    try:  # So that transformers does not ask for it when it loads an exported model from the Hub.
+    """mamba-ssm's scan of a sequence, and its single-token step."""
+    try:  # transformers requires every unguarded import of an exported model's code.
         from mamba_ssm.ops.triton.selective_state_update import (  # pyright: ignore[reportMissingImports]
             selective_state_update,
         )
@@ -71,7 +71,7 @@ def _kernels() -> tuple[Any, Any]:
 
 @functools.cache
 def has_scan_outside_autograd() -> bool:
-    """Whether mamba-ssm has what ssd_fused_triton.py calls, which is none of its public functions."""
+    """Whether mamba-ssm has the private functions that ssd_fused_triton.py calls."""
     try:
         from mamba_ssm.ops.triton.ssd_combined import (  # noqa: F401  # pyright: ignore[reportMissingImports]
             _mamba_chunk_scan_combined_bwd,
@@ -94,15 +94,15 @@ def ssd_triton(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The function of `ssd`: `(y_BLHP in x's type, final_state_BHPN in fp32)`.
+    """Same function as `ssd`: `(y_BLHP in x's dtype, final_state_BHPN in fp32)`.
 
     Any length and any strides. D·x is added before y is rounded.
     """
     if x_BLHP.dtype == torch.float64:
-        raise ValueError("x.dtype=torch.float64 is none of the kernels' types; use fp32, bf16 or backend='torch'")
+        raise ValueError("x.dtype=torch.float64 is not supported by the kernels; use fp32, bf16 or backend='torch'")
     scan, _ = _require_kernels()
     chunk_size = rounded_chunk_size(chunk_size)
-    # They multiply tensors of one type.
+    # The kernels require operands of one dtype.
     B_BLGN, C_BLGN = B_BLGN.to(x_BLHP.dtype), C_BLGN.to(x_BLHP.dtype)
     check_size(x_BLHP, dt_BLH, B_BLGN, C_BLGN, chunk_size)
     y_BLHP, final_state_BHPN = scan(
@@ -114,8 +114,8 @@ def ssd_triton(
         chunk_size=chunk_size,
         D=D_H,
         initial_states=initial_state,
-        # They give the initial state to the documents numbered 0, and a chunk's state to a later chunk's tokens of the
-        # same number, whatever stands between them.
+        # The kernels give the initial state to documents numbered 0, and a chunk's state to all later tokens with the
+        # same number, even across another document.
         seq_idx=None if seq_idx is None else number_documents(seq_idx),
         return_final_states=True,
     )
@@ -132,14 +132,14 @@ def ssd_step_triton(
     *,
     D_H: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The function of `ssd_step`: `(y_BHP in x's type, the new state in fp32)`. The kernel has no backward."""
+    """Same function as `ssd_step`: `(y_BHP in x's dtype, the new state in fp32)`. The kernel has no backward."""
     _, step = _require_kernels()
     head_dim, state_size = state_BHPN.shape[-2:]
-    # The kernel writes into the state it is given.
+    # The kernel updates the state in place.
     state_BHPN = state_BHPN.float().clone()
     dt_BHP = dt_BH[..., None].expand(-1, -1, head_dim)
     A_HPN = A_H[:, None, None].expand(-1, head_dim, state_size)
-    # It asks for the strides of its optional D and dt_bias, absent or not.
+    # It reads the strides of the optional D and dt_bias even when they are absent.
     zeros_HP = A_H.new_zeros(()).expand(A_H.shape[0], head_dim)
     D_HP = zeros_HP if D_H is None else D_H[:, None].expand(-1, head_dim)
     y_BHP = step(state_BHPN, x_BHP, dt_BHP, A_HPN, B_BGN, C_BGN, D=D_HP, dt_bias=zeros_HP, dt_softplus=False)
@@ -155,18 +155,18 @@ def _require_kernels() -> tuple[Any, Any]:
 
 
 def rounded_chunk_size(chunk_size: int) -> int:
-    """The power of two of at least 16 above it, as the kernels' blocks are."""
+    """The next power of two, at least 16: the kernels' block size."""
     return max(16, 1 << (chunk_size - 1).bit_length())
 
 
 def check_size(x_BLHP: Tensor, dt_BLH: Tensor, B_BLGN: Tensor, C_BLGN: Tensor, chunk_size: int) -> None:
-    """ValueError where an offset in a tensor, ours or the kernels' own, would overflow."""
+    """ValueError if an offset into a tensor, ours or the kernels' own, would overflow."""
     batch, length, heads, head_dim = x_BLHP.shape
     groups, state_size = B_BLGN.shape[2:]
     ours = [(t.shape[0] - 1) * t.stride(0) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN)]
     ours += [(length - 1) * t.stride(1) for t in (x_BLHP, dt_BLH, B_BLGN, C_BLGN)]
     chunks = -(-length // chunk_size)
-    # y, the scores of pairs, the states of chunks.
+    # y, pair scores, chunk states.
     a_chunk = max(chunk_size * heads * head_dim, groups * chunk_size**2, heads * head_dim * state_size)
     if max(*ours, batch * chunks * a_chunk) > MAX_OFFSET:
         raise ValueError(

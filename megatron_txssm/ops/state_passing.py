@@ -1,8 +1,8 @@
-"""What a scan of one piece of a sequence lacks: the state that enters it from the pieces before.
+"""Adds the state h that enters a piece of a sequence to the scan of that piece from an empty state.
 
-    y_t += exp(Σ_{r≤t} dt_r A) h C_t        and the piece lets through the share exp(Σ_r dt_r A) of h
+    y_t += exp(Σ_{r≤t} dt_r A) h C_t        the fraction exp(Σ_r dt_r A) of h leaves the piece
 
-Source: arXiv:2405.21060, section 8.2 (sequence parallelism). Documents that start in a piece shut the state out.
+Source: arXiv:2405.21060, section 8.2 (sequence parallelism). A document that starts in the piece blocks the state.
 """
 
 # B=batch (of pieces) L=length of a piece H=heads P=head dim G=groups K=heads per group N=state
@@ -14,9 +14,9 @@ from megatron_txssm.ops.ssd_reference import accumulation_dtype
 
 
 def surviving_share(dt_BLH: Tensor, A_H: Tensor, open_BL: Tensor | None) -> Tensor:
-    """The share of the entering state that is left at each token, [B, L, H], fp32 (fp64 for fp64 inputs).
+    """The fraction of the entering state that survives to each token, [B, L, H], fp32 (fp64 for fp64 inputs).
 
-    `open_BL` says which tokens belong to the document of the entering state. The logarithms are summed in fp64.
+    `open_BL` marks the tokens of the entering state's document. Logarithms are summed in fp64.
     """
     log_BLH = (dt_BLH.double() * A_H.double()).cumsum(1)
     if open_BL is not None:
@@ -25,9 +25,9 @@ def surviving_share(dt_BLH: Tensor, A_H: Tensor, open_BL: Tensor | None) -> Tens
 
 
 def read_entering_state(share_BLH: Tensor, C_BLGN: Tensor, state_BHPN: Tensor) -> Tensor:
-    """What every token reads of the entering state, [B, L, H, P], in the state's type."""
+    """The entering state's contribution to y, [B, L, H, P], in the state's dtype."""
     G, head_dim = C_BLGN.shape[2], state_BHPN.shape[2]
-    # One GEMM per group, with its common C.
+    # One GEMM per group: its heads share C.
     state_BGKPN = state_BHPN.unflatten(1, (G, -1)).flatten(2, 3)
     C_BGLN = C_BLGN.to(state_BHPN.dtype).transpose(1, 2)
     # Autocast would round both factors to bf16.

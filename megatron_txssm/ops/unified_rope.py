@@ -1,7 +1,7 @@
 """Unified rotary position embedding (arXiv:2506.09507, eq. 1-5): one spectrum for attention's Q, K and SSD's C, B.
 
-θ_i = base^(-2i/d), i = 0 … d/2-1, for a vector of width d. Attention's heads (d = 64) and the state (d = 128) differ
-in width, not in spectrum: the narrower one turns at every second frequency of the wider one.
+θ_i = base^(-2i/d), i = 0 … d/2-1, for a vector of width d. Attention heads (d = 64) and the state (d = 128) differ in
+width, not in spectrum: the narrower one uses every second frequency of the wider one.
 """
 
 # L=sequence R=width/2 planes of rotation
@@ -15,15 +15,15 @@ TABLE_PRECISIONS = ("fp32", "fp64")
 
 
 class UnifiedRotaryEmbedding:
-    """The owner of the spectrum: angles, and their cosines and sines, for any width.
+    """Owns the spectrum: angles, and their cosines and sines, for any width.
 
-    A plain object, not a module: it has nothing to train or to save, so nothing of it enters a checkpoint.
+    A plain object, not a module: it has no parameters and adds nothing to a checkpoint.
 
     base:                 θ_i = base^(-2i/d).
     interpolation_factor: positions are divided by it (linear interpolation, arXiv:2306.15595).
-    table_precision:      "fp32" multiplies position and frequency in fp32, bit by bit as Megatron does; the angle's
+    table_precision:      "fp32" multiplies position and frequency in fp32, bitwise as Megatron does; the angle's
                           error grows with the position (1e-3 rad at 16 thousand tokens, 6e-2 at a million).
-                          "fp64" multiplies in fp64 and reduces to [-π, π] before it rounds to fp32: below 2e-7 rad
+                          "fp64" multiplies in fp64 and reduces to [-π, π] before rounding to fp32: below 2e-7 rad
                           at every position.
     """
 
@@ -39,9 +39,9 @@ class UnifiedRotaryEmbedding:
         self.base = base
         self.interpolation_factor = interpolation_factor
         self.table_precision = table_precision
-        # By width and device: the first position of the cached table, its cosines, its sines.
+        # (width, device) -> first position of the cached table, its cosines, its sines.
         self._cos_sin: dict[tuple[int, torch.device], tuple[int, Tensor, Tensor]] = {}
-        # The last table made for Megatron's attention, by what was asked for.
+        # The last table made for Megatron's attention, with its key.
         self._megatron_table: tuple[tuple[int, int, int, str] | None, Tensor] = (None, torch.empty(0))
 
     def angle_table(
@@ -55,7 +55,7 @@ class UnifiedRotaryEmbedding:
     ) -> Tensor:
         """Angles in radians, [length, width / 2], fp32, of the tokens at offset, offset + 1, …
 
-        Explicit `positions_L` (context parallelism's zigzag) take the place of offset and must be `length` many.
+        Explicit `positions_L` (context parallelism's zigzag) replace the offset; their shape must be [length].
         """
         if width % 2:
             raise ValueError(f"width={width} is odd and has no pairs to rotate; use an even head_dim or d_state")
@@ -69,9 +69,9 @@ class UnifiedRotaryEmbedding:
             )
         positions_L = positions_L.to(device=device, dtype=dtype)
         if self.interpolation_factor != 1:
-            # A product with the reciprocal, as in Megatron: a division would round otherwise.
+            # Multiply by the reciprocal, as Megatron does: division would round differently.
             positions_L = positions_L * (1 / self.interpolation_factor)
-        # On the CPU whatever the device, so that every device turns at the same frequencies.
+        # Always on the CPU, so that every device uses the same frequencies.
         exponents_R = torch.arange(0, width, 2, device="cpu", dtype=dtype) / width
         frequencies_R = 1.0 / self.base**exponents_R
         angles_LR = torch.outer(positions_L, frequencies_R.to(positions_L.device))
@@ -91,13 +91,13 @@ class UnifiedRotaryEmbedding:
         """Cosines and sines of `angle_table`, for `apply_rotary`: two [length, width / 2], fp32.
 
         Without explicit positions they are slices of one table per width and device, shared by all layers: a block (at
-        most two) of 1024 · 2^k positions that holds the ones asked for. The next block replaces it, so that decoding
-        token by token computes one table in 1024 steps and keeps one, however far it goes.
+        most two) of 1024 · 2^k positions around the requested ones. The next block replaces it, so decoding computes
+        one table every 1024 tokens and keeps only one.
         """
         if positions_L is not None:
             angles_LR = self.angle_table(length, width, offset=offset, positions_L=positions_L, device=device)
             return angles_LR.cos(), angles_LR.sin()
-        # None and "cuda" mean whichever device is current; the key must name it.
+        # None and "cuda" mean the current device; the key must name it.
         device = torch.empty(0, device=device).device
         end = offset + length
         nothing = torch.empty(0, width // 2, device=device)
@@ -105,7 +105,7 @@ class UnifiedRotaryEmbedding:
         if offset < start or end > start + len(cos_LR):
             block = 1 << (max(length, 1024) - 1).bit_length()
             start = offset // block * block
-            # A table that was made in inference mode could not be saved for a later backward pass.
+            # A table created in inference mode could not be saved for a later backward pass.
             with torch.inference_mode(False):
                 rows = -(-(end - start) // block) * block
                 angles_LR = self.angle_table(rows, width, offset=start, device=device)
@@ -122,12 +122,12 @@ class UnifiedRotaryEmbedding:
         positions_L: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """The angles as Megatron's attention wants them: both halves of a head alike, [length, 1, 1, width], fp32."""
+        """The angles in Megatron attention's format: both halves of a head alike, [length, 1, 1, width], fp32."""
         key = (length, width, offset, str(device))
-        # All attention layers of a step ask for the same table; only the last is kept.
+        # All attention layers of a step request the same table; only the last is kept.
         if positions_L is None and self._megatron_table[0] == key:
             return self._megatron_table[1]
-        # Outside inference mode, so that a later backward pass may use it too.
+        # Outside inference mode, so that a later backward pass can use it, too.
         with torch.inference_mode(False):
             angles_LR = self.angle_table(length, width, offset=offset, positions_L=positions_L, device=device)
             table = torch.cat((angles_LR, angles_LR), dim=-1)[:, None, None, :]
@@ -139,12 +139,12 @@ class UnifiedRotaryEmbedding:
 def length_scale(positions_L: Tensor, length_scaling_base: float) -> Tensor:
     """The factor max(1, log_base(n)) on C for length extension (arXiv:2506.09507, appendix A), [L], fp32.
 
-    `length_scaling_base` is the mean effective training length in tokens; nothing changes within it. The paper has one
-    factor for a sequence of n tokens. Here n counts the tokens up to and including each one (position + 1), so that
-    decoding step by step equals the parallel form; at the last of n tokens it is the paper's factor.
+    `length_scaling_base` is the mean effective training length in tokens; shorter sequences are unaffected. The paper
+    has one factor for a sequence of n tokens. Here n counts the tokens up to and including each one (position + 1), so
+    that decoding step by step equals the parallel form; at the last of n tokens it is the paper's factor.
     """
     if length_scaling_base <= 1:
         raise ValueError(f"length_scaling_base={length_scaling_base} is not above 1; use the mean training length")
-    # fp64: n = base must give a logarithm of 1 and no more.
+    # fp64: n = base must give a logarithm of exactly 1.
     n_L = positions_L.double() + 1
     return (n_L.log() / math.log(length_scaling_base)).clamp(min=1.0).float()

@@ -7,9 +7,9 @@ import torch
 
 
 def stand_in_for_fused_adam() -> None:
-    """Give Megatron this Adam where neither apex nor Transformer Engine is installed; idempotent.
+    """Give Megatron this Adam if neither apex nor Transformer Engine is installed; idempotent.
 
-    It would take torch's, which its distributed optimizer cannot resume.
+    Otherwise it would use torch's, which its distributed optimizer cannot resume.
     """
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed
@@ -23,9 +23,9 @@ def stand_in_for_fused_adam() -> None:
 class Adam(torch.optim.Optimizer):
     """Adam (arXiv:1412.6980) with decoupled weight decay (arXiv:1711.05101) unless `adam_w_mode` is off.
 
-    Megatron's distributed optimizer expects FusedAdam's contract: the step count stands once in the parameter group,
-    the state holds `exp_avg` and `exp_avg_sq` only. torch.optim.Adam keeps a step per parameter, which Megatron then
-    neither saves nor restores: the run resumes with bias corrections of step 0 and diverges silently.
+    Megatron's distributed optimizer expects FusedAdam's contract: the parameter group holds one step count, and the
+    state only `exp_avg` and `exp_avg_sq`. torch.optim.Adam keeps a step per parameter, which Megatron neither saves nor
+    restores: the run would resume with the bias corrections of step 0 and silently diverge.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Adam(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         capturable: bool = False,
     ):
-        assert not capturable, "there is no CUDA graph to capture the step in"
+        assert not capturable, "this Adam cannot be captured in a CUDA graph"
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.adam_w_mode = adam_w_mode
 

@@ -1,7 +1,7 @@
-"""Megatron on CPU and gloo: what Megatron asks of CUDA, answered by the CPU.
+"""Megatron on CPU and gloo: maps Megatron's uses of CUDA to the CPU.
 
-Megatron names CUDA in a few closed vocabularies: device names, functions of torch.cuda, tensor type strings, streams
-and random generators. Each is mapped once; Megatron's files stay as they are. Where there is a GPU, `install` refuses.
+Megatron refers to CUDA in a few ways: device names, functions of torch.cuda, tensor type strings, streams and random
+generators. Each is mapped once; Megatron's files are not changed. `install` refuses to run where there is a GPU.
 """
 
 import collections
@@ -38,7 +38,7 @@ _installed: TorchFunctionMode | None = None
 
 
 def install() -> None:
-    """Map CUDA onto the CPU for this process (idempotent). RuntimeError where a GPU is present.
+    """Map CUDA to the CPU for this process (idempotent). RuntimeError if a GPU is present.
 
     Call it before the first import of Megatron, in every process, from the thread that trains: the device mapping is a
     TorchFunctionMode, which belongs to a thread.
@@ -53,10 +53,10 @@ def install() -> None:
     if "megatron.core" in sys.modules:
         raise RuntimeError("prepare_platform() must come before the first import of Megatron")
     # Megatron's modules decorate small functions with torch.compile, which cannot tell mapped functions of torch.cuda
-    # apart: it must be imported before the mapping, and find this variable when it decorates.
+    # apart: it must be imported before the mapping, with this variable set when it decorates.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     importlib.import_module("torch._dynamo")
-    # Megatron would call their kernels, where they are installed on a machine whose GPUs are hidden.
+    # On a machine with hidden GPUs they may be installed, and Megatron would call their kernels.
     for package in ("transformer_engine", "apex"):
         sys.modules.setdefault(package, None)  # pyright: ignore[reportArgumentType]
     _map_torch_cuda(torch.cuda)
@@ -72,7 +72,7 @@ class _CudaNamesToCpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if _names_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
-        # Pinned memory is for copies to a device, and needs one.
+        # Pinned memory requires a device.
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.cuda:
@@ -81,7 +81,7 @@ class _CudaNamesToCpu(TorchFunctionMode):
             args = (args[0], CPU, *args[2:])
         result = func(*args, **kwargs)
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # The optimizers sort parameters by 'torch.cuda.FloatTensor' and its kin, and reject any other name.
+            # The optimizers sort parameters by names such as 'torch.cuda.FloatTensor' and reject all others.
             return result.replace("torch.", "torch.cuda.", 1)
         return result
 
@@ -93,7 +93,7 @@ def _names_cuda(device: Any) -> bool:
 
 
 class _Stream:
-    """A CPU runs in order: every stream operation holds already."""
+    """Stream operations need no action: a CPU executes in order."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def __enter__(self) -> "_Stream":
@@ -134,7 +134,7 @@ class _Event:
 
 
 class _CpuGenerators:
-    """torch.cuda.default_generators[i]: the CPU generator, whatever the device."""
+    """torch.cuda.default_generators[i]: the CPU generator for every device."""
 
     def __getitem__(self, _: Any) -> torch.Generator:
         return torch.default_generator
@@ -162,15 +162,15 @@ def _map_torch_cuda(cuda: Any) -> None:
         "get_device_properties": lambda *_: SimpleNamespace(
             name="cpu", major=0, minor=0, total_memory=_physical_memory_bytes(), multi_processor_count=os.cpu_count()
         ),
-        # The CPU's generator stands for the GPU's. _lazy_call must call: torch queues the restoring of random states
-        # until CUDA is initialised, which is never, so a resumed run would draw other numbers without a word.
+        # The CPU generator replaces the GPU's. _lazy_call must call immediately: torch defers the restoring of random
+        # states until CUDA is initialised, which never happens, so a resumed run would silently draw other numbers.
         "get_rng_state": lambda *_, **__: torch.get_rng_state(),
         "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
         "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
         "manual_seed_all": _nothing,  # torch.manual_seed calls it after seeding the CPU generator itself
         "_lazy_call": lambda call, **_: call(),
         "_lazy_init": _nothing,
-        # Order and memory.
+        # Synchronisation and memory.
         "synchronize": _nothing,
         "empty_cache": _nothing,
         "current_stream": lambda *_, **__: stream,
@@ -200,25 +200,25 @@ def _physical_memory_bytes() -> int:
 
 
 def _peak_memory_bytes() -> int:
-    """The largest resident size of this process so far, libraries included: there is no allocator to ask."""
+    """This process's peak resident size, including libraries: there is no allocator to query."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _adapt_megatron() -> None:
-    """What Megatron itself refuses or cannot do without CUDA, apex and Transformer Engine."""
+    """Patches what Megatron itself rejects or cannot do without CUDA, apex and Transformer Engine."""
     import megatron.core.distributed.param_and_grad_buffer as param_and_grad_buffer
     import megatron.training.initialize as initialize
     import megatron.training.training as training
 
     from megatron_txssm.platform.adam import stand_in_for_fused_adam
 
-    # pretrain() asserts a GPU unless told otherwise, and offers no argument to tell it.
+    # pretrain() requires a GPU, and has no argument to allow none.
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
-    # --tp-comm-overlap concerns Transformer Engine's layers alone.
+    # --tp-comm-overlap only concerns Transformer Engine's layers.
     initialize._initialize_tp_communicators = _nothing
     stand_in_for_fused_adam()
     param_and_grad_buffer._coalescing_manager = coalesce_by_dtype
-    # Megatron warns that the CPU generator moved while it forked the GPU's: here the two are one.
+    # Megatron warns that the CPU generator moved while it forked the GPU's: here they are the same.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
@@ -228,15 +228,15 @@ def _adapt_megatron() -> None:
 def coalesce_by_dtype(group: Any, device: Any = None, async_ops: bool = False) -> Iterator[Any]:
     """torch's _coalescing_manager, one call for each dtype.
 
-    Gloo (torch 2.13) gathers all tensors of a coalesced call as the first one's dtype and returns garbage without a
-    word: in a bf16 model with fp32 parameters that is the model, where a pipeline has virtual stages.
+    Gloo (torch 2.13) gathers all tensors of a coalesced call in the first one's dtype and silently returns garbage:
+    with virtual pipeline stages, for the weights of a bf16 model with fp32 parameters.
     """
     from torch.distributed import distributed_c10d
 
     assert device is None, "gloo coalesces the calls that torch has collected, not those of a device"
     collected = distributed_c10d._world.pg_coalesce_state
     assert not collected.get(group), "calls are being coalesced already"
-    # Outside an assert, which python -O leaves out: torch coalesces the calls of a group that is in here.
+    # Not inside an assert, which python -O removes: torch coalesces the calls of groups in this dict.
     collected.setdefault(group, [])
     manager = distributed_c10d._CoalescingManager()
     yield manager

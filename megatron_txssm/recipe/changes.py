@@ -1,11 +1,11 @@
-"""A recipe with other values in some fields, and the changes that several rooms make to one."""
+"""Typed replacement of recipe fields, and the changes shared by several packages."""
 
 import dataclasses
 from typing import Any
 
 from megatron_txssm.recipe.recipe import Recipe
 
-# Dotted field -> value; a field of no section has no dot.
+# Dotted field -> value; fields outside of sections have no dot.
 Changes = dict[str, Any]
 
 WITHOUT_FP8: Changes = {
@@ -15,7 +15,7 @@ WITHOUT_FP8: Changes = {
     "training.first_last_layers_bf16": 0,
 }
 WITHOUT_REPORTS: Changes = {"logging.tensorboard": False, "logging.wandb_project": None}
-# Of whatever kind, and how they are mixed.
+# Every kind of data, and its mixture.
 WITHOUT_TOKENS: Changes = dict.fromkeys(
     f"data.{name}" for name in ("corpus", "weights", "stages", "train", "validation", "blend", "split")
 )
@@ -30,7 +30,7 @@ ONE_MODEL_PARALLEL_RANK: Changes = {
 
 
 def changed(recipe: Recipe, changes: Changes) -> Recipe:
-    """The recipe with other values in some fields, unchecked; None in its `megatron:` section takes an entry out."""
+    """The recipe with some fields replaced, unchecked; None in its `megatron:` section removes an entry."""
     top: dict[str, Any] = {}
     sections: dict[str, dict[str, Any]] = {}
     for dotted, value in changes.items():

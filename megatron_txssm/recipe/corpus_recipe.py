@@ -1,6 +1,6 @@
-"""The corpus recipe: where the texts of a corpus lie, how they are tokenised, and where the shards go.
+"""The corpus recipe: a corpus's source texts, its tokenizer, and the output folder of its shards.
 
-A YAML file of recipes/corpora/, or any path. Each section's fields are declared below, once, as in recipe/schema.py.
+A YAML file in recipes/corpora/, or at any path. Each section's fields are declared once, below, as in recipe/schema.py.
 """
 
 # setting() returns a dataclasses.field.
@@ -20,14 +20,14 @@ from megatron_txssm.recipe.setting import Field, Words, convert, section_fields,
 from megatron_txssm.recipe.yaml_text import dump_yaml, load_yaml
 
 _PACKAGE_CORPORA = Path(__file__).parents[2] / "recipes" / "corpora"
-# The recipe that a corpus directory keeps.
+# The copy of the recipe in a corpus directory.
 KEPT_RECIPE = "corpus.yaml"
 # Names that become folders, file names and Slurm job names.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-# What a corpus directory holds beside its subsets.
+# Names in a corpus directory that are not subsets.
 _TAKEN = ("tokenizer", "logs", "plan.json", KEPT_RECIPE)
 FILTER = re.compile(r"\s*([A-Za-z_][\w.]*)\s*(==|!=|>=|<=|>|<)\s*([^\s=].*?)\s*")
-# {field} in an origin.
+# A {field} of an origin.
 PLACEHOLDER = re.compile(r"\{([A-Za-z_][\w.]*)\}")
 
 
@@ -51,17 +51,17 @@ class TokenizerSource:
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetSource:
-    """One subset: its files, what of them is taken, and what faults are borne."""
+    """One subset: its files, which rows are used, how many faults are tolerated."""
 
     source: str = setting("folder with .parquet or .jsonl(.gz, .zst) files: a path, hf://…, s3://…, any fsspec URL")
     glob: str = setting("which files of the folder", default="**/*.*")
-    max_files: int | None = setting("only the first files, in the order of their names", default=None, at_least=1)
+    max_files: int | None = setting("only this many files, the first in order of name", default=None, at_least=1)
     text_field: str = setting("field with the text", default="text")
-    blob_field: str | None = setting("field with the id of the text's blob, which is fetched; null: none", default=None)
+    blob_field: str | None = setting("field with the id of a blob to fetch as the text; null: none", default=None)
     blob_url: str = setting(
-        "where blobs lie, gzipped or not; {blob_id} is replaced", default="s3://softwareheritage/content/{blob_id}"
+        "URL of blobs, gzipped or not; {blob_id} is replaced", default="s3://softwareheritage/content/{blob_id}"
     )
-    blob_threads: int = setting("fetches at a time and task", default=16, at_least=1)
+    blob_threads: int = setting("concurrent fetches per task", default=16, at_least=1)
     blob_decode_errors: str = setting(
         "what to do with bytes that are not UTF-8: strict counts the row as broken",
         default="strict",
@@ -70,7 +70,7 @@ class SubsetSource:
     origin: str | None = setting(
         "where a document comes from, such as '{repo_name}/{path}'; null: unknown", default=None
     )
-    filters: Words = setting("conditions on fields that a row must meet, such as 'int_score >= 4'", default=())
+    filters: Words = setting("conditions that a row's fields must meet, such as 'int_score >= 4'", default=())
     limit: int | None = setting("documents per task; null: all", default=None, at_least=1)
     validation_fraction: float = setting(
         "share of the documents held out, chosen by a hash of their text", default=0.0005, at_least=0, below=1
@@ -78,8 +78,8 @@ class SubsetSource:
     task_bytes: int = setting(
         "source bytes of one task; larger parquet files are divided", default=500_000_000, at_least=1
     )
-    max_broken_fraction: float = setting("rows that may be unusable, as a share", default=0.001, at_least=0)
-    max_broken_files: int = setting("files per task that may be unreadable", default=0, at_least=0)
+    max_broken_fraction: float = setting("tolerated fraction of unusable rows", default=0.001, at_least=0)
+    max_broken_files: int = setting("tolerated unreadable files per task", default=0, at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,19 +87,19 @@ class Slurm:
     """The job array of `--slurm`."""
 
     partition: str | None = setting("null: the cluster's default", default=None)
-    time: str = setting("limit of one task", default="04:00:00")
+    time: str = setting("time limit of one task", default="04:00:00")
     cpus_per_task: int = setting("cores of one task", default=1, at_least=1)
     memory_per_cpu_gb: int = setting("GiB", default=4, at_least=1)
-    workers: int | None = setting("tasks of one job array at a time; null: no limit", default=None, at_least=1)
+    workers: int | None = setting("tasks of one job array that run at once; null: no limit", default=None, at_least=1)
     max_array_size: int | None = setting(
         "tasks of one job array; null: what the cluster allows", default=None, at_least=1
     )
-    sbatch: Words = setting("further options of sbatch, such as 'account=lab'", default=())
+    sbatch: Words = setting("other sbatch options, such as 'account=lab'", default=())
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusRecipe:
-    """A complete corpus recipe; `load_corpus_recipe` makes and checks it."""
+    """A complete corpus recipe; `load_corpus_recipe` creates and checks it."""
 
     name: str = setting("of the corpus; by default the file's name")
     description: str = setting("one line", default="")
@@ -122,7 +122,7 @@ _SECTIONS = {"tokenizer": TokenizerSource, "slurm": Slurm}
 
 
 def load_corpus_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> CorpusRecipe:
-    """The checked recipe of a file, or of a name in recipes/corpora/; overrides: "subsets.web.limit=100"."""
+    """The checked recipe from a file, or from a name in recipes/corpora/; overrides: "subsets.web.limit=100"."""
     path = find_corpus_recipe(str(name_or_path))
     if os.path.isdir(path) or (not os.path.exists(path) and path.suffix not in (".yaml", ".yml")):
         raise UserError(f"{path} holds no corpus (no {KEPT_RECIPE}); {how_to_make(path)}")
@@ -138,7 +138,7 @@ def load_corpus_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) 
         raise UserError(f"{path}: a corpus recipe has output, tokenizer and subsets; see recipes/corpora/")
     data = {"name": path.stem, **data}
     if path.name == KEPT_RECIPE and (path.parent / "plan.json").exists():
-        # It may have been moved since.
+        # The corpus may have been moved.
         data["output"] = str(path.parent)
     for override in overrides:
         _override(data, override)
@@ -147,7 +147,7 @@ def load_corpus_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) 
 
 def find_corpus_recipe(name: str) -> Path:
     """The file of a corpus recipe, of a corpus directory, or of a name in recipes/corpora/."""
-    # Path.is_file would raise for a name that is too long.
+    # Path.is_file would raise for an overlong name.
     if os.path.isfile(Path(name) / KEPT_RECIPE):
         return Path(name) / KEPT_RECIPE
     if name.endswith((".yaml", ".yml")) or "/" in name:
@@ -162,14 +162,14 @@ def find_corpus_recipe(name: str) -> Path:
 
 
 def how_to_make(directory: str | Path) -> str:
-    """A remedy where a directory holds no corpus: the neighbour that does, or the command that makes it."""
+    """A remedy for a directory without a corpus: a neighbouring corpus, or the command that makes one."""
     directory = Path(directory)
     if hint := nearest(directory.name, [path.parent.name for path in directory.parent.glob("*/plan.json")]):
         return hint.removeprefix("; ")
-    # Its recipe names what the demo writes first.
+    # This recipe reads files that the demo writes first.
     commands = {name: f"txssm data shard {name}" for name in corpus_recipe_files()} | {"python_library": "txssm demo"}
     for name, command in commands.items():
-        # A broken recipe of the user's own is not what is asked about.
+        # Skip broken recipes: they are unrelated to the error being reported.
         with contextlib.suppress(UserError):
             if load_corpus_recipe(name).path.resolve() == directory.resolve():
                 return f"make it: {command}"
@@ -186,22 +186,22 @@ def _override(data: dict[str, Any], text: str) -> None:
     name, equals, value = text.partition("=")
     parts = name.strip().split(".")
     if parts[0] == "subsets" and len(parts) > 3:
-        # A subset's name may have dots.
+        # A subset's name may contain dots.
         parts = [parts[0], ".".join(parts[1:-1]), parts[-1]]
     if not equals or not all(parts) or len(parts) > 3:
         raise UserError(f"--set {text}: write it as output=PATH, section.field=value or subsets.NAME.field=value")
     new = _typed_text(value) if _is_text(parts) else load_yaml(value, f"--set {text}")
     for part in parts[:-1]:
-        # An empty section is one, too.
+        # An empty section is still a section.
         data[part] = {} if data.get(part) is None else data[part]
         data = data[part]
         if not isinstance(data, dict):
-            raise UserError(f"--set {text}: {part} is no section")
+            raise UserError(f"--set {text}: {part} is not a section")
     data[parts[-1]] = new
 
 
 def _typed_text(value: str) -> Any:
-    """What was typed is the text, without quotes needed for a partition 007, a glob *.parquet, an origin {url}."""
+    """The typed text, so that no quotes are needed for a partition 007, a glob *.parquet, an origin {url}."""
     try:
         data = load_yaml(value, "")
     except UserError:
@@ -265,14 +265,14 @@ def _section(fields: dict[str, Field], entries: Any, prefix: str, source: str) -
 
 
 def check_corpus_recipe(recipe: CorpusRecipe) -> None:
-    """UserError where a recipe's values will not do."""
+    """UserError for invalid values."""
     for kind, name in (("name", recipe.name), *(("subset", name) for name in recipe.subsets)):
         if not _NAME.fullmatch(name):
             raise UserError(
                 f"{kind} {shown(name)} must be letters, digits, '.', '_', '+' and '-', as it names a folder"
             )
         if kind == "subset" and name in _TAKEN:
-            raise UserError(f"subset {shown(name)} must have another name: the corpus has a file or folder of this one")
+            raise UserError(f"subset {shown(name)} must have another name: the corpus has a file or folder named so")
     for name, subset in recipe.subsets.items():
         for condition in subset.filters:
             if not FILTER.fullmatch(condition):
@@ -287,7 +287,7 @@ def check_corpus_recipe(recipe: CorpusRecipe) -> None:
 
 
 def _check_slurm(slurm: Slurm) -> None:
-    """What is written into a batch script must be one plain word: nothing that a shell or sbatch would read further."""
+    """Values in a batch script must be one plain word, so that neither a shell nor sbatch interprets them."""
     words = {"time": slurm.time} | ({} if slurm.partition is None else {"partition": slurm.partition})
     words |= {f"sbatch[{number}]": option for number, option in enumerate(slurm.sbatch)}
     for name, word in words.items():

@@ -1,4 +1,4 @@
-"""The tokenizer of a corpus: what a recipe that names the corpus takes over from it."""
+"""The tokenizer of a corpus, used by recipes that name the corpus."""
 
 import json
 from dataclasses import dataclass
@@ -27,13 +27,13 @@ class NoCorpus(UserError):
 
 
 def tokenizer_model(directory: Path, facts: TokenizerFacts) -> str:
-    """What Megatron's --tokenizer-model takes: the copy in a corpus directory, or beside checkpoints."""
+    """The value of Megatron's --tokenizer-model: the copy in a corpus directory, or beside checkpoints."""
     folder = directory / "tokenizer"
     return str(folder / "tokenizer.model" if facts.type == "SentencePieceTokenizer" else folder)
 
 
 def read_tokenizer_facts(directory: Path) -> TokenizerFacts:
-    """NoCorpus where the directory holds none."""
+    """The facts in a corpus directory; NoCorpus if it holds no corpus."""
     path = directory / "tokenizer" / "facts.json"
     try:
         return TokenizerFacts(**json.loads(path.read_bytes()))

@@ -1,7 +1,7 @@
-"""Checks of a recipe's FP8 fields, and of what a GPU can do of them. docs/fp8.md has the table and the sources.
+"""Checks of a recipe's FP8 fields, and of a GPU's support for them. docs/fp8.md has the table and the sources.
 
-What Transformer Engine 2.20.2 and Megatron-Core 0.19.2 would drop without a word, or find no kernel for after the whole
-job has started, is refused here with the reason.
+Rejects settings that Transformer Engine 2.20.2 and Megatron-Core 0.19.2 would silently drop, or have no kernel for,
+which would show only after the whole job has started.
 """
 
 import os
@@ -18,7 +18,7 @@ ADA, HOPPER, BLACKWELL, BLACKWELL_DESKTOP = (8, 9), (9, 0), (10, 0), (12, 0)
 
 
 def check_fp8(recipe: "Recipe") -> None:
-    """UserError for FP8 settings that no GPU could follow together, or whose GEMMs have a size that FP8 cannot."""
+    """UserError for FP8 settings that no GPU supports together, or for GEMM sizes that FP8 does not support."""
     training = recipe.training
     if training.fp8 is None:
         _check_options_without_fp8(recipe)
@@ -28,15 +28,15 @@ def check_fp8(recipe: "Recipe") -> None:
     _check_bf16_layers(recipe)
     if training.fp8_attention:
         _check_attention(recipe)
-    # Emulation takes any size.
+    # Emulation supports any size.
     if training.transformer_impl != "local":
         _check_gemms(recipe)
 
 
 def check_fp8_on(recipe: "Recipe", capability: tuple[int, int], cudnn: tuple[int, int, int]) -> None:
-    """UserError where a GPU of this compute capability, with this cuDNN, cannot do what the recipe asks.
+    """UserError if a GPU of this compute capability, with this cuDNN, does not support the recipe's FP8 settings.
 
-    Only for Transformer Engine: emulation, with local modules, needs nothing of a GPU.
+    Only for Transformer Engine: emulation, with local modules, runs on any device.
     """
     training = recipe.training
     if training.fp8 is None or training.transformer_impl == "local":
@@ -57,9 +57,9 @@ def check_fp8_on(recipe: "Recipe", capability: tuple[int, int], cudnn: tuple[int
 
 
 def _no_attention(recipe: "Recipe", capability: tuple[int, int], cudnn: tuple[int, int, int]) -> str | None:
-    """Why Transformer Engine has no FP8 attention for the recipe on this GPU, with the remedy; None where it has."""
+    """Why Transformer Engine has no FP8 attention for the recipe on this GPU, with the remedy; None if it has."""
     if os.environ.get("NVTE_DPA_FP8_RECIPE"):
-        return "NVTE_DPA_FP8_RECIPE would change attention's FP8 recipe behind this one, or drop it; unset it"
+        return "NVTE_DPA_FP8_RECIPE would override or drop attention's FP8 recipe; unset it"
     if capability < HOPPER or capability >= BLACKWELL_DESKTOP:
         return "it has no FP8 attention; set training.fp8_attention=false"
     way = recipe.training.fp8_recipe
@@ -68,7 +68,7 @@ def _no_attention(recipe: "Recipe", capability: tuple[int, int], cudnn: tuple[in
             return f"training.fp8_recipe={way} has FP8 attention from Blackwell on; use delayed, or fp8_attention=false"
         if recipe.kv_channels != 128:
             return (
-                f"the backward pass takes attention heads of 128 channels only, not {recipe.kv_channels}; set "
+                f"the backward pass only supports attention heads of 128 channels, not {recipe.kv_channels}; set "
                 f"{_heads_of_128(recipe)}, or fp8_attention=false"
             )
     if way == "tensorwise" and cudnn < (9, 14, 0):
@@ -101,7 +101,7 @@ def _check_options_without_fp8(recipe: "Recipe") -> None:
 
 
 def _check_bf16_layers(recipe: "Recipe") -> None:
-    """What Megatron's TransformerConfig would refuse, too, when the job has started."""
+    """Rejects what Megatron's TransformerConfig would reject after the job has started."""
     training, layers = recipe.training, recipe.training.first_last_layers_bf16
     if layers == 0:
         return
@@ -126,26 +126,26 @@ def _check_attention(recipe: "Recipe") -> None:
         )
     if training.fp8_recipe == "blockwise":
         raise UserError(
-            "training.fp8_attention=true would be dropped by Megatron with training.fp8_recipe=blockwise, which "
-            "Transformer Engine has no FP8 attention for; use delayed (Hopper) or tensorwise (Blackwell)"
+            "training.fp8_attention=true would be dropped by Megatron with training.fp8_recipe=blockwise, for which "
+            "Transformer Engine has no FP8 attention; use delayed (Hopper) or tensorwise (Blackwell)"
         )
     if recipe.data.isolate_documents:
-        # So say the messages in Transformer Engine's library, and torch 2.13 brings cuDNN 9.20.
+        # According to the messages in Transformer Engine's library; torch 2.13 comes with cuDNN 9.20.
         raise UserError(
-            "training.fp8_attention=true does not go with data.isolate_documents=true: FP8 attention trains on packed "
-            "documents on Blackwell with cuDNN 9.23 only; set one of them to false"
+            "training.fp8_attention=true does not work with data.isolate_documents=true: FP8 attention trains on "
+            "packed documents only on Blackwell with cuDNN 9.23; set one of them to false"
         )
     if recipe.kv_channels > 128 or recipe.kv_channels % 16 != 0:
         raise UserError(
-            f"training.fp8_attention=true needs attention heads of a multiple of 16 channels up to 128, "
+            f"training.fp8_attention=true needs attention heads with a multiple of 16 channels, up to 128, "
             f"not {recipe.kv_channels}; set {_heads_of_128(recipe)}"
         )
 
 
 def _check_gemms(recipe: "Recipe") -> None:
-    """Every side of every FP8 GEMM of a rank, since it is a row's length in the forward or in a backward GEMM.
+    """Checks every side of every FP8 GEMM of a rank, since each is a row's length in the forward or a backward GEMM.
 
-    The LM head and the embedding stay in bf16, so the vocabulary is free.
+    The LM head and the embedding stay in bf16, so the vocabulary size is unrestricted.
     """
     way = recipe.training.fp8_recipe
     multiple = 32 if way == "mxfp8" else 16
@@ -158,7 +158,7 @@ def _check_gemms(recipe: "Recipe") -> None:
 
 
 def _gemm_sides(recipe: "Recipe", multiple: int) -> Iterator[tuple[str, int, str]]:
-    """(what it is, its size on a tensor-parallel rank, what would do)."""
+    """(description, size on a tensor-parallel rank, remedy)."""
     model, parallel, training = recipe.model, recipe.parallel, recipe.training
     ranks = parallel.tensor_model_parallel_size
     # Under sequence parallelism a rank rounds its own tokens before they are gathered.
@@ -185,7 +185,7 @@ def _nearest(value: int, multiple: int) -> str:
 
 
 def _legal_state_heads(recipe: "Recipe", multiple: int) -> str:
-    """The nearest numbers of state-space heads that divide into groups and give whole multiples on a rank."""
+    """The nearest numbers of state-space heads that are divisible into groups and give whole multiples on a rank."""
     state_space, ranks = recipe.state_space, recipe.parallel.tensor_model_parallel_size
     assert state_space is not None
 
@@ -193,7 +193,7 @@ def _legal_state_heads(recipe: "Recipe", multiple: int) -> str:
         return heads % state_space.num_groups == 0 and heads * state_space.head_dim % (multiple * ranks) == 0
 
     stated = state_space.num_heads
-    # What fits repeats at least that often.
+    # Every multiple of the period fits.
     period = multiple * ranks * state_space.num_groups
     nearest = [
         next(filter(fits, range(stated - 1, 0, -1)), None),

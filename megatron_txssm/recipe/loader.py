@@ -1,7 +1,7 @@
 """From a recipe's name or path to a checked `Recipe`: files, `extends:`, and `--set a.b=c` on top.
 
 A recipe is merged from layers: the file at the root of the `extends:` chain, the files that extend it, then each --set.
-Every layer is checked by itself, so that a mistake is reported with the place where it stands.
+Every layer is checked separately, so that a mistake is reported with its location.
 """
 
 import difflib
@@ -24,12 +24,12 @@ _PACKAGE_RECIPES = Path(__file__).parents[2] / "recipes"
 _TOP = {field.name: field for field in section_fields(Recipe)}
 _FIELDS = {name: {field.name: field for field in section_fields(section)} for name, section in SECTIONS.items()}
 
-# Dotted field name -> value; `megatron.x`, x a name in Megatron's namespace, for the free section.
+# Dotted field name -> value; `megatron.x`, x a name in Megatron's namespace, for the `megatron:` section.
 Layer = dict[str, Any]
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The checked recipe of a file, or of a name in recipes/, with `overrides` such as "training.train_iters=20"."""
+    """The checked recipe from a file or a name in recipes/, with `overrides` such as "training.train_iters=20"."""
     path = find_recipe(name_or_path)
     layers = [_checked(_parse_override(text), f"--set {text}", None) for text in overrides]
     return _build(_file_layers(path) + layers, path)
@@ -78,7 +78,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _file_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
-    """The layers of a file and of what it extends, the root first."""
+    """The layers of a file and of the files that it extends, the root first."""
     data = dict(_read(path))
     here = path.resolve()
     if here in chain:
@@ -93,7 +93,7 @@ def _file_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
         return [layer]
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: extends={shown(base)} must be the path or name of one recipe")
-    # What names this recipe is not inherited.
+    # Fields that identify this recipe are not inherited.
     inherited = _file_layers(_extended(base, path), (*chain, here))
     for below in inherited:
         for name in ("name", "description"):
@@ -115,7 +115,7 @@ def _extended(base: str, path: Path) -> Path:
 
 
 def _near_file(path: Path) -> str:
-    """The file beside it that may be meant, as a hint."""
+    """A hint: the file in the same folder that may be meant."""
     return nearest(str(path), map(str, path.parent.glob("*.y*ml")))
 
 
@@ -125,7 +125,7 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not equals or not all(parts) or len(parts) > 2:
         raise UserError(f"--set {text}: write it as section.field=value, such as training.train_iters=20")
     known = _field(parts)
-    # For a text field, what was typed is the text: no quotes needed for a name such as 007.
+    # A text field takes the typed text, so that a name such as 007 needs no quotes.
     data: Any = load_yaml(value, f"--set {text}")
     if known and "string" in type_name(known.type) and isinstance(data, bool | int | float):
         data = value
@@ -141,7 +141,7 @@ def _field(parts: Sequence[str]) -> Field | None:
 
 
 def _checked(data: dict[str, Any], source: str, folder: Path | None) -> Layer:
-    """One layer with known names and values of the right type; `folder` is its file's, None for the command line."""
+    """One layer with known names and correctly typed values; `folder` is its file's, None for the command line."""
     layer: Layer = {}
     command_line = folder is None
     known = [*_TOP, *SECTIONS, "megatron", *([] if command_line else ["extends", "abstract"])]
@@ -149,7 +149,7 @@ def _checked(data: dict[str, Any], source: str, folder: Path | None) -> Layer:
         if name in _TOP:
             layer[name] = _converted(value, _TOP[name], name, source, folder)
         elif name in _FIELDS or name == "megatron":
-            # An empty section holds nothing.
+            # An empty section has no entries.
             entries = {} if value is None and not command_line else value
             if not isinstance(entries, dict):
                 raise UserError(f"{source}: {name}={shown(value)} must be a section with fields")
@@ -166,7 +166,7 @@ def _checked_section(section: str, entries: dict[str, Any], source: str, folder:
         if section == "megatron":
             known, converted = _megatron_entry(name, _plain(value, dotted, source), source, folder)
             if f"megatron.{known}" in layer:
-                raise UserError(f"{source}: {dotted} stands twice, the other time in another spelling; state it once")
+                raise UserError(f"{source}: {dotted} is set twice, once under another spelling; state it once")
             layer[f"megatron.{known}"] = converted
         elif name in _FIELDS[section]:
             layer[dotted] = _converted(value, _FIELDS[section][name], dotted, source, folder)
@@ -177,15 +177,15 @@ def _checked_section(section: str, entries: dict[str, Any], source: str, folder:
 
 
 def _elsewhere(name: str) -> str:
-    """Where a field of that name, or nearly, stands in another section."""
+    """A hint: another section's field of the same or a similar name."""
     homes = {field: f"{section}.{field}" for section, fields in _FIELDS.items() for field in fields}
     matches = difflib.get_close_matches(name, homes, n=1)
     return f"; did you mean {homes[matches[0]]!r}?" if matches else ""
 
 
-# Refused by name: a user may well know it from other models.
+# Rejected by name: users may know it from other models.
 _DYNAMIC = (
-    "changes the frequencies in mid-sequence, which contradicts a state accumulated under the old ones; "
+    "changes the frequencies within a sequence, which contradicts a state accumulated under the old ones; "
     "use linear with rotary_interpolation_factor"
 )
 
@@ -214,7 +214,7 @@ def _megatron_entry(name: str, value: Any, source: str, folder: Path | None) -> 
 
 
 def _plain(value: Any, dotted: str, source: str) -> Any:
-    """A value for Megatron's parser, which checks the rest: a scalar or a list of scalars."""
+    """A scalar or a list of scalars for Megatron's parser, which checks the rest."""
     scalar = str | int | float | bool | None
     if isinstance(value, scalar) or (isinstance(value, list) and all(isinstance(item, scalar) for item in value)):
         return value
@@ -252,7 +252,7 @@ def _corpus_vocab_size(corpus: str, path: Path) -> int:
         return read_tokenizer_facts(Path(corpus)).vocab_size
     except UserError as error:
         raise UserError(
-            f"{path}: data.vocab_size is not stated, and data.corpus={corpus} does not tell it ({error}); "
+            f"{path}: data.vocab_size is not stated, and data.corpus={corpus} does not provide it ({error}); "
             "state it to use the recipe before the corpus is made"
         ) from None
 

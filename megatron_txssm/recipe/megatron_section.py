@@ -1,7 +1,7 @@
-"""The `megatron:` section of a recipe: each entry known, under one spelling, and of its type; Megatron is not imported.
+"""The `megatron:` section of a recipe: checks names, spelling and types without importing Megatron.
 
-A key may be an argument's name in Megatron's namespace or its flag, with dashes or underscores. A recipe holds the
-name, so that a later layer, and every reader, means the same entry.
+A key may be an argument's name in Megatron's namespace or its flag, with dashes or underscores. A recipe stores the
+name, so that later layers and readers refer to the same entry.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ from megatron_txssm.recipe.setting import argument, section_fields
 
 @dataclass(frozen=True)
 class Argument:
-    """One that passes: its name in Megatron's namespace, and the values it takes."""
+    """An argument that recipes may set: its name in Megatron's namespace, and its values."""
 
     name: str
-    # on, off: a switch, with its value unless stated. Or int, float, text, path.
+    # on or off: a switch with this default. Otherwise int, float, text or path.
     kind: str
     choices: tuple[str, ...] = ()
     is_list: bool = False
@@ -30,7 +30,7 @@ class Argument:
         return self.kind in ("on", "off")
 
     def words(self, value: Any) -> list[str]:
-        """Megatron's command line of a value."""
+        """A value as words of Megatron's command line."""
         if value is None:
             return []
         if self.is_switch:
@@ -40,7 +40,7 @@ class Argument:
         return argument(_flag(self.name), value)
 
     def check(self, value: Any) -> None:
-        """ValueError unless Megatron's parser would take the value."""
+        """ValueError unless Megatron's parser would accept the value."""
         if self.is_switch:
             if not isinstance(value, bool):
                 raise ValueError("must be true or false")
@@ -70,13 +70,13 @@ def passing() -> dict[str, Argument]:
 
 
 def of_gpus(entries: dict[str, Any]) -> list[str]:
-    """The names of a section's entries that ask for what only a GPU has."""
+    """The names of a section's entries that require a GPU."""
     names = [word.partition(":")[0] for word in PASSES[GPUS_ONLY].split()]
     return [name for name in names if passing()[name].words(entries.get(name))]
 
 
 def entry(key: str, value: Any) -> tuple[str, Any]:
-    """(name, value) of an entry as a recipe holds it; KeyError where Megatron has none, ValueError for its faults."""
+    """(name, value) of an entry as a recipe stores it; KeyError if Megatron lacks it, ValueError if it is invalid."""
     name, inverted = resolve(key)
     if name in owners():
         raise ValueError(f": set {owners()[name]} instead, the recipe's field for {_flag(name)}")
@@ -95,7 +95,7 @@ def entry(key: str, value: Any) -> tuple[str, Any]:
 
 
 def resolve(key: str) -> tuple[str, bool]:
-    """(name, whether the key says the opposite); KeyError where Megatron has no such argument."""
+    """(name, whether the key negates it); KeyError if Megatron has no such argument."""
     spelled = key.lstrip("-").replace("-", "_")
     if spelled in OTHER_FLAGS:
         return OTHER_FLAGS[spelled].removeprefix("not "), OTHER_FLAGS[spelled].startswith("not ")
@@ -119,7 +119,7 @@ def known_names() -> list[str]:
 
 
 def refusal(name: str) -> str | None:
-    """Why an argument is refused; None where it is not."""
+    """Why an argument is rejected; None if it is not."""
     for reason, text in REFUSED.items():
         if any(fnmatchcase(name, pattern) for pattern in text.split()):
             return reason

@@ -1,17 +1,17 @@
 """Every argument of Megatron 0.19.2, and what a recipe's `megatron:` section may do with it.
 
-An argument is one of: a recipe's field (schema.py knows these), fixed for every recipe (schema.FIXED_ARGUMENTS), passed
+An argument is one of: a recipe's field (declared in schema.py), fixed for every recipe (schema.FIXED_ARGUMENTS), passed
 on (PASSES), or refused for a reason (REFUSED). Names are those of Megatron's namespace. A test compares all four with
-Megatron's parser, so an upgrade that brings an argument fails until it is sorted in here; docs/megatron-arguments.md is
-made from these tables (`tools/document_megatron_arguments.py`).
+Megatron's parser, so that it fails after an upgrade until new arguments are added here; docs/megatron-arguments.md is
+generated from these tables (`tools/document_megatron_arguments.py`).
 
-How a value is written: a bare name is a switch, off unless stated; `off` is a switch that is on unless stated. Others:
-int, float, text, path, each with + for a list, and a|b|c for one of these words.
+Notation of values: a bare name is a switch, off by default; `off` is a switch that is on by default. Others: int,
+float, text, path, each with + for a list, and a|b|c for one of these words.
 """
 
 GPUS_ONLY = "GPUs only (parsed by the tests, not run)"
 
-# What it is about -> arguments. None changes what a model computes.
+# Subject -> arguments. None of them changes what a model computes.
 PASSES: dict[str, str] = {
     "communication between processes": """
         overlap_grad_reduce overlap_param_gather align_grad_reduce:off align_param_gather:off ddp_num_buckets:int
@@ -90,9 +90,9 @@ PASSES: dict[str, str] = {
     """,
 }
 
-# Reason -> arguments, by name or with one * for any ending.
+# Reason -> arguments; a final * matches any ending.
 REFUSED: dict[str, str] = {
-    "it goes round the recipe: it replaces arguments, data or code that the recipe states": """
+    "it bypasses the recipe: it replaces arguments, data or code that the recipe states": """
         yaml_cfg use_checkpoint_args use_mp_args_from_checkpoint_args use_tokenizer_model_from_checkpoint_args
         data_args_path per_split_data_args_path test_data_path te_precision_config_file dump_param_to_param_group_map
         fp8_quantizer_factory local_rank distributed_backend
@@ -100,7 +100,7 @@ REFUSED: dict[str, str] = {
     "Unified RoPE rotates every channel of Q, K, C and B, each vector's two halves as pairs": """
         rotary_percent rotary_interleaved mrope_section yarn_* mscale mscale_all_dim
     """,
-    "it would change what the model computes, and its layers, sizes, FLOPs and conversion know nothing of it": """
+    "it would change what the model computes, and its layers, sizes, FLOPs and conversion do not support it": """
         layernorm_zero_centered_gamma apply_residual_connection_post_layernorm fp32_residual_connection add_qkv_bias
         glu_linear_offset activation_func_clamp_value qk_* attention_output_gate softmax_type window_size
         window_attn_skip_freq multi_latent_attention experimental_attention_variant dsa_* linear_* use_mup mup_*
@@ -108,17 +108,17 @@ REFUSED: dict[str, str] = {
         kv_lora_rank v_head_dim cache_mla_latents mla_down_proj_fusion heterogeneous_layers_config_* mtp_*
         mamba_training_ssm_states_dtype fp8_output_proj tokenizer_hf_* apply_wd_to_qk_layernorm
     """,
-    "its layers have one dense FFN each, no experts": """
+    "each layer has one dense FFN, no experts": """
         num_experts moe_* expert_model_parallel_size expert_tensor_parallel_* overlap_moe_expert_parallel_comm
         overlap_dispatch_backward_with_experts_wgrad ep_overlap_early_attn_memory_release high_priority_a2a_comm_stream
         use_grouped_gemm_for_* delay_wgrad_compute save_tokens_per_expert_interval
     """,
-    "there is no FP4 here; training.fp8 is the smallest format": "fp4 fp4_recipe fp4_quantizer_factory",
-    "weights start from the seed and their names, the same at every layout (model.init_method_std)": """
+    "FP4 is not supported; training.fp8 is the smallest format": "fp4 fp4_recipe fp4_quantizer_factory",
+    "initial weights depend on the seed and their names, not on the layout (model.init_method_std)": """
         perform_initialization use_cpu_initialization init_model_with_meta_device data_parallel_random_init
         init_method_xavier_uniform embedding_init_method_std
     """,
-    "a step has one batch size, from which its number and its data follow; state training.global_batch_tokens": """
+    "all steps have one batch size, which determines each step's data; state training.global_batch_tokens": """
         rampup_batch_size step_batch_size_schedule decrease_batch_size_if_needed phase_transition_iterations
         dataloader_type hybrid_context_parallel max_seqlen_per_dp_cp_rank hierarchical_context_parallel_sizes
     """,
@@ -129,16 +129,16 @@ REFUSED: dict[str, str] = {
         optimizer sgd_momentum muon_* lion_* no_weight_decay_cond_type decoupled_lr decoupled_min_lr freeze_all_layers
         optimizer_cuda_graph
     """,
-    "a recipe trains in bf16 or fp32, and this is of fp16": """
+    "it only affects fp16; a recipe trains in bf16 or fp32": """
         loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis fp16_lm_cross_entropy
     """,
-    "weights are sharded by tensor, pipeline and data parallelism (parallel.use_distributed_optimizer) only": """
+    "weights are only sharded by tensor, pipeline and data parallelism (parallel.use_distributed_optimizer)": """
         use_megatron_fsdp use_torch_fsdp2 megatron_fsdp_* fsdp_* torch_fsdp2_* data_parallel_sharding_strategy
         outer_dp_sharding_strategy create_all_gather_group gradient_reduce_div_fusion suggested_communication_unit_size
         keep_fp8_transpose_cache enable_full_sharding_in_hsdp strict_fsdp_dtensor_load use_layer_wise_param_layout
         tensor_parallel_num_weight_shards
     """,
-    "nothing shows yet that it leaves the state-space layers' results as they are": """
+    "it is not yet known to preserve the state-space layers' results": """
         enable_cuda_graph external_cuda_graph cuda_graph_modules cuda_graph_scope_deprecated te_rng_tracker
         cpu_offloading_* fine_grained_* offload_modules min_offloaded_tensor_size delay_offload_until_cuda_graph
         delta_offload_bytes_across_pp_ranks activation_offload_fraction defer_embedding_wgrad_compute
@@ -148,7 +148,7 @@ REFUSED: dict[str, str] = {
         ddp_param_name_patterns_for_fp32_local_accumulation fake_process_group config_logger_dir enable_experimental
         num_distributed_optimizer_instances
     """,
-    "without effect here: what it is about has another form in this model or its data": """
+    "it has no effect here: this model or its data work in another way": """
         masked_softmax_fusion bias_gelu_fusion apply_rope_fusion use_fused_weighted_squared_relu use_flash_attn
         attention_softmax_in_fp32 no_persist_layer_norm fp8_interval use_mamba_mem_eff_path is_hybrid_model
         encoder_num_layers decoder_num_layers bert_binary_head create_attention_mask_in_dataloader
@@ -168,27 +168,28 @@ REFUSED: dict[str, str] = {
         vocab_file merge_file vocab_extra_ids metadata_path special_tokens tiktoken_* tokenizer_sentencepiece_*
         chat_template
     """,
-    "SIGTERM is the signal at which a run saves and stops": "exit_signal",
-    "`txssm submit` restarts a run, and Megatron's own way needs services of its authors": """
+    "a run saves and stops on SIGTERM": "exit_signal",
+    "`txssm submit` restarts runs; Megatron's own ways need its authors' services": """
         inprocess_* enable_ft_package calc_ft_timeouts ft_num_warmup_iters enable_one_logger one_logger_* app_tag_run_*
         run_workload_inspector_server enable_msc error_injection_* fault_injector_* pytorch_profiler_collect_chakra
         record_shapes
     """,
-    "it is of other training than pretraining on text": """
+    "it concerns training other than pretraining on text": """
         rl_* grpo_* langrl_env_config perform_rl_step refit_method sft sft_tokenizer_prompt_format fim_* logits_* ict_*
         biencoder_* bert_load titles_data_path query_in_block_prob use_one_sent_docs evidence_data_path retriever_*
         block_data_path embedding_path indexer_* num_classes img_h img_w num_channels patch_dim classes_fraction
         data_per_class_fraction data_sharding head_lr_mult vision_* swin_backbone_type mask_type mask_factor
         iter_per_epoch dino_*
     """,
-    "it is of Megatron's own inference, which `txssm generate` and `txssm serve` do not use": """
+    "it concerns Megatron's own inference, which `txssm generate` and `txssm serve` do not use": """
         inference_* max_tokens_to_oom output_bert_embeddings bert_embedder_type use_legacy_static_engine
         decode_only_cuda_graphs enable_chunked_prefill num_speculative_tokens offset_sampling_seed_by_dp_rank
         mamba_inference_* flash_decode symmetric_ar_type nccl_all_reduce_for_prefill mlp_chunks_for_prefill
     """,
 }
 
-# Flags that do not follow from the name; after `not`, they switch it off. `no_X` and `disable_X` always mean not X.
+# Flag -> name, where the flag does not follow from the name; `not` marks flags that switch it off. `no_X` and
+# `disable_X` always mean not X.
 OTHER_FLAGS: dict[str, str] = {
     "overlap_p2p_communication_warmup_flush": "overlap_p2p_comm_warmup_flush",
     "microbatch_group_size_per_virtual_pipeline_stage": "microbatch_group_size_per_vp_stage",
@@ -215,7 +216,7 @@ OTHER_FLAGS: dict[str, str] = {
     "fp4_format": "fp4",
 }
 
-# Of what is a recipe's field, or fixed, names in Megatron's namespace that are not the flag's.
+# Name in Megatron's namespace -> flag, for recipe fields and fixed arguments where the two differ.
 NAMES_OF_FIELDS: dict[str, str] = {
     "layernorm_epsilon": "norm_epsilon",
     "fp8": "fp8_format",

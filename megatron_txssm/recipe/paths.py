@@ -1,8 +1,8 @@
-"""Paths in recipes: as a user writes them, and as a run's own recipe keeps them.
+"""Paths in recipes: as written by users, and as stored in a run's own recipe.
 
-A path may begin with `~` and hold `$NAME` or `${NAME}`, as in a shell; `$$` is a dollar. `$RECIPE_DIR` is the folder of
-the recipe's file. A relative path starts at the current folder. A run's recipe.yaml depends on no current folder: paths
-inside the run start at $RECIPE_DIR, so that the folder can be moved, and the others are absolute.
+A path may begin with `~` and contain `$NAME` or `${NAME}`, as in a shell; `$$` is a dollar sign. `$RECIPE_DIR` is the
+folder of the recipe's file. A relative path starts at the current folder. A run's recipe.yaml is independent of the
+current folder: paths inside the run start at $RECIPE_DIR, so that the folder can be moved; the others are absolute.
 """
 
 import os
@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# What has no name in it stays: $(…), a dollar at the end.
+# A dollar without a name is left alone: $(…), a dollar at the end.
 _VARIABLE = re.compile(r"\$(?:(\$)|([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 RECIPE_DIR = "RECIPE_DIR"
 
 
 def expanded(path: str, recipe_dir: Path | None) -> str:
-    """The path without `~` and variables; ValueError where one has no value. `recipe_dir` is None on a command line."""
+    """Expand `~` and variables; ValueError if one is not set. `recipe_dir` is None on a command line."""
 
     def value(match: re.Match[str]) -> str:
         name = match[2] or match[3]
@@ -25,10 +25,10 @@ def expanded(path: str, recipe_dir: Path | None) -> str:
             return "$"
         found = str(recipe_dir) if name == RECIPE_DIR and recipe_dir else os.environ.get(name)
         if not found:
-            raise ValueError(f"names ${name}, which is not set; set it, or write $$ for a dollar")
+            raise ValueError(f"contains ${name}, which is not set; set it, or write $$ for a dollar sign")
         return found
 
-    # The home folder is taken as it is, whatever its name holds.
+    # Dollars in the home folder's name are not expanded.
     user, slash, rest = path.partition("/") if path.startswith("~") else ("", "", path)
     home = os.path.expanduser(user)
     if home.startswith("~"):
@@ -37,13 +37,13 @@ def expanded(path: str, recipe_dir: Path | None) -> str:
 
 
 def escaped(path: str) -> str:
-    """A path that `expanded` gives back as it is."""
+    """Inverse of `expanded`: escapes a literal path."""
     path = path.replace("$", "$$")
     return f"./{path}" if path.startswith("~") else path
 
 
 def frozen(path: str, folder: Path, run: Path) -> str:
-    """A path for the recipe.yaml in `folder`, which may belong to the run folder `run`; both absolute."""
+    """A path for the recipe.yaml in `folder`, which may be inside the run folder `run`; both absolute."""
     place = Path(os.path.abspath(path))
     inside = place.is_relative_to(folder) or (place.is_relative_to(run) and folder.is_relative_to(run))
     if not inside:

@@ -21,7 +21,7 @@ from megatron_txssm.recipe.yaml_text import dump_yaml
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A complete recipe. `loader.load_recipe` makes and checks it."""
+    """A complete recipe. `loader.load_recipe` creates and checks it."""
 
     name: str = setting("of the run; by default the file's name")
     description: str = setting("one line for the table of recipes", default="")
@@ -64,14 +64,14 @@ class Recipe:
 
     @property
     def stage_iters(self) -> tuple[int, ...]:
-        """Optimizer steps of each of `data.stages`; the last takes what is left, which may be less than nothing."""
+        """Optimizer steps of each of `data.stages`; the last takes the remainder, which may be negative."""
         stages = self.data.stages or ({},)
         stated = [max(1, round(stage["tokens"] / self.training.global_batch_tokens)) for stage in stages[:-1]]
         return (*stated, self.train_iters - sum(stated))
 
     @property
     def cache_path(self) -> str | None:
-        """Folder of Megatron's shuffled indices: as stated; None, beside the data; or the run's, where it must."""
+        """Folder of Megatron's shuffled indices: as stated; the run's if the data are read-only; None: the data's."""
         data = self.data
         if data.cache_path is not None:
             return data.cache_path
@@ -84,18 +84,18 @@ class Recipe:
 
     @property
     def tokenizer_type(self) -> str:
-        """Megatron's tokenizer class: as stated, or else the corpus's."""
+        """Megatron's tokenizer class: as stated, otherwise the corpus's."""
         if self.data.tokenizer_type is not None:
             return self.data.tokenizer_type
         if self.data.corpus is not None:
             return read_tokenizer_facts(Path(self.data.corpus)).type
-        # Made-up tokens need none.
+        # Mock data needs no tokenizer.
         mock = self.megatron.get("mock_data") and self.data.tokenizer_model is None
         return "NullTokenizer" if mock else "HuggingFaceTokenizer"
 
     @property
     def tokenizer_model(self) -> str | None:
-        """The tokenizer's name or path: as stated, or else the corpus's."""
+        """The tokenizer's name or path: as stated, otherwise the corpus's."""
         if self.data.tokenizer_model is not None or self.data.corpus is None:
             return self.data.tokenizer_model
         directory = Path(self.data.corpus)
@@ -126,7 +126,7 @@ class Recipe:
 
     @property
     def state_space(self) -> StateSpaceConfig | None:
-        """The mixer of the state-space layers; None where there are none."""
+        """The mixer's configuration; None without state-space layers."""
         if not self.has_state_space:
             return None
         model = self.model
@@ -147,7 +147,7 @@ class Recipe:
 
     @property
     def sizes(self) -> ModelSizes:
-        """What parameters and FLOPs are counted from."""
+        """The sizes that determine parameters and FLOPs."""
         model = self.model
         return ModelSizes(
             layer_kinds=self.layer_kinds,
@@ -162,11 +162,11 @@ class Recipe:
         )
 
     def to_yaml(self) -> str:
-        """Every field with its value, so that the text alone, without what the recipe extended, gives this recipe."""
+        """Every field with its value: the text gives this recipe without the files that it extends."""
         return dump_recipe(with_paths(self, escaped))
 
     def frozen(self, folder: Path) -> str:
-        """`to_yaml` for a file in `folder` that depends on no current folder and may move with the run's folder."""
+        """`to_yaml` for a file in `folder`, independent of the current folder and movable with the run's folder."""
         run = Path(os.path.abspath(self.run_path))
         stated = dataclasses.replace(self, run_directory=str(run))
         return dump_recipe(with_paths(stated, lambda path: frozen(path, Path(os.path.abspath(folder)), run)))
@@ -178,7 +178,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
-    """The recipe with every path in it changed; a tokenizer's name on the Hub is none."""
+    """The recipe with every path changed; a tokenizer's name on the Hub is not a path."""
 
     def changed(values: Any) -> dict[str, Any]:
         fields = (field for field in section_fields(type(values)) if field.setting.path)

@@ -1,4 +1,4 @@
-"""The recipe: every field once, with its type, default, unit, and the Megatron arguments that it becomes.
+"""The recipe: every field with its type, default, unit, and the Megatron arguments that it sets.
 
 `txssm recipes --fields` prints this table. A field without a default must be stated by the recipe or one it extends.
 """
@@ -12,8 +12,8 @@ from megatron_txssm.architecture.layer_pattern import DEFAULT_LAYER_PATTERN
 from megatron_txssm.architecture.state_space_config import CONTEXT_PARALLEL_METHODS, POSITION_ENCODINGS, SSD_BACKENDS
 from megatron_txssm.recipe.setting import Blend, Stages, Verify, Weights, setting
 
-# What makes a model a TransXSSM or one of its baselines (arXiv:2506.09507, section 3 and appendix B.1), and what makes
-# its checkpoints loadable at any parallel layout. No recipe changes these.
+# These define TransXSSM and its baselines (arXiv:2506.09507, section 3 and appendix B.1), and make checkpoints loadable
+# at every parallel layout. Recipes cannot change them.
 FIXED_ARGUMENTS: tuple[tuple[str, ...], ...] = (
     ("--spec", "megatron_txssm.model.layer_specs", "transxssm_block_spec"),
     ("--normalization", "RMSNorm"),
@@ -40,7 +40,7 @@ class Model:
     )
     num_layers: int = setting("layers of both kinds; each is a mixer and an FFN", "--num-layers", at_least=1)
     hidden_size: int = setting("channels of the residual stream (d_model)", "--hidden-size", at_least=1)
-    ffn_hidden_size: int = setting("channels inside the SwiGLU FFN", "--ffn-hidden-size", at_least=1)
+    ffn_hidden_size: int = setting("inner channels of the SwiGLU FFN", "--ffn-hidden-size", at_least=1)
     num_attention_heads: int = setting("heads of an attention layer", "--num-attention-heads", at_least=1)
     num_query_groups: int | None = setting(
         "key/value heads of an attention layer; null: as many as heads",
@@ -56,14 +56,14 @@ class Model:
         at_least=1,
     )
     attention_position_encoding: str = setting(
-        "how attention layers learn of positions",
+        "position encoding of attention layers",
         "--position-embedding-type",
         default="rope",
         choices=("rope", "none"),
         owns=("--use-rotary-position-embeddings", "--no-position-embedding", "--no-rope-freq", "--rope-type"),
     )
     position_encoding: str = setting(
-        "how state-space layers do: rotation (rope), Mamba-2's convolution and skip D, or only the decay (a_t)",
+        "of state-space layers: rotation (rope), Mamba-2's convolution and D (conv1d_d), or only the decay (a_t)",
         "--position-encoding",
         default="rope",
         choices=POSITION_ENCODINGS,
@@ -92,7 +92,7 @@ class Model:
     )
     chunk_size: int = setting("tokens per chunk of the state-space scan", "--ssd-chunk-size", default=256, at_least=1)
     ssd_backend: str = setting(
-        "what computes it: PyTorch, mamba-ssm's Triton kernels, or those where they can run (auto)",
+        "what computes the scan: PyTorch, mamba-ssm's Triton kernels, or the kernels where they can run (auto)",
         "--ssd-backend",
         default="auto",
         choices=SSD_BACKENDS,
@@ -105,7 +105,7 @@ class Model:
     )
     rotary_base: int = setting("base of the rotary frequencies", "--rotary-base", default=10_000, at_least=2)
     rope_scaling: str = setting(
-        "stretching of positions: linear divides them by rotary_interpolation_factor",
+        "scaling of positions: linear divides them by rotary_interpolation_factor",
         default="none",
         choices=("none", "linear"),
         owns=("--use-rope-scaling", "--rope-scaling-factor", "--rotary-scaling-factor"),
@@ -128,12 +128,14 @@ class Model:
         default=True,
     )
     norm_epsilon: float = setting("added under RMSNorm's root", "--norm-epsilon", default=1e-5, above=0)
-    init_method_std: float = setting("deviation of initial weights", "--init-method-std", default=0.02, above=0)
+    init_method_std: float = setting(
+        "standard deviation of initial weights", "--init-method-std", default=0.02, above=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """Layout over processes; what is left of the world size is data parallelism."""
+    """Layout over processes; the rest of the world size is data parallelism."""
 
     tensor_model_parallel_size: int = setting(
         "processes that share each layer",
@@ -156,13 +158,13 @@ class Parallel:
         "processes that share each sequence", "--context-parallel-size", default=1, at_least=1
     )
     state_context_parallel: str = setting(
-        "what the state-space layers of these exchange: states between pieces of the sequence, or all activations",
+        "what their state-space layers exchange: states between pieces of the sequence, or all activations",
         "--state-context-parallel",
         default="state_passing",
         choices=CONTEXT_PARALLEL_METHODS,
     )
     sequence_parallel: bool = setting(
-        "split norms and residuals over the tensor-parallel processes; without effect where there is one",
+        "split norms and residuals over the tensor-parallel processes; no effect with one process",
         "--sequence-parallel",
         default=False,
     )
@@ -170,7 +172,7 @@ class Parallel:
         "shard the optimizer's state over data parallelism (ZeRO-1)", "--use-distributed-optimizer", default=False
     )
     recompute: str = setting(
-        "activations computed again in the backward pass",
+        "activations recomputed in the backward pass",
         "--recompute-granularity",
         "--recompute-method",
         "--recompute-num-layers",
@@ -210,9 +212,9 @@ class Training:
         owns=("--fp16",),
     )
     mask_end_of_document: bool = setting(
-        "no loss where the model reads the end of a document; every other token of a step weighs the same",
+        "no loss where the model reads the end of a document; all other tokens of a step have equal weight",
         "--eod-mask-loss",
-        # Else Megatron averages each rank's and micro-batch's tokens by themselves, however many a mask leaves there.
+        # Otherwise Megatron averages per rank and micro-batch, however many tokens the mask leaves there.
         "--calculate-per-token-loss",
         default=False,
     )
@@ -230,16 +232,16 @@ class Training:
         choices=("hybrid", "e4m3"),
     )
     fp8_recipe: str = setting(
-        "what FP8 numbers are scaled by: the maxima of steps before, of a tensor, of its blocks, of blocks of 32",
+        "what FP8 is scaled by: the maximum of earlier steps, of the tensor, of each block, of each block of 32",
         "--fp8-recipe",
         default="delayed",
         choices=("delayed", "tensorwise", "blockwise", "mxfp8"),
     )
     fp8_attention: bool = setting(
-        "FP8 in core attention, too; which GPU can: docs/fp8.md", "--fp8-dot-product-attention", default=False
+        "FP8 in core attention, too; supported GPUs: docs/fp8.md", "--fp8-dot-product-attention", default=False
     )
     first_last_layers_bf16: int = setting(
-        "layers at the beginning, and as many at the end, that stay in bf16 under FP8",
+        "number of first layers, and of last layers, that stay in bf16 under FP8",
         "--first-last-layers-bf16",
         "--num-layers-at-start-in-bf16",
         "--num-layers-at-end-in-bf16",
@@ -254,7 +256,7 @@ class Optimizer:
 
     learning_rate: float = setting("peak", "--lr", above=0)
     min_learning_rate_ratio: float = setting(
-        "final learning rate, as a share of the peak",
+        "final learning rate, as a fraction of the peak",
         "--min-lr",
         default=0.1,
         at_least=0,
@@ -263,9 +265,9 @@ class Optimizer:
     adam_beta2: float = setting("decay of the gradient's square", "--adam-beta2", default=0.999, at_least=0, below=1)
     adam_eps: float = setting("added to the root of the square", "--adam-eps", default=1e-8, above=0)
     weight_decay: float = setting("decoupled; none on norms", "--weight-decay", default=0.01, at_least=0)
-    clip_grad: float = setting("largest global gradient norm; 0: no clipping", "--clip-grad", default=1.0, at_least=0)
+    clip_grad: float = setting("maximum global gradient norm; 0: no clipping", "--clip-grad", default=1.0, at_least=0)
     warmup_fraction: float = setting(
-        "share of the steps with a linearly rising learning rate",
+        "fraction of the steps with a linearly rising learning rate",
         "--lr-warmup-fraction",
         default=0.1,
         at_least=0,
@@ -279,14 +281,14 @@ class Optimizer:
         choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     )
     wsd_decay_fraction: float | None = setting(
-        "share of the steps, the last, in which WSD lowers the learning rate; it needs this, no other takes it",
+        "final fraction of the steps, in which WSD lowers the learning rate; required for WSD, not allowed otherwise",
         "--lr-wsd-decay-iters",
         default=None,
         above=0,
         below=1,
     )
     wsd_decay_shape: str = setting(
-        "how it does",
+        "how WSD lowers the learning rate",
         "--lr-wsd-decay-style",
         default="exponential",
         choices=("exponential", "linear", "cosine", "minus_sqrt"),
@@ -295,10 +297,10 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The corpus, or token files of one's own (.bin/.idx, named by their common prefix), and the tokenizer."""
+    """The corpus, or your own token files (.bin/.idx, named by their common prefix), and the tokenizer."""
 
     corpus: str | None = setting(
-        "directory that `txssm data shard` made: training and validation data, and their tokenizer",
+        "directory made by `txssm data shard`: training and validation data, and their tokenizer",
         "--train-data-path",
         "--valid-data-path",
         default=None,
@@ -328,7 +330,7 @@ class Data:
     )
     split: str | None = setting("shares of train, validation and test in blend: 99,1,0", "--split", default=None)
     tokenizer_type: str | None = setting(
-        "Megatron's tokenizer class; null: the corpus's; or else HuggingFaceTokenizer, for mock data NullTokenizer",
+        "Megatron's tokenizer class; null: the corpus's, otherwise HuggingFaceTokenizer, for mock data NullTokenizer",
         "--tokenizer-type",
         default=None,
         choices=("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"),
@@ -340,7 +342,7 @@ class Data:
         path=True,
     )
     vocab_size: int = setting(
-        "the tokenizer's tokens, before padding; null, or not stated: as many as the corpus's has",
+        "the tokenizer's tokens, before padding; null, or not stated: from the corpus's tokenizer",
         "--vocab-size",
         "--padded-vocab-size",
         at_least=1,
@@ -348,19 +350,19 @@ class Data:
         owns=("--no-pad-vocab-size", "--disable-pad-vocab-size"),
     )
     make_vocab_size_divisible_by: int = setting(
-        "the embedding's rows are padded to a multiple of this, the same at every tensor-parallel size",
+        "the embedding's rows are padded to a multiple of this, independent of the tensor-parallel size",
         "--make-vocab-size-divisible-by",
         default=128,
         at_least=1,
     )
     isolate_documents: bool = setting(
-        "neither attention nor the state crosses the end of a document inside a sample",
+        "attention and state do not cross document ends inside a sample",
         "--isolate-documents",
         default=False,
         owns=("--reset-position-ids", "--reset-attention-mask", "--dataloader-inter-document-masking"),
     )
     cache_path: str | None = setting(
-        "folder of Megatron's shuffled indices; null: beside the data, or in the run directory where that is read-only",
+        "folder of Megatron's shuffled indices; null: with the data, or in the run directory if that is read-only",
         "--data-cache-path",
         default=None,
         path=True,
@@ -392,7 +394,7 @@ class Checkpoint:
         path=True,
     )
     verify: Verify = setting(
-        "files compared with their checksums before a load: true: all, sample: every size, some contents; "
+        "files checked against their checksums before a load: true: all, sample: all sizes, some contents; "
         "false: sizes only, and saves have no checksums",
         default=True,
     )
@@ -400,7 +402,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Logging:
-    """What is reported, and how often."""
+    """Reports and their intervals."""
 
     log_interval: int = setting("steps between lines", "--log-interval", default=10, at_least=1)
     eval_interval: int | None = setting(
@@ -410,7 +412,7 @@ class Logging:
         at_least=1,
     )
     eval_iters: int | None = setting(
-        "global batches per validation, each time the same; 0: none; null: all of every set, with a loss for each",
+        "global batches per validation, the same each time; 0: none; null: every set in full, with a loss for each",
         "--eval-iters",
         default=10,
         at_least=0,
@@ -428,13 +430,13 @@ class Logging:
         default=True,
     )
     wandb_project: str | None = setting(
-        "Weights & Biases project, where a resumed run stays the same run; null: no W&B",
+        "Weights & Biases project; a resumed run continues the same W&B run; null: no W&B",
         "--wandb-project",
         "--wandb-save-dir",
         default=None,
     )
     wandb_name: str | None = setting(
-        "the run's name there; null: the recipe's name",
+        "the run's name in W&B; null: the recipe's name",
         "--wandb-exp-name",
         default=None,
     )
@@ -450,7 +452,7 @@ SECTIONS: dict[str, type] = {
     "logging": Logging,
 }
 
-# Where a recipe states the first field of one group, the fields of the other groups that it inherited no longer hold.
+# If a recipe states the first field of one group, inherited fields of the other groups are dropped.
 ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("training.train_tokens",), ("training.train_iters",)),
     (

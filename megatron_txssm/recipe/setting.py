@@ -1,4 +1,4 @@
-"""How one recipe field is declared: its type, default, meaning, limits, and the Megatron arguments that it becomes."""
+"""Declaration of one recipe field: its type, default, meaning, limits, and the Megatron arguments that it sets."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ Weights = dict[str, float]
 Stages = tuple[dict[str, Any], ...]
 # A list of strings.
 Words = tuple[str, ...]
-# How much is checked: all, some, nothing.
+# How much is checked: all, some, none.
 Verify = Literal[True, "sample", False]
 
 _NAMES: dict[Any, str] = {
@@ -36,13 +36,13 @@ _NAMES: dict[Any, str] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What a recipe field's declaration says beside its Python type and default."""
+    """A recipe field's declaration, besides its Python type and default."""
 
-    # One line for people, with the unit.
+    # One line for users, with the unit.
     explanation: str
     # The Megatron arguments it sets: each gets the field's value, unless session/render.py renders the field otherwise.
     flags: tuple[str, ...]
-    # Further spellings of the same fact in Megatron; a recipe's `megatron:` section may not use them either.
+    # Other Megatron arguments for the same setting, which a recipe's `megatron:` section may not use either.
     owns: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     at_least: float | None = None
@@ -50,7 +50,7 @@ class Setting:
     below: float | None = None
     # A path, or a blend of them (paths.py).
     path: bool = False
-    # null is allowed, and stands for a value that the loader finds.
+    # null is allowed: the loader then finds the value.
     found: bool = False
 
 
@@ -66,8 +66,8 @@ def argument(flag: str, value: Any) -> list[str]:
     if value is True:
         return [flag]
     if isinstance(value, tuple):
-        # A blend. Megatron reads an odd number of words as bare prefixes. Weights keep every digit: those of a corpus's
-        # hundreds of shards are small, and sum up.
+        # A blend. Megatron reads an odd number of words as bare prefixes. Weights keep every digit, because those of a
+        # corpus's hundreds of shards are small and add up.
         weighted = len(value) > 1
         return [
             flag,
@@ -79,7 +79,7 @@ def argument(flag: str, value: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a section, as the loader and the table of fields see it."""
+    """One field of a section, for the loader and the table of fields."""
 
     name: str
     type: Any
@@ -92,7 +92,7 @@ class Field:
 
 
 def section_fields(section: type) -> Iterator[Field]:
-    """The declared fields of a section, in their order."""
+    """The declared fields of a section, in order."""
     hints = get_type_hints(section)
     for field in dataclasses.fields(section):
         if "setting" in field.metadata:
@@ -107,7 +107,7 @@ def type_name(hint: Any) -> str:
 
 
 def convert(value: Any, field: Field) -> Any:
-    """`value`, read from YAML, as the field's type; ValueError says what is expected."""
+    """`value`, read from YAML, as the field's type; ValueError names what is expected."""
     if value is None and field.setting.found:
         return None
     converted = _as_type(value, field.type)
@@ -138,7 +138,7 @@ def _as_type(value: Any, hint: Any) -> Any:
     if inner in (int, float):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise mistake
-        # 2e11 tokens is an integer, too.
+        # 2e11 tokens is an integer.
         if inner is int and value != int(value):
             raise mistake
         return inner(value)
@@ -162,7 +162,7 @@ def _as_blend(value: Any, mistake: ValueError) -> Blend:
         if not (math.isfinite(weight) and weight > 0):
             raise ValueError(f"must have weights above 0, not {weight}")
         if not prefix or prefix.startswith("-"):
-            raise ValueError(f"must not hold a path that is empty or begins with a dash: {prefix!r}")
+            raise ValueError(f"must not contain a path that is empty or begins with a dash: {prefix!r}")
         blend.append((float(weight), prefix))
     return tuple(blend)
 
@@ -187,7 +187,7 @@ def _as_stages(value: Any, mistake: ValueError) -> Stages:
             raise mistake
         tokens, last = stage.get("tokens"), position == len(value)
         if (tokens is None) != last:
-            raise ValueError("must state tokens for every stage but the last, which takes what is left")
+            raise ValueError("must state tokens for every stage but the last, which takes the rest")
         if not last and (isinstance(tokens, bool) or not isinstance(tokens, int | float) or tokens < 1):
             raise ValueError(f"must have at least 1 token in stage {position}, not {shown(tokens)}")
         weights = _as_weights(stage.get("weights"), mistake)
@@ -202,7 +202,7 @@ def _as_words(value: Any, mistake: ValueError) -> Words:
 
 
 def _as_verify(value: Any, mistake: ValueError) -> Verify:
-    # 1 and 0 are equal to true and false.
+    # 1 and 0 equal True and False.
     if not isinstance(value, bool) and value != "sample":
         raise mistake
     return value

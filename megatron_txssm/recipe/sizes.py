@@ -1,4 +1,4 @@
-"""What a recipe takes: processes of one copy of its model, bytes of one checkpoint."""
+"""A recipe's requirements: processes per copy of its model, bytes per checkpoint."""
 
 from megatron_txssm.architecture.parameters import count_parameters
 from megatron_txssm.recipe.recipe import Recipe
@@ -7,13 +7,13 @@ from megatron_txssm.recipe.recipe import Recipe
 def checkpoint_bytes(recipe: Recipe) -> int:
     """Size of one checkpoint: weights in the model's precision, Adam's two moments and the optimizer's weights in fp32.
 
-    Random states, tokens and the index are left out; they are megabytes.
+    Random states, tokens and the index are not counted; they take megabytes.
     """
     weight = 2 if recipe.training.precision == "bf16" else 4
     return (weight + 12) * count_parameters(recipe.sizes).total
 
 
 def smallest_world_size(recipe: Recipe) -> int:
-    """Processes of one copy of the model."""
+    """Processes per copy of the model."""
     parallel = recipe.parallel
     return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size

@@ -1,4 +1,4 @@
-"""Checks between a recipe's fields. Each error gives the name, the value and what would do."""
+"""Checks between a recipe's fields. Each error gives name, value and remedy."""
 
 import re
 from collections.abc import Iterator
@@ -27,14 +27,14 @@ def validate(recipe: Recipe, world_size: int | None = None) -> None:
 
 
 def check_tokenizer_file(recipe: Recipe) -> None:
-    """UserError unless a tokenizer that is a file is there."""
+    """UserError if the tokenizer is a file that does not exist."""
     model = recipe.tokenizer_model
     if model and recipe.tokenizer_type == "SentencePieceTokenizer" and not Path(model).is_file():
         raise UserError(f"data.tokenizer_model={model}: no such file (a relative path starts at {Path.cwd()})")
 
 
 def data_parallel_size(recipe: Recipe, world_size: int) -> int:
-    """Processes that each hold a whole copy of the model's layout; UserError where they do not come out even."""
+    """Copies of the model's layout over all processes; UserError if the processes do not divide evenly."""
     parallel = recipe.parallel
     factors = {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
@@ -88,7 +88,7 @@ def _check_model(recipe: Recipe) -> None:
 
 @contextmanager
 def _recipe_names() -> Iterator[None]:
-    """The mixer's field names in its messages, as the recipe calls them."""
+    """Translate the mixer's field names in error messages to the recipe's."""
     try:
         yield
     except UserError as error:
@@ -99,7 +99,7 @@ def _check_rotation(recipe: Recipe) -> None:
     model = recipe.model
     if recipe.has_attention and model.attention_position_encoding == "rope" and recipe.kv_channels % 2 != 0:
         raise UserError(
-            f"attention heads of {recipe.kv_channels} channels are odd, but rotation turns pairs; "
+            f"attention heads have {recipe.kv_channels} channels, an odd number, but rotation needs pairs; "
             f"set kv_channels={recipe.kv_channels + 1}, or attention_position_encoding: none"
         )
     if model.rope_scaling == "linear" and model.rotary_interpolation_factor is None:
@@ -120,7 +120,7 @@ def _check_tensor_parallel(recipe: Recipe) -> None:
     if model.ffn_hidden_size // size % 2 != 0:
         raise UserError(
             f"ffn_hidden_size={model.ffn_hidden_size} leaves {model.ffn_hidden_size // size} channels to each "
-            f"tensor-parallel process, an odd number, which Megatron's warm-up of SwiGLU cannot halve; "
+            f"tensor-parallel process, an odd number, which Megatron's SwiGLU warm-up cannot halve; "
             f"use {model.ffn_hidden_size + size}"
         )
     if recipe.state_space is not None:
@@ -169,33 +169,33 @@ def _check_other_parallel(recipe: Recipe) -> None:
         if context > 1 and recipe.state_space.conv_sizes and piece < looks_back:
             raise UserError(
                 f"context_parallel_size={context} leaves pieces of {piece} tokens, fewer than the {looks_back} that "
-                "the convolution looks back; use a longer seq_length"
+                "the convolution reaches back; use a longer seq_length"
             )
 
 
 def _check_gpu_options(recipe: Recipe) -> None:
-    """What Megatron would refuse, or do wrong, only after it has started on GPUs."""
+    """Rejects what would fail or go wrong in Megatron only after it has started on GPUs."""
     megatron = recipe.megatron
     if megatron.get("optimizer_cpu_offload") and recipe.state_space is not None:
         raise UserError(
-            "megatron.optimizer_cpu_offload=True does not go with state-space layers: Megatron 0.19.2 cannot offload "
-            "parameters that are fp32 themselves, as A_log is; set it to null"
+            "megatron.optimizer_cpu_offload=True does not work with state-space layers: Megatron 0.19.2 cannot offload "
+            "parameters that are themselves fp32, such as A_log; set it to null"
         )
     if megatron.get("cuda_graph_impl") == "full_iteration":
         if megatron.get("check_for_nan_in_loss_and_grad", True):
             raise UserError(
-                "megatron.cuda_graph_impl=full_iteration lets nobody look at losses within a step; set "
-                "megatron.check_for_nan_in_loss_and_grad=false, too (weights are still checked before each save)"
+                "megatron.cuda_graph_impl=full_iteration prevents checks of losses within a step; also set "
+                "megatron.check_for_nan_in_loss_and_grad=false (weights are still checked before each save)"
             )
         if (warm_up := megatron.get("cuda_graph_warmup_steps", 1)) is not None and warm_up < 1:
             raise UserError(
-                f"megatron.cuda_graph_warmup_steps={warm_up} must be at least 1: what the first step compiles and "
-                "makes must not be recorded"
+                f"megatron.cuda_graph_warmup_steps={warm_up} must be at least 1: the first step's compilation and "
+                "allocations must not be recorded"
             )
         if recipe.data.isolate_documents:
             raise UserError(
-                "megatron.cuda_graph_impl=full_iteration repeats the shapes of one step, and with "
-                "data.isolate_documents=true each step has others; set one of both to null"
+                "megatron.cuda_graph_impl=full_iteration repeats the shapes of one step, but with "
+                "data.isolate_documents=true they change with each step; set one of the two to null"
             )
 
 
@@ -219,8 +219,8 @@ def _check_schedule(recipe: Recipe) -> None:
     optimizer, share = recipe.optimizer, recipe.optimizer.wsd_decay_fraction
     if optimizer.decay_style == "WSD" and share is None:
         raise UserError(
-            "optimizer.decay_style=WSD needs optimizer.wsd_decay_fraction, the share of the steps, such as 0.1, "
-            "in which the learning rate falls at the end"
+            "optimizer.decay_style=WSD needs optimizer.wsd_decay_fraction, the final fraction of the steps, such as "
+            "0.1, in which the learning rate falls"
         )
     if optimizer.decay_style != "WSD" and share is not None:
         raise UserError(
@@ -229,8 +229,8 @@ def _check_schedule(recipe: Recipe) -> None:
         )
     if share is not None and share + optimizer.warmup_fraction > 1:
         raise UserError(
-            f"optimizer.warmup_fraction={optimizer.warmup_fraction:g} and wsd_decay_fraction={share:g} are more than "
-            "all steps; make one smaller"
+            f"optimizer.warmup_fraction={optimizer.warmup_fraction:g} and wsd_decay_fraction={share:g} add up to more "
+            "than all steps; make one smaller"
         )
 
 
@@ -243,15 +243,14 @@ def _check_data(recipe: Recipe) -> None:
         raise UserError(f"{' and '.join(sources)} exclude each other; state one")
     if not sources:
         raise UserError(
-            "data.corpus is missing: a directory that `txssm data shard` made; "
-            "or state data.train, token files of your own"
+            "data.corpus is missing: a directory made by `txssm data shard`; or state data.train, your own token files"
         )
     _check_blend(recipe)
     if mock:
         return
     if data.validation and not data.train:
         raise UserError(
-            "data.validation goes with data.train; a corpus holds its own, and data.blend takes it by data.split"
+            "data.validation needs data.train; a corpus has its own, and data.blend is divided by data.split"
         )
     if data.blend and data.split is None:
         raise UserError("data.blend needs data.split, such as '99,1,0': shares of train, validation and test")
@@ -260,10 +259,10 @@ def _check_data(recipe: Recipe) -> None:
             f"data.split={data.split!r} needs data.blend; a corpus, data.train and data.validation are used whole"
         )
     tested = any(share.strip(" 0.") for share in (data.split or "").split(",")[2:])
-    # `txssm evaluate` sets the latter, and leaves the test set alone.
+    # `txssm evaluate` sets skip_train and does not read the test set.
     if tested and recipe.logging.eval_iters is None and not recipe.megatron.get("skip_train"):
         raise UserError(
-            f"data.split={data.split!r} has a test set, which Megatron cannot read whole after the training; "
+            f"data.split={data.split!r} has a test set, which Megatron cannot read in full after training; "
             "set its share, the third, to 0, or logging.eval_iters to a number of batches"
         )
     if data.train and not data.validation and recipe.logging.eval_iters != 0:
@@ -273,17 +272,17 @@ def _check_data(recipe: Recipe) -> None:
 
 
 def _check_blend(recipe: Recipe) -> None:
-    """How the subsets of a corpus are mixed, as far as it is known without the corpus."""
+    """Checks of the subsets' mixture that do not need the corpus."""
     data, iters = recipe.data, recipe.stage_iters
     if data.weights and data.stages:
-        raise UserError("data.weights and data.stages exclude each other; each stage has weights of its own")
+        raise UserError("data.weights and data.stages exclude each other; each stage has its own weights")
     for name in ("weights", "stages"):
         if getattr(data, name) and data.corpus is None:
             raise UserError(f"data.{name} needs data.corpus, whose subsets it names; leave it out")
     if iters[-1] < 1:
         raise UserError(
             f"data.stages: {sum(iters[:-1])} steps before the last stage leave none of the {recipe.train_iters} to it; "
-            "shorten the stages or train longer (to try only the beginning, set megatron.exit_interval)"
+            "shorten the stages or train longer (to run only the beginning, set megatron.exit_interval)"
         )
 
 

@@ -1,7 +1,7 @@
-"""Reading and writing recipe text: YAML with scalars as people expect them, and nothing but data.
+"""Reading and writing recipe text: YAML with unsurprising scalars, and only plain data.
 
 YAML 1.1, which PyYAML implements, reads 1e-4 as a string, `no` as false, 010 as 8 and 12:30 as 750. Here the scalars
-are those of YAML 1.2's core schema. Duplicate keys, aliases and keys that are not strings are refused.
+are those of YAML 1.2's core schema. Duplicate keys, aliases and non-string keys are rejected.
 """
 
 import re
@@ -35,9 +35,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)
-        # No path and no command line can hold it.
+        # Neither paths nor command lines can contain it.
         if isinstance(value, str) and "\0" in value:
-            raise ConstructorError(None, None, "a text holds a zero byte", node.start_mark)
+            raise ConstructorError(None, None, "a text contains a zero byte", node.start_mark)
         return value
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -47,7 +47,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, str):
                 raise ConstructorError(None, None, f"key {key!r} is not a string", key_node.start_mark)
             if key in seen:
-                raise ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+                raise ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -73,7 +73,7 @@ _Dumper.add_representer(tuple, _represent_list)
 def load_yaml(text: str, source: str) -> Any:
     """The data in `text`; UserError names `source`, the line and the reason."""
     try:
-        # A subclass of SafeLoader: no tag makes an object.
+        # A subclass of SafeLoader: tags cannot create objects.
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

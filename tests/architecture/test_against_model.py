@@ -1,4 +1,4 @@
-"""Parameter counts and FLOPs of the planning formulas against the model that Megatron builds, and a FLOP counter."""
+"""Parameter and FLOP formulas against the model that Megatron builds, and against a FLOP counter."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from megatron_txssm.recipe.recipe import Recipe
 from tests.built_model import build_model
 
 ARCHITECTURES = ("transxssm_320m", "llama3_320m", "mamba2_320m", "jamba_320m")
-# Every size differs from every other, so that a formula that takes the wrong one shows.
+# All sizes differ, which exposes a formula that uses the wrong one.
 SMALL = [
     "model.num_layers=8",
     "model.hidden_size=48",
@@ -28,7 +28,7 @@ SMALL = [
     "model.state_num_groups=2",
     "model.chunk_size=16",
     "data.vocab_size=200",
-    # Nothing is read, but a corpus would have to be there.
+    # Nothing is read, but a corpus would have to exist.
     "data.train=a",
     "data.validation=a",
     "data.tokenizer_model=b",
@@ -68,35 +68,35 @@ def test_every_parameter_is_counted(recipe: Recipe, model: Any) -> None:
 
 
 def test_flops_are_those_of_the_model(recipe: Recipe, model: Any) -> None:
-    """Forward and backward, and the three differences between model FLOPs and what is executed, stated one by one."""
+    """Forward and backward; accounts for the three differences between model FLOPs and executed FLOPs."""
     length = recipe.training.seq_length
     tokens = torch.zeros(1, length, dtype=torch.long)
     positions = torch.arange(length)[None]
-    # torch's fused attention on CPU is not known to the counter; its plain one multiplies the same matrices.
+    # The counter does not know torch's fused CPU attention; plain attention multiplies the same matrices.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(tokens, positions, None, labels=tokens).sum().backward()
     by_operator = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
-    # The counter bills the weight's gradient of a depthwise convolution as if every channel met every other one.
+    # The counter treats the weight gradient of a depthwise convolution as that of a dense one.
     by_operator.pop("aten.convolution_backward", None)
     executed = sum(by_operator.values()) / length
 
     expected = flops_per_token(recipe.sizes, length)
-    # Rows that make the in-projections a good size.
+    # Padding rows of the in-projections.
     padding = sum(module.padding for module in model.modules() if isinstance(module, StateSpaceMixer))
     expected += FORWARD_AND_BACKWARD * 2 * padding * recipe.model.hidden_size
     kinds = recipe.layer_kinds
-    # The causal half of attention's scores counts as model FLOPs; the plain attention executes the full square:
-    # Q·Kᵀ and scores·V of a multiply-add for every key, head and channel, half of which is in the figure already.
+    # Model FLOPs count the causal half of attention's scores; plain attention executes the full square: Q·Kᵀ and
+    # scores·V, one multiply-add each per key, head and channel, half of which the figure already includes.
     half_of_scores = 2 * length * recipe.model.num_attention_heads * recipe.kv_channels
     expected += FORWARD_AND_BACKWARD * kinds.count(ATTENTION) * half_of_scores
     if sizes := recipe.state_space:
-        # So with the chunks of the scan.
+        # The same for the scan's chunks.
         whole, half = (sizes.scan_flops_per_token(length, whole_chunks=flag) for flag in (True, False))
         expected += FORWARD_AND_BACKWARD * kinds.count(STATE_SPACE) * (whole - half)
-        # What its backward pass computes again: scores, and what every chunk adds to the state.
+        # Its backward pass recomputes the scores, and the states that chunks add.
         scores = 2 * min(sizes.chunk_size, length) * sizes.num_groups * sizes.state_size
         again = scores + 2 * sizes.inner_size * sizes.state_size
-        # The counter does not know baddbmm_, by which the scores' gradients become B's and C's.
+        # The counter does not know baddbmm_, which turns the scores' gradients into those of B and C.
         expected += kinds.count(STATE_SPACE) * (again - 2 * scores)
         # The backward pass of the convolution, see above: twice its forward pass.
         convolution = 2 * sum(sizes.conv_sizes.values()) * sizes.conv_kernel

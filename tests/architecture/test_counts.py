@@ -12,7 +12,7 @@ from megatron_txssm.model.arguments import state_space_config
 from megatron_txssm.recipe.loader import load_recipe
 
 ARCHITECTURES = ("transxssm", "llama3", "mamba2", "jamba")
-# In the place of a corpus, which would have to be there.
+# Instead of a corpus, which would have to exist.
 OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
 
 
@@ -57,7 +57,7 @@ def test_an_untied_head_counts_twice() -> None:
 
 
 def sizes_of(args: Namespace) -> ModelSizes:
-    """As Megatron's arguments have them."""
+    """Sizes from Megatron's arguments."""
     kinds = layer_kinds(args.layer_pattern, args.num_layers)
     return ModelSizes(
         layer_kinds=kinds,
@@ -84,7 +84,7 @@ def test_sizes_from_megatrons_arguments_are_those_of_the_recipe() -> None:
 def test_flops_grow_with_the_length_only_through_attention() -> None:
     llama, mamba = load_recipe("llama3_320m"), load_recipe("mamba2_320m")
     assert flops_per_token(mamba.sizes, 4096) == flops_per_token(mamba.sizes, 65536)
-    # 24 layers x 12 heads x 64 channels, 6 per token and position of the causal half twice.
+    # 24 layers x 12 heads x 64 channels; 6 per token and position of the causal half, twice.
     assert flops_per_token(llama.sizes, 8192) - flops_per_token(llama.sizes, 4096) == 6 * 4096 * 24 * 768
 
 
@@ -92,16 +92,16 @@ def test_flops_of_a_scan_count_the_causal_half_of_a_chunk() -> None:
     """By hand, for transxssm_320m's mixer: 12 heads of 64, state 128, 4 groups, chunks of 256; from 768 channels."""
     sizes = load_recipe("transxssm_320m").state_space
     assert sizes is not None
-    # A reader meets 1 to 256 sources of its chunk; as with attention, half a chunk counts.
+    # A reader pairs with 1 to 256 sources of its chunk; as for attention, half a chunk counts.
     sources = 256 / 2
     scores, values = 2 * sources * 4 * 128, 2 * sources * 768
     written = read = 2 * 768 * 128
     scan = scores + values + written + read
     assert scan == 720896
-    # x, B, C, dt, and back.
+    # x, B, C, dt, and the out-projection.
     projections = 2 * 768 * (768 + 512 + 512 + 12) + 2 * 768 * 768
     assert sizes.flops_per_token(4096) == 3 * (projections + scan)
-    # A text that is shorter than a chunk.
+    # A sequence shorter than a chunk.
     assert sizes.flops_per_token(64) == 3 * (projections + 2 * 32 * (4 * 128 + 768) + written + read)
 
 
@@ -110,7 +110,7 @@ def test_flops_are_six_per_weight_and_token_besides_scores_and_scan(name: str) -
     recipe = load_recipe(name)
     count = count_parameters(recipe.sizes)
     weights = 6 * (count.total - count.norms)
-    # The mixers' scan and scores come on top, norms' weights do not; short sequences make both small.
+    # Scans and attention scores add to it, norm weights do not; short sequences keep both small.
     assert weights < flops_per_token(recipe.sizes, 64) < 1.05 * weights
 
 

@@ -1,4 +1,4 @@
-"""The demo's data: enough real text, the same each time, and nothing of validation in training."""
+"""The demo's data: enough real text, reproducible, and no validation text in training."""
 
 import pytest
 

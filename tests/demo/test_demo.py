@@ -1,4 +1,4 @@
-"""The demo itself, cut to a few steps: it runs through, and a second run starts from the data of the first."""
+"""The demo, shortened to a few steps: it runs to the end, and a second run reuses the first one's data."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def test_the_demo_runs_from_text_to_text(tmp_path: Path) -> None:
     steps = [line.split()[1] for line in lines if line.startswith("iteration ") and "/4" in line]
     assert steps == ["1/4", "2/4", "3/4", "4/4"], "each step once: stopped after the second, resumed with the third"
     losses = {name: float(value) for line in lines if "  " in line for name, value in _loss(line)}
-    # After four steps the model knows hardly more than a uniform guess (ln 1024 = 6.93); the n-grams know the text.
+    # After four steps the model barely beats a uniform guess (ln 1024 = 6.93); the n-grams know the text.
     assert losses["interpolated bigram"] < losses["unigram"] < losses["TransXSSM"] < 7
     run = tmp_path / "runs" / "demo"
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""The loss curve: which lines of the metrics count, and that a picture comes out."""
+"""The loss curve: which lines of the metrics count, and that a PNG is written."""
 
 import json
 
@@ -45,6 +45,6 @@ def test_nothing_to_draw_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         plot_loss_curve(tmp_path / "none.jsonl", tmp_path / "x.png", baselines={})
     metrics = _write(tmp_path / "metrics.jsonl", [{"iteration": 1}])
-    with pytest.raises(UserError, match='holds no "lm loss"'):
+    with pytest.raises(UserError, match='has no "lm loss"'):
         plot_loss_curve(metrics, tmp_path / "x.png", baselines={})
     assert not (tmp_path / "x.png").exists()

@@ -12,7 +12,7 @@ from megatron_txssm.demo.ngram import bigram_loss, unigram_loss
 
 
 def _markov_stream(transition: np.ndarray, length: int, seed: int) -> np.ndarray:
-    """A sample of the chain: inverse-CDF steps over one vector of uniform numbers."""
+    """A sample of the Markov chain: inverse-CDF steps over one vector of uniform numbers."""
     uniform = np.random.default_rng(seed).random(length)
     cumulative = transition.cumsum(axis=1)
     stream = np.zeros(length, dtype=np.int64)
@@ -104,7 +104,7 @@ def _brute_force_losses(train, validation, vocab_size):
 
 @pytest.mark.parametrize("vocab_size", [7, 300])
 def test_agrees_with_dictionaries(vocab_size):
-    # Zipf's law: many rare tokens, contexts seen never, once, and often.
+    # Zipf's law: many rare tokens; contexts seen never, once, and often.
     generator = np.random.default_rng(vocab_size)
     train, validation = (generator.zipf(1.3, size=size) % vocab_size for size in (1500, 700))
     expected = _brute_force_losses(train.tolist(), validation.tolist(), vocab_size)

@@ -1,6 +1,6 @@
-"""Kernels of attention that a CPU lacks: flash attention's from its definition, and flex attention's, not compiled.
+"""Attention kernels that a CPU lacks: flash attention from its definition, and flex attention without a compiler.
 
-Everything of transformers' around them runs as it does on a GPU.
+transformers' code around them runs as on a GPU.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 
 
 def use_attention(model: TransXSSMForCausalLM, implementation: str, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Sets the implementation; the list takes the borders of documents that flash attention's kernel is given."""
+    """Sets the implementation; returns a list that records the document borders passed to flash attention."""
     borders: list[list[int]] = []
 
     def one_text(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: bool, **_: Any) -> Tensor:
@@ -41,7 +41,7 @@ def use_attention(model: TransXSSMForCausalLM, implementation: str, monkeypatch:
         softmax_scale: float = 1.0,
         causal: bool = False,
     ) -> Tensor:
-        """Documents one behind the other, [tokens, H, P]."""
+        """Concatenated documents, [tokens, H, P]."""
         lengths = cu_seqlens_q.diff().tolist()
         assert torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q.dtype == torch.int32
         assert max_seqlen_q == max_seqlen_k == max(lengths)

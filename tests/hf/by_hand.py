@@ -1,6 +1,6 @@
 """The whole model from its equations, in fp64, the state-space layers token by token; for texts without padding.
 
-It takes nothing from the package but the sizes in the configuration.
+It uses only the configuration's sizes from the package.
 B=batch L=sequence length D=hidden size H=heads P=head dim G=groups N=state size E=channels of the convolution
 """
 
@@ -34,7 +34,7 @@ def rms_norm(config: TransXSSMConfig, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rotated(config: TransXSSMConfig, vectors: Tensor, position: int) -> Tensor:
-    """Plane i of the last dimension, (v[i], v[i + width/2]), turned by position · base^(-2i/width)."""
+    """Plane i of the last dimension, (v[i], v[i + width/2]), rotated by position · base^(-2i/width)."""
     rope = config.rope_parameters or {}
     half = vectors.shape[-1] // 2
     frequencies = rope.get("rope_theta", 10000.0) ** -(torch.arange(half, dtype=torch.float64) / half)
@@ -44,7 +44,7 @@ def rotated(config: TransXSSMConfig, vectors: Tensor, position: int) -> Tensor:
 
 
 def attention(config: TransXSSMConfig, own: dict[str, Tensor], u_BLD: Tensor) -> Tensor:
-    """Each token looks at itself and all before it; query head h reads key head h // (queries / keys)."""
+    """Each token attends to itself and all before it; query head h reads key head h // (queries / keys)."""
     length, width = u_BLD.shape[1], config.head_dim or 0
     q, k, v = ((u_BLD @ own[f"self_attn.{name}_proj.weight"].T).unflatten(-1, (-1, width)) for name in "qkv")
     if config.attention_position_encoding == "rope":
@@ -59,7 +59,7 @@ def attention(config: TransXSSMConfig, own: dict[str, Tensor], u_BLD: Tensor) ->
 
 
 def state_space(config: TransXSSMConfig, own: dict[str, Tensor], u_BLD: Tensor) -> Tensor:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_tᵀ, y_t = h_t C_t, and what stands around it."""
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_tᵀ, y_t = h_t C_t, and the rest of the mixer."""
     heads, groups, inner = config.state_num_heads or 0, config.state_num_groups, config.state_inner_size
     widths = [inner * config.state_gated, inner + 2 * groups * config.state_size, heads]
     z_BLE, xBC_BLE, raw_dt_BLH = (u_BLD @ own["mixer.in_proj.weight"].T).split(widths, dim=-1)

@@ -1,7 +1,7 @@
-"""What a compiler and an exporter make of the models, in a process of its own: run by test_compiling.py.
+"""Compiles and exports the models, in a separate process: run by test_compiling.py.
 
-The suite's own process will not do: its CPU platform replaces torch's functions by way of a mode under which
-torch.compile leaves everything as it is, and what threads keep from call to call is there already.
+The suite's own process cannot: its CPU platform replaces torch's functions with a mode under which torch.compile does
+nothing, and buffers that threads keep between calls already exist.
 
     python -m tests.hf.compile_checks export aot_eager inductor
 """
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def check_export() -> None:
-    """First thing in the process, without and with gradients, and what the model computes afterwards."""
+    """Export first in the process, without and with gradients; then check that the model still computes the same."""
     model, ids, other = tiny_model(), random_ids(2, 40), random_ids(2, 40, seed=1)
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
@@ -42,7 +42,7 @@ def check_export() -> None:
 
 
 def check_aot_eager() -> None:
-    """It traces down to operators and makes both passes as inductor does, and writes no code for them."""
+    """aot_eager traces both passes down to operators, as inductor does, but generates no code."""
     check_rotation()
     check_training("transxssm", "aot_eager", **TWO_LAYERS)
     check_training("jamba", "aot_eager", **TWO_LAYERS)
@@ -58,7 +58,7 @@ def check_inductor() -> None:
 
 
 def compiled(function: Any, backend: Any) -> Any:
-    """Anew, and nothing of it may stay with Python."""
+    """Compiled from scratch, without graph breaks."""
     torch.compiler.reset()
     return torch.compile(function, backend=backend, fullgraph=True)
 
@@ -86,7 +86,7 @@ def check_packed_inference(variant: str, backend: str, **overrides: Any) -> None
 
 @torch.no_grad()
 def check_decoding(variant: str, **overrides: Any) -> None:
-    """A prompt and two tokens behind it, each through a compiled forward with a cache."""
+    """A prompt and two more tokens, each through a compiled forward with a cache."""
     model, ids = tiny_model(variant, **overrides), random_ids(2, 22)
     function, cache = compiled(model, "aot_eager"), None
     logits: list[Tensor] = []
@@ -99,7 +99,7 @@ def check_decoding(variant: str, **overrides: Any) -> None:
 
 @torch.no_grad()
 def check_static_decoding(variant: str, backend: str) -> None:
-    """One graph decodes every token of two texts with padding, by generate() and by forward alone."""
+    """One graph decodes every token of two padded texts, by generate() and by forward alone."""
     model, (ids, mask) = tiny_model(variant), padded_left()
     graphs: list[Any] = []
 
@@ -109,7 +109,7 @@ def check_static_decoding(variant: str, backend: str) -> None:
 
     torch.compiler.reset()
     options = CompileConfig(backend=counting, fullgraph=True, mode=None)  # pyright: ignore[reportArgumentType]
-    # On a CPU as well.
+    # Also compile on a CPU.
     options._compile_all_devices = True  # pyright: ignore[reportAttributeAccessIssue]
     settings: dict[str, Any] = {"max_new_tokens": 24, "no_repeat_ngram_size": 2}
     for text, seen in ((ids, mask), (random_ids(4, 33, seed=1), mask[:, 7:])):

@@ -1,4 +1,4 @@
-"""What forward takes by name: one cache by two names, what every model is given, and nothing that would be lost."""
+"""forward's arguments: the cache under two names, arguments passed to every model; unknown ones are rejected."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ def test_an_argument_that_would_be_lost_is_refused(name: str, value: Any, head: 
 
 @torch.no_grad()
 def test_what_every_model_is_given_changes_nothing() -> None:
-    """As Trainer, TRL, PEFT and older callers do; None says nothing, whatever its name."""
+    """As from Trainer, TRL, PEFT and older callers; None is accepted under any name."""
     model, ids = tiny_model(), random_ids(2, 9)
     plain = model(ids).logits
     given: dict[str, Any] = dict.fromkeys(KNOWN_ARGUMENTS) | {
@@ -79,7 +79,7 @@ def test_a_cache_under_gradient_checkpointing_is_refused() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_model_in_training_generates_what_it_does_in_evaluation(variant: str) -> None:
-    """With its gradients checkpointed, as trainers that sample leave it."""
+    """With gradient checkpointing on, as trainers that sample leave it."""
     model, (ids, mask) = tiny_model(variant), padded_left()
     expected = generate(model, ids, mask, max_new_tokens=12)
     model.train().activation_checkpointing_enable()
@@ -88,7 +88,7 @@ def test_a_model_in_training_generates_what_it_does_in_evaluation(variant: str) 
 
 @torch.no_grad()
 def test_a_mask_counts_whatever_is_not_zero() -> None:
-    """Some packers number documents in it."""
+    """Some packers put document numbers into it."""
     model, ids = tiny_model("jamba"), random_ids(1, 20)
     mask = torch.ones_like(ids)
     mask[:, 8:] = 3

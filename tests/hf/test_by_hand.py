@@ -1,4 +1,4 @@
-"""The whole model against its equations written out token by token: logits, and gradients of every parameter."""
+"""The whole model against its equations, token by token: logits, and gradients of every parameter."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""TransXSSMCache under forward: any division of a text gives the same logits; what it holds, and how much."""
+"""TransXSSMCache under forward: any split of a text gives the same logits; the cache's contents and size."""
 
 import copy
 from typing import Any
@@ -16,7 +16,7 @@ from tests.hf.tiny import VARIANTS, padded_left, random_ids, tiny_config, tiny_m
 # Absolute, of logits around 5, in fp32.
 TOLERANCE = 1e-4
 variants = pytest.mark.parametrize("variant", VARIANTS)
-# Of a cache that grows, and of static ones: as long as the longest of these tests' texts, and longer.
+# A growing cache, and static ones: as long as these tests' longest text, and longer.
 rooms = pytest.mark.parametrize("max_cache_len", [None, 40, 64], ids=["grows", "static", "longer"])
 with_attention = pytest.mark.parametrize("variant", ["transxssm", "jamba"])
 
@@ -28,7 +28,7 @@ def in_parts(
     mask: Tensor | None = None,
     max_cache_len: int | None = None,
 ) -> tuple[Tensor, TransXSSMCache]:
-    """Logits of a text that is read part by part, and the cache behind it."""
+    """Logits of a text read part by part, and the final cache."""
     cache, logits, seen = TransXSSMCache(model.config, max_cache_len), [], 0
     for part in ids.split(lengths, dim=1):
         seen += part.shape[1]
@@ -51,7 +51,7 @@ def test_a_long_text_in_uneven_parts_equals_one_pass(variant: str) -> None:
 @rooms
 @torch.no_grad()
 def test_padded_rows_in_parts_equal_one_pass(variant: str, max_cache_len: int | None) -> None:
-    """Some parts are padding alone for some rows."""
+    """Some parts consist only of padding in some rows."""
     model, (ids, mask) = tiny_model(variant), padded_left()
     logits, _ = in_parts(model, ids, [1, 9, 1, 12, 16, 1], mask, max_cache_len)
     expected = model(ids, attention_mask=mask).logits
@@ -71,7 +71,7 @@ def test_padding_on_the_left_changes_nothing(variant: str) -> None:
 @variants
 @torch.no_grad()
 def test_padding_on_the_right_changes_nothing(variant: str) -> None:
-    """Neither the logits before it nor, as it adds nothing to a state and decays nothing, the states behind it."""
+    """Neither the logits before it nor the states after it: padding neither adds to a state nor decays it."""
     model, ids = tiny_model(variant), random_ids(2, 30)
     mask = torch.ones_like(ids)
     mask[0, 21:] = 0
@@ -90,7 +90,7 @@ def test_padding_on_the_right_changes_nothing(variant: str) -> None:
 @pytest.mark.parametrize("lengths", [[20, 1, 1, 8], [20, 10], [13, 7, 10], [30]], ids=str)
 @torch.no_grad()
 def test_padding_between_tokens_changes_nothing(variant: str, lengths: list[int], max_cache_len: int | None) -> None:
-    """A prompt with padding on the right, then more tokens; shorter rows, and one that is padding alone until then."""
+    """A prompt padded on the right, then more tokens; shorter rows, and one whose prompt is only padding."""
     model, ids = tiny_model(variant), random_ids(4, 30)
     mask = torch.ones_like(ids)
     for row, begin in enumerate((14, 11, 1, 0)):
@@ -103,7 +103,7 @@ def test_padding_between_tokens_changes_nothing(variant: str, lengths: list[int]
 
 @variants
 def test_gradients_flow_through_the_cache(variant: str) -> None:
-    """Two halves of a text with the cache between them have the gradients of the whole."""
+    """Two halves of a text, linked by the cache, have the gradients of the whole."""
     model, ids = tiny_model(variant), random_ids(2, 40)
     gradients = []
     for logits in (model(ids, use_cache=False).logits, in_parts(model, ids, [19, 21])[0]):
@@ -121,7 +121,7 @@ def test_a_copy_goes_its_own_way(variant: str, max_cache_len: int | None) -> Non
     model, ids = tiny_model(variant), random_ids(1, 30)
     _, cache = in_parts(model, ids[:, :20], [20], max_cache_len=max_cache_len)
     kept = copy.deepcopy(cache)
-    # A step by one token and a step by several, which other tokens follow.
+    # A step of one token and a step of several, each followed by other tokens.
     for tokens in (random_ids(1, 1, seed=1), random_ids(1, 9, seed=2)):
         model(tokens, past_key_values=cache)
     assert kept.get_seq_length() == 20 and cache.get_seq_length() == 30
@@ -163,7 +163,7 @@ def test_crop_is_refused() -> None:
 
 
 def stored(tensors: list[Tensor | None]) -> int:
-    """Bytes of memory that tensors keep alive, which is more than their own where they are views."""
+    """Bytes of storage that tensors keep alive, which for views exceeds their own size."""
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
 
@@ -199,7 +199,7 @@ def test_states_are_fp32_in_a_bf16_model() -> None:
 
 
 def copying_cache(model: TransXSSMForCausalLM) -> TransXSSMCache:
-    """Ours, but with transformers' own layers for keys and values, which copy all of them at each token."""
+    """Our cache with transformers' own layers for keys and values, which copy everything at each token."""
     cache = TransXSSMCache(model.config)
     cache.layers = [DynamicLayer() if isinstance(layer, AttentionCacheLayer) else layer for layer in cache.layers]
     return cache
@@ -209,7 +209,7 @@ def copying_cache(model: TransXSSMForCausalLM) -> TransXSSMCache:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
 def test_written_in_place_or_copied_the_bits_are_the_same(variant: str, attention: str) -> None:
-    """Over two borders of blocks."""
+    """Across two block boundaries."""
     model, ids = tiny_model(variant, attn_implementation=attention), random_ids(2, 2 * BLOCK_TOKENS + 40)
     ours, copying = TransXSSMCache(model.config), copying_cache(model)
     for part in ids.split([30, BLOCK_TOKENS - 50, 1, 40] + [1] * (ids.shape[1] - 21 - BLOCK_TOKENS), dim=1):
@@ -235,7 +235,7 @@ def test_keys_and_values_are_copied_once_in_a_block() -> None:
 
 
 def test_whatever_is_done_to_keys_and_values_they_are_those_of_a_layer_that_copies() -> None:
-    """And what a layer has once shown does not change."""
+    """And tensors that a layer has returned do not change."""
     torch.manual_seed(0)
     ours, copying = AttentionCacheLayer(), DynamicLayer()
     shown: list[tuple[Tensor, Tensor]] = []
@@ -276,7 +276,7 @@ def test_whatever_is_done_to_keys_and_values_they_are_those_of_a_layer_that_copi
 
 
 def test_gradients_flow_where_keys_have_none() -> None:
-    """As with an adapter on the queries alone: attention keeps keys and values for its backward pass."""
+    """As with an adapter on the queries only: attention saves keys and values for its backward pass."""
     model, ids = tiny_model(num_hidden_layers=1, layer_types=["full_attention"]), random_ids(1, 12)
     model.requires_grad_(False)
     query = model.get_parameter("model.layers.0.self_attn.q_proj.weight").requires_grad_()
@@ -301,7 +301,7 @@ def test_a_cache_of_inference_mode_goes_on_outside() -> None:
 
 
 def grown_layer(rows: int = 2) -> AttentionCacheLayer:
-    """With room behind its 10 tokens."""
+    """A layer with spare places after its 10 tokens."""
     layer = AttentionCacheLayer()
     for tokens in (9, 1):
         layer.update(*torch.randn(2, rows, 2, tokens, 8))
@@ -337,7 +337,7 @@ def test_rows_that_were_selected_leave_the_room_of_all() -> None:
 @variants
 @torch.no_grad()
 def test_in_a_static_cache_nothing_moves_or_grows(variant: str) -> None:
-    """Nor where rows are reordered."""
+    """Nor when rows are reordered."""
     model, ids = tiny_model(variant), random_ids(2, 30)
     _, cache = in_parts(model, ids[:, :20], [20], max_cache_len=64)
 
@@ -362,7 +362,7 @@ def test_in_a_static_cache_nothing_moves_or_grows(variant: str) -> None:
 
 @torch.no_grad()
 def test_a_mask_of_all_places_of_a_static_cache_is_the_growing_one() -> None:
-    """Whatever it says of those that are empty."""
+    """Whatever its values at empty places."""
     model, (ids, mask) = tiny_model("jamba"), padded_left()
     results = []
     for fill in (0, 1):
@@ -387,7 +387,7 @@ def test_what_a_static_cache_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(ValueError, match=r"a backward pass would need; compute under torch.no_grad"):
             refusing(ids, past_key_values=TransXSSMCache(refusing.config, 16))
     with torch.no_grad():
-        with pytest.raises(ValueError, match="a static cache takes no packed documents"):
+        with pytest.raises(ValueError, match="a static cache does not support packed documents"):
             model(ids, seq_idx=(torch.arange(12) // 5)[None], past_key_values=TransXSSMCache(model.config, 16))
         cache = TransXSSMCache(model.config, 16)
         model(ids, past_key_values=cache)

@@ -1,4 +1,4 @@
-"""torch.export, torch.compile and torch.func compute what the model does (compile_checks.py)."""
+"""torch.export, torch.compile and torch.func give the model's results (compile_checks.py)."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def check(*names: str, **environment: str) -> None:
-    # The suite's platform sets it for Megatron, and children inherit it: nothing would be compiled.
+    # The suite's platform sets it for Megatron; children would inherit it and compile nothing.
     inherited = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.hf.compile_checks", *names],

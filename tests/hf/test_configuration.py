@@ -1,4 +1,4 @@
-"""TransXSSMConfig: what it derives, what it refuses, and that a file brings it back."""
+"""TransXSSMConfig: derived values, rejected values, and the round trip through a file."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_rotations_that_a_state_cannot_follow_are_refused(rope_type: str) -> Non
 
 
 def test_a_rotation_changed_later_is_obeyed_or_refused() -> None:
-    """Before the model is made and behind that, as a whole and in place."""
+    """Before and after the model is created, as a whole and in place."""
     ids, slow = random_ids(1, 30), {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
     expected = tiny_model(rope_parameters=slow)(ids).logits
     model = tiny_model()

@@ -1,4 +1,4 @@
-"""generate(): the cache changes the speed and no token; what cannot work with states is refused."""
+"""generate(): the cache changes speed but no tokens; options that cannot work with states are rejected."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ variants = pytest.mark.parametrize("variant", VARIANTS)
 def test_greedy_tokens_are_the_same_with_and_without_the_cache(variant: str) -> None:
     """256 tokens of four rows with different padding on the left."""
     model, (ids, mask) = tiny_model(variant), padded_left()
-    # No pair of tokens twice: texts that go in circles would prove little.
+    # No repeated pair of tokens: texts that loop would prove little.
     options = {"max_new_tokens": 256, "no_repeat_ngram_size": 2}
     cached = generate(model, ids, mask, **options)
     assert torch.equal(cached, generate(model, ids, mask, use_cache=False, **options))
@@ -48,7 +48,7 @@ def test_beams_and_samples_are_the_same_with_and_without_the_cache(variant: str,
 @variants
 @pytest.mark.parametrize("all_tokens", [True, False], ids=["all tokens again", "new tokens alone"])
 def test_generation_goes_on_from_a_returned_cache(variant: str, all_tokens: bool) -> None:
-    """A second turn: the first one's tokens and some of the user's, behind padding on the left."""
+    """A second turn: the first turn's tokens and some of the user's, padded on the left."""
     model, (ids, mask) = tiny_model(variant), padded_left()
     first = generate(model, ids, mask, max_new_tokens=10, return_dict_in_generate=True)
     text = torch.cat([first.sequences, random_ids(len(ids), 7, seed=1)], dim=1)
@@ -119,7 +119,7 @@ def test_a_static_cache_without_ids_or_without_a_mask(given: str) -> None:
 
 
 def test_a_static_cache_is_as_large_as_the_largest_before() -> None:
-    """Graphs were compiled for it."""
+    """Graphs were compiled for that size."""
     model, ids = tiny_model(), random_ids(1, 9)
     options = {"cache_implementation": "static", "return_dict_in_generate": True}
     for max_new_tokens, max_cache_len, expected in ((4, None, 12), (8, 40, 40), (4, None, 40)):
@@ -168,7 +168,7 @@ def test_caches_without_states_are_refused_as_objects(kind: Any, variant: str) -
 
 
 def test_assisted_generation_is_refused() -> None:
-    """A guess that proves wrong would have to be taken back out of the states."""
+    """A rejected guess would have to be removed from the states."""
     model, ids = tiny_model(), random_ids(1, 9)
     ways: list[dict[str, Any]] = [{"assistant_model": tiny_model("jamba")}, {"prompt_lookup_num_tokens": 3}]
     for options in ways:

@@ -1,4 +1,4 @@
-"""What forward takes and gives by transformers' conventions: embeddings, hidden states, weights, implementations."""
+"""transformers' conventions for forward: embeddings, hidden states, weights, attention implementations."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_hidden_states_and_attention_weights_are_given_on_request(variant: str) 
     assert len(output.hidden_states) == 4
     assert torch.equal(output.hidden_states[0], model.model.embed_tokens(ids))
     assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
-    # Of attention layers alone: the others have none.
+    # Only attention layers have weights.
     assert len(output.attentions) == (model.config.layer_types or []).count("full_attention")
     for weights_BHLL in output.attentions:
         assert weights_BHLL.shape == (2, 4, 20, 20)

@@ -1,4 +1,4 @@
-"""position_ids that restart: documents in one row know nothing of each other, in any layer."""
+"""Restarting position_ids: documents in one row are independent in every layer."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def positions(batch: int, lengths: tuple[int, ...] = LENGTHS) -> Tensor:
 @variants
 @pytest.mark.parametrize("use_cache", [None, False, True])
 def test_packed_documents_have_the_logits_that_they_have_alone(variant: str, use_cache: bool | None) -> None:
-    """Whether or not a cache is asked for; None is the configuration's way, which asks."""
+    """With and without a cache; None takes the configuration's default, which is True."""
     model, ids = tiny_model(variant), random_ids(2, sum(LENGTHS))
     logits = model(ids, position_ids=positions(2), use_cache=use_cache).logits
     documents = zip(ids.split(LENGTHS, dim=1), logits.split(LENGTHS, dim=1), strict=True)
@@ -41,7 +41,7 @@ def test_another_document_changes_no_bit_and_gets_no_gradient(variant: str, impl
         embeddings = model.get_input_embeddings()(text).detach().requires_grad_()
         logits = model(inputs_embeds=embeddings, position_ids=positions(1)).logits
         (gradient,) = torch.autograd.grad(logits[:, start:].square().sum(), embeddings)
-        # Sums of logarithms of decays cancel in fp64: 1e-17 and such remain of them.
+        # Sums of log decays cancel in fp64, up to rounding near 1e-17.
         assert gradient[:, :start].abs().max() < 1e-12 * gradient.abs().max()
         results.append((logits, gradient))
     (logits, gradient), (others_logits, others_gradient) = results
@@ -62,7 +62,7 @@ def test_rows_may_be_packed_differently(variant: str) -> None:
 
 @variants
 def test_positions_that_only_start_later_are_one_document(variant: str) -> None:
-    """The rotation depends on distances alone; nothing is cut."""
+    """The rotation depends only on distances; nothing is cut."""
     model, ids = tiny_model(variant, length_scaling_base=None), random_ids(1, 30)
     assert worst_difference(model(ids, position_ids=torch.arange(7, 37)[None]).logits, model(ids).logits) < TOLERANCE
 

@@ -11,7 +11,7 @@ from megatron_txssm.hf import TransXSSMCache
 from tests.hf.attention_kernels import IMPLEMENTATIONS, use_attention
 from tests.hf.tiny import VARIANTS, random_ids, tiny_model, worst_difference
 
-# transformers' own words to torch, and torch's to whoever runs flex attention without a compiler.
+# A deprecation inside transformers, and torch's warning about uncompiled flex attention.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
@@ -25,7 +25,7 @@ implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 def collated(ids: Tensor, **options: bool) -> dict[str, Any]:
-    """What the collator makes of documents of LENGTHS; TRL's, where it packs, returns all of it."""
+    """The collator's output for documents of LENGTHS; TRL's packing collator returns all of these fields."""
     features = [{"input_ids": document.tolist()} for document in ids[0].split(LENGTHS)]
     return DataCollatorWithFlattening(return_tensors="pt", **options)(features)
 
@@ -60,7 +60,7 @@ def test_documents_have_the_logits_that_they_have_alone(
 @implementations
 @torch.no_grad()
 def test_rows_of_a_batch_are_packed_each_in_its_way(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The numbers come back to a value, which marks another document."""
+    """Document numbers recur, each time for a new document."""
     model, ids = tiny_model("jamba"), random_ids(2, 20)
     seq_idx = torch.tensor([[0] * 7 + [1] + [0] * 12, [5] * 18 + [2] * 2])
     expected = [torch.cat([model(d).logits for d in ids[0:1].split((7, 1, 12), dim=1)], dim=1)]
@@ -95,7 +95,7 @@ def test_padding_beside_packed_documents(variant: str, implementation: str, monk
 def test_texts_that_are_not_packed_under_every_implementation(
     implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With padding, with positions that say so, and token by token behind a cache."""
+    """With padding, with explicit positions, and token by token after a cache."""
     model, ids = tiny_model(), random_ids(2, 20)
     mask = torch.ones_like(ids)
     mask[1, :6] = 0
@@ -117,11 +117,11 @@ def test_what_follows_packed_documents_is_refused() -> None:
     seq_idx = (torch.arange(20) // 8)[None]
     cache = TransXSSMCache(model.config)
     model(ids, seq_idx=seq_idx, cache=cache)
-    with pytest.raises(ValueError, match="the cache holds packed documents, and nothing says which of them goes on"):
+    with pytest.raises(ValueError, match="the cache holds packed documents, and it is unknown which of them continues"):
         model(ids, cache=cache)
     cache.reset()
     model(ids, cache=cache)
-    with pytest.raises(ValueError, match="the cache holds 20 tokens of one; leave them out, or the cache"):
+    with pytest.raises(ValueError, match="the cache holds 20 tokens of one; leave out either them or the cache"):
         model(ids, seq_idx=seq_idx, cache=cache)
     with pytest.raises(ValueError, match=r"seq_idx.shape=\[1, 19\] does not fit the tokens; use \[1, 20\]"):
         model(ids, seq_idx=seq_idx[:, 1:])

@@ -1,4 +1,4 @@
-"""save_pretrained and from_pretrained: the same logits again, however the weights were stored and wherever they go."""
+"""save_pretrained and from_pretrained: the same logits for every way of storing and placing the weights."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_the_model_without_its_head_loads_from_the_whole(tmp_path: Path) -> None
 @variants
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_what_sets_the_decay_stays_fp32(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Where a model is loaded in half precision, and where that one is saved and loaded again."""
+    """When a model is loaded in half precision, and when that model is saved and loaded again."""
     model = tiny_model(variant)
     model.save_pretrained(tmp_path / "fp32")
     half = TransXSSMForCausalLM.from_pretrained(tmp_path / "fp32", dtype=dtype)
@@ -73,7 +73,7 @@ def test_what_sets_the_decay_stays_fp32(variant: str, dtype: torch.dtype, tmp_pa
 
 @pytest.mark.parametrize("cast", ["from_config", "to", "bfloat16"])
 def test_what_sets_the_decay_stays_fp32_however_a_model_is_cast(cast: str) -> None:
-    """From a configuration nothing reads what from_pretrained keeps in fp32; a later cast does not either."""
+    """from_pretrained's list of fp32 modules is ignored by from_config and by later casts."""
     if cast == "from_config":
         model = AutoModelForCausalLM.from_config(tiny_config("mamba2"), dtype=torch.bfloat16)
     else:
@@ -86,7 +86,7 @@ def test_what_sets_the_decay_stays_fp32_however_a_model_is_cast(cast: str) -> No
 
 
 def test_the_code_is_saved_beside_the_weights(tmp_path: Path) -> None:
-    """Also when a model is loaded from such a folder by this package's class, and saved elsewhere."""
+    """Also when this package's class loads a model from such a folder and saves it elsewhere."""
     model = tiny_model()
     for folder in (tmp_path / "first", tmp_path / "again"):
         model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The code files beside exported weights: transformers alone runs them, without this package, Megatron or mamba-ssm."""
+"""Code files beside exported weights run with transformers alone: no megatron_txssm, Megatron or mamba-ssm."""
 
 import os
 import subprocess
@@ -51,7 +51,7 @@ assert not loaded_ours, loaded_ours
 
 
 def test_another_process_without_our_packages_computes_the_same_bits(tmp_path: Path) -> None:
-    """From our folder, from the folder that it saved in turn, and by the model without a head; of all variants."""
+    """From our folder, from the folder that it then saves, and for the model without a head; all variants."""
     ids, mask = padded_left()
     torch.save({"input_ids": ids, "attention_mask": mask}, tmp_path / "given.pt")
     for variant in VARIANTS:
@@ -77,7 +77,7 @@ def test_another_process_without_our_packages_computes_the_same_bits(tmp_path: P
 
 
 def test_the_hub_asks_for_no_package_that_is_optional(tmp_path: Path) -> None:
-    """transformers refuses a file from there whose imports are not installed, unless they are tried."""
+    """transformers rejects files from the Hub with missing imports, unless these are inside a try block."""
     for name, text in code_files().items():
         (tmp_path / name).write_text(text)
         assert not {"mamba_ssm", "triton"} & set(get_imports(tmp_path / name)), name

@@ -1,4 +1,4 @@
-"""What training needs: the initialization, the loss, gradient checkpointing, and that it learns."""
+"""Training: initialization, loss, gradient checkpointing, and that the model learns."""
 
 import math
 
@@ -25,7 +25,7 @@ variants = pytest.mark.parametrize("variant", VARIANTS)
 
 @variants
 def test_weights_start_as_in_training(variant: str) -> None:
-    """As megatron_txssm.model.initialization draws them; a mixer's by Mamba-2's distributions."""
+    """As drawn by megatron_txssm.model.initialization; a mixer's from Mamba-2's distributions."""
     torch.manual_seed(0)
     config = tiny_config(
         variant, hidden_size=64, state_num_heads=256, state_head_dim=1, state_size=32, initializer_range=0.05
@@ -60,7 +60,7 @@ def test_the_loss_is_the_next_tokens_cross_entropy(variant: str) -> None:
         -logarithms[row, t - 1, labels[row, t]] for row in range(3) for t in range(1, 30) if labels[row, t] != -100
     ]
     torch.testing.assert_close(output.loss.double(), torch.stack(losses).mean(), rtol=1e-6, atol=0)
-    # As the Trainer asks where it accumulates gradients over several batches.
+    # As the Trainer does when it accumulates gradients over several batches.
     summed = model(ids, labels=labels, num_items_in_batch=torch.tensor(7)).loss
     torch.testing.assert_close(summed.double(), torch.stack(losses).sum() / 7, rtol=1e-6, atol=0)
 
@@ -68,7 +68,7 @@ def test_the_loss_is_the_next_tokens_cross_entropy(variant: str) -> None:
 @variants
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 def test_gradient_checkpointing_changes_no_gradient(variant: str, reentrant: bool) -> None:
-    """Also where the configuration asks for a cache, which it has none of then."""
+    """Also where the configuration enables the cache, which checkpointing switches off."""
     model, (ids, mask) = tiny_model(variant).train(), padded_left()
     gradients = []
     for use_cache in (False, True):
@@ -103,7 +103,7 @@ def test_it_learns_a_text(variant: str) -> None:
 
 
 def test_the_embedding_of_the_padding_token_is_trained() -> None:
-    """Here the token that ends a document is the padding, too."""
+    """Here the end-of-document token is also the padding token."""
     model = tiny_model(tie_word_embeddings=False)
     ids = random_ids(1, 12)
     ids[0, 5] = PADDING

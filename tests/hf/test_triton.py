@@ -1,4 +1,4 @@
-"""A model on a GPU, which decodes and prefills with mamba-ssm's kernels (tests/ops/test_ssd_triton.py: the kernels)."""
+"""A model on a GPU decodes and prefills with mamba-ssm's kernels (tests/ops/test_ssd_triton.py tests the kernels)."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""The range of transformers: outside, one line says so; its newest version computes what its oldest does."""
+"""Supported transformers versions: others give a one-line error; the newest gives the same results as the oldest."""
 
 import logging
 import os
@@ -16,10 +16,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 # tools/bootstrap fills it from requirements.txt beside this file.
 PACKAGES = Path(sys.prefix) / "transformers_newest"
-# What touches the names that versions change: generation, the cache, arguments, masks, and the exported code.
+# Tests of names that change between versions: generation, the cache, arguments, masks, and the exported code.
 FILES = (
     *("test_generation.py", "test_cache.py", "test_arguments.py", "test_packing_collators.py", "test_standalone.py"),
-    # What proves a conversion.
+    # The proof of a conversion.
     "../convert/test_greedy.py",
 )
 
@@ -60,7 +60,7 @@ def test_a_version_that_was_not_tested_warns(version: str, warns: bool, caplog: 
 
 
 def test_the_refusal_comes_before_what_another_version_lacks(tmp_path: Path) -> None:
-    """A library that has nothing but its version; from our package, and from either module of an exported folder."""
+    """With a library that has only a version; from our package, and from either module of an exported folder."""
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers/__init__.py").write_text("__version__ = '4.57.6'\n")
     (tmp_path / "exported").mkdir()
@@ -86,7 +86,7 @@ def test_the_newest_version() -> None:
         "import sys, transformers, pytest; assert transformers.__version__ == sys.argv[1], transformers.__version__; "
         "sys.exit(pytest.main(sys.argv[2:]))"
     )
-    # Beams and samples compare the same as the long greedy texts, in a fifth of the time.
+    # Beam search and sampling cover the same as the long greedy texts, in a fifth of the time.
     arguments = [pin("tests/hf/requirements.txt"), "-q", "-x", "-p", "no:cacheprovider", "-k", "not greedy_tokens"]
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments, *(str(HERE / name) for name in FILES)],

@@ -1,4 +1,4 @@
-"""Tiny TransXSSM models that the tests of this folder share: one of each kind that the paper compares, and one more."""
+"""Tiny TransXSSM models shared by this folder's tests: one of each kind that the paper compares, and one more."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def tiny_config(variant: str = "transxssm", **overrides: Any) -> TransXSSMConfig
         "state_size": 16,
         "state_head_dim": 8,
         "state_num_groups": 2,
-        # Shorter than the texts, which it does not divide.
+        # Shorter than the texts, and not a divisor of their lengths.
         "chunk_size": 16,
         "pad_token_id": PADDING,
     }
@@ -39,7 +39,7 @@ def tiny_config(variant: str = "transxssm", **overrides: Any) -> TransXSSMConfig
 
 
 def tiny_model(variant: str = "transxssm", **overrides: Any) -> TransXSSMForCausalLM:
-    """In evaluation, every parameter moved off its starting point: ones and equal values hide mistakes."""
+    """In evaluation mode, every parameter perturbed: ones and equal values would hide mistakes."""
     torch.manual_seed(0)
     model = TransXSSMForCausalLM(tiny_config(variant, **overrides))
     with torch.no_grad():
@@ -53,14 +53,14 @@ def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
 
 
 def padded_left(length: int = 40, padding: tuple[int, ...] = (0, 3, 11, 20)) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask of rows that begin with so many tokens of padding."""
+    """Ids and attention mask of rows that begin with these numbers of padding tokens."""
     ids = random_ids(len(padding), length)
     mask = (torch.arange(length) >= torch.tensor(padding)[:, None]).long()
     return ids.where(mask.bool(), PADDING), mask
 
 
 def generate(model: Any, ids: Tensor | None, mask: Tensor | None = None, **options: Any) -> Any:
-    """model.generate, greedy unless told otherwise."""
+    """model.generate, greedy by default."""
     if mask is None and ids is not None:
         mask = torch.ones_like(ids)
     return model.generate(ids, attention_mask=mask, **{"do_sample": False, **options})

@@ -1,6 +1,6 @@
-"""A test's function on several gloo ranks, each a fresh process.
+"""Runs a test's function on several gloo ranks, each a fresh process.
 
-A fork server imports Megatron once per test session; every rank is forked from it and starts within milliseconds.
+A fork server imports Megatron once per test session; ranks are forked from it and start within milliseconds.
 """
 
 import contextlib
@@ -21,16 +21,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-# For the fork server: what the ranks would otherwise import one by one.
+# For the fork server: otherwise every rank would import these.
 from megatron.core.models.gpt import GPTModel  # noqa: F401
 
 TIMEOUT_SECONDS = 900
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *arguments: Any) -> list[Any]:
-    """`function(*arguments)` on every rank of a fresh gloo world; its results in the order of the ranks.
+    """Run `function(*arguments)` on every rank of a fresh gloo world; returns the results in rank order.
 
-    `function` is a module's own (it travels by name); results travel through files in `folder`.
+    `function` must be at module level (it is passed by name); results are passed through files in `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
@@ -45,7 +45,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *argu
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while any(rank.is_alive() for rank in ranks) and time.monotonic() < deadline:
         if any(rank.exitcode for rank in ranks):
-            break  # the others would wait for it in a collective
+            break  # the others would wait for this rank in a collective
         ranks[0].join(0.02) if ranks[0].is_alive() else time.sleep(0.02)
     for rank in ranks:
         rank.kill()
@@ -55,7 +55,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *argu
         "\n".join(errors)
         or f"exit codes {[rank.exitcode for rank in ranks]}: killed, or no end within {TIMEOUT_SECONDS} s"
     )
-    # Any Python object, written by these processes a moment ago.
+    # Any Python object, just written by these processes.
     return [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
@@ -63,7 +63,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *argu
 def model_parallel(
     tensor: int = 1, pipeline: int = 1, *, context: int = 1, virtual: int | None = None, seed: int = 1234
 ) -> Iterator[None]:
-    """Megatron's parallel state over the ranks of this world, for the time of a `with`."""
+    """Megatron's parallel state over this world's ranks, within a `with` block."""
     parallel_state.initialize_model_parallel(
         tensor, pipeline, virtual_pipeline_model_parallel_size=virtual, context_parallel_size=context
     )
@@ -74,7 +74,7 @@ def model_parallel(
 
 def _rank(function: Callable[..., Any], rank: int, world_size: int, folder: Path, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    # The child of a fork server would start its own children (data loaders, checkpoint writers) by one as well.
+    # Otherwise a rank would start its own children (data loaders, checkpoint writers) from a fork server, too.
     multiprocessing.set_start_method("fork", force=True)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
@@ -90,7 +90,7 @@ def _rank(function: Callable[..., Any], rank: int, world_size: int, folder: Path
 
 @contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """The fork server is a new interpreter: it finds modules by PYTHONPATH."""
+    """The fork server is a new interpreter, which finds modules through PYTHONPATH."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), before)))
     try:

@@ -1,4 +1,4 @@
-"""Context parallelism of the mixer: what the two ways send, and that a zigzag is a division of the sequence."""
+"""Context parallelism of the mixer: the bytes that both methods send, and that zigzags partition the sequence."""
 
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from megatron_txssm.model.context_parallel import Zigzag
 
 RANKS = 2
 LENGTHS = (4096, 16384, 65536)
-# A layer of the 320M model, but for the width of its projections.
+# A layer of the 320M model, except for the width of its projections.
 SIZES = {"num_heads": 12, "head_dim": 64, "state_size": 128, "num_groups": 4, "hidden_size": 16, "chunk_size": 64}
 
 
 def bytes_sent(method: str) -> list[int]:
-    """By this rank, forward and backward, for one sample of each length."""
+    """Bytes sent by this rank, forward and backward, for one sample of each length."""
     sent: list[int] = []
     names = {
         "dist_all_gather_func": lambda output, own: own.nbytes * (RANKS - 1),
@@ -54,7 +54,7 @@ def test_state_passing_sends_as_much_at_every_length(tmp_path: Path) -> None:
     passing, exchange = (run_ranks(bytes_sent, RANKS, tmp_path / m, m) for m in ("state_passing", "all_to_all"))
     for length, ours, theirs in zip(LENGTHS, passing[0], exchange[0], strict=True):
         print(f"{length} tokens: {ours / 2**20:.2f} MiB against {theirs / 2**20:.2f}, {theirs / ours:.1f}x")
-    # fp32; two pieces a rank, forward and backward: the state of every head, and its decay.
+    # fp32; two pieces per rank, forward and backward: every head's state and decay.
     heads, state = SIZES["num_heads"], SIZES["head_dim"] * SIZES["state_size"]
     piece = 4 * heads * (state + 1)
     assert passing == [[2 * 2 * piece * (RANKS - 1)] * len(LENGTHS)] * RANKS
@@ -72,5 +72,5 @@ def test_every_token_is_on_one_rank(size: int) -> None:
         zigzag = Zigzag(size, rank)
         assert tokens[0].tolist() == [t for r in zigzag.ranges(24 // size) for t in range(r.start, r.stop)]
         assert torch.equal(zigzag.unfold(zigzag.fold(tokens)), tokens)
-        # Half of all pairs of a query and a key before it: every rank has as many.
+        # Every rank has the same number of (query, earlier key) pairs.
         assert abs(int(tokens[0].sum()) - 276 // size) <= 24 // size

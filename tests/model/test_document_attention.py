@@ -1,4 +1,4 @@
-"""Packed documents in core attention: both ways against each document alone, on one rank and on two."""
+"""Packed documents in core attention: both implementations against each document alone, on one rank and two."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -19,14 +19,14 @@ from megatron_txssm.model.document_attention import isolating
 from megatron_txssm.model.documents import PackedDocuments
 from megatron_txssm.model.local_modules import ScaledDotProductAttention
 
-# Documents that end inside a piece, at its edge (pieces of CP2 have 6 tokens), of one token, of more than a piece.
+# Documents that end inside a piece or at its edge (pieces at CP2 have 6 tokens), of one token, longer than a piece.
 ROWS = ([5, 1, 18], [6, 6, 12], [24], [11, 13])
 LENGTH, HEADS, GROUPS, HEAD_DIM = 24, 4, 2, 8
 POSITIONS = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ROWS])
 
 
 class UnequalSequences(torch.nn.Module):
-    """What Transformer Engine's kernels compute, in the place of Megatron's TEDotProductAttention."""
+    """Computes what Transformer Engine's kernels do, in place of Megatron's TEDotProductAttention."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -58,7 +58,7 @@ def cotangent() -> Tensor:
 
 
 def alone() -> tuple[Tensor, ...]:
-    """Output and gradients of every document by itself."""
+    """Output and gradients, each document computed alone."""
     query, key, value = leaves = inputs()
     rows = []
     for row, lengths in enumerate(ROWS):
@@ -72,7 +72,7 @@ def alone() -> tuple[Tensor, ...]:
 
 
 def packed(implementation: str) -> tuple[Tensor, ...]:
-    """The same on this rank, from its share of the tokens."""
+    """The same from this rank's share of the tokens."""
     size = parallel_state.get_context_parallel_world_size()
     config = transformer_config(context_parallel_size=size)
     attention: Any = (

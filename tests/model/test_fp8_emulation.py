@@ -1,4 +1,4 @@
-"""Emulated FP8 against rounding and GEMMs written out, where it applies, and over tensor-parallel ranks."""
+"""Emulated FP8 against explicit rounding and GEMMs, which layers use it, and under tensor parallelism."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ def test_a_normal_number_is_off_by_half_a_unit_of_its_last_bit(
 
 
 def by_hand(x: Tensor, recipe: str, dtype: torch.dtype, along: str, *, square: bool = False) -> Tensor:
-    """A [M, K] tensor rounded block by block, in fp64 but for the cast."""
+    """A [M, K] tensor rounded block by block, in fp64 except for the cast."""
     largest = torch.finfo(dtype).max
     side = {"delayed": None, "tensorwise": None, "blockwise": 128, "mxfp8": 32}[recipe]
     rows, columns = (
@@ -89,7 +89,7 @@ def column_linear(config: Any, rows: int, **kwargs: Any) -> Any:
 @pytest.mark.parametrize("fp8_format", list(FORMATS))
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_three_gemms_of_rounded_operands(one_process: None, recipe: str, fp8_format: str) -> None:
-    """Blocks lie along the sum of each GEMM, and the gradient passes the rounding as if it were none."""
+    """Blocks lie along the sum of each GEMM, and the gradient ignores the rounding (straight-through)."""
     tokens, rows = 136, 96
     linear = column_linear(config_of(recipe, fp8_format), rows, gather_output=False)
     x = (numbers(tokens // 2, 2, WIDTH) * torch.logspace(-2, 2, WIDTH)).requires_grad_()
@@ -111,7 +111,7 @@ def test_three_gemms_of_rounded_operands(one_process: None, recipe: str, fp8_for
     assert relative_error(output.detach().flatten(0, 1), expected) <= 1e-6
     assert relative_error(x.grad.flatten(0, 1), dx) <= 1e-6
     assert relative_error(linear.weight.grad, dw) <= 1e-6
-    # It does round.
+    # Rounding does take place.
     assert relative_error(output.detach().flatten(0, 1), x_MK.double() @ weight.double().T) > 1e-3
 
 
@@ -120,7 +120,7 @@ def test_delayed_scaling_takes_the_maxima_of_calls_before(one_process: None, alg
     rounding = Rounding(settings_of("delayed", amax_history_len=2, amax_compute_algo=algo), E4M3)
 
     def amax_behind(amax: float, *, record: bool = True) -> float:
-        """The maximum that scales a tensor whose own is `amax`."""
+        """The amax used to scale a tensor whose own is `amax`."""
         x = torch.tensor([[amax, 0.0111]])
         rounded = rounding(x, record=record)[0]
         scales = {largest: 448.0 / torch.tensor(largest) for largest in (1.1, 1.9, 3.7, 7.3)}
@@ -168,7 +168,7 @@ def test_layers_are_emulated_but_embedding_lm_head_and_the_ends(one_process: Non
     assert emulated == {f"decoder.layers.1.{name}" for name in attention | ffn} | {
         f"decoder.layers.2.{name}" for name in mixer | ffn
     }
-    # A checkpoint of the one is a checkpoint of the other.
+    # Checkpoints of the two are interchangeable.
     names = [name for name in model.state_dict() if not name.startswith("output_layer")]
     assert names == [name for name in plain.state_dict() if not name.startswith("output_layer")]
 
@@ -193,7 +193,7 @@ def test_attention_rounds_what_it_takes_and_the_gradient_of_what_it_gives(one_pr
 
 
 def test_what_cannot_be_emulated_is_refused(one_process: None) -> None:
-    with pytest.raises(UserError, match="delayed is not emulated where layers are computed again"):
+    with pytest.raises(UserError, match="delayed is not emulated with recomputed layers"):
         config_of("delayed", recompute_granularity="selective", recompute_modules=["core_attn"])
     with pytest.raises(UserError, match="fp8_wgrad=False is not emulated"):
         config_of("tensorwise", fp8_wgrad=False)
@@ -206,7 +206,7 @@ TOKENS = 64
 def two_linears(
     recipe: str, sequence_parallel: bool, weights: list[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor], Any]:
-    """Column- and row-parallel layers one behind the other on this rank: output, gradients, the roundings."""
+    """A column-parallel, then a row-parallel layer on this rank: output, gradients, the roundings."""
     config = config_of(recipe, sequence_parallel=sequence_parallel)
     size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     first = column_linear(config, 4 * WIDTH, gather_output=False)
@@ -248,7 +248,7 @@ def on_a_rank(weights: dict[str, list[Tensor]]) -> dict[str, Any]:
 def ranks_and_weights(tmp_path_factory: pytest.TempPathFactory, one_process: None) -> Any:
     column, row = numbers(4 * WIDTH, WIDTH, seed=5) / 8, numbers(WIDTH, 4 * WIDTH, seed=6) / 16
     weights = {recipe: [column, row] for recipe in RECIPES}
-    # A shard has a scale of its own there: with opposite shards all maxima are the same.
+    # There each shard has its own scale: with opposite shards all maxima are equal.
     half_column, half_row = column.chunk(2, 0)[0], row.chunk(2, 1)[0]
     weights["tensorwise"] = [torch.cat([half_column, -half_column]), torch.cat([half_row, -half_row], 1)]
     return run_ranks(on_a_rank, 2, tmp_path_factory.mktemp("fp8"), weights), weights
@@ -257,7 +257,7 @@ def ranks_and_weights(tmp_path_factory: pytest.TempPathFactory, one_process: Non
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["TP2", "TP2-SP"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_two_tensor_parallel_ranks_are_one(ranks_and_weights: Any, recipe: str, sequence_parallel: bool) -> None:
-    """The same numbers: no block is cut, and ranks share the maxima of "delayed"."""
+    """Identical numbers: no block is split, and ranks share the maxima of "delayed"."""
     ranks, weights = ranks_and_weights
     output, grad, of_weights, _ = two_linears(recipe, False, weights[recipe])
     results = [rank[f"{recipe}_{sequence_parallel}"] for rank in ranks]

@@ -1,4 +1,4 @@
-"""initialize_by_name: weights are a function of the seed and the parameter's name, whatever the layout."""
+"""initialize_by_name: in every layout, weights are a function of the seed and the parameter's name."""
 
 import functools
 import math
@@ -63,7 +63,7 @@ def test_every_layout_starts_from_the_same_weights(one_process: None, tmp_path: 
         actual = assembled([rank[layout] for rank in ranks])
         assert actual.keys() == expected.keys(), layout
         assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items()), layout
-    # The tied embedding lives on both ends of a pipeline.
+    # The tied embedding exists at both ends of a pipeline.
     ends = [[data for key, *_, data in rank["PP2"] if key == "embedding.word_embeddings.weight"] for rank in ranks]
     assert len(ends[0]) == len(ends[1]) == 1 and torch.equal(ends[0][0], ends[1][0])
 
@@ -134,7 +134,7 @@ def test_no_parameter_is_forgotten(one_process: None) -> None:
 
 
 def shard(rows: slice, columns: slice, height: int = 300, width: int = 48) -> Any:
-    """As much of a ShardedTensor as a draw looks at."""
+    """The attributes of a ShardedTensor that a draw reads."""
     lengths = rows.stop - rows.start, columns.stop - columns.start
     offsets = rows.start, columns.start
     return SimpleNamespace(key="weight", global_shape=(height, width), local_shape=lengths, global_offset=offsets)
@@ -173,7 +173,7 @@ def test_a_part_of_a_large_weight_has_the_numbers_of_the_whole(
 
 
 def test_what_cannot_be_drawn_in_parts_is_drawn_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another rule than the normal one, and a width that is no multiple of sixteen."""
+    """A rule other than normal, and a width that is not a multiple of 16."""
     normal = functools.partial(torch.nn.init.normal_, mean=0.0, std=0.02)
     some = slice(100, 200)
     for rule, width in ((lambda tensor: tensor.uniform_(-1, 1), 48), (normal, 50)):
@@ -195,6 +195,6 @@ def test_a_model_drawn_in_parts_is_the_same(one_process: None, monkeypatch: pyte
     monkeypatch.setattr(initialization, "NUMBERS_PER_THREAD", 64)
     monkeypatch.setattr(initialization, "_draw_part", counted)
     parts = weights(initialized(share_embeddings_and_output_weights=False))
-    # All but a mixer's small ones: of each layer four or five projections, embedding and output layer.
+    # All but a mixer's small parameters: four or five projections per layer, embedding and output layer.
     assert len(drawn_in_parts) > 4 * len(PATTERN)
     assert all(torch.equal(parts[key], tensor) for key, tensor in whole.items())

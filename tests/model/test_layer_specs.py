@@ -1,4 +1,4 @@
-"""The block spec: which layer stands where, whose angles attention takes, the model that Megatron builds from it."""
+"""The block spec: the order of layers, the angles that attention uses, the model that Megatron builds from it."""
 
 import warnings
 from argparse import Namespace
@@ -22,7 +22,7 @@ from megatron_txssm.ops import ssd_triton
 from megatron_txssm.ops.unified_rope import UnifiedRotaryEmbedding
 
 LETTERS = {StateSpaceMixer: "S", UnifiedRotarySelfAttention: "A"}
-# No slice of it is another one's twin.
+# No two slices of it are equal.
 PATTERN = "SSASAAAS"
 
 
@@ -84,7 +84,7 @@ def test_kernels_that_cannot_run_are_refused_or_missed(gpu: bool, monkeypatch: p
         check_ssd_backend("torch")
         assert not said
         check_ssd_backend("auto")
-    # On a CPU nobody expects them.
+    # No warning on a CPU.
     assert len(said) == gpu
 
 
@@ -150,7 +150,7 @@ def test_layers_of_different_kinds_are_saved_one_by_one(one_process: None) -> No
 
 
 def test_attention_turns_by_the_shared_spectrum(one_process: None) -> None:
-    """Q and K that reach core attention, against complex numbers: θ_i = base^(-2i/d), positions over the factor."""
+    """Q and K as core attention gets them, against complex numbers: θ_i = base^(-2i/d), positions over the factor."""
     base, factor, length = 500.0, 4.0, 12
     model = build_gpt("A", rotary=UnifiedRotaryEmbedding(base=base, interpolation_factor=factor), rotary_base=77)
     attention: Any = model.decoder.layers[0].self_attention
@@ -217,7 +217,7 @@ def test_no_token_sees_a_later_one(one_process: None, encoding: str) -> None:
 
 @pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
 def test_the_model_decodes_as_it_reads(one_process: None, encoding: str) -> None:
-    """A prompt in two pieces, then token by token, through states and attention's keys: logits of the parallel form."""
+    """A prompt in two pieces, then token by token, through states and keys, gives the parallel form's logits."""
     model = build_gpt("SASA", state_space=state_space_config(position_encoding=encoding)).eval()
     perturb(model)
     tokens, positions = batch(20)

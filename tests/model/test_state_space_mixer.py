@@ -1,4 +1,4 @@
-"""The mixer against the paper's equations written out, its decoding, its parameters, and its tensor parallelism."""
+"""The mixer against the paper's equations, its decoding, its parameters, and its tensor parallelism."""
 
 # B=batch L=sequence D=hidden H=heads P=head dim G=groups N=state K=convolution taps E=channels
 
@@ -50,7 +50,7 @@ def hidden_states(length: int = LENGTH, dtype: torch.dtype = torch.float32) -> T
 
 
 def paper(weights: dict[str, Tensor], x_LBD: Tensor, sizes: StateSpaceConfig, eps: float) -> Tensor:
-    """The mixer token by token and head by head, in the type of its arguments, from the equations alone."""
+    """The mixer token by token and head by head, in its arguments' dtype, from the equations alone."""
     H, P, G, N, K = sizes.num_heads, sizes.head_dim, sizes.num_groups, sizes.state_size, sizes.conv_kernel
     length = x_LBD.shape[0]
     ends = [H * P] * sizes.gated + [H * P, G * N, G * N, H]
@@ -74,7 +74,7 @@ def paper(weights: dict[str, Tensor], x_LBD: Tensor, sizes: StateSpaceConfig, ep
     x, B, C = parts[0].unflatten(-1, (H, P)), parts[1].unflatten(-1, (G, N)), parts[2].unflatten(-1, (G, N))
 
     if sizes.position_encoding == "rope":
-        # Eq. 5: plane i of d/2 turns by m·10000^(-2i/d); half-split pairing, one complex number for each plane.
+        # Eq. 5: plane i of d/2 rotates by m·10000^(-2i/d); half-split pairing, one complex number per plane.
         theta = [10000 ** (-2 * i / N) for i in range(N // 2)]
 
         def turned(v: Tensor, m: int) -> Tensor:
@@ -114,19 +114,19 @@ def build(encoding: str, gated: bool, **overrides: Any) -> StateSpaceMixer:
 
 
 def count_parameters(mixer: StateSpaceMixer) -> int:
-    """Those of this rank, without the in-projection's padding."""
+    """This rank's parameters, without the in-projection's padding."""
     return sum(parameter.numel() for parameter in mixer.parameters()) - mixer.padding * HIDDEN
 
 
 def gradients(output: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By name, for one fixed cotangent."""
+    """Gradients by name, for one fixed cotangent."""
     cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     found = torch.autograd.grad(output, list(leaves.values()), cotangent.to(output.dtype))
     return dict(zip(leaves, found, strict=True))
 
 
 def errors_against_paper(mixer: StateSpaceMixer, length: int = LENGTH) -> dict[str, float]:
-    """Relative error, by name, of the output and of the gradient of the input and of every parameter."""
+    """Relative errors, by name: of the output and of the gradients of the input and every parameter."""
     x = hidden_states(length).requires_grad_()
     leaves = {**dict(mixer.named_parameters()), "input": x}
     output, bias = mixer(x)
@@ -148,7 +148,7 @@ def test_mixer_is_the_papers_equations(one_process: None, encoding: str, gated: 
 
 @pytest.mark.parametrize(("encoding", "gated"), [("rope", False), ("conv1d_d", True)])
 def test_without_a_bias_dt_is_that_of_a_bias_of_zero(one_process: None, encoding: str, gated: bool) -> None:
-    """`paper` adds zero where the weights have no bias; all other parameters and their names in checkpoints remain."""
+    """`paper` uses zero where the weights have no bias; the other parameters keep their names in checkpoints."""
     mixer, biased = build(encoding, gated, dt_bias=False), build(encoding, gated)
     errors = errors_against_paper(mixer)
     assert max(errors.values()) <= 1e-5, errors
@@ -188,7 +188,7 @@ def test_decoding_is_the_parallel_form(one_process: None, encoding: str, gated: 
             cache = context.key_value_memory_dict[mixer.layer_number]
             cache_elements.add(sum(t.numel() for t in vars(cache).values() if t is not None))
     assert relative_error(torch.cat(outputs), whole) <= 1e-5
-    # The state of H·P·N and, with a convolution, K-1 inputs of each channel: constant however long the sequence.
+    # The state of H·P·N and, with a convolution, K-1 inputs per channel: independent of the sequence length.
     sizes = mixer.state_space
     expected = sizes.inner_size * sizes.state_size + (sizes.conv_kernel - 1) * sum(sizes.conv_sizes.values())
     assert cache_elements == {BATCH * expected}
@@ -210,7 +210,7 @@ def test_fp32_parameters_survive_a_cast_of_the_model(one_process: None, cast: st
     mixer = build("conv1d_d", gated=True)
     x = hidden_states()
     expected = mixer(x)[0].detach()
-    # Gradients are cast as well, and one of another type than its parameter's is an error.
+    # Gradients are cast, too: a gradient whose dtype differs from its parameter's is an error.
     mixer(x)[0].sum().backward()
     before = {name: getattr(mixer, name).detach().clone() for name in FP32_PARAMETERS}
     if cast == "Float16Module":
@@ -303,7 +303,7 @@ def test_the_backend_is_handed_to_the_operator(one_process: None, monkeypatch: p
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """PyTorch in the place of the fused kernels, which are taken wherever the mixer lets them; what they returned."""
+    """Replace the fused kernels by PyTorch wherever the mixer allows them; returns the list of their results."""
     returned: list[Tensor] = []
 
     def scan_packed(
@@ -328,7 +328,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 def some_documents() -> PackedDocuments:
-    """Of uneven lengths, others in each row."""
+    """Documents of uneven lengths, different in each row."""
     positions = [torch.cat([torch.arange(n) for n in row]) for row in ([5, 1, 15], [9, 12])]
     return PackedDocuments.from_position_ids(torch.stack(positions))
 
@@ -376,7 +376,7 @@ def test_neither_decoding_nor_context_parallelism_is_the_fused_kernels(
     monkeypatch.setattr(mixer, "zigzag", SimpleNamespace(size=2))
     assert not mixer._is_fused(hidden_states())
     monkeypatch.setattr(mixer, "zigzag", SimpleNamespace(size=1))
-    # Another release of mamba-ssm, without what is none of its public functions.
+    # A release of mamba-ssm without the private functions.
     monkeypatch.setattr(state_space_mixer, "has_scan_outside_autograd", lambda: False)
     assert not mixer._is_fused(hidden_states())
 
@@ -435,7 +435,7 @@ def test_a_mixer_refuses_a_layout_that_would_split_a_group(one_process: None) ->
 
 @variants
 def test_packed_documents_are_documents_alone(one_process: None, encoding: str, gated: bool) -> None:
-    """Rows of a batch are packed differently; output and every gradient, of the input's parts too."""
+    """Rows of a batch are packed differently; compares the output and every gradient, also of the input's parts."""
     mixer = build(encoding, gated, length_scaling_base=3)
     lengths = ([5, 1, 15], [9, 12])
     positions_BL = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
@@ -458,8 +458,8 @@ def test_packed_sequences_and_other_caches_are_refused(one_process: None) -> Non
         mixer(hidden_states(), inference_context=dynamic)
 
 
-# Tensor parallelism: two processes, with and without sequence parallelism, against one. Each run takes seconds to start
-# and to save, so one run has all variants.
+# Tensor parallelism: two processes, with and without sequence parallelism, against one. A run takes seconds to start
+# and to save, so one run covers all variants.
 
 
 def metadata() -> dict[str, Any]:
@@ -482,7 +482,7 @@ def all_variants(**overrides: Any) -> dict[str, StateSpaceMixer]:
 
 
 def on_a_rank(weights: dict[str, dict[str, Tensor]], checkpoint: str) -> dict[bool, dict[str, Any]]:
-    """Every variant at TP=2, by sequence parallelism and name: output, input's gradient, shards of the others."""
+    """Every variant at TP=2, by sequence parallelism and name: output, input gradient, parameter gradient shards."""
     results: dict[bool, dict[str, Any]] = {}
     with model_parallel(tensor=2):
         for sequence_parallel in (False, True):
@@ -507,7 +507,7 @@ def on_a_rank(weights: dict[str, dict[str, Tensor]], checkpoint: str) -> dict[bo
 
 @pytest.fixture(scope="module")
 def tensor_parallel_run(one_process: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The mixers in one process, what two ranks made of the same weights, and the checkpoint that they wrote."""
+    """The mixers in one process, two ranks' results with the same weights, and the checkpoint that they wrote."""
     folder = tmp_path_factory.mktemp("tensor_parallel")
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
@@ -541,7 +541,7 @@ def test_two_tensor_parallel_ranks_are_one(
 
 
 def test_packed_tensors_are_saved_by_component(one_process: None) -> None:
-    """Under names of their own and in global shapes: the packed order depends on the number of ranks."""
+    """Each under its own name and global shape: the packed order depends on the number of ranks."""
     mixer = build("conv1d_d", gated=True)
     sizes = mixer.state_space
     shapes = {
@@ -569,7 +569,7 @@ def test_padding_is_zero_and_is_not_trained(one_process: None, encoding: str, ga
 def test_the_optimizer_finds_every_parameter_in_the_checkpoint(
     one_process: None, encoding: str, gated: bool, padded: bool
 ) -> None:
-    """Megatron knows it by its identity. 60 or 84 rows of the in-projection are padded, 64 are not."""
+    """Megatron finds it by identity. 60 or 84 rows of the in-projection are padded, 64 are not."""
     full = {"num_groups": 1, "state_size": 6} if gated else {"head_dim": 7}
     mixer = build(encoding, gated, **({} if padded else full))
     assert (mixer.padding > 0) == padded
@@ -587,7 +587,7 @@ def test_a_checkpoint_of_two_ranks_loads_into_one_bit_by_bit(tensor_parallel_run
         )
         assert mixer.padding > 0
         with torch.no_grad():
-            # Noise there, as in every parameter of these tests; it changes nothing and is not saved.
+            # These tests put noise into every parameter; in the padding it has no effect and is not saved.
             mixers[name].in_proj.weight[-mixer.padding :] = 0
         for (key, parameter), reloaded in zip(mixers[name].named_parameters(), mixer.parameters(), strict=True):
             assert torch.equal(parameter, reloaded), f"{name}: {key}"

@@ -1,4 +1,4 @@
-"""Stock Megatron-LM's door: a script that knows nothing of ours but the name of the block spec."""
+"""Stock Megatron-LM: a script that knows only the name of our block spec."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from ranks import run_ranks
 from megatron_txssm.model import stock
 from megatron_txssm.platform import prepare_platform
 
-# What pretrain_gpt.py does, on Megatron's mock data; and a record of the model that came out and of its losses.
+# Does what pretrain_gpt.py does, on Megatron's mock data, and records the resulting model and its losses.
 SCRIPT = """
 import json
 import sys
@@ -120,7 +120,7 @@ def run_stock(path: str, arguments: list[str]) -> None:
 
     from megatron_txssm import compat
 
-    # A checkout of Megatron-LM has the Makefile that the wheel lacks; our other repairs come with the block spec.
+    # A Megatron-LM checkout has the Makefile that the wheel lacks; the block spec applies our other patches.
     compat._use_compiled_dataset_helpers()
     sys.argv = [path, *arguments, *prepare_platform()]
     runpy.run_path(path, run_name="__main__")
@@ -157,4 +157,4 @@ def test_what_only_our_loop_obeys_is_refused(
     with pytest.raises(SystemExit) as stop:
         stock.main()
     assert stop.value.code == 2
-    assert "--isolate-documents is obeyed by `txssm pretrain` only" in capsys.readouterr().err
+    assert "--isolate-documents only works with `txssm pretrain`" in capsys.readouterr().err

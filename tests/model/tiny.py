@@ -1,4 +1,4 @@
-"""Tiny configs, mixers and models that the tests of this folder share. Call them under Megatron's parallel state."""
+"""Tiny configs, mixers and models shared by this folder's tests. They need Megatron's parallel state."""
 
 from typing import Any
 
@@ -100,7 +100,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def perturb(model: torch.nn.Module, seed: int = 0) -> None:
-    """Move every parameter off its starting point: ones and equal values hide mistakes in their order."""
+    """Perturb every parameter: ones and equal values would hide mistakes in their order."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -109,7 +109,7 @@ def perturb(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def pieces(model: torch.nn.Module, values: dict[str, Tensor]) -> list[Piece]:
-    """A tensor per parameter (its value, its gradient) as this rank's pieces of the checkpoint's tensors."""
+    """One tensor per parameter (value or gradient) as this rank's pieces of the checkpoint's tensors."""
     found: list[Piece] = []
     parameters = dict(model.named_parameters())
     for entry in _entries(model):
@@ -124,7 +124,7 @@ def pieces(model: torch.nn.Module, values: dict[str, Tensor]) -> list[Piece]:
 
 
 def assembled(of_ranks: list[list[Piece]]) -> dict[str, Tensor]:
-    """Whole tensors by their names in the checkpoint, from the pieces of all ranks; NaN where no rank has a piece."""
+    """Whole tensors by checkpoint name, from the pieces of all ranks; NaN where no rank has a piece."""
     whole: dict[str, Tensor] = {}
     for key, shape, offset, data in (piece for rank in of_ranks for piece in rank):
         tensor = whole.setdefault(key, torch.full(shape, torch.nan, dtype=data.dtype))
@@ -133,14 +133,14 @@ def assembled(of_ranks: list[list[Piece]]) -> dict[str, Tensor]:
 
 
 def place(model: torch.nn.Module, whole: dict[str, Tensor]) -> None:
-    """The contrary: fill this rank's parameters from whole tensors."""
+    """Inverse of `assembled`: fill this rank's parameters from whole tensors."""
     for entry in _entries(model):
         for shard in nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]:
             shard.data.detach().copy_(whole[shard.key][_region(shard.global_offset, shard.data)])
 
 
 def _entries(model: Any) -> list[Any]:
-    """Of the sharded state dict what holds tensors; not Megatron's empty _extra_state."""
+    """The sharded state dict's tensor entries, without Megatron's empty _extra_state."""
     entries = nested_values(model.sharded_state_dict())
     return [entry for entry in entries if isinstance(entry, ShardedTensor | ShardedTensorFactory)]
 

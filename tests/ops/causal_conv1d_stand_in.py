@@ -1,6 +1,6 @@
-"""causal-conv1d's function in PyTorch, for machines without a GPU: it refuses what the CUDA part would (1.7.0).
+"""causal-conv1d's function in PyTorch, for machines without a GPU: it rejects what the CUDA code would (1.7.0).
 
-csrc/causal_conv1d.cpp says what that is; that addresses are whole vectors of 16 bytes, its kernels take for granted.
+The checks are those of csrc/causal_conv1d.cpp. The kernels also assume addresses aligned to 16 bytes, unchecked there.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from megatron_txssm.ops import mamba2
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor | None, Tensor | None]]:
-    """In the place of the kernels, as if they were chosen; returns (seq_idx, initial_states) of every call."""
+    """Replace the kernels, as if selected; returns the list of every call's (seq_idx, initial_states)."""
     calls: list[tuple[Tensor | None, Tensor | None]] = []
 
     def causal_conv1d_fn(
@@ -56,5 +56,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor | None, Tensor
 
 
 def _check_layout(x: Tensor) -> None:
-    """Channels last: only there are documents and histories supported."""
+    """Channels last: the only layout that supports documents and histories."""
     assert x.stride(1) == 1 and x.stride(2) > 1 and x.stride(0) % 8 == x.stride(2) % 8 == x.data_ptr() % 16 == 0

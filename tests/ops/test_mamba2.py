@@ -1,4 +1,4 @@
-"""What Mamba-2's convolution hands to causal-conv1d, and when; its gated norm: triton_checks.py."""
+"""Which calls Mamba-2's convolution passes to causal-conv1d; its gated norm is tested in triton_checks.py."""
 
 # B=batch L=sequence E=channels K=convolution taps
 
@@ -29,7 +29,7 @@ def make_inputs(taps: int, dtype: torch.dtype = torch.float32, device: str = "cp
 
 
 def results(inputs: dict[str, Tensor], kind: str, backend: str, before: int = 8) -> dict[str, Tensor]:
-    """Of channels in the middle of a packed projection, tokens before batch: the output and all gradients."""
+    """Output and all gradients, for channels in the middle of a packed projection, tokens before batch."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
     x_BLE = leaves["packed"].transpose(0, 1)[..., before : before + CHANNELS]
     options: dict[str, Any] = {"history_BEK": leaves["history"]} if kind == "history" else {}
@@ -73,11 +73,11 @@ def test_what_the_kernel_cannot_take_is_pytorchs(monkeypatch: pytest.MonkeyPatch
 
     x_BLE = inputs["packed"].transpose(0, 1)
     assert taken(x_BLE) and taken(x_BLE[..., 8:32]) and taken(x_BLE[:, :1]) and taken(x_BLE[:1])
-    # An address, a number of channels, strides that are no whole vectors; channels apart; taps; types.
+    # Misaligned address, channel count, strides; non-contiguous channels; taps; dtypes.
     assert not taken(x_BLE[..., 1:9]) and not taken(x_BLE[..., :9]) and not taken(torch.zeros(2, 5, 12)[..., :8])
     assert not taken(torch.zeros(2, 16, 8).mT)
     assert not taken(x_BLE, taps=5) and not taken(x_BLE.double()) and not taken(x_BLE, backend="torch")
-    # Documents of a history, as context-parallel ranks have it.
+    # Documents in a history, as on context-parallel ranks.
     document_BL, before_BK = torch.ones(BATCH, LENGTH, dtype=torch.long), torch.ones(BATCH, 3, dtype=torch.long)
     assert not taken(x_BLE, document_BL=document_BL, document_before_BK=before_BK)
 

@@ -1,4 +1,4 @@
-"""Shapes and types of `apply_rotary`; its values are tested with the tables, in tests/model/test_unified_rope.py."""
+"""Shapes and dtypes of `apply_rotary`; its values are tested with the tables, in test_unified_rope.py."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ from megatron_txssm.ops.rotary import apply_rotary
 
 
 def test_turns_the_first_half_towards_the_second():
-    """By 90, 180 and 360 degrees; plane i is (x[i], x[i + N/2])."""
+    """Rotations by 90, 180 and 360 degrees; plane i is (x[i], x[i + N/2])."""
     angles_LR = torch.tensor([[math.pi / 2, math.pi], [0.0, 2 * math.pi]], dtype=torch.float64)
     x_BLGN = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64).expand(1, 2, 1, 4)
     expected = torch.tensor([[-3.0, -2.0, 1.0, -4.0], [1.0, 2.0, 3.0, 4.0]], dtype=torch.float64).view(1, 2, 1, 4)
@@ -45,7 +45,7 @@ def test_errors_name_value_and_remedy():
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_the_kernel_compiles_for_an_h100(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To machine code, with the specialisations of a launch; triton_checks.py runs it."""
+    """Compiles to machine code, with a launch's specialisations; triton_checks.py runs it."""
     triton = pytest.importorskip("triton", reason="comes with torch's wheels for Linux")
     from megatron_txssm.ops.rotary_triton import _rotate_token
 

@@ -1,4 +1,4 @@
-"""Every SSD backend against the recurrence: outputs, states, every gradient; then what a model relies on.
+"""Every SSD backend against the recurrence: outputs, states, every gradient; then properties that models rely on.
 
 "Relative" error is max|a - b| / max|b| over a tensor; b is the fp64 recurrence on the same (fp32-representable) inputs.
 """
@@ -33,7 +33,7 @@ def make_inputs(
     head_dim: int = HEAD_DIM,
     state: int = STATE,
 ) -> dict[str, Tensor]:
-    """What a mixer sends at initialisation: dt = softplus(...) around 1e-3 … 1e-1, A in -1 … -16."""
+    """Inputs as from a freshly initialised mixer: dt = softplus(...) around 1e-3 … 1e-1, A in -1 … -16."""
     generator = torch.Generator().manual_seed(1000 * length + groups)
 
     def normal(*shape: int) -> Tensor:
@@ -54,7 +54,7 @@ def make_inputs(
 
 
 def run(function, inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
-    """Outputs and, for one fixed random cotangent, all gradients, by name."""
+    """Outputs, and all gradients for one fixed random cotangent, by name."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
     positional = [leaves[name] for name in NAMES[:5]]
     y, final_state = function(*positional, initial_state=leaves["initial_state"], **options)
@@ -65,7 +65,7 @@ def run(function, inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
 
 
 def tokens_of(inputs: dict[str, Tensor], tokens: slice) -> list[Tensor]:
-    """x, dt, A, B, C of some tokens."""
+    """x, dt, A, B, C of a slice of tokens."""
     return [inputs[name] if name == "A" else inputs[name][:, tokens] for name in NAMES[:5]]
 
 
@@ -83,7 +83,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
 
 
 def test_reference_is_the_matrix_form():
-    """y = (L ∘ C Bᵀ)(dt x) with L[t, s] = prod_{s < r <= t} exp(dt_r A), written out entry by entry."""
+    """y = (L ∘ C Bᵀ)(dt x) with L[t, s] = prod_{s < r <= t} exp(dt_r A), computed entry by entry."""
     length, groups = 7, 2
     inputs = make_inputs(length, groups)
     y, final_state = ssd_reference(*(inputs[name] for name in NAMES[:5]))
@@ -117,7 +117,7 @@ def test_any_grouping_and_chunk_size(groups, chunk_size):
 
 
 def test_strong_decay_keeps_fp32_precision_in_long_chunks():
-    """The prefix sums of a chunk reach -400 here; in fp32 their differences alone would err by 1e-5 and more."""
+    """A chunk's prefix sums reach -400 here; in fp32 their differences alone would have errors of 1e-5 or more."""
     inputs = make_inputs(512, groups=1)
     inputs["A"] = torch.full_like(inputs["A"], -16.0)
     inputs["dt"] = inputs["dt"].clamp(min=0.1)
@@ -127,7 +127,7 @@ def test_strong_decay_keeps_fp32_precision_in_long_chunks():
 
 
 def test_extreme_decay_has_finite_gradients():
-    """Above the diagonal exp(+64·1000) overflows: masked after the exponential it would give 0·inf = NaN."""
+    """Above the diagonal exp(+64·1000) overflows: masking after exp would give 0·inf = NaN."""
     inputs = make_inputs(130, groups=2, dtype=torch.float32)
     inputs["A"][0] = -1000.0
     inputs["dt"] = torch.ones_like(inputs["dt"])
@@ -135,7 +135,7 @@ def test_extreme_decay_has_finite_gradients():
 
 
 def test_bf16_inputs():
-    """Only the results are rounded to bf16 (8 bits): inside all is fp32, the state stays so."""
+    """Only the results are rounded to bf16 (8 bits): computation is fp32, and the state stays fp32."""
     inputs = make_inputs(200, groups=2, dtype=torch.float32)
     for name in ("x", "B", "C"):
         inputs[name] = inputs[name].bfloat16()
@@ -143,7 +143,7 @@ def test_bf16_inputs():
     assert actual["y"].dtype == actual["dx"].dtype == torch.bfloat16
     assert actual["final_state"].dtype == torch.float32
 
-    # The cotangent of a bf16 y is bf16: round it in the same way, or its rounding would count as an error.
+    # The cotangent of a bf16 y is bf16: round the reference's too, or the rounding would count as an error.
     def rounded_y(*arguments, **options):
         y, final_state = ssd_reference(*arguments, **options)
         return y.bfloat16(), final_state
@@ -174,7 +174,7 @@ DOCUMENTS = ([5, 11, 15, 2, 1, 46], [16, 1, 31, 32], [80], [79, 1], [1, 33, 46])
 def test_packed_documents_equal_separate_ones(function, lengths):
     options = {} if function is ssd_reference else {"chunk_size": 16}
     inputs = make_inputs(sum(lengths), groups=2)
-    # Numbers may come back (0, 1, 0, 1, …): the change counts, not the value.
+    # Numbers may recur (0, 1, 0, 1, …): only changes matter.
     seq_idx = torch.tensor([d % 2 for d, n in enumerate(lengths) for _ in range(n)]).expand(BATCH, -1)
     state = inputs["initial_state"]
     y, final_state = function(*tokens_of(inputs, slice(None)), initial_state=state, seq_idx=seq_idx, **options)
@@ -198,7 +198,7 @@ def test_gradients_of_packed_documents():
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 700), (3, 300), (5, 90)])
 def test_documents_across_blocks_and_rows(batch, length):
-    """A block is 256 tokens: several of a row, a whole one and a part, rows that share one."""
+    """A block is 256 tokens: several blocks per row, a full block and a partial one, rows that share a block."""
     inputs = make_inputs(length, groups=2, batch=batch)
     starts = torch.rand(batch, length, generator=torch.Generator().manual_seed(0)) < 0.02
     seq_idx = starts.cumsum(1)
@@ -267,7 +267,7 @@ def test_decoding_equals_the_parallel_form():
 
 @pytest.mark.parametrize("groups", [1, 2, HEADS])
 def test_flops_formula_counts_the_gemms_of_ssd_torch(groups):
-    """Also the proof that scores are computed per group and not per head."""
+    """Also proves that scores are computed per group, not per head."""
     inputs = make_inputs(128, groups)
     with FlopCounterMode(display=False) as counter:
         ssd_torch(*(inputs[name] for name in NAMES[:5]), chunk_size=32)

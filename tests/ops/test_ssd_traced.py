@@ -1,4 +1,4 @@
-"""`ssd_traced`, and that whatever looks at operators while they run gets it: its values, and what is left behind."""
+"""`ssd_traced`: its values, that every kind of tracing uses it, and that no state leaks out of a trace."""
 
 import threading
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def test_equals_the_reference(length: int, groups: int, chunk_size: int, dtype: 
 
 @pytest.mark.parametrize("lengths", DOCUMENTS, ids=str)
 def test_packed_documents_equal_the_reference(lengths: list[int]) -> None:
-    """Numbers come back: the change counts, not the value. The other row is one document."""
+    """Numbers recur: only changes matter. The other row is one document."""
     packed = torch.tensor([number % 2 for number, length in enumerate(lengths) for _ in range(length)])
     options = {"seq_idx": torch.stack([packed, torch.zeros_like(packed)])}
     inputs = make_inputs(sum(lengths), groups=2)
@@ -37,7 +37,7 @@ def test_packed_documents_equal_the_reference(lengths: list[int]) -> None:
 
 
 def test_strong_decay_has_the_right_gradients() -> None:
-    """Above the diagonal exp(+64·12) overflows: masked after the exponential it would give 0·inf = NaN."""
+    """Above the diagonal exp(+64·12) overflows: masking after exp would give 0·inf = NaN."""
     inputs = make_inputs(130, groups=2)
     inputs["A"], inputs["dt"] = torch.full_like(inputs["A"], -16.0), torch.full_like(inputs["dt"], 0.75)
     assert_close(run(ssd_traced, inputs, chunk_size=64), run(ssd_reference, inputs), 1e-8)
@@ -55,7 +55,7 @@ def test_the_gradients_have_gradients() -> None:
 
 
 def test_autocast_rounds_nothing() -> None:
-    """Neither in a scan of any kind, nor in a step, nor in what a piece reads of the state that enters it."""
+    """Scans of either kind, a step, and a piece's read of its entering state."""
     x, dt, A, B, C, state = make_inputs(40, groups=2, dtype=torch.float32).values()
     functions: list[Callable[[], Tensor]] = [
         lambda: ssd_traced(x, dt, A, B, C, chunk_size=16, initial_state=state)[0],
@@ -70,7 +70,7 @@ def test_autocast_rounds_nothing() -> None:
 
 
 def test_nothing_is_kept_of_stand_ins() -> None:
-    """Fake tensors, a compiler's: the next call in this thread would compute in memory that is none."""
+    """Fake tensors, as compilers use: the thread's next call would compute in buffers without memory."""
     inputs = [make_inputs(40, groups=2, dtype=torch.float32)[name] for name in NAMES[:5]]
     angles = torch.randn(40, 4)
     found = []

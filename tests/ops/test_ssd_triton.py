@@ -1,8 +1,7 @@
-"""Runs triton_checks.py in processes of their own: without a GPU under Triton's interpreter, else on the GPU.
+"""Runs triton_checks.py in separate processes: on the GPU if there is one, else under Triton's interpreter.
 
-Triton decides when it is imported whether it interprets. mamba-ssm must not be importable anywhere else without its
-compiled part (tests/ops/requirements.txt says why), so it lies in a folder beside the environment's packages, which
-tools/bootstrap fills.
+Triton decides on import whether to interpret. mamba-ssm without its compiled part must not be importable anywhere else
+(tests/ops/requirements.txt says why), so tools/bootstrap installs it into a folder beside the environment's packages.
 """
 
 import importlib
@@ -26,7 +25,7 @@ PACKAGES = Path(sys.prefix) / "mamba_ssm"
 
 
 def run_checks(*arguments: str, paths: tuple[Path, ...] = (), **environment: str) -> str:
-    """What pytest says of triton_checks.py, all of whose tests passed."""
+    """pytest's output for triton_checks.py, all of whose tests passed."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--noconftest", "-q", *arguments]
     inherited = filter(None, [os.environ.get("PYTHONPATH")])
     done = subprocess.run(
@@ -64,14 +63,14 @@ def test_a_deterministic_run_tells_mamba_ssm(word: str, monkeypatch: pytest.Monk
             monkeypatch.delenv("TRITON_CACHE_AUTOTUNING")
         follow_deterministic_mode(load_recipe("demo_cpu", [f"megatron.{word}={on}"]))
         assert os.environ.get("MAMBA_DETERMINISTIC") == value
-        # With it mamba-ssm would choose block sizes by their speed in a deterministic run, too.
+        # This variable would make mamba-ssm autotune block sizes even in a deterministic run.
         assert os.environ.get("TRITON_CACHE_AUTOTUNING") == ("1" if on == "false" else None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processors", ["1", "132"])
 def test_kernels_by_the_interpreter(processors: str) -> None:
-    """With one processor, and with an H100's: then the heads of a group fall to several programs."""
+    """With one multiprocessor, and with an H100's number: then several programs share a group's heads."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU, on which the test below runs the kernels")
     if not (PACKAGES / "mamba_ssm").is_dir():

@@ -1,4 +1,4 @@
-"""Unified RoPE against complex numbers in fp64 and Megatron's own table; then the properties the model relies on."""
+"""Unified RoPE against complex numbers in fp64 and Megatron's own table; then properties that the model relies on."""
 
 # B=batch L=sequence G=groups N=state R=N/2 planes of rotation
 
@@ -44,14 +44,14 @@ def test_rotation_and_its_backward_equal_complex_numbers_up_to_16k(width):
     angles_LR = rope.angle_table(length, width)
     scale = x.detach().abs().max()
     assert (y - complex_oracle(x.detach(), angles_LR)).abs().max() <= 1e-6 * scale
-    # The gradient of a rotation is the inverse rotation of what comes in.
+    # The gradient of a rotation is the inverse rotation of the incoming gradient.
     assert (gradient - complex_oracle(upstream, -angles_LR)).abs().max() <= 1e-6 * upstream.abs().max()
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0, 4.0])
 @pytest.mark.parametrize("offset", [0, 777])
 def test_table_is_bit_by_bit_megatrons(factor, offset, monkeypatch):
-    # Megatron moves its frequencies to "the current device" even where there is none.
+    # Megatron moves its frequencies to "the current device" even without one.
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
     scaling: dict[str, Any] = {} if factor == 1 else {"seq_len_interpolation_factor": factor}
     megatron = RotaryEmbedding(HEAD_DIM, rotary_percent=1.0, use_cpu_initialization=True, **scaling)
@@ -60,7 +60,7 @@ def test_table_is_bit_by_bit_megatrons(factor, offset, monkeypatch):
 
 
 def test_attention_and_state_space_rotate_alike():
-    """Megatron's way to apply its table and ours are one rotation: the same pairing, the same sense."""
+    """Megatron's application of its table equals our rotation: same pairing, same direction."""
     rope = UnifiedRotaryEmbedding()
     x_BLGN = torch.randn(2, 300, 4, HEAD_DIM)
     theirs = rotate_as_attention(x_BLGN, rope.megatron_table(300, HEAD_DIM))
@@ -126,7 +126,7 @@ def test_scores_depend_on_distance_only(width, as_attention, shift):
 
 
 def test_ssd_is_shift_invariant():
-    """Packed documents need not restart their positions: the rotated scan gives the same y wherever it starts."""
+    """Packed documents need not restart their positions: the rotated scan gives the same y at any offset."""
     rope = UnifiedRotaryEmbedding(table_precision="fp64")
     x, dt, A = torch.randn(1, 100, 2, 4), F.softplus(torch.randn(1, 100, 2) - 4), torch.tensor([-1.0, -16.0])
     B, C = torch.randn(2, 1, 100, 1, STATE)
@@ -142,7 +142,7 @@ def test_ssd_is_shift_invariant():
 
 
 def test_explicit_positions_index_the_table():
-    """As a context-parallel rank needs them: its two zigzag parts, first and last quarter of eight."""
+    """The positions of a context-parallel rank: two zigzag parts, the first and the last eighth."""
     rope = UnifiedRotaryEmbedding()
     positions_L = torch.cat((torch.arange(0, 100), torch.arange(700, 800)))
     cos_LR, sin_LR = rope.cos_sin(200, STATE, positions_L=positions_L)
@@ -171,7 +171,7 @@ def test_layers_share_one_table_and_decoding_does_not_grow_the_cache(monkeypatch
 
 
 def test_the_cache_answers_as_the_table_does_from_anywhere():
-    """Back and forth, across the edges of blocks, longer and shorter than one."""
+    """Back and forth, across block boundaries, longer and shorter than a block."""
     rope = UnifiedRotaryEmbedding()
     for offset, length in [(0, 1), (1000, 100), (2047, 2), (5, 3000), (70000, 1), (1023, 1), (1024, 1), (4095, 5000)]:
         angles_LR = rope.angle_table(length, STATE, offset=offset)

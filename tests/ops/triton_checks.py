@@ -1,6 +1,6 @@
-"""mamba-ssm's kernels behind `ssd` against the recurrence; test_ssd_triton.py runs this file, in a process of its own.
+"""mamba-ssm's kernels behind `ssd` against the recurrence; test_ssd_triton.py runs this file in a separate process.
 
-On CPU tensors by Triton's interpreter (triton_interpreter.py), or on a GPU. "Relative" error and the reference are
+On CPU tensors under Triton's interpreter (triton_interpreter.py), or on a GPU. "Relative" error and the reference are
 those of test_ssd.py.
 """
 
@@ -30,8 +30,8 @@ from megatron_txssm.ops.ssd_reference import ssd_step as reference_step
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-# Under TRITON_F32_DEFAULT=ieee, which the interpreter does anyway; TF32 has 10 bits. bf16 has 8, and what goes from one
-# product into the next is rounded to it (the interpreter cuts it off). Not measured on a GPU yet (docs/gpu-status.md).
+# Under TRITON_F32_DEFAULT=ieee, which the interpreter always follows; TF32 has 10 bits. bf16 has 8, and intermediates
+# between products are rounded to it (the interpreter truncates). Not measured on a GPU yet (docs/gpu-status.md).
 FP32 = 1e-5 if INTERPRETED or os.environ.get("TRITON_F32_DEFAULT") == "ieee" else 5e-3
 BF16 = 2**-6
 SIZES: Any = {"head_dim": 16, "state": 16}
@@ -40,7 +40,7 @@ SIZES: Any = {"head_dim": 16, "state": 16}
 def by_kernels(
     *tensors: Tensor, chunk_size: int = 32, initial_state: Tensor | None = None, seq_idx: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`ssd` on the device; what comes back, and the gradients, are CPU tensors."""
+    """`ssd` on the device; results and gradients are CPU tensors."""
     x, dt, A, B, C = (tensor.to(DEVICE) for tensor in tensors)
     initial_state, seq_idx = (t if t is None else t.to(DEVICE) for t in (initial_state, seq_idx))
     y, state = ssd(
@@ -50,14 +50,14 @@ def by_kernels(
 
 
 def numbered(*rows: list[int], numbers: list[int] | None = None) -> Tensor:
-    """seq_idx of rows of documents, given by their lengths."""
+    """seq_idx of rows of documents, from the documents' lengths."""
     return torch.stack(
         [torch.repeat_interleave(torch.tensor(numbers or range(len(row))), torch.tensor(row)) for row in rows]
     )
 
 
 def check(inputs: dict[str, Tensor], tolerance: float = FP32, **options: Any) -> None:
-    """Output, final state and the gradients of all six inputs, through both."""
+    """Output, final state, and the gradients of all six inputs through both."""
     seq_idx = options.get("seq_idx")
     actual = run(by_kernels, {name: tensor.float() for name, tensor in inputs.items()}, **options)
     assert_close(actual, run(ssd_reference, inputs, seq_idx=seq_idx), tolerance)
@@ -79,7 +79,7 @@ DOCUMENTS = (([5, 11, 3, 1, 25], [16, 1, 28]), ([45], [44, 1]), ([1, 33, 11], [1
 
 @pytest.mark.parametrize("rows", DOCUMENTS, ids=str)
 def test_packed_documents_behind_an_initial_state(rows: tuple[list[int], ...]) -> None:
-    """The state belongs to the first document of each row only, which may end in any chunk."""
+    """The state belongs only to each row's first document, which may end in any chunk."""
     check(make_inputs(45, 2, **SIZES), chunk_size=16, seq_idx=numbered(*rows))
 
 
@@ -96,7 +96,7 @@ def test_the_change_of_a_number_counts_not_its_value(numbers: list[int]) -> None
 
 
 def test_training_without_a_state() -> None:
-    """What a model in training asks for: no initial state, and only the output is used."""
+    """As in training: no initial state, and only the output is used."""
     inputs = make_inputs(45, 2, **SIZES)
     del inputs["initial_state"]
     results = []
@@ -109,7 +109,7 @@ def test_training_without_a_state() -> None:
 
 
 def test_views_of_one_projection_as_the_mixer_makes_them() -> None:
-    """Tokens before batch, x, B, C and dt side by side: no dimension but the last is contiguous."""
+    """Tokens before batch; x, B, C and dt side by side: only the last dimension is contiguous."""
     inputs = make_inputs(45, 2, **SIZES)
     widths = {name: inputs[name].flatten(2).shape[-1] for name in ("x", "B", "C", "dt")}
     packed_LBE = torch.cat([inputs[name].flatten(2) for name in widths], dim=-1).transpose(0, 1).contiguous()
@@ -141,7 +141,7 @@ def test_bf16_inputs() -> None:
     assert actual["y"].dtype == actual["dx"].dtype == torch.bfloat16
     assert actual["final_state"].dtype == actual["ddt"].dtype == actual["dA"].dtype == torch.float32
 
-    # The cotangent of a bf16 y is bf16: round it in the same way, or its rounding would count as an error.
+    # The cotangent of a bf16 y is bf16: round the reference's too, or the rounding would count as an error.
     def rounded_y(*arguments: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         y, final_state = ssd_reference(*arguments, **options)
         return y.bfloat16(), final_state
@@ -154,7 +154,7 @@ def test_bf16_inputs() -> None:
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize(("groups", "width"), [(1, 2), (6, 24), (8, 128)])
 def test_the_rotation_equals_that_of_pytorch(dtype: torch.dtype, batched: bool, groups: int, width: int) -> None:
-    """Of a view into the packed projection, tokens before batch; values, gradient, and the gradient's gradient."""
+    """On a view into the packed projection, tokens before batch: values, gradient, and the gradient's gradient."""
     batch, length = 2, 7
     tensors = [torch.randn(length, batch, 5 + groups * width, device=DEVICE).to(dtype)]
     tensors += [torch.randn(batch, length, groups, width, device=DEVICE).to(dtype)]
@@ -168,7 +168,7 @@ def test_the_rotation_equals_that_of_pytorch(dtype: torch.dtype, batched: bool, 
         (dcotangent,) = torch.autograd.grad(dx, cotangent, packed)
         return {"y": y, "dx": dx, "dcotangent": dcotangent}
 
-    # Rounded once; the interpreter cuts off.
+    # Rounded once; the interpreter truncates.
     tolerance = 1e-6 if dtype == torch.float32 else 2**-7
     assert_close(results("triton", *tensors), results("torch", *(tensor.double() for tensor in tensors)), tolerance)
 
@@ -176,7 +176,7 @@ def test_the_rotation_equals_that_of_pytorch(dtype: torch.dtype, batched: bool, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [None, DOCUMENTS[0]], ids=["one-document", "documents"])
 def test_what_passes_by_the_state_in_the_kernels_is_what_pytorch_adds(rows: Any, dtype: torch.dtype) -> None:
-    """D with its gradient, and all others, against `ssd` in PyTorch."""
+    """D, its gradient and all others, against `ssd` in PyTorch."""
     given = make_inputs(45, 2, torch.float32, **SIZES) | {"D": torch.linspace(-2, 3, HEADS)}
     del given["initial_state"]
     for name in ("x", "B", "C"):
@@ -202,7 +202,7 @@ def test_what_passes_by_the_state_in_the_kernels_is_what_pytorch_adds(rows: Any,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("groups", "width"), [(1, 24), (2, 16), (3, 7)])
 def test_the_gated_norm_equals_that_of_pytorch(dtype: torch.dtype, groups: int, width: int) -> None:
-    """z is a view into the packed projection, as in the mixer; and of more rows than a program takes."""
+    """z is a view into the packed projection, as in the mixer, with more rows than a program takes."""
     channels = groups * width
     shapes = {"y": (9, 2, channels), "packed": (9, 2, channels + 5), "weight": (channels,)}
     given = {name: torch.randn(shape).to(DEVICE, dtype) for name, shape in shapes.items()}
@@ -234,7 +234,7 @@ def test_the_gated_norm_is_the_kernel_where_it_can_be(monkeypatch: pytest.Monkey
         return len(calls) > before
 
     assert called(2, 2**14) and called(2, 2**15, groups=2)
-    # More than a program holds, or 32 bits address; another backend, another type.
+    # More than a program holds, or than 32 bits address; another backend, another dtype.
     assert not called(2, 2**14 + 1)
     assert not called(2**19, 2**12 + 2, device="meta")
     assert not called(2, 8, backend="torch") and not called(2, 8, dtype=torch.float64)
@@ -270,9 +270,9 @@ def test_a_step_that_is_differentiated_is_not_the_kernels() -> None:
 
 def test_what_the_kernels_cannot_do_is_refused() -> None:
     inputs = [make_inputs(20, 2, **SIZES)[name].to(DEVICE) for name in NAMES[:5]]
-    with pytest.raises(ValueError, match=r"x.dtype=torch.float64 is none .* use fp32, bf16 or backend='torch'"):
+    with pytest.raises(ValueError, match=r"x.dtype=torch.float64 is not .* use fp32, bf16 or backend='torch'"):
         ssd(*inputs, chunk_size=16, backend="triton")
-    # 2^31 numbers, of which none is in memory.
+    # 2^31 elements, none of them in memory.
     x, dt, B = (torch.empty(1, 2**20, *shape, device="meta") for shape in ((32, 64), (32,), (4, 128)))
     with pytest.raises(ValueError, match=r"x.shape=\[1, 1048576, 32, 64\] is more .* use a smaller micro-batch"):
         ssd(x, dt, torch.empty(32, device="meta"), B, B, chunk_size=256, backend="triton")
@@ -300,13 +300,13 @@ def test_deterministic_kernels_repeat_their_bits() -> None:
         assert torch.equal(tensor, second[name]), name
 
 
-# The layer between its projections (ssd_fused_triton.py) against PyTorch's softplus and rotation, and the recurrence.
+# The layer between its projections (ssd_fused_triton.py) against PyTorch's softplus and rotation and the recurrence.
 WIDTH = 16
 PADDING = 5
 
 
 def layer_inputs(length: int, groups: int, batch: int = 2) -> dict[str, Tensor]:
-    """The packed projection and the parameters, as `make_inputs` spreads A and dt."""
+    """The packed projection and the parameters, with A and dt distributed as in `make_inputs`."""
     inputs = make_inputs(length, groups, torch.float32, batch=batch, **SIZES)
     bias_H = torch.linspace(-7, -2, HEADS)
     raw_BLH = torch.expm1(inputs["dt"]).log() - bias_H
@@ -348,7 +348,7 @@ def unfused(
     seq_idx: Tensor | None,
     by: str = "torch",
 ) -> Tensor:
-    """The same by steps, in PyTorch; or those that have kernels `by="triton"`."""
+    """The same step by step, in PyTorch; with `by="triton"`, steps that have kernels use them."""
     inner, width = HEADS * SIZES["head_dim"], groups * WIDTH
     x, B, C, dt, _ = packed_LBE.transpose(0, 1).split([inner, width, width, HEADS, PADDING], dim=-1)
     B, C = (t.unflatten(-1, (groups, WIDTH)) for t in (B, C))
@@ -364,10 +364,10 @@ def unfused(
 
 
 def layer_results(function: Any, inputs: Mapping[str, Tensor | None], **options: Any) -> dict[str, Tensor]:
-    """y and the gradients of the projection's parts and of the parameters, for one fixed cotangent."""
+    """y, and the gradients of the projection's parts and of the parameters for one fixed cotangent."""
     leaves = {name: t if t is None else t.clone().requires_grad_() for name, t in inputs.items()}
     y = function(*leaves.values(), **options)
-    # Not contiguous, as a gradient may be.
+    # Gradients may be non-contiguous.
     cotangent = torch.randn(*y.shape[:2], 2 * y.shape[2], generator=torch.Generator().manual_seed(0))[..., ::2]
     y.backward(cotangent.to(y.dtype))
     found = {name: leaf.grad for name, leaf in leaves.items() if leaf is not None and leaf.grad is not None}
@@ -401,7 +401,7 @@ def test_the_fused_layer_equals_the_recurrence(
 
 
 def test_the_fused_layers_dt_has_all_digits_however_small() -> None:
-    """One token a sample: y and dx go with dt, ddt with its slope; each compared for itself, not with the largest."""
+    """One token per sample: y and dx scale with dt, ddt with its slope; each is compared relative to itself."""
     inputs = layer_inputs(1, 1, batch=13)
     inputs["packed"][..., -PADDING - HEADS : -PADDING] = torch.linspace(-25, 35, 13)[:, None]
     options = {"groups": 1, "rotated": False, "seq_idx": None}
@@ -421,20 +421,20 @@ def test_the_fused_layer_with_packed_documents(rows: Any, numbers: list[int] | N
 
 
 def test_the_fused_layer_in_bf16_equals_the_kernels_one_after_the_other() -> None:
-    """Which round as much: their own error is that of `test_bf16_inputs`."""
+    """Both round equally: the steps' own error is bounded by `test_bf16_inputs`."""
     inputs = layer_inputs(45, 2)
     inputs["packed"] = inputs["packed"].bfloat16()
     options = {"groups": 2, "rotated": True, "seq_idx": numbered(*DOCUMENTS[0])}
     actual = layer_results(fused, inputs, **options)
     expected = layer_results(unfused, inputs, **options, by="triton")
     assert {name for name, tensor in actual.items() if tensor.dtype == torch.float32} == {"A_log", "dt_bias"}
-    # dt's gradient is rounded, by the interpreter cut off, once here and never there; the others are the same numbers.
+    # dt's gradient is rounded (truncated by the interpreter) only here; the others are identical.
     assert_close(actual, expected, BF16 / 2)
     assert_close({n: actual[n] for n in ("A_log", "dt_bias")}, {n: expected[n] for n in ("A_log", "dt_bias")}, FP32)
 
 
 def test_the_fused_layer_puts_gradients_where_they_belong() -> None:
-    """Nothing is concatenated, and the in-projection finds its gradient in its own layout."""
+    """Nothing is concatenated, and the in-projection receives its gradient in its own layout."""
     from megatron_txssm.ops.ssd_fused_triton import Sizes, scan_packed
 
     packed_LBE, A_log, dt_bias = (tensor.to(DEVICE).requires_grad_() for tensor in layer_inputs(5, 2).values())

@@ -1,8 +1,8 @@
-"""mamba-ssm's Triton kernels on CPU tensors, by Triton's interpreter; a pytest plugin (-p triton_interpreter).
+"""mamba-ssm's Triton kernels on CPU tensors, under Triton's interpreter; a pytest plugin (-p triton_interpreter).
 
-Three things stand between them and a machine without a GPU: the package's __init__ imports compiled modules, so it is
-not run; functions of torch.cuda are asked for the current device and its size; and the interpreter (Triton 3.7)
-multiplies bf16 matrices as the integers that hold their bits.
+It works around three obstacles on a machine without a GPU: the package's __init__ imports compiled modules, so it is
+not run; the kernels query torch.cuda for the current device and its size; and the interpreter (Triton 3.7) multiplies
+bf16 matrices as the integers that hold their bits.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ def install() -> None:
 
     cuda: Any = torch.cuda
     cuda.device = lambda index: contextlib.nullcontext()
-    # By it a kernel decides how many heads of a group one program adds up.
+    # Kernels use it to decide how many heads of a group one program sums.
     processors = int(os.environ.get("INTERPRETED_PROCESSORS", "1"))
     cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=processors)
     _multiply_bf16()
 
-    # torch.empty returns NaN, so that a kernel that forgets to write shows (torch fills it in deterministic mode).
+    # torch.empty returns NaN (torch fills it in deterministic mode), which exposes a kernel that forgets to write.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
     torch.set_num_threads(1)

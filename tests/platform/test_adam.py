@@ -32,7 +32,7 @@ def test_equals_torch(adam_w_mode: bool, reference: type[torch.optim.Optimizer])
     train(reference(theirs, **SETTINGS), theirs, range(20))  # pyright: ignore[reportCallIssue]
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    # The two modes differ, or one of the comparisons would be empty.
+    # The two modes must differ, or one comparison would be vacuous.
     other = parameters()
     train(Adam(other, adam_w_mode=not adam_w_mode, **SETTINGS), other, range(20))
     assert not torch.allclose(ours[0], other[0], rtol=1e-4)

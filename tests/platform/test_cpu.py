@@ -1,4 +1,4 @@
-"""Megatron on CPU: where the adapter refuses, and for every mapping what would go wrong without it."""
+"""Megatron on CPU: when the adapter refuses, and what each mapping prevents."""
 
 import ast
 import os
@@ -22,7 +22,7 @@ def test_refuses_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="machines without a GPU"):
         cpu.install()
     assert cpu._installed is None
-    # And the trainer then runs on it, unfused where the kernels of apex and Transformer Engine are missing.
+    # The trainer then runs on the GPU, unfused if the kernels of apex and Transformer Engine are missing.
     monkeypatch.setattr("megatron_txssm.platform.prefer_torchs_cudnn", lambda: None)
     assert prepare_platform() == ["--no-rope-fusion", "--no-gradient-accumulation-fusion"]
 
@@ -38,7 +38,7 @@ def test_refuses_after_megatron_was_imported(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_kernels_that_are_installed_are_not_called(tmp_path: Path) -> None:
-    """On a node whose GPUs are hidden: Transformer Engine is there, and fails at its first kernel."""
+    """On a node with hidden GPUs, Transformer Engine is installed but fails at its first kernel."""
     for package in ("transformer_engine", "apex"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("raise RuntimeError('imported')\n")
@@ -98,9 +98,9 @@ def test_other_devices_stay() -> None:
     ],
 )
 def test_type_names_are_those_the_optimizers_sort_by(dtype: torch.dtype, name: str) -> None:
-    # megatron/core/optimizer/optimizer.py refuses a parameter whose type() is none of these.
+    # megatron/core/optimizer/optimizer.py rejects parameters with any other type().
     assert torch.zeros(1, dtype=dtype).type() == name
-    # As a conversion it stays what it is.
+    # Conversions are unaffected.
     assert torch.zeros(1).type(torch.float64).dtype == torch.float64
 
 
@@ -125,7 +125,7 @@ def test_manual_seed_leaves_the_generator_where_torch_put_it() -> None:
 
 
 def test_lazy_calls_are_called() -> None:
-    # torch queues them until CUDA is initialised, which is never: Megatron restores its random states through them.
+    # torch defers them until CUDA is initialised, which never happens; Megatron restores random states through them.
     called = []
     torch.cuda._lazy_call(lambda: called.append(1), seed=True)
     assert called == [1]
@@ -193,7 +193,7 @@ def test_streams_and_events() -> None:
 
 
 def test_recompute_gives_the_same_gradients(one_process) -> None:
-    # The recomputed forward pass restores random states; a function with dropout shows it.
+    # The recomputed forward pass restores random states, which dropout reveals.
     from megatron.core.tensor_parallel import checkpoint
 
     torch.manual_seed(3)
@@ -250,7 +250,7 @@ def test_tensors_of_several_dtypes_are_gathered_together(one_process, async_ops:
 
 
 def test_no_assert_does_anything() -> None:
-    """Python's -O and PYTHONOPTIMIZE leave asserts out, with what they call."""
+    """Python's -O and PYTHONOPTIMIZE remove asserts together with the calls in them."""
     changing = {
         "setdefault",
         "pop",

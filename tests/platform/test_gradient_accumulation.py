@@ -1,4 +1,4 @@
-"""The LM head's layer accumulates its weight's gradient without apex as it does unfused."""
+"""Without apex, the LM head's fused gradient accumulation equals the unfused one."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def linear(fused: bool) -> Any:
 
 @pytest.fixture
 def without_apex(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it is here; what the stand-in sets is taken back."""
+    """No apex, as in the test environment; undoes the stand-in afterwards."""
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
     monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", None, raising=False)
 

@@ -1,4 +1,4 @@
-"""What is asked of a machine with GPUs, as far as it can be asked without one."""
+"""Checks of a machine with GPUs, as far as they can be tested without one."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_only_a_gpu_has_is_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some of it would end in a division by zero GPUs, or wait for ever for a process that died of that."""
+    """Some would divide by zero GPUs, or wait forever for a process that did."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for override in ("use_persistent_ckpt_worker=true", "attention_backend=flash"):
         with pytest.raises(UserError, match=rf"megatron\.{override.partition('=')[0]}=.* needs a GPU"):
@@ -30,7 +30,7 @@ def test_what_only_a_gpu_has_is_refused_without_one(monkeypatch: pytest.MonkeyPa
 
 
 def test_torchs_cudnn_comes_before_the_systems() -> None:
-    """Every part of it is in memory before Transformer Engine, whose library would bring the system's, is imported."""
+    """All its parts are loaded before the import of Transformer Engine, whose library would load the system's."""
     script = """
 import torch
 from megatron_txssm.platform import prefer_torchs_cudnn

@@ -1,4 +1,4 @@
-"""FP8 in recipes: what would be dropped or has no kernel is refused, sizes fit, and each recipe suits its GPU."""
+"""FP8 in recipes: rejects settings that would be dropped or have no kernel, checks sizes; recipes fit their GPUs."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from megatron_txssm.recipe.loader import load_recipe, recipe_names
 from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_arguments
 
 H100, B200, ADA, AMPERE, RTX_50 = (9, 0), (10, 0), (8, 9), (8, 0), (12, 0)
-# What torch 2.13 brings.
+# The version that comes with torch 2.13.
 CUDNN = (9, 20, 0)
 OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
 FP8_RECIPES = [name for name in recipe_names() if "_fp8_" in name]
@@ -55,7 +55,7 @@ def test_a_contradiction_names_value_and_remedy(name: str, overrides: list[str],
             "the FFN has 3016 channels; use ffn_hidden_size of 6016 or 6048",
         ),
         (["model.kv_channels=72", "model.num_attention_heads=31"], "use kv_channels of 64 or 80"),
-        # 16 heads and twice one group, of 4 channels.
+        # 16 heads plus 2 x 1 group, of 4 channels each.
         (
             ["model.kv_channels=4", "model.num_attention_heads=16", "model.num_query_groups=1"],
             "the projection to Q, K, V has 72 rows",
@@ -98,7 +98,7 @@ def test_sequence_parallel_ranks_share_the_tokens() -> None:
 
 
 def test_packed_documents_have_no_fp8_attention() -> None:
-    with pytest.raises(UserError, match=r"does not go with data\.isolate_documents=true"):
+    with pytest.raises(UserError, match=r"does not work with data\.isolate_documents=true"):
         load_recipe("transxssm_1.3b_fp8_h100", ["data.isolate_documents=true"])
     load_recipe("transxssm_1.3b_fp8_h100", ["data.isolate_documents=true", "training.fp8_attention=false"])
 
@@ -128,7 +128,7 @@ def test_there_is_a_recipe_for_each_architecture() -> None:
         ("transxssm_1.3b_fp8_h100", [], ADA, "it has no FP8 attention"),
         ("transxssm_1.3b_fp8_h100", [], RTX_50, "it has no FP8 attention"),
         ("transxssm_1.3b_fp8_h100", ["training.fp8_recipe=tensorwise"], H100, "has FP8 attention from Blackwell on"),
-        ("transxssm_1.3b_fp8_h100", ["model.num_attention_heads=32"], H100, "128 channels only, not 64; .*heads=16"),
+        ("transxssm_1.3b_fp8_h100", ["model.num_attention_heads=32"], H100, "of 128 channels, not 64; .*heads=16"),
         ("transxssm_1.3b_fp8_b200", [], H100, "mxfp8 needs compute capability 10.0"),
         ("transxssm_1.3b_fp8_b200", [], RTX_50, "has no GEMM in all layouts"),
         ("transxssm_1.3b_fp8_b200", ["training.fp8_attention=true"], B200, "needs cuDNN 9.21 or newer .*not 9.20.0"),
@@ -141,7 +141,7 @@ def test_what_a_gpu_has_no_kernel_for_is_refused(
     recipe = load_recipe(name, overrides)
     with pytest.raises(UserError, match=wanted):
         check_fp8_on(recipe, gpu, CUDNN)
-    # Emulation needs nothing of a GPU.
+    # Emulation does not depend on the GPU.
     check_fp8_on(load_recipe(name, [*overrides, "training.transformer_impl=local"]), gpu, CUDNN)
 
 
@@ -165,7 +165,7 @@ def test_other_pairs_of_recipe_and_gpu_work() -> None:
 
 def test_an_environment_variable_may_not_change_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVTE_DPA_FP8_RECIPE", "F16")
-    with pytest.raises(UserError, match="NVTE_DPA_FP8_RECIPE would change"):
+    with pytest.raises(UserError, match="NVTE_DPA_FP8_RECIPE would override"):
         check_fp8_on(load_recipe("transxssm_1.3b_fp8_h100"), H100, CUDNN)
 
 

@@ -118,7 +118,7 @@ def test_overrides_take_the_types_of_their_fields(minimal: Path) -> None:
     )
     assert recipe.optimizer.learning_rate == 1e-4
     assert recipe.training.train_tokens == 2_000_000_000
-    # Stated as the other way to say the length, which it replaces.
+    # It replaces the other way to state the length.
     assert recipe.training.train_iters is None
     assert recipe.model.num_query_groups == 2
     assert recipe.data.train == ((3.0, "x"), (1.0, "y"))
@@ -145,7 +145,7 @@ def test_extends_states_only_what_differs(tmp_path: Path) -> None:
     recipe = load_recipe(path)
     assert (recipe.model.num_layers, recipe.model.hidden_size, recipe.model.ffn_hidden_size) == (16, 256, 256)
     assert recipe.megatron == {"log_throughput": True, "profile_ranks": [2]}
-    # What names a recipe is its own.
+    # A recipe's name and description are its own.
     assert (recipe.name, recipe.description) == ("leaf", "")
 
 
@@ -160,7 +160,7 @@ def test_a_corpus_and_files_of_ones_own_replace_each_other(tmp_path: Path) -> No
     corpus = write(tmp_path, "corpus", "extends: root\ndata: {corpus: c, weights: {a: 2, b: 1}}\n")
     data = load_recipe(corpus).data
     assert (data.train, data.validation, data.corpus, data.weights) == (None, None, "c", {"a": 2.0, "b": 1.0})
-    # The same corpus elsewhere has the same subsets.
+    # The same corpus at another path has the same subsets.
     assert load_recipe(corpus, ["data.corpus=d"]).data.weights == {"a": 2.0, "b": 1.0}
     data = load_recipe(corpus, ["data.train=a", "data.validation=b"]).data
     assert (data.corpus, data.weights) == (None, None)
@@ -202,8 +202,8 @@ def test_a_mistake_in_an_extended_file_names_that_file(tmp_path: Path) -> None:
     [
         ("", "a recipe is a mapping"),
         ("- 1\n", "a recipe is a mapping"),
-        ("model:\n  num_layers: 1\n  num_layers: 2\n", "line 3: not valid YAML: key 'num_layers' stands twice"),
-        ("model: {}\nmodel: {}\n", "key 'model' stands twice"),
+        ("model:\n  num_layers: 1\n  num_layers: 2\n", "line 3: not valid YAML: key 'num_layers' appears twice"),
+        ("model: {}\nmodel: {}\n", "key 'model' appears twice"),
         ("name: a\n  b: [\n", "line 2: not valid YAML"),
         ("1: 2\n", "key 1 is not a string"),
         ("name: !!python/object/apply:os.system ['touch hacked']\n", "not valid YAML"),

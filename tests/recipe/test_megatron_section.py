@@ -31,7 +31,7 @@ def is_switch(action: argparse.Action) -> bool:
 
 
 def kind(action: argparse.Action) -> tuple[str, tuple[str, ...], bool]:
-    """How the table writes what an argument takes."""
+    """An argument's values in the table's notation."""
     if is_switch(action):
         return ("off" if action.default is True else "on"), (), False
     name = getattr(action.type, "__name__", "text")
@@ -40,7 +40,7 @@ def kind(action: argparse.Action) -> tuple[str, tuple[str, ...], bool]:
 
 
 def test_every_argument_of_megatron_is_in_exactly_one_table() -> None:
-    """After an upgrade: sort in what is named here, and say in docs what it does."""
+    """After an upgrade: add the arguments named here to the tables and the docs."""
     misplaced = {}
     for name, action in ACTIONS.items():
         ours = bool((FIXED | OWNED) & set(action.option_strings))
@@ -64,7 +64,7 @@ def test_every_flag_means_what_megatron_takes_it_for() -> None:
         for flag in action.option_strings:
             if {flag} & (FIXED | OWNED) or spelled(flag) in ACTIONS:
                 continue
-            # By either flag of a pair the argument is set; `--no-x` of such a pair says the opposite.
+            # Either flag of a pair sets the argument; `--no-x` negates it.
             off = action.const is False or (isinstance(action, argparse.BooleanOptionalAction) and "--no-" in flag)
             assert resolve(flag) == (action.dest, off), flag
 
@@ -73,7 +73,7 @@ def test_every_flag_means_what_megatron_takes_it_for() -> None:
 def test_what_passes_has_megatrons_kind_and_arrives(name: str) -> None:
     found, action = passing()[name], ACTIONS[name]
     expected = kind(action)
-    # Less than Megatron's choices: other modules are not in these layers, other graphs were never run with them.
+    # Fewer than Megatron's choices: these layers lack the other modules, and other graphs were never run with them.
     if name not in ("recompute_modules", "cuda_graph_impl"):
         written = "text" if found.kind == "path" else found.kind
         assert (written, found.choices, found.is_list) == expected
@@ -105,7 +105,7 @@ def test_the_page_is_made_from_the_tables() -> None:
         ("overlap_grad_reduce=false", "overlap_grad_reduce", False),
         ("recompute_modules=[core_attn, mlp]", "recompute_modules", ["core_attn", "mlp"]),
         ("recompute_modules=core_attn", "recompute_modules", ["core_attn"]),
-        # The flag says the opposite of the name in the namespace.
+        # The flag negates the name in the namespace.
         ("bias_swiglu_fusion=false", "bias_swiglu_fusion", False),
         ("bias_swiglu_fusion=true", "bias_swiglu_fusion", True),
         ("no_bias_swiglu_fusion=true", "bias_swiglu_fusion", False),
@@ -135,7 +135,7 @@ def test_another_spelling_replaces_what_was_inherited(tmp_path: Path) -> None:
 def test_two_spellings_in_one_file_are_a_contradiction(tmp_path: Path, second: str) -> None:
     file = tmp_path / "twice.yaml"
     file.write_text(f"extends: demo_cpu\nmegatron: {{overlap_grad_reduce: true, {second}: false}}\n")
-    with pytest.raises(UserError, match="stands twice, the other time in another spelling"):
+    with pytest.raises(UserError, match="is set twice, once under another spelling"):
         load_recipe(file)
 
 
@@ -167,7 +167,7 @@ def test_readers_of_the_section_know_every_spelling(key: str) -> None:
         ("fp32_residual_connection=true", "it would change what the model computes"),
         ("window_size=[4, 0]", "it would change what the model computes"),
         ("rampup_batch_size=[8, 8, 100]", "state training.global_batch_tokens"),
-        ("fp4_format=e2m1", "there is no FP4 here"),
+        ("fp4_format=e2m1", "FP4 is not supported"),
         ("moe_router_topk=2", "no experts"),
         ("exit_interval=soon", "must be an integer"),
         ("exit_interval=1.5", "must be an integer"),

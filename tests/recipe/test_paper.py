@@ -1,4 +1,4 @@
-"""The paper's numbers (arXiv:2506.09507, table 4 and appendix B.1) as the recipes of its models train by them."""
+"""The paper's numbers (arXiv:2506.09507, table 4 and appendix B.1) in the recipes of its models."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_
 
 OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
 ARCHITECTURES = ("transxssm", "llama3", "mamba2", "jamba")
-# Width, heads, peak learning rate, tokens a step.
+# Width, heads, peak learning rate, tokens per step.
 SCALES = {"320m": (768, 12, 3e-4, 2**20), "1.3b": (2048, 32, 2e-4, 2**21)}
 # Layers, mixer of the state-space layers, attention's position encoding, gate of a state-space layer.
 KINDS = {
@@ -55,7 +55,7 @@ def test_training_takes_twenty_tokens_a_parameter(scale: str, tokens: float) -> 
 
 
 def test_what_a_recipe_need_not_state_has_the_papers_value_or_megatrons() -> None:
-    """Fields that no recipe of the repository states: their defaults train the paper's models."""
+    """Fields that no recipe in the repository states: their defaults are the paper's values."""
     args = parse_megatron_arguments(megatron_arguments(load_recipe("transxssm_320m", OWN_DATA)))
     assert (args.rotary_base, args.rotary_seq_len_interpolation_factor, args.rotary_table_precision) == (
         10_000,

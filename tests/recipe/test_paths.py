@@ -1,4 +1,4 @@
-"""Paths in recipes: `~` and variables, and a run's own recipe, which no current folder and no move changes."""
+"""Paths in recipes: `~` and variables; a run's own recipe survives moves and other current folders."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,7 @@ from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.training.saving import keep_recipe
 
-# A place of each kind: a field of its own, a section's, a blend, Megatron's.
+# One place of each kind: a top-level field, a section's field, a blend, a Megatron argument.
 PLACES = ("run_directory", "checkpoint.directory", "data.cache_path", "data.train", "megatron.memory_snapshot_path")
 
 
@@ -55,14 +55,14 @@ def test_a_home_folder_and_variables_are_read_as_in_a_shell(
     else:
         recipe = load_recipe("demo_cpu", own_data(f"{place}='{written}'"))
     assert at(recipe, place) == wanted
-    # Once: what a variable held is not read again.
+    # Expanded once: a variable's value is not expanded again.
     (tmp_path / "again.yaml").write_text(recipe.to_yaml())
     assert load_recipe(tmp_path / "again.yaml") == recipe
 
 
 @pytest.mark.parametrize(
     ("written", "wanted"),
-    [("$UNSET_HERE/a", "names $UNSET_HERE, which is not set"), ("~nobody-here/a", "begins with ~nobody-here")],
+    [("$UNSET_HERE/a", "contains $UNSET_HERE, which is not set"), ("~nobody-here/a", "begins with ~nobody-here")],
 )
 def test_what_has_no_value_is_refused(monkeypatch: pytest.MonkeyPatch, written: str, wanted: str) -> None:
     monkeypatch.delenv("UNSET_HERE", raising=False)
@@ -74,7 +74,7 @@ def test_what_has_no_value_is_refused(monkeypatch: pytest.MonkeyPatch, written: 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run folder as training leaves it, begun in home/ with relative paths; the current folder is another one."""
+    """A run folder as training leaves it, started in home/ with relative paths; the current folder is another."""
     home = tmp_path / "home"
     for folder in ("data", "runs/r$1/data", "tokenizer"):
         (home / folder).mkdir(parents=True)

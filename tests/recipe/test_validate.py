@@ -1,4 +1,4 @@
-"""Contradictions between fields: each is one message with name, value and remedy."""
+"""Contradictions between fields: each gives one message with name, value and remedy."""
 
 import pytest
 
@@ -49,14 +49,14 @@ from megatron_txssm.training.launch.preflight import check_files
             "llama3_320m",
             ["model.ffn_hidden_size=4098", "parallel.tensor_model_parallel_size=2"],
             "ffn_hidden_size=4098 leaves 2049 channels to each tensor-parallel process, an odd number, which "
-            "Megatron's warm-up of SwiGLU cannot halve; use 4100",
+            "Megatron's SwiGLU warm-up cannot halve; use 4100",
         ),
         ("transxssm_320m", ["model.kv_channels=63"], "set kv_channels=64"),
         ("transxssm_320m", ["model.rope_scaling=linear"], "needs rotary_interpolation_factor"),
         (
             "transxssm_320m",
             ["megatron.cuda_graph_impl=full_iteration"],
-            "set megatron.check_for_nan_in_loss_and_grad=false, too",
+            "set megatron.check_for_nan_in_loss_and_grad=false",
         ),
         (
             "llama3_320m",
@@ -74,12 +74,12 @@ from megatron_txssm.training.launch.preflight import check_files
                 "megatron.check_for_nan_in_loss_and_grad=false",
                 "data.isolate_documents=true",
             ],
-            "data.isolate_documents=true each step has others",
+            "data.isolate_documents=true they change with each step",
         ),
         (
             "transxssm_320m",
             ["megatron.optimizer_cpu_offload=true"],
-            "Megatron 0.19.2 cannot offload parameters that are fp32 themselves, as A_log is",
+            "Megatron 0.19.2 cannot offload parameters that are themselves fp32, such as A_log",
         ),
         ("transxssm_320m", ["model.rotary_interpolation_factor=2"], "set rope_scaling: linear"),
         (
@@ -107,7 +107,7 @@ from megatron_txssm.training.launch.preflight import check_files
         (
             "jamba_320m",
             ["parallel.context_parallel_size=2", "training.seq_length=8", "training.global_batch_tokens=64"],
-            "context_parallel_size=2 leaves pieces of 2 tokens, fewer than the 3 that the convolution looks back",
+            "context_parallel_size=2 leaves pieces of 2 tokens, fewer than the 3 that the convolution reaches back",
         ),
         (
             "demo_cpu",
@@ -131,11 +131,11 @@ from megatron_txssm.training.launch.preflight import check_files
         (
             "demo_cpu",
             ["optimizer.decay_style=WSD", "optimizer.wsd_decay_fraction=0.95"],
-            "optimizer.warmup_fraction=0.1 and wsd_decay_fraction=0.95 are more than all steps",
+            "optimizer.warmup_fraction=0.1 and wsd_decay_fraction=0.95 add up to more than all steps",
         ),
         ("demo_cpu", ["data.train=null", "data.corpus=null"], "data.corpus is missing"),
         ("transxssm_320m", ["megatron.mock_data=true"], "megatron.mock_data and data.corpus exclude each other"),
-        ("transxssm_320m", ["data.validation=a"], "data.validation goes with data.train; a corpus holds its own"),
+        ("transxssm_320m", ["data.validation=a"], "data.validation needs data.train; a corpus has its own"),
         ("transxssm_320m", ["data.split='9,1,0'"], "data.split='9,1,0' needs data.blend; a corpus"),
         (
             "transxssm_320m",
@@ -185,7 +185,7 @@ def test_a_test_set_of_a_few_batches_or_beside_an_evaluation() -> None:
         ("transxssm_320m", ["model.state_size=127", "model.position_encoding=a_t"]),
         ("transxssm_320m", ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_stages=6"]),
         ("transxssm_320m", ["model.rope_scaling=linear", "model.rotary_interpolation_factor=4"]),
-        # At the limit: pieces of just the 3 tokens that the convolution looks back; one step for the last stage.
+        # At the limit: pieces of exactly the 3 tokens that the convolution reaches back; one step for the last stage.
         (
             "jamba_320m",
             ["parallel.context_parallel_size=2", "training.seq_length=12", "training.global_batch_tokens=96"],
@@ -198,7 +198,7 @@ def test_a_test_set_of_a_few_batches_or_beside_an_evaluation() -> None:
                 "data.stages=[{tokens: 1e6, weights: {a: 1}}, {weights: {b: 1}}]",
             ],
         ),
-        # A model of attention alone has no state-space heads to fit.
+        # A model with only attention has no state-space heads to check.
         ("llama3_320m", ["model.state_head_dim=100"]),
     ],
 )

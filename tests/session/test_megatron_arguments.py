@@ -10,7 +10,7 @@ from megatron_txssm.session.arguments import (
     whole_validation_arguments,
 )
 
-# In the place of a corpus, which would have to be there.
+# Instead of a corpus, which would have to exist.
 OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
 
 

@@ -36,7 +36,7 @@ def check_message(done: Done, code: int, *wanted: str) -> None:
         (["megatron.overlap_grad_reduc=true"], ["megatron.overlap_grad_reduc", "did you mean 'overlap_grad_reduce'?"]),
         (
             ["megatron.num_experts=4"],
-            ["megatron.num_experts=4 is refused: its layers have one dense FFN each, no experts"],
+            ["megatron.num_experts=4 is refused: each layer has one dense FFN, no experts"],
         ),
         (["checkpoint.load_from=/nowhere"], ["checkpoint.load_from=/nowhere holds no checkpoint"]),
     ],

@@ -52,7 +52,7 @@ def test_the_corpus_tells_the_number_of_tokens(file: Path, stated: str | None) -
 
 def test_without_a_corpus_the_number_must_be_stated(file: Path) -> None:
     file.write_text(file.read_text().replace("  vocab_size: 300\n", ""))
-    with pytest.raises(UserError, match=r"data\.vocab_size is not stated, and data\.corpus=nowhere does not tell it"):
+    with pytest.raises(UserError, match=r"vocab_size is not stated, and data\.corpus=nowhere does not provide it"):
         load_recipe(file, ["data.corpus=nowhere"])
     with pytest.raises(UserError, match=r"data\.vocab_size is missing"):
         load_recipe(file, ["data.train=a", "data.validation=b", "data.tokenizer_type=NullTokenizer"])
