@@ -18,8 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from megatron_txssm.session.hooks import Call, Listener, listen
 
 MODELS = ("transxssm", "llama3", "llama3 materialised")
 
@@ -121,17 +124,18 @@ def watch_steps(seconds: list[float]) -> None:
     from megatron_txssm.platform import prepare_platform
 
     prepare_platform()
-    from megatron.training import training
+    listen(StepTimes(seconds))
 
-    train_step = training.train_step
 
-    def timed(*words: Any, **options: Any) -> Any:
+class StepTimes(Listener):
+    def __init__(self, seconds: list[float]):
+        self.seconds = seconds
+
+    def around_step(self, call: Call, proceed: Callable[[], Any]) -> Any:
         start = time.perf_counter()
-        result = train_step(*words, **options)
-        seconds.append(time.perf_counter() - start)
+        result = proceed()
+        self.seconds.append(time.perf_counter() - start)
         return result
-
-    training.train_step = timed
 
 
 def materialise_scores() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.session.hooks import Call, Listener, listening
 from megatron_txssm.slurm.environment import end_with_launcher
 
 
@@ -62,45 +63,48 @@ def _recipe_arguments(recipe: str | None) -> list[str]:
 def run(out: Path, arguments: list[str]) -> None:
     """One run; writes losses.json and, before each optimizer step, gradients_STEP_RANK.pt into `out`."""
     from megatron.core.enums import ModelType
-    from megatron.training import pretrain, training
+    from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_txssm.session.start import initialize_arguments, model_config
     from megatron_txssm.training.forward_step import datasets_provider, forward_step
 
     args = initialize_arguments(arguments)
-    setup, log = training.setup_model_and_optimizer, training.training_log
-    losses: dict[int, float] = {}
+    recorder = Recorder(out, args)
+    config = pretrain_cfg_container_from_args(args, model_config(args))
+    try:
+        with listening(recorder):
+            pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    except SystemExit as stop:  # --exit-interval
+        assert stop.code in (0, None), stop.code
+    if args.rank == args.world_size - 1:
+        # Whole or not at all: that it is there says that the run is done.
+        (out / "losses.partial").write_text(json.dumps(recorder.losses), encoding="utf-8")
+        (out / "losses.partial").rename(out / "losses.json")
 
-    def setup_and_watch(*setup_args: Any, **kwargs: Any) -> Any:
-        models, optimizer, schedule = setup(*setup_args, **kwargs)
+
+class Recorder(Listener):
+    """Keeps each step's loss, and writes its gradients into `out`."""
+
+    def __init__(self, out: Path, args: Any):
+        self.out, self.args = out, args
+        # By step.
+        self.losses: dict[int, float] = {}
+
+    def after_setup(self, call: Call, made: tuple[list[Any], Any, Any]) -> None:
+        models, optimizer, _ = made
         assert optimizer is not None
         step = optimizer.step
 
         def dump_and_step() -> Any:
-            dump_gradients(out / f"gradients_{args.curr_iteration + 1}_{args.rank}.pt", models)
+            dump_gradients(self.out / f"gradients_{self.args.curr_iteration + 1}_{self.args.rank}.pt", models)
             return step()
 
         optimizer.step = dump_and_step
-        return models, optimizer, schedule
 
-    def log_and_keep(loss_dict: Any, total: Any, learning_rate: Any, iteration: int, *rest: Any, **kwargs: Any) -> Any:
-        if loss_dict:
-            losses[iteration] = float(loss_dict["lm loss"])
-        return log(loss_dict, total, learning_rate, iteration, *rest, **kwargs)
-
-    training.setup_model_and_optimizer, training.training_log = setup_and_watch, log_and_keep
-    try:
-        config = pretrain_cfg_container_from_args(args, model_config(args))
-        pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
-    except SystemExit as stop:  # --exit-interval
-        assert stop.code in (0, None), stop.code
-    finally:
-        training.setup_model_and_optimizer, training.training_log = setup, log
-    if args.rank == args.world_size - 1:
-        # Whole or not at all: that it is there says that the run is done.
-        (out / "losses.partial").write_text(json.dumps(losses), encoding="utf-8")
-        (out / "losses.partial").rename(out / "losses.json")
+    def after_log(self, call: Call, result: Any) -> None:
+        if call.loss_dict:
+            self.losses[call.iteration] = float(call.loss_dict["lm loss"])
 
 
 def dump_gradients(path: Path, models: list[Any]) -> None:

@@ -1,7 +1,7 @@
 """A trained model in one process, from a checkpoint saved at any layout."""
 
-import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from megatron_txssm.recipe.changes import (
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import check_tokenizer_file, validate
+from megatron_txssm.session.hooks import Call, Listener, listening
 from megatron_txssm.session.start import start_megatron
 
 # A way to train, in part; the weights are those of a bf16 model. Megatron's own modules need no GPU.
@@ -99,8 +100,8 @@ def load_model(
     model = build_model(recipe, load_options(checkpoint, step))
     from megatron.training import get_tokenizer, training
 
-    explain_failed_loads()
-    iteration, _ = training.load_checkpoint([model], None, None)
+    with listening(FailedLoads()):
+        iteration, _ = training.load_checkpoint([model], None, None)
     return LoadedModel(model.eval(), get_tokenizer(), recipe, int(iteration))
 
 
@@ -132,30 +133,23 @@ def build_model(recipe: Recipe, options: list[str]) -> Any:
     return model
 
 
-def explain_failed_loads() -> None:
-    """Let the training loop's load_checkpoint fail with one sentence that names the checkpoint (idempotent)."""
-    from megatron.training import training
-    from torch.distributed.checkpoint import CheckpointException
+@dataclass(frozen=True)
+class FailedLoads(Listener):
+    """Lets the training loop's load_checkpoint fail with one sentence that names the checkpoint."""
 
-    from megatron_txssm.compat import get_args
+    def around_load(self, call: Call, proceed: Callable[[], Any]) -> Any:
+        from torch.distributed.checkpoint import CheckpointException
 
-    load = training.load_checkpoint
-    if hasattr(load, "__explains__"):
-        return
+        from megatron_txssm.compat import get_args
 
-    @functools.wraps(load)
-    def load_or_explain(*args: Any, **kwargs: Any) -> Any:
         try:
-            return load(*args, **kwargs)
+            return proceed()
         # torch's CheckpointException is no Exception.
         except (Exception, CheckpointException) as error:
             folder = get_args().load
             raise RuntimeError(
                 f"the newest checkpoint in {folder} cannot be loaded ({first_cause(error)}); {_advice(folder, error)}"
             ) from error
-
-    setattr(load_or_explain, "__explains__", True)
-    training.load_checkpoint = load_or_explain
 
 
 def _advice(folder: str, error: BaseException) -> str:

@@ -19,6 +19,7 @@ from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import validate
 from megatron_txssm.session.arguments import whole_validation_arguments
+from megatron_txssm.session.hooks import Call, Listener, listen, listening
 from megatron_txssm.session.start import start_megatron
 from megatron_txssm.slurm.environment import adopt_slurm_step, is_worker
 from megatron_txssm.terminal import print_table
@@ -98,6 +99,7 @@ def _check_validation_data(run: Path, recipe: Recipe) -> None:
         )
 
 
+@listening()
 def evaluate_as_worker(recipe: Recipe, terminal: TextIO, *, step: int | None = None) -> None:
     """As one worker of Megatron: evaluate a step (None: the newest); rank 0 writes validation.json and the table."""
     args = start_megatron(recipe, after=evaluation_arguments(recipe, step))
@@ -107,18 +109,19 @@ def evaluate_as_worker(recipe: Recipe, terminal: TextIO, *, step: int | None = N
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from rich.progress import Progress
 
-    from megatron_txssm.checkpoint.load import explain_failed_loads
+    from megatron_txssm.checkpoint.load import FailedLoads
     from megatron_txssm.session.start import model_config
     from megatron_txssm.terminal import beside_the_log
-    from megatron_txssm.training.resuming import load_sound_checkpoints
+    from megatron_txssm.training.resuming import SoundLoads
 
-    explain_failed_loads()
     # Megatron's handler waits for the end of a training step, which does not come.
     args.exit_signal_handler = False
-    load_sound_checkpoints(recipe, lambda text: print(text, flush=True) if args.rank == 0 else None)
+    listen(SoundLoads(recipe, lambda text: print(text, flush=True) if args.rank == 0 else None))
+    listen(FailedLoads())
     hidden = args.rank > 0 or not terminal.isatty()
     with Progress(**beside_the_log(terminal), transient=True, disable=hidden) as progress:
         validation = _Validation(recipe, args, partial(progress.update, progress.add_task("evaluating")))
+        listen(validation)
         config = pretrain_cfg_container_from_args(args, model_config(args))
         try:
             pretrain(config, validation.datasets_provider, ModelType.encoder_or_decoder, validation.forward_step)
@@ -140,12 +143,10 @@ def evaluation_arguments(recipe: Recipe, step: int | None) -> list[str]:
     return words
 
 
-class _Validation:
+class _Validation(Listener):
     """What Megatron's loop is given, and what comes of it: the loss of each set, summed in fp64 on every rank."""
 
     def __init__(self, recipe: Recipe, args: Any, progress: Callable[..., None]):
-        from megatron.training import training
-
         self.args, self.progress = args, progress
         prefixes = [prefix for _, prefix in recipe.data.validation or ()]
         # The subsets of a corpus, or else token files.
@@ -158,14 +159,12 @@ class _Validation:
         self.datasets_provider = partial(_validation_sets, args=args)
         # Tells Megatron that every rank may call it.
         setattr(self.datasets_provider, "is_distributed", True)
-        self._evaluate, training.evaluate = training.evaluate, self._evaluate_set
 
-    def _evaluate_set(self, *args: Any, **kwargs: Any) -> Any:
-        """In the place of Megatron's function, which evaluates one set after another."""
+    def before_validation_set(self, call: Call) -> None:
         self.sums, self.batches = 0.0, 0
-        result = self._evaluate(*args, **kwargs)
+
+    def after_validation_set(self, call: Call, result: Any) -> None:
         self.results[self.names[len(self.results)]] = self._over_all_ranks()
-        return result
 
     def forward_step(self, data_iterator: Any, model: Any) -> Any:
         """Megatron's forward step, whose losses are summed here, too: Megatron's own sum is fp32."""

@@ -12,16 +12,15 @@ from typing import TextIO
 from megatron_txssm.errors import UserError
 from megatron_txssm.process_limits import allow_open_files
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.session.arguments import (
-    whole_validation_arguments,
-)
+from megatron_txssm.session.arguments import whole_validation_arguments
+from megatron_txssm.session.hooks import listen, listening
 from megatron_txssm.session.output import redirect_output
 from megatron_txssm.session.start import model_config, start_megatron
 from megatron_txssm.slurm.environment import attempt_folder, end_process, end_with_launcher
 from megatron_txssm.training.launch.preflight import check_machine, check_run, is_finished, make_run_directory
 from megatron_txssm.training.launch.run_lock import RunLock
 from megatron_txssm.training.not_finite import NOT_THE_SAME, SAME_AGAIN, explain_not_finite
-from megatron_txssm.training.resuming import load_sound_checkpoints
+from megatron_txssm.training.resuming import SoundLoads
 from megatron_txssm.training.saving import explain_full_disk, keep_recipe, prepare_saves
 from megatron_txssm.training.watch.flight_recorder import dump_when_asked, prepare_recorder
 
@@ -82,6 +81,7 @@ def _report(error: BaseException, terminal: TextIO, log: Path | None = None) -> 
         print(f"error: {message}\nIts log: {log}", file=terminal)
 
 
+@listening()
 def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     """Initialise Megatron from the recipe and run its loop to the end."""
     # In front: what stands in the recipe's `megatron:` section comes later and holds.
@@ -91,12 +91,11 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     from megatron.training import pretrain as megatron_pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from megatron_txssm.checkpoint.load import explain_failed_loads
+    from megatron_txssm.checkpoint.load import FailedLoads
     from megatron_txssm.training.forward_step import datasets_provider, forward_step
     from megatron_txssm.training.watch.monitor import TrainingMonitor
     from megatron_txssm.training.watch.wandb_run import name_wandb_run
 
-    explain_failed_loads()
     if args.rank == 0:
         keep_recipe(recipe, recipe.run_path)
         if args.fp8 and args.transformer_impl == "local":
@@ -104,11 +103,13 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
             print(f"{emulated}: same rounding, no speed", file=terminal, flush=True)
     name_wandb_run(recipe)
     monitor = TrainingMonitor(recipe, terminal)
-    load_sound_checkpoints(recipe, monitor.say)
+    # In this order: what makes a checkpoint unsound is told in its own words.
+    listen(SoundLoads(recipe, monitor.say))
+    listen(FailedLoads())
     prepare_saves(recipe, args.rank, monitor.say)
     # Megatron's handler saves and stops at SIGTERM, which clusters send; a person's Ctrl-C shall do the same.
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    monitor.install()
+    listen(monitor)
     try:
         megatron_pretrain(
             pretrain_cfg_container_from_args(args, model_config(args)),

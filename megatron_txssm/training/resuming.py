@@ -1,7 +1,7 @@
 """How a run goes on from its checkpoints: from the newest that is whole and finite; aloud where one was skipped."""
 
-import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,48 +18,47 @@ from megatron_txssm.checkpoint.steps import (
     tracked,
 )
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.session.hooks import Call, Listener, tracker_naming
 
 # What load_checkpoint sets of Megatron's arguments, and wants to find as it was at the start.
 _SET_BY_A_LOAD = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples", "finetune")
 
 
-def load_sound_checkpoints(recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Let Megatron's loop load a checkpoint only after its files are proved whole, and go on only from finite weights.
+@dataclass(frozen=True)
+class SoundLoads(Listener):
+    """Lets Megatron's loop load a checkpoint only after its files are proved whole, and go on only from finite weights.
 
     Where the newest of the run's own is not, an older one is taken, and `say` tells on rank 0. DamagedCheckpoint where
     none is left, or where checkpoint.load_from or megatron.ckpt_step names one that is damaged.
     """
-    from megatron.training import training
 
-    from megatron_txssm.compat import get_args
+    recipe: Recipe
+    say: Callable[[str], None]
 
-    load, verify = training.load_checkpoint, recipe.checkpoint.verify
+    def around_load(self, call: Call, proceed: Callable[[], Any]) -> Any:
+        from megatron_txssm.compat import get_args
 
-    @functools.wraps(load)
-    def load_sound(model: Any, optimizer: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-        ours, options = recipe.checkpoint_path, get_args()
+        ours, options, verify = self.recipe.checkpoint_path, get_args(), self.recipe.checkpoint.verify
         if options.load != str(ours) or options.ckpt_step:
-            _check(_chosen(options), verify, say)
-            return load(model, optimizer, scheduler, *args, **kwargs)
+            _check(_chosen(options), verify, self.say)
+            return proceed()
         steps = SoundSteps(ours, verify)
         before = from_rank_0(lambda: saved_step(ours))
-        _remove_interrupted_saves(ours, say)
+        _remove_interrupted_saves(ours, self.say)
         at_start = {name: getattr(options, name, None) for name in _SET_BY_A_LOAD}
         while (newest := steps.find_next()).step is not None:
-            _go_back(steps, newest, before, say)
-            loaded = _load_step(load, newest.step, model, optimizer, scheduler, *args, **kwargs)
-            if not (why := _not_finite(model, optimizer)):
+            _go_back(steps, newest, before, self.say)
+            loaded = _load_step(newest.step, proceed)
+            if not (why := _not_finite(call.ddp_model, call.optimizer)):
                 return loaded
             steps.reject(f"{why} is NaN or infinite")
             vars(options).update(at_start)
             # It adds what it loads.
-            scheduler.num_steps = 0
-        source = recipe.checkpoint.load_from
+            call.opt_param_scheduler.num_steps = 0
+        source = self.recipe.checkpoint.load_from
         if source is not None:
-            _check(from_rank_0(lambda: tracked(Path(source))), verify, say)
-        return load(model, optimizer, scheduler, *args, **kwargs)
-
-    training.load_checkpoint = load_sound
+            _check(from_rank_0(lambda: tracked(Path(source))), verify, self.say)
+        return proceed()
 
 
 def _not_finite(model: Any, optimizer: Any) -> str:
@@ -77,22 +76,18 @@ def _go_back(steps: SoundSteps, newest: Newest, before: int | None, say: Callabl
         say(f"note: {note}")
 
 
-def _load_step(load: Callable[..., Any], step: Step, *args: Any, **kwargs: Any) -> Any:
+def _load_step(step: Step, load: Callable[[], Any]) -> Any:
     """Load this step on every rank, whatever a rank's network file system still shows of an older tracker."""
-    from megatron.training import checkpointing
-
     from megatron_txssm.compat import get_args
 
-    module: Any = checkpointing
-    read, options = module.read_metadata, get_args()
+    options = get_args()
     pretrained = options.pretrained_checkpoint
-    module.read_metadata = lambda tracker: (step.number, step.folder.name == "release")
     # Megatron would go to it where the tracker is not yet to be seen.
     options.ckpt_step, options.pretrained_checkpoint = step.number or None, None
     try:
-        return load(*args, **kwargs)
+        with tracker_naming(step.number, release=step.folder.name == "release"):
+            return load()
     finally:
-        module.read_metadata = read
         options.ckpt_step, options.pretrained_checkpoint = None, pretrained
 
 

@@ -2,12 +2,12 @@
 
 import contextlib
 import errno
-import functools
 import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from megatron_txssm.checkpoint.steps import find_newest, folder_bytes, remove_step, saved_step
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.session.hooks import Call, Listener, listen
 
 # What a rank waits that fails because of another.
 ANOTHERS_SECONDS = 2
@@ -28,16 +29,116 @@ def prepare_saves(recipe: Recipe, rank: int, say: Callable[[str], None]) -> None
     end_save_helpers_with_rank()
     tell_failed_writes(hashed=hashed)
     seal_checkpoints(hashed=hashed, sealed=lambda folder, size: warn_without_room(recipe, size, say))
-    explain_failed_saves(recipe)
-    begin_saves_in_empty_folders(recipe)
-    if rank == 0:
-        describe_checkpoints_at_saves(recipe)
-    refuse_broken_weights(recipe)
-    shield_saves_from_sigterm()
+    listen(GuardedSaves(recipe, rank))
     if recipe.checkpoint.save_interval is not None and rank == 0:
         with contextlib.suppress(UserError):
             newest = find_newest(recipe.checkpoint_path).step
             warn_without_room(recipe, folder_bytes(newest.folder) if newest else 0, say)
+
+
+@dataclass
+class GuardedSaves(Listener):
+    """Every save of the training loop: sound or refused, whole or explained, and with its recipe beside it."""
+
+    recipe: Recipe
+    rank: int
+    # Recipe and tokenizer lie beside the checkpoints.
+    described: bool = field(default=False, init=False, compare=False)
+    # The step of the save that was begun last.
+    begun: int = field(default=0, init=False, compare=False)
+
+    def around_save(self, call: Call, proceed: Callable[[], Any]) -> Any:
+        from torch.distributed.checkpoint import CheckpointException
+
+        with sigterm_blocked():
+            refuse_broken_weights(self.recipe, call)
+            if self.rank == 0 and not self.described:
+                describe_checkpoints(self.recipe)
+                self.described = True
+            if not call.non_persistent_ckpt:
+                empty_folder(self.recipe, call.iteration)
+            self.begun = call.iteration
+            try:
+                return proceed()
+            # torch's CheckpointException is no Exception.
+            except (Exception, CheckpointException) as error:
+                raise RuntimeError(_failed_save(self.recipe, self.begun, error)) from error
+
+    def around_finalize(self, call: Call, proceed: Callable[[], Any]) -> Any:
+        """A save that is written behind the training (async_save) fails here, some steps later."""
+        from torch.distributed.checkpoint import CheckpointException
+
+        try:
+            return proceed()
+        except (Exception, CheckpointException) as error:
+            raise RuntimeError(_failed_save(self.recipe, self.begun, error)) from error
+
+
+@contextlib.contextmanager
+def sigterm_blocked() -> Iterator[None]:
+    """Let the processes that Megatron starts in order to save live through SIGTERM.
+
+    Slurm sends it to every process of a step. Megatron's handler spares the ranks and their data loaders, but the
+    process that collects what was written would die of it, and with it every later save: above all the one that
+    SIGTERM asks for. What is started while a signal is blocked has it blocked for life.
+    """
+    # Python's own helper; starting it unblocks SIGTERM.
+    resource_tracker.ensure_running()
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        # One that came meanwhile reaches Megatron's handler now.
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def refuse_broken_weights(recipe: Recipe, save: Call) -> None:
+    """Let no checkpoint be written from which a run could not go on: it would be the newest.
+
+    Its weights, or what the optimizer keeps, may be NaN or infinite. Or Megatron wants to save because a gradient is:
+    whoever resumes from that only computes the same step once more, "to establish a diagnostic", and ends, whatever
+    the learning rate.
+    """
+    from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
+    from megatron.training import training
+
+    from megatron_txssm.training.finite import first_not_finite
+    from megatron_txssm.training.not_finite import SAME_AGAIN, explain_not_finite, way_back
+
+    asked_for_by_a_gradient = get_rerun_state_machine().state is RerunState.WILL_RERUN_FROM_CHECKPOINT
+    broken = "" if asked_for_by_a_gradient else first_not_finite(save.model, save.optimizer)
+    if not (asked_for_by_a_gradient or broken):
+        return
+    # One that is being written, of an earlier step, is sound.
+    training.maybe_finalize_async_save(blocking=True)
+    if asked_for_by_a_gradient:
+        raise FloatingPointError(explain_not_finite(recipe, SAME_AGAIN))
+    raise FloatingPointError(
+        f"{broken} is NaN or infinite after step {save.iteration}, which is not saved (metrics.jsonl shows where it "
+        f"began). {way_back(recipe)}"
+    )
+
+
+def describe_checkpoints(recipe: Recipe) -> None:
+    """Put recipe and tokenizer beside the checkpoints when one is saved, not before: a run that cannot resume leaves
+    theirs as they are.
+    """
+    from megatron_txssm.data.tokenizer.kept_tokenizer import keep_tokenizer
+
+    keep_recipe(recipe, recipe.checkpoint_path)
+    keep_tokenizer(recipe, recipe.checkpoint_path)
+
+
+def empty_folder(recipe: Recipe, iteration: int) -> None:
+    """Let no save write into what another has left of the same step: their files would mix, and a kill would leave
+    a checkpoint that looks whole. Every rank calls it, and nobody writes before.
+    """
+    import torch.distributed as dist
+    from megatron.training import checkpointing
+
+    if dist.get_rank() == 0:
+        remove_step(Path(checkpointing.get_checkpoint_name(recipe.checkpoint_path, iteration, return_base_dir=True)))
+    dist.barrier()
 
 
 def warn_without_room(recipe: Recipe, needed: int, say: Callable[[str], None]) -> None:
@@ -64,91 +165,6 @@ def explain_full_disk(recipe: Recipe, error: BaseException) -> BaseException:
         f"the run could not write its metrics, logs or events to {recipe.run_path}: {error}; once there is room, the "
         f"same command {goes_on}"
     )
-
-
-def begin_saves_in_empty_folders(recipe: Recipe) -> None:
-    """Let no save write into what another has left of the same step: their files would mix, and a kill would leave
-    a checkpoint that looks whole.
-    """
-    import torch.distributed as dist
-    from megatron.training import checkpointing, training
-
-    save = training.save_checkpoint
-
-    @functools.wraps(save)
-    def save_into_empty_folder(iteration: int, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs.get("non_persistent_ckpt"):
-            if dist.get_rank() == 0:
-                name = checkpointing.get_checkpoint_name(recipe.checkpoint_path, iteration, return_base_dir=True)
-                remove_step(Path(name))
-            # Nobody writes before.
-            dist.barrier()
-        return save(iteration, *args, **kwargs)
-
-    training.save_checkpoint = save_into_empty_folder
-
-
-def refuse_broken_weights(recipe: Recipe) -> None:
-    """Let no checkpoint be written from which a run could not go on: it would be the newest.
-
-    Its weights, or what the optimizer keeps, may be NaN or infinite. Or Megatron wants to save because a gradient is:
-    whoever resumes from that only computes the same step once more, "to establish a diagnostic", and ends, whatever
-    the learning rate.
-    """
-    from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
-    from megatron.training import training
-
-    from megatron_txssm.training.finite import first_not_finite
-    from megatron_txssm.training.not_finite import SAME_AGAIN, explain_not_finite, way_back
-
-    save = training.save_checkpoint
-
-    @functools.wraps(save)
-    def save_if_finite(iteration: int, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        asked_for_by_a_gradient = get_rerun_state_machine().state is RerunState.WILL_RERUN_FROM_CHECKPOINT
-        broken = "" if asked_for_by_a_gradient else first_not_finite(model, optimizer)
-        if not (asked_for_by_a_gradient or broken):
-            return save(iteration, model, optimizer, *args, **kwargs)
-        # One that is being written, of an earlier step, is sound.
-        training.maybe_finalize_async_save(blocking=True)
-        if asked_for_by_a_gradient:
-            raise FloatingPointError(explain_not_finite(recipe, SAME_AGAIN))
-        raise FloatingPointError(
-            f"{broken} is NaN or infinite after step {iteration}, which is not saved (metrics.jsonl shows where it "
-            f"began). {way_back(recipe)}"
-        )
-
-    training.save_checkpoint = save_if_finite
-
-
-def explain_failed_saves(recipe: Recipe) -> None:
-    """Let a save fail with one sentence: why, how much room is left, and what the run goes on from.
-
-    One that is written behind the training (async_save) fails when it is finalized, some steps later.
-    """
-    from megatron.training import training
-    from torch.distributed.checkpoint import CheckpointException
-
-    save, finalize = training.save_checkpoint, training.maybe_finalize_async_save
-    begun: list[int] = []
-
-    @functools.wraps(save)
-    def save_or_explain(iteration: int, *args: Any, **kwargs: Any) -> Any:
-        begun.append(iteration)
-        try:
-            return save(iteration, *args, **kwargs)
-        # torch's CheckpointException is no Exception.
-        except (Exception, CheckpointException) as error:
-            raise RuntimeError(_failed_save(recipe, iteration, error)) from error
-
-    @functools.wraps(finalize)
-    def finalize_or_explain(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return finalize(*args, **kwargs)
-        except (Exception, CheckpointException) as error:
-            raise RuntimeError(_failed_save(recipe, begun[-1] if begun else 0, error)) from error
-
-    training.save_checkpoint, training.maybe_finalize_async_save = save_or_explain, finalize_or_explain
 
 
 def _failed_save(recipe: Recipe, iteration: int, error: BaseException) -> str:
@@ -184,48 +200,3 @@ def keep_recipe(recipe: Recipe, folder: Path) -> None:
     partial = folder / "recipe.yaml.partial"
     partial.write_text(recipe.frozen(folder), encoding="utf-8")
     partial.replace(folder / "recipe.yaml")
-
-
-def shield_saves_from_sigterm() -> None:
-    """Let the processes that Megatron starts in order to save live through SIGTERM.
-
-    Slurm sends it to every process of a step. Megatron's handler spares the ranks and their data loaders, but the
-    process that collects what was written would die of it, and with it every later save: above all the one that
-    SIGTERM asks for. What is started while a signal is blocked has it blocked for life.
-    """
-    from megatron.training import training
-
-    save = training.save_checkpoint
-
-    def save_with_sigterm_blocked(*args: Any, **kwargs: Any) -> Any:
-        # Python's own helper; starting it unblocks SIGTERM.
-        resource_tracker.ensure_running()
-        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        try:
-            return save(*args, **kwargs)
-        finally:
-            # One that came meanwhile reaches Megatron's handler now.
-            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-
-    training.save_checkpoint = save_with_sigterm_blocked
-
-
-def describe_checkpoints_at_saves(recipe: Recipe) -> None:
-    """Put recipe and tokenizer beside the checkpoints when one is saved, not before: a run that cannot resume leaves
-    theirs as they are.
-    """
-    from megatron.training import training
-
-    from megatron_txssm.data.tokenizer.kept_tokenizer import keep_tokenizer
-
-    save, described = training.save_checkpoint, False
-
-    def save_with_description(*args: Any, **kwargs: Any) -> Any:
-        nonlocal described
-        if not described:
-            keep_recipe(recipe, recipe.checkpoint_path)
-            keep_tokenizer(recipe, recipe.checkpoint_path)
-            described = True
-        return save(*args, **kwargs)
-
-    training.save_checkpoint = save_with_description

@@ -40,23 +40,27 @@ def run_batches(batches: list[Batch], folder: Path) -> None:
 def train(recipe: str) -> None:
     """A whole run as `txssm pretrain` has it, without its logs."""
     from megatron.core.enums import ModelType
-    from megatron.training import pretrain, training
+    from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_txssm.platform import prepare_platform
     from megatron_txssm.recipe.loader import load_recipe
     from megatron_txssm.session.arguments import megatron_arguments
+    from megatron_txssm.session.hooks import Call, Listener, listening
     from megatron_txssm.session.start import initialize_arguments, model_config
     from megatron_txssm.training.forward_step import datasets_provider, forward_step
-    from megatron_txssm.training.saving import describe_checkpoints_at_saves
+    from megatron_txssm.training.saving import describe_checkpoints
 
-    loaded, save = load_recipe(recipe), training.save_checkpoint
+    class Description(Listener):
+        def before_save(self, call: Call) -> None:
+            if args.rank == 0:
+                describe_checkpoints(loaded)
+
+    loaded = load_recipe(recipe)
     args = initialize_arguments([*megatron_arguments(loaded), *prepare_platform()])
-    if args.rank == 0:
-        describe_checkpoints_at_saves(loaded)
     config = pretrain_cfg_container_from_args(args, model_config(args))
-    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
-    training.save_checkpoint = save
+    with listening(Description()):
+        pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
 
 
 def megatron_gradients(checkpoints: str, step: int, tokens: list[int], out: str) -> None:

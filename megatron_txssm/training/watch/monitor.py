@@ -1,8 +1,6 @@
 """What a run tells while it trains: its display, metrics.jsonl, throughput and learning rate in Megatron's logs."""
 
 import contextlib
-import functools
-import inspect
 import json
 import os
 import time
@@ -13,20 +11,20 @@ from typing import Any, TextIO
 import torch
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.training import get_tensorboard_writer, get_wandb_writer
-from megatron.training import training as megatron_training
 
 from megatron_txssm.architecture.flops import flops_per_token
 from megatron_txssm.compat import get_args
 from megatron_txssm.notify import notify
 from megatron_txssm.ops.ssd_triton import why_unavailable
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.session.hooks import Call, Listener
 from megatron_txssm.training.validation_sets import of_each_set
 from megatron_txssm.training.watch.display import BarDisplay, PlainDisplay, make_display
 from megatron_txssm.training.watch.stragglers import SlowRunWatch
 
 
-class TrainingMonitor:
-    """Listens to Megatron's loop through the functions it calls after each step and each evaluation.
+class TrainingMonitor(Listener):
+    """Listens to Megatron's loop: each step, and each validation.
 
     Every rank has one, since the loss is broadcast from the last pipeline stage; rank 0 writes. `metrics.jsonl` holds
     one JSON object a line, with its time in seconds since the epoch: every step's own loss at full precision, every
@@ -50,90 +48,76 @@ class TrainingMonitor:
         self.learning_rate: float | None = None
         # Of the last step's global batch.
         self.batch_tokens, self.batch_flops = 0, 0.0
+        # Of time.perf_counter.
+        self.step_began = 0.0
         # Of the last step, and since the last logged step.
         self.step_seconds = 0.0
         self.interval_seconds, self.interval_tokens, self.interval_flops = 0.0, 0, 0.0
         self.skipped_steps = 0
         self.iteration: int | None = None
         self.first_step_note = first_step_note(recipe)
+        # One for each virtual pipeline stage.
+        self.test_iterators: list[Any] = []
         # The step and the data of the last validation.
         self.validated: tuple[int | None, str] | None = None
         # One entry a validation set, by loss; None where the time limit came first.
         self.validation_losses: list[dict[str, torch.Tensor] | None] = []
 
-    def install(self) -> None:
-        """Hook into Megatron's loop, which offers no callbacks of its own."""
-        log, step = megatron_training.training_log, megatron_training.train_step
-        evaluate, evaluate_all = megatron_training.evaluate, megatron_training.evaluate_and_print_results
-        step_signature, log_signature = inspect.signature(step), inspect.signature(log)
-        evaluate_signature = inspect.signature(evaluate_all)
+    def before_step(self, call: Call) -> None:
+        # The scheduler moves on within the step, after which Megatron logs the next step's rate.
+        self.learning_rate = get_canonical_lr_for_logging(call.optimizer.param_groups)
+        if self.first_step_note is not None:
+            self.say(self.first_step_note)
+            self.first_step_note = None
+        self.slow_run.begin_step()
+        self.step_began = time.perf_counter()
 
-        @functools.wraps(step)
-        def timed_step(*args: Any, **kwargs: Any) -> Any:
-            # The scheduler moves on within the step, after which Megatron logs the next step's rate.
-            optimizer = step_signature.bind(*args, **kwargs).arguments["optimizer"]
-            self.learning_rate = get_canonical_lr_for_logging(optimizer.param_groups)
-            if self.first_step_note is not None:
-                self.say(self.first_step_note)
-                self.first_step_note = None
-            self.slow_run.begin_step()
-            start = time.perf_counter()
-            result = step(*args, **kwargs)
-            self.step_seconds = time.perf_counter() - start
-            self.slow_run.end_step(self.step_seconds)
-            self.interval_seconds += self.step_seconds
-            return result
+    def after_step(self, call: Call, result: Any) -> None:
+        self.step_seconds = time.perf_counter() - self.step_began
+        self.slow_run.end_step(self.step_seconds)
+        self.interval_seconds += self.step_seconds
 
-        @functools.wraps(log)
-        def log_and_report(*args: Any, **kwargs: Any) -> Any:
-            call = log_signature.bind(*args, **kwargs)
-            told = call.arguments
-            told["learning_rate"] = self.learning_rate
-            result = log(*call.args, **call.kwargs)
-            self.on_step(told["iteration"], told["loss_dict"], told["grad_norm"], skipped=bool(told["skipped_iter"]))
-            return result
-
-        @functools.wraps(evaluate)
-        def evaluate_and_keep(*args: Any, **kwargs: Any) -> Any:
-            result = evaluate(*args, **kwargs)
-            self.validation_losses.append(result[0])
-            return result
-
-        @functools.wraps(evaluate_all)
-        def evaluate_all_and_report(*args: Any, **kwargs: Any) -> Any:
-            call = evaluate_signature.bind(*args, **kwargs)
-            told = call.arguments
-            # Megatron says which data it is in words: "iteration 9 on test set".
-            data = "test" if told["prefix"].endswith("test set") else "validation"
-            # At its end, Megatron validates the step again that it has just validated.
-            if self.validated == (self.iteration, data):
-                return None
-            told["data_iterator"] = of_each_set(told["data_iterator"], self.args)
-            self.validation_losses = []
-            result = evaluate_all(*call.args, **call.kwargs)
-            self.on_validation(data)
-            return result
-
-        megatron_training.training_log = log_and_report
-        megatron_training.train_step = timed_step
-        megatron_training.evaluate = evaluate_and_keep
-        megatron_training.evaluate_and_print_results = evaluate_all_and_report
-        # Megatron bills a state-space layer as attention of another width; ours counts what the model computes.
-        megatron_training.num_floating_point_operations = self.floating_point_operations
-
-    def floating_point_operations(
-        self, args: Any, batch_size: int, seqlen_squared_sum_in_batch: float | None = None, **_: Any
-    ) -> float:
+    def around_flops(self, call: Call, proceed: Callable[[], float]) -> float:
         """Model FLOPs of one global batch, forward and backward; what Megatron's own throughput line divides.
 
-        `seqlen_squared_sum_in_batch`: of the isolated documents that the batch holds, on all ranks, as `forward_step`
-        counts them; None where samples are not divided.
+        Megatron bills a state-space layer as attention of another width; ours counts what the model computes. Squares
+        of lengths are those of the isolated documents that the batch holds, on all ranks, as `forward_step` counts
+        them; None where samples are not divided.
         """
-        self.batch_tokens = batch_size * args.seq_length
-        squares = seqlen_squared_sum_in_batch
-        document_length = args.seq_length if squares is None else squares / self.batch_tokens
-        self.batch_flops = self.batch_tokens * flops_per_token(self.sizes, args.seq_length, document_length)
+        seq_length, squares = call.args.seq_length, call.seqlen_squared_sum_in_batch
+        self.batch_tokens = call.batch_size * seq_length
+        document_length = seq_length if squares is None else squares / self.batch_tokens
+        self.batch_flops = self.batch_tokens * flops_per_token(self.sizes, seq_length, document_length)
         return self.batch_flops
+
+    def before_log(self, call: Call) -> None:
+        call.learning_rate = self.learning_rate
+
+    def after_log(self, call: Call, result: Any) -> None:
+        self.on_step(call.iteration, call.loss_dict, call.grad_norm, skipped=bool(call.skipped_iter))
+
+    def after_data(self, call: Call, iterators: tuple[Any, Any, Any]) -> None:
+        _, _, test = iterators
+        if test is not None:
+            self.test_iterators.append(test)
+
+    def around_validation(self, call: Call, proceed: Callable[[], Any]) -> Any:
+        # Known by its iterators, as Megatron says only in words which data it validates ("iteration 9 on test set").
+        of_stages = call.data_iterator if isinstance(call.data_iterator, list) else []
+        is_test = any(found is test for found in (call.data_iterator, *of_stages) for test in self.test_iterators)
+        data = "test" if is_test else "validation"
+        # At its end, Megatron validates the step again that it has just validated.
+        if self.validated == (self.iteration, data):
+            return None
+        call.data_iterator = of_each_set(call.data_iterator, self.args)
+        self.validation_losses = []
+        result = proceed()
+        self.on_validation(data)
+        return result
+
+    def after_validation_set(self, call: Call, result: tuple[Any, Any, bool]) -> None:
+        losses, _, _ = result
+        self.validation_losses.append(losses)
 
     def on_step(self, iteration: int, loss_dict: dict[str, torch.Tensor], grad_norm: Any, *, skipped: bool) -> None:
         self.iteration = iteration

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.training import training
 
 from megatron_txssm.architecture.flops import flops_per_token
 from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.session.hooks import listen, listening
 from megatron_txssm.training.watch import monitor, throughput
 from megatron_txssm.training.watch.monitor import TrainingMonitor
 
@@ -38,8 +40,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+@pytest.fixture(autouse=True)
+def nobody_listens_after_a_test() -> Iterator[None]:
+    with listening():
+        yield
+
+
 class FakeMegatron:
-    """Megatron's loop as far as the monitor hooks into it: each step takes the given seconds."""
+    """Megatron's loop as far as the monitor listens to it: each step takes the given seconds."""
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, clock: Clock, run: Path, fields: Sequence[str] = (), **changes: Any
@@ -65,12 +73,13 @@ class FakeMegatron:
         monkeypatch.setattr(monitor, "get_args", lambda: self.args)
         monkeypatch.setattr(monitor, "get_tensorboard_writer", lambda: writer)
         monkeypatch.setattr(monitor, "get_wandb_writer", lambda: None)
-        loop: Any = monitor.megatron_training
+        loop: Any = training
         monkeypatch.setattr(loop, "training_log", self._training_log)
         monkeypatch.setattr(loop, "train_step", self._train_step)
         monkeypatch.setattr(loop, "evaluate", lambda losses: (losses, None, False))
         monkeypatch.setattr(loop, "evaluate_and_print_results", self._evaluate_all)
-        monkeypatch.setattr(loop, "num_floating_point_operations", None)
+        monkeypatch.setattr(loop, "num_floating_point_operations", self._flops)
+        monkeypatch.setattr(loop, "build_train_valid_test_data_iterators", lambda test: (None, None, test))
         self.loop = loop
         self.optimizer = SimpleNamespace(param_groups=[{"default_config": True, "lr": 0.0}])
         self.logged: list[float | None] = []
@@ -81,7 +90,7 @@ class FakeMegatron:
         )
         self.terminal = StringIO()
         self.monitor = TrainingMonitor(self.recipe, self.terminal)
-        self.monitor.install()
+        listen(self.monitor)
 
     def _train_step(self, forward: Any, data: Any, model: Any, optimizer: Any, seconds: float) -> str:
         self.clock.now += seconds
@@ -96,6 +105,9 @@ class FakeMegatron:
     ) -> str:  # fmt: skip
         self.logged.append(learning_rate)
         return "logged"
+
+    def _flops(self, args: Any, batch_size: int, seqlen_squared_sum_in_batch: Any = None, **others: Any) -> float:
+        raise AssertionError("Megatron's own count")
 
     def _evaluate_all(self, prefix: str, data_iterator: list[Any]) -> None:
         self.validations += 1
@@ -119,7 +131,10 @@ class FakeMegatron:
         assert logged == "logged"
 
     def validate(self, *sets: dict[str, torch.Tensor] | None, prefix: str = "iteration 5") -> None:
-        self.loop.evaluate_and_print_results(prefix, list(sets))
+        iterators = list(sets)
+        if prefix.endswith("test set"):
+            assert self.loop.build_train_valid_test_data_iterators(iterators)[2] is iterators
+        self.loop.evaluate_and_print_results(prefix, iterators)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -286,13 +301,30 @@ def test_a_step_is_validated_once(megatron: FakeMegatron) -> None:
     assert megatron.validations == 4
 
 
+def test_the_test_set_is_known_by_its_iterators(monkeypatch: pytest.MonkeyPatch, clock: Clock, tmp_path: Path) -> None:
+    """One for each virtual pipeline stage, in a list that Megatron makes of them."""
+    changes = {"multiple_validation_sets": False, "virtual_pipeline_model_parallel_size": 2}
+    megatron = FakeMegatron(monkeypatch, clock, tmp_path, **changes)
+    validation, test = ([{"lm loss": torch.tensor(loss)}, None] for loss in (3.0, 2.0))
+    for iterator in test:
+        megatron.loop.build_train_valid_test_data_iterators(iterator)
+    megatron.step(5)
+    for iterators in (validation, test):
+        megatron.loop.evaluate_and_print_results("any words", iterators)
+    assert without_time(megatron.metrics)[1:] == [
+        {"iteration": 5, "validation lm loss": 3.0},
+        {"iteration": 5, "test lm loss": 2.0},
+    ]
+
+
 def test_a_line_that_a_kill_cut_off_does_not_spoil_the_next(
     monkeypatch: pytest.MonkeyPatch, clock: Clock, tmp_path: Path
 ) -> None:
     file = tmp_path / "metrics.jsonl"
     for before in ("", '{"iteration": 1}\n', '{"iteration": 1}\n{"iteration": 2, "lm l'):
         file.write_text(before)
-        FakeMegatron(monkeypatch, clock, tmp_path).step(2)
+        with listening():
+            FakeMegatron(monkeypatch, clock, tmp_path).step(2)
         *_, last = file.read_text().splitlines()
         assert json.loads(last)["lm loss"] == 4.0
         assert file.read_text().count("\n") == before.count("\n") + 1 + (not before.endswith("\n") and before != "")

@@ -1,0 +1,155 @@
+"""The one place that replaces functions of Megatron's training loop, which has no callbacks of its own.
+
+Whoever wants to hear of the loop derives from `Listener` and calls `listen` or `listening`. At an upgrade of Megatron,
+compare FUNCTIONS with megatron.training.training: its arguments (tests/session/test_hooks.py does) and results.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+WHEN = ("before", "around", "after")
+# Event -> the function of megatron.training.training, and those of its arguments that a Call has.
+FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    # -> [model chunks], optimizer, its schedule; a checkpoint is loaded within it.
+    "setup": ("setup_model_and_optimizer", ()),
+    # -> iterators over training, validation and test data; once for each virtual pipeline stage.
+    "data": ("build_train_valid_test_data_iterators", ()),
+    # -> iteration, FLOPs so far.
+    "load": ("load_checkpoint", ("ddp_model", "optimizer", "opt_param_scheduler")),
+    # Forward, backward, and the optimizer's and the schedule's step.
+    "step": ("train_step", ("optimizer",)),
+    # -> FLOPs of one global batch.
+    "flops": ("num_floating_point_operations", ("args", "batch_size", "seqlen_squared_sum_in_batch")),
+    # After each step.
+    "log": ("training_log", ("loss_dict", "learning_rate", "iteration", "skipped_iter", "grad_norm")),
+    # All validation sets, or the test set.
+    "validation": ("evaluate_and_print_results", ("data_iterator",)),
+    # One of them -> its losses (None where the time limit came first), other data, whether the time limit came first.
+    "validation_set": ("evaluate", ()),
+    "save": ("save_checkpoint", ("iteration", "model", "optimizer", "non_persistent_ckpt")),
+    # The end of a save that is written behind the training (async_save); asked for at every step.
+    "finalize": ("maybe_finalize_async_save", ()),
+}
+
+
+class Call(SimpleNamespace):
+    """Arguments of one call, by Megatron's names; what a listener sets before the function runs is what it gets."""
+
+
+class Listener:
+    """Hears of an EVENT in FUNCTIONS by a method of its name; all are optional.
+
+    before_EVENT(call)           in the order in which the listeners were added
+    around_EVENT(call, proceed)  returns the result; `proceed()` runs the function, or around it the next listener's
+                                 around_EVENT: the first listener's is the outermost
+    after_EVENT(call, result)    in the order in which they were added; not after an exception
+    """
+
+    def __init_subclass__(cls) -> None:
+        for method in vars(cls):
+            when, _, event = method.partition("_")
+            if when in WHEN and event not in FUNCTIONS:
+                raise TypeError(f"{cls.__name__}.{method}: no event {event!r}; use one of {', '.join(FUNCTIONS)}")
+
+
+_listeners: list[Listener] = []
+# Event -> our function in the place of Megatron's.
+_replacements: dict[str, Callable[..., Any]] = {}
+
+
+def listen(listener: Listener) -> None:
+    """Add a listener, from now on and after those there are; one that is equal to one of them is not added again."""
+    if listener not in _listeners:
+        _listeners.append(listener)
+        _replace_functions()
+
+
+@contextmanager
+def listening(*listeners: Listener) -> Iterator[None]:
+    """`listen` for the length of a `with`, or of a function decorated with it.
+
+    At its end all listeners that were added meanwhile are removed, and Megatron's functions restored.
+    """
+    before = list(_listeners)
+    try:
+        for listener in listeners:
+            listen(listener)
+        yield
+    finally:
+        if len(_listeners) > len(before):
+            _listeners[:] = before
+            _replace_functions()
+
+
+def _replace_functions() -> None:
+    """Put ours in the place of the functions that somebody hears of, and Megatron's back in the place of the others."""
+    from megatron.training import training
+
+    for event, (name, _) in FUNCTIONS.items():
+        function = getattr(training, name)
+        heard_of = any(_methods(when, event) for when in WHEN)
+        if heard_of and not _is_replaced(event, function):
+            _replacements[event] = _telling(event, function)
+            setattr(training, name, _replacements[event])
+        elif not heard_of and function is _replacements.get(event):
+            setattr(training, name, function.__wrapped__)
+
+
+def _is_replaced(event: str, function: Callable[..., Any]) -> bool:
+    """Also where somebody else has wrapped ours meanwhile."""
+    ours = _replacements.get(event)
+    return inspect.unwrap(function, stop=lambda wrapped: wrapped is ours) is ours
+
+
+def _telling(event: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's function, with its listeners."""
+    name, told = FUNCTIONS[event]
+    signature = inspect.signature(function)
+    if missing := set(told) - set(signature.parameters):
+        raise RuntimeError(f"Megatron's {name} has no argument {', '.join(sorted(missing))}: adapt {__name__} to it")
+
+    @functools.wraps(function)
+    def tell_listeners(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        call = Call(**{argument: bound.arguments[argument] for argument in told})
+
+        def proceed() -> Any:
+            assert vars(call).keys() == set(told), f"{name}: {set(vars(call)) ^ set(told)} is not in FUNCTIONS"
+            bound.arguments.update(vars(call))
+            return function(*bound.args, **bound.kwargs)
+
+        for before in _methods("before", event):
+            before(call)
+        run = proceed
+        for around in reversed(_methods("around", event)):
+            run = functools.partial(around, call, run)
+        result = run()
+        for after in _methods("after", event):
+            after(call, result)
+        return result
+
+    return tell_listeners
+
+
+def _methods(when: str, event: str) -> list[Callable[..., Any]]:
+    found = (getattr(listener, f"{when}_{event}", None) for listener in _listeners)
+    return [method for method in found if method is not None]
+
+
+@contextmanager
+def tracker_naming(iteration: int, *, release: bool) -> Iterator[None]:
+    """Let load_checkpoint read this step in a checkpoint folder's tracker, whatever the file says."""
+    from megatron.training import checkpointing
+
+    module: Any = checkpointing
+    read = module.read_metadata
+    module.read_metadata = lambda tracker_filename: (iteration, release)
+    try:
+        yield
+    finally:
+        module.read_metadata = read
