@@ -140,6 +140,27 @@ def test_what_the_preflight_said_is_not_the_trainers(run: Path, monkeypatch: pyt
     assert attempt.exit_code == 0 and attempt.read_output() == ""
 
 
+@pytest.mark.parametrize(
+    ("job", "output", "cause", "node"),
+    [
+        ("17", "", "node_failure", "n1"),
+        ("17", "END supervisor: killed by signal 9\n", "supervisor_killed", None),
+        # Another job's may have ended in any way: its output went elsewhere.
+        ("16", "", "unknown", None),
+    ],
+)
+def test_a_job_that_slurm_started_again_without_a_reason_had_lost_its_first_node(
+    run: Path, monkeypatch: pytest.MonkeyPatch, job: str, output: str, cause: str, node: str | None
+) -> None:
+    """An unplugged node reports nothing, and may be back before anybody asks for it."""
+    (run / "job.out").write_text(output)
+    some_attempt(run, job_id=job, output=str(run / "job.out")).save()
+    monkeypatch.setattr(supervisor, "end_leftover_steps", lambda job_id: True)
+    supervisor_of(run)._close_last_attempt()
+    [closed] = attempts.attempts(run)
+    assert (closed.cause, closed.node) == (cause, node)
+
+
 def test_the_command_line_of_the_batch_script_is_read_back() -> None:
     settings = Settings("a b.yaml", ("x=$y", "data.train=[]"), nodes=2, limits=Limits(*range(1, 8)))
     assert supervisor._parse(settings.words) == settings

@@ -72,8 +72,11 @@ class Diagnosis:
         return f"{self.summary}{where}{': ' if self.detail else ''}{self.detail}"
 
 
-def close(attempt: Attempt, recipe: Recipe) -> Diagnosis:
-    """Complete the record of an attempt that has ended, the last one of its run (without saving it)."""
+def close(attempt: Attempt, recipe: Recipe, *, started_again: bool = False) -> Diagnosis:
+    """Complete the record of an attempt that has ended, the last one of its run (without saving it).
+
+    started_again: its job runs again, and nobody has recorded why.
+    """
     attempt.ended = time.time()
     attempt.last_step = farthest_step(recipe.run_path / "metrics.jsonl", attempt)
     attempt.saved_after = saved_step(recipe.checkpoint_path)
@@ -81,6 +84,11 @@ def close(attempt: Attempt, recipe: Recipe) -> Diagnosis:
     if found.cause in (Cause.UNKNOWN, Cause.CONNECTION_LOST) and (lost := lost_nodes(attempt.nodes)):
         # With the first node the supervisor is lost as well, and nobody is left to say so.
         found = Diagnosis(Cause.NODE_FAILURE, node=lost[0])
+    elif found == Diagnosis(Cause.UNKNOWN) and started_again:
+        # Slurm and the batch script report any other end in the job's output; an unplugged node cannot.
+        found = Diagnosis(
+            Cause.NODE_FAILURE, "Slurm lost it for a while and started the job again", node=attempt.nodes[0]
+        )
     record(attempt, found)
     return found
 

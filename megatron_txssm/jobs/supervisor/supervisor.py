@@ -136,7 +136,7 @@ class Supervisor:
             if not own:
                 check_not_running(self.recipe)
             gone = not own or end_leftover_steps(self.job_id)
-            close(before[-1], self.recipe)
+            close(before[-1], self.recipe, started_again=own)
             before[-1].save()
             if not gone and not self.told_to_stop:
                 say("Slurm cannot end a step of the last attempt: requeueing")
