@@ -7,7 +7,8 @@ from megatron_txssm.architecture.state_space_config import CONTEXT_PARALLEL_METH
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.changes import ONE_MODEL_PARALLEL_RANK, Changes, changed
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.recipe.validate import data_parallel_size, divisors, validate
+from megatron_txssm.recipe.sizes import data_parallel_size, divisors
+from megatron_txssm.recipe.validate import validate
 
 # How a recipe lays out itself.
 AS_STATED = "recipe"

@@ -18,7 +18,7 @@ from megatron_txssm.recipe.recipe import Recipe
 
 # Name on the command line -> torch's.
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-# As in a bf16 model (model/state_space_mixer.py, FP32_PARAMETERS): decays compound over thousands of tokens.
+# As in a bf16 model (model/state_space_parameters.py, FP32_PARAMETERS): decays compound over thousands of tokens.
 KEPT_IN_FP32 = ("A_log", "dt_bias", "D")
 EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
 

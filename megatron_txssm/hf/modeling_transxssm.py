@@ -17,7 +17,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
@@ -31,6 +31,7 @@ from megatron_txssm.hf.layers_transxssm import (
     TransXSSMDecoderLayer,
     TransXSSMStateSpaceMixer,
 )
+from megatron_txssm.hf.masks_transxssm import check_continues, check_static, padding_masks, token_positions
 from megatron_txssm.hf.packing_transxssm import LENGTHS, attention_inputs, packed_documents, positions_in_documents
 from megatron_txssm.ops.unified_rope import UnifiedRotaryEmbedding, length_scale
 
@@ -132,7 +133,7 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
         batch, length = hidden_states.shape[:2]
         static = cache is not None and cache.max_cache_len is not None
         new: Any = slice(length) if cache is None else cache.new_tokens(length, hidden_states.device)
-        attention_mask, mask_BL = _padding(attention_mask, cache, new, length)
+        attention_mask, mask_BL = padding_masks(attention_mask, cache, new, length)
         if cache is not None and cache.begun:
             check_continues(cache, seq_idx, lengths["cu_seq_lens_q"])
             documents_BL = None
@@ -144,7 +145,7 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             check_static(self.config, documents_BL)
         if position_ids is None:
             if documents_BL is None:
-                position_ids = _positions(attention_mask, new, hidden_states.device)
+                position_ids = token_positions(attention_mask, new, hidden_states.device)
             else:
                 position_ids = positions_in_documents(documents_BL, mask_BL)
         causal_mask: Any = None
@@ -200,61 +201,6 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             interpolation_factor=rope.get("factor", 1.0) if rope.get("rope_type") == "linear" else 1.0,
             table_precision=self.config.rotary_table_precision,
         )
-
-
-def check_continues(cache: TransXSSMCache, seq_idx: Tensor | None, cu_seq_lens: Tensor | None) -> None:
-    """ValueError if the document of tokens after a cache is ambiguous."""
-    if cache.packed:
-        raise ValueError(
-            "the cache holds packed documents, and it is unknown which of them continues; use one document per row"
-        )
-    if seq_idx is not None or cu_seq_lens is not None:
-        raise ValueError(
-            f"seq_idx and cu_seq_lens_q are only valid at the start of a text, but the cache holds {cache.seen_tokens} "
-            "tokens of one; leave out either them or the cache"
-        )
-
-
-def check_static(config: TransXSSMConfig, documents_BL: Tensor | None) -> None:
-    """ValueError for inputs and kernels whose masks do not cover a static cache's empty places."""
-    if documents_BL is not None:
-        raise ValueError("a static cache does not support packed documents; use one document per row, or another cache")
-    if config.has_attention and is_flash_attention_requested(config):
-        raise ValueError(
-            f"attn_implementation={config._attn_implementation!r} would attend to the empty places of a static cache; "
-            "use 'sdpa', or a cache without max_cache_len"
-        )
-
-
-def _padding(
-    attention_mask: Tensor | None, cache: TransXSSMCache | None, new: Any, length: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """The mask over all tokens so far (with a static cache, over its capacity), and the mask of the new tokens."""
-    if attention_mask is None:
-        return None, None
-    room = None if cache is None else cache.max_cache_len
-    if attention_mask.dim() != 2 or attention_mask.shape[1] != room:
-        if room is not None and is_tracing(attention_mask):
-            raise ValueError(
-                f"attention_mask.shape={list(attention_mask.shape)} would have a graph compiled for each token; use "
-                f"[batch, max_cache_len] = [batch, {room}]"
-            )
-        seen = 0 if cache is None else int(cache.get_seq_length())
-        if attention_mask.dim() != 2 or attention_mask.shape[1] != seen + length:
-            raise ValueError(
-                f"attention_mask.shape={list(attention_mask.shape)} does not fit {seen} tokens in the cache and "
-                f"{length} new ones; use [batch, {seen + length}], 0 on padding"
-            )
-        if cache is not None and room is not None:
-            attention_mask = cache.whole_mask(attention_mask)
-    return attention_mask, attention_mask[:, new].bool()
-
-
-def _positions(attention_mask: Tensor | None, new: Any, device: torch.device) -> Tensor:
-    """[B or 1, L]: the number of tokens before each one, not counting padding."""
-    if attention_mask is None:
-        return (torch.arange(new.start or 0, new.stop, device=device) if isinstance(new, slice) else new)[None]
-    return (attention_mask.bool().long().cumsum(-1) - 1).clamp(min=0)[:, new]
 
 
 class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):

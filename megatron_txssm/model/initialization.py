@@ -22,7 +22,8 @@ from torch import Tensor
 
 from megatron_txssm.model.mersenne_twister import generators_ahead
 from megatron_txssm.model.shards import model_shards
-from megatron_txssm.model.state_space_mixer import StateSpaceMixer, parameter_initializers
+from megatron_txssm.model.state_space_mixer import StateSpaceMixer
+from megatron_txssm.model.state_space_parameters import parameter_initializers
 
 # Rows per draw. Only the embedding's number of rows depends on the layout (padding); its first rows do not.
 ROWS_PER_DRAW = 128

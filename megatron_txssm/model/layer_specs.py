@@ -35,7 +35,8 @@ from megatron_txssm.model.document_attention import isolating
 from megatron_txssm.model.fp8_emulation import Float8SpecProvider, emulated_fp8
 from megatron_txssm.model.local_modules import TorchSpecProvider
 from megatron_txssm.model.self_attention import UnifiedRotarySelfAttention
-from megatron_txssm.model.state_space_mixer import StateSpaceMixer, StateSpaceMixerSubmodules
+from megatron_txssm.model.state_space_mixer import StateSpaceMixer
+from megatron_txssm.model.state_space_parameters import StateSpaceMixerSubmodules
 from megatron_txssm.ops.ssd_triton import why_unavailable
 from megatron_txssm.ops.unified_rope import UnifiedRotaryEmbedding
 

@@ -1,6 +1,9 @@
 """A recipe's requirements: processes per copy of its model, bytes per checkpoint."""
 
+from collections.abc import Iterator
+
 from megatron_txssm.architecture.parameters import count_parameters
+from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
 
 
@@ -17,3 +20,28 @@ def smallest_world_size(recipe: Recipe) -> int:
     """Processes per copy of the model."""
     parallel = recipe.parallel
     return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+
+
+def data_parallel_size(recipe: Recipe, world_size: int) -> int:
+    """Copies of the model's layout over all processes; UserError if the processes do not divide evenly."""
+    parallel = recipe.parallel
+    factors = {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+    }
+    model_size = 1
+    for size in factors.values():
+        model_size *= size
+    if world_size % model_size != 0:
+        named = " x ".join(f"{name}={size}" for name, size in factors.items() if size > 1)
+        raise UserError(
+            f"{world_size} process{'es' if world_size != 1 else ''} cannot be divided into {named}; "
+            f"start a multiple of {model_size} processes"
+        )
+    return world_size // model_size
+
+
+def divisors(*numbers: int) -> Iterator[int]:
+    """The common divisors of `numbers`, ascending."""
+    return (d for d in range(1, min(numbers) + 1) if all(n % d == 0 for n in numbers))

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.fp8_checks import check_fp8
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.sizes import data_parallel_size, divisors
 
 
 def validate(recipe: Recipe, world_size: int | None = None) -> None:
@@ -31,31 +32,6 @@ def check_tokenizer_file(recipe: Recipe) -> None:
     model = recipe.tokenizer_model
     if model and recipe.tokenizer_type == "SentencePieceTokenizer" and not Path(model).is_file():
         raise UserError(f"data.tokenizer_model={model}: no such file (a relative path starts at {Path.cwd()})")
-
-
-def data_parallel_size(recipe: Recipe, world_size: int) -> int:
-    """Copies of the model's layout over all processes; UserError if the processes do not divide evenly."""
-    parallel = recipe.parallel
-    factors = {
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "context_parallel_size": parallel.context_parallel_size,
-    }
-    model_size = 1
-    for size in factors.values():
-        model_size *= size
-    if world_size % model_size != 0:
-        named = " x ".join(f"{name}={size}" for name, size in factors.items() if size > 1)
-        raise UserError(
-            f"{world_size} process{'es' if world_size != 1 else ''} cannot be divided into {named}; "
-            f"start a multiple of {model_size} processes"
-        )
-    return world_size // model_size
-
-
-def divisors(*numbers: int) -> Iterator[int]:
-    """The common divisors of `numbers`, ascending."""
-    return (d for d in range(1, min(numbers) + 1) if all(n % d == 0 for n in numbers))
 
 
 def _check_divisible(name: str, value: int, by_name: str, by: int, remedy: str | None = None) -> None:

@@ -15,7 +15,7 @@ from megatron_txssm.recipe.megatron_section import passing
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.schema import FIXED_ARGUMENTS, SECTIONS
 from megatron_txssm.recipe.setting import argument, section_fields
-from megatron_txssm.recipe.validate import data_parallel_size
+from megatron_txssm.recipe.sizes import data_parallel_size
 from megatron_txssm.session.render import RENDERS
 
 

@@ -21,7 +21,7 @@ from megatron_txssm.convert.proof import compare_tensors, sample_text
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.hf import TransXSSMForCausalLM
-from megatron_txssm.model.state_space_mixer import FP32_PARAMETERS
+from megatron_txssm.model.state_space_parameters import FP32_PARAMETERS
 from megatron_txssm.recipe.loader import load_recipe
 from tests.convert.batch import Task, run_batches
 from tests.convert.trained import Trained, matrix, reference, train

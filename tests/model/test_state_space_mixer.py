@@ -34,7 +34,8 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.model import state_space_mixer
 from megatron_txssm.model.context_parallel import Zigzag
 from megatron_txssm.model.documents import PackedDocuments
-from megatron_txssm.model.state_space_mixer import FP32_PARAMETERS, StateSpaceMixer
+from megatron_txssm.model.state_space_mixer import StateSpaceMixer
+from megatron_txssm.model.state_space_parameters import FP32_PARAMETERS
 from megatron_txssm.ops import ssd_triton
 from megatron_txssm.ops.rotary import apply_rotary
 from megatron_txssm.ops.ssd import ssd

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 from megatron_txssm.model.layer_specs import hybrid_block_spec
-from megatron_txssm.model.state_space_mixer import StateSpaceMixer, StateSpaceMixerSubmodules
+from megatron_txssm.model.state_space_mixer import StateSpaceMixer
+from megatron_txssm.model.state_space_parameters import StateSpaceMixerSubmodules
 from megatron_txssm.ops.unified_rope import UnifiedRotaryEmbedding
 
 # (name in the checkpoint, global shape, offset of the piece in it, the piece)

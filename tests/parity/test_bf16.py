@@ -7,7 +7,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_txssm.model.state_space_mixer import FP32_PARAMETERS
+from megatron_txssm.model.state_space_parameters import FP32_PARAMETERS
 from tests.parity.harness import Case, run_cases, write_tokens
 from tests.parity.test_resume import SAVE_INTERVAL, finish, losses, start
 
