@@ -9,7 +9,7 @@ KNOWN_ARGUMENTS = frozenset(
         *("num_items_in_batch", "shift_labels", "ignore_index"),
         # Which outputs to return; the model has no router.
         *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
-        # Affect how an attention kernel computes, not its result.
+        # Only affect how an attention kernel computes, not its result.
         *("deterministic", "kernel_options"),
         # transformers' server passes it to generate(), for stop strings.
         "tokenizer",

@@ -163,7 +163,7 @@ class _Float8GEMM(torch.autograd.Function):
 
 
 class _Float8Linear:
-    """Replaces the GEMM of Megatron's two parallel linear layers, with the collectives that the GEMM performs."""
+    """Replaces the GEMM of Megatron's two parallel linear layers, with the collectives that they leave to it."""
 
     config: Any
     training: bool

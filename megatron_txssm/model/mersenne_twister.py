@@ -43,7 +43,7 @@ def _advance(generator: torch.Generator, numbers: int) -> None:
 
 
 def _ahead(words: np.ndarray, numbers: int) -> np.ndarray:
-    """The 624 words that follow `numbers` after these."""
+    """The 624 words of the state, moved ahead by `numbers` words."""
     coefficients = format(power_of_t(numbers), "b")[::-1]
     positions = np.flatnonzero(np.frombuffer(coefficients.encode(), np.uint8) == ord("1"))
     windows = np.lib.stride_tricks.sliding_window_view(_extended(words, DEGREE + WORDS), WORDS)
