@@ -9,7 +9,8 @@ from typing import Any
 
 from megatron_txssm.cli.parsing import add_verb
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.loader import load_recipe, recipe_names
+from megatron_txssm.home import BATCH_SCRIPTS
+from megatron_txssm.recipe.loader import load_recipe, recipe_folders, recipe_names
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.terminal import print_table
 
@@ -92,6 +93,8 @@ def _print_table() -> None:
     print_table(("recipe", "layers", ">hidden", ">ffn", ">params", ">length", ">batch", ">lr", "about"), rows)
     print("S: state-space layer, A: attention layer; length and batch in tokens.")
     print("`txssm recipes NAME` shows one in full.")
+    folders = " and ".join(str(folder) for folder in recipe_folders() if folder.is_dir())
+    print(f"The recipes are read from {folders}, batch scripts from {BATCH_SCRIPTS}.")
 
 
 def _print_fields() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import write_file_atomically, write_json
+from megatron_txssm.home import HOME
 from megatron_txssm.jobs.allocation import Allocation
 from megatron_txssm.jobs.attempts import job_ids
 from megatron_txssm.jobs.frozen_code import FrozenCode
@@ -23,7 +24,7 @@ from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import validate
 from megatron_txssm.slurm import client as slurm
-from megatron_txssm.slurm.batch_script import HOME, render
+from megatron_txssm.slurm.batch_script import render
 from megatron_txssm.slurm.sbatch_options import Options, costly_defaults
 from megatron_txssm.training.launch.preflight import (
     check_checkpoint,
