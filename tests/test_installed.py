@@ -130,8 +130,9 @@ def test_recipes_of_the_current_folder_go_first(installed: Installed, tmp_path: 
 
 def test_a_corpus_recipe_is_found(installed: Installed) -> None:
     """Its sources are on the network; these lie here."""
-    texts = installed.folder / "texts.jsonl"
-    texts.write_text(json.dumps({"text": "a text", "blob_id": "1"}) + "\n")
+    texts = installed.folder / "texts"
+    texts.mkdir()
+    (texts / "a.jsonl").write_text(json.dumps({"text": "a text", "blob_id": "1"}) + "\n")
     subsets = ("fineweb-edu-dedup", "cosmopedia-v2", "python-edu")
     plan = installed.txssm(
         "data", "shard", "smollm_corpus", "--plan", *(f"--set=subsets.{name}.source={texts}" for name in subsets)
