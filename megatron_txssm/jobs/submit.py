@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.home import HOME
 from megatron_txssm.jobs.limits import DEFAULTS, Limits
 from megatron_txssm.jobs.submission.allocation import Allocation
 from megatron_txssm.jobs.submission.frozen_code import FrozenCode
@@ -21,7 +22,7 @@ from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validate import validate
 from megatron_txssm.slurm import client as slurm
-from megatron_txssm.slurm.batch_script import HOME, load_site_settings, render
+from megatron_txssm.slurm.batch_script import load_site_settings, render
 from megatron_txssm.slurm.sbatch_options import Options, costly_defaults
 from megatron_txssm.training.launch.preflight import check_checkpoint, check_room, check_run, is_finished, warnings
 

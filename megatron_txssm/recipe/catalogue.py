@@ -3,7 +3,8 @@
 import json
 
 from megatron_txssm.architecture.parameters import count_parameters
-from megatron_txssm.recipe.loader import load_recipe, recipe_names
+from megatron_txssm.home import BATCH_SCRIPTS
+from megatron_txssm.recipe.loader import load_recipe, recipe_folders, recipe_names
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.schema import SECTIONS
 from megatron_txssm.recipe.setting import section_fields, type_name
@@ -33,6 +34,8 @@ def show_recipes() -> int:
     print_table(("recipe", "layers", ">hidden", ">ffn", ">params", ">length", ">batch", ">lr", "about"), rows)
     print("S: state-space layer, A: attention layer; length and batch in tokens.")
     print("`txssm recipes NAME` shows one in full.")
+    folders = " and ".join(str(folder) for folder in recipe_folders() if folder.is_dir())
+    print(f"The recipes are read from {folders}, batch scripts from {BATCH_SCRIPTS}.")
     return 0
 
 

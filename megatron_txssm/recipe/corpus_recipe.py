@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.errors import UserError, nearest, shown
+from megatron_txssm.home import RECIPES
 from megatron_txssm.recipe.setting import Field, Words, convert, section_fields, setting, type_name
 from megatron_txssm.recipe.yaml_text import dump_yaml, load_yaml
 
-_PACKAGE_CORPORA = Path(__file__).parents[2] / "recipes" / "corpora"
 # The copy of the recipe in a corpus directory.
 KEPT_RECIPE = "corpus.yaml"
 # Names that become folders, file names and Slurm job names.
@@ -178,7 +178,7 @@ def how_to_make(directory: str | Path) -> str:
 
 def corpus_recipe_files() -> dict[str, Path]:
     """Name -> file of the corpus recipes of this repository and of the current directory's recipes/corpora/."""
-    folders = (_PACKAGE_CORPORA, Path("recipes/corpora"))
+    folders = (RECIPES / "corpora", Path("recipes/corpora"))
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.errors import UserError, nearest, shown
+from megatron_txssm.home import RECIPES
 from megatron_txssm.recipe.megatron_section import entry, known_names, passing
 from megatron_txssm.recipe.paths import each_path, expanded
 from megatron_txssm.recipe.recipe import Recipe
@@ -20,7 +21,6 @@ from megatron_txssm.recipe.setting import Field, convert, section_fields, type_n
 from megatron_txssm.recipe.validate import validate
 from megatron_txssm.recipe.yaml_text import load_yaml
 
-_PACKAGE_RECIPES = Path(__file__).parents[2] / "recipes"
 _TOP = {field.name: field for field in section_fields(Recipe)}
 _FIELDS = {name: {field.name: field for field in section_fields(section)} for name, section in SECTIONS.items()}
 
@@ -55,9 +55,13 @@ def find_recipe(name_or_path: str | Path) -> Path:
     )
 
 
+def recipe_folders() -> list[Path]:
+    """The folders in which a recipe is looked up by its name, in that order."""
+    return list(dict.fromkeys(folder.resolve() for folder in (Path("recipes"), RECIPES)))
+
+
 def _recipe_files() -> list[Path]:
-    folders = dict.fromkeys(folder.resolve() for folder in (Path("recipes"), _PACKAGE_RECIPES))
-    return [path for folder in folders for path in sorted(folder.glob("*.yaml"))]
+    return [path for folder in recipe_folders() for path in sorted(folder.glob("*.yaml"))]
 
 
 def _read(path: Path) -> dict[str, Any]:

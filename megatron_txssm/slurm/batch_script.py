@@ -12,12 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_txssm.errors import UserError, shown
+from megatron_txssm.home import BATCH_SCRIPTS, HOME
 from megatron_txssm.notify import VARIABLE as WEBHOOK
 from megatron_txssm.slurm.client import PLAIN_WORD
 from megatron_txssm.slurm.sbatch_options import Options, split_options
-
-HOME = Path(__file__).parents[2]
-_TEMPLATES = HOME / "slurm"
 
 
 def render(stage: str, options: Options, words: Sequence[str] = (), home: Path = HOME) -> str:
@@ -26,7 +24,7 @@ def render(stage: str, options: Options, words: Sequence[str] = (), home: Path =
     `home`: the code that it runs, a checkout or a run's frozen copy. The site's settings stay those of this checkout.
     """
     name = f"{stage}.sbatch"
-    lines = (_TEMPLATES / name).read_text(encoding="utf-8").splitlines()
+    lines = (BATCH_SCRIPTS / name).read_text(encoding="utf-8").splitlines()
     merged = {**_options(lines), **options}
     body = [line for line in lines if line and not line.startswith("#")]
     return "\n".join(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_txssm.home import HOME
 from megatron_txssm.jobs.submission.frozen_code import FrozenCode
-from megatron_txssm.slurm.batch_script import HOME
 from megatron_txssm.slurm.hostlist import expand
 from megatron_txssm.slurm.sbatch_options import OURS, parse_options
 from tests.cluster.sandbox import Sandbox

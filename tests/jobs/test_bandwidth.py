@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from megatron_txssm.home import HOME
 from megatron_txssm.jobs.nodes import bandwidth_preflight
 from megatron_txssm.jobs.nodes.bandwidth_preflight import measure
-from megatron_txssm.slurm.batch_script import HOME
 
 NODES = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
 # Every "node" is this machine, with two tasks.

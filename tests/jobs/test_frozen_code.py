@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.home import HOME
 from megatron_txssm.jobs.submission.frozen_code import FrozenCode
-from megatron_txssm.slurm.batch_script import HOME
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_a_copy_of_this_checkout_runs_by_itself(tmp_path: Path) -> None:
     code.write()
     assert sum(path.stat().st_size for path in code.path.rglob("*") if path.is_file()) < 5_000_000
     text = "import megatron_txssm.jobs.supervisor.supervisor as s, megatron_txssm.recipe.loader as r\n"
-    text += "print(s.__file__, r.load_recipe('demo_cpu').name, r._PACKAGE_RECIPES)"
+    text += "print(s.__file__, r.load_recipe('demo_cpu').name, r.RECIPES)"
     environment = os.environ | {"PYTHONPATH": str(code.path), "PYTHONSAFEPATH": "1"}
     done = subprocess.run([sys.executable, "-c", text], env=environment, cwd=HOME, capture_output=True, text=True)
     place = code.path

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
+from megatron_txssm.home import HOME
 from megatron_txssm.jobs.nodes import node_check, node_preflight
 from megatron_txssm.jobs.nodes.node_check import NodeCheck, report
 from megatron_txssm.jobs.nodes.node_preflight import MAX_CLOCK_SKEW_SECONDS, NodePreflight, find_problems
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.sizes import checkpoint_bytes
-from megatron_txssm.slurm.batch_script import HOME
 from megatron_txssm.slurm.environment import rendezvous_port
 from megatron_txssm.training.launch.preflight import make_run_directory
 

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_txssm.cli.main import main
 from megatron_txssm.errors import UserError
+from megatron_txssm.home import HOME
 from megatron_txssm.jobs import submit
 from megatron_txssm.jobs.limits import Limits
 from megatron_txssm.jobs.submission import submission
@@ -21,7 +22,6 @@ from megatron_txssm.jobs.submission.request import Request
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.sizes import checkpoint_bytes
 from megatron_txssm.slurm import client as slurm
-from megatron_txssm.slurm.batch_script import HOME
 from megatron_txssm.training.launch import preflight
 from tests.slurm.some_queue import write_queue
 

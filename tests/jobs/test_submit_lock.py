@@ -13,11 +13,11 @@ import pytest
 
 from megatron_txssm.cli.main import main
 from megatron_txssm.errors import UserError
+from megatron_txssm.home import HOME
 from megatron_txssm.jobs import submit
 from megatron_txssm.jobs.submission.submit_lock import NAME, SubmitLock
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.slurm.batch_script import HOME
 from megatron_txssm.training.launch import run_lock
 from megatron_txssm.training.launch.run_lock import Holder
 from tests.slurm.some_queue import LETTERS, SQUEUE, write_queue

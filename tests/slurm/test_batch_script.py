@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.home import HOME
 from megatron_txssm.slurm import batch_script
-from megatron_txssm.slurm.batch_script import HOME, load_site_settings, render
+from megatron_txssm.slurm.batch_script import load_site_settings, render
 
 STAGES = sorted(path.stem for path in (HOME / "slurm").glob("*.sbatch"))
 # What no shell may take apart.

@@ -14,15 +14,18 @@ from pathlib import Path
 
 from megatron_txssm import __version__
 from megatron_txssm.errors import UserError
+from megatron_txssm.home import HOME, PACKAGE
 
-# What a job runs. Not tests, docs and tools, and of slurm/ not the site's settings, under whatever name: they are not
-# part of the code, and may hold secrets.
-_PARTS = ("megatron_txssm", "recipes", "slurm")
+# Of slurm/, beside the batch scripts. The site's settings, under whatever name, are not part of the code, and may hold
+# secrets.
 _OF_SLURM = ("entrypoint.sh", "env.example.sh")
 
 
 class FrozenCode:
-    """The copy of the code in `home` that belongs into a run's folder."""
+    """The copy of the code that belongs into a run's folder, laid out as a checkout is.
+
+    `home`: a checkout, or `HOME` also where that is an installed package's.
+    """
 
     def __init__(self, home: Path, run: Path, commit: str | None):
         self.home = home
@@ -44,10 +47,10 @@ class FrozenCode:
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f".{self.path.name}.{secrets.token_hex(4)}"
         try:
-            for relative in _files(self.home):
+            for relative, source in _files(self.home):
                 target = partial / relative
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(self.home / relative, target)
+                shutil.copy2(source, target)
             if _sum(partial) != self.sum:
                 raise UserError(f"the code in {self.home} has changed while it was copied; submit again")
             partial.rename(self.path)
@@ -70,21 +73,24 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _files(home: Path) -> Iterator[Path]:
-    """Relative to `home`, in an order of their own."""
-    for part in _PARTS:
-        for folder, folders, files in os.walk(home / part):
-            folders[:] = sorted(name for name in folders if name != "__pycache__")
+def _files(home: Path) -> Iterator[tuple[Path, Path]]:
+    """What a job runs, in a fixed order: each file's place in the copy, and its path."""
+    # An installed package holds its home, not the other way round.
+    package = PACKAGE if home == HOME else home / "megatron_txssm"
+    for part, place in {"megatron_txssm": package, "recipes": home / "recipes", "slurm": home / "slurm"}.items():
+        for folder, folders, files in os.walk(place):
+            folders[:] = sorted(name for name in folders if name != "__pycache__" and Path(folder, name) != home)
             for name in sorted(files):
                 is_ours = part != "slurm" or name in _OF_SLURM or name.endswith(".sbatch")
                 if is_ours and not name.endswith((".pyc", ".partial")):
-                    yield (Path(folder) / name).relative_to(home)
+                    path = Path(folder, name)
+                    yield part / path.relative_to(place), path
 
 
 def _sum(home: Path) -> str:
     """Over names and contents."""
     total = hashlib.sha256()
-    for relative in _files(home):
-        content = (home / relative).read_bytes()
+    for relative, path in _files(home):
+        content = path.read_bytes()
         total.update(f"{relative}\0{len(content)}\0".encode(errors="surrogateescape") + content)
     return total.hexdigest()

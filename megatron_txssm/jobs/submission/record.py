@@ -23,7 +23,7 @@ def make_record(
         "directory": _utf8(os.getcwd()),
         "version": __version__,
         "git_commit": commit,
-        # The checkout, or the run's frozen copy.
+        # The checkout, the run's frozen copy, or an installed package's HOME.
         "code": str(home),
         "nodes": allocation.nodes,
         "spare_nodes": allocation.spare,
@@ -36,6 +36,8 @@ def git_commit(home: Path) -> str | None:
     """Of the code that is submitted; with `+changes` where it is not what was committed. None outside a checkout."""
     git = ["git", "-C", str(home)]
     try:
+        # A package installed into an environment may lie in another project's repository.
+        subprocess.run([*git, "ls-files", "--error-unmatch", "megatron_txssm"], check=True, capture_output=True)
         commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
         changes = subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
     except (OSError, subprocess.CalledProcessError):

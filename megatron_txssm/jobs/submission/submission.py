@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import write_file_atomically, write_json
+from megatron_txssm.home import HOME
 from megatron_txssm.jobs.attempts import job_ids
 from megatron_txssm.jobs.submission.allocation import Allocation
 from megatron_txssm.jobs.submission.frozen_code import FrozenCode
 from megatron_txssm.jobs.submission.submit_lock import SubmitLock
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm import client as slurm
-from megatron_txssm.slurm.batch_script import HOME
 from megatron_txssm.slurm.submission import SubmissionRecord
 from megatron_txssm.training.launch.preflight import make_run_directory
 from megatron_txssm.training.launch.run_lock import check_not_running
