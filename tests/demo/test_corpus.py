@@ -8,6 +8,7 @@ from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.demo import corpus as demo_corpus
 from megatron_txssm.demo.corpus import collect_documents, prepare_demo_corpus
 from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.corpus_tokenizer import tokenizer_model
 from tests.data.corpus_recipes import corpus_bytes
 
 VOCAB_SIZE = 320
@@ -75,7 +76,10 @@ def test_too_little_text_is_a_user_error(tmp_path):
 
 def test_the_corpus_holds_the_documents_and_is_reused(small_library, tmp_path, monkeypatch):
     corpus = prepare_demo_corpus(tmp_path / "data", **_options(small_library))
-    subset, tokenizer = corpus.subsets[demo_corpus.SUBSET], load_tokenizer(corpus.tokenizer_model)
+    subset, tokenizer = (
+        corpus.subsets[demo_corpus.SUBSET],
+        load_tokenizer(tokenizer_model(corpus.directory, corpus.tokenizer)),
+    )
     documents = list(collect_documents(small_library, minimum_bytes=1000))
     for split, held_out in (("train", False), ("validation", True)):
         texts = [document.text for document in documents if is_held_out(document.text, 0.03) == held_out]
