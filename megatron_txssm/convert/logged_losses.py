@@ -1,9 +1,10 @@
 """The losses that a run has on file for one of its steps, as a model card states them."""
 
 import json
-from collections import deque
 from pathlib import Path
 from typing import Any
+
+from megatron_txssm.metrics import metrics_lines
 
 
 def losses_at(run: Path, step: int) -> dict[str, float]:
@@ -21,20 +22,15 @@ def losses_at(run: Path, step: int) -> dict[str, float]:
 
 def _newest(metrics: Path, step: int) -> dict[str, tuple[int, float]]:
     """Loss -> (its step, its value), up to `step`; a run that went back wrote steps again, and the last lines count."""
-    if not metrics.is_file():
-        return {}
     found: dict[str, tuple[int, float]] = {}
-    with metrics.open(encoding="utf-8", errors="replace") as lines:
-        for line in deque(lines, maxlen=10_000):
-            try:
-                entry = json.loads(line)
-                at = int(entry["iteration"])
-                losses = {k: float(v) for k, v in entry.items() if k == "lm loss" or k.startswith("validation")}
-            except (ValueError, TypeError, KeyError, AttributeError):
-                # The line that a killed run was writing.
-                continue
-            if at <= step:
-                found |= {key: (at, loss) for key, loss in losses.items() if key not in found or at >= found[key][0]}
+    for line in metrics_lines(metrics):
+        try:
+            at = int(line["iteration"])
+            losses = {k: float(v) for k, v in line.items() if k == "lm loss" or k.startswith("validation")}
+        except (ValueError, TypeError, KeyError):
+            continue
+        if at <= step:
+            found |= {key: (at, loss) for key, loss in losses.items() if key not in found or at >= found[key][0]}
     return found
 
 

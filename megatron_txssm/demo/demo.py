@@ -80,8 +80,9 @@ def report(recipe: Recipe, corpus: Any) -> None:
     import numpy as np
 
     from megatron_txssm.data.corpus.shard import read_tokens
-    from megatron_txssm.demo.loss_curve import plot_loss_curve, read_metrics
+    from megatron_txssm.demo.loss_curve import VALIDATION_KEY, plot_loss_curve
     from megatron_txssm.demo.ngram import bigram_loss, unigram_loss
+    from megatron_txssm.metrics import values_by_step
 
     train, validation = (
         np.concatenate([read_tokens(p) for subset in corpus.subsets.values() for p, _ in subset.shards(split)])
@@ -89,7 +90,7 @@ def report(recipe: Recipe, corpus: Any) -> None:
     )
     vocab_size = corpus.tokenizer.vocab_size
     metrics = recipe.run_path / "metrics.jsonl"
-    _, validation_losses = read_metrics(metrics, "validation lm loss")
+    validation_losses = list(values_by_step(metrics, VALIDATION_KEY).values())
     losses = {
         "TransXSSM": validation_losses[-1],
         "interpolated bigram": bigram_loss(train, validation, vocab_size),

@@ -1,12 +1,11 @@
 """The loss curve of one run as a PNG: training and validation loss, with n-gram baselines."""
 
 import io
-import json
-import math
 from pathlib import Path
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import write_file_atomically
+from megatron_txssm.metrics import values_by_step
 
 TRAINING_KEY = "lm loss"
 VALIDATION_KEY = "validation lm loss"
@@ -18,28 +17,6 @@ SMOOTHING_WINDOWS = 40
 TRAINING_COLOUR = "#2a6fbb"
 VALIDATION_COLOUR = "#d1495b"
 BASELINE_COLOURS = ("#5b5b5b", "#2e8b57", "#8a5a00", "#6f4fa0")
-
-
-def read_metrics(metrics_jsonl: str | Path, key: str) -> tuple[list[int], list[float]]:
-    """(iterations, values) of one key, ordered by iteration.
-
-    A resumed run repeats iterations: the last line of each counts. Truncated lines and non-finite values are skipped.
-    """
-    path = Path(metrics_jsonl)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"metrics file {path}: {error.strerror}; give the metrics.jsonl of a run") from error
-    last: dict[int, float] = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-            iteration, value = int(record["iteration"]), float(record[key])
-        except (ValueError, KeyError, TypeError):
-            continue
-        last[iteration] = value
-    points = [(iteration, value) for iteration, value in sorted(last.items()) if math.isfinite(value)]
-    return [iteration for iteration, _ in points], [value for _, value in points]
 
 
 def plot_loss_curve(
@@ -57,8 +34,12 @@ def plot_loss_curve(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    iterations, losses = read_metrics(metrics_jsonl, TRAINING_KEY)
-    validation_iterations, validation_losses = read_metrics(metrics_jsonl, VALIDATION_KEY)
+    metrics = Path(metrics_jsonl)
+    if not metrics.is_file():
+        raise UserError(f"{metrics}: No such file; name the metrics.jsonl of a run")
+    training, validation = values_by_step(metrics, TRAINING_KEY), values_by_step(metrics, VALIDATION_KEY)
+    iterations, losses = list(training), list(training.values())
+    validation_iterations, validation_losses = list(validation), list(validation.values())
     if not losses and not validation_losses:
         raise UserError(f'metrics file {metrics_jsonl}: has no "{TRAINING_KEY}"; let the run log a few iterations')
 

@@ -27,12 +27,12 @@ from megatron_txssm.errors import UserError, nearest, shown
 from megatron_txssm.files import write_json
 from megatron_txssm.jobs.cause import Cause
 from megatron_txssm.jobs.limits import Phase
+from megatron_txssm.metrics import last_step
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm import client as slurm
 from megatron_txssm.slurm.submission import read_submission
 from megatron_txssm.training.launch.preflight import saved_step
-from megatron_txssm.training.watch.metrics import last_step
 
 
 class Hang(TypedDict):

@@ -30,10 +30,10 @@ from typing import NamedTuple
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt, attempts, job_ids
 from megatron_txssm.jobs.run_jobs import as_typed
+from megatron_txssm.metrics import metrics_lines, metrics_tail
 from megatron_txssm.slurm import client as slurm
 from megatron_txssm.slurm.submission import read_submission
 from megatron_txssm.terminal import print_table
-from megatron_txssm.training.watch.metrics import metrics_lines, metrics_tail
 
 # What the field reports of its largest runs: effective training time, and the time to train again after a fault.
 FIELD_ACTIVE, FIELD_RECOVERY_SECONDS = 0.97, 240

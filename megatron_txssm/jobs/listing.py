@@ -7,11 +7,11 @@ from pathlib import Path
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.goodput import slowness
 from megatron_txssm.jobs.run_jobs import as_typed
+from megatron_txssm.metrics import current_step
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.slurm import client as slurm
 from megatron_txssm.slurm.waiting import needs_somebody, what_it_waits_for
 from megatron_txssm.terminal import print_table
-from megatron_txssm.training.watch.metrics import current_step
 
 
 def list_jobs() -> int:

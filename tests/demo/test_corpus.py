@@ -76,10 +76,8 @@ def test_too_little_text_is_a_user_error(tmp_path):
 
 def test_the_corpus_holds_the_documents_and_is_reused(small_library, tmp_path, monkeypatch):
     corpus = prepare_demo_corpus(tmp_path / "data", **_options(small_library))
-    subset, tokenizer = (
-        corpus.subsets[demo_corpus.SUBSET],
-        load_tokenizer(tokenizer_model(corpus.directory, corpus.tokenizer)),
-    )
+    subset = corpus.subsets[demo_corpus.SUBSET]
+    tokenizer = load_tokenizer(tokenizer_model(corpus.directory, corpus.tokenizer))
     documents = list(collect_documents(small_library, minimum_bytes=1000))
     for split, held_out in (("train", False), ("validation", True)):
         texts = [document.text for document in documents if is_held_out(document.text, 0.03) == held_out]

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from megatron_txssm.demo.loss_curve import TRAINING_KEY, VALIDATION_KEY, plot_loss_curve, read_metrics
+from megatron_txssm.demo.loss_curve import TRAINING_KEY, VALIDATION_KEY, plot_loss_curve
 from megatron_txssm.errors import UserError
+from megatron_txssm.metrics import values_by_step
 
 
 def _write(path, records):
@@ -18,14 +19,14 @@ def test_a_resumed_run_overrides_what_it_repeats(tmp_path):
     lines += [{"iteration": 4, VALIDATION_KEY: 4.5}, {"iteration": 5, "tokens_per_second": 100.0}]
     lines += [{"iteration": i, TRAINING_KEY: 1.0 - i} for i in range(4, 8)] + [{"iteration": 4, VALIDATION_KEY: 4.25}]
     path = _write(tmp_path / "metrics.jsonl", lines)
-    assert read_metrics(path, TRAINING_KEY) == ([1, 2, 3, 4, 5, 6, 7], [8.0, 7.0, 6.0, -3.0, -4.0, -5.0, -6.0])
-    assert read_metrics(path, VALIDATION_KEY) == ([4], [4.25])
+    assert values_by_step(path, TRAINING_KEY) == {1: 8.0, 2: 7.0, 3: 6.0, 4: -3.0, 5: -4.0, 6: -5.0, 7: -6.0}
+    assert values_by_step(path, VALIDATION_KEY) == {4: 4.25}
 
 
 def test_broken_lines_and_values_are_passed_over(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"iteration": 1, "lm loss": 5.0}\n\n[1]\n{"iteration": 2, "lm loss": NaN}\n{"iteration": 3, "lm l')
-    assert read_metrics(path, TRAINING_KEY) == ([1], [5.0])
+    assert values_by_step(path, TRAINING_KEY) == {1: 5.0}
 
 
 @pytest.mark.parametrize("iterations", [1, 30, 300])

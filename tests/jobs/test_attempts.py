@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from megatron_txssm import metrics as metrics_file
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt, attempts, farthest_step, find_run, load_run, new_attempt
 from megatron_txssm.jobs.cause import Cause
 from megatron_txssm.jobs.diagnosis.diagnosis import diagnose, recorded
 from megatron_txssm.jobs.supervisor.decision import refusal
+from megatron_txssm.metrics import current_step, last_step, metrics_lines
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm.submission import read_submission
 from megatron_txssm.slurm.words import EndedBySlurm
-from megatron_txssm.training.watch import metrics as metrics_file
-from megatron_txssm.training.watch.metrics import current_step, last_step, metrics_lines
 from tests.jobs.some_attempt import some_attempt
 from tests.slurm.some_queue import write_queue
 

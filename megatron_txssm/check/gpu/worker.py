@@ -64,9 +64,11 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
     run_worker(recipe, prepare_and_train)
     import torch
 
+    from megatron_txssm.metrics import metrics_lines
+
     metrics = recipe.run_path / "metrics.jsonl"
     return {
-        "rows": [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()],
+        "rows": metrics_lines(metrics),
         "flops_per_token": flops_per_token(recipe.sizes, recipe.training.seq_length),
         "device": torch.cuda.get_device_name(0) if task["device"] == "cuda" else "CPU",
     }

@@ -12,13 +12,13 @@ from megatron_txssm.jobs.diagnosis.remedies import what_to_do
 from megatron_txssm.jobs.diagnosis.stages import end_of, last_words, other_stages
 from megatron_txssm.jobs.goodput import explain_goodput, slowness
 from megatron_txssm.jobs.run_jobs import jobs_of, seconds_since_step, who_trains
+from megatron_txssm.metrics import current_step
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm import client as slurm
 from megatron_txssm.slurm.waiting import what_it_waits_for
 from megatron_txssm.training.launch.ended import explain_local_end
 from megatron_txssm.training.launch.preflight import is_finished, saved_step
 from megatron_txssm.training.watch.collective_trace import explain_hang
-from megatron_txssm.training.watch.metrics import current_step
 
 
 def explain(run: str | Path, *, every_attempt: bool = False) -> int:

@@ -1,11 +1,8 @@
 """What a run tells while it trains: its display, metrics.jsonl, throughput and learning rate in Megatron's logs."""
 
-import contextlib
 import json
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -14,6 +11,7 @@ from megatron.training import get_tensorboard_writer, get_wandb_writer
 
 from megatron_txssm.architecture.flops import flops_per_token
 from megatron_txssm.compat import get_args
+from megatron_txssm.metrics import end_last_line
 from megatron_txssm.notify import notify
 from megatron_txssm.ops.ssd_triton import why_unavailable
 from megatron_txssm.recipe.recipe import Recipe
@@ -215,13 +213,6 @@ def first_step_note(recipe: Recipe) -> str | None:
         return None
     # Triton keeps what it compiles. docs/gpu-results has the seconds.
     return "the first step compiles and tunes kernels: about a minute, less where an earlier run has done so"
-
-
-def end_last_line(file: Path) -> None:
-    """Let what is appended begin on a line of its own, also where a killed run left half of one."""
-    with contextlib.suppress(FileNotFoundError), open(file, "rb+") as lines:
-        if lines.seek(0, os.SEEK_END) and os.pread(lines.fileno(), 1, lines.tell() - 1) != b"\n":
-            lines.write(b"\n")
 
 
 def _from_last_stage(losses: dict[str, float]) -> dict[str, float]:

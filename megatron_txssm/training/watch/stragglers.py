@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from megatron_txssm.metrics import metrics_tail
 from megatron_txssm.training.watch.collective_trace import read_trace
-from megatron_txssm.training.watch.metrics import metrics_tail
 from megatron_txssm.training.watch.throughput import ThroughputWatch, Verdict, judge
 
 # Steps between two looks, at which rank 0 tells the others what it wants to know.

@@ -1,6 +1,8 @@
 """Reads RUN/metrics.jsonl, which training/watch/monitor.py writes: a JSON object for each step and each validation."""
 
+import contextlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -51,6 +53,20 @@ def metrics_lines(metrics: Path, begin: int = 0, end: int | None = None) -> list
         return [found for row in rows if (found := _line(row)) is not None]
 
 
+def values_by_step(metrics: Path, key: str) -> dict[int, float]:
+    """Step -> the value of a key such as "lm loss", in the order of the steps; values that are not finite are left out.
+
+    A resumed run may have written steps again: the last line of a step counts.
+    """
+    last: dict[int, float] = {}
+    for line in metrics_lines(metrics):
+        try:
+            last[int(line["iteration"])] = float(line[key])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return {step: value for step, value in sorted(last.items()) if math.isfinite(value)}
+
+
 def _largest_iteration(text: bytes) -> int:
     """Of whatever looks like one; -1 where nothing does."""
     # An expression for the whole would take five times as long.
@@ -95,3 +111,10 @@ def _blocks_from_the_end(path: Path, begin: int, size: int) -> Iterator[bytes]:
                 start, block = start + cut, block[cut:]
             yield block
             end = start
+
+
+def end_last_line(file: Path) -> None:
+    """Let what is appended begin on a line of its own, also where a killed run left half of one."""
+    with contextlib.suppress(FileNotFoundError), open(file, "rb+") as lines:
+        if lines.seek(0, os.SEEK_END) and os.pread(lines.fileno(), 1, lines.tell() - 1) != b"\n":
+            lines.write(b"\n")
