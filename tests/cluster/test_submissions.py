@@ -80,10 +80,10 @@ def test_a_job_runs_what_was_submitted_where_ranks_have_no_slurm(sandbox: Sandbo
     assert done.returncode == 0, done.stderr
     record = json.loads((job.run / "submission.json").read_text())
     job.job = record["jobs"]["pretrain"][0]
-    for name in ("supervisor.py", "node_check.py"):
-        (checkout.path / "megatron_txssm" / "jobs" / "supervisor" / name).write_text(
-            "raise SystemExit('another version')\n"
-        )
+    for name in ("supervisor/supervisor.py", "nodes/node_check.py"):
+        changed = checkout.path / "megatron_txssm" / "jobs" / name
+        assert changed.is_file()
+        changed.write_text("raise SystemExit('another version')\n")
     job.wait_step(15)
     assert Path(record["code"]).parent == job.run / "code"
     code = job.process(1).environ()["PYTHONPATH"].partition(":")[0]

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_txssm.cli.main import main
-from megatron_txssm.convert import worker
+from megatron_txssm.convert import importer
 from megatron_txssm.convert.config_check import check_config
 from megatron_txssm.convert.config_recipe import recipe_of_config
 from megatron_txssm.convert.hf_config import hf_config
@@ -73,7 +73,7 @@ def test_a_stock_llama_needs_no_recipe(
 ) -> None:
     stock_llama(tmp_path / "a llama")
     tasks = []
-    monkeypatch.setattr(worker, "run_task", lambda task, **arguments: tasks.append(task))
+    monkeypatch.setattr(importer, "run_task", lambda task, **arguments: tasks.append(task))
     out = tmp_path / "imported"
     assert main(["convert", "import", str(tmp_path / "a llama"), str(out), "--no-verify"]) == 0
     assert tasks == ["save_megatron"]

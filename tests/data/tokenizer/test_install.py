@@ -341,7 +341,7 @@ def test_train_tokenizer_makes_a_model_that_shards_and_knows_nothing_of_what_is_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     run_tasks_here(monkeypatch)
-    import megatron_txssm.data.tokenizer.sentencepiece as module
+    import megatron_txssm.data.sharding.train_tokenizer as module
 
     texts = [text[:3000] for text in library_texts(150, seed=3)]
     source = tmp_path / "source"
