@@ -175,7 +175,7 @@ class _StopSignals:
 
         if self.received is None:
             self.received = number
-            # After a hang-up there is no terminal.
+            # After a hang-up the terminal is gone.
             with contextlib.suppress(OSError):
                 print("\nstopping after this step, saving (Ctrl-C again: stop at once)", flush=True)
             for worker in psutil.Process().children():

@@ -115,7 +115,7 @@ def _check(step: Step | None, verify: bool | str, say: Callable[[str], None]) ->
 
 
 def _remove_interrupted_saves(checkpoints: Path, say: Callable[[str], None]) -> None:
-    """Remove what interrupted saves left: it cannot be loaded and takes the space of the next save."""
+    """Remove the remains of interrupted saves, which cannot be loaded and take the space of the next save."""
 
     def remove() -> None:
         for folder in interrupted_saves(checkpoints):

@@ -130,7 +130,7 @@ def describe_checkpoints(recipe: Recipe) -> None:
 
 
 def empty_folder(recipe: Recipe, iteration: int) -> None:
-    """Remove what an earlier save of the same step left.
+    """Remove the remains of an earlier save of the same step.
 
     Otherwise the files would mix, and after a kill the checkpoint would look whole. Every rank calls it; the barrier
     keeps all from writing before.

@@ -37,7 +37,7 @@ def explain_local_end(run: Path) -> Iterator[tuple[str, str]]:
         yield "what exactly", end["what"]
         yield "its log", end["log"]
     except (OSError, ValueError, KeyError, TypeError):
-        # The launcher was killed. The log written last says most.
+        # The launcher was killed. The log written last has the most information.
         logs = sorted(run.glob("logs/rank_*.log"), key=lambda path: path.stat().st_mtime)
         if logs:
             yield "it ended", "unexpectedly: it was killed, or the machine went down"

@@ -163,7 +163,7 @@ def warnings(recipe: Recipe) -> Iterator[str]:
 
 
 def is_finished(recipe: Recipe) -> bool:
-    """Whether the newest checkpoint is whole and of the last step; Megatron would fail for lack of samples."""
+    """Whether the newest checkpoint is whole and of the last step; resuming it would fail for lack of samples."""
     if recipe.checkpoint.save_interval is None or recipe.megatron.get("skip_train"):
         return False
     step = saved_step(recipe.checkpoint_path)
@@ -176,7 +176,7 @@ def is_finished(recipe: Recipe) -> bool:
 
 
 def check_room(recipe: Recipe) -> None:
-    """UserError if the run saves checkpoints and there is no space for one."""
+    """UserError if the run saves checkpoints and the disk lacks space for one."""
     if recipe.checkpoint.save_interval is None:
         return
     needed, folder = checkpoint_bytes(recipe), recipe.checkpoint_path.absolute()

@@ -6,8 +6,8 @@ After a kill, the file counts as long as its holder may be alive:
 - On the same machine, the process itself is looked up, unless the file is a copy (its inode differs). If the process
   was killed a moment ago, its end is awaited.
 - If Slurm restarted the job, its earlier starts have ended.
-- Otherwise the file tells: a living holder touches it every few seconds. A new run waits to see whether that happens,
-  unless the last touch is too long ago.
+- Otherwise, a living holder touches the file every few seconds. A new run waits to see whether that happens, unless the
+  last touch is too long ago.
 
 Kernel locks (flock, fcntl) would be simpler, but whether nodes share them depends on mount options.
 """

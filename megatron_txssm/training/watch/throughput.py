@@ -71,7 +71,7 @@ class Verdict:
 
     # Throughput as a fraction of the median.
     fraction: float
-    # What makes it slow, in words.
+    # The cause, in words.
     reason: str
     # Empty if all ranks are similar.
     ranks: list[int] = field(default_factory=list)
