@@ -20,7 +20,7 @@ CHECKSUMS = "checksums.json"
 # As fast as memory, and long enough that damage cannot keep the digest by chance. Does not protect against forgery.
 ALGORITHM = "xxh3_128"
 _BLOCK = 4 << 20
-# `sample` checks all files up to this many bytes, and this fraction of the larger ones.
+# `sample` checks all files up to this many bytes, and one in this many of the larger ones.
 _SMALL, _ONE_IN = 1 << 20, 16
 
 

@@ -16,8 +16,7 @@ class SoundSteps:
     """The checkpoints of a folder, from best to worst, as seen by rank 0. Every rank must make the same calls.
 
     `find_next` returns the next whole one, the same on all ranks; None if the folder has never had any.
-    DamagedCheckpoint if there are some, but none is whole. `reject` records why the last one is unusable although
-    whole.
+    DamagedCheckpoint if there are some, but none is whole. `reject` records why the last one is still unusable.
     """
 
     def __init__(self, folder: Path, verify: bool | str):

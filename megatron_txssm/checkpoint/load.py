@@ -22,7 +22,7 @@ from megatron_txssm.recipe.validate import check_tokenizer_file, validate
 from megatron_txssm.session.hooks import Call, Listener, listening
 from megatron_txssm.session.start import start_megatron
 
-# These fields only affect training; the weights are those of a bf16 model. Megatron's own modules need no GPU.
+# FP8 is only a way to train: the weights are those of a bf16 model. Megatron's own modules need no GPU.
 _ONE_PROCESS: Changes = {
     **ONE_MODEL_PARALLEL_RANK,
     **WITHOUT_FP8,
@@ -95,7 +95,7 @@ def load_model(
     """Load a checkpoint (the newest, or that of a `step`) into this process.
 
     Megatron must not be initialised yet. `changes` are applied to the recipe, which is in `recipe_file` or beside the
-    checkpoints. `saved_model.open_checkpoint` reports what is wrong with a checkpoint.
+    checkpoints. `saved_model.open_checkpoint` reports the faults of a checkpoint.
     """
     recipe = checkpoint_recipe(checkpoint, changes or {}, recipe_file)
     model = build_model(recipe, load_options(checkpoint, step))
