@@ -41,7 +41,7 @@ class Call(SimpleNamespace):
 
 
 class Listener:
-    """Handles each EVENT in FUNCTIONS by methods with these names; all are optional.
+    """Handles events of FUNCTIONS by methods with these names; all are optional.
 
     before_EVENT(call)           in the order in which the listeners were added
     around_EVENT(call, proceed)  returns the result; `proceed()` runs the function, or the next listener's around_EVENT:
