@@ -67,7 +67,7 @@ class Logits:
 
     @property
     def passed(self) -> bool:
-        # With "and", a NaN fails.
+        # A NaN fails either comparison.
         return self.max_difference <= self.limit and self.decoding_difference <= self.limit
 
 

@@ -18,8 +18,7 @@ from typing import Any
 from megatron_txssm.checkpoint.tensors import Weights, is_kept_in_fp32
 from megatron_txssm.errors import UserError
 
-# Largest difference of fp32 logits, as a multiple of the largest logit (or of 1, if that is less): sums differ in
-# order.
+# Largest difference of fp32 logits, in units of the largest logit (at least 1): the order of sums differs.
 TOLERANCE = 1e-5
 
 
