@@ -156,7 +156,7 @@ def _layout(random: Random, processes: int) -> Changes:
     changes = ONE_PROCESS | {f"parallel.{name}": size for name, size in sizes.items()}
     if context > 1:
         changes["parallel.state_context_parallel"] = random.choice(CONTEXT_PARALLEL_METHODS)
-    # Comparing one process with itself would prove nothing.
+    # Comparing one process with itself is meaningless.
     recompute = ("none", "none", "none", "selective", "full") if processes > 1 else ("selective", "full")
     return changes | {
         "parallel.sequence_parallel": tensor > 1 and random.random() < 0.5,

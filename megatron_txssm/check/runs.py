@@ -58,7 +58,7 @@ class Run:
         return file.read_text(encoding="utf-8") if file.exists() else None
 
     def failure(self) -> str | None:
-        """What ended the run, in one sentence; None if nothing failed."""
+        """What ended the run, in one sentence; None if it did not fail."""
         file = self.out / "failure"
         return file.read_text(encoding="utf-8") if file.exists() else self.refusal()
 
@@ -180,7 +180,7 @@ def worst_gradient(run: Run, reference: Run, steps: Sequence[int]) -> tuple[floa
 
     Not per step: the gradient of a vector with one number per head is a sum that may almost cancel in one step, and
     then shows the rounding of its terms. Infinite if a gradient is missing, in part or entirely, or is zero in the
-    reference, where it would prove nothing.
+    reference, where the comparison is meaningless.
     """
     ours = [run.gradients(step) for step in steps]
     theirs = [reference.gradients(step) for step in steps]
