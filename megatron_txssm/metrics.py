@@ -1,4 +1,4 @@
-"""Reads RUN/metrics.jsonl, which training/watch/monitor.py writes: a JSON object for each step and each validation."""
+"""Reads RUN/metrics.jsonl, written by training/watch/monitor.py: one JSON object per step and per validation."""
 
 import contextlib
 import json
@@ -13,13 +13,13 @@ _NUMBER = re.compile(rb" ?(\d{1,15})\b")
 
 
 def last_step(metrics: Path, offset: int = 0) -> int | None:
-    """The farthest step in metrics.jsonl, or of its lines behind `offset` bytes; None where there is none.
+    """The highest step in metrics.jsonl, or in its lines after `offset` bytes; None if there is none.
 
-    Not always the last: a resumed run may have gone back.
+    Not necessarily the last: a resumed run may have gone back.
     """
     farthest = -1
     for block in _blocks_from_the_end(metrics, offset, 4_000_000):
-        # All lines but a few are not looked at: from the end backwards, their numbers are smaller.
+        # Most lines are skipped: reading backwards, their numbers are smaller.
         if _largest_iteration(block) > farthest:
             for line in reversed(block.splitlines()):
                 if _largest_iteration(line) > farthest:
@@ -29,7 +29,7 @@ def last_step(metrics: Path, offset: int = 0) -> int | None:
 
 
 def current_step(metrics: Path) -> int | None:
-    """The step of the last line that has one: a resumed run may have gone back. Only the end of the file is read."""
+    """The step of the last line that has one, as a resumed run may have gone back. Reads only the end of the file."""
     for block in _blocks_from_the_end(metrics, 0, 65_536):
         for line in reversed(block.splitlines()):
             if (step := _step(line)) is not None:
@@ -38,13 +38,13 @@ def current_step(metrics: Path) -> int | None:
 
 
 def metrics_tail(metrics: Path) -> list[dict[str, Any]]:
-    """The last lines of metrics.jsonl, some hundreds."""
+    """The last few hundred lines of metrics.jsonl."""
     offset = metrics.stat().st_size - 65536 if metrics.exists() else 0
     return metrics_lines(metrics, max(0, offset))
 
 
 def metrics_lines(metrics: Path, begin: int = 0, end: int | None = None) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, or of these bytes of it; one that a kill cut off is left out."""
+    """The lines of metrics.jsonl, or of a byte range; a truncated line is left out."""
     if not metrics.exists():
         return []
     with metrics.open("rb") as file:
@@ -54,9 +54,9 @@ def metrics_lines(metrics: Path, begin: int = 0, end: int | None = None) -> list
 
 
 def values_by_step(metrics: Path, key: str) -> dict[int, float]:
-    """Step -> the value of a key such as "lm loss", in the order of the steps; values that are not finite are left out.
+    """Step -> value of a key such as "lm loss", in order of steps; non-finite values are left out.
 
-    A resumed run may have written steps again: the last line of a step counts.
+    A resumed run may have repeated steps: the last line of a step counts.
     """
     last: dict[int, float] = {}
     for line in metrics_lines(metrics):
@@ -68,14 +68,14 @@ def values_by_step(metrics: Path, key: str) -> dict[int, float]:
 
 
 def _largest_iteration(text: bytes) -> int:
-    """Of whatever looks like one; -1 where nothing does."""
-    # An expression for the whole would take five times as long.
+    """The largest number that looks like an iteration; -1 if there is none."""
+    # Five times as fast as one regular expression for the whole.
     found = map(_NUMBER.match, text.split(b'"iteration":')[1:])
     return max((int(number[1]) for number in found if number), default=-1)
 
 
 def _line(line: bytes) -> dict[str, Any] | None:
-    """None where it is no JSON object. What a kill cut off may stand before it, in the same line."""
+    """None if it is not a JSON object. A line truncated by a kill may precede it on the same line."""
     for text in (line, line[max(0, line.rfind(b'{"iteration"')) :]):
         try:
             found = json.loads(text)
@@ -86,14 +86,14 @@ def _line(line: bytes) -> dict[str, Any] | None:
 
 
 def _step(line: bytes) -> int | None:
-    """The step that a line of metrics.jsonl tells; None for a validation, or what is no line."""
+    """The step of a line of metrics.jsonl; None for a validation or an invalid line."""
     found = _line(line)
     step = found.get("iteration") if found is not None and "grad_norm" in found else None
     return step if isinstance(step, int) else None
 
 
 def _blocks_from_the_end(path: Path, begin: int, size: int) -> Iterator[bytes]:
-    """A file's whole lines from its end back to the byte `begin`, in blocks of about `size` bytes."""
+    """A file's whole lines, from its end back to the byte `begin`, in blocks of about `size` bytes."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -103,7 +103,7 @@ def _blocks_from_the_end(path: Path, begin: int, size: int) -> Iterator[bytes]:
             file.seek(start)
             block = file.read(end - start)
             if start > begin:
-                # What stands before the first line's end belongs to the next block; one line may be longer than that.
+                # The text before the first newline belongs to the next block; a line may be longer than a block.
                 cut = block.find(b"\n") + 1
                 if cut in (0, len(block)):
                     size *= 2
@@ -114,7 +114,7 @@ def _blocks_from_the_end(path: Path, begin: int, size: int) -> Iterator[bytes]:
 
 
 def end_last_line(file: Path) -> None:
-    """Let what is appended begin on a line of its own, also where a killed run left half of one."""
+    """End a line truncated by a kill, so that appended text begins on its own line."""
     with contextlib.suppress(FileNotFoundError), open(file, "rb+") as lines:
         if lines.seek(0, os.SEEK_END) and os.pread(lines.fileno(), 1, lines.tell() - 1) != b"\n":
             lines.write(b"\n")

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Speed and memory of decoding: TransXSSM beside transformers' own LlamaForCausalLM of as many parameters.
+"""Speed and memory of decoding: TransXSSM and transformers' own LlamaForCausalLM with as many parameters.
 
-All in one run on one machine, with random weights: tokens are decoded one by one behind a context, by the model's
-forward and its cache. That is TransXSSMCache or DynamicCache, which copies all keys and values at each token; as
-"-static" TransXSSMCache(max_cache_len) or StaticCache, and as "-compiled" these under torch.compile (needs g++). They
-take turns, and the median round counts. All caches are in memory at once: name fewer rivals where a context is long.
+All in one run on one machine, with random weights. Tokens are decoded one by one after a context, by the model's
+forward and its cache: TransXSSMCache, or DynamicCache, which copies all keys and values at each token. With "-static"
+it is TransXSSMCache(max_cache_len) or StaticCache, and with "-compiled" these under torch.compile (needs g++). Rivals
+take turns, and the median round counts. All caches are in memory at once: use fewer rivals for long contexts.
 
 The context is not read: the caches are filled with random keys, values and states of the shapes that it would leave,
-which saves a slow prefill and costs neither model more or less at decoding. The table of bytes counts the tensors of
-such caches on torch's meta device, which takes no memory.
+which avoids a slow prefill and does not affect the cost of decoding. The table of bytes counts the tensors of such
+caches on torch's meta device, which takes no memory.
 
     .venv/bin/python tools/benchmark_decoding.py
     .venv/bin/python tools/benchmark_decoding.py --context 1024 4096 16384 --dtype bf16 --json decoding.json
@@ -118,7 +118,7 @@ def own_cache(config: Any, args: argparse.Namespace, context: int, device: str, 
 
 
 def rewind(cache: Any, tokens: int) -> None:
-    """Back to the context's length; states stay as they are, of the same size."""
+    """Back to the context's length; states are kept, because their size does not change."""
     for layer in cache.layers:
         if isinstance(layer, StaticLayer):
             layer.cumulative_length -= tokens
@@ -151,7 +151,7 @@ def compare_speed(models: dict[str, Any], args: argparse.Namespace, context: int
         decode(functions[rival], caches[rival], args.batch, WARM_UP)
     seconds: dict[str, list[float]] = {rival: [] for rival in args.rivals}
     for turn in range(args.rounds):
-        # Who begins changes, so that none always follows the same other.
+        # The order alternates, so that no rival always follows the same other.
         for rival in sorted(args.rivals, reverse=bool(turn % 2)):
             seconds[rival].append(decode(functions[rival], caches[rival], args.batch, args.tokens))
     count = args.tokens * args.batch
@@ -169,9 +169,9 @@ def compare_speed(models: dict[str, Any], args: argparse.Namespace, context: int
 
 
 def decode(model: Any, cache: Any, batch: int, tokens: int) -> float:
-    """Seconds for so many greedy tokens one by one, behind one whose time does not count; then the cache is rewound.
+    """Seconds for `tokens` greedy tokens one by one, after one that is not timed; then the cache is rewound.
 
-    That one because what is written behind a rewound cache may have to be copied first.
+    The first is not timed because a write after a rewind may copy the cache first.
     """
     ids, begin = torch.zeros(batch, 1, dtype=torch.long), 0.0
     for step in range(tokens + 1):

@@ -4,9 +4,9 @@
     python tools/benchmark_export.py transxssm_1.3b
     python tools/benchmark_export.py transxssm_1.3b --verify --folder /scratch --max-file-gb 2
 
-It saves a checkpoint of the model in one process (in the recipe's precision), exports it, and prints what the limit of
-1.3 x the larger copy's biggest file + 2 GB leaves. With --verify the proof's processes count, too, each of which holds
-the model in fp32.
+Saves a checkpoint of the model in one process (in the recipe's precision), exports it, and compares the peak memory
+with a limit of 1.3 x the biggest file of either copy + 2 GB. With --verify, the proof's processes count, too, each of
+which holds the model in fp32.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def make_checkpoint(recipe_name: str, out: Path) -> None:
-    """A `release` checkpoint of random weights, by Megatron."""
+    """Create a `release` checkpoint of random weights with Megatron."""
     from megatron_txssm.checkpoint.load import WEIGHTS_ONLY, build_model, one_process_recipe
     from megatron_txssm.recipe.changes import changed
     from megatron_txssm.recipe.loader import load_recipe

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Speed and memory of `txssm data shard` beside its rivals, in one run on one machine, with identical tokens (exit 1
-where they are not).
+"""Speed and memory of `txssm data shard` and its rivals, in one run on one machine.
 
-The seconds are those of whole commands, their start included; gigatoken's are those of its call alone.
+All must give identical tokens; otherwise the exit code is 1. Times are in seconds for whole commands, including
+start-up; gigatoken's are for its call alone.
 
 Rivals: datatrove's MegatronDocumentTokenizer; Megatron-LM's classic preprocessing (a pool of processes, a Hugging Face
-tokenizer per document, IndexedDatasetBuilder); gigatoken alone, texts and ids in memory. The text is Python source, of
-the interpreter and of its installed packages.
+tokenizer per document, IndexedDatasetBuilder); gigatoken alone, with texts and ids in memory. The text is Python source
+code of the interpreter and its installed packages.
 
     .venv/bin/python tools/benchmark_sharding.py --tokenizer gpt-neox-20b/tokenizer.json --megabytes 100 --workers 2
 """
@@ -28,7 +28,7 @@ from pathlib import Path
 FILES = 8
 EOD_TOKEN = "<|endoftext|>"
 LONGEST_TEXT = 30_000
-# Seconds.
+# Seconds; shorter runs are repeated.
 SHORT = 10.0
 
 
@@ -61,7 +61,7 @@ def compare_speed(args: argparse.Namespace, folder: Path) -> None:
     for name, run in rivals.items():
         seconds, digest = timed(run)
         first = first or seconds
-        # gigatoken alone writes none.
+        # gigatoken alone writes no tokens.
         digests |= {digest} - {None, ""}
         same = f"  tokens {digest[:12]}" if digest else ""
         print(
@@ -73,7 +73,7 @@ def compare_speed(args: argparse.Namespace, folder: Path) -> None:
 
 
 def compare_memory(args: argparse.Namespace, folder: Path) -> None:
-    """The largest resident size of any process, at two sizes of the corpus."""
+    """Print the largest resident size of any process, at two sizes of the corpus."""
     write_sources(folder / "source", args.megabytes * 1_000_000)
     tokenizer = write_tokenizer(args, folder)
     for copies in (1, 8):
@@ -88,7 +88,7 @@ def compare_memory(args: argparse.Namespace, folder: Path) -> None:
 
 
 def timed(run: Callable[[], str | None]) -> tuple[float, str | None]:
-    """(seconds, result); the median of three where it is over in a moment."""
+    """(seconds, result); the median of three for short runs."""
     seconds, result = once(run)
     if seconds < SHORT:
         seconds = sorted([seconds, once(run)[0], once(run)[0]])[1]
@@ -96,12 +96,12 @@ def timed(run: Callable[[], str | None]) -> tuple[float, str | None]:
 
 
 def once(run: Callable[[], str | None]) -> tuple[float, str | None]:
-    # What was written before must not be paid for by who waits for the disk next.
+    # Flush earlier writes, so that the next run does not pay for them.
     os.sync()
     begin = time.perf_counter()
     result = run()
     seconds = time.perf_counter() - begin
-    # One that prepares its input states its own seconds.
+    # Runs that prepare their input report their own seconds.
     if isinstance(result, str) and "\n" in result:
         stated, _, result = result.partition("\n")
         seconds = float(stated)
@@ -109,7 +109,7 @@ def once(run: Callable[[], str | None]) -> tuple[float, str | None]:
 
 
 def write_sources(folder: Path, size: int) -> int:
-    """Parquet files with different documents; returns the bytes of text."""
+    """Write Parquet files of distinct documents; returns the bytes of text."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -167,7 +167,7 @@ def shard_command(source: Path, output: Path, tokenizer: Path, args: argparse.Na
 
 def shard(source: Path, output: Path, tokenizer: Path, args: argparse.Namespace) -> str:
     shutil.rmtree(output, ignore_errors=True)
-    # A task per file, as datatrove has it.
+    # One task per file, as in datatrove.
     task_bytes = max(path.stat().st_size for path in source.iterdir())
     command = shard_command(source, output, tokenizer, args, task_bytes)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -175,7 +175,7 @@ def shard(source: Path, output: Path, tokenizer: Path, args: argparse.Namespace)
 
 
 def gigatoken_alone(source: Path, args: argparse.Namespace) -> str:
-    """Texts in memory before the clock starts, with all its threads."""
+    """Texts are read before the clock starts; uses all threads."""
     script = """
 import sys, time, glob, gigatoken, pyarrow.parquet as pq
 texts = [text for path in sorted(glob.glob(sys.argv[1])) for text in pq.read_table(path)["text"].to_pylist()]
@@ -213,7 +213,7 @@ if __name__ == "__main__":
 
 
 def megatron_classic(folder: Path, tokenizer: Path, args: argparse.Namespace) -> str:
-    """As tools/preprocess_data.py does: JSON lines, a pool that encodes line by line, one writer."""
+    """As in tools/preprocess_data.py: JSON lines, a pool that encodes line by line, one writer."""
     import pyarrow.parquet as pq
 
     script = """
@@ -254,7 +254,7 @@ if __name__ == "__main__":
 
 
 def digest_of(paths: list[Path]) -> str:
-    """Of the tokens of all shards, one after another."""
+    """SHA-256 of the tokens of all shards, in order."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.read_bytes())
@@ -262,7 +262,7 @@ def digest_of(paths: list[Path]) -> str:
 
 
 def peak_memory(command: list[str]) -> int:
-    """The largest resident size, in bytes, that any process of a command had, polled every 20 ms."""
+    """The largest resident size, in bytes, of any process of a command, polled every 20 ms."""
     import psutil
 
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)

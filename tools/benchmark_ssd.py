@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Speed and memory of the state-space scan, forward and backward, beside two rivals in the same run.
+"""Speed and memory of the state-space scan, forward and backward, and of two rivals in the same run.
 
-Rivals: mamba-ssm's `ssd_minimal_discrete` (arXiv:2405.21060, listing 1) at its best chunk, which wants B and C repeated
-to every head, and torch's causal scaled_dot_product_attention with as many heads. All take turns; the median round
-counts. Peak memory is that of a process of its own, above what it holds before the first pass.
+Rivals: mamba-ssm's `ssd_minimal_discrete` (arXiv:2405.21060, listing 1) at its best chunk size, which needs B and C
+repeated for every head, and torch's causal scaled_dot_product_attention with as many heads. All take turns; the median
+round counts. Peak memory is measured in a separate process, above its memory before the first pass.
 
     .venv/bin/python tools/benchmark_ssd.py
     .venv/bin/python tools/benchmark_ssd.py --lengths 4096 --groups 12 --rounds 11 --no-attention
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_txssm.ops.ssd_torch import ssd_torch
 
-# What tools/bootstrap puts there for the tests of the kernels.
+# Installed by tools/bootstrap for the tests of the kernels.
 RIVALS = Path(sys.prefix) / "mamba_ssm"
 CHUNKS = (32, 64, 128)
 
@@ -90,7 +90,7 @@ def compare(names: list[str], length: int, args: argparse.Namespace) -> dict[str
 
 
 def contestant(name: str, length: int, args: argparse.Namespace) -> Callable[[], None]:
-    """A forward and backward pass of the gradients of all inputs."""
+    """A function that runs forward and backward, with gradients of all inputs."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -126,7 +126,7 @@ def minimal(chunk: int, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) 
 
 @functools.cache
 def ssd_minimal_discrete() -> Callable[..., tuple[Tensor, Tensor]]:
-    """mamba-ssm's own function; the package's __init__ and the kernels beside it would want a GPU."""
+    """mamba-ssm's own function, imported without the package's __init__ and kernels, which need a GPU."""
     if not RIVALS.is_dir():
         sys.exit(f"no {RIVALS}; make env puts mamba-ssm there")
     sys.path.append(str(RIVALS))
@@ -146,10 +146,10 @@ def peak_in_a_process(name: str, length: int, args: argparse.Namespace) -> int:
 
 
 def peak_bytes(name: str, length: int, args: argparse.Namespace) -> int:
-    """What a pass adds to the resident size at most, its inputs and their gradients included."""
-    # Libraries first.
+    """The maximum that a pass adds to the resident size, including its inputs and their gradients."""
+    # Loads the libraries.
     contestant(name, 256, args)()
-    # Linux forgets the largest size so far.
+    # Resets Linux's record of the peak resident size.
     Path("/proc/self/clear_refs").write_text("5")
     before = largest_resident_bytes()
     contestant(name, length, args)()

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""A training step of TransXSSM beside Llama 3 of as many parameters, in Megatron's loop, one process, in the same run.
+"""A training step of TransXSSM and of Llama 3 with as many parameters, in Megatron's loop, one process, in one run.
 
-Llama 3 has torch's fused attention, and for comparison, as in the paper, materialised scores. All take turns: each
-turn is a process that trains a few steps on made-up data; its first step warms up, and the median of all others counts.
+Llama 3 runs with torch's fused attention and, for comparison with the paper, with materialised scores. All take turns:
+each turn is a process that trains a few steps on mock data; its first step warms up, and the median of all others
+counts.
 
-For CPUs: on a GPU, `txssm check gpu --only speed` is the tool.
+For CPUs; on a GPU, use `txssm check gpu --only speed`.
 
     .venv/bin/python tools/benchmark_training.py
     .venv/bin/python tools/benchmark_training.py --lengths 4096 --turns 1 --steps 5 --no-materialised
@@ -61,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def refuse_gpus() -> None:
-    """What is trained here, fp32 in local modules, is not what a GPU trains, and the clock does not wait for one."""
+    """Exit on a GPU: fp32 in local modules is not how a GPU trains, and the timing does not synchronise with it."""
     import torch
 
     if torch.cuda.is_available():
@@ -81,7 +82,7 @@ def in_a_process(model: str, length: int, args: argparse.Namespace) -> list[floa
 
 
 def work(model: str, length: int, args: argparse.Namespace) -> None:
-    """Print the seconds of every step but the first."""
+    """Print the seconds of every step except the first."""
     from megatron_txssm.check.tokens import write_tokens
     from megatron_txssm.recipe.loader import load_recipe
     from megatron_txssm.training.pretrain import pretrain
@@ -139,7 +140,7 @@ class StepTimes(Listener):
 
 
 def materialise_scores() -> None:
-    """Core attention as the softmax of a matrix of all scores."""
+    """Replace core attention by the softmax of a matrix of all scores."""
     from megatron_txssm.platform import prepare_platform
 
     prepare_platform()

@@ -1,11 +1,11 @@
-"""Which one-line faults do the tests miss? Changes one operator, number or statement at a time and runs the tests.
+"""Finds one-line faults that the tests miss: changes one operator, number or statement at a time and runs the tests.
 
-Works on a copy of the checkout, one mutant at a time, each in a fork that has torch loaded already. A mutant is killed
-when a test fails, and survives when all pass. Survivors are printed with their line: each is a test to write, or a line
-that makes no difference.
+Works on a copy of the checkout, one mutant at a time, each in a fork that has already loaded torch. A mutant is killed
+if a test fails, and survives if all pass. Survivors are printed with their line: each is a missing test, or a line that
+makes no difference.
 
-  python tools/mutate.py --count 100 --seed 1 megatron_txssm/ops megatron_txssm/recipe
-  python tools/mutate.py --count 20 megatron_txssm/recipe/validate.py --tests tests/recipe/test_validate.py
+    python tools/mutate.py --count 100 --seed 1 megatron_txssm/ops megatron_txssm/recipe
+    python tools/mutate.py --count 20 megatron_txssm/recipe/validate.py --tests tests/recipe/test_validate.py
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).resolve().parents[1]
-# What holds a package besides the tests that mirror it.
+# Tests of a package besides those that mirror it.
 _MORE_TESTS = {
     "ops": ["tests/model/test_state_space_mixer.py", "tests/model/test_context_parallel.py"],
     "model": ["tests/parity/test_layouts.py"],
@@ -52,7 +52,7 @@ _SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """`text` in the place of one node's source; the path is relative to the checkout."""
+    """`text` replaces one node's source; the path is relative to the checkout."""
 
     path: Path
     line: int
@@ -69,7 +69,7 @@ class Mutant:
 
 
 def mutants(path: Path) -> Iterator[Mutant]:
-    """Every mutant of a file: nothing in annotations, messages of errors and docstrings."""
+    """Every mutant of a file, except in annotations, error messages and docstrings."""
     source = (_ROOT / path).read_bytes()
     starts = [0]
     for line in source.splitlines(keepends=True):
@@ -123,7 +123,7 @@ def tests_of(path: Path) -> list[str]:
 
 
 def run_tests(copy: Path, tests: list[str], log: Path) -> int:
-    """pytest's exit code in a fork, up to the first failure."""
+    """pytest's exit code in a fork; stops at the first failure."""
     if (child := os.fork()) == 0:
         import pytest
 
@@ -131,9 +131,9 @@ def run_tests(copy: Path, tests: list[str], log: Path) -> int:
             for stream in (1, 2):
                 os.dup2(file.fileno(), stream)
         os.chdir(copy)
-        # Before the checkout's own, for this process and for those that tests start.
+        # Before the checkout's own path, for this process and those that tests start.
         sys.path[0] = os.environ["PYTHONPATH"] = str(copy)
-        # A mutant may have its predecessor's size and time, by which Python would take compiled code for current.
+        # A mutant may have its predecessor's size and time, so Python would use outdated compiled code.
         sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
         code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *tests])
         os._exit(int(code))

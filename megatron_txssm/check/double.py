@@ -1,8 +1,8 @@
-"""Everything that is fp32 computed in fp64, in a process of its own: what still differs is no rounding.
+"""Computes everything that is fp32 in fp64, in a separate process, so that remaining differences are not rounding.
 
-In fp32, equal layouts may differ by 1e-2: where a gradient is what is left of terms that cancel (that of a state-space
-layer's C at the first token of a document, under a gated norm that spans one head), and more with every step. A fault
-of that size would not show.
+In fp32, correct layouts may differ by 1e-2 where a gradient's terms cancel (such as that of a state-space layer's C at
+the first token of a document, under a gated norm that spans one head), and by more with every step. Faults of that size
+would stay hidden.
 """
 
 import importlib
@@ -16,10 +16,10 @@ _mode: TorchFunctionMode | None = None
 
 
 def compute_in_double() -> None:
-    """Let fp32 mean fp64 in whatever is imported from here on: Megatron and this package. Once a process, on a CPU."""
+    """Make fp32 mean fp64 in all later imports: Megatron and this package. Once per process, on a CPU."""
     global _mode
     assert _mode is None, "fp32 is fp64 already"
-    # Both make tables by type, while there are two.
+    # Both build tables keyed by dtype, while fp32 and fp64 are still distinct.
     importlib.import_module("torch._dynamo")
     torch.save(torch.zeros(1), io.BytesIO())
     torch.set_default_dtype(torch.float64)
@@ -34,7 +34,7 @@ def compute_in_double() -> None:
 
 
 class _DoubleIsFloat(TorchFunctionMode):
-    """Megatron's optimizers sort parameters by the name of their type, and know no double."""
+    """Megatron's optimizers sort parameters by the name of their type, and do not know double."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""txssm check parity --fuzz: random legal architectures, lengths and layouts, each compared with one process."""
+"""txssm check parity --fuzz: compares random legal architectures, lengths and layouts with one process."""
 
 import dataclasses
 import math
@@ -26,21 +26,21 @@ from megatron_txssm.recipe.sizes import divisors
 from megatron_txssm.recipe.validate import validate
 from megatron_txssm.terminal import progress_bar
 
-# Configurations that share processes, whose imports take longer than ten runs.
+# Configurations per launch: they share processes, whose imports take longer than ten runs.
 CHUNK = 50
-# Enough to see what is wrong.
+# Enough to see the pattern.
 MOST_DIFFERENT = 10
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One configuration: what it changes in the recipe, layout included, and how many processes it takes."""
+    """One configuration: its changes to the recipe, including the layout, and its number of processes."""
 
     changes: Changes
     processes: int
 
     def command(self, recipe: Recipe, words: Sequence[str]) -> str:
-        """The command line that compares this configuration alone; `words`: its recipe and options, as they were."""
+        """The command line that compares only this configuration; `words`: the original recipe and options."""
         layout = ["--nproc", str(self.processes), "--layout", AS_STATED]
         return shlex.join(["txssm", "check", "parity", *words, *layout, *as_words(recipe, self.changes)])
 
@@ -56,10 +56,10 @@ def fuzz_parity(
     steps: int = 2,
     precision: Precision = "fp64",
 ) -> int:
-    """Compare `count` configurations drawn at random with one process each; 0 if all are the same, else DIFFERENT.
+    """Compare `count` random configurations with one process each; 0 if all are the same, else DIFFERENT.
 
-    Architecture, length, batch and a layout of up to `nproc` processes are drawn; the rest is the recipe's. A seed
-    gives the same configurations each time. For one that differs, the command that compares it alone is printed.
+    Architecture, length, batch and a layout of up to `nproc` processes are random; the rest is the recipe's. A seed
+    always gives the same configurations. For one that differs, the command that compares only it is printed.
     """
     require_positive(nproc=nproc, steps=steps, fuzz=count)
     loaded, begin = load_recipe(recipe, overrides), time.monotonic()
@@ -95,7 +95,7 @@ def fuzz_parity(
 
 
 def compare(draws: list[Draw], recipes: list[Recipe], folder: Path, precision: str, advance: Any) -> list[Verdict]:
-    """Each configuration as drawn and in one process, all those of one number of processes in one launch."""
+    """Run each configuration as drawn and in one process; those with the same number of processes share a launch."""
     from megatron_txssm.check.runs import RecipeRun, run_all
 
     references = [
@@ -123,11 +123,11 @@ def _report(result: Verdict, command: str) -> None:
 
 
 def draw(recipe: Recipe, nproc: int, seed: int, number: int) -> Draw:
-    """Configuration `number` of a seed: the same in every run, and whatever the others are."""
+    """Configuration `number` of a seed: the same in every run, independent of the others."""
     random = Random(f"{seed}:{number}")
     parallel = [size for size in divisors(nproc) if size > 1]
     processes = random.choice(parallel) if parallel and random.random() < 0.9 else 1
-    # What is drawn is nearly always legal; the rest is refused by the same rules as a user's recipe.
+    # Draws are nearly always legal; the others are rejected by the same rules as a user's recipe.
     for _ in range(1000):
         layout = _layout(random, processes)
         drawn = Draw(_architecture(random, layout) | _batch(random, layout, processes) | layout, processes)
@@ -141,7 +141,7 @@ def draw(recipe: Recipe, nproc: int, seed: int, number: int) -> Draw:
 
 
 def _layout(random: Random, processes: int) -> Changes:
-    """Sizes whose product divides `processes` (the rest is data parallelism), and what goes with each."""
+    """Sizes whose product divides `processes` (the rest is data parallelism), and the settings that depend on them."""
     sizes = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 1}
     rest = processes
     while rest > 1:
@@ -156,7 +156,7 @@ def _layout(random: Random, processes: int) -> Changes:
     changes = ONE_PROCESS | {f"parallel.{name}": size for name, size in sizes.items()}
     if context > 1:
         changes["parallel.state_context_parallel"] = random.choice(CONTEXT_PARALLEL_METHODS)
-    # One process against itself would prove nothing.
+    # Comparing one process with itself is meaningless.
     recompute = ("none", "none", "none", "selective", "full") if processes > 1 else ("selective", "full")
     return changes | {
         "parallel.sequence_parallel": tensor > 1 and random.random() < 0.5,
@@ -209,7 +209,7 @@ def _architecture(random: Random, layout: Changes) -> Changes:
 
 
 def _batch(random: Random, layout: Changes, processes: int) -> Changes:
-    """Length, batch and how documents are packed."""
+    """Length, batch and packing of documents."""
     tensor, context = layout["parallel.tensor_model_parallel_size"], layout["parallel.context_parallel_size"]
     unit = (tensor if layout["parallel.sequence_parallel"] else 1) * (2 * context if context > 1 else 1)
     seq_length = unit * random.randint(math.ceil(17 / unit), 64 // unit)

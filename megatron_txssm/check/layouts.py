@@ -10,7 +10,7 @@ from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import data_parallel_size, divisors
 from megatron_txssm.recipe.validate import validate
 
-# How a recipe lays out itself.
+# The recipe's own layout.
 AS_STATED = "recipe"
 ONE_PROCESS: Changes = {
     **ONE_MODEL_PARALLEL_RANK,
@@ -24,10 +24,10 @@ _OVERLAP: Changes = {"megatron.overlap_grad_reduce": True, "megatron.overlap_par
 _ZERO1: Changes = {"parallel.use_distributed_optimizer": True}
 
 
-# Each is itself only, as a key of tables: its changes have no hash.
+# Compared by identity, for use as a dict key: `changes` is not hashable.
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """A name such as tp2_sp_pp2, the processes it takes, and what it changes in a recipe."""
+    """A name such as tp2_sp_pp2, its number of processes, and its changes to a recipe."""
 
     name: str
     processes: int
@@ -38,7 +38,7 @@ class Layout:
 
 
 def all_layouts(nproc: int) -> list[Layout]:
-    """The recipe's own, and every one of 1, …, `nproc` processes (of those that divide `nproc`), legal or not."""
+    """The recipe's own layout, and all layouts of 1, …, `nproc` processes (divisors of `nproc` only), legal or not."""
     found = [Layout(AS_STATED, nproc, {})]
     for name in ("full", "selective"):
         found.append(Layout(f"recompute_{name}", 1, ONE_PROCESS | {"parallel.recompute": name}))
@@ -52,7 +52,7 @@ def all_layouts(nproc: int) -> list[Layout]:
 
 
 def why_not(layout: Layout, recipe: Recipe, small: Recipe) -> str | None:
-    """Why a recipe cannot be laid out so, in its own numbers where these are to blame; None where it can."""
+    """Why a recipe cannot have this layout, in its own numbers if they are the cause; None if it can."""
     try:
         data_parallel_size(layout.of(recipe), layout.processes)
         validate(layout.of(recipe))
@@ -63,7 +63,7 @@ def why_not(layout: Layout, recipe: Recipe, small: Recipe) -> str | None:
 
 
 def _variants(processes: int, sizes: dict[str, int]) -> Iterator[Layout]:
-    """One way to divide the processes, with what goes with it: alone each feature by itself, mixed all of them."""
+    """The variants of one division of the processes: each feature by itself on one axis, all of them on several."""
     mixed = sum(size > 1 for size in sizes.values()) > 1
     parts = [_parts(axis, size, mixed) for axis, size in sizes.items() if size > 1]
     combined: list[tuple[str, Changes]] = [("", {})] if parts else []

@@ -1,4 +1,4 @@
-"""txssm check leakage: does a document change what is computed of the next one, in any layout?"""
+"""txssm check leakage: whether a document affects the computation of the next one, in any layout."""
 
 import json
 import tempfile
@@ -18,14 +18,14 @@ from megatron_txssm.terminal import print_table, progress_bar
 
 @dataclass(frozen=True)
 class Leaks:
-    """What a layout showed, by mode ("isolated", "packed"): logits compared, changed, and the largest change."""
+    """A layout's results by mode ("isolated", "packed"): logits compared, logits changed, and the largest change."""
 
     of_mode: dict[str, dict[str, float]] | None
     failure: str | None = None
 
     @property
     def isolated(self) -> bool:
-        """Not a bit changed behind the first document; and without isolation some did, so that the check can see."""
+        """No logit changed after the first document; without isolation some did, so leaks are detectable."""
         return self.of_mode is not None and self.of_mode["isolated"]["changed"] == 0 < self.of_mode["packed"]["changed"]
 
 
@@ -39,7 +39,7 @@ def check_leakage(
     seed: int = 0,
     packings: int = 200,
 ) -> int:
-    """Look for logits that another document of the sample changes, in each layout; 0 if none does, else DIFFERENT.
+    """Find logits that another document of the sample changes, in each layout; 0 if there are none, else DIFFERENT.
 
     The samples are `packings` random ones, by `seed`. The rest is as in `parity.check_parity`.
     """
@@ -71,7 +71,7 @@ def check_leakage(
 
 
 def _matters(layout: Layout) -> bool:
-    """What data parallelism and recomputation change is behind the forward pass."""
+    """False for data parallelism and recomputation, which do not affect the forward pass."""
     return not any(part.startswith(("dp", "recompute")) for part in layout.name.split("_"))
 
 

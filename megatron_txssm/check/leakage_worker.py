@@ -1,4 +1,4 @@
-"""One layout of `txssm check leakage` on this rank: what a change of the first document changes behind it.
+"""One layout of `txssm check leakage` on this rank: the effect of the first document on the logits after it.
 
 B=batch  L=length of a sample  V=this tensor-parallel rank's share of the vocabulary
 """
@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Packings in a micro-batch, and pairs of micro-batches that go through a pipeline together.
+# Packings per micro-batch, and pairs of micro-batches that go through a pipeline together.
 ROWS, PAIRS_AT_A_TIME = 8, 4
-# Without isolation nothing is to be proven: that a leak shows.
+# Without isolation, few suffice to show that leaks are detected.
 PACKINGS_THAT_LEAK = ROWS
 
 
 def run(out: Path, arguments: list[str], packings: int, seed: int) -> None:
-    """Writes leaks.json: how many logits behind the first documents were compared, and how many changed, by mode."""
+    """Write leaks.json: by mode, how many logits after the first documents were compared, and how many changed."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import training
 
@@ -45,14 +45,14 @@ def run(out: Path, arguments: list[str], packings: int, seed: int) -> None:
 
 
 def _count(stages: list[Any], args: Any, packings: int, seed: int, *, isolated: bool) -> dict[str, float]:
-    """Over all ranks: logits compared, logits that changed by a single bit, and the largest change."""
+    """Over all ranks: logits compared, logits that changed at all, and the largest change."""
     generator = torch.Generator().manual_seed(seed)
     counts, largest = torch.zeros(2, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     pairs = -(-packings // ROWS)
     for start in range(0, pairs, PAIRS_AT_A_TIME):
         batches = [batch for _ in range(min(PAIRS_AT_A_TIME, pairs - start)) for batch in _pair(args, generator)]
         logits = _forward(stages, args, batches, isolated=isolated)
-        # Other stages of a pipeline have none.
+        # Only the last pipeline stage has logits.
         for first, second, batch in zip(logits[::2], logits[1::2], batches[::2], strict=bool(logits)):
             before, after = (found["logits"][found["behind"]] for found in (first, second))
             assert torch.isfinite(before).all() and len(before) == int(batch["behind_here"])
@@ -65,7 +65,7 @@ def _count(stages: list[Any], args: Any, packings: int, seed: int, *, isolated: 
 
 
 def _pair(args: Any, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
-    """Random packings of documents, odd lengths and single tokens included, and other texts of the first ones."""
+    """Random packings of documents, with odd lengths and single tokens, and the same with other first documents."""
     from megatron_txssm.training.forward_step import on_this_rank
 
     shape = (ROWS, args.seq_length)
@@ -76,7 +76,7 @@ def _pair(args: Any, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
     starts = torch.zeros(shape, dtype=torch.bool)
     starts[:, 0] = True
     for row in starts:
-        # At least one behind the first document.
+        # At least one document after the first.
         row[1 + draw(args.seq_length - 1)] = True
         row[torch.randint(1, args.seq_length, (draw(6),), generator=generator)] = True
     documents = starts.cumsum(1)
@@ -94,10 +94,10 @@ def _pair(args: Any, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
 def _forward(
     stages: list[Any], args: Any, batches: list[dict[str, Tensor]], *, isolated: bool
 ) -> list[dict[str, Tensor]]:
-    """This rank's logits [B, L, V] of every micro-batch, and which tokens are behind the first document."""
+    """This rank's logits [B, L, V] of every micro-batch, and which tokens come after the first document."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    # An interleaved pipeline takes micro-batches by rounds of its size.
+    # An interleaved pipeline needs a multiple of its size.
     padding = -len(batches) % args.pipeline_model_parallel_size
     rounds = batches + batches[-1:] * padding
     found = get_forward_backward_func()(

@@ -20,23 +20,23 @@ from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.terminal import print_table, progress_bar
 
 Precision = Literal["fp64", "fp32"]
-# By precision: nats per token, and ‖g − g_one‖ / ‖g_one‖ of a parameter.
+# Bounds by precision: nats per token, and ‖g − g_one‖ / ‖g_one‖ of a parameter.
 BOUNDS = {"fp32": (1e-6, 1e-5), "fp64": (1e-9, 1e-7)}
-# Exit code where a layout does not compute what one process does.
+# Exit code if a layout computes something other than one process.
 DIFFERENT = 3
 
 
 class RunFailed(Exception):
-    """The run that the others are compared with failed, for another reason than a user's mistake."""
+    """The reference run failed, for a reason other than a user error."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How far a layout is from one process; or what ended it."""
+    """A layout's errors against one process, or its failure."""
 
     loss_error: float = math.inf
     gradient_error: float = math.inf
-    # The parameter with that error.
+    # The parameter with the largest gradient error.
     parameter: str = ""
     failure: str | None = None
     precision: str = "fp32"
@@ -63,9 +63,9 @@ def check_parity(
 ) -> int:
     """Compare a recipe's parallel layouts with one process, and print a table; 0 if all are the same, else DIFFERENT.
 
-    recipe: a name or a YAML file, with fields changed by `overrides` ("a.b=c"); it is made small. layouts: names such
-    as "tp2_sp", or "recipe" for the recipe's own; none: all legal ones of up to `nproc` processes. steps: optimizer
-    steps. UserError where nothing can be compared.
+    recipe: a name or a YAML file, with fields changed by `overrides` ("a.b=c"); it is shrunk. layouts: names such as
+    "tp2_sp", or "recipe" for the recipe's own; none: all legal ones of up to `nproc` processes. steps: optimizer steps.
+    UserError if there is nothing to compare.
     """
     require_positive(nproc=nproc, steps=steps)
     loaded = load_recipe(recipe, overrides)
@@ -100,7 +100,7 @@ def bounds(precision: str) -> str:
 
 
 def described(recipe: Recipe, small: Recipe, precision: str) -> str:
-    """In one line what is compared, and in another what of the recipe is not there."""
+    """One line on what is compared, and one on what is left out of the recipe."""
     model, training = small.model, small.training
     lines = [
         f"{recipe.name}, made small: {model.num_layers} layers ({small.layer_kinds}), hidden_size {model.hidden_size}, "
@@ -112,7 +112,7 @@ def described(recipe: Recipe, small: Recipe, precision: str) -> str:
 
 
 def compare(small: Recipe, layouts: Sequence[Layout], folder: Path, precision: str) -> dict[Layout, Verdict]:
-    """Run each layout and one process, and compare them; UserError or RunFailed where one process has no result."""
+    """Run each layout and one process, and compare them; UserError or RunFailed if the one process has no result."""
     from megatron_txssm.check.runs import RecipeRun, run_all
 
     reference = RecipeRun(folder / "one_process", changed(small, ONE_PROCESS))
@@ -148,7 +148,7 @@ def verdict(run: Any, reference: Any, precision: str) -> Verdict:
 def legal_layouts(
     recipe: Recipe, small: Recipe, nproc: int, names: Sequence[str]
 ) -> tuple[list[Layout], list[tuple[Layout, str]]]:
-    """The layouts to compare, all or those of `names`, and those that the recipe cannot have, each with the reason."""
+    """The layouts to compare (all, or those in `names`), and the illegal ones for this recipe, with their reasons."""
     found = all_layouts(nproc)
     known = [layout.name for layout in found]
     for name in names:
@@ -165,7 +165,7 @@ def legal_layouts(
 
 
 def listed(refused: Sequence[tuple[Layout, str]]) -> str:
-    """A line for each reason, with the layouts that it is the reason for."""
+    """One line per reason, with the layouts that it applies to."""
 
     def of(entry: tuple[Layout, str]) -> str:
         return entry[1]

@@ -1,4 +1,4 @@
-"""Runs of the training loop on processes of this machine, for comparison: each leaves its losses and gradients."""
+"""Runs of the training loop in processes on this machine, for comparison: each writes its losses and gradients."""
 
 import contextlib
 import json
@@ -20,23 +20,23 @@ from megatron_txssm.recipe.recipe import Recipe
 
 # The module that each rank runs.
 WORKER = "megatron_txssm.check.worker"
-# Behind a recipe's own arguments. A collective that one rank does not enter is a failure soon.
+# After a recipe's own arguments. With a short timeout, a collective that one rank does not enter fails soon.
 _ARGUMENTS = ("--num-workers", "0", "--distributed-timeout-minutes", "3")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run, and the folder where its files go."""
+    """One run, and the folder of its files."""
 
     out: Path
 
     def task(self) -> dict[str, Any]:
-        """What the worker is told beside `out`: a recipe's file, or none, and Megatron arguments behind it."""
+        """The worker's task, without `out`: a recipe's file or none, and Megatron arguments after it."""
         raise NotImplementedError
 
     @property
     def result(self) -> Path:
-        """The file that says that all is done."""
+        """The file whose existence marks the run as complete."""
         return self.out / "losses.json"
 
     def losses(self) -> dict[int, float]:
@@ -44,7 +44,7 @@ class Run:
         return {int(step): loss for step, loss in json.loads(self.result.read_text()).items()}
 
     def gradients(self, step: int) -> dict[str, Tensor]:
-        """Whole gradients by the parameter's name in the checkpoint; an element that no rank holds is NaN."""
+        """Whole gradients by the parameter's name in the checkpoint; elements that no rank holds are NaN."""
         whole: dict[str, Tensor] = {}
         for file in self.out.glob(f"gradients_{step}_*.pt"):
             for key, shape, offset, piece in torch.load(file, weights_only=True):
@@ -53,12 +53,12 @@ class Run:
         return whole
 
     def refusal(self) -> str | None:
-        """The message of a UserError, such as what Megatron says of arguments that it does not take."""
+        """The message of a UserError, such as Megatron's about invalid arguments."""
         file = self.out / "refused"
         return file.read_text(encoding="utf-8") if file.exists() else None
 
     def failure(self) -> str | None:
-        """What ended the run, in one sentence; None where nothing did."""
+        """What ended the run, in one sentence; None if it did not fail."""
         file = self.out / "failure"
         return file.read_text(encoding="utf-8") if file.exists() else self.refusal()
 
@@ -80,7 +80,7 @@ class RecipeRun(Run):
 
 @dataclass(frozen=True)
 class LeakageRun(RecipeRun):
-    """One layout of `txssm check leakage`: random packings from a seed, and no training."""
+    """One layout of `txssm check leakage`: random packings from a seed, without training."""
 
     packings: int
     seed: int
@@ -98,9 +98,9 @@ def run_all(
 ) -> None:
     """Do `runs` one after another on `world_size` gloo processes; `advance(1)` is called as each ends.
 
-    precision: fp32 or fp64, what the fp32 of a recipe is computed in (see double.py).
+    precision: fp32 or fp64, the type that a recipe's fp32 is computed in (see double.py).
 
-    One that fails ends its processes: it keeps a `failure()`, and those behind it go on in new ones.
+    A run that fails ends its processes: its `failure()` is set, and later runs continue in new processes.
     """
     waiting = list(runs)
     while waiting:
@@ -109,16 +109,16 @@ def run_all(
 
 
 def _launch(world_size: int, runs: list[Run], precision: str, advance: Callable[[int], object]) -> None:
-    """Start the processes, and wait until they have done all of `runs`, or failed in one."""
+    """Start the processes, and wait until all of `runs` are done or one has failed."""
     for run in runs:
         run.out.mkdir(parents=True, exist_ok=True)
     tasks = [{"out": str(run.out), "recipe": None, **run.task()} for run in runs]
     tasks_file = runs[0].out / "tasks.json"
     tasks_file.write_text(json.dumps(tasks), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    # PYTHONSAFEPATH: a json.py in the current folder is not to be imported.
+    # PYTHONSAFEPATH: a json.py in the current folder must not be imported.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    # The launcher leaves folders behind.
+    # The launcher leaves temporary folders behind.
     environment["TMPDIR"] = str(runs[0].out)
     handle, log = tempfile.mkstemp(prefix="txssm-check-", suffix=".log")
     with open(handle, "wb") as stream:
@@ -128,14 +128,14 @@ def _launch(world_size: int, runs: list[Run], precision: str, advance: Callable[
             stdout=stream,
             stderr=subprocess.STDOUT,
             env=environment,
-            # Ctrl-C is for us alone, who end them all.
+            # Ctrl-C only reaches this process, which ends the others.
             start_new_session=True,
         )
     failed = False
     try:
         for run in runs:
             while not run.is_done():
-                # In this order: what it wrote before it ended counts.
+                # In this order: the run may complete just before the process ends.
                 ended = process.poll() is not None
                 if ended and not run.is_done():
                     _note_failure(run, process.returncode, log)
@@ -144,7 +144,7 @@ def _launch(world_size: int, runs: list[Run], precision: str, advance: Callable[
             advance(1)
             if failed:
                 return
-        # All is written; on a busy machine they take their time to end.
+        # All results are written; on a busy machine the processes take a while to exit.
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=60)
     finally:
@@ -154,7 +154,7 @@ def _launch(world_size: int, runs: list[Run], precision: str, advance: Callable[
 
 
 def _note_failure(run: Run, code: int, log: str) -> None:
-    """Leave a sentence in the run's folder: what the first of its ranks that failed had to say."""
+    """Write one sentence into the run's folder: the message of the first rank that failed."""
     said = sorted(run.out.glob("failed_*"), key=lambda file: file.stat().st_mtime_ns)
     if said:
         rank = said[0].name.partition("_")[2]
@@ -166,7 +166,7 @@ def _note_failure(run: Run, code: int, log: str) -> None:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """End the launcher and its workers, unless they have ended."""
+    """Kill the launcher and its workers, if they are still running."""
     if process.poll() is None:
         launcher = psutil.Process(process.pid)
         for member in [*launcher.children(recursive=True), launcher]:
@@ -176,11 +176,11 @@ def _kill(process: subprocess.Popen) -> None:
 
 
 def worst_gradient(run: Run, reference: Run, steps: Sequence[int]) -> tuple[float, str]:
-    """The largest ‖g − g_ref‖ / ‖g_ref‖ of a parameter, and its name; the norms run over all steps.
+    """The largest ‖g − g_ref‖ / ‖g_ref‖ of a parameter, and its name; the norms are over all steps.
 
-    Not step by step: the gradient of a vector with one number a head is a sum that may all but cancel at one step, and
-    then shows the rounding of its terms. Infinite where a gradient is missing, in part or whole, or is zero in the
-    reference, where it would prove nothing.
+    Not per step: the gradient of a vector with one number per head is a sum that may almost cancel in one step, and
+    then shows the rounding of its terms. Infinite if a gradient is missing, in part or entirely, or is zero in the
+    reference, where the comparison is meaningless.
     """
     ours = [run.gradients(step) for step in steps]
     theirs = [reference.gradients(step) for step in steps]

@@ -1,7 +1,7 @@
-"""A recipe made small: the same structure and the same legal layouts, in a model that trains in a second.
+"""Shrinks a recipe: the same structure and the same legal layouts, in a model that trains in a second.
 
-Sizes shrink to numbers that the same parallel sizes divide, as far as these divide the number of processes; what is
-small already stays as it is.
+Sizes shrink to numbers that are divisible by the same parallel sizes, as far as these divide the number of processes;
+small sizes are kept.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from megatron_txssm.recipe.changes import (
 )
 from megatron_txssm.recipe.recipe import Recipe
 
-# Of a recipe's `megatron:` section what changes how gradients come about; nothing in it changes the model.
+# Entries of a recipe's `megatron:` section that affect how gradients are computed; no entry changes the model.
 _OF_THE_GRADIENTS = re.compile(
     r"overlap_grad_reduce|overlap_param_gather|ddp_bucket_size|ddp_num_buckets"
     r"|cp_comm_type|recompute_modules|accumulate_allreduce_grads_in_fp32"
@@ -29,7 +29,7 @@ _OF_THE_GRADIENTS = re.compile(
 
 
 def as_words(recipe: Recipe, changes: Changes) -> list[str]:
-    """What of the changes changes the recipe, as a command line has it."""
+    """The changes that differ from the recipe, as command-line options."""
     words = []
     for dotted, value in changes.items():
         section, _, name = dotted.partition(".")
@@ -46,12 +46,12 @@ def shrink(recipe: Recipe, tokens: Path, *, nproc: int, steps: int) -> Recipe:
 
 
 def left_out(recipe: Recipe) -> list[str]:
-    """The entries of a recipe's `megatron:` section that do not stay."""
+    """The entries of a recipe's `megatron:` section that are dropped."""
     return [key for key in recipe.megatron if not _OF_THE_GRADIENTS.fullmatch(key)]
 
 
 def _smaller(number: int, keep: int, at_least: int) -> int:
-    """A number around `at_least` that the divisors of `keep` divide where they divide `number`, and only there."""
+    """A number around `at_least` that has the same common divisors with `keep` as `number`."""
     if number <= 2 * at_least:
         return number
     common = math.gcd(number, keep)
@@ -74,7 +74,7 @@ def _model(recipe: Recipe, nproc: int) -> Changes:
         "num_attention_heads": heads,
         "num_query_groups": query_groups,
         "kv_channels": _smaller(recipe.kv_channels, 2, at_least=8),
-        # Activations start as large as in the wide model.
+        # Initial activations are as large as in the wide model.
         "init_method_std": model.init_method_std * math.sqrt(model.hidden_size / hidden_size),
         **_state_space(recipe, nproc),
     }
@@ -82,7 +82,7 @@ def _model(recipe: Recipe, nproc: int) -> Changes:
 
 
 def _num_layers(recipe: Recipe, nproc: int) -> int:
-    """As few repetitions of the pattern as pipelines with one or two stages a process divide where they did."""
+    """The fewest repetitions of the pattern that the same pipeline sizes divide, with 1 or 2 stages per process."""
     keep, num_layers = 2 * nproc, recipe.model.num_layers
     period = len(recipe.model.layer_pattern)
     repeated = range(period, num_layers + 1, period)
@@ -107,12 +107,12 @@ def _state_space(recipe: Recipe, nproc: int) -> Changes:
 
 
 def _seq_length(recipe: Recipe, nproc: int) -> int:
-    # Context parallelism divides a sequence into two pieces a process.
+    # Context parallelism divides a sequence into two pieces per process.
     return _smaller(recipe.training.seq_length, 2 * nproc, at_least=40)
 
 
 def _chunk_size(chunk: int, seq_length: int, short: int, nproc: int) -> int:
-    """A chunk that divides the short sequence where the recipe's divides its own."""
+    """A chunk size that divides the short sequence if the recipe's divides its own, and only then."""
     if short == seq_length:
         return chunk
     if seq_length % chunk == 0:
@@ -137,11 +137,11 @@ def _training(recipe: Recipe, nproc: int, steps: int) -> Changes:
         "training.precision": "fp32",
         "training.transformer_impl": "local",
         **WITHOUT_FP8,
-        # The first steps shall move the weights.
+        # The first steps must move the weights.
         "optimizer.warmup_fraction": 0.0,
         "optimizer.decay_style": "constant",
         "optimizer.wsd_decay_fraction": None,
-        # Else Adam's first step moves a weight whose gradient is but rounding by the whole learning rate.
+        # Otherwise Adam's first step moves weights whose gradient is pure rounding by a full learning rate.
         "optimizer.adam_eps": max(recipe.optimizer.adam_eps, 1e-3),
     }
 

@@ -1,15 +1,15 @@
-"""Token files to check with."""
+"""Token files for checks."""
 
 from pathlib import Path
 
-# Odd, so that the embedding has rows of padding wherever a recipe's may have.
+# Odd, so that the embedding has padding rows wherever a recipe's may have them.
 VOCAB_SIZE = 61
 
 
 def write_tokens(prefix: Path, vocab_size: int = VOCAB_SIZE) -> Path:
-    """A .bin/.idx pair of 800 documents of 1 to 60 tokens, each a learnable sequence: several in a sample.
+    """A .bin/.idx pair of 800 documents of 1 to 60 tokens, each a learnable sequence; a sample holds several.
 
-    Each ends with the vocabulary's last id, which Megatron's NullTokenizer takes for the end of a document.
+    Each ends with the vocabulary's last id, the end-of-document token of Megatron's NullTokenizer.
     """
     import numpy as np
 

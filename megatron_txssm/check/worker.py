@@ -1,9 +1,9 @@
-"""One rank of several runs of Megatron's own loop, one after another: each step's loss and full gradients go to files.
+"""One rank of several runs of Megatron's own loop: writes each step's loss and full gradients to files.
 
     torchrun --nproc-per-node 2 -m megatron_txssm.check.worker tasks.json fp32
 
-A task is {"out": folder, "arguments": Megatron's, "recipe": file or null}; a recipe's arguments come first. With
-"packings" it is one of `txssm check leakage`. Runs share a process, since its imports take longer than a run. `runs.py`
+A task is {"out": folder, "arguments": Megatron's, "recipe": file or null}; a recipe's arguments come first. A task with
+"packings" is one of `txssm check leakage`. Runs share a process, because its imports take longer than a run. `runs.py`
 starts the ranks and reads the files.
 """
 
@@ -45,7 +45,7 @@ def main(tasks_file: str, precision: str) -> None:
             else:
                 run(out, arguments)
         except UserError as error:
-            # Refused on every rank, before the first collective: the next run can go on in these processes.
+            # Rejected on every rank before the first collective, so the next run can use these processes.
             (out / "refused").write_text(str(error), encoding="utf-8")
         except BaseException as error:
             (out / f"failed_{os.environ['RANK']}").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
@@ -78,7 +78,7 @@ def run(out: Path, arguments: list[str]) -> None:
     except SystemExit as stop:  # --exit-interval
         assert stop.code in (0, None), stop.code
     if args.rank == args.world_size - 1:
-        # Whole or not at all: that it is there says that the run is done.
+        # Written atomically: its existence marks the run as complete.
         (out / "losses.partial").write_text(json.dumps(recorder.losses), encoding="utf-8")
         (out / "losses.partial").rename(out / "losses.json")
 
@@ -108,7 +108,7 @@ class Recorder(Listener):
 
 
 def dump_gradients(path: Path, models: list[Any]) -> None:
-    """This rank's gradients as (name in the checkpoint, global shape, global offset, tensor), whatever the layout."""
+    """This rank's gradients as (name in the checkpoint, global shape, global offset, tensor), for any layout."""
     from megatron_txssm.model.shards import model_shards
 
     shards: list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]] = []
@@ -123,7 +123,7 @@ def dump_gradients(path: Path, models: list[Any]) -> None:
 
 
 def fetch_reduced_shards(model: Any) -> None:
-    """Under ZeRO-1 a rank holds the reduced gradient of its own shard only: fetch the others'."""
+    """Under ZeRO-1, a rank only holds the reduced gradients of its own shard: fetch the others'."""
     for buffer in model.buffers:
         group = buffer.data_parallel_group
         for bucket in buffer.buckets if group.size() > 1 else []:

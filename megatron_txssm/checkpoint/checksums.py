@@ -1,7 +1,8 @@
-"""Checksums of a checkpoint's files: written beside them with the save, compared before they are loaded.
+"""Checksums of a checkpoint's files, written beside them on save and compared before a load.
 
 iter_0000020/checksums.json: {"files": {"__0_0.distcp": {"algorithm": "xxh3_128", "size": 1234, "digest": "..."}}}
-Sizes in bytes; the digest is null where the run that saved it has checkpoint.verify=false.
+
+Sizes are in bytes. The digest is null if the run that saved the file has checkpoint.verify=false.
 """
 
 import json
@@ -16,20 +17,20 @@ import xxhash
 from megatron_txssm.errors import UserError
 
 CHECKSUMS = "checksums.json"
-# As fast as memory; 128 bits, so that no damage keeps the digest by chance. It is no guard against a forger.
+# As fast as memory, and long enough that damage cannot keep the digest by chance. Does not protect against forgery.
 ALGORITHM = "xxh3_128"
 _BLOCK = 4 << 20
-# Of `sample`: files up to this many bytes, and one in so many of the larger ones.
+# `sample` checks all files up to this many bytes, and one in this many of the larger ones.
 _SMALL, _ONE_IN = 1 << 20, 16
 
 
 class DamagedCheckpoint(UserError):
-    """Files of a checkpoint are missing, or are not what was saved."""
+    """Files of a checkpoint are missing or differ from what was saved."""
 
 
 @dataclass(frozen=True)
 class Checksum:
-    """Of one file; size in bytes."""
+    """Checksum of one file; size in bytes."""
 
     size: int
     digest: str | None
@@ -37,7 +38,7 @@ class Checksum:
 
 
 class HashingFile:
-    """A file opened for writing, whose bytes are hashed on their way; torch writes from front to back."""
+    """A file opened for writing that hashes its bytes as they are written; torch writes sequentially."""
 
     def __init__(self, stream: BinaryIO, *, hashed: bool = True):
         self.stream, self.size, self._hash = stream, 0, xxhash.xxh3_128() if hashed else None
@@ -50,7 +51,7 @@ class HashingFile:
         return written
 
     def fileno(self) -> int:
-        # Whoever asks wants to fsync: what Python still holds would not be on the disk.
+        # Callers want to fsync: flush Python's buffer first.
         self.stream.flush()
         return self.stream.fileno()
 
@@ -68,7 +69,7 @@ class HashingFile:
 
 
 def checksum(path: Path, *, hashed: bool = True) -> Checksum:
-    """Of a file that is there. `hashed` False: its size alone."""
+    """Checksum of an existing file. With `hashed` False, only its size."""
     if not hashed:
         return Checksum(path.stat().st_size, None, None)
     digest, size = xxhash.xxh3_128(), 0
@@ -85,7 +86,7 @@ def to_text(files: Mapping[str, Checksum]) -> str:
 
 
 def read_checksums(folder: Path) -> dict[str, Checksum] | None:
-    """Name -> what was saved; None where nothing is known (an older version's, a foreign one). DamagedCheckpoint."""
+    """Name -> saved checksum; None for checkpoints without any (older or foreign). DamagedCheckpoint if unreadable."""
     path = folder / CHECKSUMS
     if not path.is_file():
         return None
@@ -100,7 +101,7 @@ _REMEDY = "copy the checkpoint again, or take an older step"
 
 
 def wrong_sizes(folder: Path) -> str:
-    """The first file of a checkpoint that is missing or not as long as it was saved; empty where all are."""
+    """The first file of a checkpoint that is missing or has the wrong size; empty if all are right."""
     try:
         files = read_checksums(folder)
     except DamagedCheckpoint as error:
@@ -122,7 +123,7 @@ def _wrong_size(file: Path, saved: Checksum) -> str:
 
 
 def files_to_hash(files: Mapping[str, Checksum], verify: bool | str, turn: int = 0) -> list[str]:
-    """Those whose digests `checkpoint.verify` asks for; of a `sample` with another `turn`, other large ones."""
+    """The files whose digests `checkpoint.verify` checks; for `sample`, `turn` selects the large ones."""
     known = sorted(name for name, saved in files.items() if saved.algorithm == ALGORITHM and saved.digest)
     if verify != "sample":
         return known if verify else []
@@ -132,7 +133,7 @@ def files_to_hash(files: Mapping[str, Checksum], verify: bool | str, turn: int =
 
 
 def wrong_contents(folder: Path, names: Iterable[str], files: Mapping[str, Checksum]) -> str:
-    """The first of some files whose bytes are not those that were saved; empty where all are."""
+    """The first of the named files whose contents differ from what was saved; empty if all match."""
     for name in names:
         try:
             found = checksum(folder / name)
@@ -144,7 +145,7 @@ def wrong_contents(folder: Path, names: Iterable[str], files: Mapping[str, Check
 
 
 def verify_files(folder: Path, verify: bool | str, turn: int = 0) -> None:
-    """In one process, all that `checkpoint.verify` asks for; DamagedCheckpoint for the first file that is damaged."""
+    """All checks that `checkpoint.verify` selects, in one process; DamagedCheckpoint for the first damaged file."""
     files = read_checksums(folder)
     if verify is False or files is None:
         return

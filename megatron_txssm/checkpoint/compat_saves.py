@@ -1,7 +1,7 @@
-"""What Megatron's writing of checkpoints lacks; beside compat.py, the only file that imports its private names.
+"""Fixes for Megatron's writing of checkpoints; besides compat.py, the only file that imports its private names.
 
-A rank's part of a save may run in the rank, in a process forked from it (async_save) or in one started afresh
-(use_persistent_ckpt_worker), which knows nothing of what was changed here; so the function that is sent there is ours.
+A rank's part of a save may run in the rank, in a process forked from it (async_save) or in a freshly started one
+(use_persistent_ckpt_worker), which does not have this process's patches; so the function sent there is ours.
 """
 
 import functools
@@ -16,20 +16,20 @@ from megatron_txssm.checkpoint import checksums, steps
 from megatron_txssm.checkpoint.checksums import Checksum, HashingFile
 from megatron_txssm.slurm.environment import end_with_parent
 
-# What this process could not write into checkpoints, and why.
+# This process's failed writes to checkpoints.
 failed_writes: list[Exception] = []
-# Path of a file that this process has written -> its checksum, until the save ends.
+# Path of a file written by this process -> its checksum, until the save ends.
 _written: dict[str, Checksum] = {}
 
 
 class FailedWrite(OSError):
-    """A file of a checkpoint could not be written; the text is what the file system said."""
+    """Writing a checkpoint file failed; the text is the file system's message."""
 
 
 def tell_failed_writes(*, hashed: bool = True) -> None:
-    """Keep in `failed_writes` why a save failed: Megatron passes on the exception's type alone (idempotent).
+    """Keep the errors of a save in `failed_writes`: Megatron only passes on the exception's type (idempotent).
 
-    `hashed`: what is written is hashed on its way, for `seal_checkpoints`.
+    `hashed`: hash data as it is written, for `seal_checkpoints`.
     """
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
@@ -57,21 +57,21 @@ def tell_failed_writes(*, hashed: bool = True) -> None:
     writer.get_save_function_and_args, writer.retrieve_write_results = get_our_function, retrieve_and_note
 
 
-# The attribute of a file's first result that brings checksums from the process that wrote it.
+# The attribute of a file's first result that carries checksums from the process that wrote the file.
 _NOTED = "txssm_checksums"
 
 
 def write_and_tell(
     hashed: bool, transforms: Sequence[Any], use_msc: bool, rank: int, write_buckets: list[Any], results: Any
 ) -> None:
-    """In the place of Megatron's write_preloaded_data_multithread: the same, with checksums and the true error."""
+    """Replaces Megatron's write_preloaded_data_multithread; adds checksums and the original error."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     module: Any = filesystem_async
     write = module.FileSystemWriterAsync.write_preloaded_data
     noted: dict[str, Checksum] = {}
     errors: list[BaseException] = []
-    # Threads write side by side.
+    # Threads write concurrently.
     files = threading.local()
 
     def open_hashing(path: str, mode: str) -> HashingFile:
@@ -90,7 +90,7 @@ def write_and_tell(
         return written
 
     module.FileSystemWriterAsync.write_preloaded_data = staticmethod(write_and_note)
-    # Shadows Python's in this module.
+    # Shadows the built-in in this module.
     module.open = open_hashing
     try:
         relay = _Relay()
@@ -110,13 +110,13 @@ def write_and_tell(
     elif isinstance(said, dict):
         first = next((result for of_file in said.values() for result in of_file), None)
         if first is not None:
-            # A frozen dataclass, whose attributes travel with it.
+            # A frozen dataclass, whose attributes are pickled with it.
             object.__setattr__(first, _NOTED, noted)
     results.put(said)
 
 
 class _Relay:
-    """A queue of one, in this process."""
+    """A queue of one item, in this process."""
 
     said: Any = None
 
@@ -125,7 +125,7 @@ class _Relay:
 
 
 def _what_the_file_system_said(error: BaseException) -> Exception:
-    """torch's writer of archives fails once more at the end, and hides it."""
+    """The original error: torch's archive writer raises another one on closing, which hides it."""
     for cause in _causes(error):
         if isinstance(cause, OSError):
             return FailedWrite(cause.errno, cause.strerror, cause.filename)
@@ -141,10 +141,10 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 
 
 def seal_checkpoints(*, hashed: bool, sealed: Callable[[Path, int], None]) -> None:
-    """Let every save write checksums.json before the tracker names it, and the tracker whole or not at all.
+    """Make every save write checksums.json before the tracker names it, and make the tracker atomic.
 
-    `sealed` is called on rank 0 with the step's folder and the bytes of its files. Every rank hashes what it has
-    written and not yet hashed: only what nvidia-resiliency-ext's writer wrote.
+    `sealed` is called on rank 0 with the step's folder and the size of its files in bytes. Every rank hashes the files
+    that it wrote without hashing, which are only those of nvidia-resiliency-ext's writer.
     """
     from megatron.core import dist_checkpointing
     from megatron.training import checkpointing
@@ -161,7 +161,7 @@ def seal_checkpoints(*, hashed: bool, sealed: Callable[[Path, int], None]) -> No
         if request is None:
             seal()
         else:
-            # Behind Megatron's own, and in front of the one that writes the tracker.
+            # After Megatron's own functions, before the one that writes the tracker.
             request.finalize_fns.append(seal)
         return request
 
@@ -177,7 +177,7 @@ def _seal(folder: Path, *, hashed: bool, sealed: Callable[[Path, int], None]) ->
     rank = dist.get_rank()
     ours = {Path(path).name: _written.pop(path) for path in list(_written) if Path(path).parent == folder}
     if not ours:
-        # nvidia-resiliency-ext's writer. (Else a folder of all ranks' files is not to be listed by every rank.)
+        # nvidia-resiliency-ext's writer. (Otherwise avoided: every rank would list a folder of all ranks' files.)
         ours = {path.name: checksums.checksum(path, hashed=hashed) for path in folder.glob(f"*__{rank}_*.distcp")}
     of_ranks: Any = [None] * dist.get_world_size() if rank == 0 else None
     dist.gather_object(ours, of_ranks)
@@ -196,7 +196,7 @@ def _seal(folder: Path, *, hashed: bool, sealed: Callable[[Path, int], None]) ->
 
 
 class _AtomicTracker:
-    """Megatron's file functions, but for the tracker, which it would empty before it writes it."""
+    """Megatron's file functions, except for the tracker, which Megatron would truncate before writing."""
 
     def __init__(self, functions: Any):
         self.functions = functions
@@ -224,7 +224,7 @@ class _open_whole:
 
 
 def end_save_helpers_with_rank() -> None:
-    """Let the process that collects what a save wrote end with its rank: it would outlive one that is killed."""
+    """Make the process that collects write results end with its rank, even if the rank is killed."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.async_utils import _disable_gc
 

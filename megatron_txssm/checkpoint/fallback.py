@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the ranks agree on the newest whole one, and share the work of proving it."""
+"""Which checkpoint a run resumes from: the ranks agree on the newest whole one, and share the work of checking it."""
 
 import math
 import time
@@ -13,10 +13,10 @@ from megatron_txssm.errors import UserError
 
 
 class SoundSteps:
-    """The checkpoints of a folder, from the best to the worst, as rank 0 sees them. Every rank asks in step.
+    """The checkpoints of a folder, from best to worst, as seen by rank 0. Every rank must make the same calls.
 
-    `find_next` returns the next that is whole, on all ranks the same; None where there has never been one.
-    DamagedCheckpoint where there were some, but none is whole. `reject` says what is wrong with it all the same.
+    `find_next` returns the next whole one, the same on all ranks; None if the folder has never had any.
+    DamagedCheckpoint if there are some, but none is whole. `reject` records why the last one is still unusable.
     """
 
     def __init__(self, folder: Path, verify: bool | str):
@@ -39,12 +39,12 @@ class SoundSteps:
         self.lost.append(lost_step(self.current, why))
 
     def make_newest(self, step: Step) -> None:
-        """From now on the tracker names this step, for whoever reads it next."""
+        """Make the tracker name this step."""
         from_rank_0(lambda: write_tracker(self.folder, step))
 
 
 def find_damage(step: Step, verify: bool | str) -> str:
-    """What is wrong with one checkpoint; empty where nothing is. Every rank reads its share of the files."""
+    """The damage of one checkpoint; empty if there is none. Every rank reads its share of the files."""
     import torch.distributed as dist
 
     if why := from_rank_0(lambda: damage(step.folder) or _damage_by_index(step.folder)):
@@ -54,7 +54,7 @@ def find_damage(step: Step, verify: bool | str) -> str:
         return ""
     names = checksums.files_to_hash(files, verify, turn=step.number)
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    # The longest first, so that the shares are alike.
+    # Largest first, to balance the shares.
     names.sort(key=lambda name: -files[name].size)
     found: list[Any] = [None] * ranks
     dist.all_gather_object(found, checksums.wrong_contents(step.folder, names[rank::ranks], files))
@@ -62,7 +62,7 @@ def find_damage(step: Step, verify: bool | str) -> str:
 
 
 def _damage_by_index(folder: Path) -> str:
-    """Of a checkpoint without checksums: files that end before what the index says is in them."""
+    """For a checkpoint without checksums: files that are shorter than the index requires."""
     if checksums.read_checksums(folder) is not None or not (folder / ".metadata").is_file():
         return ""
     from megatron_txssm.checkpoint.saved_model import damage_by_index
@@ -71,7 +71,7 @@ def _damage_by_index(folder: Path) -> str:
 
 
 def from_rank_0(work: Callable[[], Any]) -> Any:
-    """What `work` gives on rank 0, on every rank; what it raises there is raised on every rank."""
+    """The result of `work` on rank 0, on every rank; its exception is also raised on every rank."""
     import torch.distributed as dist
 
     box: list[Any] = [None, None]
@@ -87,7 +87,7 @@ def from_rank_0(work: Callable[[], Any]) -> Any:
 
 
 def note_without_checksums(step: Step, verify: bool | str) -> str:
-    """What to say of a checkpoint of which nobody can know whether it is what was saved; empty of another."""
+    """A note about a checkpoint that cannot be verified; empty if it can."""
     try:
         files = checksums.read_checksums(step.folder)
     except DamagedCheckpoint:
@@ -98,9 +98,9 @@ def note_without_checksums(step: Step, verify: bool | str) -> str:
 
 
 def newest_finite(checkpoints: Path, seconds: float = math.inf) -> Step | None:
-    """The newest checkpoint that is whole and whose weights, read from the disk, are finite. In one process.
+    """The newest whole checkpoint whose weights, read from disk, are finite; in one process.
 
-    TimeoutError where reading takes longer than `seconds`.
+    TimeoutError if reading takes longer than `seconds`.
     """
     steps, _ = candidates(checkpoints)
     end = time.monotonic() + seconds
@@ -108,9 +108,9 @@ def newest_finite(checkpoints: Path, seconds: float = math.inf) -> Step | None:
 
 
 def weight_not_finite(folder: Path, end: float = math.inf) -> str:
-    """The first weight of a checkpoint that is NaN, infinite or not readable; empty where all are finite.
+    """The first weight of a checkpoint that is NaN, infinite or unreadable; empty if all are finite.
 
-    Reads the weights, and not what the optimizer keeps, a gigabyte at a time. TimeoutError at `end` of time.monotonic.
+    Reads the weights, not the optimizer state, a gigabyte at a time. TimeoutError at `end` of time.monotonic.
     """
     from megatron_txssm.checkpoint.saved_model import read_weights
 

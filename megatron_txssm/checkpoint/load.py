@@ -1,4 +1,4 @@
-"""A trained model in one process, from a checkpoint saved at any layout."""
+"""Loads a trained model into one process, from a checkpoint saved at any layout."""
 
 import os
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from megatron_txssm.recipe.validate import check_tokenizer_file, validate
 from megatron_txssm.session.hooks import Call, Listener, listening
 from megatron_txssm.session.start import start_megatron
 
-# A way to train, in part; the weights are those of a bf16 model. Megatron's own modules need no GPU.
+# FP8 is only a way to train: the weights are those of a bf16 model. Megatron's own modules need no GPU.
 _ONE_PROCESS: Changes = {
     **ONE_MODEL_PARALLEL_RANK,
     **WITHOUT_FP8,
@@ -42,7 +42,7 @@ WEIGHTS_ONLY: Changes = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A GPTModel in evaluation mode, its tokenizer (Megatron's), the recipe and the step it was saved at."""
+    """A GPTModel in evaluation mode, its tokenizer (Megatron's), its recipe and the step at which it was saved."""
 
     model: Any
     tokenizer: Any
@@ -51,9 +51,9 @@ class LoadedModel:
 
 
 def checkpoint_recipe(checkpoint: Path, changes: Changes, file: Path | None = None) -> Recipe:
-    """The recipe in `file`, or the one that a checkpoint directory holds, changed, for one process.
+    """The recipe in `file`, or in a checkpoint directory, with changes, for one process.
 
-    It needs no data, and takes the tokenizer that lies beside the checkpoints.
+    It needs no data, and uses the tokenizer beside the checkpoints.
     """
     recipe = changed(load_recipe(file or checkpoint / "recipe.yaml"), changes)
     source = tokenizer_source(recipe, checkpoint)
@@ -74,10 +74,10 @@ def checkpoint_recipe(checkpoint: Path, changes: Changes, file: Path | None = No
 
 
 def one_process_recipe(recipe: Recipe) -> Recipe:
-    """A recipe for one process that has no GPU and does not train.
+    """A recipe for one process without a GPU that does not train.
 
-    Of its `megatron:` section remains only what replaces data: the rest is of training, of a cluster or a GPU, or names
-    files and code, which nobody else's checkpoint shall do here. Nothing in it changes a model's function.
+    Its `megatron:` section keeps only entries that replace data. The others concern training, a cluster or a GPU, or
+    name files and code, which must not be used from someone else's checkpoint. They do not change the model's function.
     """
     without = {f"megatron.{key}": None for key in recipe.megatron if key != "mock_data"}
     recipe = changed(recipe, {**_ONE_PROCESS, **without})
@@ -92,9 +92,10 @@ def load_model(
     step: int | None = None,
     recipe_file: Path | None = None,
 ) -> LoadedModel:
-    """Load a checkpoint (the newest, or that of a `step`) into this process, which must not have initialised Megatron
-    yet. `changes` are made to the recipe, which is in `recipe_file` or beside the checkpoints.
-    `saved_model.open_checkpoint` says what is wrong with one.
+    """Load a checkpoint (the newest, or that of a `step`) into this process.
+
+    Megatron must not be initialised yet. `changes` are applied to the recipe, which is in `recipe_file` or beside the
+    checkpoints. `saved_model.open_checkpoint` reports the faults of a checkpoint.
     """
     recipe = checkpoint_recipe(checkpoint, changes or {}, recipe_file)
     model = build_model(recipe, load_options(checkpoint, step))
@@ -106,18 +107,18 @@ def load_model(
 
 
 def load_options(checkpoint: Path, step: int | None) -> list[str]:
-    """Megatron's arguments for the weights of a step (None: the newest) and nothing else."""
+    """Megatron's arguments that load only the weights of a step (None: the newest)."""
     options = ["--no-load-optim", "--no-load-rng", f"--load={checkpoint}"]
-    # In a corpus no text has a token around it that is not in the text; so no prompt has, whatever the tokenizer adds.
+    # Texts of a corpus have no special tokens around them, so prompts have none, whatever the tokenizer would add.
     options += ["--tokenizer-hf-no-include-special-tokens"]
     # A `release` is step 0, which Megatron finds by itself.
     return [*options, f"--ckpt-step={step}"] if step else options
 
 
 def build_model(recipe: Recipe, options: list[str]) -> Any:
-    """Initialise Megatron in this process, the only one, and build a recipe's GPTModel, whose weights are not set yet.
+    """Initialise Megatron in this process, the only one, and build a recipe's GPTModel with uninitialised weights.
 
-    `options` are Megatron's, behind the recipe's own.
+    `options`: Megatron arguments after the recipe's own.
     """
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")
     args = start_megatron(recipe, after=[*options, "--no-initialization"])
@@ -135,7 +136,7 @@ def build_model(recipe: Recipe, options: list[str]) -> Any:
 
 @dataclass(frozen=True)
 class FailedLoads(Listener):
-    """Lets the training loop's load_checkpoint fail with one sentence that names the checkpoint."""
+    """Makes a failing load_checkpoint in the training loop raise one sentence that names the checkpoint."""
 
     def around_load(self, call: Call, proceed: Callable[[], Any]) -> Any:
         from torch.distributed.checkpoint import CheckpointException
@@ -144,7 +145,7 @@ class FailedLoads(Listener):
 
         try:
             return proceed()
-        # torch's CheckpointException is no Exception.
+        # torch's CheckpointException is not an Exception.
         except (Exception, CheckpointException) as error:
             folder = get_args().load
             raise RuntimeError(
@@ -153,7 +154,7 @@ class FailedLoads(Listener):
 
 
 def _advice(folder: str, error: BaseException) -> str:
-    """What to do about it: nobody shall go back to an older step whose newest one is sound."""
+    """The remedy; an older step is suggested only if the newest is damaged."""
     from megatron_txssm.checkpoint.saved_model import damage_of_newest
 
     if damage := damage_of_newest(Path(folder)):
@@ -167,7 +168,7 @@ def _advice(folder: str, error: BaseException) -> str:
 
 
 def first_cause(error: BaseException) -> str:
-    """The first line of what went wrong, on the first rank that failed."""
+    """The first line of the error, from the first rank that failed."""
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]

@@ -1,6 +1,6 @@
-"""The weights of one of Megatron's checkpoints: whole tensors by name, read without a GPU or a model.
+"""The weights of a Megatron checkpoint: whole tensors by name, read without a GPU or a model.
 
-A checkpoint (torch_dist) holds a tensor in chunks, as the ranks had it; reading puts them together.
+A checkpoint (torch_dist) stores tensors in chunks, as the ranks held them; reading joins them.
 """
 
 import os
@@ -20,26 +20,26 @@ from megatron_txssm.recipe.recipe import Recipe
 
 @dataclass(frozen=True)
 class SavedModel:
-    """The weights of one checkpoint, whose files are all there. See `tensors.Weights`."""
+    """The weights of one checkpoint, all of whose files exist. See `tensors.Weights`."""
 
-    # The run's checkpoints, and the folder of this step among them.
+    # The run's checkpoints folder, and this step's folder in it.
     checkpoints: Path
     folder: Path
     step: int
     recipe: Recipe
     # Without padding, in the order of the model's layers.
     shapes: dict[str, Shape]
-    # Name -> torch's TensorStorageMetadata: whole size, dtype, chunks; and the whole index that they are from.
+    # Name -> torch's TensorStorageMetadata: whole size, dtype, chunks; and the index that contains them.
     entries: Mapping[str, Any]
     index: Any
-    # The command line's, by which another step is chosen.
+    # The command-line option that selects another step.
     option: str = "--step"
 
     def dtype(self, name: str) -> Any:
         return self.entries[name].properties.dtype
 
     def read(self, names: Iterable[str]) -> dict[str, Any]:
-        """Name -> whole tensor, without the vocabulary's padding; UserError where a file is damaged."""
+        """Name -> whole tensor, without vocabulary padding; UserError if a file is damaged."""
         import torch
 
         tensors = {name: torch.empty(self.entries[name].size, dtype=self.dtype(name)) for name in names}
@@ -49,12 +49,12 @@ class SavedModel:
 
 
 def find_checkpoints(path: Path) -> Path:
-    """The checkpoints folder of a run folder, or `path` where it is one; UserError where there is no checkpoint."""
-    # Path.exists would raise for a name that is too long.
+    """The checkpoints folder of a run folder, or `path` if it is one; UserError if there is no checkpoint."""
+    # Path.exists raises for overlong names.
     if not os.path.exists(path):
         raise UserError(f"{path}: no such folder; {how_to_make(path)}")
     candidates = [path, path / "checkpoints"]
-    # Only where it is stated: a copied run's recipe still names the old place.
+    # Only if stated: the recipe of a copied run still names the old place.
     if (path / "recipe.yaml").is_file() and (stated := load_recipe(path / "recipe.yaml").checkpoint.directory):
         candidates.append(Path(stated))
     for folder in candidates:
@@ -65,7 +65,7 @@ def find_checkpoints(path: Path) -> Path:
 
 
 def how_to_make(path: Path) -> str:
-    """A remedy where a run's folder, or an export, is not there: the neighbour that may be meant, or the command."""
+    """A remedy for a missing run folder or export: a neighbour with a similar name, or the command that creates it."""
     if path.parent.name == "exports":
         return f"`txssm convert export {Path('runs') / path.name} {path}` makes it"
     if path.name == "demo":
@@ -82,7 +82,7 @@ def open_checkpoint(
 ) -> SavedModel:
     """The newest checkpoint of a run, or that of a `step`; UserError unless it is whole.
 
-    `option` chose the step. `recipe`: what trained it, else the recipe.yaml beside the checkpoints.
+    `option` selected the step. `recipe`: the model's; None: the recipe.yaml beside the checkpoints.
     """
     checkpoints = find_checkpoints(path)
     made_by = checkpoints / "recipe.yaml"
@@ -109,7 +109,7 @@ def _another(option: str) -> str:
 
 
 def damage_of_newest(checkpoints: Path) -> str:
-    """What is missing of a run's newest checkpoint, optimizer state included; empty where every file is whole."""
+    """The damage of a run's newest checkpoint, including optimizer state; empty if every file is whole."""
     try:
         _, folder = step_folder(checkpoints, None)
     except UserError as error:
@@ -118,7 +118,7 @@ def damage_of_newest(checkpoints: Path) -> str:
 
 
 def damage_by_index(folder: Path) -> str:
-    """The first file of a checkpoint that ends before what the index says is in it; empty where none does."""
+    """The first file of a checkpoint that is shorter than the index requires; empty if there is none."""
     try:
         index = _read_index(folder, "--step")
         _check_files(folder, index.storage_data, index.state_dict_metadata, "--step")
@@ -128,9 +128,9 @@ def damage_by_index(folder: Path) -> str:
 
 
 def read_weights(folder: Path, at_once: int = 1 << 30) -> Iterator[tuple[str, Any]]:
-    """Name and whole tensor of every weight of a checkpoint, `at_once` bytes at a time; UserError where it is damaged.
+    """Name and whole tensor of every weight of a checkpoint, `at_once` bytes at a time; UserError if it is damaged.
 
-    Which model it is need not be known.
+    Works without knowledge of the model.
     """
     import torch
 
@@ -147,16 +147,16 @@ def read_weights(folder: Path, at_once: int = 1 << 30) -> Iterator[tuple[str, An
 
 
 def _load(folder: Path, index: Any, tensors: dict[str, Any], option: str) -> None:
-    """Fill the tensors of these names; UserError where a file is damaged."""
+    """Fill these tensors from the checkpoint; UserError if a file is damaged."""
     from torch.distributed.checkpoint import CheckpointException, load
 
     from megatron_txssm.checkpoint.torch_dist import IndexReader
 
     try:
-        # It says that it reads in one process, which is what it was asked for.
+        # It warns that it reads in one process, as requested.
         with warnings.catch_warnings(action="ignore"):
             load(tensors, storage_reader=IndexReader(folder, index), no_dist=True)
-    # torch's CheckpointException is no Exception.
+    # torch's CheckpointException is not an Exception.
     except (Exception, CheckpointException) as error:
         raise UserError(f"{folder} is damaged ({_said(error)}); {_another(option)}") from None
 
@@ -167,15 +167,15 @@ def _without_padding(recipe: Recipe, name: str, entry: Any) -> Shape:
 
 
 def _is_weight(name: str, entry: Any) -> bool:
-    """Neither optimizer state nor what Megatron saves as bytes, without a size (random states, `_extra_state`)."""
+    """False for optimizer state, and for entries saved as bytes, without a size (random states, `_extra_state`)."""
     return hasattr(entry, "size") and "optimizer" not in name.split(".")
 
 
 def step_folder(checkpoints: Path, step: int | None, option: str = "--step") -> tuple[int, Path]:
-    """(step, its folder) of a run's checkpoints, the newest for None; UserError with the steps that there are."""
+    """(step, its folder) among a run's checkpoints, the newest for None; UserError that lists the existing steps."""
     named = TRACKER if step is None else f"{option} {step}"
     newest = tracked(checkpoints)
-    # A `release` counts as step 0. Megatron goes by the tracker, too.
+    # A `release` counts as step 0. Megatron also goes by the tracker.
     if newest is not None and step in (None, newest.number):
         step, folder = newest.number, newest.folder
     else:
@@ -196,12 +196,12 @@ def _read_index(folder: Path, option: str) -> Any:
         raise UserError(f"{folder} is no whole torch_dist checkpoint: it has no .metadata; {_another(option)}")
     try:
         return IndexReader(folder).read_metadata()
-    except Exception as error:  # whatever the damage makes pickle raise
+    except Exception as error:  # a damaged pickle may raise anything
         raise UserError(f"{folder / '.metadata'} is damaged ({_said(error)}); {_another(option)}") from None
 
 
 def _check_files(folder: Path, storage: Mapping[Any, Any], tensors: Mapping[str, Any], option: str) -> None:
-    """UserError unless every file that holds a piece of `tensors` is there, up to the piece's last byte."""
+    """UserError unless every file with a chunk of `tensors` exists and reaches the chunk's last byte."""
     ends: dict[str, int] = {}
     for index, piece in storage.items():
         if index.fqn in tensors:
@@ -215,7 +215,7 @@ def _check_files(folder: Path, storage: Mapping[Any, Any], tensors: Mapping[str,
 
 
 def _said(error: BaseException) -> str:
-    """What went wrong in one line; of a CheckpointException, what went wrong first."""
+    """The error in one line; for a CheckpointException, its first failure."""
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]

@@ -1,4 +1,4 @@
-"""The checkpoints of a folder: which is the newest, which are whole, and what is wrong with the others. Without torch.
+"""The checkpoints of a folder: the newest, the whole ones, and the damage of the others. Does not import torch.
 
 CHECKPOINTS/latest_checkpointed_iteration.txt   the tracker: the step of the newest, or `release`
 CHECKPOINTS/iter_0000020/                       a step: *.distcp, then .metadata, metadata.json, checksums.json
@@ -16,7 +16,7 @@ from megatron_txssm.checkpoint.checksums import CHECKSUMS, DamagedCheckpoint, wr
 from megatron_txssm.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
-# Of torch_dist: its index, and the file that Megatron writes behind it.
+# torch_dist's index, and the file that Megatron writes after it.
 INDEX, FORMAT = ".metadata", "metadata.json"
 
 
@@ -30,17 +30,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Newest:
-    """The newest whole checkpoint (None: there has never been one), and what is wrong with those before it."""
+    """The newest whole checkpoint (None: there has never been one), and the damage of newer ones."""
 
     step: Step | None
-    # "the newest checkpoint, of step 20, is damaged (...)", in the order in which they were looked at.
+    # "the newest checkpoint, of step 20, is damaged (...)", in the order of the search.
     lost: tuple[str, ...] = ()
 
 
 def tracker_step(checkpoints: Path) -> int | None:
-    """The step that the tracker names, whole or not; None without a tracker, UserError where it names none."""
+    """The step named by the tracker, whole or not; None without a tracker, UserError if its content is invalid."""
     tracker = checkpoints / TRACKER
-    # Path.is_file would raise for a name that is too long.
+    # Path.is_file raises for overlong names.
     if not os.path.isfile(tracker):
         return None
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
@@ -54,7 +54,7 @@ def tracker_step(checkpoints: Path) -> int | None:
 
 
 def tracked(checkpoints: Path) -> Step | None:
-    """What the tracker names, which need not be there; None without a tracker, UserError where it names none."""
+    """The checkpoint named by the tracker, which may not exist; None without a tracker, UserError if it is invalid."""
     number = tracker_step(checkpoints)
     if number is None:
         return None
@@ -63,7 +63,7 @@ def tracked(checkpoints: Path) -> Step | None:
 
 
 def saved_step(checkpoints: Path) -> int | None:
-    """The step of the newest checkpoint by its tracker; by the folders, where the tracker says nothing of use."""
+    """The step of the newest checkpoint, by its tracker; by the folders if the tracker is invalid."""
     try:
         return tracker_step(checkpoints)
     except UserError:
@@ -72,7 +72,7 @@ def saved_step(checkpoints: Path) -> int | None:
 
 
 def damage(folder: Path) -> str:
-    """What is plainly missing of one checkpoint; empty where nothing is. Reads names and sizes only."""
+    """The visible damage of one checkpoint; empty if there is none. Only reads names and sizes."""
     if not folder.is_dir():
         return f"{folder} is not there"
     has_index = (folder / INDEX).is_file() and (folder / INDEX).stat().st_size > 0
@@ -85,12 +85,12 @@ def damage(folder: Path) -> str:
 
 
 def whole_steps(checkpoints: Path) -> list[Step]:
-    """Those that were written to their end and of which nothing is plainly missing; the newest first."""
+    """Completely written checkpoints without visible damage, the newest first."""
     return [step for step in _ended_steps(checkpoints) if not damage(step.folder)]
 
 
 def _ended_steps(checkpoints: Path) -> list[Step]:
-    """Those with the file that is written last but checksums and tracker; the newest first."""
+    """Checkpoints with the file that is written last, except checksums and tracker; the newest first."""
     return _steps_with(FORMAT, checkpoints)
 
 
@@ -104,15 +104,15 @@ def _steps_with(name: str, checkpoints: Path) -> list[Step]:
 
 
 def _folders(checkpoints: Path) -> list[Path]:
-    # Path.glob raises where the name is too long for a file system.
+    # Path.glob raises for overlong names.
     return sorted(checkpoints.glob("iter_*")) if os.path.isdir(checkpoints) else []
 
 
 def candidates(checkpoints: Path) -> tuple[list[Step], list[str]]:
-    """From which checkpoints a run may go on, the best first, and what is wrong with the tracker, if anything.
+    """The checkpoints that a run may resume from, the best first, and the tracker's fault, if any.
 
-    What the tracker names comes first, then the older ones: somebody may have gone back on purpose. Without a usable
-    tracker, all that were written to their end.
+    The one named by the tracker comes first, then older ones: a user may have gone back on purpose. Without a valid
+    tracker, all completely written ones.
     """
     try:
         named, lost = tracked(checkpoints), []
@@ -127,7 +127,7 @@ def candidates(checkpoints: Path) -> tuple[list[Step], list[str]]:
 
 
 def find_newest(checkpoints: Path, find_damage: Callable[[Path], str] = damage) -> Newest:
-    """The checkpoint from which a run goes on; DamagedCheckpoint where there are some, but none is whole."""
+    """The checkpoint that a run resumes from; DamagedCheckpoint if there are some, but none is whole."""
     steps, lost = candidates(checkpoints)
     for step in steps:
         if not (why := find_damage(step.folder)):
@@ -150,7 +150,7 @@ def none_is_whole(checkpoints: Path, lost: list[str]) -> DamagedCheckpoint:
 
 
 def going_back(newest: Newest, tracked_step: int | None = None) -> str:
-    """What is lost and from where the run goes on instead, in one line; empty where nothing is lost."""
+    """One line: the lost checkpoints, and the step that the run resumes from instead; empty if none is lost."""
     if not newest.lost or newest.step is None:
         return ""
     steps = (tracked_step or 0) - newest.step.number
@@ -159,7 +159,7 @@ def going_back(newest: Newest, tracked_step: int | None = None) -> str:
 
 
 def check_tracker(checkpoints: Path) -> None:
-    """UserError where a folder holds checkpoints with an index, but not the file that says which is the newest."""
+    """UserError if a folder has checkpoints with an index, but no tracker."""
     steps, tracker = [str(step.number) for step in reversed(_steps_with(INDEX, checkpoints))], checkpoints / TRACKER
     if steps and not os.path.isfile(tracker):
         raise UserError(
@@ -176,7 +176,7 @@ def write_tracker(checkpoints: Path, step: Step) -> None:
 
 @contextlib.contextmanager
 def whole_or_not_at_all(path: Path):
-    """The path of a file to write, which takes the place of `path` once it is on the disk."""
+    """Yields a temporary path to write, which atomically replaces `path` once it is flushed to disk."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -188,7 +188,7 @@ def whole_or_not_at_all(path: Path):
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync of a file, or of a folder: of the names in it."""
+    """fsync a file, or the entries of a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -197,7 +197,7 @@ def flush_to_disk(path: Path) -> None:
 
 
 def interrupted_saves(checkpoints: Path) -> list[Path]:
-    """What killed or failed saves left: folders of torch_dist without the file that ends one. Nobody can load them."""
+    """Remains of failed saves, which cannot be loaded: torch_dist folders without the file that is written last."""
     tracker = _named(checkpoints)
     return [
         folder
@@ -218,14 +218,14 @@ def _named(checkpoints: Path) -> str | None:
 
 
 def remove_step(folder: Path) -> None:
-    """Remove a checkpoint; a removal that is cut short leaves nothing that could be taken for a whole one."""
+    """Remove a checkpoint, so that an interrupted removal does not leave one that looks whole."""
     for name in (FORMAT, CHECKSUMS, INDEX):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def folder_bytes(folder: Path) -> int:
-    """What vanishes meanwhile is not counted: other ranks may still write, rename and remove."""
+    """Size of all files, except those that vanish meanwhile: other ranks may still write, rename and remove."""
     total = 0
     for where, _, names in os.walk(folder):
         for name in names:

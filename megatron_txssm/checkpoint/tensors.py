@@ -1,10 +1,11 @@
-"""The tensors of a model by their names in Megatron's checkpoint, and how a conversion walks over them.
+"""A model's tensors by their names in Megatron's checkpoint, and how a conversion iterates over them.
 
-They are a GPTModel's at TP=1 but for these. The norm before a linear layer is named after it, as Transformer Engine
-fuses the two: `mlp.linear_fc1.layer_norm_weight`. What a state-space layer packs per tensor-parallel rank comes by
-component: `in_proj.weight.x`, `.B`, `.C`, `.dt` (with a gate, `.z` first), and of a convolution `conv1d_weight.x`,
-`.B`, `.C`; in this order they concatenate to the packed tensor at TP=1. `mlp.linear_fc1.weight` holds the gate's rows,
-then those of the up-projection; `self_attention.linear_qkv.weight`, query group by query group, its Q heads, K and V.
+They are a GPTModel's at TP=1, with these exceptions. The norm before a linear layer is named after it, because
+Transformer Engine fuses the two: `mlp.linear_fc1.layer_norm_weight`. Tensors that a state-space layer packs per
+tensor-parallel rank are stored by component: `in_proj.weight.x`, `.B`, `.C`, `.dt` (with a gate, `.z` first), and for a
+convolution `conv1d_weight.x`, `.B`, `.C`; concatenated in this order, they give the packed tensor at TP=1.
+`mlp.linear_fc1.weight` holds the gate's rows, then those of the up-projection; `self_attention.linear_qkv.weight` holds
+Q heads, K and V for each query group in turn.
 """
 
 import re
@@ -26,27 +27,27 @@ Shape = tuple[int, ...]
 
 
 class Weights(Protocol):
-    """A model's weights somewhere on disk, whatever their format, as Megatron names them and without padding."""
+    """A model's weights on disk in any format, under Megatron's names and without padding."""
 
     @property
     def recipe(self) -> Recipe: ...
 
     def dtype(self, name: str) -> Any:
-        """The torch.dtype that a tensor is stored in."""
+        """The torch.dtype in which a tensor is stored."""
         ...
 
     def read(self, names: Iterable[str]) -> dict[str, Any]:
-        """Name -> tensor, as stored; UserError where the files are damaged."""
+        """Name -> tensor, as stored; UserError if the files are damaged."""
         ...
 
 
 def is_kept_in_fp32(name: str) -> bool:
-    """Of a tensor's name, Megatron's or Hugging Face's."""
+    """`name` may be Megatron's or Hugging Face's."""
     return name.rpartition(".")[2] in KEPT_IN_FP32
 
 
 def model_shapes(recipe: Recipe) -> dict[str, Shape]:
-    """The shape of every tensor of a recipe's model, in the order of its layers; vocabularies without padding."""
+    """The shape of every tensor of a recipe's model, in layer order; vocabularies without padding."""
     sizes = recipe.sizes
     hidden, ffn = sizes.hidden_size, sizes.ffn_hidden_size
     vocabulary = (recipe.data.vocab_size, hidden)
@@ -88,13 +89,13 @@ def _state_space(mixer: StateSpaceConfig | None) -> dict[str, Shape]:
 
 
 def layer_of(name: str) -> int | None:
-    """The number of the layer in a tensor's name, whatever the format."""
+    """The layer number in a tensor's name, in any format."""
     found = re.search(r"\blayers\.(\d+)\.", name)
     return int(found[1]) if found else None
 
 
 def compare_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> str | None:
-    """What is wrong with `found`, in one sentence without a period; None where all is there and nothing else."""
+    """The first fault of `found`, in one sentence without a period; None if it matches exactly."""
     missing = [name for name in wanted if name not in found]
     if missing:
         return f"{missing[0]} is missing" + (f", and {len(missing) - 1} other tensors" if len(missing) > 1 else "")

@@ -1,4 +1,4 @@
-"""Reading torch's distributed checkpoints from anybody: their index is a pickle, here one that can name no function."""
+"""Reads torch's distributed checkpoints safely: their index is a pickle, restricted here to harmless classes."""
 
 import pickle
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-# What torch writes into `.metadata`: module -> its names.
+# The classes that torch writes into `.metadata`: module -> names.
 _ALLOWED: dict[str, tuple[str, ...]] = {
     "torch.distributed.checkpoint.metadata": (
         "BytesStorageMetadata",
@@ -28,10 +28,10 @@ _ALLOWED: dict[str, tuple[str, ...]] = {
         "WriteItemType",
     ),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    # A function, but one that only looks up a memory layout by its name.
+    # A function, but it only looks up a memory layout by name.
     "torch.serialization": ("_get_layout",),
     "collections": ("OrderedDict",),
-    # Where it was written, as torch's own writer notes; Megatron's notes a text.
+    # The path of the checkpoint, as noted by torch's own writer; Megatron's writes a string.
     "pathlib": ("PosixPath",),
 }
 
@@ -47,9 +47,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 class IndexReader(FileSystemReader):
-    """torch's FileSystemReader, whose index may hold nothing but an index. Tensors are read with weights_only=True.
+    """torch's FileSystemReader with a restricted index. Tensors are read with weights_only=True.
 
-    An `index` that was read before is not read again: with many ranks it is large.
+    If an `index` is given, it is not read again: with many ranks it is large.
     """
 
     def __init__(self, folder: Path, index: Metadata | None = None):

@@ -1,6 +1,6 @@
-"""Whether a folder's config.json describes the computation that a recipe does.
+"""Checks that a folder's config.json describes the same computation as a recipe.
 
-Every key counts: it is compared, or known not to change what a model computes, or refused.
+Every key must be compared, known not to affect the computation, or rejected.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from megatron_txssm.convert.hf_config import REFERENCE_TYPE, hf_config
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
 
-# What config.json says of training, of use and of where it comes from.
+# Keys about training, use and origin.
 _NO_MATTER = {
     *("architectures", "auto_map", "dtype", "torch_dtype", "model_type", "name_or_path", "tokenizer_class"),
     *("transformers_version", "transformers.js_config", "unsloth_version", "unsloth_fixed", "is_llama_config"),
@@ -19,16 +19,16 @@ _NO_MATTER = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "num_labels", "problem_type"),
     *("max_position_embeddings", "initializer_range", "init_method", "attention_dropout", "hidden_dropout"),
     *("chunk_size", "mamba_chunk_size", "ssd_chunk_size", "pretraining_tp"),
-    # Of experts, which no format holds.
+    # About experts, which no format supports.
     *("num_experts_per_tok", "output_router_logits", "router_aux_loss_coef"),
 }
 # Keys that transformers reads into other fields, which are compared.
 _READ_ELSEWHERE = {"rope_theta", "rope_scaling", "partial_rotary_factor", "layers_block_type", "head_dim"}
-# What a class has, but a model of ours does not come to: without experts, Granite's FFN is the shared one.
+# Fields of a class that have no effect in our models: without experts, Granite's FFN is the shared one.
 _UNUSED = {"granitemoehybrid": {"intermediate_size"}}
-# Of keys that some writers add, the value that changes nothing.
+# Keys that some writers add, with the value that has no effect.
 _AS_ALWAYS = {"normalization_function": "rmsnorm"}
-# What the authors' class takes where its config.json is silent.
+# Defaults of the authors' class.
 _REFERENCE_DEFAULTS: dict[str, Any] = {
     "vocab_size": 32768,
     "hidden_size": 1024,
@@ -49,9 +49,9 @@ _REFERENCE_DEFAULTS: dict[str, Any] = {
 
 
 def check_config(folder: Path, config: dict[str, Any], recipe: Recipe, format: str, remedy: str) -> None:
-    """UserError where config.json describes another computation than the recipe, though the shapes may be the same.
+    """UserError if config.json describes another computation than the recipe, even with the same shapes.
 
-    `config`: its content. `remedy`: what its user can do.
+    `config`: its content. `remedy`: advice for the user.
     """
     ours, theirs = _ours(recipe, format), read_config(folder, config, format)
     for name, value in ours.items():
@@ -63,7 +63,7 @@ def check_config(folder: Path, config: dict[str, Any], recipe: Recipe, format: s
 
 
 def read_config(folder: Path, config: dict[str, Any], format: str) -> dict[str, Any]:
-    """What a folder's config.json says of a model's function, by the name of its field; UserError for what is unknown.
+    """The fields of a folder's config.json that determine a model's function; UserError for unknown ones.
 
     `config`: its content.
     """
@@ -86,7 +86,7 @@ def read_config(folder: Path, config: dict[str, Any], format: str) -> dict[str, 
 
 
 def _ours(recipe: Recipe, format: str) -> dict[str, Any]:
-    """What `read_config` gives of an export of the recipe's model."""
+    """The result of `read_config` for an export of the recipe's model."""
     config = hf_config(recipe, format)
     return _reference_fields(config) if format == "reference" else _fields(_class(format)(**config), format)
 
@@ -95,7 +95,7 @@ def _load(folder: Path, format: str) -> dict[str, Any]:
     """The fields of a folder's config.json as transformers reads them."""
     try:
         return _fields(_class(format).from_pretrained(folder, local_files_only=True), format)
-    except Exception as error:  # whatever transformers makes of a wrong value
+    except Exception as error:  # transformers may raise anything for an invalid value
         reason = " ".join(str(error).split())
         raise UserError(f"{folder / 'config.json'} is no {format} configuration: {reason}") from None
 
@@ -109,7 +109,7 @@ def _class(format: str) -> Any:
 
 
 def _fields(config: Any, format: str) -> dict[str, Any]:
-    """Of one of transformers' configurations, the fields that matter."""
+    """The fields of a transformers configuration that affect the computation."""
     names = {field.name for field in dataclasses.fields(config)} - _NO_MATTER - _UNUSED.get(format, set())
     found = {name: getattr(config, name) for name in sorted(names)}
     # Granite's class reads it, but has no field for it.
@@ -120,13 +120,13 @@ def _fields(config: Any, format: str) -> dict[str, Any]:
         if value is not None and name != "type" and (name, value) != ("partial_rotary_factor", 1)
     }
     if format == "granitemoehybrid" and found["position_embedding_type"] != "rope":
-        # Whatever else it says ("nope"), there are no positions.
+        # Any other value, such as "nope", means no positions.
         found |= {"position_embedding_type": None, "rope_parameters": None}
     return found
 
 
 def _reference_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """The same of the authors' configuration, whose class is not here."""
+    """The same for the authors' configuration, whose class is not available here."""
     found = {name: config.get(name, default) for name, default in _REFERENCE_DEFAULTS.items()}
     found["num_key_value_heads"] = found["num_key_value_heads"] or found["num_attention_heads"]
     scaling = found["rope_scaling"]
@@ -136,7 +136,7 @@ def _reference_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _generation_settings() -> set[str]:
-    """Older versions of transformers keep them in config.json, newer ones leave them out as they read it."""
+    """Older versions of transformers keep them in config.json, newer ones drop them when reading it."""
     from transformers import GenerationConfig
 
     return set(GenerationConfig().to_dict())

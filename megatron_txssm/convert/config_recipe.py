@@ -1,4 +1,4 @@
-"""A recipe for a model that comes without one: config.json has all of the model, a recipe of ours the training."""
+"""A recipe for a model without one: config.json determines the model, one of our recipes the training."""
 
 import json
 import re
@@ -10,15 +10,15 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 
-# What the recipe says of training, until its user does.
+# The recipe that provides the training settings until the user changes them.
 _TRAINING = "llama3_1.3b"
 _LAYERS = {"linear_attention": "S", "full_attention": "A"}
 
 
 def recipe_of_config(folder: Path, config: dict[str, Any], format: str) -> Recipe:
-    """The recipe of a folder whose config.json holds `config`; UserError where no recipe can say what it says.
+    """The recipe of a folder whose config.json contains `config`; UserError if no recipe can express it.
 
-    `check_config` finds what is not expressed here.
+    `check_config` finds settings that are not expressed here.
     """
     found = read_config(folder, config, format)
     describe = {"llama": _llama, "granitemoehybrid": _granite, "transxssm": _transxssm, "reference": _reference}
@@ -38,11 +38,11 @@ def recipe_of_config(folder: Path, config: dict[str, Any], format: str) -> Recip
         "description": f"of a {format} folder's config.json",
         **{f"model.{field}": value for field, value in model.items()},
         "data.vocab_size": found["vocab_size"],
-        # Of this model's tokenizer there is no corpus yet.
+        # No corpus with this model's tokenizer exists yet.
         "data.corpus": f"data/{name}",
         "data.weights": None,
     }
-    # The longest sample up to the recipe's that the model was made for.
+    # A power of two: the model's maximum, limited to the recipe's.
     longest = config.get("max_position_embeddings") or 4096
     values["training.seq_length"] = min(4096, 1 << (int(longest).bit_length() - 1))
     try:

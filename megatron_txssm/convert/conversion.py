@@ -1,4 +1,4 @@
-"""What the verbs of this room share: one process does it, cleans up when it is stopped, and reports an exit code."""
+"""Shared by the verbs of this package: run in one process, clean up when stopped, return an exit code."""
 
 import os
 import sys
@@ -13,9 +13,9 @@ from megatron_txssm.slurm.environment import adopt_slurm_step
 
 
 def conversion[**P](verb: Callable[P, int]) -> Callable[P, int]:
-    """A verb that also returns 1 where the proof fails and 3 where a task does, each with a message on stderr.
+    """A verb that also returns 1 if the proof fails and 3 if a task does, each with a message on stderr.
 
-    Of several tasks of a Slurm step, or of torchrun's processes, the first alone does it; the others return 0.
+    Of several tasks of a Slurm step, or of torchrun's processes, only the first runs it; the others return 0.
     """
 
     @wraps(verb)

@@ -1,4 +1,4 @@
-"""A checkpoint's weights as a Hugging Face folder, complete or not there at all."""
+"""Exports a checkpoint's weights as a Hugging Face folder, completely or not at all."""
 
 import json
 import shutil
@@ -31,17 +31,18 @@ def export(
 ) -> int:
     """Write a checkpoint's weights to the new folder `out`, as a Hugging Face model; returns the exit code.
 
-    run: a run's folder, or its checkpoints (`step`: which; None: the newest). format: whose names and classes (None:
-    llama where it fits, else transxssm). dtype: a key of DTYPES (None: as saved); bf16 leaves what training keeps in
-    fp32. recipe: what trained them (None: recipe.yaml beside the checkpoints). max_file_gb: largest file, in 1e9 bytes.
-    verify: prove that the folder holds the same model, and keep it only then. UserError where it cannot be exported.
+    run: a run's folder, or its checkpoints (`step`: which; None: the newest). format: the names and classes to use
+    (None: llama if it fits, otherwise transxssm). dtype: a key of DTYPES (None: as saved); with bf16, tensors that
+    training keeps in fp32 stay fp32. recipe: the recipe of the training (None: recipe.yaml beside the checkpoints).
+    max_file_gb: largest file, in 1e9 bytes. verify: prove that the folder holds the same model, and keep it only then.
+    UserError if the model cannot be exported.
     """
     out = Path(out)
     if not max_file_gb > 0:
         raise UserError(f"--max-file-gb {max_file_gb:g} must be above 0")
     check_absent(out)
     saved = open_checkpoint(Path(run), step, recipe=load_recipe(recipe) if recipe else None)
-    # These import transformers, for which nobody who mistyped a path should wait.
+    # Imported late: they import transformers, which would delay error messages for mistyped paths.
     from megatron_txssm.convert.hf_files import write_configuration, write_model_card, write_tokenizer
     from megatron_txssm.convert.hf_weights import Export, write_weights
     from megatron_txssm.convert.proof import prove_export
@@ -66,7 +67,7 @@ def export(
 
 
 def _write_facts(planned: "Export", folder: Path) -> None:
-    """export.json: what was exported, and the hash of every file."""
+    """Write export.json: what was exported, and the hash of every file."""
     recipe = planned.saved.recipe
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     facts = {

@@ -1,10 +1,10 @@
-"""The formats of a conversion (`--layout`), and which model each can hold.
+"""The formats of a conversion (`--layout`), and the models that each can represent.
 
 transxssm         our transformers model (hf/); every model of a recipe
 llama             transformers' LlamaForCausalLM: attention with RoPE in every layer
-granitemoehybrid  transformers' GraniteMoeHybridForCausalLM, of which the Mamba-2 and Jamba baselines are instances
+granitemoehybrid  transformers' GraniteMoeHybridForCausalLM, which covers the Mamba-2 and Jamba baselines
 reference         the authors' public code (arXiv:2506.09507)
-megatron          Megatron's own names; weights alone
+megatron          Megatron's own names; only weights
 """
 
 from typing import Literal, get_args
@@ -15,7 +15,7 @@ from megatron_txssm.recipe.recipe import Recipe
 
 Format = Literal["transxssm", "llama", "granitemoehybrid", "reference", "megatron"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-# Those that transformers can load, with the class in their config.json.
+# Formats that transformers can load, with the class in their config.json.
 ARCHITECTURES = {
     "transxssm": "TransXSSMForCausalLM",
     "llama": "LlamaForCausalLM",
@@ -24,7 +24,7 @@ ARCHITECTURES = {
 
 
 def choose_format(recipe: Recipe, asked: Format | None) -> Format:
-    """`asked`, or else llama where the model is one and transxssm where not; UserError with the reason for a misfit."""
+    """`asked`; None: llama if the model is one, otherwise transxssm. UserError with the reason if it does not fit."""
     if asked is None:
         return "llama" if refusal(recipe, "llama") is None else "transxssm"
     if reason := refusal(recipe, asked):
@@ -33,7 +33,7 @@ def choose_format(recipe: Recipe, asked: Format | None) -> Format:
 
 
 def refusal(recipe: Recipe, format: str) -> str | None:
-    """Why a format cannot hold a recipe's model; None where it can."""
+    """Why a format cannot represent a recipe's model; None if it can."""
     checks = {"llama": _llama_misfits, "granitemoehybrid": _granite_misfits, "reference": _reference_misfits}
     if format not in checks:
         return None

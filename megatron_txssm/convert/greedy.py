@@ -1,23 +1,23 @@
-"""transformers' generate() on trial: with and without a cache, alone and in a padded batch it writes the same tokens.
+"""Checks transformers' generate(): the same tokens with and without a cache, alone and in a padded batch.
 
-Logits of one pass say nothing of it: generate() hands cache, mask and positions to a model by names of its own.
+Logits of a single pass do not cover this: generate() passes cache, mask and positions under its own names.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-# Tokens of the two texts, and how many each is continued by.
+# Tokens of the two texts, and number of new tokens for each.
 LENGTHS, NEW_TOKENS = (24, 15), 8
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Greedy continuations of two texts, in each way that generate() can be asked for them."""
+    """Greedy continuations of two texts, in each way that generate() supports."""
 
     new_tokens: int
-    # Beside the one without a cache, each text alone.
+    # In addition to the reference: each text alone, without a cache.
     ways: tuple[str, ...]
-    # Way -> where it differs, or what it raised.
+    # Way -> where it differs, or the exception.
     different: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -32,20 +32,20 @@ class Generation:
 
 
 def try_generate(model: Any, tokens: list[int], tolerance: float) -> Generation:
-    """Continue the first of `tokens` and some behind them. A tie of logits within `tolerance` may end either way."""
+    """Continue two texts from the start of `tokens`. Logits within `tolerance` are a tie, and either token is right."""
     first, second = LENGTHS
     texts = [tokens[:first], tokens[first : first + second]]
     cached = model.config.use_cache
     calls: dict[str, Any] = {"in a padded batch": lambda: _continue(model, texts, cached)[0]}
     if cached:
         calls["with a cache"] = lambda: [_continue(model, [text], True)[0][0] for text in texts]
-    # Without a cache there is no more to a token than a pass over all before it.
+    # Without a cache, each token is one pass over all tokens before it.
     alone = [_continue(model, [text], False) for text in texts]
     different: dict[str, str] = {}
     for way, call in calls.items():
         try:
             rows = call()
-        except Exception as error:  # a model may fail in any way
+        except Exception as error:  # a model may raise anything
             different[way] = f"{type(error).__name__}: {' '.join(str(error).split())}"
             continue
         for n, (row, ([wanted], [logits_LV])) in enumerate(zip(rows, alone, strict=True), start=1):
@@ -63,13 +63,13 @@ def _first_difference(row: list[int], wanted: list[int], logits_LV: Any, toleran
 
 
 def _continue(model: Any, texts: list[list[int]], use_cache: bool) -> tuple[list[list[int]], Any]:
-    """The new tokens of each text, and the logits that they were chosen by, [text][new token, vocabulary]."""
+    """The new tokens of each text, and the logits that they were chosen from, [text][new token, vocabulary]."""
     import torch
 
     longest = max(map(len, texts))
     ids_BL = torch.tensor([[0] * (longest - len(text)) + text for text in texts])
     mask_BL = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
-    # Whatever the folder's generation_config.json says; the end of a text does not end it.
+    # Overrides the folder's generation_config.json; an end-of-text token does not stop generation.
     options = {"do_sample": False, "num_beams": 1, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     made = model.generate(
         ids_BL,

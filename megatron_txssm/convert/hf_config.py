@@ -1,4 +1,4 @@
-"""What config.json says of a recipe's model, in every format that has one."""
+"""config.json for a recipe's model, in every format that has one."""
 
 from typing import Any
 
@@ -6,15 +6,15 @@ from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE
 from megatron_txssm.convert.formats import ARCHITECTURES
 from megatron_txssm.recipe.recipe import Recipe
 
-# The authors' name for their class's configuration.
+# model_type in the authors' configuration.
 REFERENCE_TYPE = "TransXSSM"
 _LAYER_TYPES = {STATE_SPACE: "linear_attention", ATTENTION: "full_attention"}
-# Granite's own names. Transformers reads them as those above from 5.13 on; llama.cpp knows no others.
+# Granite's own names. transformers reads them as those above since 5.13; llama.cpp only knows these.
 _GRANITE_LAYER_TYPES = {STATE_SPACE: "mamba", ATTENTION: "attention"}
 
 
 def hf_config(recipe: Recipe, format: str, dtype: str = "float32") -> dict[str, Any]:
-    """What config.json says of a model, every rotary setting stated; empty for a format that has no config.json."""
+    """The content of config.json, with every rotary setting; empty for a format without config.json."""
     if format == "reference":
         return _reference(recipe)
     if format not in ARCHITECTURES:
@@ -38,7 +38,7 @@ def hf_config(recipe: Recipe, format: str, dtype: str = "float32") -> dict[str, 
 
 
 def _everywhere(recipe: Recipe) -> dict[str, Any]:
-    """What every format calls by the same name."""
+    """Fields with the same name in every format."""
     model = recipe.model
     return {
         "vocab_size": recipe.data.vocab_size,
@@ -57,7 +57,7 @@ def _everywhere(recipe: Recipe) -> dict[str, Any]:
 
 
 def _older_names(rope: dict[str, Any]) -> dict[str, Any]:
-    """The rotation for readers that know no `rope_parameters`: they would take base 10,000, and no scaling."""
+    """The rotation for readers that do not know `rope_parameters` and would use base 10,000 without scaling."""
     scaling = {"type": rope["rope_type"]} | {name: value for name, value in rope.items() if name != "rope_theta"}
     return {"rope_theta": rope["rope_theta"], "rope_scaling": None if scaling["type"] == "default" else scaling}
 
@@ -82,7 +82,7 @@ def _transxssm(recipe: Recipe) -> dict[str, Any]:
 
 
 def _granite(recipe: Recipe) -> dict[str, Any]:
-    """Without experts, its layers are a mixer and the shared FFN; every multiplier that Granite has is one."""
+    """Without experts, its layers are a mixer and the shared FFN; Granite's multipliers have no effect."""
     mixer, rotates = recipe.state_space, recipe.model.attention_position_encoding == "rope"
     assert mixer is not None
     return {
@@ -103,14 +103,14 @@ def _granite(recipe: Recipe) -> dict[str, Any]:
         "mamba_expand": mixer.inner_size // recipe.model.hidden_size,
         "mamba_chunk_size": mixer.chunk_size,
         "mamba_conv_bias": True,
-        # transformers' cache cannot say how long it is without an attention layer: without it, generate() runs.
+        # Without attention layers, transformers' cache does not know its length; generate() works without a cache.
         "use_cache": recipe.has_attention,
         "mamba_proj_bias": False,
     }
 
 
 def _reference(recipe: Recipe) -> dict[str, Any]:
-    """The authors' class has no field for what all of its models share."""
+    """The authors' class has no fields for settings that all of its models share."""
     return {
         "architectures": ["TransXSSMForCausalLM"],
         "model_type": REFERENCE_TYPE,
@@ -120,7 +120,7 @@ def _reference(recipe: Recipe) -> dict[str, Any]:
         "hidden_act": "silu",
         "hidden_bias": False,
         "rope_theta": float(recipe.model.rotary_base),
-        # Theirs is "dynamic" unless another is stated.
+        # The authors' default is "dynamic".
         "rope_scaling": None,
         "dynamic_mask_ratio": 0.0,
         "ssd_chunk_size": recipe.model.chunk_size,

@@ -1,4 +1,4 @@
-"""What lies beside exported weights: configuration, code, tokenizer, model card."""
+"""Files beside exported weights: configuration, code, tokenizer, model card."""
 
 import json
 import sys
@@ -16,12 +16,12 @@ from megatron_txssm.errors import UserError, readable
 from megatron_txssm.hf.standalone import AUTO_MAP, write_code
 from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts
 
-# Its norm behind the gate went over all groups at once.
+# Older versions applied the gated norm over all groups at once.
 _GRANITE_VERSIONS = "Needs transformers 5.23 or newer: with several groups of B and C, older ones give other logits. "
 
 
 def write_tokenizer(export: Export, folder: Path) -> TokenizerFacts | None:
-    """Write the run's tokenizer; returns what is known of it. None, and a warning, where it cannot be had."""
+    """Write the run's tokenizer; returns its facts. None, with a warning, if it is not available."""
     saved = export.saved
     try:
         source = tokenizer_source(saved.recipe, saved.checkpoints)
@@ -38,7 +38,7 @@ def write_tokenizer(export: Export, folder: Path) -> TokenizerFacts | None:
 
 
 def write_configuration(export: Export, facts: TokenizerFacts | None, folder: Path) -> None:
-    """config.json, generation_config.json and, for our class, its code. Nothing for Megatron's own format."""
+    """Write config.json, generation_config.json and, for our class, its code; nothing for Megatron's own format."""
     dtypes = [tensor.dtype for tensor in export.tensors.values()]
     config = hf_config(export.saved.recipe, export.format, str(max(dtypes, key=dtypes.count)).removeprefix("torch."))
     if not config:
@@ -46,20 +46,20 @@ def write_configuration(export: Export, facts: TokenizerFacts | None, folder: Pa
     import transformers
 
     eod = None if facts is None else facts.eod
-    # Documents follow one another in training, so that the token that ends one also begins the next.
+    # In training, documents follow one another, so the token that ends a document also begins the next.
     tokens = {"bos_token_id": eod, "eos_token_id": eod}
     version = {"transformers_version": transformers.__version__}
     if export.format == "transxssm":
         config |= {"auto_map": AUTO_MAP}
         write_code(folder)
     _write(folder / "config.json", config | tokens | version)
-    # Not in config.json: the embedding of what that names as padding would never be trained.
+    # Not in config.json: the embedding row of the padding token named there would never be trained.
     padding = {"pad_token_id": None if facts is None else padding_id(folder), "use_cache": config["use_cache"]}
     _write(folder / "generation_config.json", tokens | padding | version)
 
 
 def write_model_card(export: Export, folder: Path, name: str, proof: Proof | None) -> None:
-    """README.md: what was trained, how far, how the conversion was checked; `name` is what to load it by."""
+    """Write README.md: what was trained, how far, how the conversion was checked; `name`: the name to load it by."""
     lines = _card(export, name, proof, (folder / "tokenizer.json").is_file())
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -1,6 +1,6 @@
-"""Weights in a folder of safetensors, in any format of mapping.py, read back as Megatron names them.
+"""Weights in a folder of safetensors, in any format of mapping.py, read under Megatron's names.
 
-Nothing of such a folder is run: no pickle is opened, and no code that came with the weights is imported.
+Code in the folder is never executed: pickles are not opened, and modules beside the weights are not imported.
 """
 
 import json
@@ -29,18 +29,18 @@ _SIGNS = {
     "model.word_embed.weight": "reference",
     "model.layers.0.shared_mlp.input_linear.weight": "granitemoehybrid",
 }
-# The embedding, in the formats that call an LM head lm_head.
+# The embedding, in formats whose LM head is named lm_head.
 _EMBEDDINGS = {"model.embed_tokens.weight", "model.word_embed.weight"}
 
 
 @dataclass(frozen=True)
 class HfFolder:
-    """A folder of weights that fit its recipe. See `tensors.Weights`."""
+    """A folder of weights that match its recipe. See `tensors.Weights`."""
 
     folder: Path
     format: str
     recipe: Recipe
-    # Tensor -> the file that holds it, its shape and dtype.
+    # Tensor -> its file, shape and dtype.
     index: dict[str, tuple[str, Shape, Any]]
 
     @cached_property
@@ -49,14 +49,14 @@ class HfFolder:
 
     @cached_property
     def groups(self) -> dict[str, Group]:
-        """By each tensor of Megatron's."""
+        """Megatron's tensor -> its group."""
         return {name: group for group in plan(self.format, self.shapes) for name in group.megatron}
 
     def dtype(self, name: str) -> Any:
         return self.index[self.groups[name].hf[0]][2]
 
     def read(self, names: Iterable[str]) -> dict[str, Any]:
-        """Name -> tensor; UserError where a file is damaged or holds what our layers cannot express."""
+        """Name -> tensor; UserError if a file is damaged or holds values that our layers cannot express."""
         wanted, sizes = list(names), self.recipe.sizes
         result: dict[str, Any] = {}
         for group in dict.fromkeys(self.groups[name] for name in wanted):
@@ -64,7 +64,7 @@ class HfFolder:
         return {name: result[name] for name in wanted}
 
     def check_constants(self) -> None:
-        """UserError unless the tensors that stand for none of ours hold what they must."""
+        """UserError unless tensors without a counterpart in Megatron hold their required values."""
         for group in plan(self.format, self.shapes):
             if not group.megatron:
                 self._convert(group, self.recipe.sizes)
@@ -78,7 +78,7 @@ class HfFolder:
 
 
 def lacks_a_class(folder: Path) -> bool:
-    """Whether transformers has no class for a folder's format: Megatron's names, or the authors'."""
+    """Whether transformers has no class for a folder's format: Megatron's or the authors' names."""
     file = folder / "config.json"
     return not file.is_file() or _read_json(file).get("model_type") == REFERENCE_TYPE
 
@@ -86,12 +86,12 @@ def lacks_a_class(folder: Path) -> bool:
 def is_hf_folder(path: Path) -> bool:
     """Whether a folder looks like exported weights, not like a run or its checkpoints."""
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "config.json")
-    # Path.is_file would raise for a name that is too long.
+    # Path.is_file raises for overlong names.
     return any(os.path.isfile(path / name) for name in names)
 
 
 def open_hf_folder(folder: Path, recipe: Recipe | None = None) -> HfFolder:
-    """The weights of a folder, which `recipe`, its recipe.yaml or its config.json describes; UserError for a misfit."""
+    """The weights of a folder that `recipe`, its recipe.yaml or its config.json describes; UserError for a mismatch."""
     index = _read_index(folder)
     config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     format = next((format for sign, format in _SIGNS.items() if sign in index), None)
@@ -131,7 +131,7 @@ def open_hf_folder(folder: Path, recipe: Recipe | None = None) -> HfFolder:
 
 
 def _without_leftovers(folder: Path, index: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Without what transformers once saved beside the weights: tables, and the embedding again as its LM head."""
+    """Drop what transformers used to save with weights: rotary tables, and a tied embedding again as the LM head."""
     drop = {name for name in index if name.endswith("rotary_emb.inv_freq")}
     if recipe.model.tie_embeddings and "lm_head.weight" in index and (names := _EMBEDDINGS & index.keys()):
         _check_tied(folder, index, recipe, min(names))
@@ -140,7 +140,7 @@ def _without_leftovers(folder: Path, index: dict[str, Any], recipe: Recipe) -> d
 
 
 def _check_tied(folder: Path, index: dict[str, Any], recipe: Recipe, embedding: str) -> None:
-    """UserError unless a tied model's LM head holds what its embedding does."""
+    """UserError unless a tied model's LM head equals its embedding."""
     import torch
 
     head, rows = (_read_tensor(folder / index[name][0], name) for name in ("lm_head.weight", embedding))
@@ -166,7 +166,7 @@ def _read_index(folder: Path) -> dict[str, tuple[str, Shape, Any]]:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; name one that holds model.safetensors")
     several = folder / "model.safetensors.index.json"
-    # One file comes first in transformers, too.
+    # transformers also prefers a single file.
     if (folder / "model.safetensors").is_file():
         files, weight_map = ["model.safetensors"], None
     elif several.is_file():
@@ -205,7 +205,7 @@ def _read_header(file: Path) -> dict[str, tuple[str, Shape, Any]]:
 
 
 def _torch_dtype(name: str) -> Any:
-    """Of safetensors' name for it; the name itself where that is no plain floating-point number."""
+    """The dtype for safetensors' name; the name itself if it is not a plain floating-point type."""
     import torch
 
     known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

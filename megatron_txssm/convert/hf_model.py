@@ -1,4 +1,4 @@
-"""A transformers model from a folder of weights, whatever its format; nothing that came with the weights is run."""
+"""Loads a transformers model from a folder of weights in any format, without executing code from the folder."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from megatron_txssm.convert.mapping import plan
 def load_hf_model(source: HfFolder) -> Any:
     """A model for inference, in fp32.
 
-    Formats that transformers has a class for are loaded by it. The others become our class's tensors first.
+    Formats with a class in transformers are loaded by it. The others are first converted to our class's tensors.
     """
     import torch
     from transformers import AutoModelForCausalLM

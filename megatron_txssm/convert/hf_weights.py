@@ -1,4 +1,4 @@
-"""The weights of a checkpoint as safetensors, in any format of mapping.py, streamed file by file."""
+"""Writes the weights of a checkpoint as safetensors, in any format of mapping.py, streamed file by file."""
 
 import errno
 import hashlib
@@ -19,11 +19,11 @@ from megatron_txssm.convert.mapping import Group, hf_tensors, plan
 
 @dataclass(frozen=True)
 class Export:
-    """What is to be written. A `dtype` of bf16 leaves KEPT_IN_FP32 as they are."""
+    """What to write. With `dtype` bf16, KEPT_IN_FP32 are not converted."""
 
     saved: SavedModel
     format: str
-    # A key of DTYPES; None: each tensor as it is saved.
+    # A key of DTYPES; None: each tensor as saved.
     dtype: str | None
 
     @cached_property
@@ -63,12 +63,12 @@ def write_weights(
 ) -> dict[str, str]:
     """Write model.safetensors, or several files and model.safetensors.index.json, to `folder`.
 
-    Returns the SHA-256 of each of Megatron's tensors as it went in, in the dtype of the export. UserError where the
-    checkpoint is damaged; OSError where a file cannot be written. A group larger than `max_file_bytes` has a file of
-    its own. Memory: one file's tensors, and what is read of the checkpoint at a time.
+    Returns the SHA-256 of each of Megatron's tensors as written, in the export's dtype. UserError if the checkpoint is
+    damaged; OSError if a file cannot be written. A group larger than `max_file_bytes` gets its own file. Memory: one
+    file's tensors, and one group as read from the checkpoint.
     """
     files = split_files(export, max_file_bytes)
-    # One entry: of several, the library writes another order each time.
+    # One entry: the library writes several in varying order.
     metadata = {"format": "pt"}
     hashes: dict[str, str] = {}
     for name, groups in files.items():
@@ -87,7 +87,7 @@ def write_weights(
 
 
 def split_files(export: Export, max_file_bytes: int) -> dict[str, list[Group]]:
-    """File name -> its groups, in order, as few files as that gives; named as Hugging Face names them."""
+    """File name -> its groups; files are filled in order and named like Hugging Face's."""
     parts: list[list[Group]] = []
     room = 0
     for group in export.groups:
@@ -102,7 +102,7 @@ def split_files(export: Export, max_file_bytes: int) -> dict[str, list[Group]]:
 
 
 def sha256_of(tensor: Any) -> str:
-    """Of a tensor's bytes, whatever its dtype."""
+    """SHA-256 of a tensor's bytes, for any dtype."""
     import torch
 
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
@@ -120,12 +120,12 @@ def _write_file(file: Path, tensors: dict[str, Any], metadata: dict[str, str]) -
     from safetensors.torch import save_file
 
     file.touch()
-    # The library's own is the owner's alone, whatever the umask says.
+    # The library makes files accessible only to the owner, regardless of the umask.
     mode = file.stat().st_mode
     try:
         save_file(tensors, file, metadata)
     except SafetensorError as error:
-        # Not an OSError, though the disk is what fails.
+        # Raised instead of an OSError if writing to the disk fails.
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code)) from error

@@ -1,4 +1,4 @@
-"""A Megatron checkpoint of the weights in a Hugging Face folder, complete or not there at all."""
+"""Creates a Megatron checkpoint from the weights in a Hugging Face folder, completely or not at all."""
 
 import math
 import shutil
@@ -25,10 +25,10 @@ from megatron_txssm.terminal import doing
 def import_weights(
     folder: str | Path, out: str | Path, *, recipe: str | Path | None = None, verify: bool = True
 ) -> int:
-    """Make the checkpoints folder `out`, to train on from, of a Hugging Face folder; returns the exit code.
+    """Create the checkpoints folder `out`, for further training, from a Hugging Face folder; returns the exit code.
 
-    recipe: describes the model and its training (None: recipe.yaml in the folder, else its config.json). verify: prove
-    that both hold the same model, and keep the checkpoint only then. UserError where the folder cannot be imported.
+    recipe: describes the model and its training (None: recipe.yaml in the folder, otherwise its config.json). verify:
+    prove that both hold the same model, and keep the checkpoint only then. UserError if the folder cannot be imported.
     """
     hf, out = Path(folder), Path(out)
     check_absent(out)
@@ -53,7 +53,7 @@ def import_weights(
 
 
 def _as_yaml(recipe: Recipe) -> str:
-    """The recipe without the places where the weights were trained, which are not this checkpoint's."""
+    """The recipe without the folders of the original training, which do not apply to this checkpoint."""
     checkpoint = replace(recipe.checkpoint, directory=None, load_from=None)
     return replace(recipe, run_directory=None, checkpoint=checkpoint).to_yaml()
 
@@ -65,7 +65,7 @@ def _checkpoint_bytes(recipe: Recipe, shapes: dict[str, Any]) -> int:
 
 
 def _keep_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the folder's tokenizer beside the checkpoint, where it has one that says what ends a document."""
+    """Copy the folder's tokenizer beside the checkpoint, if it has one with an end-of-document token."""
     if (source / "tokenizer.model").is_file():
         tokenizer = TokenizerSource(type="SentencePieceTokenizer", model=str(source / "tokenizer.model"))
     elif (source / "tokenizer.json").is_file():

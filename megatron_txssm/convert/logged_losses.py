@@ -1,4 +1,4 @@
-"""The losses that a run has on file for one of its steps, as a model card states them."""
+"""The recorded losses of a run at one of its steps, for the model card."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from megatron_txssm.metrics import metrics_lines
 
 
 def losses_at(run: Path, step: int) -> dict[str, float]:
-    """Nats per token of training and of each validation set: by `txssm evaluate`, or else the newest on file."""
+    """Nats per token, for training and each validation set: from `txssm evaluate`, otherwise the newest recorded."""
     logged = _newest(run / "metrics.jsonl", step)
     losses = {"training loss": logged.pop("lm loss")[1]} if "lm loss" in logged else {}
     if evaluated := _evaluated(run / "evaluation" / "validation.json", step):
@@ -21,7 +21,7 @@ def losses_at(run: Path, step: int) -> dict[str, float]:
 
 
 def _newest(metrics: Path, step: int) -> dict[str, tuple[int, float]]:
-    """Loss -> (its step, its value), up to `step`; a run that went back wrote steps again, and the last lines count."""
+    """Loss -> (its step, its value), up to `step`. A run that went back repeated steps; the last lines count."""
     found: dict[str, tuple[int, float]] = {}
     for line in metrics_lines(metrics):
         try:
@@ -35,7 +35,7 @@ def _newest(metrics: Path, step: int) -> dict[str, tuple[int, float]]:
 
 
 def _evaluated(file: Path, step: int) -> dict[str, Any]:
-    """By `txssm evaluate`, where it was run at this step."""
+    """The results of `txssm evaluate`, if it was run at this step."""
     try:
         found = json.loads(file.read_bytes())
         return found["sets"] if found["step"] == step else {}

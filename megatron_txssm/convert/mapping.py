@@ -1,7 +1,7 @@
-"""One table per format: which tensors of Megatron's checkpoint become which of a Hugging Face model, and how.
+"""One table per format: which tensors of Megatron's checkpoint map to which of a Hugging Face model, and how.
 
-Both directions read the same rows. `*` is the number of the layer; a row counts for the layers that have its tensors,
-and of several tensors on Megatron's side those that a variant lacks (the gate's z) are left out.
+Both directions use the same rows. `*` is the layer number. A row applies to the layers that have its tensors; of
+several Megatron tensors, those that a variant lacks (the gate's z) are omitted.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ Tensors = list[Any]
 
 @dataclass(frozen=True)
 class Transform:
-    """Megatron's tensors to Hugging Face's and back. `exact`: there and back gives the same bits."""
+    """Megatron's tensors to Hugging Face's and back. `exact`: the round trip preserves all bits."""
 
     to_hf: Callable[[Tensors, ModelSizes], Tensors]
     # The last argument: the shapes on Megatron's side.
@@ -36,7 +36,7 @@ def _split_as(tensors: Tensors, sizes: ModelSizes, shapes: Sequence[Shape]) -> T
 
 
 def _split_qkv(tensors: Tensors, sizes: ModelSizes) -> Tensors:
-    """Query group by query group [Q heads, K, V] → Q, K, V."""
+    """[Q heads, K, V] for each query group → Q, K, V."""
     groups, heads = sizes.num_query_groups, sizes.num_attention_heads // sizes.num_query_groups
     by_group = tensors[0].unflatten(0, (groups, heads + 2, sizes.kv_channels))
     return [part.flatten(0, 2) for part in by_group.split([heads, 1, 1], dim=1)]
@@ -73,20 +73,20 @@ def _log_decay_rate(tensors: Tensors, sizes: ModelSizes, shapes: Sequence[Shape]
 
 SAME = Transform(lambda tensors, sizes: tensors, lambda tensors, sizes, shapes: tensors)
 CONCAT = Transform(_concat, _split_as)
-# Gate and up-projection, one above the other.
+# Gate and up-projection: stacked in Megatron, separate in Hugging Face.
 HALVES = Transform(
     lambda tensors, sizes: list(tensors[0].chunk(2)), lambda tensors, sizes, shapes: _concat(tensors, sizes)
 )
 QKV = Transform(_split_qkv, _join_qkv)
 # A scale that is always one.
 ONES = Transform(_ones, _only_ones)
-# A_log → A = -exp(A_log), whose logarithm may differ in the last bit.
+# A_log → A = -exp(A_log); the logarithm may differ in the last bit.
 DECAY_RATE = Transform(_decay_rate, _log_decay_rate, exact=False)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Tensors that belong together: Megatron's names, Hugging Face's names, the way between them."""
+    """Corresponding tensors: Megatron's names, Hugging Face's names, the transform between them."""
 
     megatron: tuple[str, ...]
     hf: tuple[str, ...]
@@ -94,7 +94,7 @@ class Row:
 
 
 def _row(megatron: str, hf: str, transform: Transform = SAME) -> Row:
-    """Names are divided by spaces; `@` stands for a layer, `$` for the mixer of one of Megatron's layers."""
+    """Names are separated by spaces; `@` abbreviates a layer, `$` the mixer of a Megatron layer."""
     megatron = megatron.replace("@", "decoder.layers.*.").replace("$", "decoder.layers.*.self_attention.")
     return Row(tuple(megatron.split()), tuple(hf.replace("@", "model.layers.*.").split()), transform)
 
@@ -120,7 +120,7 @@ _MLP = (
 
 
 def _state_space(mixer: str) -> tuple[Row, ...]:
-    """Mamba-2's own names, in the module that is called `mixer`."""
+    """Mamba-2's own names, in the module named `mixer`."""
     return (
         _row(
             "$in_proj.weight.z $in_proj.weight.x $in_proj.weight.B $in_proj.weight.C $in_proj.weight.dt",
@@ -137,8 +137,8 @@ def _state_space(mixer: str) -> tuple[Row, ...]:
     )
 
 
-# The format's name -> its table. "llama" and "granitemoehybrid" are classes of transformers itself, "transxssm" is ours
-# (hf/), "reference" the authors' public code (arXiv:2506.09507).
+# Format -> its table. "llama" and "granitemoehybrid" are classes of transformers itself, "transxssm" is ours (hf/),
+# "reference" is the authors' public code (arXiv:2506.09507).
 TABLES: dict[str, tuple[Row, ...]] = {
     "transxssm": (*_EMBEDDINGS, *_NORMS, *_ATTENTION, *_MLP, *_state_space("mixer")),
     "llama": (*_EMBEDDINGS, *_NORMS, *_ATTENTION, *_MLP),
@@ -175,7 +175,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
 
 @dataclass(frozen=True)
 class Group:
-    """A row of the table for one layer of one model: what is converted at once."""
+    """A row of the table for one layer of a model: the unit of conversion."""
 
     megatron: tuple[str, ...]
     hf: tuple[str, ...]
@@ -184,20 +184,20 @@ class Group:
     shapes: tuple[Shape, ...]
 
     def to_hf(self, tensors: dict[str, Any], sizes: ModelSizes) -> dict[str, Any]:
-        """Hugging Face's tensors of the group, from Megatron's by name."""
+        """The group's Hugging Face tensors, from Megatron's by name."""
         converted = self.transform.to_hf([tensors[name] for name in self.megatron], sizes)
         return {name: tensor.contiguous() for name, tensor in zip(self.hf, converted, strict=True)}
 
     def from_hf(self, tensors: dict[str, Any], sizes: ModelSizes) -> dict[str, Any]:
-        """Megatron's, from Hugging Face's; ValueError where values have no counterpart."""
+        """The group's Megatron tensors, from Hugging Face's by name; ValueError if values have no counterpart."""
         converted = self.transform.from_hf([tensors[name] for name in self.hf], sizes, self.shapes)
         return dict(zip(self.megatron, converted, strict=True))
 
 
 def plan(format: str, shapes: dict[str, Shape]) -> list[Group]:
-    """The groups of a model in the order of its layers; `shapes` are those of `model_shapes`.
+    """The groups of a model in layer order; `shapes` are those of `model_shapes`.
 
-    "megatron" is a format, too: every tensor stays as it is.
+    "megatron" is also a format: every tensor is kept as it is.
     """
     if format == "megatron":
         return [Group((name,), (name,), SAME, (shape,)) for name, shape in shapes.items()]
@@ -214,16 +214,16 @@ def plan(format: str, shapes: dict[str, Shape]) -> list[Group]:
     assert sorted(covered) == sorted(shapes), f"layout {format} does not cover {set(shapes) ^ set(covered)}"
     places = {name: place for place, name in enumerate(shapes)}
     ends = {layer_of(name): place for name, place in places.items()}
-    # What stands for no tensor of ours comes at its layer's end.
+    # Groups without Megatron tensors come at their layer's end.
     return sorted(groups, key=lambda g: places[g.megatron[0]] if g.megatron else ends[layer_of(g.hf[0])])
 
 
 def hf_tensors(
     groups: Sequence[Group], sizes: ModelSizes, dtype: Callable[[str], Any] = lambda name: None
 ) -> dict[str, Any]:
-    """Hugging Face's tensors without data (on torch's meta device), by running the conversion on such.
+    """Hugging Face's tensors without data: the conversion, run on torch's meta device.
 
-    `dtype` gives the torch.dtype of each of Megatron's tensors.
+    `dtype` returns the torch.dtype of each of Megatron's tensors.
     """
     import torch
 

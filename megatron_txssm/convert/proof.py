@@ -1,9 +1,8 @@
-"""The proof of a conversion: the same tensors bit for bit, the same logits on real text, the same token by token,
-and the same text however generate() is asked for it.
+"""Proves a conversion: same tensors bit for bit, same logits in one pass and token by token, same generated text.
 
-Logits come from Megatron's own model and from transformers' model of the folder. Of the two, embedding, projections,
-norms, attention, convolution and caches are each one's own; the scan and the rotation of our class are Megatron's, too,
-and have tests of their own (tests/ops).
+Logits on real text come from Megatron's own model and from transformers' model of the folder. The two have separate
+embedding, projections, norms, attention, convolution and caches. Our class shares scan and rotation with the Megatron
+model; these have their own tests (tests/ops).
 """
 
 import json
@@ -31,7 +30,7 @@ Source = SavedModel | HfFolder
 
 
 class NotTheSame(Exception):
-    """A conversion gave another model; the message is the proof's summary."""
+    """The conversion changed the model; the message is the proof's summary."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,9 @@ class Tensors:
     compared: int
     # Name -> why it differs.
     different: dict[str, str] = field(default_factory=dict)
-    # Tensors that one side stores more coarsely, compared in its dtype.
+    # Number of tensors that one side stores in a coarser dtype, in which they are compared.
     rounded: int = 0
-    # The hash of each tensor that is the same.
+    # Name -> hash of the equal tensors.
     sha256: dict[str, str] = field(default_factory=dict)
 
 
@@ -57,7 +56,7 @@ class Logits:
     max_difference: float
     mean_difference: float
     same_likeliest_token: float
-    # One token at a time against one pass, the last `decoded` tokens, largest difference on either side.
+    # The last `decoded` tokens one at a time against one pass over all: largest difference on either side.
     decoded: int
     decoding_difference: float
     tolerance: float = TOLERANCE
@@ -68,17 +67,17 @@ class Logits:
 
     @property
     def passed(self) -> bool:
-        # Not "or": a NaN fails both.
+        # A NaN fails either comparison.
         return self.max_difference <= self.limit and self.decoding_difference <= self.limit
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What verification.json holds."""
+    """The content of verification.json."""
 
     tensors: Tensors
     logits: Logits
-    # Of the sides that transformers has loaded.
+    # For the sides loaded by transformers.
     generation: tuple[Generation, ...] = ()
 
     @property
@@ -93,7 +92,7 @@ class Proof:
         return {"passed": self.passed} | proven | {"versions": versions()}
 
     def summary(self) -> Iterator[str]:
-        """A few lines for a person."""
+        """A few lines for the terminal."""
         tensors, logits = self.tensors, self.logits
         same = tensors.compared - len(tensors.different)
         as_rounded = f", {tensors.rounded} of them rounded to the coarser dtype" if tensors.rounded else ""
@@ -112,7 +111,7 @@ class Proof:
 
 
 def versions() -> dict[str, str]:
-    """Of what compared; "none" of a package that is on Python's path without being installed."""
+    """Versions of the packages compared; "none" for a package on Python's path that is not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"megatron_txssm": __version__}
@@ -127,9 +126,9 @@ def versions() -> dict[str, str]:
 def compare_tensors(
     a: Weights, b: Weights, names: list[str], known: dict[str, str] | None = None, inexact: Collection[str] = ()
 ) -> Tensors:
-    """Hash every tensor of both sides, one after another.
+    """Compare the hashes of all tensors, one at a time.
 
-    `known`: hashes of a's, in b's dtype, that need not be computed again. The tensors of `inexact` may differ by the
+    `known`: hashes of a's tensors, in b's dtype, which are not computed again. Tensors in `inexact` may differ in the
     last bits of fp32.
     """
     import torch
@@ -159,7 +158,7 @@ def compare_tensors(
 def compare_logits(
     a: Source, b: Source, tokens: list[int], text: str, round_to: str | None = None
 ) -> tuple[Logits, tuple[Generation, ...]]:
-    """Run both models, one after the other so that one at a time is in memory, and compare."""
+    """Compare the two models, run one after the other so that only one is in memory."""
     from safetensors.torch import load_file
 
     decoded = min(DECODED, len(tokens) // 2)
@@ -198,34 +197,34 @@ def compare_logits(
 
 
 def sample_text() -> str:
-    """English prose that every Python has: its reference manual's topics."""
+    """English prose that comes with every Python: the topics of its reference manual."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))[:20_000]
 
 
 def random_tokens(vocab_size: int) -> list[int]:
-    """For a model without a tokenizer."""
+    """Tokens for a model without a tokenizer."""
     import torch
 
     return torch.randint(vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def prove_export(saved: SavedModel, folder: Path, hashes: dict[str, str]) -> Proof:
-    """Of a folder that was just written: write verification.json; NotTheSame where it is another model.
+    """Prove a new export: write verification.json; NotTheSame if the model differs.
 
-    `hashes`: of Megatron's tensors as they were exported.
+    `hashes`: of Megatron's tensors as exported.
     """
     return _checked(prove_equal(saved, open_hf_folder(folder), hashes), folder)
 
 
 def prove_import(source: HfFolder, folder: Path) -> Proof:
-    """Of a checkpoint that was just written: write verification.json; NotTheSame where it is another model."""
+    """Prove a new checkpoint: write verification.json; NotTheSame if the model differs."""
     return _checked(prove_equal(source, open_checkpoint(folder)), folder)
 
 
 def prove_equal(a: Source, b: Source, known: dict[str, str] | None = None) -> Proof:
-    """Whether two models are the same, up to the dtype of the coarser one; UserError where they have other tensors.
+    """Compare two models, up to the dtype of the coarser one; UserError if they have different tensors.
 
     `known`: see `compare_tensors`.
     """
@@ -252,7 +251,7 @@ def _checked(proof: Proof, folder: Path) -> Proof:
 
 
 def _tokens_for(*sides: Source) -> tuple[list[int], str]:
-    """Real text in the tokens of the first side that has a tokenizer.json, or random ones."""
+    """Real text, tokenised for the first side that has a tokenizer; otherwise random tokens."""
     from tokenizers import Tokenizer
 
     vocab_size = sides[0].recipe.data.vocab_size

@@ -1,17 +1,17 @@
-"""The logits behind each token of a text, step by step, from a model of Megatron's or of transformers'."""
+"""The logits after each token of a text, step by step, from a Megatron or transformers model."""
 
 from typing import Any
 
 
 class HfText:
-    """A text as a transformers model has read it, with its cache; without one (`use_cache: false`), all of it anew."""
+    """A text read by a transformers model, with its cache; with `use_cache: false`, all of it is read each time."""
 
     def __init__(self, model: Any):
         self.model, self.seen = model, list[int]()
         self.cache: Any = None
 
     def next_logits(self, tokens: list[int]) -> Any:
-        """[vocabulary] fp32 logits of the token behind `tokens`, which continue the text."""
+        """[vocabulary] fp32 logits of the token after `tokens`, which continue the text."""
         import torch
 
         from megatron_txssm.hf import CACHE_NAME
@@ -26,9 +26,9 @@ class HfText:
 
 
 def next_token_logits(model: Any, context: Any, tokens: list[int], vocab_size: int) -> Any:
-    """[vocab_size] fp32 logits of the token behind `tokens`, by a Megatron model; `context` is what it has seen.
+    """[vocab_size] fp32 logits of the token after `tokens`, from a Megatron model; `context`: what it has read so far.
 
-    The embedding's padding rows behind `vocab_size` are no tokens.
+    The embedding's padding rows, from `vocab_size` on, are not tokens.
     """
     import torch
 

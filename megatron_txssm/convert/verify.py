@@ -1,4 +1,4 @@
-"""Whether two models are the same, each a checkpoint or a Hugging Face folder."""
+"""Compares two models, each a checkpoint or a Hugging Face folder."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def verify(
     """Compare tensors, logits and generated text of two models and print the proof; 0 if they are the same, else 1.
 
     a, b: a run, its checkpoints (`step` and `step_b`: which; None: the newest) or a Hugging Face folder. proof_file:
-    where the proof also goes, as JSON. UserError where they have other tensors or cannot be read.
+    also write the proof to this file, as JSON. UserError if the models have different tensors or cannot be read.
     """
     if proof_file and not Path(proof_file).absolute().parent.is_dir():
         raise UserError(f"--json {proof_file}: no such folder; make it first")

@@ -1,8 +1,8 @@
-"""What a conversion does with a whole model, in a process of its own: Megatron can be initialised once in a process.
+"""Conversion tasks on whole models, each in its own process: Megatron can be initialised only once per process.
 
     python -m megatron_txssm.convert.worker TASK JSON
 
-TASK is a function of this module and JSON its arguments. `run_task` starts one, with its output in a log.
+TASK is a function of this module, JSON its arguments. `run_task` runs one, with its output in a log.
 """
 
 import json
@@ -18,17 +18,17 @@ from typing import Any
 from megatron_txssm.checkpoint.tensors import Weights, is_kept_in_fp32
 from megatron_txssm.errors import UserError
 
-# Largest difference of fp32 logits, in units of the largest logit (but at least of 1): the order of sums differs.
+# Largest difference of fp32 logits, in units of the largest logit (at least 1): the order of sums differs.
 TOLERANCE = 1e-5
 
 
 class TaskFailed(Exception):
-    """A task failed for another reason than a user's mistake; the message names its log."""
+    """A task failed for a reason other than a user error; the message names its log."""
 
 
 def run_task(task: str, **arguments: Any) -> None:
-    """Run a task to its end; UserError as it raised one, TaskFailed where it failed."""
-    # -P: the current folder may be a downloaded one, whose json.py is not to be imported.
+    """Run a task to its end; raises its UserError, or TaskFailed if it failed otherwise."""
+    # -P: the current folder may be a download with its own json.py, which must not be imported.
     words = [sys.executable, "-P", "-m", "megatron_txssm.convert.worker", task, json.dumps(arguments, default=str)]
     # Both sides of a comparison compute on the CPU.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -42,7 +42,7 @@ def run_task(task: str, **arguments: Any) -> None:
         code = done.returncode
         said = Path(name).read_text(encoding="utf-8", errors="replace").strip()
     finally:
-        # Of a failure alone something is to be learned from it.
+        # The log is useful only after an unexpected failure.
         if code in (None, 0, 2):
             Path(name).unlink()
     if code == 2:
@@ -57,10 +57,10 @@ def run_task(task: str, **arguments: Any) -> None:
 
 
 def save_megatron(folder: str, recipe: str, out: str) -> None:
-    """Megatron's checkpoint of the weights in a folder, as a `release` in `out`; `recipe` is a recipe's YAML file.
+    """Write a Megatron checkpoint of a folder's weights, as a `release` in `out`; `recipe` is a recipe's YAML file.
 
-    Its vocabulary's padding rows are the mean of the others: a padding row's logit is then the mean logit, whose share
-    of the probability is, by Jensen's inequality, at most one token's average share.
+    The vocabulary's padding rows are the mean of its rows. A padding row's logit is then the mean logit, so by Jensen's
+    inequality its probability is at most a token's average probability.
     """
     from megatron_txssm.checkpoint.load import WEIGHTS_ONLY, build_model, one_process_recipe
     from megatron_txssm.convert.hf_folder import open_hf_folder
@@ -84,7 +84,7 @@ def _fill(model: Any, source: Weights) -> None:
     from megatron_txssm.model.shards import model_shards, place_of
 
     with torch.no_grad():
-        # A SwiGLU's gate and up-projection are two pieces of one tensor.
+        # A SwiGLU's gate and up-projection are two shards of one tensor.
         for shard in model_shards(model):
             assert shard.data is not None
             whole = _padded(source.read([shard.key])[shard.key], shard.global_shape[0])
@@ -92,7 +92,7 @@ def _fill(model: Any, source: Weights) -> None:
 
 
 def _padded(tensor: Any, rows: int) -> Any:
-    """With rows behind the vocabulary that are the mean of its own."""
+    """Append rows to the vocabulary, each the mean of its rows."""
     padding = rows - len(tensor)
     if padding == 0:
         return tensor
@@ -111,12 +111,12 @@ def megatron_logits(
     out: str,
     recipe: str | None = None,
 ) -> None:
-    """Logits of a checkpoint by Megatron, in fp32, with weights that were rounded to `round_to` (None: as they are).
+    """Logits of a checkpoint by Megatron, in fp32, with weights rounded to `round_to` (None: as they are).
 
-    `recipe`: a YAML file of the recipe that trained it, if not the one beside it.
+    `recipe`: YAML file of the recipe that trained it, if not the one beside it.
 
-    Written to `out`: "full", [L, V], of one pass over all tokens, and "decoded", [decoded, V], of the last tokens, one
-    at a time behind a pass over the others.
+    Writes to `out`: "full", [L, V], from one pass over all tokens, and "decoded", [decoded, V], for the last tokens,
+    read one at a time after a pass over the others.
     """
     import torch
 
@@ -125,7 +125,7 @@ def megatron_logits(
 
     changes = {"training.precision": "fp32", **WEIGHTS_ONLY}
     loaded = load_model(Path(checkpoints), changes, step=step, recipe_file=Path(recipe) if recipe else None)
-    # Megatron may be imported from here on.
+    # Megatron may only be imported from here on.
     from megatron.core.inference.contexts.static_context import StaticInferenceContext
 
     _round(loaded.model, round_to)
@@ -150,9 +150,9 @@ def hf_logits(
     out: str,
     generated: str | None = None,
 ) -> None:
-    """The same of a folder of weights, by transformers; formats that it has no class for, by our class.
+    """The same for a folder of weights, by transformers; for formats without a class there, by our class.
 
-    generate() is tried as well (greedy.py), and what came of it written to `generated`, as JSON.
+    Also tries generate() (greedy.py), and writes the result to `generated`, as JSON.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Token after token from a model of Megatron's or of transformers', with a cache of keys, values and states."""
+"""Decodes token by token with a Megatron or transformers model, with a cache of keys, values and states."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from megatron_txssm.evaluation.sampling import Sampling
 class Decoder(Protocol):
     """A model that continues one text."""
 
-    # What it is, for a person.
+    # Description for the user.
     description: str
     # The token that ends a text; None: unknown.
     eod: int | None
@@ -22,21 +22,21 @@ class Decoder(Protocol):
     def decode(self, tokens: list[int]) -> str: ...
 
     def next_logits(self, tokens: list[int]) -> Any:
-        """[vocabulary] fp32 logits of the token behind `tokens`, which continue what it has seen."""
+        """[vocabulary] fp32 logits of the token after `tokens`, which continue the text read so far."""
         ...
 
 
 class MegatronDecoder:
-    """The checkpoint of a step (None: the newest), in Megatron's own model.
+    """A checkpoint of a step (None: the newest), in Megatron's own model.
 
-    `capacity` is the number of tokens of prompt and answer together.
+    `capacity`: maximum number of tokens, of prompt and answer together.
     """
 
     def __init__(self, checkpoints: Path, capacity: int, step: int | None = None):
         from megatron_txssm.checkpoint.load import load_model
 
         loaded = load_model(checkpoints, step=step)
-        # Megatron may be imported from here on.
+        # Megatron may only be imported from here on.
         from megatron.core.inference.contexts.static_context import StaticInferenceContext
 
         self.model, self.tokenizer, self.vocab_size = loaded.model, loaded.tokenizer, loaded.recipe.data.vocab_size
@@ -55,7 +55,7 @@ class MegatronDecoder:
 
 
 class HfDecoder:
-    """A folder of weights, or a model's name on the Hugging Face hub; none of its code is run."""
+    """A folder of weights, or a model's name on the Hugging Face hub; its code is never executed."""
 
     def __init__(self, name: str):
         import torch
@@ -80,14 +80,14 @@ class HfDecoder:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except UserError:
             raise
-        except Exception as error:  # of the hub, of transformers and of safetensors, of many kinds
+        except Exception as error:  # the hub, transformers and safetensors raise many kinds
             raise UserError(f"{name} cannot be loaded: {str(error).strip().partition(chr(10))[0]}") from None
         self.text = HfText(model.to(device).eval())
         self.description = f"{name}: {type(model).__name__}, {model.num_parameters():,} parameters"
         self.eod = self.tokenizer.eos_token_id
 
     def encode(self, text: str) -> list[int]:
-        # As the model's other users get it: an export adds nothing, another model may want what its tokenizer adds.
+        # Special tokens as the tokenizer adds them: an export's adds none, other models may need theirs.
         return self.tokenizer(text).input_ids
 
     def decode(self, tokens: list[int]) -> str:
@@ -100,8 +100,10 @@ class HfDecoder:
 def generate_tokens(
     decoder: Decoder, prompt: list[int], max_new_tokens: int, sampling: Sampling, seed: int
 ) -> Iterator[int]:
-    """Token after token behind `prompt`. The prompt goes through in one pass; each token then costs the same, but for
-    attention layers, whose cost grows with the keys they hold.
+    """Yield the tokens after `prompt`.
+
+    The prompt is read in one pass. Each token then has the same cost, except in attention layers, whose cost grows with
+    the number of keys.
     """
     import torch
 
@@ -115,7 +117,7 @@ def generate_tokens(
 
 
 def sample(logits_V: Any, sampling: Sampling, generator: Any, text: list[int]) -> int:
-    """One token id behind `text`."""
+    """Choose one token id after `text`."""
     import torch
 
     if sampling.repetition_penalty != 1:
@@ -127,7 +129,7 @@ def sample(logits_V: Any, sampling: Sampling, generator: Any, text: list[int]) -
         return int(logits_V.argmax())
     values, ids = logits_V.topk(min(sampling.top_k or len(logits_V), len(logits_V)))
     probabilities = torch.softmax(values / sampling.temperature, dim=-1).cpu()
-    # The likeliest token stays, however small top_p is.
+    # The likeliest token is always kept, however small top_p is.
     before = probabilities.cumsum(-1) - probabilities
     probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])

@@ -1,7 +1,7 @@
 """The loss of a run's checkpoint on all of its validation data, by Megatron's own evaluation.
 
-Each sample counts once: Megatron's full validation goes over a set once per micro-batch of a training step; here a step
-has one micro-batch. As in Megatron, a shard's last tokens, less than a sample, are left out.
+Each sample counts once: Megatron's full validation reads a set once per micro-batch of a training step, and here a step
+has one micro-batch. As in Megatron, a shard's last tokens that do not fill a sample are left out.
 """
 
 import math
@@ -34,7 +34,7 @@ def evaluate(
     nproc: int | None = None,
     port: int | None = None,
 ) -> int:
-    """The loss of a run's checkpoint on all of its validation data, to RUN/evaluation/validation.json; the exit code.
+    """Write the loss of a run's checkpoint on all validation data to RUN/evaluation/validation.json; the exit code.
 
     step: which checkpoint (None: the newest). The rest is as in `training.processes.pretrain`.
     """
@@ -51,9 +51,9 @@ def evaluate(
 
 
 def evaluation_recipe(run: Path, overrides: Sequence[str]) -> Recipe:
-    """The recipe of a run's checkpoints, changed by the user's `overrides` and so that it only evaluates.
+    """The recipe of a run's checkpoints, with the user's `overrides`, changed to only evaluate.
 
-    Nothing is saved, and whatever is written goes to RUN/evaluation. UserError without a checkpoint or validation data.
+    No checkpoints are saved, and all output goes to RUN/evaluation. UserError without a checkpoint or validation data.
     """
     checkpoints = find_checkpoints(run)
     if checkpoints == run:
@@ -69,9 +69,9 @@ def evaluation_recipe(run: Path, overrides: Sequence[str]) -> Recipe:
         "checkpoint.directory": None,
         # With an interval, preflight would try to write to the checkpoints.
         "checkpoint.save_interval": None,
-        # Preflight compares the model with that of the checkpoint.
+        # Preflight compares the model with the checkpoint's.
         "checkpoint.load_from": str(checkpoints),
-        # A schedule of many micro-batches, where a step has one here.
+        # Virtual stages need several micro-batches per step, but here a step has one.
         "parallel.virtual_pipeline_stages": None,
         "logging.eval_iters": None,
         "megatron.skip_train": True,
@@ -101,7 +101,7 @@ def _check_validation_data(run: Path, recipe: Recipe) -> None:
 
 @listening()
 def evaluate_as_worker(recipe: Recipe, terminal: TextIO, *, step: int | None = None) -> None:
-    """As one worker of Megatron: evaluate a step (None: the newest); rank 0 writes validation.json and the table."""
+    """As one Megatron worker, evaluate a step (None: the newest); rank 0 writes validation.json and the table."""
     args = start_megatron(recipe, after=evaluation_arguments(recipe, step))
     import torch.distributed
     from megatron.core.enums import ModelType
@@ -114,7 +114,7 @@ def evaluate_as_worker(recipe: Recipe, terminal: TextIO, *, step: int | None = N
     from megatron_txssm.terminal import beside_the_log
     from megatron_txssm.training.resuming import SoundLoads
 
-    # Megatron's handler waits for the end of a training step, which does not come.
+    # Megatron's handler waits for the end of a training step, which never comes.
     args.exit_signal_handler = False
     listen(SoundLoads(recipe, lambda text: print(text, flush=True) if args.rank == 0 else None))
     listen(FailedLoads())
@@ -134,27 +134,27 @@ def evaluate_as_worker(recipe: Recipe, terminal: TextIO, *, step: int | None = N
 
 
 def evaluation_arguments(recipe: Recipe, step: int | None) -> list[str]:
-    """Behind the recipe's own, so that these hold."""
+    """Megatron arguments placed after the recipe's own, which they override."""
     words = load_options(Path(recipe.checkpoint.load_from or ""), step)
     words += whole_validation_arguments(recipe, int(os.environ["WORLD_SIZE"]))
     for flag, blend in (("--valid-data-path", recipe.data.validation), ("--data-path", recipe.data.blend)):
-        # Without weights: all is read.
+        # Without weights, so that all data are read.
         words += [flag, *(prefix for _, prefix in blend)] if blend else []
     return words
 
 
 class _Validation(Listener):
-    """What Megatron's loop is given, and what comes of it: the loss of each set, summed in fp64 on every rank."""
+    """Provides data and forward step to Megatron's loop, and sums each set's loss in fp64 on every rank."""
 
     def __init__(self, recipe: Recipe, args: Any, progress: Callable[..., None]):
         self.args, self.progress = args, progress
         prefixes = [prefix for _, prefix in recipe.data.validation or ()]
-        # The subsets of a corpus, or else token files.
+        # The subsets of a corpus, otherwise token files.
         self.names = args.validation_set_names or prefixes or ["validation"]
-        # Set -> (loss in nats a token, tokens).
+        # Set -> (loss in nats per token, tokens).
         self.results: dict[str, tuple[float, int]] = {}
         self.batches = 0
-        # Of the set at hand, on this rank: [loss, tokens].
+        # For the current set, on this rank: [loss, tokens].
         self.sums: Any = 0.0
         self.datasets_provider = partial(_validation_sets, args=args)
         # Tells Megatron that every rank may call it.
@@ -167,7 +167,7 @@ class _Validation(Listener):
         self.results[self.names[len(self.results)]] = self._over_all_ranks()
 
     def forward_step(self, data_iterator: Any, model: Any) -> Any:
-        """Megatron's forward step, whose losses are summed here, too: Megatron's own sum is fp32."""
+        """Megatron's forward step, with the losses also summed here: Megatron's own sum is fp32."""
         from rich.markup import escape
 
         from megatron_txssm.training.forward_step import forward_step
@@ -180,7 +180,7 @@ class _Validation(Listener):
         return output, partial(self._add, loss_function)
 
     def _add(self, loss_function: Callable[..., Any], losses_BL: Any) -> Any:
-        """Called on the last pipeline stage only."""
+        """Called only on the last pipeline stage."""
         import torch
 
         loss, num_tokens, reported = loss_function(losses_BL)
@@ -202,10 +202,10 @@ class _Validation(Listener):
 
 
 def _validation_sets(num_samples: list[Any], vp_stage: int | None = None, *, args: Any) -> list[Any]:
-    """The run's datasets, but only those for validation."""
+    """The run's datasets, only those for validation."""
     from megatron_txssm.training.forward_step import datasets_provider
 
-    # Else the training shards' indices would be built, for nothing.
+    # Otherwise the training shards' indices would be built needlessly.
     args.train_data_path = args.blend_stages = None
     _, validation, _ = datasets_provider(num_samples, vp_stage)
     return [None, validation, None]

@@ -1,4 +1,4 @@
-"""Continues a prompt, from one of Megatron's checkpoints or from a Hugging Face model."""
+"""Continues a prompt with a Megatron checkpoint or a Hugging Face model."""
 
 import os
 import re
@@ -21,11 +21,11 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 @dataclass(frozen=True)
 class Request:
-    """A text to continue, and by what."""
+    """A text to continue, the model, and how to choose tokens."""
 
-    # Megatron's checkpoints, or the name of a folder or a model on the Hugging Face hub.
+    # Path: Megatron's checkpoints. str: a folder, or a model's name on the Hugging Face hub.
     model: Path | str
-    # Of Megatron's checkpoints; None: the newest.
+    # For Megatron's checkpoints; None: the newest.
     step: int | None
     prompt: str
     max_new_tokens: int
@@ -43,10 +43,10 @@ def generate(
     sampling: Sampling | None = None,
     seed: int = 1234,
 ) -> int:
-    """Print a prompt and what a model continues it with, token by token; returns the exit code.
+    """Print a prompt and a model's continuation, token by token; returns the exit code.
 
     model: a run, its checkpoints (`step`: which; None: the newest), a Hugging Face folder, or with `hub` a name on the
-    Hugging Face hub. UserError where there is none.
+    Hugging Face hub. UserError if there is no model.
     """
     if hub and not _HUB_NAME.fullmatch(str(model)):
         raise UserError(f"--hub {model}: a name on the Hugging Face hub is ORGANISATION/MODEL")
@@ -68,7 +68,7 @@ def generate(
 
 
 def _by_megatron(request: Request) -> int:
-    """Megatron prints much: into a log, of which only a failure tells."""
+    """Send Megatron's output to a log, which is kept only after a failure."""
     from megatron_txssm.session.output import output_redirected
 
     handle, name = tempfile.mkstemp(prefix="txssm-generate-", suffix=".log")
@@ -92,13 +92,13 @@ def _by_megatron(request: Request) -> int:
 
 
 def write(request: Request, terminal: TextIO) -> int:
-    """Load the model and write the prompt and what follows it to `terminal`, piece by piece."""
+    """Load the model, and write the prompt and its continuation to `terminal`, piece by piece."""
     from megatron_txssm.evaluation.decoding import HfDecoder, MegatronDecoder, generate_tokens
 
     prompt = request.prompt
     with doing(f"loading {request.model}", terminal):
         if isinstance(request.model, Path):
-            # A token has a byte at least.
+            # A token has at least one byte.
             decoder = MegatronDecoder(request.model, len(prompt.encode()) + request.max_new_tokens, request.step)
         else:
             decoder = HfDecoder(request.model)
@@ -118,24 +118,24 @@ def write(request: Request, terminal: TextIO) -> int:
             break
         new.append(token)
         text = decoder.decode(tokens + new)
-        # The last token may be the first bytes of a character that the next ones complete.
+        # The last token may be the first bytes of a character that later tokens complete.
         if not text.endswith("\ufffd"):
             print(_shown(text[len(written) :], terminal), file=terminal, end="", flush=True)
             written = text
-    # A character that was never completed.
+    # The rest, if a character was never completed.
     print(_shown(decoder.decode(tokens + new)[len(written) :], terminal), file=terminal, end="")
     print(f"\n\n{_speed(len(tokens), len(new), begin, first, time.perf_counter())}", file=terminal)
     return 0
 
 
 def _shown(text: str, terminal: TextIO) -> str:
-    """On a terminal without what it would obey: a model may write anything."""
+    """Replace control characters if the output is a terminal: a model may write anything."""
     if not terminal.isatty():
         return text
     return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
 def _speed(prompt: int, new: int, begin: float, first: float, end: float) -> str:
-    """The prompt's pass ends with the first new token; the others tell the speed of decoding."""
+    """The prompt's pass ends with the first new token; the others measure the decoding speed."""
     said = f"{prompt} tokens of prompt in {first - begin:.1f} s, {new} new tokens"
     return said if new < 2 else f"{said}, {(new - 1) / (end - first):.1f} tokens/s"

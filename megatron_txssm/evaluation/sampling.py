@@ -1,4 +1,4 @@
-"""How generated tokens are chosen."""
+"""Sampling settings."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ from megatron_txssm.errors import UserError
 class Sampling:
     """How a token is chosen."""
 
-    # 0: the likeliest one each time.
+    # 0: always the likeliest token.
     temperature: float = 0.8
-    # From the k likeliest; 0: all.
+    # Choose from the k likeliest tokens; 0: all.
     top_k: int = 50
-    # From the likeliest that together have this probability; 1: all.
+    # Choose from the likeliest tokens that together have this probability; 1: all.
     top_p: float = 1.0
-    # Divides a token's positive logit, and multiplies a negative one, if it stands in the text (arXiv:1909.05858).
+    # For tokens in the text: divides positive logits, multiplies negative ones (arXiv:1909.05858).
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:

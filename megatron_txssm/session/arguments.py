@@ -1,7 +1,7 @@
-"""From a recipe to Megatron's command line, and from there to Megatron's namespace.
+"""Converts a recipe to Megatron's command line, and that to Megatron's namespace.
 
-The table of fields is recipe/schema.py, that of the `megatron:` section recipe/megatron_table.py. Megatron is imported
-only for a parse, by its own parser with our arguments added.
+recipe/schema.py declares the fields, recipe/megatron_table.py the `megatron:` section. Megatron is imported only for
+parsing, by its own parser with our arguments added.
 """
 
 import argparse
@@ -30,27 +30,27 @@ def megatron_arguments(recipe: Recipe) -> list[str]:
                 words += render(value, recipe)
             else:
                 words += [word for flag in field.setting.flags for word in argument(flag, value)]
-    # After them stands nothing that takes a list without a bound, so a list's last word is never swallowed.
+    # No positional words follow, which an argument with an unbounded list would swallow.
     return words + [word for key, value in recipe.megatron.items() for word in passing()[key].words(value)]
 
 
 def whole_validation_arguments(recipe: Recipe, world_size: int) -> list[str]:
-    """Where validation sets are read whole: one sample a data-parallel rank at each of validation's steps.
+    """With full validation: one sample per data-parallel rank in each validation step.
 
-    Megatron's loader gives single samples there and counts a step for each; a step like those of training would read
-    the set again for each of its micro-batches, and a pipeline fails on samples where it expects larger micro-batches.
+    Megatron's loader then yields single samples and counts each as a step. With the training's batch sizes, each of a
+    step's micro-batches would read the set again, and pipelines fail on samples that are smaller than a micro-batch.
     """
     if recipe.logging.eval_iters is not None:
         return []
     parallel = recipe.parallel
-    # The interleaved schedule takes rounds of as many micro-batches only, and reads the set as many times.
+    # The interleaved schedule needs this many micro-batches per round, and reads the set as many times.
     micro_batches = parallel.pipeline_model_parallel_size if (parallel.virtual_pipeline_stages or 1) > 1 else 1
     samples = data_parallel_size(recipe, world_size) * micro_batches
     return ["--eval-micro-batch-size=1", f"--eval-global-batch-size={samples}"]
 
 
 def parse_megatron_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Megatron's namespace for a command line, not yet validated by Megatron; UserError where its parser refuses."""
+    """Megatron's namespace for a command line, before Megatron's validation; UserError if its parser rejects it."""
     try:
         return _parser().parse_args(list(argv))
     except (AssertionError, KeyError, IndexError) as error:
@@ -66,7 +66,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     from megatron_txssm.model.arguments import add_transxssm_arguments
 
-    # Its warnings of missing GPU libraries are no matter of a command line.
+    # Warnings about missing GPU libraries are irrelevant here.
     with warnings.catch_warnings(action="ignore"):
         from megatron.training.arguments import add_megatron_arguments
 

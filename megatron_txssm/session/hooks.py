@@ -1,7 +1,7 @@
-"""The one place that replaces functions of Megatron's training loop, which has no callbacks of its own.
+"""The one place that replaces functions of Megatron's training loop, which has no callbacks.
 
-Whoever wants to hear of the loop derives from `Listener` and calls `listen` or `listening`. At an upgrade of Megatron,
-compare FUNCTIONS with megatron.training.training: its arguments (tests/session/test_hooks.py does) and results.
+To observe the loop, derive from `Listener` and call `listen` or `listening`. After an upgrade of Megatron, compare
+FUNCTIONS with megatron.training.training: its arguments (tests/session/test_hooks.py checks them) and results.
 """
 
 import functools
@@ -12,15 +12,15 @@ from types import SimpleNamespace
 from typing import Any
 
 WHEN = ("before", "around", "after")
-# Event -> the function of megatron.training.training, and those of its arguments that a Call has.
+# Event -> function of megatron.training.training, and its arguments that a Call has.
 FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    # -> [model chunks], optimizer, its schedule; a checkpoint is loaded within it.
+    # -> [model chunks], optimizer, its schedule; loads the checkpoint.
     "setup": ("setup_model_and_optimizer", ()),
-    # -> iterators over training, validation and test data; once for each virtual pipeline stage.
+    # -> iterators over training, validation and test data; once per virtual pipeline stage.
     "data": ("build_train_valid_test_data_iterators", ()),
     # -> iteration, FLOPs so far.
     "load": ("load_checkpoint", ("ddp_model", "optimizer", "opt_param_scheduler")),
-    # Forward, backward, and the optimizer's and the schedule's step.
+    # Forward, backward, and the step of optimizer and schedule.
     "step": ("train_step", ("optimizer",)),
     # -> FLOPs of one global batch.
     "flops": ("num_floating_point_operations", ("args", "batch_size", "seqlen_squared_sum_in_batch")),
@@ -28,25 +28,25 @@ FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "log": ("training_log", ("loss_dict", "learning_rate", "iteration", "skipped_iter", "grad_norm")),
     # All validation sets, or the test set.
     "validation": ("evaluate_and_print_results", ("data_iterator",)),
-    # One of them -> its losses (None where the time limit came first), other data, whether the time limit came first.
+    # One of them -> its losses (None if the time limit came first), other data, whether the time limit came first.
     "validation_set": ("evaluate", ()),
     "save": ("save_checkpoint", ("iteration", "model", "optimizer", "non_persistent_ckpt")),
-    # The end of a save that is written behind the training (async_save); asked for at every step.
+    # The end of an asynchronous save (async_save); called at every step.
     "finalize": ("maybe_finalize_async_save", ()),
 }
 
 
 class Call(SimpleNamespace):
-    """Arguments of one call, by Megatron's names; what a listener sets before the function runs is what it gets."""
+    """Arguments of one call, by Megatron's names; the function receives the values that listeners have set."""
 
 
 class Listener:
-    """Hears of an EVENT in FUNCTIONS by a method of its name; all are optional.
+    """Handles events of FUNCTIONS by methods with these names; all are optional.
 
     before_EVENT(call)           in the order in which the listeners were added
-    around_EVENT(call, proceed)  returns the result; `proceed()` runs the function, or around it the next listener's
-                                 around_EVENT: the first listener's is the outermost
-    after_EVENT(call, result)    in the order in which they were added; not after an exception
+    around_EVENT(call, proceed)  returns the result; `proceed()` runs the function, or the next listener's around_EVENT:
+                                 the first listener's is the outermost
+    after_EVENT(call, result)    in the order in which the listeners were added; not after an exception
     """
 
     def __init_subclass__(cls) -> None:
@@ -57,12 +57,12 @@ class Listener:
 
 
 _listeners: list[Listener] = []
-# Event -> our function in the place of Megatron's.
+# Event -> the function that replaces Megatron's.
 _replacements: dict[str, Callable[..., Any]] = {}
 
 
 def listen(listener: Listener) -> None:
-    """Add a listener, from now on and after those there are; one that is equal to one of them is not added again."""
+    """Add a listener after the existing ones; ignored if an equal one exists."""
     if listener not in _listeners:
         _listeners.append(listener)
         _replace_functions()
@@ -70,9 +70,9 @@ def listen(listener: Listener) -> None:
 
 @contextmanager
 def listening(*listeners: Listener) -> Iterator[None]:
-    """`listen` for the length of a `with`, or of a function decorated with it.
+    """`listen` for the duration of a `with`, or of a function decorated with it.
 
-    At its end all listeners that were added meanwhile are removed, and Megatron's functions restored.
+    At its end, all listeners added meanwhile are removed, and Megatron's functions restored.
     """
     before = list(_listeners)
     try:
@@ -86,7 +86,7 @@ def listening(*listeners: Listener) -> Iterator[None]:
 
 
 def _replace_functions() -> None:
-    """Put ours in the place of the functions that somebody hears of, and Megatron's back in the place of the others."""
+    """Replace the functions that have listeners, and restore the others."""
     from megatron.training import training
 
     for event, (name, _) in FUNCTIONS.items():
@@ -100,7 +100,7 @@ def _replace_functions() -> None:
 
 
 def _is_replaced(event: str, function: Callable[..., Any]) -> bool:
-    """Also where somebody else has wrapped ours meanwhile."""
+    """Also true if other code has wrapped our function meanwhile."""
     ours = _replacements.get(event)
     return inspect.unwrap(function, stop=lambda wrapped: wrapped is ours) is ours
 
@@ -143,7 +143,7 @@ def _methods(when: str, event: str) -> list[Callable[..., Any]]:
 
 @contextmanager
 def tracker_naming(iteration: int, *, release: bool) -> Iterator[None]:
-    """Let load_checkpoint read this step in a checkpoint folder's tracker, whatever the file says."""
+    """Let load_checkpoint read this step from a checkpoint folder's tracker, regardless of the file's content."""
     from megatron.training import checkpointing
 
     module: Any = checkpointing

@@ -1,4 +1,4 @@
-"""Where a worker's words go: a few lines to the terminal, everything else to a log file of its rank."""
+"""Output of workers: a few lines on the terminal, everything else in a log file per rank."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from typing import TextIO
 
 
 def redirect_output(log_file: Path) -> TextIO:
-    """Send this process's stdout and stderr, C++ libraries' included, to `log_file`; returns the terminal.
+    """Send this process's stdout and stderr, including C++ libraries', to `log_file`; returns the terminal.
 
     Megatron prints hundreds of lines before the first step, on every rank.
     """
@@ -20,14 +20,14 @@ def redirect_output(log_file: Path) -> TextIO:
     with open(log_file, "ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    # A file is block-buffered; a log should show the last line before a crash.
+    # Files are block-buffered, but a log should have the last line before a crash.
     sys.stdout.reconfigure(line_buffering=True)  # pyright: ignore[reportAttributeAccessIssue]
     return terminal
 
 
 @contextmanager
 def output_redirected(log_file: Path) -> Iterator[TextIO]:
-    """`redirect_output` for the length of a `with`."""
+    """`redirect_output` for the duration of a `with`."""
     descriptors = os.dup(1), os.dup(2)
     with redirect_output(log_file) as terminal:
         try:

@@ -1,4 +1,4 @@
-"""The fields of a recipe that become other Megatron arguments than their own value under their own flags."""
+"""Fields of a recipe whose Megatron arguments are not just their value under their own flag."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -45,12 +45,12 @@ def _checkpoints(_: str | None, recipe: Recipe) -> list[str]:
 
 
 def _validation_batches(count: int | None, recipe: Recipe) -> list[str]:
-    # Together, as Megatron 0.19.2 fails on a full validation of what it holds for a single set.
+    # Together, because Megatron 0.19.2 fails on a full validation of a single set.
     return ["--full-validation", "--multiple-validation-sets"] if count is None else ["--eval-iters", str(count)]
 
 
 def _tensorboard(on: bool, recipe: Recipe) -> list[str]:
-    # Megatron sends W&B what it writes to TensorBoard, and nothing without it.
+    # Megatron sends to W&B only what it writes to TensorBoard.
     wanted = on or recipe.logging.wandb_project
     return argument("--tensorboard-dir", str(recipe.run_path / "tensorboard") if wanted else None)
 
@@ -66,7 +66,7 @@ def _wandb(project: str | None, recipe: Recipe) -> list[str]:
     ]
 
 
-# Field -> its (value, recipe) as words of Megatron's command line.
+# Field -> function of (value, recipe) that returns words of Megatron's command line.
 RENDERS: Mapping[str, Callable[[Any, Recipe], list[str]]] = {
     "model.num_query_groups": _query_groups,
     "model.state_dt_bias": lambda biased, _: argument("--state-space-no-dt-bias", not biased),
@@ -84,7 +84,7 @@ RENDERS: Mapping[str, Callable[[Any, Recipe], list[str]]] = {
     "optimizer.wsd_decay_fraction": lambda _, recipe: argument("--lr-wsd-decay-iters", recipe.wsd_decay_iters),
     "optimizer.wsd_decay_shape": _wsd_shape,
     "data.corpus": lambda corpus, recipe: [] if corpus is None else corpus_arguments(recipe),
-    # What these say is in the corpus's arguments.
+    # Included in the corpus's arguments.
     "data.weights": lambda _, recipe: [],
     "data.stages": lambda _, recipe: [],
     "data.tokenizer_type": lambda _, recipe: argument("--tokenizer-type", recipe.tokenizer_type),
@@ -96,6 +96,6 @@ RENDERS: Mapping[str, Callable[[Any, Recipe], list[str]]] = {
     "logging.eval_iters": _validation_batches,
     "logging.tensorboard": _tensorboard,
     "logging.wandb_project": _wandb,
-    # In the project's.
+    # Included in the project's arguments.
     "logging.wandb_name": lambda _, recipe: [],
 }

@@ -13,9 +13,9 @@ from megatron_txssm.session.arguments import megatron_arguments
 
 
 def show_recipe(recipe: str | Path, *, overrides: Sequence[str] = (), megatron_args: bool = False) -> int:
-    """Print a recipe with all its fields, as YAML; or Megatron's command line for it. Returns the exit code.
+    """Print a recipe with all its fields, as YAML, or its Megatron command line. Returns the exit code.
 
-    recipe: a name or a YAML file; overrides: fields changed, as "a.b=c".
+    recipe: a name or a YAML file; overrides: changed fields, as "a.b=c".
     """
     loaded = load_recipe(recipe, overrides)
     if megatron_args:
@@ -26,14 +26,14 @@ def show_recipe(recipe: str | Path, *, overrides: Sequence[str] = (), megatron_a
 
 
 def _megatron_words(recipe: Recipe) -> list[str]:
-    """Megatron's command line; where the corpus is not made yet, without what only it knows."""
+    """Megatron's command line; if the corpus does not exist yet, without the arguments that depend on it."""
     try:
         return megatron_arguments(recipe)
     except NoCorpus as error:
         print(f"without the corpus's --train-data-path, --valid-data-path and tokenizer: {error}", file=sys.stderr)
     words = megatron_arguments(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, corpus=None)))
     if recipe.data.tokenizer_type is None:
-        # What a recipe without a corpus would have.
+        # A recipe without a corpus would have it.
         place = words.index("--tokenizer-type")
         del words[place : place + 2]
     return words

@@ -15,10 +15,10 @@ from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_
 
 
 def start_megatron(recipe: Recipe, *, before: Sequence[str] = (), after: Sequence[str] = ()) -> Any:
-    """Megatron's arguments for a recipe, parsed and validated by Megatron, for the rank that the environment names.
+    """Megatron's arguments for a recipe, parsed and validated by Megatron, for the rank given by the environment.
 
-    Call it before anything imports Megatron. `before` and `after`: further arguments, in front of the recipe's own or
-    behind them; of two that contradict each other the later holds. UserError where this machine or Megatron refuses.
+    Call it before Megatron is imported. `before` and `after`: further arguments, placed before or after the recipe's
+    own; later ones override earlier ones. UserError if this machine or Megatron rejects them.
     """
     follow_deterministic_mode(recipe)
     platform_arguments = prepare_platform()
@@ -30,7 +30,7 @@ def start_megatron(recipe: Recipe, *, before: Sequence[str] = (), after: Sequenc
 
 
 def check_gpu(recipe: Recipe) -> None:
-    """UserError where this process's GPU, or its lack of one, cannot do what the recipe asks."""
+    """UserError if this process's GPU, or the lack of one, does not support the recipe."""
     import torch
 
     if not torch.cuda.is_available():
@@ -46,27 +46,27 @@ def check_gpu(recipe: Recipe) -> None:
 
 
 def follow_deterministic_mode(recipe: Recipe) -> None:
-    """Fix mamba-ssm's kernels under Megatron's --deterministic-mode, and keep what it tunes otherwise.
+    """Make mamba-ssm's kernels deterministic under Megatron's --deterministic-mode, otherwise cache their tuning.
 
-    Before mamba-ssm is imported, which Megatron does too early itself: else its kernels would add without atomics, but
-    in blocks of the size that each run finds to be the fastest.
+    Call it before mamba-ssm is imported, which Megatron itself does too early. Otherwise the kernels would avoid
+    atomics, but use the block sizes that each run finds fastest.
     """
     if recipe.megatron.get("deterministic_mode"):
         os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
-        # With it mamba-ssm would try block sizes nevertheless, and each node would keep what it found.
+        # It would make mamba-ssm try block sizes anyway, and each node keep its own result.
         os.environ.pop("TRITON_CACHE_AUTOTUNING", None)
     else:
-        # The next start, and the next process of this node, need not try them again: it takes half a minute.
+        # The next start, and the next process of this node, need not repeat the tuning, which takes half a minute.
         os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
 
 
 def initialize_arguments(arguments: list[str]) -> Any:
-    """Megatron's global arguments, parsed and validated by Megatron; UserError where it refuses."""
+    """Megatron's global arguments, parsed and validated by Megatron; UserError if it rejects them."""
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_txssm.model.arguments import add_transxssm_arguments
 
-    parse_megatron_arguments(arguments)  # for a clear message where a value does not parse
+    parse_megatron_arguments(arguments)  # for a clear message if a value does not parse
     sys.argv[1:] = arguments
     try:
         return parse_and_validate_args(extra_args_provider=add_transxssm_arguments)
@@ -75,7 +75,7 @@ def initialize_arguments(arguments: list[str]) -> Any:
 
 
 def model_config(args: Any) -> Any:
-    """Megatron's GPTModelConfig, whose builder starts every weight from the seed and its name."""
+    """Megatron's GPTModelConfig, whose builder initialises every weight from the seed and its name."""
     from megatron.training.argument_utils import gpt_config_from_args
 
     from megatron_txssm.model.initialization import initialize_by_name
@@ -92,7 +92,7 @@ def model_config(args: Any) -> Any:
 
 @contextmanager
 def megatron_initialized(recipe: Recipe, world_size: int) -> Iterator[Any]:
-    """Megatron's global arguments and tokenizer as on rank 0 of `world_size` processes, which are not started."""
+    """Megatron's global arguments and tokenizer as on rank 0 of `world_size` processes, without starting them."""
     platform_arguments = prepare_platform()
     from megatron.training import global_vars
     from megatron.training.arguments import parse_args, validate_args
@@ -103,7 +103,7 @@ def megatron_initialized(recipe: Recipe, world_size: int) -> Iterator[Any]:
     mend_megatron()
     words, environment = sys.argv[1:], dict(os.environ)
     arguments = [*megatron_arguments(recipe), *platform_arguments]
-    # For a clear message where a value does not parse.
+    # For a clear message if a value does not parse.
     parse_megatron_arguments(arguments)
     sys.argv[1:] = arguments
     os.environ.update(RANK="0", WORLD_SIZE=str(world_size))

@@ -1,4 +1,4 @@
-"""Is any weight, or anything that the optimizer keeps, NaN or infinite?"""
+"""Searches a model's weights and its optimizer's state for NaN and infinity."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,9 +11,9 @@ Named = tuple[str, torch.Tensor]
 
 
 def first_not_finite(model: Iterable[Any], optimizer: Any = None) -> str:
-    """The first weight, master weight or moment of Adam that is NaN or infinite, and its rank; empty where none is.
+    """The first weight, master weight or Adam moment that is NaN or infinite, and its rank; empty if all are finite.
 
-    On every rank the same. Each tensor is read once where it lies, and one number is fetched: no copies.
+    Every rank returns the same. Tensors are read in place, without copies; only one number is copied to the host.
     """
     named = [*_weights(model), *_kept(optimizer)]
     broken = torch.zeros(1, dtype=torch.int, device=torch.cuda.current_device())
@@ -27,10 +27,10 @@ def first_not_finite(model: Iterable[Any], optimizer: Any = None) -> str:
 
 
 def _all_finite(tensors: list[torch.Tensor]) -> bool:
-    """A sum is finite only where all its terms are; only a sum that is not, of large terms, has to be looked into."""
+    """A finite sum proves that all terms are finite; otherwise each tensor is checked, as large terms may overflow."""
     if not tensors:
         return True
-    # An optimizer that is offloaded keeps some on the CPU.
+    # An offloaded optimizer keeps some tensors on the CPU.
     sums = [tensor.sum(dtype=torch.float32).to(tensors[0].device) for tensor in tensors]
     if bool(torch.stack(sums).isfinite().all()):
         return True
@@ -44,7 +44,7 @@ def _weights(model: Iterable[Any]) -> Iterator[Named]:
 
 
 def _kept(optimizer: Any) -> Iterator[Named]:
-    """What a checkpoint holds of Megatron's optimizer: its fp32 weights, and of each what Adam keeps."""
+    """The optimizer state in a checkpoint: fp32 master weights, and Adam's state for each."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = getattr(part, "optimizer", None)
         if inner is None or getattr(part, "is_stub_optimizer", False):
@@ -53,6 +53,6 @@ def _kept(optimizer: Any) -> Iterator[Named]:
             for parameter in group["params"]:
                 yield "an fp32 weight of the optimizer", parameter.detach()
                 for name, value in inner.state.get(parameter, {}).items():
-                    # In 8 bits there may be a scale elsewhere; such have no infinity.
+                    # 8-bit types are skipped: they may have a separate scale, and have no infinity.
                     if torch.is_tensor(value) and value.is_floating_point() and value.element_size() > 1:
                         yield f"the optimizer's {name}", value.detach()

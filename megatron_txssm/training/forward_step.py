@@ -1,4 +1,4 @@
-"""What Megatron's loop asks of a model's author: datasets, a batch through the model, its loss.
+"""The model's part of Megatron's training loop: datasets, forward step and loss.
 
 B=batch  L=sequence length
 """
@@ -28,11 +28,11 @@ BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 def datasets_provider(num_samples: list[Any], vp_stage: int | None = None) -> list[Any]:
-    """Megatron's train, validation and test GPTDataset over blends of `.bin/.idx` shards; `--blend-stages` obeyed.
+    """Megatron's train, validation and test GPTDataset over blends of `.bin/.idx` shards, with `--blend-stages`.
 
-    `num_samples`: of each split, None for all of it once. Of validation, Megatron asks for as many as all validations
-    of a training would read; ours read the same, which so depend no more on the length of the training.
-    Every pipeline stage and tensor-parallel rank reads its own batches, in the same order.
+    `num_samples`: per split, None for one pass over all of it. For validation, Megatron requests enough samples for all
+    validations of the training; ours read the same samples each time, so the set does not depend on the training's
+    length. Every pipeline stage and tensor-parallel rank reads its own batches, in the same order.
     """
     args = get_args()
     if num_samples[1] is not None:
@@ -55,9 +55,9 @@ def datasets_provider(num_samples: list[Any], vp_stage: int | None = None) -> li
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=args.eod_mask_loss,
-        # Positions restart with every document, which is how forward_step learns of them.
+        # Positions restart with every document; forward_step finds the documents by them.
         inter_document_masking=args.isolate_documents,
-        # Attention is causal by construction; a mask would cost L² bytes a sample.
+        # Attention is causal by construction; a mask would cost L² bytes per sample.
         create_attention_mask=False,
     )
     if args.blend_stages is None:
@@ -74,7 +74,7 @@ datasets_provider.is_distributed = True  # pyright: ignore[reportFunctionMemberA
 
 
 def checked_tokenizer() -> Any:
-    """Megatron's tokenizer; UserError where it has tokens that the embedding has no row for."""
+    """Megatron's tokenizer; UserError if it has more tokens than the embedding has rows."""
     args = get_args()
     tokenizer: Any = get_tokenizer()
     if tokenizer.vocab_size > args.vocab_size:
@@ -86,10 +86,10 @@ def checked_tokenizer() -> Any:
 
 
 class WithoutPadding:
-    """A tokenizer for Megatron's datasets, whose samples hold no padding.
+    """A tokenizer for Megatron's datasets, whose samples contain no padding.
 
-    They would take the loss from every token of the padding token's id, and read token 0 in its place: text that a
-    document may hold.
+    The datasets mask the loss of every token with the padding id and replace it by token 0, although documents may
+    contain that token.
     """
 
     pad = -1
@@ -98,14 +98,14 @@ class WithoutPadding:
         self.tokenizer = tokenizer
 
     def __getattr__(self, name: str) -> Any:
-        # Not while the object is being made, as by pickle.
+        # Not during construction, such as by pickle.
         if name == "tokenizer":
             raise AttributeError(name)
         return getattr(self.tokenizer, name)
 
 
 def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
-    """One micro-batch through this stage: (output, a function from output to Megatron's loss triple)."""
+    """Run one micro-batch through this stage: (output, function from the output to Megatron's loss triple)."""
     batch = next(data_iterator)
     documents = None
     if get_args().isolate_documents:
@@ -117,13 +117,13 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tupl
 
 
 def packed_documents(position_ids_BL: Tensor) -> PackedDocuments:
-    """The documents of a micro-batch, from positions that restart with each."""
+    """The documents of a micro-batch, from positions that restart with each document."""
     return PackedDocuments.from_position_ids(position_ids_BL.to(torch.cuda.current_device(), non_blocking=True))
 
 
 def count_documents(position_ids_BL: Tensor, model: Any) -> None:
-    """Tell Megatron's loop the documents' lengths; it sums them over the ranks, and attention is billed by them."""
-    # Once a micro-batch: a rank with several virtual stages gets it for each.
+    """Report document lengths to Megatron's loop, which sums them over the ranks to count attention's FLOPs."""
+    # Once per micro-batch: a rank with several virtual stages receives it once per stage.
     if model.training and not get_attr_wrapped_model(model, "vp_stage"):
         positions = position_ids_BL.flatten()
         starts = (positions == 0).nonzero().flatten()
@@ -138,9 +138,10 @@ def on_this_rank(whole_BL: Tensor) -> Tensor:
 
 
 def loss_function(loss_mask_BL: Tensor, losses_BL: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(sum of token losses in nats, number of tokens, what is reported).
+    """(sum of token losses in nats, number of tokens, reported values).
 
-    The triple, not a pair: a pair's loss is multiplied by the context-parallel size, which doubles gradients silently.
+    A triple, because Megatron multiplies the loss of a pair by the context-parallel size, which silently doubles
+    gradients.
     """
     mask = loss_mask_BL.view(-1).float()
     loss = torch.sum(losses_BL.view(-1).float() * mask)

@@ -1,7 +1,7 @@
-"""The way back from a training step to its documents: which they are, where they come from, which rank read them.
+"""Traces a training step back to its documents: which they are, where they come from, which rank read them.
 
-The training's samples are built once more, in one process and without a model, by the functions that training uses and
-from the same arguments; each sample is then followed through Megatron's indices to its documents.
+The training samples are rebuilt in one process, without a model, by the same functions and arguments as in training.
+Each sample is then followed through Megatron's indices to its documents.
 """
 
 import dataclasses
@@ -18,18 +18,18 @@ from megatron_txssm.session.start import megatron_initialized
 
 @dataclass(frozen=True)
 class Part:
-    """What of a document is in a sample. Ranges are [from, to), in tokens."""
+    """The part of a document in a sample. Ranges are [from, to), in tokens."""
 
     subset: str
-    # Such as 00012.train.
+    # For example 00012.train.
     shard: str
-    # In its shard, from 0.
+    # Index in its shard, from 0.
     document: int
-    # Of the sample's seq_length + 1 tokens: the model reads all but the last and predicts all but the first.
+    # Range in the sample's seq_length + 1 tokens: the model reads all but the last and predicts all but the first.
     sample_tokens: tuple[int, int]
-    # Of the document's, the last of which is the end-of-document token.
+    # Range in the document's tokens, the last of which is the end-of-document token.
     document_tokens: tuple[int, int]
-    # Source file, relative to the subset's source; row in it, from 0; URL or path, None where the source has none.
+    # Source file, relative to the subset's source; row in it, from 0; URL or path, None if the source has none.
     file: str = ""
     row: int = -1
     origin: str | None = None
@@ -37,12 +37,12 @@ class Part:
 
 @dataclass(frozen=True)
 class TracedSample:
-    """One sample of a global batch: who computes it, and what it is made of. All numbers count from 0."""
+    """One sample of a global batch: the rank that computes it, and its documents. All numbers count from 0."""
 
-    # In the global batch.
+    # Index in the global batch.
     sample: int
     data_parallel_rank: int
-    # Which of the rank's forward passes in this step, and the place there.
+    # Index of the rank's forward pass in this step, and of the sample in it.
     micro_batch: int
     position: int
     documents: tuple[Part, ...]
@@ -52,7 +52,7 @@ class TrainingData:
     """The training samples of a recipe, as `world_size` processes read them.
 
     UserError for a recipe without a corpus, a layout that does not fit, or arguments that make the order of samples
-    depend on more than the step. Builds Megatron's index files as training does, where they are not there yet.
+    depend on more than the step. Builds Megatron's index files, as training does, if they do not exist.
     """
 
     def __init__(self, recipe: Recipe, world_size: int) -> None:
@@ -68,15 +68,15 @@ class TrainingData:
             from megatron_txssm.training.forward_step import datasets_provider
 
             self.data_parallel_size: int = args.data_parallel_size
-            # The splits are built one by one; this leaves the training's as it is.
+            # The splits are built independently, so this does not change the training split.
             args.valid_data_path = None
             self.samples: Any = datasets_provider(list(get_train_valid_test_num_samples()))[0]
             self.tokenizer: Any = get_tokenizer()
-        # Where the corpus is a single shard, Megatron builds no blend.
+        # With a single shard, Megatron builds no blend.
         self.shards: list[Any] = getattr(self.samples, "datasets", [self.samples])
 
     def trace(self, step: int, samples: Iterable[int] | None = None) -> list[TracedSample]:
-        """The samples of a step (from 1), or only those of the given numbers; UserError where out of range."""
+        """The samples of a step (from 1), or only those with the given numbers; UserError if out of range."""
         batch = self.recipe.global_batch_size
         if not 1 <= step <= self.recipe.train_iters:
             raise UserError(f"--step {step} is no step of {self.recipe.name}; use 1 to {self.recipe.train_iters}")
@@ -84,7 +84,7 @@ class TrainingData:
         for number in range(batch) if samples is None else samples:
             if not 0 <= number < batch:
                 raise UserError(f"--sample {number} is not in the global batch; use 0 to {batch - 1}")
-            # As MegatronPretrainingSampler deals: a micro-batch to every rank in turn, then the next round.
+            # Same order as MegatronPretrainingSampler: one micro-batch to every rank in turn, then the next round.
             rest, position = divmod(number, self.recipe.training.micro_batch_size)
             micro_batch, rank = divmod(rest, self.data_parallel_size)
             parts = tuple(self._parts((step - 1) * batch + number))
@@ -92,7 +92,7 @@ class TrainingData:
         return _with_sources(traced, self.corpus)
 
     def text(self, part: Part) -> str:
-        """What of a document is in a sample, decoded."""
+        """The part of a document that is in a sample, decoded."""
         prefix = str(self.corpus / part.subset / part.shard)
         (shard,) = (shard for shard in self.shards if shard.dataset_path == prefix)
         start, end = part.document_tokens
@@ -100,7 +100,7 @@ class TrainingData:
         return self.tokenizer.detokenize(tokens.tolist())
 
     def _parts(self, index: int) -> Iterator[Part]:
-        """The documents of a training sample, in their order there, without their sources."""
+        """The documents of a training sample, in order, without their sources."""
         shard, sample = self._locate(index)
         path = Path(shard.dataset_path)
         place = shard.shuffle_index[sample]
@@ -116,7 +116,7 @@ class TrainingData:
         assert at == self.recipe.training.seq_length + 1
 
     def _locate(self, index: int) -> tuple[Any, int]:
-        """(GPTDataset of a shard, number of its sample) of a training sample."""
+        """(GPTDataset of a shard, index in it) of a training sample."""
         if len(self.shards) == 1:
             return self.shards[0], index
         if hasattr(self.samples, "locate"):
@@ -127,7 +127,7 @@ class TrainingData:
 
 
 def _with_sources(traced: list[TracedSample], corpus: Path) -> list[TracedSample]:
-    """The samples with the source of each document, from the table beside its shard."""
+    """The samples with each document's source, from the table beside its shard."""
     wanted: dict[tuple[str, str], set[int]] = {}
     for sample in traced:
         for part in sample.documents:

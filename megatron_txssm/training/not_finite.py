@@ -1,4 +1,4 @@
-"""What is said where a loss, a gradient or a weight is NaN or infinite: where it began, and the way back."""
+"""Explains a loss, gradient or weight that is NaN or infinite: where it began, and how to recover."""
 
 import os
 import shlex
@@ -12,19 +12,19 @@ from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm.environment import attempt_folder
 from megatron_txssm.slurm.submission import read_submission
 
-# Megatron's exit codes where a result is not finite: the same GPU computed it again and got the same, or did not.
+# Megatron's exit codes for a non-finite result: a rerun on the same GPU gave the same result, or another.
 SAME_AGAIN, NOT_THE_SAME = 16, 17
-# Of large checkpoints' weights, half of torch.distributed's timeout.
+# Time limit for reading large checkpoints' weights: half of torch.distributed's timeout.
 READ_SECONDS = 300
 
 
 @dataclass(frozen=True)
 class Suspect:
-    """A rank whose own result was the first that was not finite."""
+    """A rank whose own result was the first non-finite one."""
 
     rank: int
     node: str
-    # None where there is no GPU.
+    # None without a GPU.
     device: Any
     result: str
 
@@ -34,7 +34,7 @@ class Suspect:
 
 
 def explain_not_finite(recipe: Recipe, code: int) -> str:
-    """Why Megatron stops with exit code 16 or 17. Every rank asks, and gets the same words."""
+    """Why Megatron stops with exit code 16 or 17. A collective: every rank gets the same text."""
     from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
 
     from megatron_txssm.compat import get_args
@@ -69,7 +69,7 @@ def _suspects() -> list[Suspect]:
 
 
 def way_back(recipe: Recipe) -> str:
-    """The last checkpoint with finite weights, which rank 0 reads, and the command that goes back to it."""
+    """The last checkpoint with finite weights, as read by rank 0, and the command that resumes from it."""
     folder = recipe.checkpoint_path
     step, proof, newest = from_rank_0(lambda: (*_last_sound(folder), saved_step(folder)))
     if step is None:
@@ -85,7 +85,7 @@ def way_back(recipe: Recipe) -> str:
 
 
 def _last_sound(folder: Path) -> tuple[Step | None, str]:
-    """The checkpoint, and how that is known. The other ranks wait meanwhile, in a collective that has a timeout."""
+    """The checkpoint, and how it is known to be sound. The other ranks wait in a collective with a timeout."""
     try:
         return newest_finite(folder, READ_SECONDS), "its weights were read and are finite"
     except TimeoutError:
@@ -94,7 +94,7 @@ def _last_sound(folder: Path) -> tuple[Step | None, str]:
 
 
 def _start(recipe: Recipe) -> str:
-    """The command line that starts this run again."""
+    """The command line that restarts this run."""
     submitted = read_submission(recipe.run_path).get("command") if attempt_folder() is not None else None
     if submitted:
         return f"cd {shlex.quote(os.environ.get('SLURM_SUBMIT_DIR', '.'))} && {submitted}"

@@ -1,4 +1,4 @@
-"""One worker of a run: a recipe in, Megatron's pretrain loop, checkpoints and metrics out."""
+"""One worker of a run: runs Megatron's pretrain loop on a recipe."""
 
 import contextlib
 import faulthandler
@@ -26,10 +26,10 @@ from megatron_txssm.training.watch.flight_recorder import dump_when_asked, prepa
 
 
 def run_worker(recipe: Recipe, work: Callable[[Recipe, TextIO], None] | None = None) -> int:
-    """Train as the recipe says, or do other `work` with it, as the rank that the environment names.
+    """Train a recipe, or do other `work` with it, as the rank given by the environment.
 
-    Returns 0 at the end, or when an exit signal, interval or duration stopped the run and all is saved. Else the
-    process ends here, at once: with exit code 1 for a failure of this rank, 2 for a user's mistake.
+    Returns 0 at the end, or after an exit signal, interval or duration stopped the run and everything was saved.
+    Otherwise the process exits at once: with exit code 1 for a failure of this rank, 2 for a user error.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     log = recipe.run_path / "logs" / f"rank_{rank}.log"
@@ -51,15 +51,15 @@ def run_worker(recipe: Recipe, work: Callable[[Recipe, TextIO], None] | None = N
             write_stacks_when_asked(attempt_folder(), rank)
             (work or pretrain)(recipe, terminal)
     except UserError as error:
-        # The launcher goes by the name, which is not to be that of a subclass.
+        # The launcher goes by the class name, which must not be that of a subclass.
         _report(UserError(str(error)), terminal)
         end_process(2)
     except (SystemExit, KeyboardInterrupt):
         raise
-    except BaseException as error:  # a failure of this rank; torch's CheckpointException is no Exception
+    except BaseException as error:  # a failure of this rank; torch's CheckpointException is a BaseException
         import traceback
 
-        # On a full disk neither may succeed.
+        # On a full disk, both may fail.
         with contextlib.suppress(OSError):
             traceback.print_exc()
         with contextlib.suppress(OSError):
@@ -69,7 +69,7 @@ def run_worker(recipe: Recipe, work: Callable[[Recipe, TextIO], None] | None = N
 
 
 def _report(error: BaseException, terminal: TextIO, log: Path | None = None) -> None:
-    """Hand the error to torchrun's agent, which knows what failed first; under srun say it here."""
+    """Pass the error to torchrun's agent, which knows which rank failed first; under srun, print it."""
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -84,7 +84,7 @@ def _report(error: BaseException, terminal: TextIO, log: Path | None = None) -> 
 @listening()
 def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     """Initialise Megatron from the recipe and run its loop to the end."""
-    # In front: what stands in the recipe's `megatron:` section comes later and holds.
+    # Placed first, so that entries of the recipe's `megatron:` section override them.
     args = start_megatron(recipe, before=whole_validation_arguments(recipe, int(os.environ["WORLD_SIZE"])))
     import torch.distributed
     from megatron.core.enums import ModelType
@@ -103,11 +103,11 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
             print(f"{emulated}: same rounding, no speed", file=terminal, flush=True)
     name_wandb_run(recipe)
     monitor = TrainingMonitor(recipe, terminal)
-    # In this order: what makes a checkpoint unsound is told in its own words.
+    # In this order: SoundLoads reports unsound checkpoints in its own words.
     listen(SoundLoads(recipe, monitor.say))
     listen(FailedLoads())
     prepare_saves(recipe, args.rank, monitor.say)
-    # Megatron's handler saves and stops at SIGTERM, which clusters send; a person's Ctrl-C shall do the same.
+    # Megatron's handler saves and stops on SIGTERM, which clusters send; let Ctrl-C do the same.
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     listen(monitor)
     try:
@@ -117,7 +117,7 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
             ModelType.encoder_or_decoder,
             forward_step,
         )
-    except SystemExit as stop:  # Megatron's way out after an exit signal, interval or duration: all is saved
+    except SystemExit as stop:  # Megatron's exit after an exit signal, interval or duration: all is saved
         # Its bare sys.exit() follows an error message.
         if stop.code in (SAME_AGAIN, NOT_THE_SAME):
             raise FloatingPointError(explain_not_finite(recipe, stop.code)) from None
@@ -130,10 +130,10 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
 
 
 def write_stacks_when_asked(attempt: Path | None, rank: int) -> None:
-    """At SIGUSR2 this process writes the stack of each of its threads to stderr: where is it stuck?
+    """On SIGUSR2, write the stacks of all threads to stderr, to show where the process is stuck.
 
-    In a job it also dumps its last collectives into the attempt's folder. The data loader's processes stay silent: what
-    they answer would be taken for the worker's answer.
+    In a job, also dump the last collectives into the attempt's folder. Processes of the data loader ignore the signal:
+    their stacks would be mistaken for the worker's.
     """
     if attempt is not None:
         dump_when_asked(attempt, rank)
@@ -147,11 +147,11 @@ def write_stacks_when_asked(attempt: Path | None, rank: int) -> None:
 
 
 def note_signal() -> None:
-    """Tell the supervisor of a batch job, if there is one, that a signal ended the loop, after which all was saved."""
+    """Tell the supervisor of a batch job, if any, that a signal ended the loop and everything was saved."""
     from megatron.training.global_vars import get_signal_handler
 
     folder, handler = attempt_folder(), get_signal_handler()
-    # Any other early end is one that the recipe asks for, such as megatron.exit_interval. Megatron stops all ranks
-    # where one has a signal, and it need not be the first.
+    # Other early ends are requested by the recipe, such as megatron.exit_interval. Megatron stops all ranks when one
+    # has received a signal, and that need not be rank 0.
     if folder is not None and handler is not None and handler._signal_received:
         (folder / "stopped").touch()

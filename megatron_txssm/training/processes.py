@@ -1,4 +1,4 @@
-"""Starts a run's workers, one process each, on this machine; under torchrun or srun this process is one of them."""
+"""Starts a run's workers, one process each, on this machine; under torchrun or srun, this process is one of them."""
 
 import contextlib
 import logging
@@ -33,10 +33,10 @@ def pretrain(
 ) -> int:
     """Train a recipe, from its newest checkpoint if there is one; returns the exit code.
 
-    recipe: a name that `txssm recipes` lists, or a YAML file; overrides: fields changed, as "a.b=c". Under torchrun and
-    srun this process is one of the workers; else it starts `nproc` of them on this machine (None: as few as the layout
-    needs), which meet at TCP `port` (None: any free one). UserError where the recipe, its data or its checkpoint are
-    wrong.
+    recipe: a name listed by `txssm recipes`, or a YAML file; overrides: changed fields, as "a.b=c". Under torchrun and
+    srun this process is one of the workers; otherwise it starts `nproc` workers on this machine (None: as few as the
+    layout needs), which meet at TCP `port` (None: any free port). UserError if the recipe, its data or its checkpoint
+    are wrong.
     """
     checked = load_recipe(str(recipe), overrides)
     adopt_slurm_step()
@@ -57,8 +57,8 @@ def launch(recipe: Recipe, nproc: int | None, command: list[str], *, port: int |
 
     Returns the exit code.
 
-    What can be known to be wrong is said before anything is written or started. Ctrl-C or SIGTERM lets the workers
-    finish their step, save and stop.
+    All checks come before anything is written or started. On Ctrl-C or SIGTERM, the workers finish their step, save and
+    stop.
     """
     if nproc is None:
         nproc = smallest_world_size(recipe)
@@ -82,14 +82,14 @@ def launch(recipe: Recipe, nproc: int | None, command: list[str], *, port: int |
 
 
 def _launch_workers(recipe: Recipe, nproc: int, command: list[str], port: int) -> int:
-    """Port 0: the rendezvous binds a free one itself. One chosen here could be taken before it does."""
+    """Port 0: the rendezvous binds a free port itself, because one chosen here could be taken before."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # What failed is said below, once; the agent's own words are its child processes' exit codes.
+    # The failure is reported once, below; the agent would only report exit codes.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # Workers share the cores; each starts as many threads as there are cores unless told otherwise.
+    # Workers share the cores; by default each would start as many threads as there are cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     config = LaunchConfig(
         min_nodes=1,
@@ -98,12 +98,12 @@ def _launch_workers(recipe: Recipe, nproc: int, command: list[str], port: int) -
         run_id=recipe.name,
         rdzv_backend="c10d",
         rdzv_endpoint=f"localhost:{port}",
-        # Else a port that cannot be bound is taken for another launcher's, and waited on.
+        # Otherwise a port that cannot be bound is assumed to be another launcher's, and waited for.
         rdzv_configs={"is_host": True},
-        # The workers' address too: this machine's own name need not resolve.
+        # Also the workers' address: this machine's hostname may not resolve.
         local_addr="localhost",
         max_restarts=0,
-        # The others are ours: torch would give the workers 30 s to save.
+        # The other signals are handled here: torch would only give the workers 30 s to save.
         signals_to_handle="SIGQUIT",
     )
     with _StopSignals() as stop:
@@ -127,13 +127,13 @@ def _launch_workers(recipe: Recipe, nproc: int, command: list[str], port: int) -
 
 
 def _ended_by_signal(failures: Any) -> bool:
-    """True where the workers ended by the signals that stop a run (while starting, or at once), not by a fault."""
+    """Whether the workers ended by the signals that stop a run (at once or while starting), not by a fault."""
     codes = {failure.exitcode for failure in failures.failures.values()}
     return codes <= {-signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL, 128 + signal.SIGINT, 128 + signal.SIGTERM}
 
 
 def _explain(failures: Any, recipe: Recipe) -> int:
-    """Say once what ended the run; 2 for a user's mistake, 1 for a failure."""
+    """Report once what ended the run; 2 for a user error, 1 for a failure."""
     rank, failure = failures.get_first_failure()
     message = failure.message
     if isinstance(message, dict):
@@ -142,7 +142,7 @@ def _explain(failures: Any, recipe: Recipe) -> int:
     if kind == UserError.__name__:
         note_local_end(recipe.run_path, 2, text)
         raise UserError(text)
-    # Without a file of its own there is only torch's advice on how to make one.
+    # Without an error file, the message is only torch's advice on how to create one.
     if "pytorch.org" in str(message):
         message = "it ended without a word"
     log = recipe.run_path / "logs" / f"rank_{rank}.log"
@@ -152,16 +152,16 @@ def _explain(failures: Any, recipe: Recipe) -> int:
 
 
 class _StopSignals:
-    """The first Ctrl-C, SIGTERM or hang-up lets the workers finish their step and save, the second ends them.
+    """On the first Ctrl-C, SIGTERM or hang-up the workers finish their step and save, on the second they are killed.
 
-    The workers have sessions of their own, so a terminal's Ctrl-C does not reach them: they are sent SIGTERM.
+    The workers have their own sessions, so a terminal's Ctrl-C does not reach them: they are sent SIGTERM.
     """
 
     received: int | None = None
 
     def __enter__(self) -> "_StopSignals":
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        # What is ignored stays so: nohup, and jobs in the background of a script.
+        # Ignored signals stay ignored: nohup, and background jobs of a script.
         heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
         self.previous = {number: signal.signal(number, self._handle) for number in heard}
         return self
@@ -175,7 +175,7 @@ class _StopSignals:
 
         if self.received is None:
             self.received = number
-            # After a hang-up there is no terminal.
+            # After a hang-up the terminal is gone.
             with contextlib.suppress(OSError):
                 print("\nstopping after this step, saving (Ctrl-C again: stop at once)", flush=True)
             for worker in psutil.Process().children():

@@ -1,4 +1,4 @@
-"""How a run goes on from its checkpoints: from the newest that is whole and finite; aloud where one was skipped."""
+"""Resumes a run from the newest checkpoint that is whole and finite, and reports skipped ones."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,16 +20,16 @@ from megatron_txssm.checkpoint.steps import (
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.session.hooks import Call, Listener, tracker_naming
 
-# What load_checkpoint sets of Megatron's arguments, and wants to find as it was at the start.
+# Megatron's arguments that load_checkpoint sets, and expects to have their initial values.
 _SET_BY_A_LOAD = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples", "finetune")
 
 
 @dataclass(frozen=True)
 class SoundLoads(Listener):
-    """Lets Megatron's loop load a checkpoint only after its files are proved whole, and go on only from finite weights.
+    """Lets Megatron load a checkpoint only if its files are whole, and continue only from finite weights.
 
-    Where the newest of the run's own is not, an older one is taken, and `say` tells on rank 0. DamagedCheckpoint where
-    none is left, or where checkpoint.load_from or megatron.ckpt_step names one that is damaged.
+    If the newest of the run's own checkpoints is unsound, an older one is used, and `say` reports it on rank 0.
+    DamagedCheckpoint if none is left, or if checkpoint.load_from or megatron.ckpt_step selects a damaged one.
     """
 
     recipe: Recipe
@@ -53,7 +53,7 @@ class SoundLoads(Listener):
                 return loaded
             steps.reject(f"{why} is NaN or infinite")
             vars(options).update(at_start)
-            # It adds what it loads.
+            # Loading adds to num_steps.
             call.opt_param_scheduler.num_steps = 0
         source = self.recipe.checkpoint.load_from
         if source is not None:
@@ -77,12 +77,12 @@ def _go_back(steps: SoundSteps, newest: Newest, before: int | None, say: Callabl
 
 
 def _load_step(step: Step, load: Callable[[], Any]) -> Any:
-    """Load this step on every rank, whatever a rank's network file system still shows of an older tracker."""
+    """Load this step on every rank, even if a rank's network file system still shows an older tracker."""
     from megatron_txssm.compat import get_args
 
     options = get_args()
     pretrained = options.pretrained_checkpoint
-    # Megatron would go to it where the tracker is not yet to be seen.
+    # Megatron would load the pretrained checkpoint if the tracker is not visible yet.
     options.ckpt_step, options.pretrained_checkpoint = step.number or None, None
     try:
         with tracker_naming(step.number, release=step.folder.name == "release"):
@@ -92,7 +92,7 @@ def _load_step(step: Step, load: Callable[[], Any]) -> Any:
 
 
 def _chosen(options: Any) -> Step | None:
-    """What Megatron loads by its own arguments: none of ours to replace."""
+    """The checkpoint that Megatron's own arguments select; it is not replaced by another."""
     folder = options.load if options.load and tracked_anything(options.load) else options.pretrained_checkpoint
     if folder is None:
         return None
@@ -115,7 +115,7 @@ def _check(step: Step | None, verify: bool | str, say: Callable[[str], None]) ->
 
 
 def _remove_interrupted_saves(checkpoints: Path, say: Callable[[str], None]) -> None:
-    """What a save left that was killed holds the room of the next, and nobody can load it."""
+    """Remove the remains of interrupted saves, which cannot be loaded and take the space of the next save."""
 
     def remove() -> None:
         for folder in interrupted_saves(checkpoints):

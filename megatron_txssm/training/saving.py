@@ -1,4 +1,4 @@
-"""What is done around Megatron's save_checkpoint: signals wait, recipe and tokenizer are kept, a failure is told."""
+"""Wraps Megatron's save_checkpoint: blocks signals, keeps recipe and tokenizer, explains failures."""
 
 import contextlib
 import errno
@@ -17,12 +17,12 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.session.hooks import Call, Listener, listen
 
-# What a rank waits that fails because of another.
+# Seconds that a rank waits before reporting a failure that another rank caused.
 ANOTHERS_SECONDS = 2
 
 
 def prepare_saves(recipe: Recipe, rank: int, say: Callable[[str], None]) -> None:
-    """All of it, for the training loop; before the first save. `say` writes a line to the terminal, on rank 0."""
+    """Prepare the training loop's saves; call it before the first. `say` writes a line to the terminal, on rank 0."""
     from megatron_txssm.checkpoint.compat_saves import end_save_helpers_with_rank, seal_checkpoints, tell_failed_writes
 
     hashed = recipe.checkpoint.verify is not False
@@ -38,13 +38,13 @@ def prepare_saves(recipe: Recipe, rank: int, say: Callable[[str], None]) -> None
 
 @dataclass
 class GuardedSaves(Listener):
-    """Every save of the training loop: sound or refused, whole or explained, and with its recipe beside it."""
+    """Every save of the training loop: refuses non-finite weights, explains failures, writes the recipe beside it."""
 
     recipe: Recipe
     rank: int
-    # Recipe and tokenizer lie beside the checkpoints.
+    # Whether recipe and tokenizer are beside the checkpoints.
     described: bool = field(default=False, init=False, compare=False)
-    # The step of the save that was begun last.
+    # The step of the last save that was begun.
     begun: int = field(default=0, init=False, compare=False)
 
     def around_save(self, call: Call, proceed: Callable[[], Any]) -> Any:
@@ -60,12 +60,12 @@ class GuardedSaves(Listener):
             self.begun = call.iteration
             try:
                 return proceed()
-            # torch's CheckpointException is no Exception.
+            # torch's CheckpointException is not an Exception.
             except (Exception, CheckpointException) as error:
                 raise RuntimeError(_failed_save(self.recipe, self.begun, error)) from error
 
     def around_finalize(self, call: Call, proceed: Callable[[], Any]) -> Any:
-        """A save that is written behind the training (async_save) fails here, some steps later."""
+        """An asynchronous save (async_save) fails here, some steps later."""
         from torch.distributed.checkpoint import CheckpointException
 
         try:
@@ -76,28 +76,27 @@ class GuardedSaves(Listener):
 
 @contextlib.contextmanager
 def sigterm_blocked() -> Iterator[None]:
-    """Let the processes that Megatron starts in order to save live through SIGTERM.
+    """Let the helper processes of Megatron's saves survive SIGTERM.
 
-    Slurm sends it to every process of a step. Megatron's handler spares the ranks and their data loaders, but the
-    process that collects what was written would die of it, and with it every later save: above all the one that
-    SIGTERM asks for. What is started while a signal is blocked has it blocked for life.
+    Slurm sends it to every process of a step. Megatron's handler protects the ranks and their data loaders, but the
+    process that collects write results would die, and every later save with it, including the one that SIGTERM
+    requests. Processes started while a signal is blocked inherit the mask.
     """
-    # Python's own helper; starting it unblocks SIGTERM.
+    # Starting Python's resource tracker unblocks SIGTERM, so start it first.
     resource_tracker.ensure_running()
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
     finally:
-        # One that came meanwhile reaches Megatron's handler now.
+        # A signal that arrived meanwhile now reaches Megatron's handler.
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def refuse_broken_weights(recipe: Recipe, save: Call) -> None:
-    """Let no checkpoint be written from which a run could not go on: it would be the newest.
+    """Prevent a save from which the run could not continue: it would be the newest checkpoint.
 
-    Its weights, or what the optimizer keeps, may be NaN or infinite. Or Megatron wants to save because a gradient is:
-    whoever resumes from that only computes the same step once more, "to establish a diagnostic", and ends, whatever
-    the learning rate.
+    Weights or optimizer state may be NaN or infinite. Or Megatron saves because a gradient is: a run that resumes from
+    such a checkpoint only recomputes that step, "to establish a diagnostic", and exits, at any learning rate.
     """
     from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
     from megatron.training import training
@@ -109,7 +108,7 @@ def refuse_broken_weights(recipe: Recipe, save: Call) -> None:
     broken = "" if asked_for_by_a_gradient else first_not_finite(save.model, save.optimizer)
     if not (asked_for_by_a_gradient or broken):
         return
-    # One that is being written, of an earlier step, is sound.
+    # An earlier step's checkpoint that is still being written is sound.
     training.maybe_finalize_async_save(blocking=True)
     if asked_for_by_a_gradient:
         raise FloatingPointError(explain_not_finite(recipe, SAME_AGAIN))
@@ -120,8 +119,9 @@ def refuse_broken_weights(recipe: Recipe, save: Call) -> None:
 
 
 def describe_checkpoints(recipe: Recipe) -> None:
-    """Put recipe and tokenizer beside the checkpoints when one is saved, not before: a run that cannot resume leaves
-    theirs as they are.
+    """Write recipe and tokenizer beside the checkpoints.
+
+    Only when a checkpoint is saved: a run that cannot resume must not replace existing ones.
     """
     from megatron_txssm.data.tokenizer.kept_tokenizer import keep_tokenizer
 
@@ -130,8 +130,10 @@ def describe_checkpoints(recipe: Recipe) -> None:
 
 
 def empty_folder(recipe: Recipe, iteration: int) -> None:
-    """Let no save write into what another has left of the same step: their files would mix, and a kill would leave
-    a checkpoint that looks whole. Every rank calls it, and nobody writes before.
+    """Remove the remains of an earlier save of the same step.
+
+    Otherwise the files would mix, and after a kill the checkpoint would look whole. Every rank calls it; the barrier
+    keeps all from writing before.
     """
     import torch.distributed as dist
     from megatron.training import checkpointing
@@ -142,7 +144,7 @@ def empty_folder(recipe: Recipe, iteration: int) -> None:
 
 
 def warn_without_room(recipe: Recipe, needed: int, say: Callable[[str], None]) -> None:
-    """Say so where the next checkpoint will not fit, of as many bytes as the last. A quota is not seen."""
+    """Warn if the next checkpoint, of the last one's size, does not fit. Quotas are not checked."""
     disk = shutil.disk_usage(recipe.checkpoint_path)
     if disk.total and disk.free < needed:
         say(
@@ -156,7 +158,7 @@ def _size(nbytes: float) -> str:
 
 
 def explain_full_disk(recipe: Recipe, error: BaseException) -> BaseException:
-    """The error itself, or where a full disk or a quota is behind it (metrics, logs, TensorBoard): what that means."""
+    """The error; or if a full disk or a quota caused it (metrics, logs, TensorBoard), its explanation."""
     if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return error
     before = saved_step(recipe.checkpoint_path) if recipe.checkpoint.save_interval is not None else None
@@ -168,12 +170,12 @@ def explain_full_disk(recipe: Recipe, error: BaseException) -> BaseException:
 
 
 def _failed_save(recipe: Recipe, iteration: int, error: BaseException) -> str:
-    """What is said of it; what is left of it is removed, as it holds the room of the next."""
+    """The error message of a failed save; removes what it wrote, which takes the space of the next."""
     from megatron_txssm.checkpoint.compat_saves import failed_writes
     from megatron_txssm.checkpoint.load import first_cause
 
     if not (failed_writes or isinstance(error, OSError)):
-        # Another rank has the reason, and is to be the first to say so.
+        # Another rank knows the cause; let it report first.
         time.sleep(ANOTHERS_SECONDS)
     folder = recipe.checkpoint_path
     cause = failed_writes[0] if failed_writes else error

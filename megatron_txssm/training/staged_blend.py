@@ -1,8 +1,8 @@
-"""Blends that change during training: stage after stage, each with weights of its own over the same shards.
+"""Blends that change during training: a sequence of stages, each with its own weights over the same shards.
 
 Every shard is one GPTDataset, large enough for all stages together. A stage is a Megatron BlendedDataset over the
-shards it has weights for; what it draws from a shard begins where the stages before it ended, so no sample is drawn
-twice. The sample at an index depends on that index alone: a run resumed at any step goes on as if it had not stopped.
+shards that it has weights for. Its draws from a shard begin where earlier stages ended, so each sample is drawn once.
+The sample at an index depends only on that index: a run resumed at any step continues as if uninterrupted.
 """
 
 import json
@@ -28,17 +28,17 @@ class BlendStage:
     """One stage of the training data."""
 
     samples: int
-    # One a shard, in the order of --train-data-path; 0: nothing of it in this stage.
+    # One per shard, in the order of --train-data-path; 0: unused in this stage.
     weights: tuple[float, ...]
 
     def at_most(self) -> list[int]:
-        """Samples of each shard that the stage may draw: Megatron's blend goes less than one beyond a shard's share."""
+        """Maximum samples per shard in this stage: Megatron's blend exceeds a shard's share by less than one."""
         total = sum(self.weights)
         return [math.ceil(self.samples * weight / total) for weight in self.weights]
 
 
 def parse_stages(text: str, shards: int, samples: int) -> list[BlendStage]:
-    """The stages of `--blend-stages`; UserError unless they fit the shards and the samples of the whole training."""
+    """Parse `--blend-stages`; UserError unless the stages match the shards and the training's number of samples."""
     try:
         stages = [BlendStage(int(stage["samples"]), tuple(map(float, stage["weights"]))) for stage in json.loads(text)]
     except (ValueError, KeyError, TypeError) as error:
@@ -57,16 +57,16 @@ def parse_stages(text: str, shards: int, samples: int) -> list[BlendStage]:
 
 
 class StagedBlend(torch.utils.data.Dataset):
-    """The training samples of all stages, one after another, over `datasets`, one for each shard."""
+    """The training samples of all stages, in order, over `datasets`, one per shard."""
 
     # Megatron's loader takes its batch size from it.
     split = Split.train
 
     def __init__(self, datasets: list[GPTDataset], stages: Sequence[BlendStage], config: GPTDatasetConfig) -> None:
         self.datasets = datasets
-        # Behind the last sample of each stage.
+        # The end (exclusive) of each stage's samples.
         self.ends = list(accumulate(stage.samples for stage in stages))
-        # For each stage: its shards, its blend of them, and what earlier stages drew from each.
+        # For each stage: its shards, its blend of them, and the number of samples that earlier stages drew from each.
         self.stages: list[tuple[np.ndarray, BlendedDataset, np.ndarray]] = []
         drawn = np.zeros(len(datasets), dtype=np.int64)
         for stage in stages:
@@ -83,7 +83,7 @@ class StagedBlend(torch.utils.data.Dataset):
         return self.ends[-1]
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(dataset, sample of that dataset) of a training sample."""
+        """(dataset, index in it) of a training sample."""
         stage = bisect_right(self.ends, index)
         members, blend, drawn = self.stages[stage]
         local = index - (self.ends[stage] - len(blend))
@@ -96,18 +96,18 @@ class StagedBlend(torch.utils.data.Dataset):
 
 
 class StagedDatasetBuilder(BlendedMegatronDatasetBuilder):
-    """Megatron's builder of datasets, with a StagedBlend in the place of the training split's blend."""
+    """Megatron's dataset builder, with a StagedBlend as the training split's blend."""
 
     def __init__(
         self, stages: str, num_samples: Sequence[Any], is_built_on_rank: Callable, config: GPTDatasetConfig
     ) -> None:
-        """`stages`: the text of --blend-stages; `num_samples`: of each split, None for all of it once."""
+        """`stages`: the text of --blend-stages; `num_samples`: per split, None for one pass over all of it."""
         blends = config.blend_per_split
         if blends is None or (blend := blends[Split.train.value]) is None:
             raise UserError("--blend-stages needs --train-data-path, whose shards it weighs")
         prefixes, _ = blend
         self.stages = parse_stages(stages, len(prefixes), num_samples[Split.train.value])
-        # As weights, so that each shard's dataset holds at least what all stages may draw from it.
+        # As weights, so that each shard's dataset holds at least the samples that all stages may draw from it.
         needed = [sum(counts) for counts in zip(*(stage.at_most() for stage in self.stages), strict=True)]
         blends[Split.train.value] = (prefixes, [float(count) for count in needed])
         super().__init__(GPTDataset, [sum(needed), *num_samples[1:]], is_built_on_rank, config)

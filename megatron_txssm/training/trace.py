@@ -25,11 +25,11 @@ def trace(
     overrides: Sequence[str] = (),
     as_json: bool = False,
 ) -> int:
-    """Print which documents are in a training step (from 1), where they come from, who reads them; the exit code.
+    """Print the documents of a training step (from 1), their sources and ranks; returns the exit code.
 
-    recipe: one with data.corpus; overrides: fields changed, as "a.b=c". sample: this one of the global batch (from 0),
-    with its text; None: all, without. nproc: processes of the run (None: as few as the layout needs). as_json: one JSON
-    object instead of a table. Megatron is initialised in this process, so call it once.
+    recipe: must have data.corpus; overrides: changed fields, as "a.b=c". sample: only this one of the global batch
+    (from 0), with its text; None: all, without text. nproc: processes of the run (None: as few as the layout needs).
+    as_json: one JSON object instead of a table. Initialises Megatron in this process, so call it once.
     """
     require_positive(nproc=nproc)
     loaded = load_recipe(recipe, overrides)
@@ -38,7 +38,7 @@ def trace(
     with tempfile.TemporaryDirectory(prefix="txssm-trace-") as folder, output_redirected(Path(folder) / "log"):
         data = TrainingData(loaded, processes)
         traced = data.trace(step, None if sample is None else [sample])
-        # One a document, only where a single sample is asked for.
+        # One per document, only for a single sample.
         texts = [] if sample is None else [data.text(part) for part in traced[0].documents]
     if as_json:
         _print_json(step, processes, data.data_parallel_size, traced, texts)
@@ -81,7 +81,7 @@ def _print_table(recipe: Recipe, step: int, ranks: int, traced: list[TracedSampl
         f"step {step} of {recipe.name}, {ranks} data-parallel rank{'s' if ranks > 1 else ''}; a sample's tokens are "
         f"0-{recipe.training.seq_length}, the last of which is only predicted; all numbers but the step's count from 0"
     )
-    # Into a file or pipe, one row stays one line.
+    # In a file or pipe, each row is one line.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 400
     console = Console(markup=False, highlight=False, width=width)
     if console.measure(table, options=console.options.update(width=10_000)).maximum > width:
@@ -91,7 +91,7 @@ def _print_table(recipe: Recipe, step: int, ranks: int, traced: list[TracedSampl
 
 
 def _print_list(traced: list[TracedSample]) -> None:
-    """The same where the table is wider than the terminal."""
+    """The same as a list, if the table is wider than the terminal."""
     for sample in traced:
         rank, micro_batch, position = sample.data_parallel_rank, sample.micro_batch, sample.position
         print(f"sample {sample.sample}: rank {rank}, micro-batch {micro_batch}, position {position}")
@@ -109,5 +109,5 @@ def _print_texts(traced: list[TracedSample], texts: list[str]) -> None:
 
 
 def _range(tokens: tuple[int, int]) -> str:
-    """From the first to the last token, both included."""
+    """First and last token, both inclusive."""
     return f"{tokens[0]}-{tokens[1] - 1}"

@@ -1,7 +1,8 @@
-"""What a validation reads: the same samples every time, each of them as often as any other.
+"""The samples of a validation: the same every time, each equally often.
 
-Megatron's own iterators move on from one validation to the next, begin elsewhere after a resume, and repeat samples of
-a whole set where the data-parallel ranks do not divide it. Two losses of one model would then differ by their samples.
+Megatron's own iterators advance from one validation to the next, start elsewhere after a resume, and repeat samples of
+a whole set if its size is not divisible by the data-parallel ranks. Losses of one model would then differ by their
+samples.
 """
 
 import math
@@ -16,9 +17,9 @@ from torch.utils.data import ConcatDataset
 
 
 def fixed_validation(validation: Any, args: Any) -> Any:
-    """Megatron's validation set, or list of sets, for its loaders: one validation reads all of it, once.
+    """Megatron's validation set, or list of sets, wrapped so that one validation reads all of it once.
 
-    `args`: Megatron's; with --eval-iters its loader is told to begin at the first sample, whatever a checkpoint says.
+    `args`: Megatron's; with --eval-iters its loader is set to begin at the first sample, regardless of the checkpoint.
     """
     if validation is None or (not args.full_validation and args.eval_iters == 0):
         return validation
@@ -36,10 +37,9 @@ def samples_of_one_validation(args: Any) -> int:
 
 
 def of_each_set(iterators: Any, args: Any) -> Any:
-    """Megatron's iterators, as its validation of several sets reads them: for each set those of all virtual stages.
+    """Megatron's iterators, regrouped for its validation of several sets: per set, those of all virtual stages.
 
-    Megatron hands over for each virtual stage those of all sets, and would give a stage the tokens of one set and the
-    next stage the labels of another.
+    Megatron passes them per virtual stage, which would pair one set's tokens with another set's labels across stages.
     """
     if args.multiple_validation_sets and args.virtual_pipeline_model_parallel_size is not None:
         return [list(of_set) for of_set in zip(*iterators, strict=True)]
@@ -47,9 +47,9 @@ def of_each_set(iterators: Any, args: Any) -> Any:
 
 
 class FirstSamples:
-    """The first `count` of `samples`, over and over: a loader that moves on reads them again.
+    """The first `count` of `samples`, cyclically: a loader that advances reads them again.
 
-    `endless`: for a loader that reads a set once; one that begins anew at its end shall see the end.
+    `endless`: for loaders that read a set once; loaders that restart at the end need the real length.
     """
 
     # Megatron's loader takes its batch size from it.
@@ -62,12 +62,12 @@ class FirstSamples:
         return sys.maxsize if self.endless else self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        # Token files without weights are not repeated where they hold too few.
+        # Token files without weights are not repeated if they hold too few samples.
         return self.samples[index % self.count % len(self.samples)]
 
 
 class WholeSet:
-    """A validation set, filled up to a multiple of `copies` with samples whose loss does not count."""
+    """A validation set, padded to a multiple of `copies` with samples whose loss is masked."""
 
     split = Split.valid
 
@@ -83,9 +83,9 @@ class WholeSet:
 
 
 def by_subset(datasets: Sequence[Any]) -> list[ConcatDataset]:
-    """One set for each folder of shards, in their order; `datasets` are GPTDatasets, one for each shard.
+    """One set per folder of shards, in order; `datasets` are GPTDatasets, one per shard.
 
-    Megatron makes a set of every shard, and a corpus has hundreds of them.
+    Megatron makes one set per shard, and a corpus has hundreds.
     """
     folders = groupby(datasets, key=lambda dataset: Path(dataset.dataset_path).parent)
     return [ConcatDataset(list(shards)) for _, shards in folders]

@@ -1,4 +1,4 @@
-"""The machine that a check runs on, the time it has, and the processes that it started."""
+"""The machine that a check runs on, its remaining time, and the processes that it started."""
 
 import math
 import os
@@ -15,13 +15,13 @@ from megatron_txssm.check.gpu.children import Child
 from megatron_txssm.check.gpu.trainings import SMALL_SIZES, Training, tokens_for
 
 Device = Literal["cuda", "cpu"]
-# They import for many seconds, each on one core, before they compute.
+# Each imports for many seconds on one core before it computes.
 MOST_CHILDREN = 12
 
 
 @dataclass
 class Bench(AbstractContextManager["Bench"]):
-    """`deadline` is of the monotonic clock; with `small`, sizes are those for a machine without a GPU."""
+    """`deadline` is of the monotonic clock; `small`: use sizes for a machine without a GPU."""
 
     device: Device
     small: bool
@@ -34,7 +34,7 @@ class Bench(AbstractContextManager["Bench"]):
         for child in self._children:
             child.end()
         if kind is not None:
-            # Ctrl-C, say. What is wrong, else, its logs tell.
+            # Interrupted, for example by Ctrl-C. Otherwise the caller keeps the logs if something is wrong.
             shutil.rmtree(self.folder)
 
     @property
@@ -68,26 +68,26 @@ class Bench(AbstractContextManager["Bench"]):
         )
 
     def finish(self, child: Child, limit: float) -> dict[str, Any]:
-        """What it found, or why it did not, within `limit` seconds from now and the check's deadline."""
+        """The process's result or failure, within `limit` seconds from now and the check's deadline."""
         return self._wait(child, time.monotonic() + limit)
 
     def _wait(self, child: Child, until: float) -> dict[str, Any]:
-        # A machine without a GPU may take its time.
+        # A machine without a GPU only has the check's deadline.
         until = math.inf if self.small else until
         found = child.wait(min(self.deadline, until))
         late = "error" in found and self.deadline < until and self.seconds_left <= 0
-        # Not its fault.
+        # The check ran out of time; the process is not at fault.
         return {"refused": "not done within --budget"} if late else found
 
     def prepare(self, trainings: Sequence[Training], vocab_size: int, beside: int) -> dict[str, Child]:
-        """Processes that wait to `begin`, as many as may be there beside others that compute; by name."""
+        """Start processes that wait for `begin`, as many as fit beside others that compute; by name."""
         few = trainings[: max(0, self.at_once - beside)]
         return {training.name: self.start_training(training, vocab_size, waits=True) for training in few}
 
     def train_all(
         self, trainings: Sequence[Training], vocab_size: int, prepared: dict[str, Child], limit: float
     ) -> dict[str, dict[str, Any]]:
-        """What each found, by name; `limit` seconds for all."""
+        """Each training's result, by name; `limit`: seconds for all."""
         until = time.monotonic() + limit
         found: dict[str, dict[str, Any]] = {}
         running: list[Child] = []
@@ -100,6 +100,6 @@ class Bench(AbstractContextManager["Bench"]):
         found |= {child.name: self._wait(child, until) for child in running}
         for training in trainings:
             if training.continues and found[training.name].keys() == {"refused"} and self.seconds_left > 0:
-                # The first half could: what is wrong is the checkpoint.
+                # The run that it continues could train, so the checkpoint is at fault.
                 found[training.name] = {"error": found[training.name]["refused"]}
         return found

@@ -1,4 +1,4 @@
-"""txssm check gpu: does this node's installation compute right, and how fast is it?"""
+"""txssm check gpu: whether this node's installation computes correctly, and how fast."""
 
 import shutil
 import time
@@ -22,10 +22,10 @@ def check_gpu(
     device: Device = "cuda",
     small: bool = False,
 ) -> int:
-    """Check this node's installation, print what was found, and write all figures to `out`; the exit code.
+    """Check this node's installation, print the findings, and write all figures to `out`; returns the exit code.
 
-    It is DIFFERENT where something is wrong. budget: seconds; a part that does not fit is left out. parts: names of
-    PARTS; none: all. small: sizes for a machine without a GPU.
+    DIFFERENT if something is wrong. budget: seconds; a part that does not fit is left out. parts: names of PARTS; none:
+    all. small: sizes for a machine without a GPU.
     """
     require_positive(budget=budget)
     out = Path(out)
@@ -61,7 +61,7 @@ def _wanted(names: Sequence[str]) -> Sequence[Part]:
     for name in chosen:
         if name not in known:
             raise UserError(f"--only {name} is no part of the check; its parts: {', '.join(known)}")
-    # The first says what is installed, which the others ask.
+    # The first part finds out what is installed, which the others need.
     return [part for part in PARTS if part.name in chosen or part is PARTS[0]]
 
 
@@ -73,7 +73,7 @@ def _require_device(device: str) -> None:
 
 
 def _found(part: Part, bench: Bench) -> Sequence[Finding]:
-    """What a part found; one that breaks does not end the others."""
+    """A part's findings; an exception in it does not stop the other parts."""
     if bench.seconds_left < part.seconds:
         return [
             Finding(part.about, "left out", f"{bench.seconds_left:.0f} s left of --budget, it takes {part.seconds:.0f}")

@@ -1,4 +1,4 @@
-"""Processes of `txssm check gpu`: each has a log and a result, a limit, and does not outlive its parent."""
+"""Processes of `txssm check gpu`: each has a log, a result and a time limit, and ends with its parent."""
 
 import json
 import os
@@ -14,17 +14,17 @@ USER_ERROR = 2
 
 
 class Child:
-    """A worker that was started; see worker.py for what a task holds."""
+    """A worker process; worker.py describes the tasks."""
 
     def __init__(self, folder: Path, name: str, task: dict[str, Any], environment: dict[str, str], *, waits: bool):
-        """`waits`: it prepares itself only, until `begin`."""
+        """`waits`: it only prepares until `begin` is called."""
         self.name, self.log = name, folder / f"{name}.log"
         self._result, self._turn = folder / f"{name}.result.json", folder / f"{name}.turn"
         file = folder / f"{name}.task.json"
         turn = str(self._turn) if waits else None
         task = {**task, "result": str(self._result), "turn": turn, "parent": os.getpid()}
         file.write_text(json.dumps(task), encoding="utf-8")
-        # PYTHONSAFEPATH: a json.py in the current folder is not to be imported.
+        # PYTHONSAFEPATH: a json.py in the current folder must not be imported.
         environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | environment
         with open(self.log, "wb") as stream:
             self._process = subprocess.Popen(
@@ -33,7 +33,7 @@ class Child:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                # Ctrl-C is for us alone, who end them all.
+                # Ctrl-C only reaches this process, which ends the others.
                 start_new_session=True,
             )
         self.began = time.monotonic()
@@ -43,8 +43,10 @@ class Child:
         self.began = time.monotonic()
 
     def wait(self, deadline: float) -> dict[str, Any]:
-        """What it found, or a sentence: {"error": ...}, or {"refused": ...} where the machine or an installation lacks
-        something; it is ended at `deadline` (of the monotonic clock)."""
+        """The result; {"error": why}; or {"refused": why} if the machine or an installation lacks something.
+
+        The process is killed at `deadline` (of the monotonic clock).
+        """
         try:
             code = self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -65,7 +67,7 @@ class Child:
         return (errors or lines or ["no word"])[-1][:300]
 
     def end(self) -> None:
-        """Kill it and what it started, unless it has ended."""
+        """Kill it and the processes it started, if it is still running."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()

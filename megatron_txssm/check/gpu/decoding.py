@@ -1,4 +1,4 @@
-"""Tokens per second of greedy decoding behind a context, TransXSSM beside Llama of as many parameters (320M)."""
+"""Tokens per second of greedy decoding after a context: TransXSSM and a Llama with as many parameters (320M)."""
 
 import time
 from typing import Any
@@ -36,7 +36,7 @@ def tokens_per_second(device: str, *, small: bool) -> dict[str, dict[str, float]
 def filled_cache(
     config: Any, batch: int, context: int, dtype: torch.dtype, device: str, max_cache_len: int | None = None
 ) -> Any:
-    """The model's own cache as `context` tokens leave it, but for the values; a static one with `max_cache_len`."""
+    """The model's own cache as after `context` tokens, with random values; a static one with `max_cache_len`."""
     static = max_cache_len is not None
     kinds: Any = TransXSSMCache if isinstance(config, TransXSSMConfig) else StaticCache if static else DynamicCache
     cache = kinds(config=config, **({"max_cache_len": max_cache_len} if static else {}))

@@ -1,4 +1,4 @@
-"""What is installed on this node, and whether it can be imported together."""
+"""Lists what is installed on this node, and checks that it can be imported together."""
 
 import contextlib
 import importlib
@@ -7,12 +7,12 @@ import os
 import platform
 from typing import Any
 
-# By the name that people know: (module that needs all of it, distribution, what its lack means).
+# Common name: (module that imports all of it, distribution, consequence if missing).
 PACKAGES = {
     "megatron-core": ("megatron.core", "megatron-core", "nothing trains"),
     "transformers": ("transformers", "transformers", "no export, no decoding"),
 }
-# A CPU run does without them, installed or not.
+# Not used on a CPU, even if installed.
 PACKAGES_OF_GPUS = {
     "Transformer Engine": ("transformer_engine.pytorch", "transformer-engine", "local modules only, no FP8"),
     "mamba-ssm": ("mamba_ssm.ops.triton.ssd_combined", "mamba-ssm", "the scan runs in PyTorch, many times slower"),
@@ -22,7 +22,7 @@ PACKAGES_OF_GPUS = {
 
 
 def describe(device: str) -> dict[str, Any]:
-    """{"machine": a sentence, "versions", "packages": by name "right", "not installed: ..." or why it cannot load}."""
+    """{"machine": a sentence, "versions", "packages": name -> "right", "not installed: ..." or the import error}."""
     from megatron_txssm.platform import prepare_platform
 
     prepare_platform()
@@ -54,6 +54,6 @@ def _imported(module: str, lack: str) -> str:
         if error.name == module.partition(".")[0]:
             return f"not installed: {lack}"
         return f"cannot be imported: {error}"
-    except Exception as error:  # whatever a broken installation raises: OSError, RuntimeError, AttributeError ...
+    except Exception as error:  # a broken installation may raise anything: OSError, RuntimeError, AttributeError ...
         return f"cannot be imported: {type(error).__name__}: {error}"[:300]
     return "right"

@@ -1,4 +1,4 @@
-"""What a part of `txssm check gpu` found, and the page that all of it makes."""
+"""Findings of the parts of `txssm check gpu`, and their table and JSON file."""
 
 import json
 import math
@@ -10,14 +10,14 @@ from typing import Any, Literal
 from megatron_txssm.errors import UserError
 from megatron_txssm.terminal import print_table
 
-# "left out": for want of time, or of what it needs; "FAILED": without an answer.
+# "left out": for lack of time or of a requirement; "FAILED": without a result.
 Verdict = Literal["right", "WRONG", "measured", "left out", "FAILED"]
 BAD: tuple[Verdict, ...] = ("WRONG", "FAILED")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table; `data` has the numbers, for those who compute with them."""
+    """One line of the table; `data` has the numbers, for further computation."""
 
     claim: str
     verdict: Verdict
@@ -26,7 +26,7 @@ class Finding:
 
 
 def compared(claim: str, error: float, bound: float, unit: str = "") -> Finding:
-    """Right where the error, which may be NaN, is within the bound."""
+    """Right if the error is within the bound; a NaN is wrong."""
     verdict: Verdict = "right" if error <= bound else "WRONG"
     # JSON has no NaN.
     number = error if math.isfinite(error) else str(error)
@@ -34,7 +34,7 @@ def compared(claim: str, error: float, bound: float, unit: str = "") -> Finding:
 
 
 def failed(claim: str, found: dict[str, Any], *, of: str | None = None) -> Finding | None:
-    """What a process has to say that did not find anything; see `Child.wait`."""
+    """The finding for a process without a result; see `Child.wait`."""
     name = f"{of}: " if of else ""
     if "refused" in found:
         return Finding(claim, "left out", name + found["refused"])
@@ -42,7 +42,7 @@ def failed(claim: str, found: dict[str, Any], *, of: str | None = None) -> Findi
 
 
 def write(findings: dict[str, Sequence[Finding]], seconds: dict[str, float], file: Path) -> None:
-    """All so far, as JSON, by part; UserError where the disk is full, say."""
+    """Write all findings so far as JSON, by part; UserError if that fails, for example on a full disk."""
     parts = {
         part: {"seconds": round(seconds[part], 1), "findings": [asdict(finding) for finding in of_part]}
         for part, of_part in findings.items()

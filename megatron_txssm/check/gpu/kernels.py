@@ -1,4 +1,4 @@
-"""The kernels of a state-space layer against the recurrence in fp64, at the sizes of the recipes."""
+"""Compares the kernels of a state-space layer with the recurrence in fp64, at the sizes of the recipes."""
 
 # B=batch L=sequence H=heads P=head dim G=groups N=state
 
@@ -16,14 +16,14 @@ from megatron_txssm.ops.ssd_reference import ssd_reference
 
 HEAD_DIM, STATE_SIZE = 64, 128
 NAMES = ("y", "state", "dx", "ddt", "dA", "dB", "dC")
-# Which inputs of the scan have the type of the activations: x, B and C; dt and A are fp32.
+# Inputs of the scan that have the activations' dtype: x, B and C; dt and A are fp32.
 ACTIVATIONS = (True, False, False, True, True)
 
 
 def scan_inputs(
     length: int, heads: int, groups: int, device: str, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, ...]:
-    """x, dt, A, B, C, B and C being views of one tensor as in the mixer; drawn from the device's random state."""
+    """x, dt, A, B, C from the device's random state; B and C are views of one tensor, as in the mixer."""
     x_BLHP = torch.randn(1, length, heads, HEAD_DIM, device=device, dtype=dtype)
     dt_BLH = F.softplus(torch.randn(1, length, heads, device=device) - 4)
     A_H = -torch.empty(heads, device=device).uniform_(1, 16)
@@ -32,9 +32,9 @@ def scan_inputs(
 
 
 def errors(device: str, *, small: bool) -> dict[str, float]:
-    """The largest relative error, ‖found - exact‖ / ‖exact‖, of output, final state and gradients, by what computed.
+    """Largest relative error, ‖found - exact‖ / ‖exact‖, of output, final state and gradients, by operator and dtype.
 
-    Under TRITON_F32_DEFAULT=ieee, which Triton reads when it is imported, of fp32 alone: bf16 is not concerned.
+    With TRITON_F32_DEFAULT=ieee, which Triton reads on import, only fp32 is checked: bf16 does not depend on it.
     """
     torch.manual_seed(0)
     length, heads, groups = (96, 4, 2) if small else (1024, 24, 4)
@@ -53,7 +53,7 @@ def _scan_error(inputs: tuple[Tensor, ...], dtype: torch.dtype) -> float:
 
 
 def _outputs_and_gradients(scan: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:
-    """y, the final state and all five gradients, for cotangents that are the same whenever the shapes are."""
+    """y, the final state and all five gradients; the cotangents depend only on the shapes."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     outputs = scan(*leaves)
     generator = torch.Generator(leaves[0].device).manual_seed(1)

@@ -1,4 +1,4 @@
-"""The parts of `txssm check gpu`, most telling first: each gives findings, whatever breaks in it."""
+"""The parts of `txssm check gpu`, the most informative first: each yields findings, whatever breaks in it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from megatron_txssm.check.gpu.findings import Finding, compared, failed
 from megatron_txssm.check.gpu.speed import LONG_PAIRS, PAIRS, SMALL_PAIRS, speed_of_pairs
 from megatron_txssm.check.gpu.trainings import AGREEMENTS, SMALL_VOCABULARY, STEPS, WAVES, Agreement, Training
 
-# Of relative errors; measured on an H100: docs/gpu-results.
+# Bounds of relative errors; measured on an H100: docs/gpu-results.
 KERNEL_BOUNDS = {"fp32, IEEE": 1e-5, "fp32": 5e-3, "bf16": 2e-2}
 
 
 @dataclass(frozen=True)
 class Part:
-    """`seconds`: it is not begun with less time left."""
+    """`seconds`: the time that must be left to start it."""
 
     name: str
     about: str
@@ -41,7 +41,7 @@ def environment(bench: Bench) -> Iterator[Finding]:
 
 
 def kernels(bench: Bench) -> Iterator[Finding]:
-    # Triton reads how to multiply fp32 when it is imported. One block size a kernel: nothing is timed here.
+    # Triton reads its fp32 mode on import. One block size per kernel: nothing is timed here.
     once = {"MAMBA_DETERMINISTIC": "1"}
     ieee = once | {"TRITON_F32_DEFAULT": "ieee"}
     children = [bench.start("kernels", "kernels", once), bench.start("kernels", "kernels_ieee", ieee)]
@@ -60,7 +60,7 @@ def trainings(bench: Bench) -> Iterator[Finding]:
     waves = [[training for training in wave if _can_train(training, bench)] for wave in WAVES]
     prepared: dict[str, Child] = {}
     for wave, following in zip(waves, [*waves[1:], []], strict=True):
-        # What continues another run must not look at it before that has ended.
+        # A training that continues another must not read its run before that has ended.
         independent = [training for training in following if training.continues is None]
         prepared_next = bench.prepare(independent, SMALL_VOCABULARY, beside=len(wave))
         found |= bench.train_all(wave, SMALL_VOCABULARY, prepared, limit=240)
@@ -86,11 +86,11 @@ def _agreement(agreement: Agreement, found: dict[str, dict[str, Any]]) -> Findin
             return failure
     for name in pair:
         steps = [row["iteration"] for row in found[name]["rows"] if "lm loss" in row]
-        # Each once: a run that is resumed must not begin anew.
+        # Each once: a resumed run must not start over.
         if steps != list(range(1, STEPS + 1)):
             return Finding(agreement.claim, "FAILED", f"{name}: steps {steps}")
     ours, theirs = (_losses(found[name]["rows"]) for name in pair)
-    # Not max(): it may pass a NaN over.
+    # max() may ignore a NaN.
     differences = [abs(one - other) for one, other in zip(ours, theirs, strict=True)]
     error = max(differences) if all(d == d for d in differences) else float("nan")
     return compared(agreement.claim, error, agreement.bound, " nats")
@@ -101,7 +101,7 @@ def _losses(rows: list[dict[str, Any]]) -> list[float]:
 
 
 def _backends(bench: Bench, name: str) -> str:
-    """What Transformer Engine said of the attention that it chose."""
+    """The attention backends that Transformer Engine selected, from its log."""
     log = bench.folder / name / "logs/rank_0.log"
     if not log.exists():
         return ""

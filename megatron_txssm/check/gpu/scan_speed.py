@@ -1,4 +1,4 @@
-"""Milliseconds of the scan, forward and backward, beside attention, PyTorch's scan and the least that it can take."""
+"""Milliseconds of the scan, forward and backward, compared with attention, PyTorch's scan and a lower bound."""
 
 # B=batch L=sequence H=heads P=head dim G=groups N=state
 
@@ -18,13 +18,13 @@ from megatron_txssm.ops.ssd_triton import import_error
 
 HEADS, GROUPS = 12, 4
 LENGTHS = (4096, 16384, 65536)
-# PyTorch's scan is slow on long sequences, and its answer known then.
+# PyTorch's scan is slow on long sequences, and its result is predictable.
 LONGEST_BY_TORCH = 16384
 CHUNK = 256
 
 
 def milliseconds(device: str, *, small: bool) -> dict[str, Any]:
-    """By length: {"kernels", "torch", "attention", "bound": ms}; without a GPU there are no kernels."""
+    """By length: {"kernels", "torch", "attention", "bound": ms}; no "kernels" without a GPU."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     bandwidth = _bytes_per_second(device)
     found: dict[str, Any] = {"bytes_per_second": bandwidth}
@@ -46,7 +46,7 @@ def _least_bytes_per_token(itemsize: int) -> int:
 
 
 def _bytes_per_second(device: str) -> float:
-    """Of a large copy, read and written bytes counted."""
+    """Bandwidth of a large copy, counting bytes read and bytes written."""
     source = torch.empty(2**26 if device == "cpu" else 2**30, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return 2 * source.numel() / (_median_ms(lambda: target.copy_(source), device) / 1e3)
@@ -70,7 +70,7 @@ def _both_ms(function: Callable[[], Tensor], leaves: list[Tensor], device: str) 
 
 
 def _median_ms(function: Callable[[], object], device: str, *, warm: int = 3, rounds: int = 9) -> float:
-    """Of one call, on the device's own clock; one that takes a second is not repeated as often."""
+    """Time of one call, by the device's own clock; calls that take a second are repeated less often."""
     begin = time.perf_counter()
     function()
     if time.perf_counter() - begin > 1:

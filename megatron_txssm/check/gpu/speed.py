@@ -1,4 +1,4 @@
-"""Tokens per second of a recipe's training steps beside those of Llama 3 of as many parameters."""
+"""Tokens per second of a recipe's training steps, compared with Llama 3 with as many parameters."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -10,24 +10,25 @@ from megatron_txssm.check.gpu.children import Child
 from megatron_txssm.check.gpu.findings import Finding, failed
 from megatron_txssm.check.gpu.trainings import SMALL_BATCH, SMALL_LENGTH, SMALL_VOCABULARY, VOCABULARY, Training
 
-# Dense bf16, in TFLOP/s, as NVIDIA's data sheets have it, by a part of the device's name.
+# Peak of dense bf16 in TFLOP/s, from NVIDIA's data sheets, by a part of the device's name.
 PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362}
-# The first steps compile, find the fastest block sizes, and record the graph.
+# The first steps compile, tune block sizes, and record the graph.
 WARM_UP, TIMED = 5, 6
 AS_A_GRAPH = (
     "megatron.cuda_graph_impl=full_iteration",
     "megatron.cuda_graph_warmup_steps=2",
     "megatron.check_for_nan_in_loss_and_grad=false",
 )
-# One training: its start, and its compilation on a machine that has no cache yet.
+# Seconds: limit for one training, including start-up and compilation without a cache; minimum left to start one.
 LIMIT, LEAST = 150, 20
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A recipe and its rival, timed on batches of one size: two micro-batches a step, as more than one is the rule.
+    """A recipe and its rival, timed with the same batch size.
 
-    `graph`: both as one CUDA graph, so that the CPU, which starts each kernel else, does not count.
+    A step has two micro-batches, because more than one is usual. `graph`: run both as one CUDA graph, which excludes
+    the CPU's time for launching kernels.
     """
 
     ours: str
@@ -54,9 +55,9 @@ class Pair:
         return ours, rival
 
 
-# In place of all others on a machine that they do not fit.
+# Replaces all others on a machine that is too small for them.
 SMALL_PAIRS = (Pair("transxssm_320m", "llama3_320m", SMALL_LENGTH, SMALL_BATCH),)
-# The most telling first.
+# The most informative first.
 PAIRS = (
     Pair("transxssm_320m", "llama3_320m", 4096, 4, graph=True),
     Pair("transxssm_1.3b", "llama3_1.3b", 4096, 2, graph=True),
@@ -73,7 +74,7 @@ LONG_PAIRS = (
 
 
 def speed_of_pairs(bench: Bench, pairs: Sequence[Pair]) -> Iterator[Finding]:
-    """One finding a pair. While one training is timed, the next has its imports done, and waits."""
+    """One finding per pair. While one training is timed, the next has finished its imports and waits."""
     without = () if bench.transformer_engine else ("training.transformer_impl=local",)
     waiting = [training for pair in pairs for training in pair.trainings]
     prepared: list[Child] = []

@@ -1,4 +1,4 @@
-"""What `txssm check gpu` trains: small runs, of which two must agree; speed.py has those that are timed."""
+"""The trainings of `txssm check gpu`: small runs that are compared in pairs; speed.py has the timed ones."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +15,13 @@ DETERMINISTIC = "megatron.deterministic_mode=true"
 
 @dataclass(frozen=True)
 class Training:
-    """One training on one device, by Megatron's own loop, in a process and a folder of its own."""
+    """One training on one device, by Megatron's own loop, in its own process and folder."""
 
     name: str
     recipe: str
     settings: tuple[str, ...]
     on_cpu: bool = False
-    # The name of the training whose run it goes on with.
+    # Name of the training whose run it continues.
     continues: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -30,7 +30,7 @@ class Training:
         return TRANSFORMER_ENGINE in self.settings
 
     def overrides(self, folder: Path, tokens: Path) -> tuple[str, ...]:
-        """Its settings, with a run directory in `folder` and made-up `tokens` in place of a corpus."""
+        """Its settings, with a run directory in `folder` and generated `tokens` instead of a corpus."""
         return (
             *(f"data.{name}=null" for name in ("corpus", "weights", "stages", "train", "validation")),
             f"data.blend={tokens}",
@@ -49,13 +49,13 @@ class Training:
 
 
 def tokens_for(folder: Path, vocab_size: int) -> Path:
-    """The token file of such a vocabulary in `folder`, made unless it is there."""
+    """The token file for this vocabulary size in `folder`, created if missing."""
     prefix = folder / f"tokens_{vocab_size}"
     return prefix if prefix.with_suffix(".idx").exists() else write_tokens(prefix, vocab_size)
 
 
 def _small(name: str, *settings: str, **options: object) -> Training:
-    """Eight layers, one of them attention, whose heads have 128 channels, as FP8 attention wants on Hopper."""
+    """Eight layers, one of them attention, with heads of 128 channels, as FP8 attention requires on Hopper."""
     sizes = (
         "model.num_layers=8",
         "model.hidden_size=256",
@@ -75,13 +75,13 @@ def _small(name: str, *settings: str, **options: object) -> Training:
     return Training(name, "transxssm_320m", (*sizes, *settings), **options)  # pyright: ignore[reportArgumentType]
 
 
-# Whatever Transformer Engine decides about attention's backend, it says in the log.
+# Makes Transformer Engine log its choice of attention backend.
 _SAY_BACKENDS = {"NVTE_DEBUG": "1", "NVTE_DEBUG_LEVEL": "2"}
-# One block size a kernel: to compile and try all takes a minute, and the first wave has shown what is tuned.
+# One block size per kernel: compiling and trying all takes a minute, and the first wave covers the tuned kernels.
 _UNTUNED = {"MAMBA_DETERMINISTIC": "1"}
 _SAVE = f"checkpoint.save_interval={STOP}"
 
-# In waves: those of one run at the same time. The first compile what the others find compiled.
+# The trainings of a wave run at the same time. The first wave compiles kernels for the others.
 WAVES: tuple[tuple[Training, ...], ...] = (
     (
         _small("cpu", "training.precision=fp32", on_cpu=True),
@@ -108,7 +108,7 @@ WAVES: tuple[tuple[Training, ...], ...] = (
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two trainings whose losses differ by `bound` nats a token at most, in every one of the first steps."""
+    """Two trainings whose losses differ by at most `bound` nats per token in each of the first steps."""
 
     claim: str
     training: str
@@ -131,7 +131,7 @@ AGREEMENTS = (
 
 
 SMALL_LENGTH, SMALL_BATCH = 64, 2
-# `--small`: behind the settings of every training.
+# `--small`: appended to the settings of every training.
 SMALL_SIZES = (
     *("model.num_layers=8", "model.hidden_size=64", "model.num_attention_heads=2", "model.ffn_hidden_size=96"),
     *("model.state_size=16", "model.state_head_dim=16", "model.state_num_groups=2"),
@@ -139,5 +139,5 @@ SMALL_SIZES = (
     f"training.global_batch_tokens={SMALL_LENGTH * SMALL_BATCH}",
     *("training.transformer_impl=local", f"data.vocab_size={SMALL_VOCABULARY}"),
 )
-# What the real recipes train with (data.vocab_size).
+# data.vocab_size of the real recipes.
 VOCABULARY = 50277

@@ -1,9 +1,9 @@
-"""One process of `txssm check gpu`: does what a file tells it, and leaves what it found in another.
+"""One process of `txssm check gpu`: reads its task from a file and writes its result to another.
 
     python -m megatron_txssm.check.gpu.worker TASK.json
 
-TASK is {"kind": a key of KINDS, "result": file, "turn": file or null, ...}. A training waits for the file `turn` when
-its imports are done: it has the GPU for itself then, while the next one imports beside it.
+TASK is {"kind": a key of KINDS, "result": file, "turn": file or null, ...}. A training waits for the file `turn` after
+its imports: it then has the GPU to itself, while the next one imports.
 """
 
 import json
@@ -25,7 +25,7 @@ def main(task_file: str) -> int:
     end_with_parent()
     task = json.loads(Path(task_file).read_text(encoding="utf-8"))
     if os.getppid() != task["parent"]:
-        # It died before it could be watched.
+        # The parent ended before it could be watched.
         return 1
     try:
         found = KINDS[task["kind"]](task)
@@ -33,7 +33,7 @@ def main(task_file: str) -> int:
         print(f"error: {error}", flush=True)
         return 2
     result = Path(task["result"])
-    # Whole or not at all: the parent may end this process at any time.
+    # Written atomically: the parent may end this process at any time.
     part = result.with_suffix(".part")
     part.write_text(json.dumps(found), encoding="utf-8")
     part.replace(result)
@@ -41,7 +41,7 @@ def main(task_file: str) -> int:
 
 
 def train(task: dict[str, Any]) -> dict[str, Any]:
-    """Train `recipe` with `overrides`: the rows of its metrics.jsonl, its FLOPs per token, and on what."""
+    """Train `recipe` with `overrides`; returns the rows of its metrics.jsonl, its FLOPs per token, and the device."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
     from megatron_txssm.architecture.flops import flops_per_token
@@ -99,7 +99,7 @@ def decoding(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def bandwidth(task: dict[str, Any]) -> dict[str, Any]:
-    """All-reduce over the node's GPUs, by the program that the preflight of a job runs, too; {} with one GPU."""
+    """All-reduce over the node's GPUs, by the program that a job's preflight also runs; {} with one GPU."""
     import torch
 
     count = torch.cuda.device_count()

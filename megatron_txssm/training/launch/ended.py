@@ -1,4 +1,4 @@
-"""How a run on this machine, without Slurm, ended: what `txssm pretrain` leaves for `txssm why` in RUN/ended.json."""
+"""How a run on this machine, without Slurm, ended: `txssm pretrain` writes RUN/ended.json, `txssm why` reads it."""
 
 import contextlib
 import json
@@ -13,20 +13,20 @@ _NAME = "ended.json"
 
 
 def forget_local_end(run: Path) -> None:
-    """At the next start."""
+    """Called at the next start."""
     with contextlib.suppress(OSError):
         (run / _NAME).unlink()
 
 
 def note_local_end(run: Path, code: int, what: str, log: str = "") -> None:
-    """Called by the launcher, when its processes have ended."""
-    # A full disk, which may be what ended it.
+    """Called by the launcher when its processes have ended."""
+    # Suppressed: a full disk may have ended the run.
     with contextlib.suppress(OSError):
         write_json(run / _NAME, {"ended": time.time(), "exit_code": code, "what": what, "log": log})
 
 
 def explain_local_end(run: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of what is known of the last run that was started in a folder; nothing where none was."""
+    """(name, text) of what is known about the last run in a folder; empty if there was none."""
     if (holder := living_holder(run, Holder.myself())) is not None:
         yield "it trains now", str(holder)
         return
@@ -37,7 +37,7 @@ def explain_local_end(run: Path) -> Iterator[tuple[str, str]]:
         yield "what exactly", end["what"]
         yield "its log", end["log"]
     except (OSError, ValueError, KeyError, TypeError):
-        # Its launcher was killed. The log that was written last says the most.
+        # The launcher was killed. The log written last has the most information.
         logs = sorted(run.glob("logs/rank_*.log"), key=lambda path: path.stat().st_mtime)
         if logs:
             yield "it ended", "unexpectedly: it was killed, or the machine went down"

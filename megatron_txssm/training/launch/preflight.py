@@ -1,4 +1,4 @@
-"""What can be known to be wrong before a run starts: its layout, its files, the checkpoints it would resume from."""
+"""Checks before a run starts: its layout, its files, the checkpoints that it would resume from."""
 
 import contextlib
 import os
@@ -30,34 +30,34 @@ from megatron_txssm.recipe.recipe import Recipe, with_paths
 from megatron_txssm.recipe.sizes import checkpoint_bytes
 from megatron_txssm.recipe.validate import check_tokenizer_file, validate
 
-# Fields of `model` that change how it is computed or was started, not what a checkpoint holds.
+# Fields of `model` that affect computation or initialisation, not a checkpoint's content.
 _FREE_AT_RESUME = ("chunk_size", "ssd_backend", "init_method_std", "rotary_table_precision")
-# Those that lengthen the context of a trained model.
+# Fields that lengthen a trained model's context.
 _FREE_AT_FINE_TUNING = (
     "model.rotary_base",
     "model.rope_scaling",
     "model.rotary_interpolation_factor",
     "model.length_scaling_base",
 )
-# Adam's own settings, too: without a switch, Megatron would take the checkpoint's, and say nothing.
+# Includes Adam's settings: without a switch, Megatron would silently use the checkpoint's.
 _SCHEDULE = (
     *("learning_rate", "min_learning_rate_ratio", "weight_decay", "warmup_fraction", "decay_style"),
     *("wsd_decay_fraction", "wsd_decay_shape", "adam_beta1", "adam_beta2", "adam_eps"),
 )
-# Megatron's arguments: the recipe's schedule holds, or the checkpoint's.
+# Megatron's arguments: use the recipe's schedule, or the checkpoint's.
 _SCHEDULE_SWITCHES = ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")
-# The processes of Megatron's data loader, the batches that each prepares, and the bytes of a token in one: itself, its
-# label, its weight in the loss and its position.
+# Megatron's data loader: processes, batches prefetched by each, and bytes per token in a batch: the token, its label,
+# its loss weight and its position.
 _LOADERS, _BATCHES_AHEAD, _BYTES_A_TOKEN = 2, 2, 8 + 8 + 4 + 8
 
 
 def check_run(recipe: Recipe, world_size: int) -> None:
-    """UserError for the first thing that would stop a run of `world_size` processes; reads only, and without torch."""
+    """UserError for the first problem that would stop a run of `world_size` processes; only reads, without torch."""
     validate(recipe, world_size=world_size)
-    # One reader a machine: the indices of a large corpus are gigabytes.
+    # One reader per machine: the indices of a large corpus take gigabytes.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         check_files(recipe)
-    # One reader a run: it asks for the size of every file of the newest checkpoint, thousands on a large layout.
+    # One reader per run: it queries the size of every file of the newest checkpoint, thousands on a large layout.
     if os.environ.get("RANK", "0") == "0":
         check_checkpoint(recipe)
         if not is_finished(recipe):
@@ -65,7 +65,7 @@ def check_run(recipe: Recipe, world_size: int) -> None:
 
 
 def check_machine(recipe: Recipe, processes: int) -> None:
-    """UserError where this machine cannot hold what `processes` ranks of the run need of it."""
+    """UserError if this machine lacks the resources for `processes` ranks of the run."""
     check_temporary_folder()
     check_open_files(number_of_shards(recipe))
     stated = recipe.megatron.get("num_workers")
@@ -75,7 +75,7 @@ def check_machine(recipe: Recipe, processes: int) -> None:
 
 
 def number_of_shards(recipe: Recipe) -> int:
-    """Token files of the run, each named by its prefix."""
+    """Number of the run's token files, each named by its prefix."""
     if recipe.data.corpus is None:
         return sum(len(blend or ()) for blend in (recipe.data.train, recipe.data.validation, recipe.data.blend))
     from megatron_txssm.data.corpus.blend import recipe_blend
@@ -85,12 +85,13 @@ def number_of_shards(recipe: Recipe) -> int:
 
 
 def check_checkpoint(recipe: Recipe) -> None:
-    """UserError where the run would resume another model or schedule, or load_from holds no checkpoint."""
+    """UserError if the run would resume another model or schedule, or if load_from holds no checkpoint."""
     source = recipe.checkpoint.load_from
     if source is not None:
         check_source(Path(source))
     if source is not None and (made_by := Path(source) / "recipe.yaml").is_file():
-        # Megatron drops what a smaller model has no place for, and names nothing that two encodings share.
+        # Megatron drops weights that a smaller model has no place for, and cannot tell position encodings with the same
+        # weights apart.
         theirs, ours = _architecture(load_recipe(made_by)), _architecture(recipe)
         for name in _FREE_AT_FINE_TUNING:
             del theirs[name], ours[name]
@@ -101,7 +102,7 @@ def check_checkpoint(recipe: Recipe) -> None:
     folder = recipe.checkpoint_path
     if recipe.checkpoint.save_interval is None:
         return
-    # The newest that is whole, if there has ever been one.
+    # The newest whole checkpoint, if any.
     if find_newest(folder).step is None or not (folder / "recipe.yaml").is_file():
         return
     saved = load_recipe(folder / "recipe.yaml")
@@ -115,7 +116,7 @@ def check_checkpoint(recipe: Recipe) -> None:
             f"{folder} holds checkpoints of a model that reads by another tokenizer ({other}); "
             "use that one's corpus, or another run_directory"
         )
-    # Megatron refuses another schedule unless it is told which one holds.
+    # Megatron rejects another schedule unless told which one to use.
     told = any(recipe.megatron.get(key) for key in _SCHEDULE_SWITCHES)
     if not told and (differences := _differences(_schedule(saved), _schedule(recipe))):
         raise UserError(
@@ -126,7 +127,7 @@ def check_checkpoint(recipe: Recipe) -> None:
 
 
 def check_source(source: Path) -> None:
-    """UserError unless the newest checkpoint of checkpoint.load_from is whole: which one else is its user's choice."""
+    """UserError unless the newest checkpoint in checkpoint.load_from is whole; choosing another is left to the user."""
     step = tracked(source)
     if step is None:
         check_tracker(source)
@@ -138,7 +139,7 @@ def check_source(source: Path) -> None:
 
 
 def warnings(recipe: Recipe) -> Iterator[str]:
-    """What a run may do, and its user hardly wants."""
+    """Things that a run may do, but that its user probably does not want."""
     if recipe.checkpoint.save_interval is not None:
         with contextlib.suppress(UserError):
             if lost := going_back(find_newest(recipe.checkpoint_path), saved_step(recipe.checkpoint_path)):
@@ -162,7 +163,7 @@ def warnings(recipe: Recipe) -> Iterator[str]:
 
 
 def is_finished(recipe: Recipe) -> bool:
-    """Whether the run's newest checkpoint is whole, and of its last step; Megatron would fail for want of samples."""
+    """Whether the newest checkpoint is whole and of the last step; resuming it would fail for lack of samples."""
     if recipe.checkpoint.save_interval is None or recipe.megatron.get("skip_train"):
         return False
     step = saved_step(recipe.checkpoint_path)
@@ -175,15 +176,15 @@ def is_finished(recipe: Recipe) -> bool:
 
 
 def check_room(recipe: Recipe) -> None:
-    """UserError without space for one checkpoint where the run writes them."""
+    """UserError if the run saves checkpoints and the disk lacks space for one."""
     if recipe.checkpoint.save_interval is None:
         return
     needed, folder = checkpoint_bytes(recipe), recipe.checkpoint_path.absolute()
     there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     disk = shutil.disk_usage(there)
-    # What a save left that was cut off is removed when the run starts.
+    # The remains of interrupted saves are removed when the run starts.
     reclaimed = sum(map(folder_bytes, interrupted_saves(folder)))
-    # Of what is no disk, such as /proc, nothing can be said.
+    # disk.total is 0 on file systems without a disk, such as /proc.
     if disk.total and disk.free + reclaimed < needed:
         raise UserError(
             f"{there} has {disk.free / 1e9:.2f} GB left, and a checkpoint of {recipe.name} takes {needed / 1e9:.2f} "
@@ -192,9 +193,9 @@ def check_room(recipe: Recipe) -> None:
 
 
 def changed_data(recipe: Recipe) -> str:
-    """How the training data differ from those of the checkpoint that the run goes on from; empty where they do not.
+    """How the training data differ from the data of the checkpoint that the run resumes from; empty if they do not.
 
-    A sample's place in the data follows from its number: under other data, documents may come again, or never.
+    A sample's position in the data follows from its number: with other data, documents may repeat or never come.
     """
     made_by = recipe.checkpoint_path / "recipe.yaml"
     if recipe.checkpoint.save_interval is None or not saved_step(recipe.checkpoint_path) or not made_by.is_file():
@@ -214,7 +215,7 @@ def _architecture(recipe: Recipe) -> dict[str, Any]:
 
 
 def _schedule(recipe: Recipe) -> dict[str, Any]:
-    """What Megatron's OptimizerParamScheduler saves."""
+    """The values saved by Megatron's OptimizerParamScheduler."""
     return {
         "training.train_iters": recipe.train_iters,
         "training.global_batch_tokens": recipe.training.global_batch_tokens,
@@ -228,7 +229,7 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
 
 
 def make_run_directory(recipe: Recipe) -> None:
-    """Make the folders that the run writes to; UserError where that cannot be."""
+    """Create the folders that the run writes to; UserError if that fails."""
     folders = {"run_directory": recipe.run_path}
     if recipe.checkpoint.save_interval is not None:
         folders["checkpoint.directory"] = recipe.checkpoint_path
@@ -242,7 +243,7 @@ def make_run_directory(recipe: Recipe) -> None:
 
 
 def check_files(recipe: Recipe) -> None:
-    """UserError unless the recipe's corpus or token files and its tokenizer's file are there and whole."""
+    """UserError unless the recipe's corpus or token files and its tokenizer file exist and are whole."""
     from megatron_txssm.data.corpus.blend import check_corpus
     from megatron_txssm.data.corpus.shard import check_shard
 

@@ -1,15 +1,15 @@
-"""One run a folder: who trains there leaves a file that says so, on any file system that the nodes share.
+"""One run per folder: a run marks its folder with a file, on any file system shared by the nodes.
 
-RUN/running.json holds host, process, Slurm job and begin of the holder, rank 0. It goes away when that ends. What a
-killed holder leaves counts as long as it may live:
+RUN/running.json names host, process, Slurm job and start time of the holder, rank 0, and is removed when the run ends.
+After a kill, the file counts as long as its holder may be alive:
 
-- On the same machine the process itself is looked for, unless the file is a copy: its number (inode) is another. One
-  that was killed a moment ago is waited for.
-- A job that Slurm started again has outlived its earlier starts.
-- Else the file shows it: a living holder touches it every few seconds. Who comes waits to see whether it does, unless
-  it was touched last too long ago.
+- On the same machine, the process itself is looked up, unless the file is a copy (its inode differs). If the process
+  was killed a moment ago, its end is awaited.
+- If Slurm restarted the job, its earlier starts have ended.
+- Otherwise, a living holder touches the file every few seconds. A new run waits to see whether that happens, unless the
+  last touch is too long ago.
 
-Locks of the kernel (flock, fcntl) would be simpler, but whether nodes share them is a matter of mount options.
+Kernel locks (flock, fcntl) would be simpler, but whether nodes share them depends on mount options.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from megatron_txssm.recipe.recipe import Recipe
 
 NAME = "running.json"
 BEAT_SECONDS, STALE_SECONDS = 10.0, 60.0
-# So long ago that nobody need wait and see.
+# After this time without a touch, the holder is dead; no need to wait.
 DEAD_SECONDS = 300.0
 
 
@@ -42,17 +42,17 @@ class Holder:
 
     host: str
     pid: int
-    # Tells a process from a later one of the same number: clock ticks between boot and start.
+    # Clock ticks from boot to start; distinguishes the process from a later one with the same number.
     started_ticks: str | None
-    # Of the machine's boot, and of the container.
+    # Ids of the machine's boot and of the container.
     boot: str
     pid_namespace: str
     job_id: str | None
-    # How often Slurm has started the job again.
+    # How often Slurm has restarted the job.
     restarts: int
     since: str
     token: str
-    # The number of the file that says so. A run's folder may be copied while the run goes on.
+    # The lock file's own inode: a run folder may be copied while the run is alive.
     inode: int = 0
 
     @classmethod
@@ -75,7 +75,7 @@ class Holder:
 
 
 def check_not_running(recipe: Recipe, me: Holder | None = None) -> None:
-    """UserError where another run writes to this run's folders."""
+    """UserError if another run writes to this run's folders."""
     for folder in _folders(recipe):
         if (holder := living_holder(folder, me or Holder.myself())) is not None:
             raise UserError(
@@ -85,9 +85,9 @@ def check_not_running(recipe: Recipe, me: Holder | None = None) -> None:
 
 
 class RunLock:
-    """Holds a run's folders, from `with` to its end or the process's."""
+    """Holds a run's folders, from `with` to its end or the process's end."""
 
-    # The file that says so.
+    # Name of the lock file.
     name = NAME
 
     def __init__(self, recipe: Recipe):
@@ -121,12 +121,12 @@ class RunLock:
         return _folders(self.recipe)
 
     def check(self) -> None:
-        """UserError where another holds one of them."""
+        """UserError if another run holds one of the folders."""
         check_not_running(self.recipe, self.me)
 
     def _take(self, folder: Path) -> None:
         file = folder / self.name
-        # Once more where somebody else put the dead one's file away at the same time.
+        # Retried if another process removes the dead holder's file at the same time.
         for _ in range(3):
             try:
                 self._write(file)
@@ -143,7 +143,7 @@ class RunLock:
         raise UserError(f"{file} comes and goes: another is starting in {folder}; wait for its end")
 
     def _write(self, file: Path) -> None:
-        """OSError, and no file, where it cannot be written whole; FileExistsError where it is there."""
+        """OSError, leaving no file, if it cannot be written in full; FileExistsError if it exists."""
         with open(file, "x", encoding="utf-8") as stream:
             try:
                 json.dump(asdict(replace(self.me, inode=os.fstat(stream.fileno()).st_ino)), stream)
@@ -157,7 +157,7 @@ class RunLock:
             for file in tuple(self.held):
                 with contextlib.suppress(OSError):
                     os.utime(file)
-                # A file server may be away for a while; another's name is certain.
+                # None: the file server may be temporarily away. Another token: the lock is lost.
                 if _token(file) not in (None, self.me.token) and not self.released.is_set():
                     print(f"error: {file} is another run's now; this one ends, to spoil nothing", file=sys.stderr)
                     sys.stderr.flush()
@@ -165,7 +165,7 @@ class RunLock:
 
 
 def living_holder(folder: Path, me: Holder, name: str = NAME) -> Holder | str | None:
-    """Who holds a folder; None where nobody does, or nobody who can be alive. `name`: of the file that says so."""
+    """Who holds a folder; None if nobody does or the holder is dead. `name`: of the lock file."""
     file = folder / name
     try:
         text = file.read_text(encoding="utf-8")
@@ -175,7 +175,7 @@ def living_holder(folder: Path, me: Holder, name: str = NAME) -> Holder | str | 
     try:
         holder = Holder(**json.loads(text))
     except (ValueError, TypeError):
-        # It is just being written, or was cut off when its writer died.
+        # It is being written, or its writer died while writing.
         return f"{name} does not say whose" if _is_touched(file) else None
     if holder.token == me.token:
         return None
@@ -191,7 +191,7 @@ def living_holder(folder: Path, me: Holder, name: str = NAME) -> Holder | str | 
 
 
 def _folders(recipe: Recipe) -> list[Path]:
-    """Those that a run writes to: its own, and its checkpoints' where they lie elsewhere."""
+    """The folders that a run writes to: its own, and that of its checkpoints if outside."""
     folders = [recipe.run_path]
     checkpoints = recipe.checkpoint_path
     if recipe.checkpoint.save_interval is not None and not checkpoints.resolve().is_relative_to(folders[0].resolve()):
@@ -200,12 +200,12 @@ def _folders(recipe: Recipe) -> list[Path]:
 
 
 def _put_away(file: Path, dead: str | None) -> None:
-    """Remove what a dead holder left, unless it has become another's in between."""
+    """Remove a dead holder's file, unless another run has replaced it meanwhile."""
     aside = file.with_name(f"{file.name}.{secrets.token_hex(4)}")
     with contextlib.suppress(OSError):
         file.rename(aside)
         if _token(aside) != dead:
-            # Taken by another in the meantime, who shall keep it.
+            # Another run has taken the lock meanwhile: restore its file.
             os.link(aside, file)
         aside.unlink()
 
@@ -218,9 +218,9 @@ def _token(file: Path) -> str | None:
 
 
 def _started_ticks(pid: int) -> str | None:
-    """None where there is no such process, or only what its parent has not collected."""
+    """None if the process does not exist or is a zombie."""
     try:
-        # Behind the command's name, which may hold anything.
+        # The fields after the command's name, which may contain any character.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
@@ -228,7 +228,7 @@ def _started_ticks(pid: int) -> str | None:
 
 
 def _dies(pid: int, started_ticks: str | None) -> bool:
-    """Whether a process has been killed, and has ended within STALE_SECONDS: a busy machine takes a while."""
+    """Whether a killed process ends within STALE_SECONDS: on a busy machine that takes a while."""
     end = time.monotonic() + STALE_SECONDS
     while _is_killed(pid) and time.monotonic() < end:
         time.sleep(0.05)
@@ -236,7 +236,7 @@ def _dies(pid: int, started_ticks: str | None) -> bool:
 
 
 def _is_killed(pid: int) -> bool:
-    """Whether it is ending (PF_EXITING), or SIGKILL waits for it."""
+    """Whether it is exiting (PF_EXITING) or has a pending SIGKILL."""
     try:
         flags = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[6]
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
@@ -247,7 +247,7 @@ def _is_killed(pid: int) -> bool:
 
 
 def _is_touched(file: Path) -> bool:
-    """Whether somebody touches a file, or writes it anew; False where it goes away or nobody does for long."""
+    """Whether a file is touched or rewritten; False if it disappears or stays untouched for long."""
     before = _touched_ns(file)
     if before is not None and _untouched_seconds(file, before) > DEAD_SECONDS:
         return False
@@ -260,7 +260,7 @@ def _is_touched(file: Path) -> bool:
 
 
 def _untouched_seconds(file: Path, touched_ns: int) -> float:
-    """How long ago it was touched, by the clock that the file system goes by; 0 where that cannot be told."""
+    """Seconds since the last touch, by the file system's clock; 0 if unknown."""
     try:
         with tempfile.TemporaryFile(dir=file.parent) as now:
             return (os.fstat(now.fileno()).st_mtime_ns - touched_ns) / 1e9
@@ -269,7 +269,7 @@ def _untouched_seconds(file: Path, touched_ns: int) -> float:
 
 
 def _touched_ns(file: Path) -> int | None:
-    """None where it is not there. Opening makes a network file system look at it afresh."""
+    """None if the file does not exist. Opening it makes a network file system refresh its attributes."""
     try:
         with open(file, "rb") as stream:
             return os.fstat(stream.fileno()).st_mtime_ns

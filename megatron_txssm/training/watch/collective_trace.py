@@ -1,7 +1,7 @@
-"""Which ranks did not join which collective, from the dumps of torch's flight recorder in an attempt's folder.
+"""Finds ranks that did not join a collective, from the dumps of torch's flight recorder in an attempt's folder.
 
-torch's own tool for them (`torchfrtrace DIR --prefix collectives_rank_`) unpickles whatever stands there, and needs the
-dumps of all ranks, whole, of NCCL. Here only plain containers are unpickled, and dumps may be missing or cut off.
+torch's own tool (`torchfrtrace DIR --prefix collectives_rank_`) unpickles arbitrary objects and needs complete NCCL
+dumps of all ranks. Here only plain containers are unpickled, and dumps may be missing or truncated.
 """
 
 import io
@@ -13,26 +13,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-# A rank's dump is called so, with its number behind it.
+# A dump's file name, followed by the rank.
 PREFIX = "collectives_rank_"
-# More are not named.
+# Maximum number of ranks listed.
 _MOST_RANKS = 8
-# Of a rank's collectives: enough for one of each of its groups.
+# Collectives kept per rank: enough for one of each of its groups.
 _LAST_ENTRIES = 128
 
 
 @dataclass
 class Group:
-    """A process group, as the dumps tell it."""
+    """A process group, as described by the dumps."""
 
-    # "TENSOR_MODEL_PARALLEL_GROUP", or its number.
+    # For example TENSOR_MODEL_PARALLEL_GROUP, or its number.
     name: str = ""
-    # Its members, those that have written no dump included; empty where no dump tells them.
+    # Its members, including those without a dump; empty if unknown.
     ranks: set[int] = field(default_factory=set)
     # Rank -> the number of its last collective, begun and completed.
     begun: dict[int, int] = field(default_factory=dict)
     completed: dict[int, int] = field(default_factory=dict)
-    # (rank, number of the collective) -> what the rank called, with the sizes of its input.
+    # (rank, number of the collective) -> the function called, and its input sizes.
     calls: dict[tuple[int, int], tuple[str, str]] = field(default_factory=dict)
 
 
@@ -46,11 +46,11 @@ class Wait:
 
 
 def explain_hang(folder: Path, num_ranks: int) -> list[str]:
-    """What an attempt's dumps say of its hang, one line a finding; empty where there are none or nobody waits."""
+    """Explanations of a hang from an attempt's dumps, one line each; empty without dumps or if nobody waits."""
     traces = dict(_read_dumps(folder))
     groups = _groups(traces, num_ranks)
     waits = [*_collective_waits(groups), *_message_waits(traces)]
-    # Who itself waits for others is no cause; where all do, they wait for each other.
+    # A rank that itself waits is not a cause; if all wait, they wait for each other.
     waiting = _waiting(groups, waits)
     causes = [wait for wait in waits if wait.missing - waiting] or waits
     silent = set(range(num_ranks)) - set(traces)
@@ -59,7 +59,7 @@ def explain_hang(folder: Path, num_ranks: int) -> list[str]:
 
 
 def missing_ranks(folder: Path, num_ranks: int) -> list[int]:
-    """The ranks for which all others wait, in order; empty where that cannot be said."""
+    """The ranks that all others wait for, in order; empty if unknown."""
     traces = dict(_read_dumps(folder))
     groups = _groups(traces, num_ranks)
     waits = [*_collective_waits(groups), *_message_waits(traces)]
@@ -67,7 +67,7 @@ def missing_ranks(folder: Path, num_ranks: int) -> list[int]:
 
 
 def read_trace(dump: bytes) -> dict[str, Any]:
-    """A dump's content; pickle.UnpicklingError where it holds anything but plain containers."""
+    """A dump's content; pickle.UnpicklingError if it contains anything but plain containers."""
     found = _PlainUnpickler(io.BytesIO(dump)).load()
     if not isinstance(found, dict):
         raise pickle.UnpicklingError("no dictionary")
@@ -80,7 +80,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _what_is_read(trace: dict[str, Any]) -> dict[str, Any]:
-    """Without stacks and what is long past: of thousands of ranks, all dumps are held at once."""
+    """Drop stacks and old entries: with thousands of ranks, all dumps are in memory at once."""
     entries = [{name: entry[name] for name in entry if name != "frames"} for entry in trace.get("entries", [])]
     return trace | {"entries": entries[-_LAST_ENTRIES:]}
 
@@ -90,11 +90,11 @@ def _read_dumps(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         rank = path.name.removeprefix(PREFIX)
         try:
             trace = _what_is_read(read_trace(path.read_bytes()))
-            # Tried out alone: what one file holds must not hide what the others say.
+            # Parsed alone first: one bad file must not hide the others.
             alone = {int(rank): trace}
             _groups(alone, 0)
             list(_message_waits(alone))
-        except Exception:  # cut off, of another kind, or of a format to come: it may fail in any way
+        except Exception:  # truncated, of another kind, or in a newer format: any error is possible
             continue
         yield int(rank), trace
 
@@ -105,7 +105,7 @@ def _groups(traces: dict[int, dict[str, Any]], num_ranks: int) -> dict[str, Grou
         for number, config in trace.get("pg_config", {}).items():
             groups[number].ranks |= {int(word) for word in re.findall(r"\d+", str(config.get("ranks", "")))}
             groups[number].name = _name(config.get("desc", ""), number)
-        # The numbers in pg_status are each rank's own.
+        # The numbers in pg_status are local to each rank.
         names = {str(entry["pg_id"]): entry["process_group"][0] for entry in trace.get("entries", [])}
         for number, status in trace.get("pg_status", {}).items():
             if number not in names:
@@ -132,7 +132,7 @@ def _name(description: str, number: str) -> str:
 
 
 def _waiting(groups: dict[str, Group], waits: Iterable[Wait]) -> set[int]:
-    """The ranks inside a collective or a message, also where it is not known for whom they wait."""
+    """The ranks inside a collective or a message, even if it is unknown for whom they wait."""
     begun = ((group, rank, number) for group in groups.values() for rank, number in group.begun.items())
     unfinished = {rank for group, rank, number in begun if number > group.completed[rank]}
     return unfinished.union(*(wait.waiting for wait in waits))
@@ -141,7 +141,7 @@ def _waiting(groups: dict[str, Group], waits: Iterable[Wait]) -> set[int]:
 def _collective_waits(groups: dict[str, Group]) -> Iterator[Wait]:
     for group in groups.values():
         last = max(group.begun.values(), default=0)
-        # A rank without a dump has said nothing: it is missing where others wait.
+        # A rank without a dump counts as missing if others wait.
         waiting = {rank for rank, begun in group.begun.items() if begun == last and group.completed[rank] < last}
         missing = {rank for rank in group.ranks if group.begun.get(rank, 0) < last}
         if waiting and missing:
@@ -153,7 +153,7 @@ def _message_waits(traces: dict[int, dict[str, Any]]) -> Iterator[Wait]:
     """Sends and receives that did not complete."""
     for rank, trace in traces.items():
         for entry in trace.get("entries", []):
-            # nccl:recv 3<-0, by the ranks within the group.
+            # For example `nccl:recv 3<-0`, with ranks within the group.
             found = re.search(r"(send|recv) (\d+)(?:->|<-)(\d+)", entry["profiling_name"])
             if not entry.get("is_p2p") or found is None or entry.get("state") == "completed" or entry.get("retired"):
                 continue
@@ -166,7 +166,7 @@ def _message_waits(traces: dict[int, dict[str, Any]]) -> Iterator[Wait]:
 
 
 def _mismatches(groups: dict[str, Group]) -> Iterator[str]:
-    """Ranks that call different collectives at the same place: their programs have parted."""
+    """Ranks that call different collectives at the same place: their programs have diverged."""
     for group in groups.values():
         for number in sorted({number for _, number in group.calls}):
             ranks_by_call: dict[str, list[int]] = defaultdict(list)
@@ -180,7 +180,7 @@ def _mismatches(groups: dict[str, Group]) -> Iterator[str]:
 
 
 def _unfinished(groups: dict[str, Group]) -> Iterator[str]:
-    """Collectives that everybody joined and that do not end."""
+    """Collectives that all ranks joined, but that do not complete."""
     for group in groups.values():
         last = max(group.begun.values(), default=0)
         inside = {rank for rank, begun in group.begun.items() if begun == last and group.completed[rank] < last}
@@ -197,7 +197,7 @@ def _describe(wait: Wait, causes: Iterable[int], silent: set[int]) -> str:
 
 
 def _ranks(ranks: Iterable[int]) -> str:
-    """`rank 3`, `ranks 0, 2, 3`, with the first few named."""
+    """`rank 3` or `ranks 0, 2, 3`; only the first few are listed."""
     ranks = sorted(ranks)
     more = f" and {len(ranks) - _MOST_RANKS} more" if len(ranks) > _MOST_RANKS else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:_MOST_RANKS]))}{more}"

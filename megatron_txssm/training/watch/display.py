@@ -1,4 +1,4 @@
-"""What a person or a job's output file sees of a training: a bar and a line of figures, or plain lines."""
+"""Terminal output of a training: a progress bar with a line of figures, or plain lines."""
 
 import time
 from datetime import timedelta
@@ -8,7 +8,7 @@ from megatron_txssm.terminal import beside_the_log, terminal_console
 
 
 def make_display(terminal: TextIO, train_iters: int) -> "PlainDisplay | BarDisplay":
-    """A progress bar where a person looks on and the terminal can redraw it, plain lines elsewhere."""
+    """A progress bar on an interactive terminal, plain lines elsewhere."""
     redraws = terminal.isatty() and terminal_console(terminal).is_interactive
     return BarDisplay(terminal, train_iters) if redraws else PlainDisplay(terminal, train_iters)
 
@@ -33,7 +33,7 @@ class PlainDisplay:
     def close(self) -> None: ...
 
     def _eta(self, metrics: dict[str, Any]) -> str:
-        """Remaining time at the pace since the first logged step, evaluations and saves included."""
+        """Remaining time at the pace since the first logged step, including evaluations and saves."""
         now, iteration = time.monotonic(), metrics["iteration"]
         if self.start_time is None:
             self.start_time, self.start_iteration = now, iteration
@@ -43,7 +43,7 @@ class PlainDisplay:
 
 
 class BarDisplay:
-    """rich's progress bar, as wide as the terminal, a line of figures under it, and notes above both."""
+    """rich's progress bar over the terminal's width, a line of figures under it, and notes above both."""
 
     def __init__(self, terminal: TextIO, train_iters: int):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -72,7 +72,7 @@ class BarDisplay:
         self.progress.update(self.task, completed=metrics["iteration"])
 
     def note(self, text: str) -> None:
-        # Its brackets are the names of validation sets, no colours; the terminal itself breaks a long line.
+        # Brackets are names of validation sets, not markup; the terminal wraps long lines.
         self.progress.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def close(self) -> None:
@@ -80,7 +80,7 @@ class BarDisplay:
 
 
 def describe(metrics: dict[str, Any]) -> str:
-    """`loss 4.1234 | 12,345 tokens/s | 0.12 TFLOP/s per rank | lr 3.0e-04`, and how many steps were skipped, if any."""
+    """`loss 4.1234 | 12,345 tokens/s | 0.12 TFLOP/s per rank | lr 3.0e-04`, and the number of skipped steps, if any."""
     parts = [f"loss {metrics['lm loss']:.4f}"] if "lm loss" in metrics else []
     if metrics.get("skipped_steps"):
         parts.append(f"skipped {metrics['skipped_steps']} steps")

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: its display, metrics.jsonl, throughput and learning rate in Megatron's logs."""
+"""Reports on a training: display, metrics.jsonl, throughput and learning rate in Megatron's logs."""
 
 import json
 import time
@@ -22,14 +22,14 @@ from megatron_txssm.training.watch.stragglers import SlowRunWatch
 
 
 class TrainingMonitor(Listener):
-    """Listens to Megatron's loop: each step, and each validation.
+    """Listens to each step and each validation of Megatron's loop.
 
-    Every rank has one, since the loss is broadcast from the last pipeline stage; rank 0 writes. `metrics.jsonl` holds
-    one JSON object a line, with its time in seconds since the epoch: every step's own loss at full precision, every
+    Every rank has one, because the loss is broadcast from the last pipeline stage; rank 0 writes. `metrics.jsonl` holds
+    one JSON object per line, with its time in seconds since the epoch: every step's own loss at full precision, every
     validation loss. A resumed run appends to it, so the last line of an iteration counts.
 
-    The learning rate is the one that the step used. Throughput is the mean since the last logged step, over the time
-    spent in training steps: reading data is in it, validations and saves are not.
+    The learning rate is the one used by the step. Throughput is the mean since the last logged step over the time spent
+    in training steps, including data loading but not validations and saves.
     """
 
     def __init__(self, recipe: Recipe, terminal: TextIO):
@@ -44,25 +44,25 @@ class TrainingMonitor(Listener):
         )
         self.sizes = recipe.sizes
         self.learning_rate: float | None = None
-        # Of the last step's global batch.
+        # For the last step's global batch.
         self.batch_tokens, self.batch_flops = 0, 0.0
-        # Of time.perf_counter.
+        # From time.perf_counter.
         self.step_began = 0.0
-        # Of the last step, and since the last logged step.
+        # For the last step, and since the last logged step.
         self.step_seconds = 0.0
         self.interval_seconds, self.interval_tokens, self.interval_flops = 0.0, 0, 0.0
         self.skipped_steps = 0
         self.iteration: int | None = None
         self.first_step_note = first_step_note(recipe)
-        # One for each virtual pipeline stage.
+        # One per virtual pipeline stage.
         self.test_iterators: list[Any] = []
-        # The step and the data of the last validation.
+        # Step and data of the last validation.
         self.validated: tuple[int | None, str] | None = None
-        # One entry a validation set, by loss; None where the time limit came first.
+        # Losses by name, one entry per validation set; None if the time limit came first.
         self.validation_losses: list[dict[str, torch.Tensor] | None] = []
 
     def before_step(self, call: Call) -> None:
-        # The scheduler moves on within the step, after which Megatron logs the next step's rate.
+        # The scheduler advances within the step, so Megatron would log the next step's rate.
         self.learning_rate = get_canonical_lr_for_logging(call.optimizer.param_groups)
         if self.first_step_note is not None:
             self.say(self.first_step_note)
@@ -76,11 +76,11 @@ class TrainingMonitor(Listener):
         self.interval_seconds += self.step_seconds
 
     def around_flops(self, call: Call, proceed: Callable[[], float]) -> float:
-        """Model FLOPs of one global batch, forward and backward; what Megatron's own throughput line divides.
+        """Model FLOPs of one global batch, forward and backward; used by Megatron's own throughput line.
 
-        Megatron bills a state-space layer as attention of another width; ours counts what the model computes. Squares
-        of lengths are those of the isolated documents that the batch holds, on all ranks, as `forward_step` counts
-        them; None where samples are not divided.
+        Megatron counts a state-space layer as attention of another width; this counts the model's actual operations.
+        The sum of squared lengths covers the isolated documents of the batch on all ranks, as counted in
+        `forward_step`; None if samples are not divided.
         """
         seq_length, squares = call.args.seq_length, call.seqlen_squared_sum_in_batch
         self.batch_tokens = call.batch_size * seq_length
@@ -100,11 +100,11 @@ class TrainingMonitor(Listener):
             self.test_iterators.append(test)
 
     def around_validation(self, call: Call, proceed: Callable[[], Any]) -> Any:
-        # Known by its iterators, as Megatron says only in words which data it validates ("iteration 9 on test set").
+        # Recognised by its iterators: Megatron names the data only in a message ("iteration 9 on test set").
         of_stages = call.data_iterator if isinstance(call.data_iterator, list) else []
         is_test = any(found is test for found in (call.data_iterator, *of_stages) for test in self.test_iterators)
         data = "test" if is_test else "validation"
-        # At its end, Megatron validates the step again that it has just validated.
+        # At the end, Megatron repeats the validation of the last step.
         if self.validated == (self.iteration, data):
             return None
         call.data_iterator = of_each_set(call.data_iterator, self.args)
@@ -147,14 +147,14 @@ class TrainingMonitor(Listener):
         if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
             self.interval_seconds, self.interval_tokens, self.interval_flops = 0.0, 0, 0.0
             self._show(lambda display: display.step(metrics | {"skipped_steps": self.skipped_steps}))
-            # Megatron keeps its writers on the last rank.
+            # Megatron's writers are on the last rank.
             if writer := get_tensorboard_writer():
                 writer.add_scalar("tokens-per-second", tokens_per_second, iteration)
             if wandb := get_wandb_writer():
                 wandb.log({"tokens-per-second": tokens_per_second}, iteration)
 
     def on_validation(self, data: str = "validation") -> None:
-        """Report the losses of every validation (or test) set; several are told apart as in TensorBoard."""
+        """Report the losses of every validation (or test) set; several sets are named as in TensorBoard."""
         sets = [losses for losses in self.validation_losses if losses is not None]
         if len(sets) == len(self.validation_losses):
             self.validated = self.iteration, data
@@ -173,13 +173,13 @@ class TrainingMonitor(Listener):
             self._show(lambda display: display.note(f"iteration {iteration} | {words}"))
 
     def say(self, text: str) -> None:
-        """A line to the terminal and to the log, on rank 0."""
+        """Write a line to the terminal and the log, on rank 0."""
         if self.args.rank == 0:
             print(text, flush=True)
             self._show(lambda display: display.note(text))
 
     def _tell_of_slowness(self, iteration: int) -> None:
-        """On rank 0, once where the run becomes slow, and once where it is so no more."""
+        """On rank 0, once when the run becomes slow and once when it recovers."""
         verdict = self.slow_run.verdict
         if verdict is None:
             self._show(lambda display: display.note(f"iteration {iteration} | throughput is back near its median"))
@@ -192,7 +192,7 @@ class TrainingMonitor(Listener):
         self._show(lambda display: display.close())
 
     def _show(self, what: Callable[[PlainDisplay | BarDisplay], None]) -> None:
-        """The terminal may be gone, by a hang-up or with the reader of a pipe: the training goes on without it."""
+        """Ignores a closed terminal or pipe: the training continues without a display."""
         if self.display is not None:
             try:
                 what(self.display)
@@ -207,11 +207,11 @@ class TrainingMonitor(Listener):
 
 
 def first_step_note(recipe: Recipe) -> str | None:
-    """Why nothing will seem to happen at first; None where the run has no kernels of Triton."""
+    """Explains the initial delay; None if the run uses no Triton kernels."""
     by_kernels = recipe.has_state_space and recipe.model.ssd_backend in ("auto", "triton")
     if not by_kernels or why_unavailable() is not None:
         return None
-    # Triton keeps what it compiles. docs/gpu-results has the seconds.
+    # Triton caches compiled kernels. docs/gpu-results has the seconds.
     return "the first step compiles and tunes kernels: about a minute, less where an earlier run has done so"
 
 

@@ -14,24 +14,24 @@ from megatron_txssm.metrics import metrics_tail
 from megatron_txssm.training.watch.collective_trace import read_trace
 from megatron_txssm.training.watch.throughput import ThroughputWatch, Verdict, judge
 
-# Steps between two looks, at which rank 0 tells the others what it wants to know.
+# Steps between checks, at which rank 0 broadcasts its request to the others.
 CHECK_STEPS = 10
 _NOTHING, _AS_USUAL, _SLOW = range(3)
 
 
 class SlowRunWatch:
-    """One on every rank. Costs a broadcast of one number every `CHECK_STEPS` steps; more only while the run is slow.
+    """One per rank. Costs a broadcast of one number every `CHECK_STEPS` steps; more only while the run is slow.
 
-    Time in validations and saves is not counted, nor are the first steps after a start.
+    Validations, saves and the first steps after a start are not counted.
     """
 
     def __init__(self, fraction: float | None, metrics_file: Path, rank: int, world_size: int):
         self.is_on = fraction is not None
         self.rank, self.world_size = rank, world_size
         self.watch = ThroughputWatch(fraction or 0.0, earlier_throughput(metrics_file, world_size) if not rank else ())
-        # Every rank's share of a step in collectives, while the run was not slow.
+        # Every rank's fraction of a step in collectives, while the run was not slow.
         self.usual: list[float] | None = None
-        # While the run is slow, and whether one since then has named ranks.
+        # Set while the run is slow; `named`: whether a verdict has named ranks since then.
         self.verdict: Verdict | None = None
         self.named = False
         self.warm = False
@@ -48,9 +48,9 @@ class SlowRunWatch:
             self.collectives.end_step()
 
     def after_step(self, iteration: int, flops: float) -> bool:
-        """Called on every rank after each step with its FLOPs on all ranks.
+        """Called on every rank after each step, with the step's FLOPs over all ranks.
 
-        True on rank 0 where `verdict` came or went, or is the first of a slow time to name ranks.
+        True on rank 0 if `verdict` was set or cleared, or is the first of a slow period to name ranks.
         """
         self.flops += flops / self.world_size
         if not self.is_on or iteration % CHECK_STEPS:
@@ -80,7 +80,7 @@ class SlowRunWatch:
 
 
 def earlier_throughput(metrics_file: Path, world_size: int) -> list[float]:
-    """FLOP/s per rank of the last steps in metrics.jsonl that as many ranks did, and that were not slow."""
+    """FLOP/s per rank of the last steps in metrics.jsonl with the same world size, except slow ones."""
     return [
         line["model_tflops_per_second_per_rank"] * 1e12
         for line in metrics_tail(metrics_file)
@@ -89,10 +89,10 @@ def earlier_throughput(metrics_file: Path, world_size: int) -> list[float]:
 
 
 class CollectiveTime:
-    """The share of the last steps' time that this rank spent in collectives, waiting included."""
+    """The fraction of the last steps' time that this rank spent in collectives, including waits."""
 
     def __init__(self, num_steps: int):
-        # (begin, end, seconds that the host waited) of each step; times in ns since the epoch.
+        # (begin, end, seconds that the host waited) of each step; begin and end in ns since the epoch.
         self.steps: deque[tuple[int, int, float]] = deque(maxlen=num_steps)
         self.began, self.waited, self.waited_before = 0, 0.0, 0.0
         self._time_waits()
@@ -109,13 +109,13 @@ class CollectiveTime:
                 from torch._C._distributed_c10d import _dump_nccl_trace  # pyright: ignore[reportAttributeAccessIssue]
 
                 return share_of_trace(read_trace(_dump_nccl_trace(True, False, False)), self.steps)
-            except Exception:  # a format to come may fail in any way; a training does not end for what watches it
+            except Exception:  # a newer format may fail in any way; monitoring must not end a training
                 return 0.0
         seconds = sum(end - begin for begin, end, _ in self.steps) / 1e9
         return min(1.0, sum(waited for *_, waited in self.steps) / max(seconds, 1e-9))
 
     def _time_waits(self) -> None:
-        """On a CPU, whoever waits for a collective or a message does so in this method; with NCCL the GPU waits."""
+        """On a CPU, waits for collectives and messages happen in this method; with NCCL the GPU waits."""
         work: Any = torch.distributed.Work
         wait = work.wait
 
@@ -131,9 +131,9 @@ class CollectiveTime:
 
 
 def share_of_trace(trace: dict[str, Any], steps: Iterable[tuple[int, int, float]]) -> float:
-    """The same from NCCL's flight recorder, for a GPU, where the host does not wait; 0 where it has no times.
+    """The same from NCCL's flight recorder, for GPUs, where the host does not wait; 0 if it has no durations.
 
-    It holds the last collectives only: steps that began before are left out, but for the last.
+    The recorder holds only the last collectives: steps that began earlier are not counted, except the last one.
     """
     entries = [entry for entry in trace.get("entries", []) if entry.get("duration_ms") is not None]
     if not entries:
@@ -147,12 +147,12 @@ def share_of_trace(trace: dict[str, Any], steps: Iterable[tuple[int, int, float]
         for entry in entries
         if any(begin <= entry["time_created_ns"] <= end for begin, end in spans)
     )
-    # Those that overlap, in several streams, may sum up to more than the time.
+    # Collectives that overlap in several streams may add up to more than the total.
     return min(1.0, spent / max(total, 1e-9))
 
 
 def gather_shares(share: float) -> tuple[list[float], list[str]]:
-    """Every rank's share and host name; a collective."""
+    """Every rank's fraction and host name; a collective."""
     answers: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(answers, (share, socket.gethostname()))
     return [share for share, _ in answers], [host for _, host in answers]

@@ -1,7 +1,7 @@
-"""Slow runs: throughput against the run's own median, and the ranks for which the others wait.
+"""Slow runs: throughput against the run's own median, and the ranks that the others wait for.
 
-A slow rank makes all ranks slow, since they meet in collectives; every rank's step takes as long. What tells it apart
-is that it is the one that does not wait: the others spend in collectives what it takes longer.
+A slow rank slows all ranks, because they meet in collectives, and every rank's step takes equally long. The slow rank
+is the one that does not wait: the others spend its extra time in collectives.
 """
 
 import statistics
@@ -10,41 +10,41 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-# One sample of throughput: at least so long a time spent in steps, so that a hiccup does not count.
+# Minimum time in steps of one throughput sample, so that a hiccup does not count.
 SAMPLE_SECONDS = 10.0
-# In a row, of a slow run and of one that is so no more.
+# Consecutive samples before a run counts as slow, or as recovered.
 SAMPLES_IN_A_ROW = 3
-# Before them there is no median to speak of; and how many the median is taken over.
+# Minimum number of samples for a median, and maximum number that it is taken over.
 MIN_SAMPLES, MAX_SAMPLES = 5, 500
-# Of what a step takes longer than usual: so much of it must the others wait longer than the one that they wait for.
+# Minimum difference in waiting between the other ranks and a slow rank, as a fraction of a step's extra time.
 CLEAR_SHARE = 0.5
-# And what it takes longer counts as so much of a usual step at least, so that noise is not divided by next to nothing.
+# Lower limit of that extra time, as a fraction of a usual step, so that noise is not divided by almost zero.
 MIN_EXCESS = 0.1
 
 
 class ThroughputWatch:
-    """Says when throughput (in any unit) is below `fraction` of its own median, and when it has come back.
+    """Detects when throughput (in any unit) falls below `fraction` of its own median, and when it recovers.
 
-    `history`: samples of the same run at the same number of ranks. What is slow does not enter the median, so that a
-    long slow time does not become the rule.
+    `history`: samples of the same run with the same number of ranks. Slow samples are left out of the median, so that a
+    long slow period does not become normal.
     """
 
     def __init__(self, fraction: float, history: Iterable[float] = ()):
         self.fraction = fraction
         self.samples = deque(history, maxlen=MAX_SAMPLES)
         self.is_slow = False
-        # The last sample against the median; None before it can be said.
+        # The last sample as a fraction of the median; None before it is known.
         self.share: float | None = None
         self.in_a_row = 0
         self.work, self.seconds = 0.0, 0.0
 
     @property
     def is_as_usual(self) -> bool:
-        """As far as can be said: not before there is a median and a sample of this process that is near it."""
+        """False until there is a median and a sample of this process near it."""
         return not self.is_slow and self.in_a_row == 0 and self.share is not None
 
     def add(self, work: float, seconds: float) -> bool:
-        """Take what was done in some steps; True where the run became slow, or is so no more."""
+        """Add some steps' work and time; True if the run became slow or recovered."""
         self.work, self.seconds = self.work + work, self.seconds + seconds
         if self.seconds < SAMPLE_SECONDS:
             return False
@@ -53,7 +53,7 @@ class ThroughputWatch:
             self.samples.append(sample)
             return False
         self.share = sample / statistics.median(self.samples)
-        # To be well again takes more than to be not quite slow.
+        # Hysteresis: recovery needs more than the limit for slowness.
         limit = (1 + self.fraction) / 2 if self.is_slow else self.fraction
         is_slow = self.share < limit
         if not is_slow and not self.is_slow:
@@ -67,13 +67,13 @@ class ThroughputWatch:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whom a slow run waits for."""
+    """The ranks that a slow run waits for."""
 
-    # Its throughput, as a share of the median.
+    # Throughput as a fraction of the median.
     fraction: float
-    # What makes it slow, in words.
+    # The cause, in words.
     reason: str
-    # Empty where no rank stands out.
+    # Empty if all ranks are similar.
     ranks: list[int] = field(default_factory=list)
     nodes: list[str] = field(default_factory=list)
 
@@ -85,12 +85,13 @@ class Verdict:
 
 
 def judge(fraction: float, shares: Sequence[float], hosts: Sequence[str], usual: Sequence[float] | None) -> Verdict:
-    """Whom a run at `fraction` of its throughput waits for, by every rank's share of the steps' time in collectives.
+    """Find the ranks that a slow run waits for, from every rank's fraction of time in collectives.
 
-    `usual`: those of the time when it was not slow, if they are known: stages of a pipeline wait unequally.
+    `fraction`: the run's throughput over its usual one. `usual`: the `shares` while the run was not slow, if known:
+    stages of a pipeline wait unequally.
     """
-    # A step takes 1 / fraction usual steps now. How much of what is new in it each rank waits: all of it behind a slow
-    # rank or network, none of it where it is slow by itself.
+    # A step now takes 1 / fraction usual steps. Fraction of the extra time that each rank waits: all of it behind a
+    # slow rank or network, none of it if the rank itself is slow.
     excess = max(1 / fraction - 1, MIN_EXCESS)
     before = usual or [0.0] * len(shares)
     rises = [(share / fraction - old) / excess for share, old in zip(shares, before, strict=True)]

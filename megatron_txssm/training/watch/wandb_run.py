@@ -1,6 +1,6 @@
-"""Weights & Biases: a run that is resumed stays one run there.
+"""Weights & Biases: a resumed run continues the same W&B run.
 
-Megatron starts W&B without an identity, so each resume would be another run. W&B reads one from its environment.
+Megatron starts W&B without an id, so each resume would create another run. W&B reads an id from the environment.
 """
 
 import os
@@ -12,10 +12,10 @@ from megatron_txssm.training.launch.preflight import saved_step
 
 
 def name_wandb_run(recipe: Recipe) -> None:
-    """Let W&B go on with the run that RUN/wandb/run_id names; one that begins at step 0 is a new one.
+    """Let W&B continue the run named in RUN/wandb/run_id; a training that begins at step 0 gets a new one.
 
-    W&B refuses steps that it has seen, and so all of a training that begins again. What the user's own environment says
-    holds. Called on every rank; Megatron starts W&B on the last.
+    W&B rejects steps that it has seen, which would be all steps of a training that begins again. Variables that the
+    user has set are kept. Called on every rank; Megatron starts W&B on the last.
     """
     if recipe.logging.wandb_project is None or os.environ["RANK"] != str(int(os.environ["WORLD_SIZE"]) - 1):
         return
@@ -30,7 +30,7 @@ def name_wandb_run(recipe: Recipe) -> None:
 
 
 def _allow_changes_of_the_configuration() -> None:
-    """Megatron tells W&B the Slurm job's name, which W&B refuses where a resumed run has another."""
+    """Megatron passes the Slurm job's name to W&B, which rejects a changed one when a run resumes."""
     from wandb import Config  # pyright: ignore[reportAttributeAccessIssue]  it is there
 
     update = Config.update
