@@ -1,4 +1,4 @@
-"""`python -m megatron_txssm.cli`: what `txssm` runs, for an interpreter that is named."""
+"""`python -m megatron_txssm.cli`: `txssm` under a given interpreter."""
 
 import sys
 

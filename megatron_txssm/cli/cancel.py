@@ -1,4 +1,4 @@
-"""txssm cancel: end a run's jobs; the trainer finishes its step and saves in the time that Slurm leaves it."""
+"""txssm cancel: end a run's jobs; the trainer finishes its step and saves in the time that Slurm grants."""
 
 import argparse
 from typing import Any

@@ -1,4 +1,4 @@
-"""txssm check <command>: prove on this machine what a recipe's layouts must not change, and what a GPU computes."""
+"""txssm check <command>: verify parallel layouts, document isolation and a GPU's results on this machine."""
 
 import argparse
 from pathlib import Path
@@ -36,7 +36,7 @@ COMMANDS = {
     ),
 }
 
-# As check/gpu/parts.py has them, which is imported only when it is asked for.
+# The parts in check/gpu/parts.py, which is imported only when needed.
 GPU_PARTS = ("environment", "kernels", "trainings", "bandwidth", "speed", "scan", "decoding", "long")
 
 
@@ -101,7 +101,7 @@ def _add_gpu(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    # Imported here: none is needed to show the help.
+    # Imported here: --help does not need them.
     if args.command == "gpu":
         from megatron_txssm.check.gpu.check import check_gpu
 

@@ -1,6 +1,6 @@
-"""What the shell completes at the tab key: verbs and options, recipes, runs, and the fields of --set.
+"""Shell completion: verbs and options, recipes, runs, and the fields of --set.
 
-argcomplete runs `txssm` itself at each, with the line in $COMP_LINE, so nothing that it needs is heavy.
+argcomplete runs `txssm` itself at each press of the tab key, with the line in $COMP_LINE, so the imports must be light.
 """
 
 import argparse
@@ -11,12 +11,12 @@ from typing import Any
 
 from megatron_txssm.cli.parsing import VERBS, build_parser
 
-# Whose RECIPE is a corpus recipe.
+# Commands whose RECIPE is a corpus recipe.
 _OF_CORPORA = ("txssm data shard", "txssm data train-tokenizer")
 
 
 def complete(**answer: Any) -> None:
-    """Answer the shell and end the process, or as argcomplete.autocomplete's `answer` says."""
+    """Answer the shell and end the process; `answer`: arguments of argcomplete.autocomplete."""
     import argcomplete
 
     typed = os.environ.get("COMP_LINE", "").split()
@@ -26,7 +26,7 @@ def complete(**answer: Any) -> None:
 
 
 def add_completers(parser: argparse.ArgumentParser) -> None:
-    """Tell argcomplete what an argument may be, by its name; files come beside it."""
+    """Give arguments their completers, by name."""
     completers = {
         "recipe": _recipes,
         "source": _recipes,
@@ -54,7 +54,7 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 def _files(prefix: str, *patterns: str) -> list[str]:
-    """Folders and files that match, as far as they are typed."""
+    """Folders and matching files in the folder that is typed."""
     folder = Path(prefix) if prefix.endswith("/") else Path(prefix).parent
     found = {path for pattern in ("*/", *patterns) for path in folder.glob(pattern)}
     return [f"{path}/" if path.is_dir() else str(path) for path in sorted(found)]

@@ -1,4 +1,4 @@
-"""txssm convert export, import, verify: weights from Megatron's checkpoints to Hugging Face's folders and back."""
+"""txssm convert export, import, verify: weights between Megatron checkpoints and Hugging Face folders."""
 
 import argparse
 from pathlib import Path

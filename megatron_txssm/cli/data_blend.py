@@ -1,4 +1,4 @@
-"""txssm data blend: what a recipe draws from each subset of its corpus, how often, and Megatron's arguments for it."""
+"""txssm data blend: the tokens and epochs that a recipe draws from each subset, and Megatron's arguments for that."""
 
 import argparse
 
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tokens(text: str) -> int:
-    """A whole number, as 6400000000, 6_400_000_000 or 6.4e9."""
+    """Parse a whole number, such as 6400000000, 6_400_000_000 or 6.4e9."""
     number = float(text)
     if not 1 <= number < 2**63 or number != int(number):
         raise argparse.ArgumentTypeError(f"{text!r} must be a number of tokens, such as 6.4e9")

@@ -1,4 +1,4 @@
-"""`txssm data combine`: one corpus of several, which shares their shards."""
+"""`txssm data combine`: make one corpus of several; it shares their shards."""
 
 import argparse
 import os
@@ -29,7 +29,7 @@ def _source(word: str) -> "Source":
     from megatron_txssm.data.corpus.combine import Source
     from megatron_txssm.data.corpus.manifest import corpus_directory
 
-    # A path may hold "=", too.
+    # A path may also contain "=".
     name, equals, prefix = word.rpartition("=")
     if not equals or os.path.exists(word):
         return Source(corpus_directory(word))

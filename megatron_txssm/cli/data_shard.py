@@ -1,4 +1,4 @@
-"""`txssm data shard`: on processes of this machine, or as job arrays."""
+"""`txssm data shard`: make a corpus on processes of this machine, or as job arrays."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""`txssm data status`: how far a corpus is."""
+"""`txssm data status`: show the progress of a corpus."""
 
 import argparse
 

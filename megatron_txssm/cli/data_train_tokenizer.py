@@ -1,4 +1,4 @@
-"""`txssm data train-tokenizer`: a SentencePiece model from the sources of a corpus recipe."""
+"""`txssm data train-tokenizer`: train a SentencePiece model on the sources of a corpus recipe."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""`txssm data verify`: names what has to be done again, and can make way for it."""
+"""`txssm data verify`: list faulty tasks, and optionally remove them."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""txssm demo: the whole way on one machine without a GPU, from text to a trained model that writes."""
+"""txssm demo: from text to a trained model that generates text, on one machine without a GPU."""
 
 import argparse
 from typing import Any

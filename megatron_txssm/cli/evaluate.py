@@ -1,4 +1,4 @@
-"""txssm evaluate: the loss of a run's checkpoint on all of its validation data."""
+"""txssm evaluate: the loss of a run's checkpoint on all its validation data."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""txssm generate: continue a prompt, from one of Megatron's checkpoints or from a Hugging Face model."""
+"""txssm generate: continue a prompt with a Megatron checkpoint or a Hugging Face model."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""txssm jobs: this user's Slurm jobs, and how far the runs are that they belong to."""
+"""txssm jobs: list this user's Slurm jobs, and the progress of their runs."""
 
 import argparse
 from typing import Any

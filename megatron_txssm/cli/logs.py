@@ -1,4 +1,4 @@
-"""txssm logs: what a run's newest job printed; with -f as it grows, until the job is over."""
+"""txssm logs: show the output of a run's newest job; with -f, follow it until the job is over."""
 
 import argparse
 from typing import Any

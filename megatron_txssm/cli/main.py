@@ -1,4 +1,4 @@
-"""txssm <verb>: finds the verb's module and runs it. A verb's module is imported only when that verb is asked for."""
+"""txssm <verb>: imports the verb's module, and no other verb's, and runs it."""
 
 import difflib
 import importlib
@@ -24,13 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader has gone (`txssm recipes | head`); closing stdout must not complain, either.
+        # The reader has exited (`txssm recipes | head`); closing stdout must not fail either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
 def _prepare_output() -> None:
-    """What the terminal's alphabet lacks is written as \\u65e5 and fails no command; nor does a closed output."""
+    """Write characters that stdout cannot encode as \\u65e5, and accept a closed stdout."""
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
@@ -54,10 +54,10 @@ def _run(words: list[str]) -> int:
     parser = build_parser(verb)
     args = parser.parse_args(words)
     if args.verb is None or getattr(args, "command", "") is None:
-        # Whoever types that wants help; a script whose variable is empty must not take it for success.
+        # Show the help, but fail: a script whose variable is empty must not succeed.
         getattr(args, "show_help", parser.print_help)()
         return 2
-    # A shell leaves `--json=~/proof` as it is.
+    # Shells do not expand `--json=~/proof`.
     for name, value in vars(args).items():
         if isinstance(value, Path):
             setattr(args, name, Path(os.path.expanduser(value)))

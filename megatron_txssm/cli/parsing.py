@@ -1,8 +1,8 @@
-"""The verbs of `txssm`, and what their modules share to parse their options.
+"""The verbs of `txssm`, and the option parsing that their modules share.
 
 A module of `VERBS` has `add_parser(subparsers)`, which calls `add_verb` or `add_commands`, and `run(args) -> int |
-None`, the exit code. Only here and in the other modules of `cli/` are options known; what a verb does is a function
-elsewhere, with plain arguments.
+None`, which returns the exit code. Only `cli/` knows the options; a verb's work is done by a function elsewhere, which
+takes plain arguments.
 """
 
 import argparse
@@ -67,17 +67,17 @@ def _help(summary: str, examples: Sequence[str]) -> dict[str, Any]:
 
 
 def _help_width() -> int:
-    """Where argparse itself folds."""
+    """The width at which argparse itself wraps."""
     return shutil.get_terminal_size().columns - 2
 
 
 def add_set_option(parser: argparse.ArgumentParser) -> None:
-    """--set a.b=c, the way to change a recipe's fields, as `args.overrides`."""
+    """Add --set a.b=c, which changes a recipe's fields, as `args.overrides`."""
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change a field")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every verb that starts a run."""
+    """Add the options of every verb that starts a run."""
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="processes to start (default: as few as the layout needs)"
     )
@@ -107,7 +107,7 @@ completion at the tab key, in bash and zsh:
 
 
 def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
-    """The whole command line's parser; only `verb` gets its options, as only its module is imported."""
+    """The parser of the whole command line; only `verb` gets its options, since only its module is imported."""
     parser = Parser(
         prog="txssm",
         usage="txssm [-h] [--version] <verb> ...",
@@ -116,7 +116,7 @@ def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"txssm {__version__}")
-    # The description lists them in groups, which argparse does not have.
+    # The description lists the verbs in groups, which argparse does not support.
     subparsers = parser.add_subparsers(prog="txssm", dest="verb", metavar="<verb>", help=argparse.SUPPRESS)
     for name, (module, _) in VERBS.items():
         if name == verb:
@@ -136,7 +136,7 @@ def _verbs_help() -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, which says of an unknown option which one may be meant, and does so under its own verb's usage."""
+    """An argument parser that suggests an option for an unknown one, below the usage of its own verb."""
 
     _words: Sequence[str] = ()
 

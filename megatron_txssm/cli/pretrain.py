@@ -1,4 +1,4 @@
-"""txssm pretrain: one worker per process, under torchrun or srun as they are, or on processes it starts itself."""
+"""txssm pretrain: train in the processes of torchrun or srun, or in processes that it starts itself."""
 
 import argparse
 from typing import Any

@@ -1,4 +1,4 @@
-"""txssm serve: transformers' own OpenAI-compatible server, with our class among those it can load."""
+"""txssm serve: transformers' own OpenAI-compatible server, with our model class registered."""
 
 import argparse
 from pathlib import Path

@@ -1,18 +1,18 @@
-"""What a run folder holds, above all of its Slurm jobs.
+"""The files of a run folder, and the records of a run's attempts.
 
 RUN/recipe.yaml                   the resolved recipe, its paths independent of the current folder (recipe/paths.py)
-RUN/submission.json               how it was submitted last: command, commit, layout, job numbers
+RUN/submission.json               the last submission: command, commit, nodes, job numbers
 RUN/pretrain.sbatch, …            the batch scripts
-RUN/logs/pretrain-17.out, …       what job 17 printed
-RUN/logs/rank_3.log               what rank 3 printed
-RUN/metrics.jsonl                 one line per step: also the run's sign of life
-RUN/running.json                  who trains there now (run_lock.py)
-RUN/ended.json                    how a run without Slurm ended (local_end.py)
-RUN/attempts/0002/                the second start of the trainer, requeued or submitted again
+RUN/logs/pretrain-17.out, …       output of job 17
+RUN/logs/rank_3.log               output of rank 3
+RUN/metrics.jsonl                 one line per step; its growth shows that the run is alive
+RUN/running.json                  the process that trains there now (run_lock.py)
+RUN/ended.json                    how a run without Slurm ended (ended.py)
+RUN/attempts/0002/                the second start of the trainer: restarted, requeued or submitted again
   attempt.json                    nodes, first and last step, how it ended
-  preflight.json                  what each node reported
+  preflight.json                  the nodes' reports
   rank_3.json                     the exception that ended rank 3, as torch's error handler records it
-  stopped                         there where the ranks were told to stop, and saved
+  stopped                         exists if the ranks were told to stop and saved
 """
 
 import dataclasses
@@ -36,21 +36,21 @@ from megatron_txssm.training.launch.preflight import saved_step
 
 
 class Hang(TypedDict):
-    """Where the trainer hung, and which ranks."""
+    """A hang of the trainer."""
 
-    # Since its last step.
+    # Since metrics.jsonl last grew.
     seconds: float
-    # Those that wrote no stacks; None where nobody was asked, as slurmctld was away.
+    # Ranks that wrote no stacks; None if they could not be asked, since slurmctld was down.
     silent_ranks: list[int] | None
-    # Earlier versions do not say.
+    # Missing in records of earlier versions.
     during: NotRequired[Phase]
 
 
 @dataclass
 class Attempt:
-    """One start of the trainer; saved as attempt.json at its begin, and again at its end unless it was killed.
+    """One start of the trainer; saved as attempt.json when it begins, and when it ends unless the supervisor is killed.
 
-    What other versions do not write has a default.
+    Fields that other versions do not write have a default.
     """
 
     folder: Path
@@ -59,31 +59,31 @@ class Attempt:
     nproc_per_node: int
     # Seconds since the epoch.
     started: float
-    # Newest checkpoint's step at the start, None without one, and the farthest step that any attempt had done.
+    # At the start: the newest checkpoint's step (None without one), and the highest step of all earlier attempts.
     saved_before: int | None = None
     done_before: int = 0
     # Bytes of metrics.jsonl at the start.
     metrics_offset: int = 0
-    # The job's output file, None where it has none, and its bytes at the start.
+    # The job's output file (None if it is not a regular file), and its bytes at the start.
     output: str | None = None
     output_offset: int = 0
     ended: float | None = None
-    # srun's; None where it was not started, or did not end.
+    # srun's; None if it was not started or did not end.
     exit_code: int | None = None
     # Slurm told the batch script to stop (SIGTERM): preempted, cancelled, or out of time.
     told_to_stop: bool = False
     hang: Hang | None = None
-    # Node -> its problems, of those that failed the preflight.
+    # Nodes that failed the preflight -> their problems.
     failed_nodes: dict[str, list[str]] = field(default_factory=dict)
-    # Of all that is in metrics.jsonl and among the checkpoints at the end.
+    # At the end: the highest step in metrics.jsonl, and the newest checkpoint's.
     last_step: int | None = None
     saved_after: int | None = None
-    # Why it ended: see diagnosis.Diagnosis. None as long as nobody could say, text where a later version said it.
+    # Why it ended: see diagnosis.Diagnosis. None until known, text if only a later version knows the cause.
     cause: Cause | str | None = None
     detail: str = ""
     rank: int | None = None
     node: str | None = None
-    # What was done about it.
+    # What the supervisor did about it.
     action: str = ""
 
     def __post_init__(self) -> None:
@@ -100,15 +100,15 @@ class Attempt:
 
     @property
     def came_further(self) -> bool:
-        """It did a step that none had done before it, or saved a later one."""
+        """Whether it did a step that no earlier attempt had done, or saved a later checkpoint."""
         return (self.last_step or 0) > self.done_before or (self.saved_after or 0) > (self.saved_before or 0)
 
     def node_of(self, rank: int) -> str:
-        """Ranks are dealt out in blocks."""
+        """The node of a rank: ranks are assigned to nodes in contiguous blocks."""
         return self.nodes[min(rank // self.nproc_per_node, len(self.nodes) - 1)]
 
     def read_output(self) -> str:
-        """What the job has printed since the attempt began, the last megabytes of it."""
+        """The job's output since the attempt began, at most the last 4 MB."""
         if self.output is None or not Path(self.output).is_file():
             return ""
         with open(self.output, "rb") as file:
@@ -117,7 +117,7 @@ class Attempt:
             return file.read().decode(errors="replace")
 
     def skip_output(self) -> None:
-        """What the job has printed up to now, its preflight's words, says nothing of the trainer."""
+        """Exclude the job's output so far: it is the preflight's, not the trainer's."""
         if self.output is not None and Path(self.output).is_file():
             self.output_offset = Path(self.output).stat().st_size
 
@@ -128,7 +128,7 @@ class Attempt:
 
 
 def new_attempt(recipe: Recipe, job_id: str, nodes: list[str], nproc_per_node: int) -> Attempt:
-    """Begin an attempt, in a folder of its own; its output is this process's."""
+    """Begin an attempt in its own folder; its output is this process's stdout."""
     before = attempts(recipe.run_path)
     folder = _new_folder(recipe.run_path.resolve() / "attempts", max((old.number for old in before), default=0) + 1)
     metrics = recipe.run_path / "metrics.jsonl"
@@ -151,7 +151,7 @@ def new_attempt(recipe: Recipe, job_id: str, nodes: list[str], nproc_per_node: i
 
 
 def _new_folder(attempts: Path, number: int) -> Path:
-    """The first from `number` on that nobody has: two jobs may begin at once, and a kill leaves a folder empty."""
+    """Create the first free folder from `number` on: two jobs may begin at once; a kill may leave an empty folder."""
     attempts.mkdir(parents=True, exist_ok=True)
     while True:
         try:
@@ -162,10 +162,10 @@ def _new_folder(attempts: Path, number: int) -> Path:
 
 
 def attempts(run: Path) -> list[Attempt]:
-    """Every attempt of a run, in their order; fields that this version does not know are left out."""
+    """All attempts of a run, in order; fields unknown to this version are ignored."""
     found = []
     known = {field.name for field in dataclasses.fields(Attempt)} - {"folder"}
-    # Not what somebody set aside, as 0002.kept.
+    # Renamed folders, such as 0002.kept, do not count.
     paths = [path for path in run.glob("attempts/*/attempt.json") if path.parent.name.isdecimal()]
     for path in sorted(paths, key=lambda path: int(path.parent.name)):
         try:
@@ -177,12 +177,12 @@ def attempts(run: Path) -> list[Attempt]:
 
 
 def farthest_step(metrics: Path, attempt: Attempt | None) -> int | None:
-    """The farthest step that is in metrics.jsonl, of all attempts up to `attempt`, the last; None where there is none.
+    """The highest step in metrics.jsonl, over all attempts up to `attempt`, the last; None without one.
 
-    Only what came since that attempt's begin is read: its record knows the rest.
+    Only lines written since that attempt began are read: its record holds the highest step before.
     """
     if attempt is None or not metrics.exists() or metrics.stat().st_size < attempt.metrics_offset:
-        # Somebody has begun again: what is not there was not done.
+        # Without a record, or with a metrics.jsonl started afresh, only the file counts.
         return last_step(metrics)
     return max(attempt.done_before, last_step(metrics, attempt.metrics_offset) or 0) or None
 
@@ -216,15 +216,15 @@ def _queue(job: str) -> list[slurm.Job]:
 
 
 def job_ids(run: Path, but: str = "") -> list[str]:
-    """The numbers of the jobs that the run's last submission queued, but for one stage; of an array, of the whole."""
+    """Job numbers of the run's last submission, except those of the stage `but`; a job array has one number."""
     jobs = read_submission(run).get("jobs", {})
     return [job_id for stage, of_stage in jobs.items() if stage != but for job_id in of_stage]
 
 
 def load_run(run: Path) -> Recipe:
-    """The recipe that a run folder keeps, for this folder, wherever it was written for.
+    """The recipe in a run folder, pointing to this folder even if it was written for another.
 
-    Earlier versions kept relative paths, which start where the run was submitted.
+    Earlier versions stored paths relative to the folder in which the run was submitted.
     """
     recipe, folder = load_recipe(run / "recipe.yaml"), run.resolve()
     if folder.is_relative_to(recipe.run_path.resolve()):

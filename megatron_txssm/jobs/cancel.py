@@ -1,4 +1,4 @@
-"""Ends a run's jobs; the trainer finishes its step and saves in the time that Slurm leaves it."""
+"""Cancels a run's jobs; the trainer finishes its step and saves in the time that Slurm grants."""
 
 import re
 from pathlib import Path
@@ -8,14 +8,14 @@ from megatron_txssm.jobs.attempts import attempts, find_run, job_ids
 from megatron_txssm.jobs.run_jobs import jobs_of
 from megatron_txssm.slurm import client as slurm
 
-# Of a job that has ended meanwhile.
+# scancel's messages about a job that has already ended.
 _GONE = re.compile(r"Invalid job id|already completing or completed", re.IGNORECASE)
 
 
 def cancel(run: str | Path) -> int:
-    """Cancel all jobs of a run that are pending or running; `run`: its folder, its name under runs/, or a job's number.
+    """Cancel a run's pending and running jobs; `run`: its folder, its name under runs/, or a job number.
 
-    Returns the exit code, 0, also where no such job is left. UserError if a job could not be cancelled, if Slurm does
+    Returns the exit code, 0, also if no such job is left. UserError if a job could not be cancelled, if Slurm does
     not answer, or if the run was not submitted to Slurm.
     """
     folder = find_run(run)
@@ -27,7 +27,7 @@ def cancel(run: str | Path) -> int:
     if not jobs:
         print(f"{folder} has no job that is pending or running")
         return 0
-    # Those that wait for another go first: its end would start them.
+    # Dependent jobs first: the end of the job before them would start them.
     failures = [failure for job in reversed(jobs) if (failure := _cancel(job))]
     if failures:
         raise UserError(f"{len(failures)} of {len(jobs)} jobs were not cancelled: {'; '.join(failures)}")
@@ -40,7 +40,7 @@ def _queue(folder: Path) -> list[slurm.Job]:
     except slurm.NoAnswer as error:
         raise UserError(f"no job of {folder} was cancelled: {error}") from None
     except UserError:
-        # Without Slurm, it is a run of this machine.
+        # Without Slurm, a local run has no jobs.
         if _is_slurms(folder):
             raise
         return []
@@ -51,7 +51,7 @@ def _is_slurms(folder: Path) -> bool:
 
 
 def _cancel(job: slurm.Job) -> str:
-    """Why that failed; empty where it is cancelled, or over."""
+    """Cancel a job; returns the reason if that failed, empty if it is cancelled or has ended."""
     try:
         slurm.run_slurm("scancel", job.job_id)
     except UserError as error:

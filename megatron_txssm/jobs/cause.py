@@ -1,4 +1,4 @@
-"""The causes of an attempt's end, named; diagnosis/causes.py says what each means."""
+"""Names of the causes of an attempt's end; diagnosis/causes.py holds their meanings."""
 
 from enum import StrEnum, auto
 
@@ -6,7 +6,7 @@ from megatron_txssm.slurm.words import EndedBySlurm
 
 
 class Cause(StrEnum):
-    """Why an attempt ended; the value is what attempt.json says."""
+    """Why an attempt ended; attempt.json stores the value."""
 
     FINISHED = auto()
     TIME_LIMIT = auto()
@@ -35,7 +35,7 @@ class Cause(StrEnum):
 
     @classmethod
     def read(cls, text: str) -> "Cause | str":
-        """As attempt.json says it; the text itself if only a later version knows that cause."""
+        """The cause stored in attempt.json; the text itself if only a later version knows it."""
         try:
             return cls(text)
         except ValueError:

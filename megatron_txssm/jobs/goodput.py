@@ -1,18 +1,18 @@
-"""How well a run uses its time: the share spent in steps that count, and what is lost to faults, queue and starts.
+"""Goodput: the share of a run's time spent in steps that count, and the time lost to faults, the queue and starts.
 
-All of it follows from attempts/*/attempt.json and metrics.jsonl:
+Computed from attempts/*/attempt.json and metrics.jsonl:
 
-  wall           from the submission (or, where a later one has overwritten it, from the first start) to the end of the
-                 last attempt; to now while a job of the run is in the queue
-  active         seconds in training steps, each step counted once: a step that was done twice counts the last time, as
-                 its line in metrics.jsonl does
-  repeated       seconds in the steps that were done again later, and their number
-  queue          between the submission and the first attempt, and between attempts, but for a start within the same job
-                 that its supervisor made; to now while the job is pending
-  start          from the begin of an attempt to its first step
+  wall           from the submission (from the first start if a later submission has overwritten it) to the end of the
+                 last attempt, or to now while a job of the run is in the queue
+  active         seconds in training steps, each counted once: of a repeated step the last execution counts, as does
+                 its line in metrics.jsonl
+  repeated       seconds in steps that were repeated later, and the number of repetitions
+  queue          from the submission to the first attempt, and between attempts, except for restarts within a job; to
+                 now while the job is pending
+  start          from the beginning of an attempt to its first step
   other          the rest: validations, saves, hangs, the end of an attempt
-  recovery       from the end of an attempt to the first step that none had done before; of several attempts in between
-                 the first one's end counts
+  recovery       from the end of an attempt to the first step that no earlier attempt had done; if several attempts
+                 failed in between, from the end of the first
 """
 
 import contextlib
@@ -35,9 +35,9 @@ from megatron_txssm.slurm import client as slurm
 from megatron_txssm.slurm.submission import read_submission
 from megatron_txssm.terminal import print_table
 
-# What the field reports of its largest runs: effective training time, and the time to train again after a fault.
+# Reported for the field's largest runs: effective training time, and the time to train again after a fault.
 FIELD_ACTIVE, FIELD_RECOVERY_SECONDS = 0.97, 240
-# In Attempt.action, where the supervisor started the trainer again without a requeue.
+# In Attempt.action if the supervisor restarted the trainer without a requeue.
 WITHIN_JOB = "within the job"
 
 
@@ -51,11 +51,11 @@ class Goodput:
     queue: float = 0.0
     start: float = 0.0
     attempts: int = 0
-    # Distinct steps, and those that were done again.
+    # Distinct steps, and repetitions of steps.
     steps: int = 0
     repeated_steps: int = 0
     recoveries: list[float] = field(default_factory=list)
-    # metrics.jsonl has lines of an earlier version, without times: what follows from those is not known.
+    # False if metrics.jsonl has lines of an earlier version, without times: start and recovery are unknown then.
     has_times: bool = True
 
     @property
@@ -64,7 +64,7 @@ class Goodput:
 
     @property
     def recovery(self) -> float | None:
-        """The median."""
+        """The median, in seconds; None without a recovery."""
         return statistics.median(self.recoveries) if self.recoveries else None
 
     @property
@@ -73,7 +73,7 @@ class Goodput:
 
 
 def goodput(run: Path, job_state: str | None = None, now: float | None = None) -> Goodput | None:
-    """Of a run's attempts so far; None before the first. `job_state`: of its job in the queue, as squeue says it."""
+    """A run's goodput so far; None before its first attempt. `job_state`: squeue's state of its job in the queue."""
     found = attempts(run)
     if not found:
         return None
@@ -100,7 +100,7 @@ def goodput(run: Path, job_state: str | None = None, now: float | None = None) -
 
 
 def explain_goodput(run: Path, job_state: str | None) -> Iterator[tuple[str, str]]:
-    """(name, text) for `txssm why`; nothing before the first attempt."""
+    """(name, text) pairs for `txssm why`; empty before the first attempt."""
     found = goodput(run, job_state)
     if found is None:
         return
@@ -112,11 +112,11 @@ def explain_goodput(run: Path, job_state: str | None) -> Iterator[tuple[str, str
 
 
 def print_goodput() -> int:
-    """For `txssm jobs --goodput`: every run in runs/ and in the queue."""
+    """Print a table for `txssm jobs --goodput`: every run in runs/ and in the queue."""
     try:
         jobs = [job for job in slurm.queue() if not job.is_over and job.script.stem == "pretrain"]
     except UserError as error:
-        # The runs' own records are here all the same.
+        # The runs' records do not depend on Slurm.
         print(f"warning: {error}; the wall time ends with the last attempt", file=sys.stderr)
         jobs = []
     states = {job.script.parent: job.state for job in jobs if (job.script.parent / "submission.json").is_file()}
@@ -139,7 +139,7 @@ def print_goodput() -> int:
 
 
 def slowness(metrics: Path) -> str:
-    """What makes a run slow now, as its last step says; empty where it is not."""
+    """Why a run is slow now, from the last step in metrics.jsonl; empty if it is not slow."""
     steps = [line for line in metrics_tail(metrics) if "grad_norm" in line]
     slow = steps[-1].get("slow") if steps else None
     return f"{slow['fraction']:.0%} of its median throughput: {slow['reason']}" if slow else ""
@@ -165,14 +165,14 @@ def _shown(seconds: float) -> str:
 
 
 class _Step(NamedTuple):
-    """A step's line in metrics.jsonl; None for what an earlier version did not write."""
+    """A step's line in metrics.jsonl; fields that earlier versions did not write are None."""
 
     number: int
-    # When, in seconds since the epoch.
+    # Seconds since the epoch.
     ended: float | None
-    # Its own seconds, measured.
+    # Measured duration in seconds.
     measured: float | None
-    # Its own seconds, or, from an earlier version, what the mean throughput of some steps makes of them.
+    # Duration in seconds: as measured, or, from an earlier version, estimated from the mean throughput of some steps.
     seconds: float
 
 
@@ -205,19 +205,19 @@ def _count_steps(result: Goodput, steps: list[list[_Step]]) -> None:
 
 
 def _end(attempt: Attempt, steps: list[_Step], now: float) -> float:
-    """When an attempt ended: as its supervisor says; else with its last line, if that is known."""
+    """When an attempt ended, in seconds since the epoch: as its supervisor recorded, otherwise at its last step."""
     if attempt.ended is None:
         return now
     own = attempt.exit_code is not None or attempt.told_to_stop or attempt.hang or attempt.failed_nodes
     last = steps[-1].ended if steps else None
     if own or last is None:
         return attempt.ended
-    # Its supervisor died with its node; the next one wrote the record.
+    # Its supervisor died with its node, and the next one wrote the record.
     return min(attempt.ended, last)
 
 
 def _queued(end: float, before: Attempt, after: Attempt) -> float:
-    """Seconds between two attempts, unless the job had its nodes all the while."""
+    """Seconds in the queue between two attempts; 0 if the job kept its nodes."""
     within_job = before.job_id == after.job_id and WITHIN_JOB in before.action
     return 0.0 if within_job else max(0.0, after.started - end)
 

@@ -1,6 +1,6 @@
-"""What `txssm submit` says to a job's supervisor: how long it waits, and how often it starts the trainer again.
+"""Limits that `txssm submit` passes to a job's supervisor: timeouts, and numbers of restarts and requeues.
 
-The fields of `Limits` are the one table of which both command lines have their options.
+The fields of `Limits` define the options of both command lines.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Self
 
 from megatron_txssm.errors import UserError
 
-# Of the trainer, in which it may hang.
+# Phases of the trainer in which it may hang.
 Phase = Literal["start", "step", "save"]
 
 
@@ -19,7 +19,7 @@ def _limit(default: int, unit: str, meaning: str) -> int:
 
 @dataclass(frozen=True)
 class Limits:
-    """Each field has its unit and its meaning in its metadata; `LIMIT_OPTIONS` lists them."""
+    """Each field's metadata holds its unit and meaning; `LIMIT_OPTIONS` lists them."""
 
     start_timeout: int = _limit(1800, "SECONDS", "end the trainer as hung if its first step takes longer")
     step_timeout: int = _limit(1800, "SECONDS", "end the trainer as hung after so long without a step or a validation")
@@ -33,11 +33,11 @@ class Limits:
 
     @classmethod
     def parsed(cls, values: Mapping[str, int]) -> Self:
-        """From a parser's values, by the names of the fields; what is beside them belongs to others."""
+        """Limits from a parser's values, by field name; other values are ignored."""
         return cls(**{limit.name: values[limit.name] for limit in LIMIT_OPTIONS})
 
     def check(self) -> None:
-        """UserError for a time that is not positive, or a negative number."""
+        """UserError if a time is not positive or a number is negative."""
         for limit in LIMIT_OPTIONS:
             smallest = 1 if limit.unit == "SECONDS" else 0
             if (value := getattr(self, limit.name)) < smallest:
@@ -45,17 +45,17 @@ class Limits:
 
     @property
     def seconds_of_phases(self) -> dict[Phase, float]:
-        """After so long without a sign of life the trainer hangs."""
+        """Seconds without progress after which the trainer counts as hung."""
         return {"start": self.start_timeout, "step": self.step_timeout, "save": self.save_timeout}
 
     @property
     def words(self) -> list[str]:
-        """As on the supervisor's command line, all of them."""
+        """All limits, as options of the supervisor's command line."""
         return [f"{limit.option}={getattr(self, limit.name)}" for limit in LIMIT_OPTIONS]
 
 
 class LimitOption(NamedTuple):
-    """A field of `Limits`, for a parser."""
+    """A field of `Limits` as a command-line option."""
 
     name: str
     default: int

@@ -1,4 +1,4 @@
-"""This user's Slurm jobs, and how far the runs are that they belong to."""
+"""Lists this user's Slurm jobs, and the progress of their runs."""
 
 import time
 from datetime import timedelta
@@ -15,9 +15,9 @@ from megatron_txssm.terminal import print_table
 
 
 def list_jobs() -> int:
-    """Print a table of the jobs that are not over, and what to do about those that wait for a person.
+    """Print a table of this user's unfinished jobs, and what to do about those that wait for a person.
 
-    Returns the exit code, 0. UserError where Slurm does not answer.
+    Returns the exit code, 0. UserError if Slurm does not answer.
     """
     jobs = [job for job in slurm.queue() if not job.is_over]
     if not jobs:

@@ -1,4 +1,4 @@
-"""What a run's newest job printed, and what it prints until it is over."""
+"""Shows the output of a run's newest job, and follows it until the job is over."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ from megatron_txssm.slurm import client as slurm
 from megatron_txssm.slurm.submission import read_submission
 
 POLL_SECONDS = 1.0
-# Between two questions to slurmctld.
+# Between two queries to slurmctld.
 ASK_SECONDS = 15.0
 UNKNOWN = "in a state that is not known"
 
@@ -22,8 +22,8 @@ def show_logs(
 
     Args:
         run: a run folder, a name under runs/, or the number of a job
-        follow: print what is added until the job is over; wait for the file if it does not exist yet
-        lines: how many of those that exist already
+        follow: also print new output until the job is over; wait for the file if it does not exist yet
+        lines: how many of the existing lines to print
         stage: of a chain: pretrain, convert or evaluate
         rank: print the log of this rank instead
 
@@ -46,14 +46,14 @@ def show_logs(
 
 
 class Watched:
-    """A job that is asked for again and again."""
+    """A job whose state is polled."""
 
     def __init__(self, number: str):
         self.number = number
         self.answered = True
 
     def state(self) -> str | None:
-        """PENDING, RUNNING …; None where it is over, UNKNOWN where Slurm does not say, with a line about that."""
+        """PENDING, RUNNING …; None if it is over; UNKNOWN, with a message, if Slurm does not answer."""
         try:
             jobs = slurm.queue()
         except UserError as error:
@@ -66,7 +66,7 @@ class Watched:
 
 
 def _show(path: Path, lines: int, job: Watched | None) -> None:
-    """The last lines of a file; then, until Slurm says that `job` is over, what comes to it."""
+    """Print the last lines of a file, then everything appended until Slurm says that `job` is over."""
     with path.open(encoding="utf-8", errors="replace") as file:
         sys.stdout.write("".join(file.readlines()[-lines:] if lines > 0 else []))
         sys.stdout.flush()

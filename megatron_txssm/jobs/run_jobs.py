@@ -1,4 +1,4 @@
-"""Which jobs of the queue are a run's, and whether somebody trains there now, whatever Slurm says."""
+"""Finds a run's jobs in the queue, and the process that trains in its folder, known to Slurm or not."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from megatron_txssm.training.launch.run_lock import NAME, STALE_SECONDS, Holder,
 
 
 def jobs_of(run: Path, queue: list[Job]) -> list[Job]:
-    """The jobs of a run that are not over: of its last submission, of others in the same folder, and those by hand."""
+    """A run's unfinished jobs: of its last submission, of others from the same folder, and those queued by hand."""
     folder, known = run.resolve(), _known_jobs(run)
     return [job for job in queue if not job.is_over and _is_of(job, folder, known)]
 
@@ -22,12 +22,13 @@ def _is_of(job: Job, folder: Path, known: set[str]) -> bool:
     place = job.script.parent
     if place.resolve() == folder:
         return True
-    # Numbers are used again, on another cluster or after years: never another run's job. Those of shards lie elsewhere.
+    # Job numbers are reused on other clusters and after years, so a job whose script lies in another run folder is that
+    # run's. Scripts of shards lie elsewhere.
     return job.job_id.partition("_")[0] in known and not (place / "submission.json").is_file()
 
 
 def _known_jobs(run: Path) -> set[str]:
-    """Of the last submission, of the last attempt (its script may lie anywhere), of who trains there now."""
+    """Job numbers of the last submission, the last attempt (its script may lie anywhere) and the present trainer."""
     known = set(job_ids(run))
     with contextlib.suppress(UserError):
         known |= {attempt.job_id for attempt in attempts(run)[-1:]}
@@ -35,7 +36,7 @@ def _known_jobs(run: Path) -> set[str]:
 
 
 def _job_in_running_json(run: Path) -> set[str]:
-    """Of one or none."""
+    """The job number in running.json; empty without one."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         job_id = json.loads((run / NAME).read_bytes()).get("job_id")
         return set() if job_id is None else {str(job_id)}
@@ -43,9 +44,9 @@ def _job_in_running_json(run: Path) -> set[str]:
 
 
 def who_trains(run: Path) -> str | None:
-    """The process that trains in a run folder, by its sign of life in running.json; None where none gives one.
+    """The process that trains in a run folder, according to its heartbeat in running.json; None without a heartbeat.
 
-    Takes up to a minute where one died less than a minute ago.
+    Takes up to a minute if the process died less than a minute ago.
     """
     now = _file_server_time(run)
     with contextlib.suppress(OSError):
@@ -56,9 +57,9 @@ def who_trains(run: Path) -> str | None:
 
 
 def check_no_other_job(run: Path, job_id: str) -> None:
-    """UserError where another job runs in a run's folder: its attempt is open, or its rank 0 is in running.json.
+    """UserError if another job runs in a run folder: its attempt is open, or its rank 0 is in running.json.
 
-    Whoever trains without a job, or while slurmctld is away, is found by the ranks' own lock.
+    The ranks' own lock detects a trainer without a job, or while slurmctld is down.
     """
     others = {attempt.job_id for attempt in attempts(run) if attempt.cause is None}
     others |= _job_in_running_json(run)
@@ -73,7 +74,7 @@ def check_no_other_job(run: Path, job_id: str) -> None:
 
 
 def _file_server_time(run: Path) -> float | None:
-    """None where the folder is somebody else's."""
+    """The file server's clock, in seconds since the epoch; None if the folder is not writable."""
     try:
         with tempfile.NamedTemporaryFile(dir=run) as file:
             return Path(file.name).stat().st_mtime
@@ -82,7 +83,7 @@ def _file_server_time(run: Path) -> float | None:
 
 
 def seconds_since_step(run: Path) -> float | None:
-    """Seconds since metrics.jsonl grew; None where there is none."""
+    """Seconds since metrics.jsonl grew; None if it does not exist."""
     try:
         touched = (run / "metrics.jsonl").stat().st_mtime
     except OSError:
@@ -91,5 +92,5 @@ def seconds_since_step(run: Path) -> float | None:
 
 
 def as_typed(folder: Path) -> str:
-    """A folder as one would type it here: relative to the current folder if it lies in that."""
+    """A folder as typed on a command line: relative to the current folder if it lies in it."""
     return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)

@@ -1,5 +1,4 @@
-"""Submissions: everything that can be checked is checked before anything is written, everything is written before a
-job is queued."""
+"""Submits runs: all checks precede the first write, and all files are written before a job is queued."""
 
 import shutil
 import sys
@@ -55,32 +54,32 @@ def submit(
         submit("transxssm_1.3b", nodes=4, gpus_per_node=8, time="24:00:00")
         submit("transxssm_320m", nodes=1, gpus_per_node=8, chain=True, limits=Limits(step_timeout=600))
 
-    The recipe, the data, the checkpoint and what Slurm says of the batch script are checked first. Then the run folder
-    gets the resolved recipe, the scripts and a copy of the code, and the job is queued. It starts again by itself after
-    its time limit, a preemption or a failure. The site's settings (slurm/env.sh, or the file that $TXSSM_ENV names) are
-    taken over into this process's environment.
+    First the recipe, the data and the checkpoint are checked, and Slurm validates the batch scripts. Then the resolved
+    recipe, the scripts and a copy of the code are written to the run folder, and the job is queued. It restarts by
+    itself after its time limit, a preemption or a failure. The site's settings (slurm/env.sh, or the file that
+    $TXSSM_ENV names) are loaded into this process's environment.
 
     Args:
         recipe: a name that `txssm recipes` lists, or a YAML file
-        nodes: to train on
-        gpus_per_node: with one process each; default: $TXSSM_GPUS_PER_NODE, unless `nproc_per_node` is given
+        nodes: number of nodes to train on
+        gpus_per_node: GPUs per node, one process each; default: $TXSSM_GPUS_PER_NODE, unless `nproc_per_node` is given
         nproc_per_node: processes per node, for nodes without GPUs
-        spare: further nodes of the job, which take the place of those that fail
-        time: the job's time limit, as sbatch takes it
+        spare: additional nodes, which replace nodes that fail
+        time: the job's time limit in sbatch's format
         partition: default: $SBATCH_PARTITION, or the cluster's
         account: default: $SBATCH_ACCOUNT, or the user's
-        sbatch: other long options of sbatch, without their dashes, such as "exclusive" or "mem=0"
-        overrides: changed fields of the recipe, such as "training.train_iters=20"
+        sbatch: other long options of sbatch without the dashes, such as "exclusive" or "mem=0"
+        overrides: recipe fields to change, such as "training.train_iters=20"
         after: numbers of jobs that must succeed before this one starts
-        chain: shard the corpus, pretrain, convert and evaluate, each as a job
-        corpus: the corpus recipe that `chain` shards; default: the one that makes the recipe's data.corpus
+        chain: shard the corpus, pretrain, convert and evaluate, each as its own job
+        corpus: the corpus recipe that `chain` shards; default: the one whose output is the recipe's data.corpus
         dry_run: check, and print the batch scripts; write and queue nothing
-        freeze_code: run a copy of the code in the run folder, not the checkout as it is at each start of the job
-        limits: timeouts in seconds and numbers of tries
-        command: what to type to submit the run again; default: a `txssm submit` with these arguments
+        freeze_code: run a copy of the code in the run folder; if false, each start runs the checkout as it is then
+        limits: timeouts in seconds, and numbers of restarts and requeues
+        command: the command that submits the run again; default: `txssm submit` with these arguments
 
-    Returns the exit code, 0, also for a run that is finished already. UserError names the first thing that is wrong;
-    nothing is written or queued then.
+    Returns the exit code, 0, also if the run is already finished. UserError names the first problem; nothing is written
+    or queued then.
     """
     request = Request(
         str(recipe),
@@ -109,7 +108,7 @@ def submit(
 
 
 def plan_submission(request: Request, command: str) -> Submission | None:
-    """What would be queued, checked; None where the run is finished. UserError for the first thing that is wrong."""
+    """The checked submission; None if the run is finished. UserError names the first problem."""
     options, allocation = request.sbatch_options, request.allocation
     recipe = load_recipe(request.recipe, request.overrides)
     corpus = _corpus_to_shard(recipe, request.corpus) if request.chain else None
@@ -136,9 +135,9 @@ def plan_submission(request: Request, command: str) -> Submission | None:
 
 
 def _check_recipe(recipe: Recipe, corpus: "CorpusRecipe | None", allocation: Allocation, dry_run: bool) -> None:
-    """UserError where the recipe cannot run on the allocation; `corpus`: what is sharded first."""
+    """UserError if the recipe cannot run on the allocation; `corpus`: sharded before the training."""
     if corpus is not None:
-        # Its shards are not there yet; the job itself checks them.
+        # The shards do not exist yet; the job checks them.
         validate(recipe, allocation.world_size)
         return
     try:
@@ -153,7 +152,7 @@ def _check_recipe(recipe: Recipe, corpus: "CorpusRecipe | None", allocation: All
 
 
 def _check_cluster(recipe: Recipe, scripts: Mapping[str, str], dry_run: bool) -> None:
-    """UserError where the disk has no room, the run has a job already, or Slurm would not take a script."""
+    """UserError if the disk lacks space, the run already has a job, or Slurm rejects a script."""
     check_room(recipe)
     if dry_run and not shutil.which("sbatch"):
         print("there is no sbatch on this machine: not checked against a cluster", file=sys.stderr)
@@ -164,9 +163,9 @@ def _check_cluster(recipe: Recipe, scripts: Mapping[str, str], dry_run: bool) ->
 
 
 def _scripts(recipe: Recipe, home: Path, allocation: Allocation, options: Options, request: Request) -> dict[str, str]:
-    """Stage -> batch script. `home`: the code that they run."""
+    """Stage -> batch script. `home`: folder of the code that they run."""
     run = recipe.run_path.resolve()
-    # Of a job's nodes with spare ones, how many to train on.
+    # With spare nodes, the supervisor needs the number of nodes to train on.
     settings = Settings(f"{run}/recipe.yaml", nodes=request.nodes if request.spare else 0, limits=request.limits)
 
     def script(stage: str, more: Options, *words: str) -> str:
@@ -184,7 +183,7 @@ def _scripts(recipe: Recipe, home: Path, allocation: Allocation, options: Option
 
 
 def _corpus_to_shard(recipe: Recipe, name: str | None) -> "CorpusRecipe | None":
-    """The corpus recipe whose output is the recipe's data.corpus; None where that is sharded already."""
+    """The corpus recipe whose output is the recipe's data.corpus; None if that is already sharded."""
     from megatron_txssm.recipe.corpus_recipe import KEPT_RECIPE, corpus_recipe_files, load_corpus_recipe
 
     if recipe.data.corpus is None:

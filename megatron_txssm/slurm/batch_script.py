@@ -1,7 +1,6 @@
-"""Batch scripts: a thin one of slurm/, its options filled in.
+"""Batch scripts: the templates in slurm/ with their options filled in.
 
-What a recipe says never stands in a script: it reaches the job as a file of the run folder, whose path is one plain
-word.
+No recipe value is written into a script: the job reads the recipe from the run folder, whose path is one plain word.
 """
 
 import os
@@ -19,9 +18,10 @@ from megatron_txssm.slurm.sbatch_options import Options, split_options
 
 
 def render(stage: str, options: Options, words: Sequence[str] = (), home: Path = HOME) -> str:
-    """The batch script of a stage: slurm/STAGE.sbatch with `options` in the place of its own, run with `words`.
+    """The batch script of a stage: slurm/STAGE.sbatch, its options overridden by `options`, with the arguments `words`.
 
-    `home`: the code that it runs, a checkout or a run's frozen copy. The site's settings stay those of this checkout.
+    `home`: folder of the code that it runs, a checkout or a run's frozen copy. The site's settings are always this
+    checkout's.
     """
     name = f"{stage}.sbatch"
     lines = (BATCH_SCRIPTS / name).read_text(encoding="utf-8").splitlines()
@@ -34,7 +34,7 @@ def render(stage: str, options: Options, words: Sequence[str] = (), home: Path =
             *(f"#SBATCH --{_word(option, value)}" for option, value in merged.items() if value != ""),
             "",
             f"export TXSSM_HOME={shlex.quote(str(home))} TXSSM_PYTHON={shlex.quote(sys.executable)}",
-            # Under `sbatch --export=NONE` the job inherits nothing.
+            # Under `sbatch --export=NONE` the job inherits no variables.
             *([f"export TXSSM_ENV={shlex.quote(str(settings))}"] if (settings := site_settings()).exists() else []),
             f"set -- {shlex.join(words)}",
             *body,
@@ -44,29 +44,29 @@ def render(stage: str, options: Options, words: Sequence[str] = (), home: Path =
 
 
 def site_settings() -> Path:
-    """The file that sets what the site needs, which need not be there."""
+    """The file with the site's settings; it need not exist."""
     named = os.environ.get("TXSSM_ENV")
     return Path(named).absolute() if named else HOME / "slurm" / "env.sh"
 
 
 def load_site_settings() -> None:
-    """Take over into this process's environment what slurm/env.sh, or the file that $TXSSM_ENV names, sets."""
+    """Load into this process's environment what slurm/env.sh, or the file that $TXSSM_ENV names, sets."""
     named = os.environ.get("TXSSM_ENV")
     path = site_settings()
     if not path.exists():
         if named:
             raise UserError(f"TXSSM_ENV={shown(named)}: no such file")
         return
-    # The file is the site's own program, as the batch scripts run it, too.
+    # The file is a program of the site's, which the batch scripts run, too.
     command = ["bash", "-c", 'set -ea; source "$1" >&2; env -0', "bash", str(path)]
-    # Bytes: an environment may hold what is no text.
+    # Bytes: environment variables need not be text.
     done = subprocess.run(command, capture_output=True)
     if done.returncode != 0:
         said = " ".join(done.stderr.decode(errors="replace").split())[-400:]
         raise UserError(f"{path} fails (exit code {done.returncode}): {said}")
     for entry in done.stdout.split(b"\0"):
         name, equals, value = entry.partition(b"=")
-        # Jobs source the file themselves; Slurm would keep the secret with what they inherit.
+        # Jobs source the file themselves; Slurm would store an inherited secret.
         if equals and name != WEBHOOK.encode():
             os.environb[name] = value
     if named:
@@ -75,7 +75,7 @@ def load_site_settings() -> None:
 
 
 def _options(lines: Sequence[str]) -> dict[str, str | None]:
-    """The options that a template states: the first word behind #SBATCH, without what explains it."""
+    """A template's options: the first word after #SBATCH, without the explanation after it."""
     words = [line.split()[1].removeprefix("--") for line in lines if line.startswith("#SBATCH ")]
     return split_options(words, "#SBATCH")
 

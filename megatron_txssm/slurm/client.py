@@ -1,4 +1,4 @@
-"""Slurm's client commands, and what they answer."""
+"""Slurm's client commands and their answers."""
 
 import os
 import re
@@ -12,37 +12,37 @@ from pathlib import Path
 from megatron_txssm.errors import UserError, shown
 from megatron_txssm.slurm.hostlist import expand
 
-# What may stand in a batch script's header: nothing that a shell or sbatch would read as more than one word.
+# Allowed in a batch script's header: what a shell and sbatch read as one word.
 PLAIN_WORD = re.compile(r"[\w.,:=@%/+\[\]*()-]+", re.ASCII)
-# A folder of a run, in whose name sbatch would replace a % pattern.
+# Allowed in a run folder's path: no %, since sbatch would expand it.
 PLAIN_PATH = re.compile(r"[\w.,:=@/+-]+", re.ASCII)
-# squeue's letters for the fields of `Job`, and what stands before a job and between its fields: no name holds that.
+# squeue's letters for the fields of `Job`, and the separators before a job and between fields: no name contains them.
 _FIELDS = ("%i", "%j", "%T", "%r", "%N", "%P", "%o", "%x", "%e", "%Z")
 _JOB, _FIELD = "\x1e", "\x1f"
-# States of a job that is over, as Slurm 21.08 to 26.05 name them; squeue shows COMPLETING until all its processes are.
+# States of a job that has ended, in Slurm 21.08 to 26.05; squeue shows COMPLETING until all its processes have ended.
 OVER = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
-    # REVOKED: another cluster of a federation has it.
+    # REVOKED: another cluster of the federation runs it.
     *("REVOKED", "TIMEOUT"),
 }
-# States in which a job has its nodes, or is just getting them.
+# States in which a job has its nodes, or is getting them.
 RUNS = {"COMPLETING", "CONFIGURING", "RESIZING", "RUNNING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"}
-# What Slurm's commands print where slurmctld is away, or too busy.
+# Printed by Slurm's commands if slurmctld is down or too busy.
 _NO_ANSWER = re.compile(
     r"Unable to contact slurm controller|Unexpected message received|Zero Bytes were transmitted|[Tt]imed out"
     r"|[Cc]onnection (?:refused|reset|failure)"
 )
 _PATIENCE_SECONDS = 120
 
-# The variables, behind SBATCH_, that overrule an option, where they are not called as it is.
+# Option -> variables, without SBATCH_, that override it, if their names differ from the option's.
 _VARIABLES = {
     "TIME": ("TIMELIMIT",),
     "REQUEUE": ("REQUEUE", "NO_REQUEUE"),
     "MEM": ("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"),
     "SWITCHES": ("REQ_SWITCH",),
 }
-# Several jobs in one run folder; an sbatch that returns at the job's end; words of the job that nobody finds, or input
-# that is not there; a job that lives on without a node that it lost; GPUs beside those that the layout states.
+# Never inherited: ARRAY_INX would put several jobs into one run folder, WAIT would block, ERROR would move the job's
+# messages, INPUT may not exist, NO_KILL would keep a job without a lost node, and GPUS* would change the allocation.
 _NEVER = (
     *("ARRAY_INX", "WAIT", "ERROR", "INPUT", "NO_KILL"),
     *("GPUS", "GPUS_PER_NODE", "GPUS_PER_SOCKET", "GPUS_PER_TASK"),
@@ -50,7 +50,7 @@ _NEVER = (
 
 
 class NoAnswer(UserError):
-    """slurmctld does not answer: what becomes of a job is not known."""
+    """slurmctld does not answer: the state of jobs is unknown."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,16 @@ class Job:
     name: str
     # PENDING, RUNNING, COMPLETING …
     state: str
-    # Why it is pending; "None" where it is not.
+    # Why it is pending; "None" if it is not.
     reason: str
     # Slurm's compressed list; empty while pending.
     nodes: str
     partition: str
-    # The file that sbatch was given, without its arguments.
+    # The script that sbatch was given, without its arguments.
     script: Path
     # Slurm's compressed list of nodes that the job avoids.
     excluded: str
-    # Seconds since the epoch; 0 where it is not known.
+    # Seconds since the epoch; 0 if unknown.
     end_time: int
 
     @property
@@ -80,12 +80,12 @@ class Job:
 
     @property
     def runs(self) -> bool:
-        """It may have processes: neither over nor waiting."""
+        """Whether it may have processes: it is neither over nor waiting."""
         return self.state in RUNS
 
 
 def run_slurm(*command: str, stdin: str | None = None, env: dict[str, str] | None = None) -> str:
-    """What a command of Slurm's prints; UserError with its reason where it fails, NoAnswer where Slurm is away."""
+    """The output of a Slurm command; UserError with its reason if it fails, NoAnswer if slurmctld is down."""
     try:
         return subprocess.run(
             command,
@@ -118,9 +118,9 @@ def no_answer(reason: str) -> NoAnswer:
 
 
 def queue() -> list[Job]:
-    """This user's jobs that are pending, running or ending, in the order of their numbers.
+    """This user's pending, running and ending jobs, sorted by number.
 
-    As text: before 23.02, --json ignores --me and gets everybody's, 20 kB each.
+    Read as text: before 23.02, --json ignores --me and returns everybody's jobs, 20 kB each.
     """
     form = _JOB + _FIELD.join(_FIELDS)
     text = run_squeue("--me", "--all", f"--format={form}")
@@ -132,7 +132,7 @@ def queue() -> list[Job]:
 
 
 def time_limit_of(job_id: str) -> float:
-    """When Slurm will end the job that this process runs in, in seconds since the epoch; infinite if unknown."""
+    """When Slurm will end this process's job, in seconds since the epoch; infinite if unknown."""
     if (known := os.environ.get("SLURM_JOB_END_TIME", "")).isdecimal():
         return float(known)
     try:
@@ -142,7 +142,7 @@ def time_limit_of(job_id: str) -> float:
 
 
 def run_squeue(*options: str) -> str:
-    """What squeue prints, whatever the user has set for it; times in seconds since the epoch."""
+    """The output of squeue, regardless of the user's SQUEUE_ variables; times in seconds since the epoch."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     return run_slurm("squeue", "--noheader", *options, env=environment | {"SLURM_TIME_FORMAT": "%s"})
 
@@ -150,7 +150,7 @@ def run_squeue(*options: str) -> str:
 def _job(row: list[str]) -> Job:
     job_id, name, state, reason, nodes, partition, command, excluded, end_time, folder = row
     return Job(
-        # Of an array's pending tasks, 17_[3-9%2], the array's.
+        # An array's pending tasks, 17_[3-9%2], get the array's number.
         job_id=job_id.partition("_[")[0],
         name=name,
         state=state,
@@ -164,7 +164,7 @@ def _job(row: list[str]) -> Job:
 
 
 def _script(command: str, folder: Path) -> Path:
-    """Of what sbatch was given in `folder`; older versions of squeue show the script's arguments, too."""
+    """The script that sbatch was given in `folder`; older versions of squeue also show its arguments."""
     if command == "(null)":
         return Path()
     words = command.split(" ")
@@ -176,11 +176,11 @@ def _script(command: str, folder: Path) -> Path:
 
 
 def check_submission(script: str) -> None:
-    """UserError with Slurm's reason where the cluster would not take a script: an unknown partition, a bad time …"""
+    """UserError with Slurm's reason if the cluster would reject a script: an unknown partition, a bad time …"""
     try:
         run_slurm("sbatch", "--test-only", stdin=script, env=_environment(script))
     except UserError as error:
-        # Slurm says the same of nodes that it does not have and of nodes that are down; sbatch itself takes the latter.
+        # Slurm reports nodes that do not exist and nodes that are down alike; sbatch itself accepts the latter.
         if "node configuration is not available" not in str(error):
             raise
         print(f"warning: {error}; if that is because nodes are down, the job waits for them", file=sys.stderr)
@@ -188,7 +188,7 @@ def check_submission(script: str) -> None:
 
 def submit(script: Path, *options: str) -> str:
     """Queue a batch script; returns the job's number."""
-    # "17", or "17;cluster".
+    # sbatch prints "17" or "17;cluster".
     environment = _environment(script.read_text(encoding="utf-8"))
     answer = run_slurm("sbatch", "--parsable", *options, str(script), env=environment).strip()
     job = answer.partition(";")[0]
@@ -202,8 +202,8 @@ def _environment(script: str) -> dict[str, str]:
 
 
 def sbatch_environment(stated: Iterable[str]) -> dict[str, str]:
-    """This process's variables, without those that overrule an option which a batch script states (SBATCH_PARTITION and
-    its kin win over #SBATCH lines), and without those of the job that this process may run in."""
+    """This process's variables, without those that override a batch script's options (SBATCH_PARTITION and the like
+    take precedence over #SBATCH lines), and without those of the job that this process may run in."""
     names = {name.upper().replace("-", "_") for name in stated}
     hidden = {f"SBATCH_{variable}" for name in names for variable in _VARIABLES.get(name, (name,))}
     hidden |= {f"SBATCH_{name}" for name in _NEVER}
@@ -215,5 +215,5 @@ def sbatch_environment(stated: Iterable[str]) -> dict[str, str]:
 
 
 def hostnames(nodes: str) -> list[str]:
-    """The hosts of Slurm's compressed list, such as `gpu[03-07,11]`."""
+    """The hosts in Slurm's compressed list, such as `gpu[03-07,11]`."""
     return expand(nodes)

@@ -1,4 +1,4 @@
-"""Which process of a run this is, as the launcher's environment variables say: torchrun's, or those of a Slurm step."""
+"""Which rank of a run this process is, according to the environment variables of torchrun or of a Slurm step."""
 
 import contextlib
 import ctypes
@@ -14,7 +14,8 @@ from typing import NoReturn
 from megatron_txssm.errors import UserError
 from megatron_txssm.slurm.hostlist import expand
 
-# Where Linux's outgoing connections begin (net.ipv4.ip_local_port_range), and where the usual services have ended.
+# Above the ports of the usual services, and the first port of Linux's outgoing connections
+# (net.ipv4.ip_local_port_range).
 FIRST_PORT, EPHEMERAL_PORT = 20000, 32768
 
 
@@ -26,9 +27,9 @@ def is_worker() -> bool:
 def adopt_slurm_step() -> None:
     """Under srun, set what torch.distributed reads (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 
-    Variables that are set already win, so a site may choose address and port. Nothing happens outside a Slurm step: a
-    batch script's own shell has SLURM_PROCID too, but no step. Nor in a step of one task, such as the shell that
-    `srun --pty bash` gives: what is typed there starts its processes itself; but the supervisor's step is always one.
+    Variables that are already set take precedence, so a site may choose address and port. Does nothing outside a Slurm
+    step: a batch script's own shell has SLURM_PROCID, but no step. Also does nothing in a step of one task that the
+    supervisor did not start, such as the shell of `srun --pty bash`: commands typed there start their own processes.
     """
     env = os.environ
     if "RANK" in env or "SLURM_STEP_ID" not in env:
@@ -45,50 +46,50 @@ def adopt_slurm_step() -> None:
         env["MASTER_ADDR"] = _first_host(env["SLURM_STEP_NODELIST"])
     env.setdefault("MASTER_PORT", str(rendezvous_port()))
     if attempt is not None:
-        # Where torch's error handler leaves what ended this rank.
+        # Where torch's error handler records the error that ended this rank.
         env["TORCHELASTIC_ERROR_FILE"] = str(attempt / f"rank_{env['RANK']}.json")
 
 
 def rendezvous_port(attempt: int = 0) -> int:
-    """A TCP port that is the same on all nodes and another for each of 12,768 jobs in a row.
+    """A TCP port that is the same on all nodes and differs between 12,768 consecutive jobs.
 
-    It lies below the ports that Linux gives to outgoing connections (32768 and up), any of which may be taken at any
-    moment, and above the usual services. `attempt` counts the ports that were found taken.
+    It lies above the usual services and below the ports that Linux gives to outgoing connections (32768 and up), any of
+    which may be taken at any moment. `attempt`: number of ports that were found taken.
     """
-    # A step that the next jobs' first ports do not come in the way of.
+    # A stride that avoids the next jobs' first ports.
     return FIRST_PORT + (int(os.environ["SLURM_JOB_ID"]) + attempt * 4099) % (EPHEMERAL_PORT - FIRST_PORT)
 
 
 def attempt_folder() -> Path | None:
-    """Where this process leaves its last words, if the supervisor of a batch job started it."""
+    """The folder in which this process records its error; None if no batch job's supervisor started it."""
     return Path(os.environ["TXSSM_ATTEMPT"]) if "TXSSM_ATTEMPT" in os.environ else None
 
 
 def step_python() -> str:
-    """The Python of a step; in a container another than this process's."""
+    """The Python interpreter of a step; in a container it differs from this process's."""
     return os.environ.get("TXSSM_STEP_PYTHON", sys.executable)
 
 
 def srun_words(name: str) -> list[str]:
-    """The beginning of an srun command in a batch job, with the site's options, such as a container's."""
+    """The beginning of an srun command in a batch job, with the site's options, such as those for a container."""
     words = ["srun", f"--job-name={name}", *shlex.split(os.environ.get("TXSSM_SRUN_OPTIONS", ""))]
-    # srun does not take it from sbatch.
+    # srun does not inherit it from sbatch.
     cpus = os.environ.get("SLURM_CPUS_PER_TASK")
     return words if cpus is None else [*words, f"--cpus-per-task={cpus}"]
 
 
 def end_with_launcher() -> None:
-    """Under torchrun, stop as at SIGTERM when torchrun itself dies, or its workers would train on unseen for ever."""
+    """Under torchrun, get SIGTERM when torchrun itself dies; otherwise its workers would keep training, unnoticed."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _hear_of_parents_death(signal.SIGTERM)
 
 
 def end_with_parent() -> None:
-    """In a helper process, end when the process that started it does, however that ends."""
+    """In a helper process, end when the process that started it ends for any reason."""
     _hear_of_parents_death(signal.SIGKILL)
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid != os.getppid():
-        # It died before it could be watched.
+        # The parent died before it could be watched.
         os._exit(1)
 
 
@@ -100,8 +101,8 @@ def _hear_of_parents_death(number: signal.Signals) -> None:
 def end_process(code: int) -> NoReturn:
     """End this process and its helpers now, whatever they wait for.
 
-    Python itself would wait for every helper at exit, for ever: Megatron's, with which a save collects what was
-    written, ends only when it is asked to, and no longer asked after an exception.
+    At exit, Python would wait for every helper, forever: Megatron's, with which a save collects its results, ends only
+    on request, and after an exception there is no request.
     """
     import psutil
 
@@ -109,20 +110,20 @@ def end_process(code: int) -> NoReturn:
         with contextlib.suppress(psutil.NoSuchProcess):
             helper.kill()
     for stream in (sys.stdout, sys.stderr):
-        # A full disk, or a terminal that is gone.
+        # The disk may be full, or the terminal closed.
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
 
 
 def _tasks_per_node(text: str) -> list[int]:
-    """One number a node, from Slurm's run lengths: `8(x3),4` is 8, 8, 8, 4."""
+    """One number per node, from Slurm's run lengths: `8(x3),4` is 8, 8, 8, 4."""
     runs = (re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", run) for run in text.split(","))
     return [int(run[1]) for run in runs if run for _ in range(int(run[2] or 1))]
 
 
 def _first_host(nodelist: str) -> str:
-    """The first host of Slurm's compressed list, such as `gpu[03-07,11]`."""
+    """The first host in Slurm's compressed list, such as `gpu[03-07,11]`."""
     try:
         return expand(nodelist)[0]
     except (UserError, IndexError):

@@ -1,4 +1,4 @@
-"""Slurm's compressed lists of nodes, expanded without Slurm: a container that ranks run in need not hold scontrol."""
+"""Expands Slurm's compressed lists of nodes without Slurm: the ranks' container may lack scontrol."""
 
 import itertools
 import math
@@ -6,18 +6,18 @@ import re
 
 from megatron_txssm.errors import UserError, shown
 
-# More than any cluster has; a typing error such as [1-99999999] is no list.
+# More than any cluster has; rejects typing errors such as [1-99999999].
 MAX_HOSTS = 200_000
-# Of a name: what stands in brackets, or what does not.
+# A part of a name: the text in brackets, or text outside them.
 _PART = re.compile(r"\[([^\[\]]*)\]|([^\[\],]+)")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
 
 
 def expand(nodes: str) -> list[str]:
-    """The hosts of a list such as `gpu[03-07,11]` or `rack[1-2]n[01-04]-ib,login1`, as `scontrol show hostnames` says.
+    """The hosts of a list such as `gpu[03-07,11]` or `rack[1-2]n[01-04]-ib,login1`, like `scontrol show hostnames`.
 
-    In the list's order, of several brackets the last runs fastest; a host that is named twice comes twice. UserError
-    where the list is malformed.
+    In the list's order; of several brackets, the last varies fastest. Duplicates are kept. UserError if the list is
+    malformed.
     """
     hosts: list[str] = []
     for name in _names(nodes):
@@ -28,7 +28,7 @@ def expand(nodes: str) -> list[str]:
 
 
 def _names(nodes: str) -> list[str]:
-    """The list's elements: a comma in brackets separates none."""
+    """The list's elements; commas in brackets do not separate elements."""
     outside = re.sub(r"\[[^\[\]]*\]", lambda bracket: bracket[0].replace(",", ";"), nodes)
     return [name.strip().replace(";", ",") for name in outside.split(",") if name.strip()]
 
@@ -47,7 +47,7 @@ def _hosts(name: str, nodes: str) -> list[str]:
 
 
 def _numbers(text: str, nodes: str) -> list[str]:
-    """Of `03-07,11`: 03, 04, 05, 06, 07, 11. Zeros in front are part of a name."""
+    """03, 04, 05, 06, 07, 11 for `03-07,11`. Leading zeros are part of a name."""
     found: list[str] = []
     for piece in text.split(","):
         match = _RANGE.fullmatch(piece.strip())

@@ -1,4 +1,4 @@
-"""Options of sbatch as sites and users write them: which exist, which a run states itself, which hurt if left out."""
+"""sbatch options of sites and users: which exist, which a run sets itself, and which are costly to omit."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,15 +7,15 @@ from megatron_txssm.errors import UserError, shown
 from megatron_txssm.slurm.client import PLAIN_WORD
 from megatron_txssm.slurm.time_limit import limit_seconds
 
-# sbatch's long option -> its value; None for an option without one, "" to leave it out.
+# sbatch's long option -> its value; None for an option without a value, "" to omit it.
 Options = Mapping[str, str | None]
 
 _GPUS, _PROCESSES = "--gpus-per-node", "--nproc-per-node or --gpus-per-node"
 _RUN_FOLDER = "nothing: a run's jobs write to its folder"
 _RESTARTS = "nothing: a run's jobs start again by themselves, and --max-requeues bounds it"
-# Options under which there is no job, several, or one that runs something else: nothing takes their place.
+# Options that give no job, several jobs, or one that runs something else; they have no replacement.
 _NO_JOB = "array help parsable test-only usage version wait wrap"
-# sbatch's option that a run's own word decides -> that word.
+# sbatch option that a run sets itself -> what decides it.
 OURS = {
     **dict.fromkeys(("nodes", "use-min-nodes"), "--nodes"),
     **dict.fromkeys(("gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task"), _GPUS),
@@ -28,7 +28,7 @@ OURS = {
     **dict.fromkeys(("requeue", "no-requeue", "no-kill", "kill-on-invalid-dep"), _RESTARTS),
     **dict.fromkeys(_NO_JOB.split(), ""),
 }
-# The others, of Slurm 20.02 to 25.11: a newer one's pass, too.
+# All other options of Slurm 20.02 to 25.11; those of newer versions are accepted, too.
 _OTHERS = """
 account acctg-freq batch bb bbf begin chdir cluster-constraint clusters comment consolidate-segments constraint
 container container-id contiguous core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot
@@ -41,14 +41,14 @@ thread-spec threads-per-core time time-min tmp tres-bind tres-per-task uid verbo
 
 
 def parse_options(texts: Sequence[str], source: str) -> dict[str, str | None]:
-    """Options of sbatch as a site or a user writes them: `exclusive`, `cpus-per-task=12`; UserError names `source`."""
+    """Parse sbatch options such as `exclusive` or `cpus-per-task=12`; UserError names their `source`."""
     options = split_options(texts, source)
     for text, name in zip(texts, map(_name, texts), strict=True):
         if (ours := OURS.get(name)) == "":
             raise UserError(f"{source} {shown(text)} would make another job of it, or none; leave it out")
         if ours is not None:
             raise UserError(f"{source} {shown(text)} is decided by {ours}; leave it out")
-        # sbatch takes any beginning that is one option's only.
+        # sbatch accepts any unambiguous prefix of an option.
         whole = [known for known in (*OURS, *_OTHERS.split()) if known.startswith(name)]
         if whole and name not in _OTHERS.split():
             raise UserError(f"{source} {shown(text)} must be the whole name of an option: {' or '.join(sorted(whole))}")
@@ -56,7 +56,7 @@ def parse_options(texts: Sequence[str], source: str) -> dict[str, str | None]:
 
 
 def split_options(texts: Sequence[str], source: str) -> dict[str, str | None]:
-    """The same of a batch script's own, whatever they are."""
+    """Like `parse_options`, for a batch script's own options: every name is accepted."""
     options: dict[str, str | None] = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -70,7 +70,7 @@ def split_options(texts: Sequence[str], source: str) -> dict[str, str | None]:
 
 
 def check_time(options: Options, stop_before: int) -> None:
-    """UserError where the job would be told to stop as soon as it starts."""
+    """UserError if the job would be told to stop as soon as it starts."""
     name, limit = "--time", options.get("time")
     if limit is None:
         name, limit = "SBATCH_TIMELIMIT", os.environ.get("SBATCH_TIMELIMIT", "")
@@ -83,7 +83,7 @@ def check_time(options: Options, stop_before: int) -> None:
 
 
 def costly_defaults(options: Options) -> Iterator[str]:
-    """What a job on GPUs lacks of its node because nobody asked for it, in words."""
+    """Options that a GPU job should state, each with the costly default."""
 
     def asked(*names: str) -> bool:
         variables = (f"SBATCH_{name.upper().replace('-', '_')}" for name in names)

@@ -1,4 +1,4 @@
-"""RUN/submission.json: how `txssm submit` submitted a run last."""
+"""RUN/submission.json: the last submission of a run by `txssm submit`."""
 
 import json
 from pathlib import Path
@@ -8,15 +8,15 @@ from megatron_txssm.errors import UserError
 
 
 class SubmissionRecord(TypedDict, total=False):
-    """Other versions may not write all of it."""
+    """The contents of submission.json; other versions may not write all fields."""
 
-    # What to type to submit the run again, and in which folder.
+    # The command that submits the run again, and the folder to run it in.
     command: str
     directory: str
-    # As it was given, with the fields that were changed.
+    # As given to `submit`.
     recipe: str
     overrides: list[str]
-    # When, as ISO 8601 has it, with the time zone.
+    # ISO 8601 with the time zone.
     submitted: str
     version: str
     # None outside a checkout.
@@ -27,12 +27,12 @@ class SubmissionRecord(TypedDict, total=False):
     spare_nodes: int
     nproc_per_node: int
     gpus_per_node: int
-    # Stage -> numbers of its jobs.
+    # Stage -> job numbers.
     jobs: dict[str, list[str]]
 
 
 def read_submission(run: Path) -> SubmissionRecord:
-    """submission.json; empty where the run was not submitted by `txssm submit`."""
+    """The contents of submission.json; empty if the run was not submitted by `txssm submit`."""
     path = run / "submission.json"
     try:
         found = json.loads(path.read_bytes()) if path.exists() else {}

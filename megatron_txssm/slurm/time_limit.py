@@ -1,4 +1,4 @@
-"""Slurm's time limits, in seconds."""
+"""Converts Slurm's time limits to seconds."""
 
 import re
 
@@ -13,12 +13,12 @@ _SECONDS = {"days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1}
 
 
 def limit_seconds(text: str) -> float | None:
-    """A time limit as sbatch takes it, infinite where it is none; None for a text that sbatch shall judge itself."""
+    """A time limit in sbatch's format, in seconds; infinite if unlimited, None for a text left to sbatch."""
     if text.lower() in ("unlimited", "infinite", "-1"):
         return float("inf")
     for form in _FORMATS:
         if match := re.fullmatch(form, text, re.ASCII):
             seconds = sum(int(number or 0) * _SECONDS[unit] for unit, number in match.groupdict().items())
-            # Zero asks for no limit.
+            # Zero means unlimited.
             return seconds or float("inf")
     return None

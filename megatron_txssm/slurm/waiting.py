@@ -1,8 +1,8 @@
-"""Why Slurm lets a job wait, and what its owner can do about it."""
+"""Why a job is pending, and what its owner can do about it."""
 
 from megatron_txssm.slurm.client import Job
 
-# How Slurm's reason begins, without regard to case and underscores -> what to do; {job} is its number.
+# Prefix of Slurm's reason, ignoring case and underscores -> what to do; {job} is the job's number.
 _REASONS = {
     "jobhelduser": "it is held: scontrol release {job}",
     "job requeued in held state": "it was requeued and is held: scontrol release {job}",
@@ -23,7 +23,7 @@ _REASONS = {
         "nodes that it needs are down, drained or reserved (sinfo --list-reasons): wait, or ask for fewer, or another "
         "partition"
     ),
-    # Slurm's own sentence of the same.
+    # Slurm's sentence for the same reason.
     "nodes required for job are down": (
         "nodes that it needs are down, drained or reserved (sinfo --list-reasons): wait, or ask for fewer, or another "
         "partition"
@@ -46,13 +46,13 @@ _REASONS = {
 
 
 def what_it_waits_for(job: Job) -> str:
-    """What to do about a job that is PENDING: "nothing: …", a command; empty where that is not known."""
+    """What to do about a pending job: "nothing: …", or a command; empty if unknown."""
     reason = job.reason.replace("_", " ").lower()
     found = next((text for begin, text in _REASONS.items() if reason.startswith(begin)), "")
     return found.format(job=job.job_id)
 
 
 def needs_somebody(job: Job) -> bool:
-    """Whether it waits for a person and not for time."""
+    """Whether a job waits for a person to act."""
     todo = what_it_waits_for(job)
     return job.state == "PENDING" and bool(todo) and not todo.startswith("nothing")

@@ -1,4 +1,4 @@
-"""What srun, slurmstepd and the batch script print of a job's end, in the words of Slurm 21.08 to 26.05."""
+"""Parses what srun, slurmstepd and the batch script print about a job's end, for Slurm 21.08 to 26.05."""
 
 import re
 import signal
@@ -12,12 +12,12 @@ from megatron_txssm.slurm.hostlist import expand
 # srun: error: n2: task 1: Killed
 _TASK = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+?)(?: \(core dumped\))?$", re.MULTILINE)
 # slurmstepd-n1: error: *** STEP 3.1 ON n1 CANCELLED AT 2026-11-24T14:08:39 DUE TO PREEMPTION ***
-# From 25.05 on a cancel is DUE to SIGNAL Terminated, and 26.05 begins the line with [2026-11-24T14:08:39.077] error:
+# Since 25.05 a cancel is DUE to SIGNAL Terminated, and 26.05 begins the line with [2026-11-24T14:08:39.077] error:
 _CANCELLED = re.compile(r"\*\*\* (JOB|STEP) \S+ ON \S+ CANCELLED AT \S+?(?: DUE (?:TO|to) ([^*\n]*))? \*\*\*")
-# srun's own doing after a task has failed; before 25.05 the line gives no reason, and follows that of the task.
+# srun itself cancels the step after a task fails; before 25.05 the line gives no reason and follows the task's line.
 _TASK_FAILURE = "TASK FAILURE"
 _NODE_FAILURE = re.compile(r"^srun: error: Node failure on ([a-zA-Z][\w.,\[\]-]*)$", re.MULTILINE)
-# Of slurm/entrypoint.sh, which starts the supervisor.
+# Printed by slurm/entrypoint.sh, which starts the supervisor.
 _SUPERVISOR = re.compile(r"END supervisor: killed by signal (\d+)$", re.MULTILINE)
 _SAID = re.compile(r"^(?:srun: error: |slurmstepd|\[[\dT:.-]+\] error: ).*", re.MULTILINE)
 _SIGNALS = {text: number for number in signal.Signals if (text := signal.strsignal(number))}
@@ -42,25 +42,25 @@ _DUE_TO = {
 
 @dataclass(frozen=True)
 class Failure:
-    """A rank's end."""
+    """How a rank failed."""
 
     rank: int
     # "killed by SIGKILL", or "RuntimeError: …"
     text: str
     # The signal's number, None for an exception or an exit code.
     signal: int | None = None
-    # Where srun says so; else it follows from the rank.
+    # As srun reports it; None if it follows from the rank.
     node: str | None = None
 
 
 def why_slurm_ended_it(output: str) -> tuple[EndedBySlurm, str | None] | None:
     """Slurm's own reason for the end of a job or a step, and the node that it lost."""
-    # Each node's slurmstepd has a line of its own, and not all state the reason.
+    # Each node's slurmstepd prints its own line, and not all state the reason.
     for _, due in _CANCELLED.findall(output):
         for text, reason in _DUE_TO.items():
             if due.startswith(text):
                 return reason, _failed_node(output) if reason is EndedBySlurm.NODE_FAILURE else None
-    # Of a job that outlives its nodes (--no-kill), srun may be the only one to say so, and then kills the other ranks.
+    # If the job survives the loss (--no-kill), srun may be the only one to report it, and kills the other ranks.
     lost, task = _NODE_FAILURE.search(output), _TASK.search(output)
     if lost and (task is None or lost.start() < task.start()):
         return EndedBySlurm.NODE_FAILURE, _failed_node(output)
@@ -68,7 +68,7 @@ def why_slurm_ended_it(output: str) -> tuple[EndedBySlurm, str | None] | None:
 
 
 def _failed_node(output: str) -> str | None:
-    """The first node that srun has lost; None where it lost none."""
+    """The first node that srun has lost; None if it lost none."""
     found = _NODE_FAILURE.search(output)
     if found is None:
         return None
@@ -79,7 +79,7 @@ def _failed_node(output: str) -> str | None:
 
 
 def what_killed_the_supervisor(output: str) -> str | None:
-    """The signal's name; None where it was not killed."""
+    """The signal's name; None if the supervisor was not killed."""
     found = _SUPERVISOR.search(output)
     return signal.Signals(int(found[1])).name if found else None
 
@@ -89,14 +89,14 @@ def job_was_cancelled(output: str) -> bool:
 
 
 def step_was_cancelled(output: str) -> bool:
-    """Before a task had failed: after that srun itself cancels the step."""
+    """Whether the step was cancelled before a task failed; after a failure, srun itself cancels it."""
     cancels = (found for found in _CANCELLED.finditer(output) if not (found[2] or "").startswith(_TASK_FAILURE))
     cancelled, task = next(cancels, None), _TASK.search(output)
     return cancelled is not None and (task is None or cancelled.start() < task.start())
 
 
 def failed_tasks(output: str) -> Iterator[Failure]:
-    """The tasks that srun says failed, in the order in which it says so."""
+    """The tasks that srun reports as failed, in the order of its reports."""
     for node, tasks, how in _TASK.findall(output):
         first = re.match(r"\d{1,9}", tasks)
         if first is None:
@@ -112,6 +112,6 @@ def failed_tasks(output: str) -> Iterator[Failure]:
 
 
 def first_complaint(output: str) -> str:
-    """The first line of srun's or slurmstepd's; empty where there is none."""
+    """The first error line of srun or slurmstepd; empty if there is none."""
     found = _SAID.search(output)
     return found[0] if found else ""

@@ -1,8 +1,8 @@
-"""From a corpus, the weights of its subsets and a number of tokens to Megatron's blend of shards.
+"""Computes Megatron's blend of shards from a corpus, the weights of its subsets and a number of tokens.
 
-Weights are shares of the tokens and belong to subsets; Megatron's belong to shards, and a subset's is divided over its
-shards in proportion to their tokens. Where weights change during training (stages), Megatron's own blend gets their
-average, and `--blend-stages` (see training/staged_blend.py) says what is drawn when.
+Weights are shares of the tokens and belong to subsets. Megatron's weights belong to shards: a subset's weight is
+divided over its shards in proportion to their tokens. If weights change during training (stages), Megatron's own blend
+gets their average, and `--blend-stages` (see training/staged_blend.py) states those of each stage.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ from megatron_txssm.recipe.setting import Blend, Weights, argument
 
 @dataclass(frozen=True)
 class Share:
-    """What is drawn from one subset."""
+    """The tokens drawn from one subset."""
 
     subset: str
-    # Of all tokens drawn.
+    # Share of all tokens drawn.
     weight: float
     # Training tokens of the subset.
     available: int
@@ -45,14 +45,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class CorpusBlend:
-    """A corpus and how much of which subset is drawn from it when: at least one stage, in order."""
+    """A corpus and the stages of its blend, in order; at least one."""
 
     corpus: Corpus
     stages: tuple[Stage, ...]
 
     @property
     def average(self) -> Stage:
-        """All stages as one."""
+        """All stages averaged into one."""
         if len(self.stages) == 1:
             return self.stages[0]
         tokens = sum(stage.tokens for stage in self.stages)
@@ -76,7 +76,7 @@ class CorpusBlend:
         ]
 
     def shard_weights(self, split: str, weights: Weights) -> list[float]:
-        """The weight of each of `shards(split)`; 0 where its subset has none."""
+        """The weight of each of `shards(split)`; 0 if its subset has none."""
         tokens = {name: self.corpus.subsets[name].tokens(split) for name in self.average.weights}
         return [weights.get(name, 0.0) * record.tokens / tokens[name] for name, _, record in self.shards(split)]
 
@@ -87,7 +87,7 @@ class CorpusBlend:
 
 
 def blend_corpus(corpus: Corpus, tokens: int, weights: Mapping[str, float] | None = None) -> CorpusBlend:
-    """One blend for all `tokens`; weights in any unit, None: in proportion to the subsets' training tokens."""
+    """One blend for all `tokens`; weights in any unit (None: in proportion to the subsets' training tokens)."""
     if weights is None:
         weights = {name: subset.tokens("train") for name, subset in corpus.subsets.items() if subset.tokens("train")}
         if not weights:
@@ -96,12 +96,12 @@ def blend_corpus(corpus: Corpus, tokens: int, weights: Mapping[str, float] | Non
 
 
 def recipe_blend(recipe: Recipe) -> CorpusBlend:
-    """The blend of a recipe with data.corpus; UserError where the corpus is not finished or lacks what it names."""
+    """The blend of a recipe with data.corpus; UserError if the corpus is unfinished or lacks a subset that it names."""
     data, batch = recipe.data, recipe.training.global_batch_tokens
     assert data.corpus is not None
     parts = [stage["weights"] for stage in data.stages or ()] or ([data.weights] if data.weights else [])
     try:
-        # A subset without a weight may still be in the making.
+        # A subset without a weight may be unfinished.
         corpus = open_corpus(data.corpus, {name for weights in parts for name in weights} if parts else None)
     except UserError as error:
         raise type(error)(f"data.corpus: {error}") from None
@@ -117,9 +117,9 @@ def corpus_arguments(recipe: Recipe) -> list[str]:
     words = argument("--train-data-path", blend.megatron_blend("train"))
     validation = blend.megatron_blend("validation")
     if recipe.logging.eval_iters is None:
-        # Every set whole: Megatron refuses weights, and takes words that are no numbers for bare prefixes.
+        # Every set is read whole: Megatron then rejects weights, and takes non-numeric words as bare prefixes.
         words += ["--valid-data-path", *(prefix for _, prefix in validation)]
-        # A loss for each subset, not for each of its shards: see training/validation_sets.py.
+        # One loss per subset, not per shard: see training/validation_sets.py.
         words += ["--validation-set-names", *dict.fromkeys(name for name, _, _ in blend.shards("validation"))]
     elif recipe.logging.eval_iters > 0:
         words += argument("--valid-data-path", validation)
@@ -129,7 +129,7 @@ def corpus_arguments(recipe: Recipe) -> list[str]:
 
 
 def check_corpus(recipe: Recipe) -> None:
-    """UserError unless the recipe's corpus is finished, its shards whole and its tokenizer the recipe's."""
+    """UserError unless the recipe's corpus is finished, its shards are whole and its tokenizer is the recipe's."""
     blend = recipe_blend(recipe)
     _check_tokenizer(blend.corpus, recipe)
     splits = ["train"] if recipe.logging.eval_iters == 0 else ["train", "validation"]
@@ -155,7 +155,7 @@ def check_corpus(recipe: Recipe) -> None:
 
 
 def _normalised(weights: Mapping[str, float], corpus: Corpus) -> Weights:
-    """Weights that sum to 1; UserError for a subset that the corpus does not have, or has nothing to train on."""
+    """Weights that sum to 1; UserError for a subset that the corpus lacks, or that has no training tokens."""
     for name in weights:
         if name not in corpus.subsets:
             known = read_plan(corpus.directory).tasks
@@ -202,6 +202,6 @@ def _check_tokenizer(corpus: Corpus, recipe: Recipe) -> None:
 
 
 def _fingerprint(model: Path) -> str | None:
-    """SHA-256 of a tokenizer's file; None where it is no local one, but a name on the Hub."""
+    """SHA-256 of a tokenizer's local file; None if it is a name on the Hub."""
     file = model / "tokenizer.json" if model.is_dir() else model
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None

@@ -1,7 +1,7 @@
-"""Makes one corpus of several finished ones, without a copy of their shards.
+"""Makes one corpus of several finished ones without copying their shards.
 
-It has a manifest of its own for every task, and a relative link for each of the task's files. What is written to it,
-such as a task that is made again or Megatron's indices, so never reaches the corpora that it is made of.
+It has its own manifest for every task, and a relative link for each of the task's files. Writing to it, such as redoing
+a task or building Megatron's indices, therefore never changes the original corpora.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from megatron_txssm.files import check_absent, complete_folder, write_file_atomi
 from megatron_txssm.recipe.corpus_recipe import KEPT_RECIPE, CorpusRecipe, check_corpus_recipe, load_corpus_recipe
 from megatron_txssm.terminal import print_table
 
-# Of the files of a corpus that are not linked; as much as is asked of the disk.
+# Upper estimate of a task's files that are not linked, to check the free disk space.
 _BYTES_PER_TASK = 10_000
 
 
@@ -37,7 +37,7 @@ class Source:
     """A corpus to combine."""
 
     directory: Path
-    # Its subsets are named PREFIX-SUBSET; None: as they are.
+    # Its subsets are renamed to PREFIX-SUBSET; None keeps their names.
     prefix: str | None = None
 
     def name(self, subset: str) -> str:
@@ -45,9 +45,9 @@ class Source:
 
 
 def combine_corpora(out: str | Path, sources: Sequence[Source]) -> int:
-    """Make one corpus of two or more finished ones, and print what it holds; returns the exit code.
+    """Make one corpus of two or more finished ones, and print its contents; returns the exit code.
 
-    UserError where they do not fit, or are not finished.
+    UserError if they do not fit together or are unfinished.
     """
     if len(sources) < 2:
         raise UserError(f"one corpus, {sources[0].directory}, is given; name two or more to combine")
@@ -63,7 +63,7 @@ def combine_corpora(out: str | Path, sources: Sequence[Source]) -> int:
 
 
 def combine(out: Path, sources: Sequence[Source]) -> Corpus:
-    """Make a corpus with the subsets of all of `sources`; UserError where they do not fit, or are not finished."""
+    """Make a corpus with the subsets of all of `sources`; UserError if they do not fit together or are unfinished."""
     check_absent(out)
     corpora = [(source, open_corpus(source.directory)) for source in sources]
     _check_names(corpora)
@@ -114,12 +114,12 @@ def _check_tokenizers(corpora: Sequence[Corpus]) -> None:
 
 
 def _recipe(out: Path, sources: Sequence[Source]) -> CorpusRecipe:
-    """All subsets; the tokenizer and Slurm's options are those of the first."""
+    """The recipe with all subsets; the tokenizer and Slurm's options are those of the first corpus."""
     recipes = [load_corpus_recipe(source.directory / KEPT_RECIPE) for source in sources]
     subsets = {
         source.name(name): subset
         for source, recipe in zip(sources, recipes, strict=True)
-        # One that was added to the recipe may not have come as far as the plan.
+        # A subset that was added to the recipe may be missing in the plan.
         for name, subset in recipe.subsets.items()
         if name in read_plan(source.directory).tasks
     }
@@ -133,7 +133,7 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
     (folder / "tokenizer").mkdir()
     for path in sorted((source / "tokenizer").iterdir()):
         if path.is_file() and path.suffix != ".partial":
-            # Without its permissions: the original may be read-only.
+            # Without the permissions: the original may be read-only.
             shutil.copyfile(path, folder / "tokenizer" / path.name)
 
 
@@ -144,7 +144,7 @@ def _link_subset(subset: Subset, folder: Path, name: str) -> None:
     for split in {split for manifest in subset.manifests for split in manifest.shards}:
         for prefix, _ in subset.shards(split):
             for suffix in SHARD_SUFFIXES:
-                # To the file itself, so that a combined corpus may be combined again and removed.
+                # Link to the file itself, so that a combined corpus may be combined again, then removed.
                 target = os.path.realpath(f"{prefix}{suffix}")
                 os.symlink(os.path.relpath(target, here), folder / name / f"{Path(prefix).name}{suffix}")
     for manifest in subset.manifests:

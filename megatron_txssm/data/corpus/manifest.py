@@ -1,14 +1,14 @@
-"""What a corpus directory holds: its tokenizer, the tasks of each subset, and a manifest for each finished task.
+"""The files of a corpus directory: its tokenizer, the tasks of each subset, and a manifest for each finished task.
 
     DIRECTORY/corpus.yaml                    the corpus recipe that made it
-    DIRECTORY/plan.json                      its tasks: which slices of which source files each one reads
-    DIRECTORY/tokenizer/                     the tokenizer, as Megatron loads it, and tokenizer/facts.json
+    DIRECTORY/plan.json                      its tasks: the slices of source files that each one reads
+    DIRECTORY/tokenizer/                     the tokenizer that Megatron loads, and tokenizer/facts.json
     DIRECTORY/SUBSET/00012.train.bin .idx    tokens of task 12 (prefix SUBSET/00012.train), likewise 00012.validation
-    DIRECTORY/SUBSET/00012.train.parquet     where each of its documents comes from, in their order
-    DIRECTORY/SUBSET/00012.json              the task's manifest, written last: with it, the task is finished
+    DIRECTORY/SUBSET/00012.train.parquet     the source of each of its documents, in order
+    DIRECTORY/SUBSET/00012.json              the task's manifest, written last: it marks the task as finished
     DIRECTORY/SUBSET/manifest.json           sums over the subset's tasks, once all are finished
 
-Nothing here holds an absolute path, so a corpus may be moved.
+No file contains an absolute path, so a corpus may be moved.
 """
 
 import dataclasses
@@ -33,25 +33,25 @@ SPLITS = ("train", "validation")
 SHARD_SUFFIXES = (".bin", ".idx", ".parquet")
 # Raise it when the same sources and recipe would no longer give the same files.
 FORMAT = 1
-# Of the reasons in TaskManifest.broken, the one that may not last: the text could not be fetched.
+# The one reason in TaskManifest.broken that may be temporary: the text could not be fetched.
 UNREACHABLE_BLOB = "unreachable blob"
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One part of a source file: its rows from part/parts to (part+1)/parts of them."""
+    """Part of a source file: its rows from part/parts to (part+1)/parts of all."""
 
     # Relative to the subset's source.
     file: str
     part: int
     parts: int
-    # Of the source file, in this slice; compressed where the file is.
+    # Bytes of the source file in this slice, compressed if the file is.
     bytes: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The tasks of every subset, in order; a task's number is its place."""
+    """The tasks of every subset, in order; a task's number is its index."""
 
     tasks: dict[str, tuple[tuple[Slice, ...], ...]]
 
@@ -69,7 +69,7 @@ class ShardRecord:
     tokens: int
     # UTF-8 bytes of the texts.
     text_bytes: int
-    # End-of-document tokens that stand in a text itself, beside the one that ends every document.
+    # End-of-document tokens within texts, besides the one that ends every document.
     inner_eods: int
     sha256: dict[str, str]
     # By suffix: .bin, .idx, .parquet.
@@ -78,26 +78,26 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class TaskManifest:
-    """What a finished task made, and from what."""
+    """The output of a finished task, and its sources."""
 
     subset: str
     task: int
     sources: tuple[Slice, ...]
-    # Rows that were read, of which `filtered` were left out on purpose and `broken` could not be used.
+    # Rows read, of which `filtered` were excluded by filters and `broken` could not be used.
     rows: int
     filtered: int
-    # Reason -> number of rows, or of files that could not be read to their end.
+    # Reason -> number of rows, or of files that could not be read to the end.
     broken: dict[str, int]
-    # The first of them: {"file", "row" (null: the file itself), "reason", "detail"}.
+    # The first broken ones: {"file", "row" (null: the file itself), "reason", "detail"}.
     broken_places: tuple[dict[str, Any], ...]
     tokenizer: str
-    # Library that made the tokens, and documents compared with the reference tokenizer.
+    # Library that made the tokens, and number of documents compared with the reference tokenizer.
     encoder: str
     compared_documents: int
     shards: dict[str, ShardRecord]
-    # Encoded by the reference alone, for characters on which the two may differ.
+    # Documents encoded by the reference alone, for characters on which the two may differ.
     referred_documents: int = 0
-    # Where a comparison found one: {"document", "detail", "characters" (doubtful from there on; none: every text is)}.
+    # Found by comparison: {"document", "detail", "characters" (doubtful from then on; none: every text is)}.
     differences: tuple[dict[str, Any], ...] = ()
     format: int = FORMAT
 
@@ -127,7 +127,7 @@ class Subset:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus whose every task is finished."""
+    """A corpus; all tasks of its `subsets` are finished."""
 
     directory: Path
     tokenizer: TokenizerFacts
@@ -135,17 +135,17 @@ class Corpus:
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document is for validation: by a hash of its text, so that equal texts are on the same side.
+    """Whether a document is for validation: decided by a hash of its text, so that equal texts get the same answer.
 
-    Where two subsets hold out different shares, that of the smaller is part of that of the larger.
+    Of two subsets with different fractions, the larger holds out every text that the smaller does.
     """
     return zlib.crc32(text.encode()) < fraction * 2**32
 
 
 def open_corpus(directory: str | Path, used: Collection[str] | None = None) -> Corpus:
-    """The corpus in a directory; NoCorpus where there is none, or it is not finished, with what remains to do.
+    """The corpus in a directory; NoCorpus, with the remaining work, if it is missing or unfinished.
 
-    used: the subsets that matter, None for all; another one may still be made, and is left out.
+    used: the subsets to open, None for all; others may be unfinished, and are left out.
     """
     directory = Path(directory)
     plan, facts = read_plan(directory), read_tokenizer_facts(directory)
@@ -165,7 +165,7 @@ def open_corpus(directory: str | Path, used: Collection[str] | None = None) -> C
 
 
 def corpus_directory(name: str | Path) -> Path:
-    """The directory of a corpus recipe or a corpus, by name or path; NoCorpus where it holds none."""
+    """The directory of a corpus recipe or a corpus, by name or path; NoCorpus if it holds no corpus."""
     # Path.exists would raise for a name that is too long.
     if os.path.exists(Path(name) / "plan.json"):
         return Path(name)
@@ -178,7 +178,7 @@ def corpus_directory(name: str | Path) -> Path:
 
 
 def logging_folder(directory: Path, subset: str) -> Path:
-    """datatrove's, for its logs and its own marks of finished tasks."""
+    """datatrove's folder for its logs and its own marks of finished tasks."""
     return directory / "logs" / subset
 
 
@@ -187,7 +187,7 @@ def manifest_path(directory: Path, subset: str, task: int) -> Path:
 
 
 def read_manifest(directory: Path, subset: str, task: int) -> TaskManifest | None:
-    """A task's manifest, None where the task is not finished; UserError where it is no manifest of this version."""
+    """A task's manifest, None if the task is unfinished; UserError if it is not a manifest of this version."""
     path = manifest_path(directory, subset, task)
     try:
         data = json.loads(path.read_bytes())
@@ -207,13 +207,13 @@ def read_manifest(directory: Path, subset: str, task: int) -> TaskManifest | Non
 
 
 def write_manifest(directory: Path, manifest: TaskManifest) -> None:
-    """Finish a task; with the last one of its subset, the subset."""
+    """Finish a task, and its subset if it was the last one."""
     write_json(manifest_path(directory, manifest.subset, manifest.task), dataclasses.asdict(manifest))
     write_subset_manifest(directory, manifest.subset)
 
 
 def write_subset_manifest(directory: Path, subset: str) -> None:
-    """Sum up a subset if it is finished. Whoever finishes last writes it; two at once write the same bytes."""
+    """Write the sums of a subset if all its tasks are finished; two processes at once write the same bytes."""
     tasks = len(read_plan(directory).tasks[subset])
     if not all(manifest_path(directory, subset, task).exists() for task in range(tasks)):
         return
@@ -233,7 +233,7 @@ def write_subset_manifest(directory: Path, subset: str) -> None:
 
 
 def remove_task(directory: Path, subset: str, task: int) -> None:
-    """Undo a finished task, so that `txssm data shard` makes it again; the manifests go first."""
+    """Remove a finished task, its manifests first, so that `txssm data shard` makes it again."""
     manifest_path(directory, subset, task).unlink(missing_ok=True)
     (directory / subset / "manifest.json").unlink(missing_ok=True)
     for path in (directory / subset).glob(f"{task:05d}.*"):
@@ -242,7 +242,7 @@ def remove_task(directory: Path, subset: str, task: int) -> None:
 
 
 def add_counts(counts: Any) -> dict[str, int]:
-    """The sum of mappings of names to numbers."""
+    """The sum of mappings from names to numbers."""
     total: dict[str, int] = {}
     for count in counts:
         for name, number in count.items():
@@ -251,10 +251,10 @@ def add_counts(counts: Any) -> dict[str, int]:
 
 
 def read_plan(directory: str | Path) -> Plan:
-    """The plan of a corpus directory; NoCorpus where there is none."""
+    """The plan of a corpus directory; NoCorpus if there is none."""
     path = Path(directory) / "plan.json"
     try:
-        # Read by every task's end as well as its beginning; the file never changes once it is there.
+        # Cached by modification time, since every task reads it at its beginning and at its end.
         return _read_plan(path, path.stat().st_mtime_ns)
     except FileNotFoundError:
         raise NoCorpus(f"{directory} holds no corpus (no plan.json); {how_to_make(directory)}") from None

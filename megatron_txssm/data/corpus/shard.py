@@ -1,7 +1,7 @@
-"""Token shards in Megatron's .bin/.idx format: write one, check one before Megatron opens it, read its tokens.
+"""Token shards in Megatron's .bin/.idx format: writing, checking before Megatron opens them, and reading.
 
-A shard is two files with one prefix: PREFIX.bin holds the tokens of all documents one after another, PREFIX.idx says
-how wide a token is and where each sequence and document begins. Here every document is one sequence and ends with the
+A shard is two files with one prefix: PREFIX.bin holds the concatenated tokens of all documents, PREFIX.idx the width of
+a token and the beginning of each sequence and document. Here every document is one sequence and ends with the
 end-of-document token.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # The .idx layout of megatron/core/datasets/indexed_dataset.py, `_IndexWriter`, little-endian: the magic, version
 # (uint64), code of the token type (uint8), number of sequences S and of document boundaries D (uint64 each); then
 # the lengths in tokens (int32[S]), the byte offsets (int64[S]), the boundaries (int64[D]) and, in a multimodal shard,
-# the modes (int8[S]). Kept here so that a check does not cost the 7 s of importing Megatron; a test compares the two.
+# the modes (int8[S]). Repeated here so that a check need not import Megatron, which takes 7 s; a test compares the two.
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 INDEX_HEADER_BYTES = 34
@@ -32,7 +32,7 @@ TOKEN_TYPE_OF_CODE = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64",
 
 @dataclass(frozen=True)
 class ShardCounts:
-    """What a shard holds."""
+    """The contents of a shard."""
 
     documents: int
     # Tokens in the .bin, end-of-document tokens included.
@@ -49,9 +49,9 @@ def token_type(vocab_size: int) -> "type[np.number]":
 
 
 class ShardWriter:
-    """Writes documents to temporary files, which `publish` gives their final names; `discard` removes them.
+    """Writes documents to temporary files; `publish` gives them their final names, `discard` removes them.
 
-    One process writes a prefix at a time. Memory: 4 bytes per document.
+    Only one process may write a prefix at a time. Memory: 4 bytes per document.
     """
 
     def __init__(self, prefix: str | Path, vocab_size: int, eod: int) -> None:
@@ -74,7 +74,7 @@ class ShardWriter:
         return ShardCounts(documents=self.documents, tokens=self.tokens, bytes=self.tokens * self._type.itemsize)
 
     def write(self, ids: "np.ndarray", lengths: "np.ndarray") -> None:
-        """Append documents: the ids of all, one after another, without their ends, and the number of ids of each."""
+        """Append documents: their concatenated ids, without end-of-document tokens, and the number of ids of each."""
         import numpy as np
 
         if not len(lengths):
@@ -92,13 +92,13 @@ class ShardWriter:
         self.tokens += len(ids) + len(lengths)
 
     def publish(self) -> None:
-        """Complete both files and give them their names, the .bin first: no .idx ever belongs to nothing."""
+        """Complete both files and give them their final names, the .bin first: an .idx always has its .bin."""
         try:
             flush(self._stream)
             self._stream.close()
             index = self._index()
             self.sha256 = {".bin": self._hash.hexdigest(), ".idx": hashlib.sha256(index).hexdigest()}
-            # A shard of the same name must never be half old, half new.
+            # A shard of the same name must never be a mixture of old and new.
             self.idx_path.unlink(missing_ok=True)
             partial_path(self.bin_path).replace(self.bin_path)
             write_file_atomically(self.idx_path, index)
@@ -106,8 +106,8 @@ class ShardWriter:
             self.discard()
 
     def discard(self) -> None:
-        """Remove what has no final name yet."""
-        # A full disk fails the buffer's last write as well.
+        """Remove files without a final name."""
+        # On a full disk, the buffer's last write fails as well.
         with contextlib.suppress(OSError):
             self._stream.close()
         partial_path(self.bin_path).unlink(missing_ok=True)
@@ -125,7 +125,7 @@ class ShardWriter:
 
 
 def write_shard(documents: Iterable[Sequence[int]], prefix: str | Path, vocab_size: int, eod: int) -> ShardCounts:
-    """Write documents (their token ids, without the end) as PREFIX.bin and PREFIX.idx, each ended by `eod`.
+    """Write documents (token ids without the end-of-document token, `eod`, which is appended) as PREFIX.bin and .idx.
 
     Empty documents are left out.
     """
@@ -146,9 +146,9 @@ def write_shard(documents: Iterable[Sequence[int]], prefix: str | Path, vocab_si
 
 
 def check_shard(prefix: str | Path) -> ShardCounts:
-    """Check that PREFIX.bin and PREFIX.idx exist and belong together; a UserError says what is wrong and what to do.
+    """Check that PREFIX.bin and PREFIX.idx exist and belong together; a UserError states fault and remedy.
 
-    Megatron would answer the same faults with a bare assertion, or with wrong tokens. Reads the index, not the tokens.
+    On the same faults, Megatron would raise a bare assertion or read wrong tokens. Reads the index, not the tokens.
     """
     import numpy as np
 
@@ -174,7 +174,7 @@ def check_shard(prefix: str | Path) -> ShardCounts:
     if type_code not in TOKEN_TYPE_OF_CODE:
         raise UserError(f"{idx_path}: token type code {type_code} is none of {sorted(TOKEN_TYPE_OF_CODE)}; {remedy}")
     expected_bytes = INDEX_HEADER_BYTES + sequences * (4 + 8) + boundaries * 8
-    # The longer form carries one mode byte per sequence.
+    # The longer form has one mode byte per sequence.
     if index_bytes not in (expected_bytes, expected_bytes + sequences):
         raise UserError(
             f"{idx_path}: {index_bytes} bytes, but {sequences} sequences and {boundaries - 1} documents need "
@@ -211,7 +211,7 @@ def check_shard(prefix: str | Path) -> ShardCounts:
 
 
 def read_tokens(prefix: str | Path) -> "np.ndarray":
-    """The tokens of a checked shard as one read-only memory-mapped array [tokens], documents one after another."""
+    """Check a shard and map its tokens as one read-only array [tokens], documents concatenated."""
     import numpy as np
 
     check_shard(prefix)
@@ -222,5 +222,5 @@ def read_tokens(prefix: str | Path) -> "np.ndarray":
 
 
 def _shard_paths(prefix: str | Path) -> tuple[Path, Path]:
-    """The .bin and the .idx; a dot in the prefix stays (Path.with_suffix would replace what follows it)."""
+    """The .bin and the .idx; a dot in the prefix is kept (Path.with_suffix would replace the text after it)."""
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")

@@ -1,4 +1,4 @@
-"""Prints what a training draws from each subset of its corpus and how often, or Megatron's arguments for it."""
+"""Prints the tokens and epochs that a training draws from each subset, or Megatron's arguments for that."""
 
 import shlex
 import sys
@@ -20,12 +20,12 @@ EPOCHS_OF_USE = 4
 def show_blend(
     source: str | Path, *, tokens: int | None = None, overrides: Sequence[str] = (), megatron_args: bool = False
 ) -> int:
-    """Print the blend of a recipe with data.corpus, or of a corpus directory in proportion; returns the exit code.
+    """Print the blend of a recipe, or of a corpus directory in proportion to its tokens; returns the exit code.
 
-    tokens: of the training (None: the recipe's; of a directory: all, once). overrides: fields of the recipe changed, as
+    tokens: training tokens (None: the recipe's; for a directory, all once). overrides: recipe fields to change, as
     "a.b=c". megatron_args: print Megatron's arguments instead of the table.
     """
-    # A recipe's name may be a folder's, too, but only a corpus holds a plan.
+    # A recipe may share its name with a folder, but only a corpus has a plan.
     if (Path(source) / "plan.json").is_file():
         if overrides:
             raise UserError(f"--set {overrides[0]}: {source} is a corpus, no recipe; name a recipe instead")
@@ -48,14 +48,14 @@ def show_blend(
 
 
 def _weights(recipe: Recipe) -> list[Mapping[str, float]]:
-    """Those of each stage, as far as the recipe alone tells."""
+    """The weights of each stage, if the recipe states them."""
     if recipe.data.stages is not None:
         return [stage["weights"] for stage in recipe.data.stages]
     return [] if recipe.data.weights is None else [recipe.data.weights]
 
 
 def _print_weights(recipe: Recipe) -> int:
-    """What would be drawn from a corpus that is not made yet."""
+    """Print what would be drawn from a corpus that does not exist yet."""
     steps = [recipe.train_iters] if recipe.data.stages is None else recipe.stage_iters
     for number, (weights, iters) in enumerate(zip(_weights(recipe), steps, strict=True), start=1):
         tokens, total = iters * recipe.training.global_batch_tokens, sum(weights.values())

@@ -1,4 +1,4 @@
-"""How far a corpus is, read from its files, so from any machine that sees the folder."""
+"""The progress of a corpus, read from its files, on any machine that sees the folder."""
 
 import json
 import time
@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_txssm.data.corpus.manifest import Plan, TaskManifest, add_counts, read_manifest, read_plan
 
-# A running task says so every second; one that has been silent this long was killed, or its node lost.
+# A running task writes its status every second; after this long without one, it was killed or its node lost.
 SILENT_SECONDS = 120.0
 
 
@@ -20,27 +20,27 @@ class SubsetStatus:
     tasks: int
     finished: int = 0
     running: int = 0
-    # Were running, and have been silent for SILENT_SECONDS.
+    # Tasks whose last status is older than SILENT_SECONDS.
     lost: int = 0
-    # task -> its error.
+    # Task -> its error.
     failed: dict[int, str] = field(default_factory=dict)
-    # Share of the source bytes that is read, running tasks included.
+    # Share of the source bytes read so far, running tasks included.
     progress: float = 0.0
     rows: int = 0
-    # Left out by the recipe's filters.
+    # Rows excluded by the recipe's filters.
     filtered: int = 0
     documents: int = 0
-    # Of these, in the validation shards of finished tasks.
+    # Those of them in the validation shards of finished tasks.
     held_out: int = 0
     tokens: int = 0
-    # UTF-8 bytes of the texts that are tokenised.
+    # UTF-8 bytes of the tokenised texts.
     text_bytes: int = 0
     broken: dict[str, int] = field(default_factory=dict)
-    # What made the tokens: library, version, and why it was not gigatoken.
+    # Libraries that made the tokens: name, version, and the reason if it was not gigatoken.
     encoders: set[str] = field(default_factory=set)
     # Documents with characters on which gigatoken and the reference may differ: encoded by the reference.
     referred: int = 0
-    # (task, where the two differed unforeseen), of finished tasks.
+    # (task, an unforeseen difference between the two), of finished tasks.
     differences: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
 
     @property
@@ -49,7 +49,7 @@ class SubsetStatus:
 
 
 class CorpusStatus:
-    """Reads a corpus directory again and again; a finished task's manifest is read once."""
+    """Reads a corpus directory repeatedly, and each finished task's manifest once."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -62,7 +62,7 @@ class CorpusStatus:
     def _subset(self, name: str) -> SubsetStatus:
         tasks = self.plan.tasks[name]
         status = SubsetStatus(name, len(tasks))
-        # Not every source tells the sizes of its files.
+        # Some sources do not report file sizes.
         sizes = [max(1, self.plan.bytes(name, task)) for task in range(len(tasks))]
         all_bytes = sum(sizes)
         running = self._running(name)
@@ -90,7 +90,7 @@ class CorpusStatus:
             try:
                 found[int(path.name.split(".")[0])] = json.loads(path.read_bytes())
             except (OSError, ValueError):
-                # Finished in this moment.
+                # The task has just finished.
                 continue
         return found
 

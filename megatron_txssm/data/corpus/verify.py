@@ -1,4 +1,4 @@
-"""Checks a corpus against its manifests, byte by byte, and through the reader that training uses."""
+"""Checks a corpus against its manifests, byte by byte, and with the reader that training uses."""
 
 import functools
 import sys
@@ -28,7 +28,7 @@ from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a task, which has to be done again."""
+    """A fault of a task, which must be redone."""
 
     subset: str
     task: int
@@ -36,10 +36,9 @@ class Fault:
 
 
 def verify_corpus(corpus: str | Path, *, redo: bool = False) -> int:
-    """Check every task of a corpus and print what is wrong; 0 if nothing is, else 1.
+    """Check every task of a corpus and print the faults; returns 0 if there are none, otherwise 1.
 
-    corpus: a directory, or the name of its recipe. redo: remove the tasks with a fault, so that sharding makes them
-    again.
+    corpus: a directory, or the name of its recipe. redo: remove faulty tasks, so that sharding makes them again.
     """
     directory = corpus_directory(corpus)
     facts, tasks = check_tokenizer(directory), tasks_of(directory)
@@ -80,9 +79,9 @@ def tasks_of(directory: Path) -> list[tuple[str, int]]:
 def check_task(
     directory: Path, subset: str, task: int, facts: TokenizerFacts, *, through_megatron: bool = True
 ) -> Fault | None:
-    """The first fault of a task, None where all is well. Reads every byte of it.
+    """The first fault of a task, None without a fault. Reads all its bytes.
 
-    through_megatron: also as its IndexedDataset sees it, which takes seconds to import.
+    through_megatron: also read it with Megatron's IndexedDataset, whose import takes seconds.
     """
     try:
         manifest = read_manifest(directory, subset, task)
@@ -96,7 +95,7 @@ def check_task(
 
 
 def remove_faulty_tasks(directory: Path) -> None:
-    """Make way for what is not as its manifest says, without asking Megatron; nothing where no corpus is begun."""
+    """Remove tasks that do not match their manifests, without Megatron's reader; no effect without a plan."""
     if (directory / "plan.json").exists():
         facts = check_tokenizer(directory)
         for subset, task in tasks_of(directory):
@@ -139,7 +138,7 @@ def _shard_faults(prefix: Path, record: ShardRecord) -> Iterator[str]:
 
 
 def _megatron_faults(prefix: Path, record: ShardRecord, facts: TokenizerFacts) -> Iterator[str]:
-    """What Megatron's own reader sees."""
+    """The faults that Megatron's own reader reveals."""
     import numpy as np
 
     dataset = _megatron_reader()(str(prefix))
@@ -151,7 +150,7 @@ def _megatron_faults(prefix: Path, record: ShardRecord, facts: TokenizerFacts) -
     if (tokens[ends - 1] != facts.eod).any():
         first = int(np.argmax(tokens[ends - 1] != facts.eod))
         yield f"document {first} of {prefix} does not end with the end-of-document token {facts.eod}"
-    # In portions, as a comparison of a whole shard at once would take its memory.
+    # In portions: comparing a whole shard at once would need memory for all of it.
     portions = [tokens[start : start + 2**24] for start in range(0, len(tokens), 2**24)]
     eods = sum(int((portion == facts.eod).sum()) for portion in portions)
     if eods != record.documents + record.inner_eods:
@@ -168,7 +167,7 @@ def _megatron_reader() -> type:
 
     from megatron_txssm.platform import prepare_platform
 
-    # Six lines for each shard, and what it misses without a GPU, would bury the faults.
+    # Megatron's six log lines per shard and its warnings on machines without a GPU would bury the faults.
     logging.getLogger("megatron.core.datasets").setLevel(logging.WARNING)
     with warnings.catch_warnings(action="ignore"):
         prepare_platform()

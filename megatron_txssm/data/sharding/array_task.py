@@ -1,15 +1,15 @@
-"""The program of a job array's task: runs what datatrove pickled for it when the array was submitted.
+"""The program of a job array's task: runs the pipeline that datatrove pickled when the array was submitted.
 
     python -m megatron_txssm.data.sharding.array_task PICKLE
 
-An array that is still queued may have been submitted by an earlier version, under which modules had other names.
+A queued array may have been submitted by an earlier version, in which modules had other names.
 """
 
 import importlib
 import runpy
 import sys
 
-# Names before version 0.2; for one release.
+# Module names before version 0.2; kept for one release.
 _BEFORE = {
     "megatron_txssm.data.corpus_recipe": "megatron_txssm.recipe.corpus_recipe",
     "megatron_txssm.data.manifest": "megatron_txssm.data.corpus.manifest",
@@ -19,7 +19,7 @@ _BEFORE = {
 
 
 def know_earlier_names() -> None:
-    """Let pickles name the modules as they were."""
+    """Let pickles refer to modules by their earlier names."""
     for old, new in _BEFORE.items():
         sys.modules[old] = importlib.import_module(new)
 

@@ -12,19 +12,19 @@ INVALID_UTF8 = "invalid UTF-8"
 INVALID_JSON = "invalid JSON"
 MISSING_BLOB = "missing blob"
 CORRUPT_BLOB = "corrupt blob"
-# The one reason that is about a file: from some row on, or at all.
+# The only reason that concerns a file: unreadable from some row on, or entirely.
 UNREADABLE_FILE = "unreadable file"
 
-# Before that many rows a share says little: the third row of a good file may be broken.
+# With fewer rows, a share says little: the third row of a good file may be broken.
 ROWS_BEFORE_JUDGING = 1000
 PLACES_KEPT = 100
 PLACES_IN_ERROR = 5
-# Characters of a detail, which may quote a row.
+# Maximum characters of a detail, which may quote a row.
 LONGEST_DETAIL = 200
 
 
 class BrokenRows:
-    """The count of one task, which reads one subset. Not to be shared between threads."""
+    """The broken rows of one task, which reads one subset. Not thread-safe."""
 
     def __init__(self, subset: str, *, max_broken_fraction: float, max_broken_files: int = 0) -> None:
         self.subset = subset
@@ -46,15 +46,15 @@ class BrokenRows:
         return sum(self.counts.values()) - self.broken_files
 
     def seen(self, rows: int = 1) -> None:
-        """Count rows that were read. UserError where too many of them are broken."""
+        """Count rows that were read. UserError if too many of them are broken."""
         before, self.rows = self.rows, self.rows + rows
         if before < ROWS_BEFORE_JUDGING <= self.rows:
             self._judge_rows()
 
     def report(self, file: str, row: int | None, reason: str, detail: str = "") -> None:
-        """Count a broken row, or an unreadable file (row None). UserError where that is one too many.
+        """Count a broken row, or an unreadable file (row None). UserError if that is one too many.
 
-        `seen` counts the row, not this. The detail is cut to one line of printable characters.
+        Only `seen` counts the row as read. The detail is cut to one line of printable characters.
         """
         place = {"file": file, "row": row, "reason": reason, "detail": _one_line(detail)}
         self.counts[reason] = self.counts.get(reason, 0) + 1
@@ -67,7 +67,7 @@ class BrokenRows:
             self._judge_rows()
 
     def finish(self) -> None:
-        """Log the totals of a task and judge it, however few its rows were. UserError where too many are broken."""
+        """Log a task's totals and check its limits, however few its rows. UserError if too many are broken."""
         if self.counts:
             logger.warning(f"subset {self.subset}: {self._totals()}")
         self._judge_files()
@@ -107,6 +107,6 @@ def _shown(place: dict[str, Any]) -> str:
 
 
 def _one_line(detail: str) -> str:
-    # It may quote the broken row: no control characters for the terminal, no lone surrogates, which JSON cannot hold.
+    # It may quote the broken row: remove control characters, and lone surrogates, which JSON cannot represent.
     printable = "".join(character if character.isprintable() else " " for character in detail[: 2 * LONGEST_DETAIL])
     return " ".join(printable.split())[:LONGEST_DETAIL]

@@ -1,6 +1,6 @@
-"""Texts that a corpus only points to: fetch each row's blob by its id, from any fsspec URL, in the rows' order.
+"""Fetches texts that a corpus only refers to: each row's blob by its id, from any fsspec URL, in the rows' order.
 
-The python-edu subset of SmolLM-Corpus is such a one: its rows carry `blob_id`, and the text is the gzipped object
+An example is the python-edu subset of SmolLM-Corpus: its rows have a `blob_id`, and the text is the gzipped object
 s3://softwareheritage/content/BLOB_ID of a public bucket.
 """
 
@@ -33,31 +33,31 @@ from megatron_txssm.data.sharding.broken_rows import (
 from megatron_txssm.data.sharding.readers import RowReader
 from megatron_txssm.errors import UserError
 
-# Ids come from the internet: nothing else may become part of a URL or a path.
+# Ids come from the internet: only this form may become part of a URL or a path.
 _BLOB_ID = re.compile(r"[0-9a-fA-F]{40}")
 _GZIP_MAGIC = b"\x1f\x8b"
-# Bytes of one text; a small gzip file may hold any number.
+# Maximum bytes of one text; a small gzip file may expand to any size.
 LARGEST_TEXT = 2**28
-# Blobs under way or waiting for their turn, so that one slow answer does not leave the threads idle.
+# Blobs in flight or waiting for their turn, so that one slow answer does not leave the threads idle.
 WINDOW_PER_THREAD = 4
-# Seconds until a host that is not there is given up; one that is answers in milliseconds.
+# Seconds until an unreachable host is given up; a reachable one answers in milliseconds.
 CONNECT_TIMEOUT = 5.0
 
 
 @dataclass(frozen=True)
 class Blob:
-    """What became of one fetch: a text, or why there is none."""
+    """The result of one fetch: a text, or the reason why there is none."""
 
     text: str = ""
-    # One of broken_rows' reasons; empty where there is a text.
+    # One of broken_rows' reasons; empty if there is a text.
     reason: str = ""
     detail: str = ""
-    # Of the object, as it is stored.
+    # Size of the object as stored.
     stored_bytes: int = 0
 
 
 def with_texts(reader: RowReader) -> Generator[Document]:
-    """The documents of a reader, with the texts of their blobs where its subset has them."""
+    """The documents of a reader, with the texts of their blobs if its subset has blobs."""
     source = reader.subset
     if source.blob_field is None:
         return reader.run()
@@ -67,7 +67,7 @@ def with_texts(reader: RowReader) -> Generator[Document]:
 
 
 class FetchBlobs(PipelineStep):
-    """Sets each document's text to the blob that its metadata names; a document without one goes to `broken`.
+    """Sets each document's text to the blob that its metadata names; reports documents without one to `broken`.
 
     Reads metadata "blob" (the id), "file" and "row" (the place, for `broken`). Documents keep their order. The step
     reads up to WINDOW_PER_THREAD * threads documents ahead.
@@ -90,11 +90,11 @@ class FetchBlobs(PipelineStep):
     ) -> None:
         """blob_url: "s3://BUCKET/{blob_id}" or another fsspec URL; blobs may be gzipped or plain.
 
-        decode_errors: what bytes.decode does with bytes that are not UTF-8; strict makes them a broken row.
-        storage_options: of the filesystem; each goes before our own (s3: anonymous, one try per request).
+        decode_errors: how bytes.decode treats bytes that are not UTF-8; strict makes them a broken row.
+        storage_options: of the filesystem; they override our own (s3: anonymous, one try per request).
         timeout: seconds for an answer. Then up to `retries` further tries, after pauses of at most backoff, 2 backoff,
         4 backoff … seconds.
-        max_unreachable_in_a_row: blobs that fail so, one after another, before the task stops.
+        max_unreachable_in_a_row: consecutive unreachable blobs after which the task stops.
         """
         super().__init__()
         self.blob_url = blob_url
@@ -105,13 +105,13 @@ class FetchBlobs(PipelineStep):
         self.retries = retries
         self.backoff = backoff
         self.max_unreachable_in_a_row = max_unreachable_in_a_row
-        # Of the task that runs; whoever runs the step sets it.
+        # Of the running task; set before the step runs.
         self.broken: BrokenRows | None = None
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Generator[Document]:
-        """UserError where the bucket cannot be reached, or `broken` has seen enough."""
+        """UserError if the bucket cannot be reached, or `broken` exceeds its limits."""
         assert self.broken is not None, "FetchBlobs.broken must be set before the step runs"
-        # Not told to `broken` yet: where the bucket cannot be reached, that is the error to show, not a share of rows.
+        # Not yet reported to `broken`: if the bucket cannot be reached, that is the error to show, not a share of rows.
         waiting: list[tuple[Document, Blob]] = []
         with contextlib.closing(self._fetch_in_order(data or ())) as fetched:
             for document, blob in fetched:
@@ -155,7 +155,7 @@ class FetchBlobs(PipelineStep):
             while window:
                 yield first()
         finally:
-            # An early end waits for no answer: what is under way ends with its own timeout.
+            # At an early end, do not wait for answers: requests in flight end with their own timeout.
             fetcher.stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -166,23 +166,23 @@ class _Fetcher:
     def __init__(self, step: FetchBlobs) -> None:
         options = _default_options(step) | step.storage_options
         try:
-            # Its own instance, as its settings change below.
+            # A separate instance, since its settings are changed below.
             self.filesystem, self.path = fsspec.url_to_fs(step.blob_url, skip_instance_cache=True, **options)
         except (ImportError, ValueError, TypeError) as error:
             raise UserError(f"blob_url={step.blob_url!r} cannot be opened: {error}") from error
         if hasattr(self.filesystem, "retries"):
-            # s3fs tries five times by itself, with pauses that nothing can interrupt.
+            # s3fs itself tries five times, with pauses that cannot be interrupted.
             self.filesystem.retries = 1
         self.step = step
         self.stopped = threading.Event()
 
     def fetch(self, blob_id: Any) -> Blob:
-        """Errors become a reason; only a bug raises."""
+        """Fetch one text. Errors become a reason; only a bug raises."""
         if not isinstance(blob_id, str) or not _BLOB_ID.fullmatch(blob_id):
             return Blob(reason=MISSING_BLOB, detail=f"{blob_id!r:.80} is no SHA-1 in hex")
         try:
             stored = self._read(self.path.replace("{blob_id}", blob_id))
-        # Each filesystem has errors of its own, and those of botocore and aiohttp are not even OSErrors.
+        # Each filesystem has its own errors, and those of botocore and aiohttp are not even OSErrors.
         except Exception as error:
             reason = MISSING_BLOB if _is_missing(error) else UNREACHABLE_BLOB
             return Blob(reason=reason, detail=f"{type(error).__name__}: {error}")
@@ -197,13 +197,13 @@ class _Fetcher:
         return Blob(text, stored_bytes=len(stored))
 
     def _read(self, path: str) -> bytes:
-        """The stored bytes; the last error where all tries fail, or the run has ended."""
+        """The stored bytes; raises the last error if all tries fail, or the run has ended."""
         pause = self.step.backoff
         for tries_left in reversed(range(self.step.retries + 1)):
             try:
                 return self.filesystem.cat_file(path)
             except Exception as error:
-                # Tasks that failed together must not come back together.
+                # Tasks that failed together must not retry together.
                 if _is_missing(error) or not tries_left or self.stopped.wait(pause * random.uniform(0.5, 1)):
                     raise
                 pause *= 2
@@ -214,9 +214,9 @@ def _default_options(step: FetchBlobs) -> dict[str, Any]:
     protocol = step.blob_url.partition("://")[0]
     if protocol in ("s3", "s3a"):
         return {
-            # As the archive's bucket wants it; a private mirror says otherwise by FSSPEC_S3_ANON=false.
+            # The archive's bucket is public; for a private mirror, set FSSPEC_S3_ANON=false.
             "anon": fsspec.config.conf.get("s3", {}).get("anon", True),
-            # More than one would ask for each blob's size before the blob.
+            # With more than one, s3fs would ask for each blob's size before the blob.
             "max_concurrency": 1,
             "config_kwargs": {
                 "connect_timeout": CONNECT_TIMEOUT,
@@ -228,19 +228,19 @@ def _default_options(step: FetchBlobs) -> dict[str, Any]:
     if protocol in ("http", "https"):
         import aiohttp
 
-        # trust_env: the proxy that the environment names, as s3fs does.
+        # trust_env: use the proxy that the environment names, as s3fs does.
         timeout = aiohttp.ClientTimeout(total=step.timeout, sock_connect=CONNECT_TIMEOUT)
         return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
     return {}
 
 
 def _is_missing(error: Exception) -> bool:
-    """Whether the bucket answered that there is no such object. S3 says 403 where a key may not even be looked for."""
+    """Whether the bucket answered that there is no such object. S3 answers 403 if looking for a key is forbidden."""
     return isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "status", None) in (401, 403, 410)
 
 
 def _unpack(stored: bytes) -> bytes:
-    """The content of a gzip file, anything else as it is; OSError, EOFError or zlib.error where it is damaged."""
+    """The content of a gzip file, other data unchanged; OSError, EOFError or zlib.error if it is damaged."""
     if not stored.startswith(_GZIP_MAGIC):
         return stored
     with gzip.GzipFile(fileobj=io.BytesIO(stored)) as stream:

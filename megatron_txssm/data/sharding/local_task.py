@@ -1,4 +1,4 @@
-"""A task under datatrove's local executor."""
+"""Runs a task under datatrove's local executor."""
 
 import contextlib
 import io
@@ -11,7 +11,7 @@ from megatron_txssm.recipe.corpus_recipe import CorpusRecipe
 
 
 class LocalTask(LocalPipelineExecutor):
-    """Runs one task at a time in the process that calls it."""
+    """Runs one task at a time in the calling process."""
 
     def __init__(self, recipe: CorpusRecipe, subset: str) -> None:
         super().__init__(
@@ -21,6 +21,6 @@ class LocalTask(LocalPipelineExecutor):
         )
 
     def run_task(self, task: int) -> None:
-        # What datatrove writes to the terminal is in its log files, too; the terminal is for the progress.
+        # datatrove's messages are in its log files, too; the terminal shows the progress.
         with contextlib.redirect_stderr(io.StringIO()):
             self._run_for_rank(task)

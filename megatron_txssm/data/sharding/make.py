@@ -1,4 +1,4 @@
-"""Makes a corpus: what all of its tasks share, then the tasks, on this machine or as job arrays."""
+"""Makes a corpus: first what all its tasks share, then the tasks, on this machine or as job arrays."""
 
 import os
 import time
@@ -14,17 +14,17 @@ from megatron_txssm.terminal import print_table
 
 
 def shard_corpus(recipe: str | Path, *, overrides: Sequence[str] = (), workers: int | None = None) -> int:
-    """Make a corpus on `workers` processes of this machine (None: one per core), or finish it; returns the exit code.
+    """Make or finish a corpus on `workers` processes of this machine (None: one per core); returns the exit code.
 
-    recipe: a name in recipes/corpora/, a YAML file or a corpus directory; overrides: fields changed, as "a.b=c".
-    UserError where the recipe, its sources or the disk are at fault.
+    recipe: a name in recipes/corpora/, a YAML file or a corpus directory; overrides: fields to change, as "a.b=c".
+    UserError if the recipe, its sources or the disk are at fault.
     """
     require_positive(workers=workers)
     return shard(load_corpus_recipe(recipe, overrides), workers or len(os.sched_getaffinity(0)))
 
 
 def submit_corpus(recipe: str | Path, *, overrides: Sequence[str] = ()) -> int:
-    """Submit what a corpus lacks as Slurm job arrays, one per subset, and print their numbers; returns the exit code.
+    """Submit the unfinished tasks as Slurm job arrays, one per subset, and print their numbers; returns the exit code.
 
     The arguments are those of `shard_corpus`.
     """
@@ -44,7 +44,7 @@ def submit_corpus(recipe: str | Path, *, overrides: Sequence[str] = ()) -> int:
 
 
 def show_plan(recipe: str | Path, *, overrides: Sequence[str] = ()) -> int:
-    """List a corpus's sources, and print which tasks there would be; returns the exit code. Nothing is written.
+    """List a corpus's sources and print their division into tasks; returns the exit code. Writes nothing.
 
     The arguments are those of `shard_corpus`.
     """
@@ -65,7 +65,7 @@ def show_plan(recipe: str | Path, *, overrides: Sequence[str] = ()) -> int:
 
 
 def prepare(recipe: CorpusRecipe) -> Plan:
-    """Make what all tasks share, unless it is there: the frozen recipe, the tokenizer, the plan."""
+    """Make what all tasks share, if it is missing: the frozen recipe, the tokenizer, the plan."""
     from megatron_txssm.data.sharding.plan import freeze_recipe, make_plan
     from megatron_txssm.data.tokenizer.install import check_tokenizer, install_tokenizer
     from megatron_txssm.files import remove_abandoned
@@ -75,7 +75,7 @@ def prepare(recipe: CorpusRecipe) -> Plan:
         remove_abandoned(place)
     try:
         freeze_recipe(recipe)
-        # What an earlier command left that did not come as far as the plan may be another recipe's.
+        # Without a plan, a tokenizer left by an earlier command may be another recipe's.
         if not (recipe.path / "plan.json").exists() or not (folder / "facts.json").exists():
             install_tokenizer(recipe.tokenizer, folder)
         check_tokenizer(recipe.path)

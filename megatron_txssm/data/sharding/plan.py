@@ -1,7 +1,7 @@
-"""The tasks of a corpus: which slices of which source files each one reads.
+"""Plans the tasks of a corpus: the slices of source files that each one reads.
 
-The plan depends on the files' names and sizes alone, not on workers or machines, so any number of them gives the same
-shards. It is written once: files that come later are not part of the corpus.
+The plan depends only on the files' names and sizes, not on workers or machines, so any number of them gives the same
+shards. It is written once: files added later are not part of the corpus.
 """
 
 import fnmatch
@@ -18,15 +18,15 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.corpus_recipe import KEPT_RECIPE, CorpusRecipe, SubsetSource
 from megatron_txssm.recipe.corpus_tokenizer import read_tokenizer_facts
 
-# Files that can be read, by their endings; only parquet can be read from the middle.
+# Suffixes of readable files; only parquet can be read from the middle.
 PARQUET_SUFFIXES = (".parquet", ".parq")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")
-# Of small files; a task's manifest names them all.
+# Maximum number of small files in a task, whose manifest names them all.
 FILES_PER_TASK = 1000
 
 
 def make_plan(recipe: CorpusRecipe) -> Plan:
-    """The plan in the corpus directory; what it lacks is made from the sources' file listings."""
+    """The plan in the corpus directory; missing subsets are planned from their sources' file listings."""
     before = read_plan(recipe.path).tasks if (recipe.path / "plan.json").exists() else {}
     new = {name: subset for name, subset in recipe.subsets.items() if name not in before}
     if not new:
@@ -37,7 +37,7 @@ def make_plan(recipe: CorpusRecipe) -> Plan:
 
 
 def list_files(name: str, subset: SubsetSource) -> list[tuple[str, int]]:
-    """(path relative to the source, bytes) of the files of a subset, in the order of their names."""
+    """(path relative to the source, bytes) of the files of a subset, sorted by name."""
     from fsspec.core import url_to_fs
     from fsspec.implementations.local import LocalFileSystem
 
@@ -48,9 +48,9 @@ def list_files(name: str, subset: SubsetSource) -> list[tuple[str, int]]:
         else:
             listing: Any = system.find(root, detail=True)
             found = {path.removeprefix(root).lstrip("/"): int(facts["size"] or 0) for path, facts in listing.items()}
-    except Exception as error:  # of many kinds: the network's, the hub's, the file system's
+    except Exception as error:  # many kinds: of the network, the hub, the file system
         raise UserError(f"subsets.{name}.source={subset.source} cannot be listed: {error}") from None
-    # Checkpoints of editors, caches of downloads, what a Mac leaves in an archive.
+    # Checkpoints of editors, caches of downloads, files that macOS adds to archives.
     hidden = {path for path in found if any(part.startswith(".") for part in path.split("/"))}
     wanted = sorted(path for path in found.keys() - hidden if _matches(path, subset.glob))
     files = [path for path in wanted if path.endswith(PARQUET_SUFFIXES + JSONL_SUFFIXES)]
@@ -66,21 +66,21 @@ def list_files(name: str, subset: SubsetSource) -> list[tuple[str, int]]:
 
 
 def _local_files(root: Path) -> Iterator[tuple[str, int]]:
-    """(path in the folder, bytes) of its files; those in linked folders, too, which fsspec leaves out."""
+    """(path in the folder, bytes) of a folder's files, including those in linked folders, which fsspec skips."""
     if root.is_file():
         yield "", root.stat().st_size
     for folder, folders, files in os.walk(root, followlinks=True):
-        # A link to a folder above would go on for ever.
+        # A link to a folder above would recurse forever.
         above = {os.path.realpath(folder), *map(str, Path(os.path.realpath(folder)).parents)}
         folders[:] = [name for name in folders if os.path.realpath(os.path.join(folder, name)) not in above]
         for name in files:
             path = os.path.join(folder, name)
-            # A link to nothing is an unreadable file for who reads it.
+            # A dangling link is listed, and reported as unreadable by its reader.
             yield os.path.relpath(path, root), os.stat(path).st_size if os.path.exists(path) else 0
 
 
 def plan_subset(name: str, subset: SubsetSource, files: list[tuple[str, int]]) -> tuple[tuple[Slice, ...], ...]:
-    """Tasks of about `task_bytes`: a larger parquet file makes several, small files share one."""
+    """Tasks of about `task_bytes`: a larger parquet file gives several tasks, small files share one."""
     tasks: list[tuple[Slice, ...]] = []
     shared: list[Slice] = []
 
@@ -106,9 +106,9 @@ def plan_subset(name: str, subset: SubsetSource, files: list[tuple[str, int]]) -
 
 
 def freeze_recipe(recipe: CorpusRecipe) -> None:
-    """Keep the recipe in the corpus; UserError where the corpus was begun under another that gives other files.
+    """Store the recipe in the corpus; UserError if the corpus was begun with one that gives other files.
 
-    Subsets may have come since.
+    Subsets may have been added since.
     """
     from megatron_txssm.files import write_file_atomically
     from megatron_txssm.recipe.corpus_recipe import load_corpus_recipe
@@ -116,7 +116,7 @@ def freeze_recipe(recipe: CorpusRecipe) -> None:
     kept = recipe.path / KEPT_RECIPE
     if kept.exists() and (recipe.path / "plan.json").exists():
         before = load_corpus_recipe(kept)
-        # One that was added with a mistake, and did not come as far as the plan, may go again.
+        # A subset that was added with a mistake and is not in the plan may be removed again.
         planned = read_plan(recipe.path).tasks
         before = replace(before, subsets={name: before.subsets[name] for name in planned if name in before.subsets})
         differences = _differences(before, recipe)
@@ -133,14 +133,14 @@ def freeze_recipe(recipe: CorpusRecipe) -> None:
 
 
 def _is_its_tokenizer(recipe: CorpusRecipe) -> bool:
-    """Whether the tokenizer that the recipe names, perhaps by another path, is the one that the corpus holds."""
+    """Whether the recipe's tokenizer, perhaps at another path, is the one in the corpus."""
     from megatron_txssm.data.tokenizer.install import install_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         return install_tokenizer(recipe.tokenizer, Path(folder)) == read_tokenizer_facts(recipe.path)
 
 
-# Fields that change how a corpus is made, not what is in it.
+# Fields that change how a corpus is made, not its contents.
 _FREE = ("blob_threads", "max_broken_fraction", "max_broken_files", "blob_url", "source")
 
 
@@ -162,5 +162,5 @@ def _decisive(recipe: CorpusRecipe) -> dict[str, object]:
 
 
 def _matches(path: str, glob: str) -> bool:
-    # "**/x" is to match "x" as well; fnmatch's "*" also matches a slash.
+    # "**/x" must match "x" as well; fnmatch's "*" also matches a slash.
     return fnmatch.fnmatch(path, glob) or (glob.startswith("**/") and fnmatch.fnmatch(path, glob[3:]))

@@ -1,4 +1,4 @@
-"""How far a corpus is, as a table, and as bars while it is made."""
+"""Shows the progress of a corpus: as a table, and as bars while it is made."""
 
 import contextlib
 import os
@@ -17,16 +17,16 @@ from megatron_txssm.data.corpus.manifest import corpus_directory
 from megatron_txssm.data.corpus.status import CorpusStatus, SubsetStatus
 
 SECONDS_BETWEEN_REFRESHES = 0.5
-# Of a look from outside the process that makes the corpus.
+# In a process other than the one that makes the corpus.
 SECONDS_BETWEEN_LOOKS = 2.0
 FAILURES_SHOWN = 10
 
 
 def show_status(corpus: str | Path, *, follow: bool = False) -> int:
-    """Print how far a corpus is, wherever its tasks run; returns the exit code.
+    """Print the progress of a corpus, wherever its tasks run; returns the exit code.
 
-    corpus: a directory, or the name of its recipe. follow: only when all tasks of each subset are finished, or one has
-    failed; with bars until then.
+    corpus: a directory, or the name of its recipe. follow: show bars until each subset is finished or has a failed
+    task, then print.
     """
     status = CorpusStatus(corpus_directory(corpus))
     if follow:
@@ -38,8 +38,8 @@ def show_status(corpus: str | Path, *, follow: bool = False) -> int:
 
 
 def print_status(subsets: list[SubsetStatus]) -> None:
-    """A row per subset, then what is wrong."""
-    # In a file or a pipe there is no width to keep to.
+    """Print a row per subset, then the problems."""
+    # A file or a pipe does not limit the width.
     console = Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
     table = _table(subsets)
     if console.measure(table, options=console.options.update(width=10_000)).maximum > console.width:
@@ -70,7 +70,7 @@ def print_status(subsets: list[SubsetStatus]) -> None:
 
 
 def _table(subsets: list[SubsetStatus], short: bool = False) -> Table:
-    """short: 12,345,678 as 12.3M."""
+    """The table; short: 12,345,678 as 12.3M."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0) if short else (0, 1))
     for column in ("subset", ">tasks", ">documents", ">tokens", ">text", ">broken"):
         justify = "right" if column[0] == ">" else "left"
@@ -103,7 +103,7 @@ def tasks_text(subsets: list[SubsetStatus]) -> str:
 
 @contextlib.contextmanager
 def progress(status: CorpusStatus) -> Iterator[None]:
-    """While the work goes on: a bar per subset, where stdout is a terminal; anywhere a word if it will be slow."""
+    """During the work, show a bar per subset if stdout is a terminal; in any case, report a slow encoder."""
     with contextlib.ExitStack() as stack:
         bars = stack.enter_context(_Bars(status)) if _is_terminal() else None
         slow: set[str] = set()

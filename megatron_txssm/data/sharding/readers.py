@@ -1,7 +1,7 @@
-"""The rows of one task as datatrove Documents, every one with its place: source file and row.
+"""Reads the rows of one task as datatrove Documents, each with its source file and row.
 
-datatrove's own readers number the rows that they keep, not those of the file, and drop a row without text, a line that
-is no JSON or the rest of a damaged file with at most a line in a log. Here each is reported (`BrokenRows`).
+datatrove's own readers number the rows that they keep, not those of the file, and drop rows without text, lines that
+are not JSON and the rest of a damaged file with at most a log message. Here each of these is reported (`BrokenRows`).
 """
 
 import contextlib
@@ -52,8 +52,8 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class RowReader(PipelineStep):
     """Reads the slices of one task.
 
-    A document's metadata: `file` and `row` (0-based, in the file), `origin` (str or None), and `blob` where the text
-    is still to be fetched.
+    A document's metadata: `file` and `row` (0-based, in the file), `origin` (str or None), and `blob` if the text
+    must still be fetched.
     """
 
     name = "Rows"
@@ -65,16 +65,16 @@ class RowReader(PipelineStep):
         self.pieces = pieces
         self.broken = broken
         self.filtered = 0
-        # Share of the source bytes that is read, as far as it can be known.
+        # Share of the source bytes read so far, as far as it is known.
         self.progress = 0.0
         self.filters = [_Filter(text) for text in subset.filters]
         self.text_field = subset.blob_field or subset.text_field
-        # Beside the text's, whose lack makes a broken row.
+        # Fields other than the text's; a row without text is broken.
         self.other_fields = {*(f.field for f in self.filters), *PLACEHOLDER.findall(subset.origin or "")}
         self.fields = {self.text_field, *self.other_fields}
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Generator[Document]:
-        """The documents, in the order of the files and of their rows; `limit` of them at most."""
+        """The documents, in the order of files and rows; at most `limit`."""
         left = self.subset.limit
         total = sum(piece.bytes for piece in self.pieces) or 1
         for index, piece in enumerate(self.pieces):
@@ -99,7 +99,7 @@ class RowReader(PipelineStep):
                 return
 
     def _rows(self, piece: Slice) -> Iterator[tuple[int, Row | None]]:
-        """(row number, fields), or None for a row that was reported; a file that fails is reported."""
+        """(row number, fields), with None for a reported row; a file that fails is reported."""
         read = self._parquet if piece.file.endswith(PARQUET_SUFFIXES) else self._jsonl
         last = -1
         try:
@@ -108,7 +108,7 @@ class RowReader(PipelineStep):
                 yield number, row
         except UserError:
             raise
-        except Exception as error:  # of many kinds: cut off, not what its name says, gone, a network's or a hub's
+        except Exception as error:  # many kinds: truncated, wrong format, missing, of the network or a hub
             where = f"after row {last}: " if last >= 0 else ""
             self.broken.report(piece.file, None, UNREADABLE_FILE, f"{where}{type(error).__name__}: {error}")
 
@@ -128,13 +128,13 @@ class RowReader(PipelineStep):
                     number += 1
 
     def _columns(self, piece: Slice, schema: Any) -> list[str]:
-        """What is to be read: of a structure only the fields that are wanted."""
+        """The columns to read; of a struct, only the fields needed."""
         return sorted({self._column(piece, field, schema) for field in self.fields})
 
     def _column(self, piece: Slice, field: str, schema: Any) -> str:
         column, names, fields = "", field.split("."), schema
         while names:
-            # A column's own name may have dots.
+            # A column's own name may contain dots.
             sizes = [size for size in reversed(range(1, len(names) + 1)) if ".".join(names[:size]) in fields.names]
             if not sizes:
                 raise UserError(
@@ -143,7 +143,7 @@ class RowReader(PipelineStep):
                 )
             name, names = ".".join(names[: sizes[0]]), names[sizes[0] :]
             column, fields = f"{column}.{name}".lstrip("."), fields.field(name).type
-            # What is within a text, as JSON, is not in the schema.
+            # Fields of JSON in a text are not in the schema.
             if not pa.types.is_struct(fields):
                 break
         return column
@@ -222,14 +222,14 @@ class _Filter:
 
 @contextlib.contextmanager
 def _open_lines(source: str, file: str) -> Iterator[IO[bytes]]:
-    """A file of lines, unpacked. Arrow reads zstd to the end of its last frame, and says where a file is cut off."""
+    """A file of lines, decompressed. Arrow reads zstd to the end of the last frame, and reports a truncated file."""
     packed = file.endswith(".zst")
     with get_datafolder(source).open(file, "rb", compression=None if packed else "infer") as stream:
         yield io.BufferedReader(pa.CompressedInputStream(stream, "zstd")) if packed else stream
 
 
 def _row_groups(file: Any, begin: int, end: int) -> tuple[list[int], int]:
-    """The row groups that hold rows begin to end, and the number of the first row in them."""
+    """The row groups that contain rows begin to end, and the number of their first row."""
     groups, first, start = [], 0, 0
     for index in range(file.num_row_groups):
         stop = start + file.metadata.row_group(index).num_rows
@@ -242,7 +242,7 @@ def _row_groups(file: Any, begin: int, end: int) -> tuple[list[int], int]:
 
 
 def _as_rows(batch: Any) -> Iterator[Row]:
-    """The rows of an Arrow batch, strings as bytes: one that is no UTF-8 must not spoil the others."""
+    """The rows of an Arrow batch, strings as bytes: one with invalid UTF-8 must not affect the others."""
     lists = [column.cast(_bytes_type(column.type)).to_pylist() for column in batch.columns]
     names = batch.schema.names
     for values in zip(*lists, strict=True):
@@ -250,7 +250,7 @@ def _as_rows(batch: Any) -> Iterator[Row]:
 
 
 def _bytes_type(arrow: Any) -> Any:
-    """An Arrow type with bytes in place of its strings, those in a structure and in a dictionary included."""
+    """An Arrow type with bytes in place of its strings, including those in structs and dictionaries."""
     if pa.types.is_dictionary(arrow):
         return _bytes_type(arrow.value_type)
     if pa.types.is_struct(arrow):
@@ -262,9 +262,9 @@ def _bytes_type(arrow: Any) -> Any:
 
 
 def _value(row: Any, field: str) -> Any:
-    """The value of a field, or MISSING; `a.b` is a field of this name, or b within a structure, or JSON, a.
+    """The value of a field, or MISSING; `a.b` is a field of this name, or field b of a, a struct or JSON.
 
-    What is within null is null.
+    Any field of null is null.
     """
     if isinstance(row, str | bytes):
         try:

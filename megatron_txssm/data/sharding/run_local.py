@@ -15,13 +15,13 @@ from megatron_txssm.recipe.corpus_recipe import CorpusRecipe
 
 
 def unfinished(recipe: CorpusRecipe, plan: Plan, subset: str) -> list[int]:
-    """The tasks of a subset without a manifest; what a kill left of finished ones is removed or made up for."""
+    """The tasks of a subset without a manifest; also tidies up after finished tasks that were killed."""
     tasks = range(len(plan.tasks[subset]))
     _remove_leftovers(recipe.path, subset)
     marks = logging_folder(recipe.path, subset) / "completions"
     open_tasks = []
     for task in tasks:
-        # datatrove's own mark.
+        # datatrove's own mark of a finished task.
         mark = marks / f"{task:05d}"
         if manifest_path(recipe.path, subset, task).exists():
             if not mark.exists():
@@ -36,7 +36,7 @@ def unfinished(recipe: CorpusRecipe, plan: Plan, subset: str) -> list[int]:
 
 
 def _remove_leftovers(directory: Path, subset: str) -> None:
-    """What a task leaves that is killed after its manifest was written and before it has tidied up."""
+    """Remove files of tasks that were killed after they wrote their manifest and before they tidied up."""
     for pattern in ("*.lock", "*.status.json", "*.partial"):
         for path in (directory / subset).glob(f"[0-9]{pattern}"):
             if (directory / subset / f"{path.name.partition('.')[0]}.json").exists():
@@ -50,12 +50,12 @@ def run_locally(recipe: CorpusRecipe, plan: Plan, workers: int) -> None:
         return
     context = start_worker_server()
     try:
-        # Not the pool of datatrove's own run(), which waits for ever when a worker is killed, for its memory say.
+        # Not the pool of datatrove's own run(), which waits forever if a worker is killed, for example out of memory.
         pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=begin_worker)
-    except OSError as error:  # where its semaphores lie
+    except OSError as error:  # its semaphores are there
         raise UserError(f"/dev/shm: {error.strerror}; processes share memory there: make room, and try again") from None
     try:
-        # A Ctrl-C between two lines of the pool's start would leave it in a state that its end waits on for ever.
+        # A Ctrl-C while the pool starts would leave it in a state in which its shutdown waits forever.
         with _ctrl_c_held_back():
             futures = [pool.submit(run_task, recipe, subset, task) for subset, task in tasks]
         for future in as_completed(futures):
@@ -75,7 +75,7 @@ def run_locally(recipe: CorpusRecipe, plan: Plan, workers: int) -> None:
 
 @contextlib.contextmanager
 def _ctrl_c_held_back() -> Iterator[None]:
-    """A Ctrl-C that comes meanwhile is raised afterwards."""
+    """Raise a Ctrl-C only after the body."""
     received = []
     previous = signal.signal(signal.SIGINT, lambda *_: received.append(True))
     try:

@@ -1,7 +1,7 @@
 """One task of a corpus: rows -> (blobs) -> token ids -> .bin/.idx, with the sources of its documents and a manifest.
 
-A task's files depend on its slices, the tokenizer and the recipe alone: run it again, anywhere, and the same bytes
-come out. They get their final names when complete; the manifest, written last, says that the task is finished.
+A task's files depend only on its slices, the tokenizer and the recipe: running it again, anywhere, gives the same
+bytes. They get their final names when complete; the manifest, written last, marks the task as finished.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from megatron_txssm.files import file_sha256, partial_path, write_json
 from megatron_txssm.recipe.corpus_recipe import CorpusRecipe
 from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts, read_tokenizer_facts
 
-# Texts encoded at a time: enough to lose no time between them, little memory.
+# Texts encoded at a time: enough for full speed, with little memory.
 BATCH_BYTES = 2_000_000
 BATCH_DOCUMENTS = 1024
 # Sources of documents kept in memory until they are written as one row group.
@@ -64,7 +64,7 @@ class ShardTask(PipelineStep):
         self.subset = subset
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        """Finish task `rank`, unless it is finished; passes nothing on."""
+        """Finish task `rank` unless it is already finished; yields no documents."""
         with _task_lock(self.recipe.path, self.subset, rank):
             if read_manifest(self.recipe.path, self.subset, rank) is None:
                 manifest = _Task(self.recipe, self.subset, rank).run()
@@ -94,7 +94,7 @@ class _Task:
         splits = {split: _SplitWriter(self.folder / f"{self.task:05d}.{split}", self.facts) for split in SPLITS}
         try:
             encoder = CheckedEncoder(*_encoders(self.recipe.path, self.recipe.tokenizer.encoder))
-            # Closed at an error, too, or the threads that fetch blobs would go on.
+            # Also closed on an error; otherwise the threads that fetch blobs would keep running.
             with contextlib.closing(with_texts(self.reader)) as documents:
                 for batch in _batches(documents):
                     self._write(batch, splits, encoder)
@@ -108,7 +108,7 @@ class _Task:
             return manifest
         except OSError as error:
             self.status.fail(self._facts(splits), error)
-            # Without its place a full disk is a riddle.
+            # The path shows which disk is full.
             where = error.filename or self.folder
             raise UserError(
                 f"{self.subset} task {self.task}: {error.strerror or error} ({where}); "
@@ -179,7 +179,7 @@ class _SplitWriter:
             self._write_sources()
 
     def publish(self) -> None:
-        """Give the files their names; a split without documents has none."""
+        """Give the files their final names; a split without documents has no files."""
         if not self.shard.documents:
             self.discard()
             for path in (self.shard.bin_path, self.shard.idx_path, self.sources_path):
@@ -213,7 +213,7 @@ class _SplitWriter:
 
 
 class _Status:
-    """A file that says how far a running task is, and why one failed, for `txssm data status` anywhere."""
+    """A file with the progress of a running task, or the error of a failed one, for `txssm data status` anywhere."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -226,7 +226,7 @@ class _Status:
             self._next = time.monotonic() + SECONDS_BETWEEN_STATUS
 
     def fail(self, facts: dict[str, Any], error: BaseException) -> None:
-        # On a full disk even this may fail; the error itself is what matters.
+        # On a full disk this may fail, too; the original error matters more.
         with contextlib.suppress(OSError):
             self._write(facts | {"state": "failed", "error": f"{type(error).__name__}: {error}"})
 
@@ -240,7 +240,7 @@ class _Status:
 
 @contextlib.contextmanager
 def _task_lock(directory: Path, subset: str, task: int) -> Iterator[None]:
-    """Held while a task runs: two jobs on one task would mix their files. The system frees it when the process ends."""
+    """Lock a task while it runs: two jobs would mix its files. The system frees the lock when the process ends."""
     path = manifest_path(directory, subset, task).with_suffix(".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as stream:
@@ -249,7 +249,7 @@ def _task_lock(directory: Path, subset: str, task: int) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"{subset} task {task} of {directory} is being run by another process ({path})") from None
         except OSError:
-            # A file system without locks; the user has to see to it that no task runs twice at a time.
+            # A file system without locks: the user must ensure that no task runs twice at a time.
             yield
             return
         yield
@@ -258,12 +258,12 @@ def _task_lock(directory: Path, subset: str, task: int) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=1)
 def _encoders(directory: Path, choice: str) -> tuple[FastEncoder | None, Encoder]:
-    """(the fast encoder, the reference), once in a process; UserError where the corpus's tokenizer was changed."""
+    """(fast encoder or None, reference), loaded once per process; UserError if the corpus's tokenizer was changed."""
     return load_encoders(directory / "tokenizer", check_tokenizer(directory), choice)
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Documents in portions of about BATCH_BYTES of text."""
+    """Batches of documents with about BATCH_BYTES of text."""
     batch: list[Document] = []
     size = 0
     for document in documents:

@@ -20,23 +20,23 @@ from megatron_txssm.recipe.corpus_recipe import CorpusRecipe
 from megatron_txssm.slurm.batch_script import render
 from megatron_txssm.slurm.client import PLAIN_PATH, run_slurm, run_squeue, sbatch_environment
 
-# Slurm's own default, where the cluster does not tell.
+# Slurm's own default, if the cluster does not report it.
 DEFAULT_MAX_ARRAY_SIZE = 1001
 
 
 def submit(recipe: CorpusRecipe, plan: Plan, home: Path = HOME) -> dict[str, list[str]]:
-    """Submit the unfinished tasks, one job array per subset, or as many as MaxArraySize needs; returns their ids.
+    """Submit the unfinished tasks, one job array per subset, or several if MaxArraySize requires; returns their ids.
 
-    `home`: the code that they run.
+    `home`: folder of the code that they run.
     """
     if "SLURM_ARRAY_TASK_ID" in os.environ:
-        # datatrove would take it for one of its own tasks.
+        # datatrove would take this process for one of its own tasks.
         raise UserError("--slurm: this is a task of a job array; submit from a login node")
     limit = recipe.slurm.max_array_size or cluster_max_array_size()
     arrays = {name: _array(recipe, plan, name, limit) for name in recipe.subsets if unfinished(recipe, plan, name)}
     for array in arrays.values():
         array.home = home
-        # Its tasks look up their numbers in a file that another submission would rewrite.
+        # Its queued tasks look up their numbers in a file that another submission would rewrite.
         if queued := _squeue(array.job_name):
             raise UserError(
                 f"--slurm: jobs {', '.join(queued)} of {array.job_name} are still queued or running; "
@@ -55,14 +55,14 @@ def cluster_max_array_size() -> int:
 
 
 def _squeue(job_name: str) -> list[str]:
-    """The ids of this user's jobs of a name."""
+    """The ids of this user's jobs with this name."""
     return sorted(set(run_squeue("--me", "--all", f"--name={job_name}", "--format=%F").split()), key=int)
 
 
 class _Array(SlurmPipelineExecutor):
     """datatrove's executor, with the ids of all its arrays and without its job that merges statistics.
 
-    That job would wait for ever where a task failed; the manifests hold the sums.
+    That job would wait forever if a task failed; the manifests hold the sums.
     """
 
     job_ids: list[str]
@@ -74,7 +74,7 @@ class _Array(SlurmPipelineExecutor):
         try:
             super().run()
         except subprocess.CalledProcessError as error:
-            # Its reason stands above, on sbatch's own stderr.
+            # sbatch has printed the reason on its own stderr.
             before = f"; submitted before: {', '.join(self.job_ids)}" if self.job_ids else ""
             raise UserError(
                 f"--slurm: {shlex.join(error.cmd)} was refused (exit code {error.returncode}){before}"
@@ -96,11 +96,11 @@ class _Array(SlurmPipelineExecutor):
         pass
 
     def get_sbatch_args(self, max_array: int = 1) -> dict:
-        """Without the partition where none is named: the cluster has a default."""
+        """datatrove's options without unset ones, such as the partition, for which the cluster has a default."""
         return {name: value for name, value in super().get_sbatch_args(max_array).items() if value is not None}
 
     def get_launch_file_contents(self, sbatch_args: dict, run_script: str) -> str:
-        """Our batch script, which loads the pickle that datatrove's command would."""
+        """Our batch script, which loads the same pickle as datatrove's command."""
         _, pickled = shlex.split(run_script)
         # datatrove's "" is an option without a value.
         return render("shard", {name: str(value) or None for name, value in sbatch_args.items()}, [pickled], self.home)
@@ -115,18 +115,18 @@ def _array(recipe: CorpusRecipe, plan: Plan, subset: str, limit: int) -> _Array:
         [ShardTask(recipe, subset)],
         tasks=len(plan.tasks[subset]),
         time=slurm.time,
-        # The annotation knows no default partition; get_sbatch_args does.
+        # The annotation excludes None, the default partition; get_sbatch_args accepts it.
         partition=cast(str, slurm.partition),
         cpus_per_task=slurm.cpus_per_task,
         mem_per_cpu_gb=slurm.memory_per_cpu_gb,
         workers=slurm.workers or -1,
         max_array_size=limit,
-        # One array after another would keep most of a cluster idle at the end of each.
+        # One array after another would leave most of a cluster idle at the end of each.
         max_array_launch_parallel=True,
         job_name=f"{recipe.name}-{subset}",
-        # A cluster without accounting has none.
+        # A cluster without accounting has no QOS.
         qos="",
-        # The entrypoint makes a step of it.
+        # The entrypoint starts the step.
         with_srun=False,
         sbatch_args={name: value for name, _, value in (option.partition("=") for option in slurm.sbatch)},
         logging_dir=str(folder),
@@ -135,7 +135,7 @@ def _array(recipe: CorpusRecipe, plan: Plan, subset: str, limit: int) -> _Array:
 
 @contextlib.contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """For datatrove, which hands its own process's on to sbatch."""
+    """Set this process's environment, which datatrove passes on to sbatch."""
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update(variables)
@@ -148,7 +148,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_main() -> Iterator[None]:
-    """Without the lines that datatrove writes to the terminal for itself."""
+    """Suppress datatrove's own messages on the terminal."""
     from datatrove.utils.logging import logger, setup_default_logger
 
     logger.remove()

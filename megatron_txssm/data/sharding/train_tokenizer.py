@@ -1,4 +1,4 @@
-"""A SentencePiece model from the sources of a corpus recipe, without what the corpus holds out."""
+"""Trains a SentencePiece model on the sources of a corpus recipe, without the documents held out."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,10 +23,10 @@ def train_tokenizer(
     text_bytes: float = 1e8,
     overrides: Sequence[str] = (),
 ) -> int:
-    """Train a tokenizer of `vocab_size` pieces on a corpus recipe's sources and write it to `output`; the exit code.
+    """Train a tokenizer of `vocab_size` pieces on a corpus recipe's sources; returns the exit code.
 
-    output: a file X.model. text_bytes: UTF-8 bytes to train on, the same share of each subset. overrides: fields of the
-    recipe changed, as "a.b=c". UserError where a source cannot be read.
+    output: the file to write, X.model. text_bytes: UTF-8 bytes to train on, the same share from each subset.
+    overrides: recipe fields to change, as "a.b=c". UserError if a source cannot be read.
     """
     model = Path(output).expanduser()
     if model.suffix != ".model":
@@ -45,7 +45,7 @@ def train_tokenizer(
 
 
 def _texts(recipe: CorpusRecipe, name: str, wanted_bytes: float) -> Iterator[str]:
-    """The first texts of a subset's files in turn, the same share of each file, up to `wanted_bytes`."""
+    """The first texts of each of a subset's files, the same share from each, `wanted_bytes` in all."""
     subset = recipe.subsets[name]
     files = list_files(name, subset)
     for file, _ in files:
@@ -60,5 +60,5 @@ def _texts(recipe: CorpusRecipe, name: str, wanted_bytes: float) -> Iterator[str
 def _file_texts(name: str, subset: SubsetSource, file: str) -> Iterator[str]:
     broken = BrokenRows(name, max_broken_fraction=1.0, max_broken_files=subset.max_broken_files)
     documents = with_texts(RowReader(subset, (Slice(file, 0, 1, 0),), broken))
-    # What is held out must stay unknown.
+    # The tokenizer must not see the documents held out.
     yield from (d.text for d in documents if not is_held_out(d.text, subset.validation_fraction))

@@ -1,4 +1,4 @@
-"""The processes that local tasks run in: forked from a server that has imported what they need."""
+"""The processes in which local tasks run: forked from a server that has imported what they need."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -11,16 +11,16 @@ import threading
 from megatron_txssm.process_limits import check_temporary_folder
 from megatron_txssm.recipe.corpus_recipe import CorpusRecipe
 
-# What a task imports. The command itself has no need of it.
+# Imports of a task that the command itself does not need.
 _IMPORTS = ["megatron_txssm.data.sharding.local_task", "gigatoken", "tokenizers"]
 
 
 def start_worker_server() -> multiprocessing.context.ForkServerContext:
-    """Start the server, unless it runs; called early, it imports while the command prepares (idempotent)."""
+    """Start the server unless it is running; started early, it imports while the command prepares."""
     check_temporary_folder()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTS)
-    # It inherits this: a Ctrl-C while it imports is the command's business alone.
+    # The server inherits the blocked signal: only the command handles a Ctrl-C during the imports.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         multiprocessing.forkserver.ensure_running()
@@ -30,8 +30,8 @@ def start_worker_server() -> multiprocessing.context.ForkServerContext:
 
 
 def begin_worker() -> None:
-    """What a worker does first."""
-    # Ctrl-C reaches every process of the terminal; the main one ends its workers.
+    """Initialise a worker."""
+    # Ctrl-C reaches every process of the terminal; the main process ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -44,7 +44,7 @@ def run_task(recipe: CorpusRecipe, subset: str, task: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose command was killed must not write on: the next run has workers of its own."""
+    """End a worker whose command was killed: the next run starts its own workers."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])

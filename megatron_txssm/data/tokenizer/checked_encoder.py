@@ -1,8 +1,8 @@
-"""The encoder of one task: gigatoken, with the reference for what the two may read differently.
+"""The encoder of one task: gigatoken, and the reference for texts on which the two may differ.
 
-Texts with characters that are doubtful (see `doubtful`) go to the reference. A sample of the others is encoded by both.
-Where they differ, the reference is right, and the characters at that place are doubtful for the rest of the task. What
-is doubtful follows from the tokenizer and from the documents before, so a task gives the same bytes whenever it runs.
+Texts with doubtful characters (see `doubtful`) are encoded by the reference, a sample of the others by both. Where the
+two differ, the reference is right, and the characters at that place are doubtful for the rest of the task. Which ones
+are doubtful depends only on the tokenizer and the task's earlier documents, so a task gives the same bytes every time.
 """
 
 import zlib
@@ -15,26 +15,26 @@ from datatrove.utils.logging import logger
 
 from megatron_txssm.data.tokenizer.encoder import Encoder, FastEncoder, difference
 
-# Encoded by the reference as well: a 400th of the documents, and the first ones up to this many bytes of text.
+# Encoded by both: one document in 400, and the first ones up to this many bytes of text.
 COMPARED_SHARE = 400
 COMPARED_FIRST_BYTES = 20_000
-# Encodings spent on finding the characters that make a difference.
+# Limit on encodings spent on finding the characters that make a difference.
 _LARGEST_SEARCH = 400
 
 
 class CheckedEncoder:
-    """Texts to ids, without any token that is not in the text. Without a fast encoder, all of them by the reference."""
+    """Encodes texts without adding tokens; without a fast encoder, the reference encodes them all."""
 
     def __init__(self, fast: FastEncoder | None, reference: Encoder) -> None:
         self.fast, self.reference = fast, reference
         self.name = reference.name if fast is None else fast.name
-        # Documents encoded by both; by the reference alone, beside a fast encoder.
+        # Numbers of documents encoded by both, and by the reference although there is a fast encoder.
         self.compared = self.referred = 0
-        # {"document", "detail", "characters" (none: all texts are doubtful since)}.
+        # {"document", "detail", "characters" (none: all texts are doubtful from then on)}.
         self.differences: list[dict[str, Any]] = []
         self._first_bytes = 0
         self._all_doubtful = False
-        # Beside the encoder's.
+        # Doubtful characters besides the fast encoder's.
         self._found = np.zeros(0, dtype=np.uint32)
 
     def encode(self, documents: Sequence[Document]) -> list[np.ndarray]:
@@ -77,7 +77,7 @@ class CheckedEncoder:
         return bool(self.fast.doubtful(codes).any() or (self._found.size and np.isin(codes, self._found).any()))
 
     def _widen(self, document: Document, detail: str) -> None:
-        """From here on, texts like this one are the reference's."""
+        """From now on, encode texts like this one by the reference."""
         assert self.fast is not None
         characters = sorted({c for c in self._smallest_difference(document.text) if not c.isascii()})
         if characters:
@@ -92,7 +92,7 @@ class CheckedEncoder:
         )
 
     def _smallest_difference(self, text: str) -> str:
-        """A part of a text, or several of them, on which the two still differ."""
+        """A text with parts removed, on which the two still differ."""
         tries, step = 0, len(text) // 2
         while step:
             for start in range(0, len(text), step):

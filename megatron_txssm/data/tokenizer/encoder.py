@@ -1,7 +1,6 @@
-"""From texts to token ids: gigatoken, or the reference tokenizer itself.
+"""Encodes texts to token ids: with gigatoken, or with the reference tokenizer.
 
-gigatoken gives the ids of `tokenizers` and `sentencepiece` tens of times faster. Its word is not taken: see
-`checked_encoder`.
+gigatoken gives the ids of `tokenizers` and `sentencepiece` tens of times faster; `checked_encoder` verifies them.
 """
 
 import json
@@ -15,10 +14,10 @@ from megatron_txssm.data.tokenizer.doubtful import DoubtfulCharacters, is_byte_l
 from megatron_txssm.data.tokenizer.install import tokenizer_file
 from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts
 
-# gigatoken keeps every word it has met (measured: 1 byte of memory per byte of random text) and cannot be told to
-# forget; a fresh one costs 0.1 s.
+# gigatoken caches every word (measured: 1 byte of memory per byte of random text), and the cache cannot be cleared; a
+# new instance costs 0.1 s.
 RENEW_AFTER_BYTES = 256_000_000
-# What tokenizers have rules for, and so few texts hold that a sample would miss it.
+# Texts for which tokenizers have rules, and which are so rare that a sample would miss them.
 PROBES = (
     "\r\na line of DOS\r\n",
     "  spaces  ",
@@ -31,7 +30,7 @@ PROBES = (
 
 
 class Encoder(Protocol):
-    """Texts to ids, without any token that is not in the text."""
+    """Encodes texts without adding tokens."""
 
     # Library and version.
     name: str
@@ -42,18 +41,18 @@ class Encoder(Protocol):
 
 
 class FastEncoder(Encoder, Protocol):
-    """One whose ids may differ from the reference's."""
+    """An encoder whose ids may differ from the reference's."""
 
     def doubtful(self, codes: np.ndarray) -> np.ndarray:
-        """[n] code points -> [n] whether they may differ on texts that hold it."""
+        """[n] code points -> [n] whether the ids may differ on texts that contain it."""
         ...
 
 
 def load_encoders(folder: Path, facts: TokenizerFacts, choice: str = "auto") -> tuple[FastEncoder | None, Encoder]:
-    """(the fast encoder where there is one, the reference) of a corpus's tokenizer/ folder.
+    """(fast encoder or None, reference) for a corpus's tokenizer/ folder.
 
-    choice: `reference` for the reference alone; `auto` for gigatoken, too, where it knows the tokenizer. Where it does
-    not, the reference's `name` says why.
+    choice: `reference` for the reference alone; `auto` for gigatoken, too, if it supports the tokenizer. If it does
+    not, the reference's `name` states the reason.
     """
     path = tokenizer_file(folder, facts)
     is_sentencepiece = facts.type == "SentencePieceTokenizer"
@@ -64,10 +63,10 @@ def load_encoders(folder: Path, facts: TokenizerFacts, choice: str = "auto") -> 
         fast = _Gigatoken(path.read_bytes(), is_sentencepiece)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of its Rust code is no Exception
+    except BaseException as error:  # a panic in its Rust code is not an Exception
         reference.name += f" (gigatoken cannot load it: {str(error).strip().partition(chr(10))[0]})"
         return None, reference
-    # Added tokens, too, have rules of their own.
+    # Added tokens have their own rules.
     added = [text for token in fast.added_tokens for text in (f"a{token}b", f"a {token} b", f"{token} \n{token}")]
     probes = [*PROBES, *added]
     for probe, ours, theirs in zip(probes, fast.encode(probes), reference.encode(probes), strict=True):
@@ -78,7 +77,7 @@ def load_encoders(folder: Path, facts: TokenizerFacts, choice: str = "auto") -> 
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> str:
-    """Where two different lists of ids part."""
+    """Where two different lists of ids begin to differ."""
     both = min(len(ours), len(theirs))
     differs = ours[:both] != theirs[:both]
     first = int(np.argmax(differs)) if differs.any() else both
@@ -98,7 +97,7 @@ class _Gigatoken:
         self._tokenizer = self._load(self._content)
         self._bytes = 0
         self._doubtful: DoubtfulCharacters | None = None
-        # Read once: a vocabulary takes its time.
+        # Parsed once: a large vocabulary takes time.
         described = json.loads(self._content)
         self.added_tokens: list[str] = [token["content"] for token in described.get("added_tokens", ())]
         self._shows_cuts = shows_cuts(described) if is_byte_level(described) else None
@@ -106,7 +105,7 @@ class _Gigatoken:
 
     def doubtful(self, codes: np.ndarray) -> np.ndarray:
         if self._is_sentencepiece:
-            # Both follow the table in the model, whatever their Unicode.
+            # Both follow the table in the model, regardless of their Unicode versions.
             return np.zeros(len(codes), dtype=bool)
         if self._doubtful is None:
             content = self._shows_cuts or self._content
@@ -117,12 +116,12 @@ class _Gigatoken:
         if self._bytes > RENEW_AFTER_BYTES:
             self._tokenizer, self._bytes = self._load(self._content), 0
         self._bytes += sum(map(len, texts))
-        # One by one is as fast as its batches, which cost 0.4 s of imports; tasks are what runs in parallel.
+        # One by one is as fast as its batches, which cost 0.4 s of imports; parallelism comes from the tasks.
         return [self._tokenizer.encode(text) for text in texts]
 
 
 def _without_control_tokens(tokenizer: Any) -> str:
-    """A SentencePiece model in gigatoken's terms, to which "</s>" in a text is text, as it is to sentencepiece."""
+    """A SentencePiece model in gigatoken's format that reads "</s>" in a text as text, as sentencepiece does."""
     described = json.loads(tokenizer._hf_json)
     described["added_tokens"] = [token for token in described["added_tokens"] if not token["special"]]
     return json.dumps(described)
@@ -133,7 +132,7 @@ class _Tokenizers:
         from tokenizers import Tokenizer
 
         self._tokenizer = Tokenizer.from_buffer(content)
-        # Some files carry settings of the training script they come from.
+        # Some files contain truncation and padding settings of a training script.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.name = f"tokenizers {_version('tokenizers')}"

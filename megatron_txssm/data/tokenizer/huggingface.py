@@ -1,4 +1,4 @@
-"""A tokenizer as transformers loads it: tokenizer.json and tokenizer_config.json, and nothing that runs code."""
+"""Exports a tokenizer for transformers: tokenizer.json and tokenizer_config.json, without code."""
 
 import json
 from pathlib import Path
@@ -19,9 +19,9 @@ def export_tokenizer(
 ) -> tuple[TokenizerFacts, list[int]]:
     """Write a tokenizer to `folder`, for a model of `vocab_size` tokens (None: enough for all of them).
 
-    Returns what is to be known of it, and the tokens of a test text.
+    Returns its facts, and the tokens of `text`, a test text.
 
-    UserError where it cannot be read, or a SentencePiece model gives `text` other tokens than its tokenizer.json.
+    UserError if it cannot be read, or if a SentencePiece model and its tokenizer.json give `text` different tokens.
     """
     from tokenizers import Tokenizer
 
@@ -37,7 +37,7 @@ def export_tokenizer(
     tokenizer = Tokenizer.from_file(str(file))
     pad = None if pad_token is None else tokenizer.token_to_id(pad_token)
     if pad is None or pad >= (vocab_size or pad + 1):
-        # Padding is masked: without a token of its own, any serves.
+        # Padding is masked: without a padding token, any token will do.
         pad_token = facts.eod_token
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -54,11 +54,11 @@ def export_tokenizer(
 
 
 def _leave_texts_alone(file: Path) -> None:
-    """Let a tokenizer.json put no token before or behind a text, and cut or pad none: training never did."""
+    """Remove added tokens, truncation and padding from a tokenizer.json: training used none of them."""
     described = json.loads(file.read_text(encoding="utf-8"))
     post = described.get("post_processor") or {}
     steps = post.get("processors", []) if post.get("type") == "Sequence" else [post]
-    # The others are there to add tokens; this one mends offsets.
+    # The other processors add tokens; this one corrects offsets.
     kept = next((step for step in steps if step.get("type") == "ByteLevel"), None)
     if kept != described.get("post_processor") or described.get("truncation") or described.get("padding"):
         described |= {"post_processor": kept, "truncation": None, "padding": None}
@@ -72,9 +72,9 @@ def _sentencepiece_padding(model: Path, eod: int) -> str | None:
 
 
 def _from_sentencepiece(model: Path) -> Any:
-    """A SentencePiece model's tokens from the tokenizers library, for models as `train_sentencepiece` makes them.
+    """A tokenizer of the tokenizers library that gives the tokens of a SentencePiece model.
 
-    That is: no normalisation, no space put in front, rare characters as bytes.
+    For models of `train_sentencepiece`: no normalisation, no space added in front, rare characters as bytes.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 
@@ -88,7 +88,7 @@ def _from_sentencepiece(model: Path) -> Any:
 
 
 def _is_bpe(pieces: Any) -> bool:
-    """BPE's scores count its merges, 0, -1, -2, …; a unigram model's are log-probabilities."""
+    """Whether a model is BPE: its scores count its merges, 0, -1, -2, …; a unigram model's are log-probabilities."""
     scores = [pieces.GetScore(n) for n in range(len(pieces)) if _is_text(pieces, n)]
     return all(score == round(score) for score in scores)
 
@@ -102,7 +102,7 @@ def _bpe(pieces: Any) -> Any:
 
     vocabulary = {pieces.IdToPiece(n): n for n in range(len(pieces))}
     scores = {piece: pieces.GetScore(n) for piece, n in vocabulary.items() if _is_text(pieces, n)}
-    # SentencePiece joins the two neighbours whose union scores highest, however that union divides.
+    # SentencePiece merges the two neighbours whose union scores highest, wherever the union is divided.
     merges = [
         (piece[:cut], piece[cut:])
         for piece in sorted(scores, key=lambda piece: -scores[piece])
@@ -121,7 +121,7 @@ def _unigram(pieces: Any) -> Any:
 
 
 def padding_id(folder: Path) -> int:
-    """Of the tokenizer that `export_tokenizer` wrote to a folder."""
+    """The padding id of the tokenizer that `export_tokenizer` wrote to a folder."""
     from tokenizers import Tokenizer
 
     pad_token = json.loads((folder / "tokenizer_config.json").read_bytes())["pad_token"]

@@ -1,7 +1,7 @@
-"""The tokenizer of a corpus: found, its end-of-document token looked up, copied beside the shards.
+"""Installs a corpus's tokenizer: finds it, looks up its end-of-document token and copies it beside the shards.
 
-The copy is what Megatron loads in training: nodes without the internet need no hub, and the tokens' tokenizer cannot
-be another one later.
+Megatron loads the copy in training, so nodes need no internet access, and the tokenizer cannot change after the tokens
+were made.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ def tokenizer_file(folder: Path, facts: TokenizerFacts) -> Path:
 
 
 def check_tokenizer(directory: Path) -> TokenizerFacts:
-    """The corpus's tokenizer; UserError where its file is not the one that made the tokens."""
+    """The corpus's tokenizer; UserError if its file is not the one that made the tokens."""
     facts = read_tokenizer_facts(directory)
     path = tokenizer_file(directory / "tokenizer", facts)
     if not path.is_file() or file_sha256(path) != facts.fingerprint:
@@ -35,9 +35,9 @@ def check_tokenizer(directory: Path) -> TokenizerFacts:
 
 
 def install_tokenizer(source: TokenizerSource, folder: Path) -> TokenizerFacts:
-    """Copy a tokenizer into `folder` and return what is to be known of it; UserError where it will not do.
+    """Copy a tokenizer into `folder` and return its facts; UserError if it is unsuitable.
 
-    The same source gives the same files. Nothing of the tokenizer's own code is copied or run.
+    The same source gives the same files. The tokenizer's own code is neither copied nor run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     install = _install_sentencepiece if source.type == "SentencePieceTokenizer" else _install_huggingface
@@ -87,7 +87,7 @@ def _install_huggingface(source: TokenizerSource, folder: Path) -> TokenizerFact
     if path.resolve() != (folder / "tokenizer.json").resolve():
         shutil.copyfile(path, folder / "tokenizer.json.partial")
         (folder / "tokenizer.json.partial").replace(folder / "tokenizer.json")
-    # What transformers needs to load it, and no more: a config from a hub may name code to run.
+    # Only what transformers needs to load it: a config from a hub may name code to run.
     pad_token = _pad_token(tokenizer, configs, eod_token)
     write_json(
         folder / "tokenizer_config.json",
@@ -115,7 +115,7 @@ def _find_huggingface(model: str) -> tuple[Path, list[Path]]:
         path = path / "tokenizer.json"
     if path.is_file():
         return path, [path.with_name(name) for name in names if path.with_name(name).is_file()]
-    # A model's name may have a dot: Qwen/Qwen2.5-7B.
+    # A model's name may contain a dot: Qwen/Qwen2.5-7B.
     if path.suffix in (".json", ".model") or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         raise UserError(f"tokenizer.model={model}: no such file (a relative path starts at {Path.cwd()})")
     from huggingface_hub import hf_hub_download
@@ -125,7 +125,7 @@ def _find_huggingface(model: str) -> tuple[Path, list[Path]]:
         try:
             return Path(hf_hub_download(model, name))
         except EntryNotFoundError as error:
-            # Not in the cache, and the hub cannot be asked: that says nothing about the hub.
+            # Not in the cache, and the hub is unreachable: the file may exist there.
             if name == "tokenizer.json" and isinstance(error, LocalEntryNotFoundError):
                 raise
             return None
@@ -133,7 +133,7 @@ def _find_huggingface(model: str) -> tuple[Path, list[Path]]:
     try:
         path = fetch("tokenizer.json")
         configs = [config for name in names if path and (config := fetch(name))]
-    except Exception as error:  # the hub's and the network's, of many kinds
+    except Exception as error:  # many kinds, of the hub and the network
         raise UserError(
             f"tokenizer.model={model}: no such folder here, and the Hugging Face hub does not give it: {error}; on a "
             "machine without the internet, copy its tokenizer.json and tokenizer_config.json and name their folder"
@@ -144,7 +144,7 @@ def _find_huggingface(model: str) -> tuple[Path, list[Path]]:
 
 
 def _named_token(configs: list[Path], name: str) -> str | None:
-    """What the configuration files call the `name`, such as eos_token."""
+    """The token that the configuration files give for `name`, such as eos_token."""
     for path in configs:
         try:
             token: Any = json.loads(path.read_bytes()).get(name)
@@ -158,9 +158,9 @@ def _named_token(configs: list[Path], name: str) -> str | None:
 
 
 def _pad_token(tokenizer: Any, configs: list[Path], eod_token: str) -> str | None:
-    """The tokenizer's own padding: as stated, or the special token of that name (GPT-NeoX-20B states none of its two).
+    """The tokenizer's padding token: as stated, or a special token so named (GPT-NeoX-20B states neither of its two).
 
-    Never the end of a document: what pads is left out of a loss, and a fine-tuned model would not learn to end.
+    Never the end-of-document token: padding is excluded from the loss, so a fine-tuned model would not learn to stop.
     """
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
     named = [token for token in special if re.fullmatch(r"[<\[]\|?_?pad(ding)?_?\|?[>\]]", token, re.IGNORECASE)]

@@ -1,4 +1,4 @@
-"""The tokenizer that lies beside a run's checkpoints, so that they need neither the corpus nor a hub.
+"""The tokenizer stored beside a run's checkpoints, which then need neither the corpus nor a hub.
 
 CHECKPOINTS/recipe.yaml     the resolved recipe
 CHECKPOINTS/tokenizer/      tokenizer.json or tokenizer.model, and facts.json (data/tokenizer/install.py)
@@ -19,7 +19,7 @@ from megatron_txssm.recipe.recipe import Recipe
 
 
 def keep_tokenizer(recipe: Recipe, checkpoints: Path) -> None:
-    """Copy the recipe's tokenizer beside its checkpoints; a warning where it cannot be had, as training goes on."""
+    """Copy the recipe's tokenizer beside its checkpoints; only warns if that fails, since training can continue."""
     partial = checkpoints / "tokenizer.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -36,14 +36,14 @@ def keep_tokenizer(recipe: Recipe, checkpoints: Path) -> None:
 
 
 def kept_tokenizer(checkpoints: Path) -> TokenizerFacts | None:
-    """What lies beside the checkpoints; None where nothing does (an older run)."""
+    """The facts of the tokenizer beside the checkpoints; None if there is none (an older run)."""
     return read_tokenizer_facts(checkpoints) if (checkpoints / "tokenizer" / "facts.json").is_file() else None
 
 
 def tokenizer_source(recipe: Recipe, checkpoints: Path) -> TokenizerSource | None:
-    """The tokenizer beside the checkpoints, or else the recipe's; None where it has none.
+    """The tokenizer beside the checkpoints, otherwise the recipe's; None if the recipe has none.
 
-    UserError where the recipe's is in a corpus that is not there.
+    UserError if the recipe's is in a corpus that does not exist.
     """
     facts = kept_tokenizer(checkpoints)
     if facts is None:
@@ -52,7 +52,7 @@ def tokenizer_source(recipe: Recipe, checkpoints: Path) -> TokenizerSource | Non
 
 
 def other_tokenizer(recipe: Recipe, checkpoints: Path) -> str:
-    """How the recipe's tokenizer differs from the one beside checkpoints; empty where not, or one is unknown."""
+    """How the recipe's tokenizer differs from the one beside checkpoints; empty if not, or if one is unknown."""
     kept = kept_tokenizer(checkpoints)
     own = None if kept is None else _stated_source(recipe)
     beside = None if kept is None else tokenizer_source(recipe, checkpoints)
@@ -61,14 +61,14 @@ def other_tokenizer(recipe: Recipe, checkpoints: Path) -> str:
     ours = _fingerprint(own)
     if ours is None or ours == _fingerprint(beside):
         return ""
-    # What is kept may differ from its source in how it is written.
+    # The stored copy may be formatted differently from its source.
     if _fingerprint_as_kept(own) in (None, kept.fingerprint, _fingerprint_as_kept(beside)):
         return ""
     return f"SHA-256 {kept.fingerprint[:12]} in {checkpoints / 'tokenizer'}, {ours[:12]} in {own.model}"
 
 
 def _fingerprint(source: TokenizerSource) -> str | None:
-    """SHA-256 of a tokenizer's file; None where it is none on this machine."""
+    """SHA-256 of a tokenizer's file; None if it is not on this machine."""
     path = Path(source.model)
     file = path / "tokenizer.json" if path.is_dir() else path
     return file_sha256(file) if file.is_file() else None

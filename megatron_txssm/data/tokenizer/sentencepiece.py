@@ -14,13 +14,13 @@ from megatron_txssm.files import write_file_atomically
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
-# SentencePiece writes a space as this character and gives every one of them back as a space, so a text that holds
-# the character itself does not survive a round trip. NUL ends a sentence for the trainer. Such texts are refused.
+# SentencePiece encodes a space as the first character and decodes every such character as a space, so a text that
+# contains it does not survive a round trip. The second, NUL, ends a sentence for the trainer. Such texts are refused.
 UNREPRESENTABLE_CHARACTERS = ("\u2581", "\0")
 
 
 def is_representable(text: str) -> bool:
-    """Whether decode(encode(text)) gives the text back: false for the two characters SentencePiece keeps to itself."""
+    """Whether decode(encode(text)) returns the text: false with the two characters that SentencePiece reserves."""
     return not any(character in text for character in UNREPRESENTABLE_CHARACTERS)
 
 
@@ -38,8 +38,8 @@ def train_sentencepiece(
     bytes), 1 end of document, 2 to 257 the bytes, then the pieces.
 
     Measured on 10 MB of Python source, vocabulary 4,096: BPE trains in 2 s (3.51 characters per token), the unigram
-    model in 46 s without compressing better; texts fed whole, so that ":\\n" may become a piece, save 7% of the tokens
-    against texts fed line by line.
+    model in 46 s without compressing better; texts fed whole, so that ":\\n" may become a piece, need 7% fewer tokens
+    than texts fed line by line.
     """
     import sentencepiece
 
@@ -52,19 +52,19 @@ def train_sentencepiece(
             vocab_size=vocab_size,
             character_coverage=character_coverage,
             byte_fallback=True,
-            # Spaces, tabs, newlines and indentation come back as they were.
+            # Spaces, tabs, newlines and indentation are preserved.
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            # Longer sentences would be dropped without a word.
+            # Longer sentences would be dropped silently.
             max_sentence_length=2**30,
             unk_id=0,
             eos_id=1,
             bos_id=-1,
             pad_id=-1,
-            # One thread: the unigram trainer's sums depend on how many there are.
+            # One thread: the unigram trainer's sums depend on the number of threads.
             num_threads=1,
             minloglevel=2,
         )
@@ -81,7 +81,7 @@ def train_sentencepiece(
 
 
 def load_tokenizer(model_path: str | Path) -> "SentencePieceProcessor":
-    """Load a SentencePiece model; a missing or damaged file is a UserError."""
+    """Load a SentencePiece model; UserError if the file is missing or damaged."""
     import sentencepiece
 
     path = Path(model_path)

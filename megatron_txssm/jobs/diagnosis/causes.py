@@ -1,4 +1,4 @@
-"""The causes of an attempt's end: what each means, what to do about it, and the words by which a rank tells it."""
+"""The causes of an attempt's end: their meanings, remedies, and the error texts that reveal them."""
 
 import re
 from typing import NamedTuple
@@ -7,11 +7,11 @@ from megatron_txssm.jobs.cause import Cause
 
 
 class Meaning(NamedTuple):
-    """What a cause tells people."""
+    """A cause, explained for people."""
 
     # What happened.
     summary: str
-    # What to do about it, as far as that depends on nothing else; may be empty.
+    # What to do, if that depends only on the cause; may be empty.
     remedy: str
 
 
@@ -80,7 +80,7 @@ CAUSES: dict[Cause, Meaning] = {
         "look at the job's output and the system log of the node it ran on, the first",
     ),
 }
-# What a signal usually means; SIGKILL is also how Linux frees memory.
+# What a signal usually means; Linux also sends SIGKILL when memory runs out.
 _SIGNAL_REMEDIES = {
     "SIGKILL": "look at the node's system log; memory is the usual reason: --sbatch mem=0 asks for all of the host's",
     "SIGBUS": "look whether /dev/shm or the node's disk is full, or a mapped file is gone; then read its log",
@@ -93,7 +93,7 @@ _QUOTA_REMEDY = (
     "free space within your quota (quota -s, or lfs quota -hu $USER FOLDER), or have it raised; then it can go on"
 )
 
-# The cause that a rank's last words tell, the certain ones first. CUDA's and the kernel's words are theirs.
+# Causes by a rank's last error, the certain ones first. The texts of CUDA and the kernel are quoted.
 _WORDS: tuple[tuple[Cause, re.Pattern[str]], ...] = (
     (
         Cause.BAD_GPU,
@@ -105,18 +105,18 @@ _WORDS: tuple[tuple[Cause, re.Pattern[str]], ...] = (
             re.IGNORECASE,
         ),
     ),
-    # Memory of a node, which leftovers fill.
+    # The node's memory, filled by leftover files.
     (Cause.NODE_FILE_SYSTEM, re.compile(r"/dev/shm.*No space left on device|No space left on device.*/dev/shm")),
     (Cause.DISK_FULL, re.compile(r"No space left on device|ENOSPC|\[Errno 28\]|" + _QUOTA.pattern)),
     (
         Cause.NODE_FILE_SYSTEM,
-        # Those of the second line are a network connection's words, too: a file's error names the file.
+        # Network connections report the numbers in the second line, too; a file's error names the file.
         re.compile(
             r"Read-only file system|Stale (?:NFS )?file handle|Input/output error|Remote I/O error"
             r"|\[Errno (?:107|108|19|6|112)\] [^:'\"]+: ['\"]/"
         ),
     ),
-    # Computed again, it is finite.
+    # Finite when computed again: the GPU is at fault.
     (Cause.BAD_GPU, re.compile(r"^FloatingPointError\b.*came out differently")),
     # Earlier versions raise a RuntimeError.
     (Cause.NAN, re.compile(r"^FloatingPointError\b|is NaN or infinite")),
@@ -125,24 +125,24 @@ _WORDS: tuple[tuple[Cause, re.Pattern[str]], ...] = (
         re.compile(r"out of memory|OutOfMemoryError|^MemoryError\b|Cannot allocate memory", re.IGNORECASE),
     ),
 )
-# What a rank says when another one has gone.
+# What a rank reports when another one has died.
 _CONNECTION = re.compile(
     r"gloo|NCCL|connection|Broken pipe|ProcessGroup|Watchdog|TCPStore|Dist(?:Network|Store)Error", re.IGNORECASE
 )
 
 
 def cause_of(text: str) -> Cause | None:
-    """The cause that an error's text tells, such as "OSError: [Errno 28] No space left on device"; None for another."""
+    """The cause of an error by its text, such as "OSError: [Errno 28] No space left on device"; None if unknown."""
     return next((cause for cause, words in _WORDS if words.search(text)), None)
 
 
 def is_of_another_rank(text: str) -> bool:
-    """Whether an error only says that another rank has gone. NCCL's own want of memory does not."""
+    """Whether an error only reports that another rank has died; NCCL's own lack of memory does not."""
     return cause_of(text) is None and _CONNECTION.search(text) is not None
 
 
 def suspect(text: str) -> tuple[int, str] | None:
-    """The first rank and node that a not-finite result names as its origin: all ranks end with the same words."""
+    """The first rank and node that a non-finite result's error names as its origin: all ranks raise the same error."""
     found = (
         re.search(r"\bon rank (\d{1,9}) \(node ([^\s,:)]+)", text) if text.startswith("FloatingPointError") else None
     )
@@ -150,7 +150,7 @@ def suspect(text: str) -> tuple[int, str] | None:
 
 
 def remedy(cause: Cause | str, detail: str) -> str:
-    """What to do about a cause, as far as its own words tell."""
+    """What to do about a cause, given its detail."""
     if cause == Cause.DISK_FULL and _QUOTA.search(detail):
         return _QUOTA_REMEDY
     if cause == Cause.KILLED:
@@ -159,13 +159,13 @@ def remedy(cause: Cause | str, detail: str) -> str:
 
 
 def meaning(cause: Cause | str) -> Meaning:
-    """Of a cause that only a later version knows, its name."""
+    """The meaning of a cause; if only a later version knows it, its name."""
     known = Cause.read(cause)
     return CAUSES[known] if isinstance(known, Cause) else Meaning(known.replace("_", " "), "read the job's output")
 
 
 def shortened(text: str, limit: int = 4000) -> str:
-    """One line; of a very long text the begin and the end, where the remedy is."""
+    """The text on one line; if it is very long, its beginning and its end, where the remedy is."""
     text = " ".join(text.split())
     half = (limit - 3) // 2
     return text if len(text) <= limit else f"{text[:half]} … {text[-half:]}"

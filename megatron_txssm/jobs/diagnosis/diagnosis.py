@@ -1,4 +1,4 @@
-"""Why an attempt ended: from what Slurm, srun and the workers left in the run folder."""
+"""Finds out why an attempt ended, from what Slurm, srun and the workers left in the run folder."""
 
 import json
 import os
@@ -35,11 +35,11 @@ from megatron_txssm.slurm.words import (
 from megatron_txssm.training.launch.preflight import is_finished, saved_step
 from megatron_txssm.training.watch.collective_trace import missing_ranks
 
-# What there was none of, by the limit that was exceeded (stall.StallWatch).
+# What was missing, by the limit that was exceeded (stall.StallWatch).
 _HUNG = {"start": "no first step", "step": "no step", "save": "the checkpoint was not complete"}
-# How much of a killed rank's log is read: it ends with what killed it.
+# How much of a killed rank's log is read: the cause is at its end.
 _LAST_WORDS_BYTES = 4096
-# The preflight's words for a file system that all nodes share.
+# The preflight's messages about a file system that all nodes share.
 _NO_ROOM = re.compile(
     r"GB left; a checkpoint takes|has room for \d+ more files|cannot be written: (?:No space left|Disk quota)"
 )
@@ -49,9 +49,9 @@ _NO_ROOM = re.compile(
 class Diagnosis:
     """Why an attempt ended."""
 
-    # Text: one that only a later version knows.
+    # Text if only a later version knows the cause.
     cause: Cause | str
-    # What exactly; may be empty.
+    # Details of the cause; may be empty.
     detail: str = ""
     # The rank and the node where it began.
     rank: int | None = None
@@ -63,7 +63,7 @@ class Diagnosis:
 
     @property
     def remedy(self) -> str:
-        """What to do, as far as it does not depend on what has become of the job: see remedies.py."""
+        """What to do, regardless of the job's present state; remedies.py considers that, too."""
         return remedy(self.cause, self.detail)
 
     def __str__(self) -> str:
@@ -73,16 +73,16 @@ class Diagnosis:
 
 
 def close(attempt: Attempt, recipe: Recipe, *, started_again: bool = False) -> Diagnosis:
-    """Complete the record of an attempt that has ended, the last one of its run (without saving it).
+    """Complete the record of a run's last attempt, which has ended; does not save it.
 
-    started_again: its job runs again, and nobody has recorded why.
+    started_again: its job was started again, for no recorded reason.
     """
     attempt.ended = time.time()
     attempt.last_step = farthest_step(recipe.run_path / "metrics.jsonl", attempt)
     attempt.saved_after = saved_step(recipe.checkpoint_path)
     found = diagnose(attempt, is_finished(recipe), attempt.read_output())
     if found.cause in (Cause.UNKNOWN, Cause.CONNECTION_LOST) and (lost := lost_nodes(attempt.nodes)):
-        # With the first node the supervisor is lost as well, and nobody is left to say so.
+        # The supervisor was lost with the first node and could not record it.
         found = Diagnosis(Cause.NODE_FAILURE, node=lost[0])
     elif found == Diagnosis(Cause.UNKNOWN) and started_again:
         # Slurm and the batch script report any other end in the job's output; an unplugged node cannot.
@@ -99,14 +99,14 @@ def record(attempt: Attempt, found: Diagnosis) -> None:
 
 
 def recorded(attempt: Attempt) -> Diagnosis | None:
-    """The diagnosis in an attempt's record; None where nobody could say yet."""
+    """The diagnosis in an attempt's record; None if there is none yet."""
     if attempt.cause is None:
         return None
     return Diagnosis(attempt.cause, attempt.detail, attempt.rank, attempt.node)
 
 
 def diagnose(attempt: Attempt, finished: bool, output: str) -> Diagnosis:
-    """Why `attempt` ended; `output`: what its job printed meanwhile; `finished`: the last step is saved."""
+    """Why `attempt` ended; `output`: its job's output since it began; `finished`: the last step is saved."""
     if finished:
         return Diagnosis(Cause.FINISHED)
     if attempt.failed_nodes:
@@ -114,16 +114,16 @@ def diagnose(attempt: Attempt, finished: bool, output: str) -> Diagnosis:
         if len(attempt.failed_nodes) == len(attempt.nodes):
             found = [text for texts in attempt.failed_nodes.values() for text in texts]
             if all(map(_NO_ROOM.search, found)):
-                # No other node would have more.
+                # All nodes share the file system: others would not have more space.
                 return Diagnosis(Cause.DISK_FULL, found[0])
             if all(map(is_silence, found)):
-                # That is no node's doing.
+                # No node is at fault.
                 return Diagnosis(Cause.PREFLIGHT, found[0])
         return Diagnosis(Cause.PREFLIGHT, "; ".join(problems), node=node)
     if attempt.hang is not None:
         return _hang(attempt, attempt.hang)
     if name := what_killed_the_supervisor(output):
-        # Its step was ended after it.
+        # Checked first: Slurm ends the step afterwards.
         return Diagnosis(Cause.SUPERVISOR_KILLED, f"killed by {name}")
     if ended := why_slurm_ended_it(output):
         reason, node = ended
@@ -131,7 +131,7 @@ def diagnose(attempt: Attempt, finished: bool, output: str) -> Diagnosis:
     if attempt.told_to_stop or job_was_cancelled(output):
         return Diagnosis(Cause.CANCELLED)
     if attempt.exit_code is not None and attempt.exit_code < 0:
-        # Popen's word for a signal. Its ranks may live on, until the next attempt ends them.
+        # Popen's code for a signal. The ranks may survive until the next attempt ends them.
         return Diagnosis(Cause.SRUN_KILLED, f"killed by {signal.Signals(-attempt.exit_code).name}")
     if attempt.exit_code == 0:
         return Diagnosis(Cause.STOPPED if (attempt.folder / "stopped").exists() else Cause.MEGATRON_EXIT)
@@ -139,13 +139,13 @@ def diagnose(attempt: Attempt, finished: bool, output: str) -> Diagnosis:
 
 
 def lost_nodes(nodes: list[str]) -> list[str]:
-    """Those of `nodes` that do not answer Slurm now; none where Slurm itself does not."""
+    """The `nodes` that do not respond to Slurm now; empty if Slurm itself does not answer."""
     try:
         states = run_slurm("sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %t")
     except UserError:
         return []
     found = dict(map(str.split, states.splitlines()))
-    # The star: no answer.
+    # A star marks a node that does not respond.
     return [node for node in nodes if found.get(node, "").startswith("down") or found.get(node, "").endswith("*")]
 
 
@@ -171,7 +171,7 @@ def _failure(attempt: Attempt, output: str) -> Diagnosis:
     found = [
         failure for _, failure in sorted(_recorded_errors(attempt.folder), key=lambda item: (item[0], item[1].rank))
     ]
-    # A disk, a GPU or a mount explains what else fails, and what a person set wrong.
+    # A failed disk, GPU or mount explains all other errors, even one that blames the recipe.
     for failure in found:
         if (cause := _cause_of(failure, attempt)) and cause != Cause.OUT_OF_MEMORY:
             return _of(attempt, cause, failure)
@@ -204,20 +204,20 @@ def _of(attempt: Attempt, cause: Cause, failure: Failure) -> Diagnosis:
 def _cause_of(failure: Failure, attempt: Attempt) -> Cause | None:
     missing = re.match(r"FileNotFoundError: .*: '(.+)'$", failure.text)
     if missing and Path(missing[1]).is_relative_to(attempt.run) and os.path.exists(missing[1]):
-        # Of the run's own folder, and here it is: that node has lost the mount.
+        # The file is in the run folder and exists here: that node has lost the mount.
         return Cause.NODE_FILE_SYSTEM
     return cause_of(failure.text)
 
 
 def _killed(attempt: Attempt, failure: Failure, output: str) -> Diagnosis:
-    """Of a rank that could leave no record. Its log, or what the job printed, may tell more than a signal's name."""
+    """For a rank that left no record: its log or the job's output may say more than the signal's name."""
     said = [line for line in (*_last_words(attempt, failure.rank), *output.splitlines()) if line.strip()]
     for line in said:
         cause = cause_of(line.strip())
         if cause in (Cause.DISK_FULL, Cause.BAD_GPU, Cause.NODE_FILE_SYSTEM) and cause is not None:
             return _of(attempt, cause, replace(failure, text=f"{failure.text}: {shortened(line)}"))
     if failure.signal == signal.SIGABRT and (lost := [line for line in said if "Watchdog caught collective" in line]):
-        # NCCL ends the ranks that waited for another.
+        # NCCL ends ranks that wait for another.
         return _of(attempt, Cause.CONNECTION_LOST, replace(failure, text=f"{failure.text}: {shortened(lost[0])}"))
     return _of(attempt, Cause.OUT_OF_MEMORY if cause_of(failure.text) == Cause.OUT_OF_MEMORY else Cause.KILLED, failure)
 
@@ -236,15 +236,15 @@ def _last_words(attempt: Attempt, rank: int) -> list[str]:
 
 
 def _recorded_errors(folder: Path) -> Iterator[tuple[float, Failure]]:
-    """(time, exception) of the ranks that could still say what ended them, as torch's error handler writes it."""
+    """(time, error) of the ranks that recorded one, as torch's error handler writes it."""
     for path in folder.glob("rank_*.json"):
         rank = path.stem.removeprefix("rank_")
         try:
             message = json.loads(path.read_bytes())["message"]
-            # A failed start has only a text.
+            # A failed start records only a text.
             text, extra = (message, {}) if isinstance(message, str) else (message["message"], message["extraInfo"])
             seconds = float(extra.get("timestamp", "inf"))
             yield seconds, Failure(int(rank), shortened(text))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            # Cut off, or another's.
+            # Truncated, or another program's file.
             continue

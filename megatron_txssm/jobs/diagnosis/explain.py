@@ -1,4 +1,4 @@
-"""Says why a run's last attempt ended, what the run does now, and what to do."""
+"""Explains why a run's last attempt ended, what the run is doing now, and what to do."""
 
 import time
 from datetime import timedelta
@@ -26,7 +26,7 @@ def explain(run: str | Path, *, every_attempt: bool = False) -> int:
 
     Args:
         run: a run folder, a name under runs/, or the number of one of its jobs
-        every_attempt: print one line for every attempt that has ended, instead of the last one's story
+        every_attempt: print one line for every attempt that has ended, instead of the last one's details
 
     Returns the exit code, 0. UserError if there is no such run, or if its records cannot be read.
     """
@@ -34,13 +34,13 @@ def explain(run: str | Path, *, every_attempt: bool = False) -> int:
     recipe, found = load_run(folder), attempts(folder)
     queue, no_answer = _ask(folder, bool(found or job_ids(folder)))
     jobs = None if queue is None else [job for job in jobs_of(folder, queue) if not _is_other_stage(job, folder)]
-    # One that has no end on record may still run; one that cannot was killed before it could say why.
+    # An attempt without a recorded end may still run; otherwise it was killed before it could record one.
     last = found[-1] if found and recorded(found[-1]) is None else None
     running = "" if last is None else _why_it_may_run(folder, last, jobs)
     ended = found[:-1] if running else found
     if ended and recorded(ended[-1]) is None:
         close(ended[-1], recipe)
-        # Its supervisor was killed, before this was asked.
+        # `close` records the present time; the supervisor was killed earlier.
         ended[-1].ended = _last_sign(ended[-1])
     if every_attempt:
         for number, attempt in enumerate(ended, 1):
@@ -66,7 +66,7 @@ def explain(run: str | Path, *, every_attempt: bool = False) -> int:
 def _explain_now(
     folder: Path, recipe: Recipe, jobs: list[slurm.Job] | None, no_answer: str, runs: bool, has_ended: bool
 ) -> None:
-    """What the run's jobs do, and how well it uses its time. `runs`, `has_ended`: one of its attempts."""
+    """Print what the run's jobs do, and its goodput. `runs`, `has_ended`: whether an attempt runs, or has ended."""
     for job in jobs or ():
         _print("now", _now(job))
         _print("what to do", what_it_waits_for(job) if job.state == "PENDING" and not has_ended else "")
@@ -80,7 +80,7 @@ def _explain_now(
 
 
 def _ask(folder: Path, is_slurms: bool) -> tuple[list[slurm.Job] | None, str]:
-    """The queue; or None and the reason, where it cannot be known and matters."""
+    """The queue; None and the reason if Slurm does not answer and the run was submitted to it."""
     try:
         return slurm.queue(), ""
     except UserError as error:
@@ -92,7 +92,7 @@ def _is_other_stage(job: slurm.Job, folder: Path) -> bool:
 
 
 def _why_it_may_run(folder: Path, attempt: Attempt, jobs: list[slurm.Job] | None) -> str:
-    """How an attempt without a recorded end lives, or may live; empty where it has ended."""
+    """Why an attempt without a recorded end runs, or may run; empty if it has ended."""
     job = next((job for job in jobs or () if job.job_id == attempt.job_id), None)
     if job is not None:
         return f"is {job.state} on {job.nodes}" if job.runs else ""
@@ -102,7 +102,7 @@ def _why_it_may_run(folder: Path, attempt: Attempt, jobs: list[slurm.Job] | None
 
 
 def _last_sign(attempt: Attempt) -> float:
-    """When an attempt of a job that has ended last wrote something, in seconds since the epoch."""
+    """When an attempt last wrote something, in seconds since the epoch."""
     files = [attempt.run / "metrics.jsonl", *([Path(attempt.output)] if attempt.output else [])]
     written = [file.stat().st_mtime for file in files if file.exists()]
     return max([attempt.started, *written])
@@ -137,7 +137,7 @@ def _explain_local_run(folder: Path, recipe: Recipe, known: list[tuple[str, str]
         _print(name, text)
     _print("last step", f"{current_step(folder / 'metrics.jsonl') or 0} of {recipe.train_iters}")
     _print("checkpoint", _newest(recipe, saved_step(recipe.checkpoint_path)))
-    # Of a run that trains, the first line has said so.
+    # If the run trains, the first line has said so.
     _print("now", "" if known[0][0] == "it trains now" else _local_state(recipe))
     return 0
 
@@ -162,7 +162,7 @@ def _now(job: slurm.Job) -> str:
 
 
 def _last_words(folder: Path) -> str:
-    """The last error in the newest output: of a job that ended before its first attempt, or could not be requeued."""
+    """The newest output's last line: of a job that ended before its first attempt, or could not be requeued."""
     outputs = sorted(folder.glob("logs/pretrain-*.out"), key=lambda path: path.stat().st_mtime)
     return last_words(end_of(outputs[-1]) or "") if outputs else ""
 
@@ -175,7 +175,7 @@ def _line(attempt: Attempt) -> str:
 
 
 def _afterwards(attempt: Attempt, later: list[Attempt]) -> str:
-    """What later attempts show of a result that was not finite."""
+    """What later attempts show about a non-finite result."""
     if attempt.cause != Cause.NAN or attempt.node is None:
         return ""
     without = (other for other in later if attempt.node not in other.nodes)

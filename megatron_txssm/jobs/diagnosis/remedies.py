@@ -1,4 +1,4 @@
-"""What to do about an attempt's end, given what has become of its job since: the commands, ready to be typed."""
+"""What to do about an attempt's end, given its job's present state: commands, ready to be typed."""
 
 import os
 import shlex
@@ -13,7 +13,7 @@ from megatron_txssm.slurm.client import Job
 from megatron_txssm.slurm.submission import read_submission
 from megatron_txssm.slurm.waiting import needs_somebody, what_it_waits_for
 
-# What starts again by itself or by a person's command, without anything to mend.
+# Causes that need no repair: the job restarts by itself, or by a command.
 _NOTHING_TO_MEND = {
     *(Cause.TIME_LIMIT, Cause.PREEMPTED, Cause.NODE_FAILURE, Cause.REQUEUED, Cause.CANCELLED, Cause.STEP_CANCELLED),
     *(Cause.STOPPED, Cause.MEGATRON_EXIT),
@@ -21,7 +21,7 @@ _NOTHING_TO_MEND = {
 
 
 def what_to_do(attempt: Attempt, recipe: Recipe, run: Path, jobs: list[Job] | None) -> str:
-    """`jobs`: the run's training jobs in the queue, None where Slurm does not answer."""
+    """What to do about an attempt's end. `jobs`: the run's queued training jobs, None if Slurm does not answer."""
     cause = attempt.cause
     assert cause is not None
     if cause == Cause.FINISHED:
@@ -42,7 +42,7 @@ def what_to_do(attempt: Attempt, recipe: Recipe, run: Path, jobs: list[Job] | No
 
 
 def submit_again(run: Path, *changes: str) -> str:
-    """The command that queues a run once more; `changes`: its options."""
+    """The command that submits a run again; `changes`: options to add."""
     submission = read_submission(run)
     words = " ".join(["", *changes]) if changes else ""
     if command := submission.get("command"):
@@ -53,9 +53,9 @@ def submit_again(run: Path, *changes: str) -> str:
 
 
 def go_back(detail: str, recipe: Recipe, run: Path) -> str:
-    """For a run whose weights or gradients are not finite."""
+    """What to do if weights or gradients are not finite."""
     if (said := detail.find("The last sound checkpoint")) >= 0:
-        # The trainer has looked at the weights.
+        # The trainer has checked the weights.
         return detail[said:]
     newest = saved_step(recipe.checkpoint_path)
     rate = recipe.optimizer.learning_rate / 2

@@ -1,4 +1,4 @@
-"""What has become of the other stages of a chain: shards before the training, export and evaluation after it."""
+"""The state of a chain's other stages: shards before the training, export and evaluation after it."""
 
 import os
 import re
@@ -14,9 +14,9 @@ from megatron_txssm.slurm.submission import read_submission
 from megatron_txssm.slurm.waiting import what_it_waits_for
 from megatron_txssm.slurm.words import job_was_cancelled, why_slurm_ended_it
 
-# The last bytes of an output; a failed stage ends with its reason.
+# Bytes read from the end of an output, where a failed stage prints its reason.
 _END_BYTES = 65_536
-# What entrypoint.sh, srun and slurmstepd print around a stage's own words.
+# Lines that entrypoint.sh, srun and slurmstepd print around a stage's own output.
 _AROUND = re.compile(r"^(?:\d{4}-\d\d-\d\dT[\d:]+ (?:START|END|requeueing) |srun: |slurmstepd|\[[\dT:.-]+\] error: )")
 _END = re.compile(r"^\S+ END \w+: exit code (\d+)$", re.MULTILINE)
 
@@ -28,14 +28,14 @@ class Stage:
     name: str
     # "job 18 is PENDING (Dependency)", "job 18 failed (exit code 1): …"
     state: str
-    # Its output file; None where there is none.
+    # Its output file; None if it does not exist.
     output: Path | None = None
-    # What to do; empty where nothing is known or to be done.
+    # What to do; empty if that is unknown, or nothing.
     todo: str = ""
 
 
 def other_stages(run: Path, recipe: Recipe, queue: list[Job] | None) -> Iterator[Stage]:
-    """All stages but the training, in their order; `queue` is None where Slurm does not answer."""
+    """All stages except the training, in order; `queue` is None if Slurm does not answer."""
     submission = read_submission(run)
     before = ""
     for name, ids in submission.get("jobs", {}).items():
@@ -67,7 +67,7 @@ def _stage(run: Path, name: str, job_id: str, queue: list[Job] | None, before: s
 
 
 def _shards(recipe: Recipe, ids: list[str], queue: list[Job] | None, again: str) -> Stage:
-    """Of job arrays, whose tasks have an output each, in the corpus's folder."""
+    """The shard stage: job arrays whose tasks each have an output file in the corpus's folder."""
     here = ", ".join(ids)
     queued = [job for job in queue or [] if job.job_id.partition("_")[0] in ids and not job.is_over]
     outputs = [path for of in ids for path in Path(recipe.data.corpus or "").glob(f"logs/*/slurm_logs/{of}_*.out")]
@@ -97,7 +97,7 @@ def _in_queue(job: Job) -> str:
 
 
 def _why(text: str) -> str:
-    """Of a job that could not say how it ended."""
+    """Why a job ended, if it did not report that itself."""
     if ended := why_slurm_ended_it(text):
         return CAUSES[Cause(ended[0])].summary
     if job_was_cancelled(text):
@@ -107,13 +107,13 @@ def _why(text: str) -> str:
 
 
 def _last_start(output: Path, name: str) -> str | None:
-    """What a stage's output holds of its last start; None where there is no output."""
+    """A stage's output since its last start; None if there is no output."""
     text = end_of(output)
     return None if text is None else re.split(rf"^\S+ START {name}: ", text, flags=re.MULTILINE)[-1]
 
 
 def end_of(output: Path) -> str | None:
-    """The last bytes of a file, however large it is; None where it cannot be read."""
+    """The last `_END_BYTES` of a file, decoded; None if it cannot be read."""
     try:
         with output.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _END_BYTES))
@@ -123,6 +123,6 @@ def end_of(output: Path) -> str | None:
 
 
 def last_words(text: str) -> str:
-    """The last line that is a program's own."""
+    """The last line that the program itself printed."""
     lines = (line.strip() for line in reversed(text.splitlines()))
     return shortened(next((line for line in lines if line and not _AROUND.match(line)), ""), 400)

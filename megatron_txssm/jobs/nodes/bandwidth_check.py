@@ -1,8 +1,8 @@
-"""How fast the job's nodes exchange data: run by srun on all of them before training; rank 0 prints one JSON object.
+"""Measures a job's network before training: srun runs it on all nodes, and rank 0 prints one JSON object.
 
-    {"allreduce": GB/s, "links": [GB/s into each node from the one before it, in a ring], "seconds": all in all}
+    {"allreduce": GB/s, "links": [GB/s into each node from the one before it, in a ring], "seconds": total}
 
-GB/s of an all-reduce is nccl-tests' bus bandwidth: 2 (n - 1) / n times the bytes of a rank, per second.
+The all-reduce's GB/s are nccl-tests' bus bandwidth: 2 (n - 1) / n times the bytes of a rank, per second.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> None:
     local_size = int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        # Slurm may show a task its own GPU only.
+        # Slurm may show a task only its own GPU.
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -57,13 +57,13 @@ def main() -> None:
 def _links(
     data: torch.Tensor, leaders: list[int], place: int, group: dist.ProcessGroup, device: torch.device
 ) -> list[float]:
-    """GB/s of every node's link from the node before it, while all links are used at once."""
+    """GB/s into every node from the node before it, with all links in use at once."""
     after, before = leaders[(place + 1) % len(leaders)], leaders[place - 1]
     received = torch.empty_like(data)
 
     def exchange() -> None:
         work = [dist.P2POp(dist.isend, data, after, group), dist.P2POp(dist.irecv, received, before, group)]
-        # The last is what comes in: it tells of this link, and not of the one to the next node.
+        # Wait for the receive first: it uses the link into this node, the send the one into the next node.
         for request in reversed(dist.batch_isend_irecv(work)):
             request.wait()
 
@@ -74,7 +74,7 @@ def _links(
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Of one call, on average."""
+    """Mean seconds per call."""
     for _ in range(WARMUPS):
         work()
     _wait(device)

@@ -1,4 +1,4 @@
-"""Measures the network between a job's nodes before training, and names a node that is slower than the others."""
+"""Measures the network between a job's nodes before training, and names nodes that are slower than the others."""
 
 import contextlib
 import json
@@ -13,14 +13,14 @@ from megatron_txssm.slurm.environment import srun_words, step_python
 
 _MODULE = "megatron_txssm.jobs.nodes.bandwidth_check"
 _LIMIT = "TXSSM_PREFLIGHT_ALLREDUCE_GB_PER_S"
-# Of each rank: enough for the network's full speed, on CPUs for seconds at most.
+# Per rank: enough for the network's full speed; on CPUs, small enough to take seconds at most.
 GPU_MEGABYTES, CPU_MEGABYTES = 256, 16
-# Of the others' median, at which a node is the slow one.
+# A node below this share of the nodes' median is slow.
 SLOW_SHARE = 0.5
 
 
 class Measured(TypedDict):
-    """As bandwidth_check prints it: GB/s over all ranks, GB/s into each node from the one before it, seconds."""
+    """bandwidth_check's output: GB/s over all ranks, GB/s into each node from the one before it, total seconds."""
 
     allreduce: float
     links: list[float]
@@ -29,19 +29,19 @@ class Measured(TypedDict):
 
 @dataclass
 class Bandwidth:
-    """What was found; `problems` names the nodes that are at fault."""
+    """Result of the measurement; `problems`: nodes at fault -> their problems."""
 
-    # Empty where it was not measured.
+    # Empty if not measured.
     measured: Measured | dict[str, Never] = field(default_factory=dict)
     words: list[str] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=dict)
 
 
 def measure(nodes: list[str], gpus: int, port: int, timeout_seconds: float) -> Bandwidth:
-    """All-reduce over every rank of the nodes; nothing where the site wants none.
+    """Measure an all-reduce over all ranks of the nodes, unless the site turns it off.
 
-    Without a limit of the site's it is measured on several nodes with GPUs only. Where it is too slow and no node
-    stands out, that is said, and the run begins: no other nodes would be better.
+    A single node is not measured, and nodes without GPUs only against a limit set by the site. If the all-reduce is too
+    slow but no node is slower than the others, this is reported and the run begins: other nodes would not be better.
     """
     found = Bandwidth()
     least = limit(_LIMIT.removeprefix("TXSSM_PREFLIGHT_"), 0 if gpus else None, found.words)
@@ -75,7 +75,7 @@ def measure(nodes: list[str], gpus: int, port: int, timeout_seconds: float) -> B
 
 
 def json_lines(output: str, begin: str) -> list[dict[str, object]]:
-    """The lines of a step's output that begin so; one that was cut off when srun was killed is left out."""
+    """The output lines that start with `begin`, parsed; a line cut off when srun was killed is skipped."""
     found = []
     for line in output.splitlines():
         if line.startswith(begin):
@@ -90,7 +90,7 @@ def _judge(found: Bandwidth, measured: Measured, nodes: list[str], least: float)
     if rate >= least:
         return
     links = measured["links"]
-    # A node is as good as the better of its two links: the other may be slow for the neighbour's sake.
+    # The better of a node's two links counts: the other may be slow because of the neighbour.
     best = [max(links[place], links[(place + 1) % len(links)]) for place in range(len(links))]
     usual = statistics.median(best)
     for node, own in zip(nodes, best, strict=True):

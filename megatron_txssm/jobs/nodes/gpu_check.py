@@ -1,6 +1,6 @@
-"""What a node's GPUs say of themselves before training: errors, rows of memory, what somebody left on them.
+"""Checks a node's GPUs before training: errors, remapped rows of memory, leftover processes.
 
-Only the standard library and nvidia-smi, like node_check.
+Uses only the standard library and nvidia-smi, like node_check.
 """
 
 import os
@@ -9,10 +9,10 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-# Of a GPU that does not count something; any other word is one that is lost or stuck.
+# Reported by GPUs that lack a counter; any other text means that the GPU is lost or hung.
 _NOT_COUNTED = ("[N/A]", "N/A", "[Not Supported]", "[Not Found]", "[Insufficient Permissions]")
-# Xid numbers of NVIDIA's catalogue that speak of the GPU, and not of the program that ran on it: double-bit error, row
-# remapping failed, NVLink, fallen off the bus, uncontained error, its system processor (twice), unrecovered error.
+# Xid numbers of NVIDIA's catalogue that indicate a fault of the GPU, not of a program: double-bit error, failed row
+# remapping, NVLink, fallen off the bus, uncontained error, GPU system processor (two numbers), unrecovered error.
 BAD_XIDS = (48, 64, 74, 79, 95, 119, 120, 140)
 _XID = re.compile(r"^\[\s*(\d+)\.\d+\].*NVRM: Xid \(PCI:([0-9a-fA-F:]+)[^)]*\): (\d+)", re.MULTILINE)
 XID_SECONDS = 3600
@@ -20,18 +20,18 @@ XID_SECONDS = 3600
 
 @dataclass(frozen=True)
 class Gpu:
-    """A row of nvidia-smi's; numbers as it writes them."""
+    """A row of nvidia-smi's output, as text."""
 
     index: str
     uuid: str
-    # As 00000000:3B:00.0.
+    # Such as 00000000:3B:00.0.
     bus: str
     uncorrected_errors: str
     used_mb: str
 
 
 def limit(name: str, default: float | None, warnings: list[str]) -> float | None:
-    """A limit of the site's, TXSSM_PREFLIGHT_`name`; None where it, or the default, is to check nothing."""
+    """The site's limit TXSSM_PREFLIGHT_`name`, or the default; None turns the check off."""
     text = os.environ.get(f"TXSSM_PREFLIGHT_{name}", "")
     if text in ("", "off"):
         return None if text else default
@@ -43,7 +43,7 @@ def limit(name: str, default: float | None, warnings: list[str]) -> float | None
 
 
 def check_gpus(wanted: int, problems: list[str], warnings: list[str]) -> None:
-    """Adds what is wrong with the `wanted` GPUs that Slurm gave the job on this node."""
+    """Check the `wanted` GPUs that Slurm gave the job on this node; adds to `problems` and `warnings`."""
     if not wanted:
         warnings.append("no GPU was asked for: not checked")
         return
@@ -70,21 +70,21 @@ def check_gpus(wanted: int, problems: list[str], warnings: list[str]) -> None:
 
 
 def _ask(what: str, fields: str) -> list[list[str]]:
-    """Rows of fields; what is no row, such as "No devices were found", has one. OSError, SubprocessError."""
+    """Rows of fields; a message such as "No devices were found" has one field. OSError, SubprocessError."""
     command = ["nvidia-smi", f"--query-{what}={fields}", "--format=csv,noheader,nounits"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     return [[field.strip() for field in row.split(",")] for row in answer.splitlines()]
 
 
 def _ours(gpus: list[Gpu]) -> list[Gpu]:
-    """Those of this job: where Slurm hides the others from no process, nvidia-smi shows the neighbours', too."""
+    """This job's GPUs: unless Slurm hides the others, nvidia-smi also shows those of other jobs."""
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     ours = [gpu for gpu in gpus if gpu.index in visible or gpu.uuid in visible]
     return ours if len(ours) == len(visible) > 0 else gpus
 
 
 def _check_leftovers(gpus: list[Gpu], problems: list[str], warnings: list[str]) -> None:
-    # Beside what a driver and its daemons keep for themselves.
+    # The driver and its daemons use less.
     most = limit("GPU_MEMORY_MB", 2000, warnings)
     for gpu in gpus:
         if most is not None and gpu.used_mb.isdecimal() and int(gpu.used_mb) > most:
@@ -95,7 +95,7 @@ def _check_leftovers(gpus: list[Gpu], problems: list[str], warnings: list[str]) 
 
 
 def _check_rows(gpus: list[Gpu], problems: list[str], warnings: list[str]) -> None:
-    # As many as a GPU has to spare.
+    # The number of spare rows of a GPU.
     most = limit("REMAPPED_ROWS", 512, warnings)
     if most is None:
         return
@@ -119,7 +119,7 @@ def _check_rows(gpus: list[Gpu], problems: list[str], warnings: list[str]) -> No
 
 
 def _is_yes(word: str) -> bool:
-    """Drivers write Yes and No, or a number."""
+    """Whether a flag is set: drivers write Yes and No, or a number."""
     return word not in (*_NOT_COUNTED, "No", "0")
 
 
@@ -151,5 +151,5 @@ def _uptime_seconds() -> float:
 
 
 def _slot(bus: str) -> str:
-    """Of 00000000:3B:00.0 and of 0000:3b:00: 0000:3b:00."""
+    """0000:3b:00 for both 00000000:3B:00.0 and 0000:3b:00."""
     return bus.lower().partition(".")[0][-10:]

@@ -1,6 +1,6 @@
-"""What one node says of itself before training: run by srun on every node, prints one JSON object on one line.
+"""Checks one node before training: srun runs it on every node; it prints one JSON object on one line.
 
-Only the standard library, and what needs no more: it must answer on a node where nothing else works.
+Uses only the standard library, and modules that use no more: it must answer even if nothing else works on the node.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from typing import TypedDict
 
 from megatron_txssm.jobs.nodes.gpu_check import check_gpus, limit
 
-# Whose versions must agree over the nodes.
+# Packages whose versions must agree across nodes.
 PACKAGES = ("megatron-core", "torch", "triton", "transformer-engine", "mamba-ssm", "causal-conv1d", "numpy")
-# Caches that many processes write at once: on a network file system they bring stale handles and hangs.
+# Caches that many processes write at once: on a network file system they cause stale handles and hangs.
 CACHES = {
     "TRITON_CACHE_DIR": "~/.triton/cache",
     "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor",
@@ -35,24 +35,24 @@ SHARED_MEMORY = "/dev/shm"
 
 @dataclass(frozen=True)
 class NodeCheck:
-    """What a node is to look at; each field is an option of this program."""
+    """What to check on a node; each field is an option of this program."""
 
-    # Of the run, and of its checkpoints.
+    # Folders of the run and of its checkpoints.
     folder: Path
     checkpoints: Path
     recipe: Path
-    # What the first node wrote into the attempt's folder, and where.
+    # What the first node wrote into the attempt's folder, and into which file.
     token: str
     token_file: Path
     # HOST:PORT of the rendezvous.
     address: str
-    # That the job has on this node.
+    # GPUs of the job on this node.
     gpus: int
-    # That a checkpoint needs.
+    # Disk space that a checkpoint needs.
     free_bytes: int
-    # Files that the run may still make.
+    # Number of files that the run still has to create.
     free_inodes: int
-    # That a rank keeps open.
+    # Files that a rank keeps open.
     open_files: int
 
     @property
@@ -61,21 +61,21 @@ class NodeCheck:
 
 
 class Clock(TypedDict):
-    """How far the first node's clock is ahead of this node's, and how well that is known."""
+    """How far the first node's clock is ahead of this node's, and the uncertainty of that."""
 
     ahead_seconds: float
     uncertain_seconds: float
 
 
 class NodeReport(TypedDict):
-    """A node's answer."""
+    """A node's report."""
 
     node: str
     problems: list[str]
     warnings: list[str]
-    # None where the first node could not be asked.
+    # None if the first node could not be reached.
     clock: Clock | None
-    # Compared over the nodes.
+    # Compared across nodes.
     facts: dict[str, str]
 
 
@@ -96,14 +96,14 @@ def main() -> None:
 
 
 def report(check: NodeCheck) -> NodeReport:
-    """What this node says of itself."""
+    """Run all checks on this node."""
     problems: list[str] = []
     warnings: list[str] = []
     clock = _clock_offset(check.address, problems)
     check_gpus(check.gpus, problems, warnings)
     _check_folder(check, problems, warnings)
     _check_open_files(limit("OPEN_FILES", check.open_files, warnings), problems)
-    # NCCL's buffers between a node's GPUs; containers begin with 64 MB.
+    # NCCL's buffers between a node's GPUs; containers have 64 MB by default.
     _check_shared_memory(limit("SHM_MB", 1024 if check.gpus else None, warnings), problems)
     for name, default in CACHES.items():
         folder = os.path.realpath(os.path.expanduser(os.environ.get(name, default)))
@@ -121,7 +121,7 @@ def report(check: NodeCheck) -> NodeReport:
 
 
 def _clock_offset(address: str, problems: list[str]) -> Clock | None:
-    """Seconds that the first node's clock is ahead, and how well that is known; asks it at the rendezvous port."""
+    """Ask the first node for its time at the rendezvous port; None, with a problem, if it cannot be reached."""
     host, _, port = address.rpartition(":")
     try:
         begin = time.time()
@@ -157,7 +157,7 @@ def _check_folder(check: NodeCheck, problems: list[str], warnings: list[str]) ->
         return
     if free < needed:
         problems.append(f"{check.checkpoints} has {free:.1f} GB left; a checkpoint takes {needed:.1f} GB")
-    # Some file systems have no number of files, and say 0.
+    # Some file systems have no limit on files and report 0.
     least = limit("FREE_INODES", check.free_inodes, warnings)
     if least is not None and files.f_files > 0 and files.f_favail < least:
         problems.append(
@@ -182,7 +182,7 @@ def _check_open_files(needed: float | None, problems: list[str]) -> None:
 
 
 def _check_owner(name: str, folder: str, problems: list[str]) -> None:
-    """A cache holds code that the ranks run, and its usual place is one where anybody may make folders."""
+    """The cache must belong to this user: ranks run code from it, and anybody may create its default folder."""
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         owner = os.stat(folder).st_uid
@@ -194,11 +194,11 @@ def _check_owner(name: str, folder: str, problems: list[str]) -> None:
 
 
 def _file_system(path: str) -> str:
-    """The type of the file system that holds a path, which need not exist yet."""
+    """The type of the file system that holds a path; the path need not exist yet."""
     best = ("", "")
     for line in Path("/proc/mounts").read_text().splitlines():
         _, mount, kind, *_ = line.split()
-        # As \040 for a space.
+        # A space is written as \040.
         mount = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), mount)
         if (path + "/").startswith(mount.rstrip("/") + "/") and len(mount) >= len(best[0]):
             best = (mount, kind)

@@ -23,17 +23,17 @@ from megatron_txssm.recipe.sizes import checkpoint_bytes
 from megatron_txssm.slurm.environment import rendezvous_port, srun_words, step_python
 from megatron_txssm.training.launch.preflight import number_of_shards
 
-# Between a node's clock and the first node's: what reads times of files starts to err.
+# Between a node's clock and the first node's: a larger difference breaks code that compares file times.
 MAX_CLOCK_SKEW_SECONDS = 5.0
 PORTS_TO_TRY = 16
-# Those of two checkpoints, its log, and what it leaves at a failure.
+# Of two checkpoints, its log, and its record of a failure.
 FILES_A_RANK = 8
 _MODULE = "megatron_txssm.jobs.nodes.node_check"
 _ENDED, _NO_ANSWER = "its check ended without an answer", "it did not answer"
 
 
 class NodePreflight:
-    """One run of node_check on every node; `port` is the rendezvous port that it found free and reachable."""
+    """One run of node_check on every node; `port`: the rendezvous port, found free and reachable."""
 
     def __init__(self, recipe: Recipe, recipe_file: str, nodes: list[str], folder: Path, timeout_seconds: float):
         self.recipe = recipe
@@ -44,7 +44,7 @@ class NodePreflight:
         self.port = 0
 
     def run(self) -> dict[str, list[str]]:
-        """Node -> what is wrong with it; empty where all are fit. Everything reported goes to preflight.json."""
+        """Unhealthy nodes -> their problems. All reports are written to preflight.json."""
         token = secrets.token_hex(16)
         (self.folder / "token").write_text(token)
         with _listener() as listener:
@@ -68,7 +68,7 @@ class NodePreflight:
         return problems
 
     def _ask(self, token: str) -> tuple[list[NodeReport], str]:
-        """What the nodes report, and what to say of one that did not."""
+        """The nodes' reports, and the problem of a node without a report."""
         count, saves = len(self.nodes), self.recipe.checkpoint.save_interval is not None
         checkpoints = self.recipe.checkpoint_path if saves else self.recipe.run_path
         check = NodeCheck(
@@ -77,7 +77,7 @@ class NodePreflight:
             recipe=find_recipe(self.recipe_file).resolve(),
             token=token,
             token_file=self.folder / "token",
-            # This process's, also where the job's first node is not among those that are asked.
+            # This process's node, even if the job's first node is not among those asked.
             address=f"{os.environ.get('SLURMD_NODENAME', socket.gethostname())}:{self.port}",
             gpus=gpus_on_node(),
             free_bytes=checkpoint_bytes(self.recipe) if saves else 0,
@@ -103,7 +103,7 @@ class NodePreflight:
         return cast(list[NodeReport], json_lines(output, '{"node": ')), silence
 
     def _open_files(self) -> int:
-        """Of a rank; 0 where the data cannot be read, which the ranks say."""
+        """Files that a rank keeps open; 0 if the data cannot be read, which the ranks report."""
         try:
             return open_files(number_of_shards(self.recipe))
         except UserError:
@@ -111,14 +111,14 @@ class NodePreflight:
 
 
 def is_silence(problem: str) -> bool:
-    """Whether a node's problem is that it did not say any."""
+    """Whether a node's problem is that it did not report."""
     return problem.startswith((_ENDED, _NO_ANSWER))
 
 
 def find_problems(reports: list[NodeReport], nodes: list[str], silence: str) -> dict[str, list[str]]:
-    """Node -> problems: its own, and where it differs from the others; `silence` is that of one without a report."""
+    """Node -> problems: reported ones, and differences from others; `silence`: the problem of one without a report."""
     by_node = {report["node"]: report for report in reports}
-    # In the nodes' order, whatever srun's: of two that differ, the first counts.
+    # In the nodes' order, not srun's: if two nodes differ, the first counts as correct.
     reports = [by_node[node] for node in nodes if node in by_node]
     problems = {node: list(by_node[node]["problems"]) for node in nodes if node in by_node}
     problems |= {node: [silence] for node in nodes if node not in by_node}
@@ -141,7 +141,7 @@ def gpus_on_node() -> int:
 
 @contextlib.contextmanager
 def _listener() -> Iterator[socket.socket]:
-    """On the first of the job's rendezvous ports that is free; any free one where many are taken."""
+    """Listens on the first free one of the job's rendezvous ports; on any free port if many are taken."""
     for port in (*map(rendezvous_port, range(PORTS_TO_TRY)), 0):
         with contextlib.suppress(OSError):
             listener = socket.create_server(("", port))
@@ -151,7 +151,7 @@ def _listener() -> Iterator[socket.socket]:
     try:
         yield listener
     finally:
-        # Closing alone would leave the port to the thread that waits for connections.
+        # After close alone, the thread that waits for connections would keep the port.
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
 
@@ -161,6 +161,6 @@ def _tell_time(listener: socket.socket) -> None:
     with contextlib.suppress(OSError):
         while True:
             connection, _ = listener.accept()
-            # Who hangs up, such as a scan of the ports, must not end it for the others.
+            # A client that hangs up, such as a port scanner, must not end the loop.
             with connection, contextlib.suppress(OSError):
                 connection.sendall(f"{time.time()!r}\n".encode())

@@ -1,16 +1,16 @@
-"""What a job asks for of the cluster: nodes, processes, GPUs."""
+"""The resources that a job requests: nodes, processes, GPUs."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Processes over nodes; each has a GPU of its own, where there are any."""
+    """Processes per node; each has its own GPU, if there are any."""
 
     nodes: int
     nproc_per_node: int
     gpus_per_node: int
-    # Nodes beside those, that a bad one's place is taken by.
+    # Additional nodes, which replace bad ones.
     spare: int = 0
 
     @property
@@ -24,7 +24,7 @@ class Allocation:
             "ntasks-per-node": str(self.nproc_per_node),
             "gpus-per-node": str(self.gpus_per_node or ""),
         }
-        # The job outlives a lost node, whose place a spare one takes.
+        # The job survives the loss of a node, which a spare one replaces.
         return options | {"no-kill": None} if self.spare else options
 
     def __str__(self) -> str:

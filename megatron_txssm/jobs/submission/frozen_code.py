@@ -1,7 +1,7 @@
-"""A run's own copy of the code, RUN/code/VERSION: a job that starts again runs what was submitted.
+"""A run's own copy of the code, RUN/code/VERSION: a restarted job runs the code that was submitted.
 
-The copy holds what is on the disk, changes that nobody has committed and new files included. Its name is that of the
-commit, and a sum over its files: the same code is copied once.
+The copy includes uncommitted changes and new files. Its name consists of the commit and a checksum over its files, so
+the same code is copied only once.
 """
 
 import contextlib
@@ -16,15 +16,15 @@ from megatron_txssm import __version__
 from megatron_txssm.errors import UserError
 from megatron_txssm.home import HOME, PACKAGE
 
-# Of slurm/, beside the batch scripts. The site's settings, under whatever name, are not part of the code, and may hold
-# secrets.
+# Files of slurm/ that are copied besides the batch scripts. The site's settings, whatever their name, are not part of
+# the code, and may hold secrets.
 _OF_SLURM = ("entrypoint.sh", "env.example.sh")
 
 
 class FrozenCode:
-    """The copy of the code that belongs into a run's folder, laid out as a checkout is.
+    """The copy of the code in a run folder, laid out like a checkout.
 
-    `home`: a checkout, or `HOME` also where that is an installed package's.
+    `home`: a checkout, or `HOME`, which may be an installed package's.
     """
 
     def __init__(self, home: Path, run: Path, commit: str | None):
@@ -33,13 +33,13 @@ class FrozenCode:
         self.sum = _sum(home)
         self.path = self.folder / f"{(commit or __version__).partition('+')[0][:12]}-{self.sum[:12]}"
         if ":" in str(self.path):
-            # PYTHONPATH would take it for two.
+            # PYTHONPATH would split it in two.
             raise UserError(
                 f"run_directory={run} holds a colon, and Python finds no code there; use another, or --no-freeze-code"
             )
 
     def write(self) -> None:
-        """Make the copy, whole or not at all; one that somebody has changed since is made anew. OSError."""
+        """Make the copy, atomically; a copy that was changed since is replaced. OSError."""
         if self.path.is_dir():
             if _sum(self.path) == self.sum:
                 return
@@ -58,7 +58,7 @@ class FrozenCode:
             shutil.rmtree(partial, ignore_errors=True)
 
     def remove_others(self) -> None:
-        """The copies of earlier submissions, and what a killed submission left; no job may use them any more."""
+        """Remove the copies of earlier and killed submissions; no job may still use them."""
         with contextlib.suppress(OSError):
             for path in self.folder.iterdir():
                 if path != self.path:
@@ -66,7 +66,7 @@ class FrozenCode:
 
 
 def _remove(folder: Path) -> None:
-    """Its name goes first: who looks finds it whole or not at all."""
+    """Rename, then delete: other processes find the folder complete or not at all."""
     aside = folder.with_name(f".{secrets.token_hex(8)}")
     with contextlib.suppress(OSError):
         folder.rename(aside)
@@ -74,8 +74,8 @@ def _remove(folder: Path) -> None:
 
 
 def _files(home: Path) -> Iterator[tuple[Path, Path]]:
-    """What a job runs, in a fixed order: each file's place in the copy, and its path."""
-    # An installed package holds its home, not the other way round.
+    """The files that a job needs, in a fixed order: path in the copy, source path."""
+    # An installed package contains its home, not the other way round.
     package = PACKAGE if home == HOME else home / "megatron_txssm"
     for part, place in {"megatron_txssm": package, "recipes": home / "recipes", "slurm": home / "slurm"}.items():
         for folder, folders, files in os.walk(place):
@@ -88,7 +88,7 @@ def _files(home: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _sum(home: Path) -> str:
-    """Over names and contents."""
+    """SHA-256 over names and contents."""
     total = hashlib.sha256()
     for relative, path in _files(home):
         content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""What submission.json says of a submission: who asked for what, where, and of which code."""
+"""The record of a submission in submission.json: the request, its folder, and the version of the code."""
 
 import datetime
 import os
@@ -14,7 +14,7 @@ from megatron_txssm.slurm.submission import SubmissionRecord
 def make_record(
     command: str, request: Request, allocation: Allocation, commit: str | None, home: Path
 ) -> SubmissionRecord:
-    """All but the jobs' numbers. `command`: what submits it again; `home`: the code that the jobs run."""
+    """The record without job numbers. `command`: submits it again; `home`: folder of the code that the jobs run."""
     return {
         "command": _utf8(command),
         "recipe": _utf8(request.recipe),
@@ -33,7 +33,7 @@ def make_record(
 
 
 def git_commit(home: Path) -> str | None:
-    """Of the code that is submitted; with `+changes` where it is not what was committed. None outside a checkout."""
+    """The commit of the submitted code, with `+changes` if it has uncommitted ones; None outside a checkout."""
     git = ["git", "-C", str(home)]
     try:
         # A package installed into an environment may lie in another project's repository.
@@ -46,5 +46,5 @@ def git_commit(home: Path) -> str | None:
 
 
 def _utf8(text: str) -> str:
-    """Without what a command line or a path may hold beyond text."""
+    """The text with undecodable bytes, which a command line or a path may contain, replaced."""
     return os.fsencode(text).decode(errors="replace")

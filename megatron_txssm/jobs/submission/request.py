@@ -1,4 +1,4 @@
-"""What somebody asks `submit` for: its arguments, checked as far as they alone allow."""
+"""The arguments of `submit`, and the checks that need nothing else."""
 
 import os
 import shlex
@@ -15,7 +15,7 @@ _OPTIONS = {"overrides": "--set", "freeze_code": "--no-freeze-code"}
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `megatron_txssm.jobs.submit.submit`, which explains them."""
+    """The arguments of `megatron_txssm.jobs.submit.submit`, which documents them."""
 
     recipe: str
     nodes: int
@@ -35,7 +35,7 @@ class Request:
     limits: Limits = DEFAULTS
 
     def check(self) -> None:
-        """UserError for the first argument that no cluster would make sense of."""
+        """UserError for the first argument that is invalid on every cluster."""
         for name, smallest in {"nodes": 1, "spare": 0}.items():
             if (value := getattr(self, name)) < smallest:
                 raise UserError(f"--{name} {value} must be at least {smallest}")
@@ -48,7 +48,7 @@ class Request:
 
     @property
     def allocation(self) -> Allocation:
-        """With the site's number of GPUs if the request states none; UserError if the site states none, either."""
+        """With the site's number of GPUs if the request states none; UserError if the site states none either."""
         gpus, nproc = self.gpus_per_node, self.nproc_per_node
         if gpus is None and nproc is None:
             site = os.environ.get("TXSSM_GPUS_PER_NODE")
@@ -69,7 +69,7 @@ class Request:
 
     @property
     def sbatch_options(self) -> dict[str, str | None]:
-        """The site's, and over them the request's; UserError for one that sbatch, or a run, cannot use."""
+        """The site's options, overridden by the request's; UserError for one that sbatch, or a run, cannot use."""
         options = parse_options(os.environ.get("TXSSM_SBATCH_OPTIONS", "").split(), "TXSSM_SBATCH_OPTIONS")
         options |= parse_options(self.sbatch, "--sbatch")
         for name in ("time", "partition", "account"):
@@ -82,7 +82,7 @@ class Request:
 
     @property
     def command(self) -> str:
-        """The `txssm submit` that asks for the same."""
+        """The equivalent `txssm submit` command."""
         words = ["txssm", "submit", self.recipe]
         for each in fields(self):
             value, option = getattr(self, each.name), _OPTIONS.get(each.name, f"--{each.name.replace('_', '-')}")

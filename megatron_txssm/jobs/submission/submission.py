@@ -1,4 +1,4 @@
-"""A submission that has been checked: it writes the run folder and queues its jobs."""
+"""A checked submission: writes the run folder and queues the jobs."""
 
 import contextlib
 import shlex
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Submission:
-    """What is queued: stage -> batch script, in the order of their dependencies."""
+    """A checked submission; `scripts`: stage -> batch script, in the order of their dependencies."""
 
     recipe: Recipe
     allocation: Allocation
     scripts: dict[str, str]
     # Jobs that must succeed before the first.
     after: Sequence[str]
-    # What submission.json holds, but for the jobs' numbers.
+    # The contents of submission.json, without job numbers.
     record: SubmissionRecord
-    # Sharded first; None where it is there.
+    # Sharded first; None if there is nothing to shard.
     corpus: "CorpusRecipe | None"
-    # What the jobs run; None where that is the checkout itself.
+    # The code that the jobs run; None for the checkout itself.
     code: FrozenCode | None
     jobs: dict[str, list[str]] = field(default_factory=dict)
 
@@ -46,18 +46,18 @@ class Submission:
         return self.recipe.run_path
 
     def show(self) -> int:
-        """For --dry-run."""
+        """Print the batch scripts, for --dry-run."""
         for stage, script in self.scripts.items():
             print(f"# {self.run}/{stage}.sbatch\n{script}")
         print(f"{self.recipe.name}: {self.allocation}; checked, nothing written, nothing queued")
         return 0
 
     def submit(self) -> int:
-        """Write the run folder and queue the jobs, each after the one before it; all or none."""
+        """Write the run folder and queue the jobs, each dependent on the one before it; all or none."""
         make_run_directory(self.recipe)
         with SubmitLock(self.recipe):
-            # Another may have submitted it since it was checked. The shards of an earlier chain do not keep a new one
-            # from it, but need their code.
+            # Another process may have submitted the run since the check. Shard jobs of an earlier chain do not prevent
+            # a new one, but still need their code.
             alive = check_free(self.recipe)
             with contextlib.suppress(UserError):
                 alive &= set(job_ids(self.run))
@@ -75,7 +75,7 @@ class Submission:
                 after += self._submit_shards(self.corpus)
             for stage in self.scripts:
                 options = [f"--dependency=afterok:{':'.join(after)}"] if after else []
-                # Its whole path: a relative one may look like an option, and links hide which run a job is of.
+                # The resolved path: a relative one may look like an option, and links hide which run a job belongs to.
                 job = slurm.submit(self.run.resolve() / f"{stage}.sbatch", *options)
                 self._queued(stage, [job])
                 after = [job]
@@ -87,7 +87,7 @@ class Submission:
 
     def _take_back(self) -> None:
         for job in (job for jobs in self.jobs.values() for job in jobs):
-            # One that is over does not keep the others, nor hide why they are taken back.
+            # A job that has ended must not keep the others queued, or hide the original error.
             with contextlib.suppress(UserError):
                 slurm.run_slurm("scancel", job)
 
@@ -125,7 +125,7 @@ class Submission:
 
 
 def check_free(recipe: Recipe) -> set[str]:
-    """UserError where the run has a job, or somebody trains in its folder without one; the numbers of other jobs."""
+    """UserError if the run has a job, or a process trains in its folder; returns the numbers of the user's jobs."""
     run = recipe.run_path.resolve()
     alive = [job for job in slurm.queue() if not job.is_over]
     for job in alive:

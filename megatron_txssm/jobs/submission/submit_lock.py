@@ -1,4 +1,4 @@
-"""One `txssm submit` a run folder at a time: of several that begin at once, one queues and the others refuse."""
+"""One `txssm submit` per run folder at a time: of several that start at once, one queues and the others fail."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ NAME = "submitting.json"
 
 
 class SubmitLock(RunLock):
-    """Holds a run's folder while its jobs are queued; what a killed submission leaves counts as RunLock's does."""
+    """Locks a run folder while its jobs are queued; a killed submission's lock is treated like RunLock's."""
 
     name = NAME
 

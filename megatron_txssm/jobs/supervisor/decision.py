@@ -1,4 +1,4 @@
-"""What comes after an attempt: the trainer starts again within the job, the job is requeued or held, or it ends."""
+"""Decides what follows an attempt: a restart within the job, a requeue, a requeue with hold, or the job's end."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 from megatron_txssm.jobs.attempts import Attempt
 from megatron_txssm.jobs.cause import Cause
 
-# What may go well at the next try. Preemption is Slurm's to requeue, a refusal is nobody's.
+# Causes worth retrying. Slurm itself requeues after a preemption; refusals are never retried.
 RETRIED = {
     Cause.TIME_LIMIT,
     Cause.TIME_LIMIT_HIT,
@@ -25,27 +25,27 @@ RETRIED = {
     Cause.SRUN_KILLED,
     Cause.UNKNOWN,
 }
-# No failures: a run may well go through hundreds of them.
+# Not failures: a long run may have hundreds of them.
 ROUTINE = {Cause.TIME_LIMIT, Cause.TIME_LIMIT_HIT, Cause.STOPPED, Cause.PREEMPTED}
-# Those that a node may be to blame for, also where no step was done: other nodes get a chance.
+# Causes that may lie in a node: retried even if the attempt did no new step, since other nodes may be better.
 _OF_A_NODE = {
     *(Cause.KILLED, Cause.CONNECTION_LOST, Cause.HUNG, Cause.NODE_FAILURE, Cause.NODE_FILE_SYSTEM, Cause.BAD_GPU),
     *(Cause.SUPERVISOR_KILLED, Cause.SRUN_KILLED),
 }
-# Those after which a node is left out at once; after others, when it is blamed a second time.
+# Causes after which a node is excluded at once, and those after which it is excluded when blamed a second time.
 _CERTAINLY_OF_A_NODE = {Cause.NODE_FILE_SYSTEM, Cause.BAD_GPU, Cause.NAN}
 _BLAMED_TWICE = {Cause.KILLED, Cause.FAILED, Cause.HUNG, Cause.CONNECTION_LOST, Cause.NODE_FAILURE}
-# Within the job nothing changes for these.
+# A restart within the job does not help with these.
 _NEEDS_A_REQUEUE = ROUTINE | {Cause.SUPERVISOR_KILLED, Cause.UNKNOWN}
-# Attempts in a row that came no further, whoever started them.
+# Limit on consecutive attempts without progress, restarts and requeues alike.
 MAX_IDLE_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
 class Decision:
-    """`reason`: in words, empty for a restart or requeue without one; `leave_out`, and `take_back`: nodes.
+    """`reason` may be empty for a restart or requeue; `leave_out`: nodes to exclude; `take_back`: nodes to use again.
 
-    Those that are taken back were left out before, and the job has not enough others.
+    The nodes in `take_back` were excluded before, and the job lacks others.
     """
 
     do: Literal["end", "restart", "requeue", "hold"]
@@ -66,10 +66,10 @@ class Decision:
 
 
 def decide(attempt: Attempt, before: list[Attempt], max_requeues: int, restarts: int, nodes: list[str]) -> Decision:
-    """What to do after an attempt that has ended and that nobody stopped.
+    """What to do after an attempt that ended without being told to stop.
 
-    `before`: the attempts before it; those of other jobs do not count. `restarts`: those that are left within the job.
-    `nodes`: the job's, without those that were lost. Nodes that failed the preflight are another matter.
+    `before`: earlier attempts; those of other jobs do not count. `restarts`: how many the job has left. `nodes`: the
+    job's nodes, without lost ones. A failed preflight is handled elsewhere (`requeue_without`).
     """
     if attempt.cause == Cause.DISK_FULL:
         return Decision("hold", f"make room, then: scontrol release {attempt.job_id}")
@@ -78,14 +78,14 @@ def decide(attempt: Attempt, before: list[Attempt], max_requeues: int, restarts:
     leave_out = nodes_to_leave_out(attempt, before)
     may_restart = restarts > 0 and attempt.cause not in _NEEDS_A_REQUEUE
     enough = len(set(nodes) - set(leave_out)) >= len(attempt.nodes)
-    # On the same nodes the same would follow, unless it was a matter of chance.
+    # Without progress, a restart on the same nodes would most likely fail the same way.
     if may_restart and enough and (attempt.came_further or leave_out):
         return Decision("restart", leave_out=leave_out)
     return Decision("requeue", leave_out=leave_out)
 
 
 def refusal(attempt: Attempt, before: list[Attempt], max_requeues: int) -> str | None:
-    """Why the trainer must not start again after an attempt that has ended; None where it shall."""
+    """Why the trainer must not be started again after an attempt; None if it may."""
     if attempt.cause not in RETRIED:
         return "another try would end the same way"
     if attempt.cause == Cause.NAN:
@@ -104,7 +104,7 @@ def refusal(attempt: Attempt, before: list[Attempt], max_requeues: int) -> str |
 
 
 def _same_nan(attempt: Attempt, before: list[Attempt]) -> str | None:
-    """A GPU that computes NaN is left out; where others compute it, too, at the same step, the run diverges."""
+    """Why NaN is not retried: other GPUs computed it at the same step, too, so the run diverges. Otherwise None."""
     for old in before:
         if old.job_id == attempt.job_id and old.cause == Cause.NAN and (old.last_step or 0) >= (attempt.last_step or 0):
             return f"other GPUs compute it, too: attempt {old.number} ended at the same step"
@@ -112,7 +112,7 @@ def _same_nan(attempt: Attempt, before: list[Attempt]) -> str | None:
 
 
 def idle_attempts(before: list[Attempt], job_id: str) -> int:
-    """How many of the last attempts of a job, in a row, came no further; those that had no chance are left out."""
+    """A job's consecutive last attempts without progress, not counting preemptions, requeues and full disks."""
     count = 0
     for attempt in reversed(before):
         if attempt.job_id != job_id or attempt.came_further:
@@ -122,7 +122,7 @@ def idle_attempts(before: list[Attempt], job_id: str) -> int:
 
 
 def nodes_to_leave_out(attempt: Attempt, before: list[Attempt]) -> tuple[str, ...]:
-    """The node that an attempt failed on, where that is the node's doing, or the second time for this job."""
+    """The node of the failure, if it is certainly at fault, or blamed for the second time in this job."""
     if attempt.node is None:
         return ()
     if attempt.cause in _CERTAINLY_OF_A_NODE:

@@ -1,7 +1,7 @@
-"""Ends a step that goes on after one of its tasks has failed.
+"""Ends a step that keeps running after one of its tasks has failed.
 
-srun ends it, by way of slurmctld: not one that was away then, or that was restarted and knows nothing of the step. The
-other ranks would wait in a collective until the step timeout.
+Normally srun ends it through slurmctld. That fails if slurmctld is down, or was restarted and does not know the step;
+the other ranks would then wait in a collective until the step timeout.
 """
 
 import contextlib
@@ -12,14 +12,14 @@ from megatron_txssm.jobs.attempts import Attempt
 from megatron_txssm.jobs.supervisor.stall import kill_step
 from megatron_txssm.slurm.words import failed_tasks
 
-# Well above Slurm's KillWait (30 s), within which srun's own signals have ended the step.
+# Well above Slurm's KillWait (30 s), by which time srun's own signals have ended the step.
 GRACE_SECONDS = 120
-# Between two looks at the output.
+# Between two reads of the output.
 LOOK_SECONDS = 5
 
 
 class FailedTaskWatch:
-    """Watches what srun says of an attempt's tasks."""
+    """Watches srun's messages about an attempt's tasks."""
 
     def __init__(self, attempt: Attempt):
         self.output = attempt.output
@@ -28,7 +28,7 @@ class FailedTaskWatch:
         self.looked = 0.0
 
     def ends(self, job_id: str, srun: subprocess.Popen) -> bool:
-        """Kill a step whose first failure is long ago; whether that was so. Some of its ranks may live on."""
+        """Kill the step if its first failure is `GRACE_SECONDS` old; returns whether it did. Some ranks may survive."""
         now = time.monotonic()
         if self.failed is None and now - self.looked > LOOK_SECONDS:
             self.looked = now
@@ -40,7 +40,7 @@ class FailedTaskWatch:
         return True
 
     def _new_lines(self) -> str:
-        """Whole ones, since the last look."""
+        """Complete lines since the last read."""
         with contextlib.suppress(OSError), open(self.output or "/dev/null", "rb") as file:
             file.seek(self.offset)
             lines, newline, _ = file.read().rpartition(b"\n")

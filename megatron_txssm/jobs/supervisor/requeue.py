@@ -1,4 +1,4 @@
-"""How a job is requeued: with patience for a slurmctld that is away, and without its bad nodes."""
+"""Requeues a job without its bad nodes, and waits for a slurmctld that is down."""
 
 import os
 import re
@@ -12,10 +12,10 @@ from megatron_txssm.jobs.attempts import Attempt
 from megatron_txssm.jobs.supervisor.decision import Decision
 from megatron_txssm.slurm import client as slurm
 
-# What slurmctld goes on refusing after so long stays refused; the time begins anew whenever it was away.
+# A request that slurmctld still refuses after this time is given up; the time restarts whenever slurmctld was down.
 REQUEUE_SECONDS = 900
-# Slurm's own words (slurm_errno.c) for what will not change. It has many for a slurmctld that is away, starts or is
-# busy: those are worth another try, whatever they are in the next version.
+# Slurm's messages (slurm_errno.c) for permanent errors. All others are retried: Slurm has many for a slurmctld that is
+# down, starting or busy, and new versions may add more.
 _REFUSED = re.compile(
     r"Invalid job id|Access/permission denied|presently disabled|already completing or completed|Invalid user id"
     r"|Invalid node name|there is no \w+ on this machine"
@@ -24,14 +24,14 @@ _DONE_ALREADY = "Job is pending execution"
 
 
 def requeue_without(job_id: str, leave_out: Sequence[str], nodes: list[str], before: list[Attempt]) -> Decision:
-    """A requeue of a job on `nodes`, if need be with nodes that it left out earlier; the end where these are too few.
+    """A requeue of a job on `nodes`, if necessary with nodes that it excluded earlier; the end if these are too few.
 
-    `before`: the attempts so far.
+    `before`: earlier attempts.
     """
     partition, avoided = os.environ["SLURM_JOB_PARTITION"], excluded_nodes(job_id)
     if spare_nodes_refusal(leave_out, nodes, partition, avoided) is None:
         return Decision("requeue", leave_out=tuple(leave_out))
-    # What the user excluded, the job has never run on.
+    # The job has never run on nodes that the user excluded.
     tried = {node for attempt in before if attempt.job_id == job_id for node in attempt.nodes}
     left_out = [node for node in avoided if node in tried]
     if why_not := spare_nodes_refusal(leave_out, nodes, partition, set(avoided) - tried):
@@ -42,9 +42,9 @@ def requeue_without(job_id: str, leave_out: Sequence[str], nodes: list[str], bef
 def spare_nodes_refusal(
     leave_out: Sequence[str], nodes: list[str], partition: str, avoided: Collection[str] = ()
 ) -> str | None:
-    """Why a job on `nodes` cannot do without some of them; None where others can take their place.
+    """Why a job on `nodes` cannot exclude `leave_out`; None if other nodes can replace them.
 
-    `avoided`: those that it does without already.
+    `avoided`: nodes that it already excludes.
     """
     if len(leave_out) == len(nodes):
         return "every node failed the preflight"
@@ -57,18 +57,18 @@ def spare_nodes_refusal(
 
 
 def _is_lost(state: str) -> bool:
-    # The star: it does not answer.
+    # A star marks a node that does not respond.
     return state.endswith("*") or state.startswith(("down", "drain", "drng", "fail", "inval", "maint", "unk"))
 
 
 def requeue(
     job_id: str, leave_out: Sequence[str] = (), take_back: Collection[str] = (), hold: bool = False
 ) -> NoReturn:
-    """Requeue the job that this process belongs to; it does not return: Slurm then kills this process.
+    """Requeue the job that this process belongs to. Does not return: Slurm kills this process.
 
-    It then avoids `leave_out` and what it avoided before, but for `take_back`. That can be said only while the job is
-    pending, which is in the seconds between Slurm's SIGTERM, which neither this process nor its scontrol must obey, and
-    its SIGKILL. UserError where Slurm refuses.
+    With `leave_out`, the job then avoids these nodes and those that it avoided before, except `take_back`. Slurm
+    accepts this only while the job is pending: in the seconds between its SIGTERM, which this process and its scontrol
+    must ignore, and its SIGKILL. UserError if Slurm refuses.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     nodes = sorted({*excluded_nodes(job_id)} - {*take_back} | {*leave_out}) if leave_out else []
@@ -80,7 +80,7 @@ def requeue(
 
 
 def excluded_nodes(job_id: str) -> list[str]:
-    """Those that the job avoids; waits for slurmctld."""
+    """Nodes that the job avoids; waits for slurmctld."""
 
     def ask() -> str:
         excluded = next((job.excluded for job in slurm.queue() if job.job_id == job_id), None)
@@ -95,13 +95,13 @@ def _requeue_once(verb: str, job_id: str) -> None:
     try:
         slurm.run_slurm("scontrol", verb, job_id)
     except UserError as error:
-        # Slurm was quicker, or the answer to an earlier try was lost.
+        # Slurm has already requeued the job, or the answer to an earlier try was lost.
         if _DONE_ALREADY not in str(error):
             raise
 
 
 def until_answered[**P, T](call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
-    """What `call` returns: called again and again unless Slurm refuses; a slurmctld that is away is waited for."""
+    """Result of `call`, retried for `REQUEUE_SECONDS` unless Slurm refuses, and for as long as slurmctld is down."""
     wait, deadline = 0.5, time.monotonic() + REQUEUE_SECONDS
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What a supervisor is started with: written by `txssm submit` into the batch script, read by the supervisor."""
+"""The supervisor's settings: written by `txssm submit` into the batch script, read by the supervisor."""
 
 from dataclasses import dataclass
 
@@ -9,11 +9,11 @@ from megatron_txssm.jobs.limits import DEFAULTS, Limits
 class Settings:
     """The supervisor's command line."""
 
-    # A file; by hand also a recipe's name.
+    # A file; if started by hand, also a recipe's name.
     recipe: str
-    # As behind --set.
+    # Values of --set.
     overrides: tuple[str, ...] = ()
-    # To train on; the job's others are spare. 0: all.
+    # Number of nodes to train on; the job's others are spare. 0: all.
     nodes: int = 0
     limits: Limits = DEFAULTS
 

@@ -1,7 +1,7 @@
-"""Ends a training step that hangs: nothing new in metrics.jsonl for too long, whatever the reason.
+"""Ends a trainer that hangs: metrics.jsonl has not grown for too long, whatever the reason.
 
-A rank that is stopped, or waits for a file system, makes all others wait in a collective; Megatron's own
---distributed-timeout-minutes ends those. Where every rank waits for something else, only this does.
+If one rank is stopped or waits for a file system, all others wait in a collective, and Megatron's
+--distributed-timeout-minutes ends them. If every rank waits for something else, only this watch ends them.
 """
 
 import contextlib
@@ -18,19 +18,19 @@ from megatron_txssm.jobs.supervisor.requeue import until_answered
 from megatron_txssm.slurm.client import run_slurm
 from megatron_txssm.training.launch.preflight import saved_step
 
-# For the ranks to write their stacks.
+# Time for the ranks to write their stacks.
 STACKS_SECONDS = 3
-# For a step that was killed to be gone from every node.
+# Time for a killed step to disappear from every node.
 LEFTOVER_SECONDS = 60
-# Between two looks of a process that runs: after more, it was suspended together with the trainer.
+# After a longer gap between two checks, this process was suspended together with the trainer.
 SUSPENDED_SECONDS = 30
 
 
 class StallWatch:
-    """Watches metrics.jsonl, which grows with every step and every validation, and the checkpoints' folder.
+    """Watches metrics.jsonl, which grows with every step and every validation, and the checkpoint folder.
 
-    `limits`: seconds until the first step (imports, the index of a large corpus, the first compilation), from then on
-    without a step or validation, and without one while a checkpoint is written: {"start": …, "step": …, "save": …}.
+    `limits`, {"start": …, "step": …, "save": …}: maximum seconds until the first step (imports, the index of a large
+    corpus, the first compilation), then without a step or validation, and without one while a checkpoint is written.
     """
 
     def __init__(self, run: Path, checkpoints: Path, limits: Mapping[Phase, float]):
@@ -40,16 +40,16 @@ class StallWatch:
         self.size = 0
         self.size = self._size()
         self.started = False
-        # What an earlier attempt left half-written.
+        # Unfinished checkpoints of earlier attempts.
         self.leftovers = self._unfinished()
-        # This machine's clock: that of the file server may differ.
+        # This machine's clock: the file server's may differ.
         self.grew = self.looked = time.monotonic()
 
     def stalled_phase(self) -> Phase | None:
-        """Of `limits`, the one that is exceeded; None while the trainer comes on."""
+        """The phase whose limit is exceeded; None while the trainer makes progress."""
         now = time.monotonic()
         if now - self.looked > SUSPENDED_SECONDS:
-            # scontrol suspend, or a machine that slept.
+            # By scontrol suspend, or because the machine was asleep.
             self.grew += now - self.looked
         self.looked = now
         size = self._size()
@@ -66,9 +66,9 @@ class StallWatch:
         seconds = time.monotonic() - self.grew
         logs = [self.run / "logs" / f"rank_{rank}.log" for rank in range(num_ranks)]
         before = [log.stat().st_size if log.exists() else 0 for log in logs]
-        # Nobody has been asked for stacks yet.
+        # None until the ranks have been asked for their stacks.
         silent: list[int] | None = None
-        # A slurmctld that is away asks nobody, either.
+        # If slurmctld is down, the ranks cannot be asked.
         with contextlib.suppress(UserError, OSError):
             run_slurm("scancel", "--signal=USR2", _step_id(job_id))
             time.sleep(STACKS_SECONDS)
@@ -80,11 +80,11 @@ class StallWatch:
         try:
             return (self.run / "metrics.jsonl").stat().st_size
         except OSError:
-            # Not there yet; or the file server is away, which is no step.
+            # The file does not exist yet, or the file server is down; neither is a step.
             return self.size
 
     def _unfinished(self) -> set[tuple[str, int]]:
-        """(name, time of the last change) of the checkpoints behind the newest: one is being written, or never was."""
+        """(name, mtime in ns) of checkpoint folders beyond the newest complete one: being written, or abandoned."""
         try:
             newest = saved_step(self.checkpoints) or 0
             found = {path.name.removeprefix("iter_"): path.stat().st_mtime_ns for path in self.checkpoints.iterdir()}
@@ -94,30 +94,30 @@ class StallWatch:
 
 
 def kill_step(job_id: str, srun: subprocess.Popen) -> None:
-    """Kill the trainer's step and wait until its srun has ended; its ranks may live on where slurmctld is away."""
+    """Kill the trainer's step and wait until its srun has ended; if slurmctld is down, ranks may survive."""
     with contextlib.suppress(UserError):
         run_slurm("scancel", "--signal=KILL", _step_id(job_id))
         deadline = time.monotonic() + LEFTOVER_SECONDS
         while srun.poll() is None and time.monotonic() < deadline:
             time.sleep(0.5)
-    # slurmctld is away, or was restarted and does not know the step.
+    # slurmctld may be down, or was restarted and does not know the step.
     srun.kill()
 
 
 def end_leftover_steps(job_id: str) -> bool:
-    """Kill the steps that an earlier attempt of this job left, which would train on; whether they are gone.
+    """Kill steps left by earlier attempts of this job, which would keep training; returns whether they are gone.
 
-    A slurmctld that was away believes in steps that ended meanwhile: it can neither end one nor give its place to
-    another before the job is started again.
+    A slurmctld that was down still lists steps that ended meanwhile: it can neither end such a step nor reuse its
+    resources until the job is restarted.
     """
-    # Where Slurm refuses to list them, the next step's srun says why.
+    # If Slurm refuses to list the steps, the next step's srun reports why.
     with contextlib.suppress(UserError):
         for _ in range(2 * LEFTOVER_SECONDS):
             steps = until_answered(_steps, job_id)
             if not steps:
                 return True
             for step in steps:
-                # It may end by itself meanwhile.
+                # The step may have ended by itself.
                 with contextlib.suppress(UserError):
                     run_slurm("scancel", "--signal=KILL", step)
             time.sleep(0.5)
@@ -126,7 +126,7 @@ def end_leftover_steps(job_id: str) -> bool:
 
 
 def _steps(job_id: str) -> dict[str, str]:
-    """Number -> name of the steps that the supervisor starts."""
+    """Step id -> name, of the steps that the supervisor starts."""
     steps = run_slurm("squeue", "--noheader", "--steps", f"--jobs={job_id}", "--format=%i %j")
     return dict(re.findall(rf"^({job_id}\.\d+) (train|preflight|bandwidth)$", steps, re.MULTILINE))
 
@@ -143,5 +143,5 @@ def _wrote_stacks(log: Path, offset: int) -> bool:
         return False
     with log.open("rb") as file:
         file.seek(offset)
-        # How Python's faulthandler begins.
+        # Printed by Python's faulthandler before a stack.
         return b"most recent call first" in file.read()

@@ -1,9 +1,9 @@
-"""The batch script's own process: checks the nodes, runs the trainer as a step, and decides what comes after it.
+"""The batch script's process: checks the nodes, runs the trainer as a step, and decides what follows.
 
     python -m megatron_txssm.jobs.supervisor.supervisor RECIPE [--set a.b=c] [--step-timeout SECONDS] …
 
-Slurm itself requeues a job that is preempted or loses a node. What it does not requeue, this does: a job that comes
-near its time limit (`--signal=TERM@120` tells the trainer, which saves), one whose worker fails, and one that hangs.
+Slurm itself requeues a job that is preempted or loses a node. The supervisor requeues the others: a job near its time
+limit (`--signal=TERM@120` tells the trainer, which saves), one whose worker fails, and one that hangs.
 """
 
 import argparse
@@ -52,11 +52,11 @@ def main(argv: list[str] | None = None) -> int:
             return Supervisor(settings).run()
         except UserError as error:
             if isinstance(error.__cause__, OSError):
-                # Of the run's records.
+                # The run's records could not be read or written.
                 leave_node(recipe.parent, error.__cause__)
             raise
         except (OSError, ImportError) as error:
-            # The run's folder holds the code, too.
+            # The run folder also holds the code.
             leave_node(recipe.parent, error)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -75,7 +75,7 @@ def _parse(argv: list[str] | None) -> Settings:
 
 
 class Supervisor:
-    """One start of a job: an attempt, and another one where the trainer can start again on the job's nodes."""
+    """One start of a job: an attempt, and further ones while the trainer can be restarted on the job's nodes."""
 
     def __init__(self, settings: Settings):
         self.settings, self.limits = settings, settings.limits
@@ -88,13 +88,13 @@ class Supervisor:
         self.time_limit = slurm.time_limit_of(self.job_id)
         self.told_to_stop = False
         self.trouble: OSError | None = None
-        # Ranks of the last step may live on, out of slurmctld's sight.
+        # Ranks of the last step may survive, unknown to slurmctld.
         self.lost_step = False
-        # Slurm tells the trainer at the same time; this process must outlive it, to say what happened.
+        # Slurm signals the trainer at the same time; this process must outlive it to record what happened.
         signal.signal(signal.SIGTERM, self._note_stop)
 
     def run(self) -> int:
-        """The job's exit code; does not return where the job is requeued."""
+        """Run the job; returns its exit code. Does not return if the job is requeued."""
         check_no_other_job(self.recipe.run_path, self.job_id)
         self._close_last_attempt()
         if is_finished(self.recipe):
@@ -115,7 +115,7 @@ class Supervisor:
                 self._note_action(attempt, str(decision))
             self._notify(attempt, diagnosis, decision)
             if self.trouble is not None and decision is not None:
-                # What was found in the run's folder says little then.
+                # The decision is not reliable then: it rests on the contents of the run folder.
                 leave_node(self.recipe.run_path, self.trouble)
             if decision is None or decision.do == "end":
                 return self._exit_code(attempt, diagnosis)
@@ -126,9 +126,9 @@ class Supervisor:
             self.nodes = [node for node in self.nodes if node not in decision.leave_out]
 
     def _close_last_attempt(self) -> None:
-        """Where its supervisor was killed: with its node, for its memory, or before it could say.
+        """Complete the last attempt's record if its supervisor was killed (with its node, or out of memory).
 
-        UserError where it is another job's, which trains here: its record is not this one's to close.
+        UserError if it belongs to another job that still trains here.
         """
         before = attempts(self.recipe.run_path)
         if before and before[-1].cause is None:
@@ -143,7 +143,7 @@ class Supervisor:
                 requeue(self.job_id)
 
     def _train(self, attempt: Attempt) -> None:
-        """Preflight and trainer; fills in where they ran and how they ended."""
+        """Run preflight and trainer; records in `attempt` where they ran and how they ended."""
         timeout = self.limits.preflight_timeout
         preflight = NodePreflight(self.recipe, self.settings.recipe, self.nodes, attempt.folder, timeout)
         failed = preflight.run()
@@ -153,12 +153,12 @@ class Supervisor:
         if len(healthy) < self.num_nodes:
             attempt.failed_nodes = failed
             return
-        # The job's others are spare.
+        # The remaining nodes are spare.
         self.nodes, attempt.nodes = healthy, healthy[: self.num_nodes]
         attempt.skip_output()
         say(f"START attempt {attempt.number} of {self.recipe.run_path}: job {self.job_id} on {_named(attempt.nodes)}")
         self._save(attempt)
-        # What tells a worker that it is one, and where to leave its last words.
+        # Tells a worker where to record its error and where to meet the other ranks.
         environment = os.environ | {
             "TXSSM_ATTEMPT": str(attempt.folder),
             "MASTER_ADDR": attempt.nodes[0],
@@ -188,7 +188,7 @@ class Supervisor:
             f"--ntasks={len(nodes) * self.nproc_per_node}",
             f"--ntasks-per-node={self.nproc_per_node}",
             "--distribution=block",
-            # One rank's end is the step's: the others would wait for it.
+            # A rank's failure ends the step: the others would wait for it.
             "--kill-on-bad-exit=1",
             *trainer,
         ]
@@ -203,19 +203,19 @@ class Supervisor:
         return diagnosis
 
     def _decide(self, attempt: Attempt, diagnosis: Diagnosis, before: list[Attempt], restarts: int) -> Decision | None:
-        """What to do next; None where nothing is to be done."""
+        """What to do next; None if there is nothing to do."""
         if diagnosis.cause == Cause.FINISHED:
             return None
         if diagnosis.cause == Cause.PREEMPTED:
-            # Slurm does so itself, but not under PreemptMode=CANCEL.
+            # Slurm requeues it itself, except under PreemptMode=CANCEL.
             return Decision("requeue")
         if attempt.told_to_stop and diagnosis.cause != Cause.TIME_LIMIT_HIT:
-            # What it was told to stop for is Slurm's to mend: a requeue here would revive a cancelled job.
+            # Slurm itself restarts the job if necessary; a requeue here would revive a cancelled job.
             self._note_action(attempt, "Slurm ended the job; it starts again what lost a node")
             return None
         if diagnosis.cause == Cause.PREFLIGHT:
             if diagnosis.node is None:
-                # No node said a word: that is Slurm's doing.
+                # No node answered: the fault is Slurm's.
                 return Decision("requeue")
             return requeue_without(self.job_id, list(attempt.failed_nodes), self.nodes, before)
         lost = lost_nodes(self.nodes)
@@ -224,16 +224,16 @@ class Supervisor:
         if decision.do == "restart" and (self.lost_step or not end_leftover_steps(self.job_id)):
             decision = Decision("requeue", leave_out=decision.leave_out)
         if self.told_to_stop and not attempt.told_to_stop:
-            # While it waited for slurmctld.
+            # The signal came while this process waited for slurmctld.
             return Decision("requeue") if self._was_told_as_routine(attempt) else None
         if decision.do == "requeue" and decision.leave_out:
             decision = requeue_without(self.job_id, decision.leave_out, attempt.nodes, before)
-            # Better with a node that may be bad than not at all.
+            # Training on a suspect node is better than not training.
             return Decision("requeue") if decision.do == "end" else decision
         return decision
 
     def _was_told_as_routine(self, attempt: Attempt) -> bool:
-        """Whether Slurm's SIGTERM came for the time limit or a preemption; else a requeue would revive the job."""
+        """Whether Slurm's SIGTERM meant the time limit or a preemption, not a cancel, which a requeue would undo."""
         ended = why_slurm_ended_it(attempt.read_output())
         return (ended is not None and Cause(ended[0]) in ROUTINE) or self._is_near_time_limit()
 
@@ -242,8 +242,8 @@ class Supervisor:
             return 0
         if diagnosis.cause in (Cause.REFUSED, Cause.PREFLIGHT):
             return 2
-        # Megatron's own exits are no failure; whoever waits for this job must not take it for finished, though. To
-        # entrypoint.sh, a signal's code would mean that this process was killed.
+        # Megatron's own exits return 0, but jobs that depend on this one must not start. To entrypoint.sh, a signal's
+        # code would mean that this process was killed.
         code = attempt.exit_code or 1
         return code if 0 < code <= 128 else 1
 
@@ -253,7 +253,7 @@ class Supervisor:
         say(text)
 
     def _notify(self, attempt: Attempt, diagnosis: Diagnosis, decision: Decision | None) -> None:
-        """Tell people of what is not routine: failures, hangs, nodes that are left out, the end."""
+        """Notify people of failures, hangs, excluded nodes and the finished run, not of routine ends."""
         if diagnosis.cause in ROUTINE or (decision is None and diagnosis.cause != Cause.FINISHED):
             return
         event = diagnosis.cause if diagnosis.cause in (Cause.FINISHED, Cause.HUNG) else "failed"
@@ -265,7 +265,7 @@ class Supervisor:
             notify(self.recipe.run_path, "excluded", f"{named}: {diagnosis}", **facts | {"nodes": decision.leave_out})
 
     def _save(self, attempt: Attempt) -> None:
-        """A full disk, or one that is gone, must not keep the job from what comes next."""
+        """Save the record; a full or lost disk must not stop the supervisor."""
         try:
             attempt.save()
         except OSError as error:
@@ -279,12 +279,12 @@ class Supervisor:
         return self._is_out_of_time(self.limits.stop_before + SIGNAL_SLACK_SECONDS)
 
     def _is_out_of_time(self, margin_seconds: float = 2) -> bool:
-        """At the time limit itself a trainer that still saves has KillWait left, and this process no longer."""
+        """Whether the limit is near; once reached, a saving trainer and this process have only KillWait left."""
         return time.time() > self.time_limit - margin_seconds
 
 
 def _named(nodes: list[str]) -> str:
-    """A few of them by name; attempt.json has all."""
+    """Their number and a few names; attempt.json has all."""
     names = ", ".join(nodes if len(nodes) <= 8 else [*nodes[:4], "…", nodes[-1]])
     return f"{len(nodes)} node{'s' if len(nodes) > 1 else ''} ({names})"
 

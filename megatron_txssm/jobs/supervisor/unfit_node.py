@@ -1,4 +1,4 @@
-"""What the supervisor does where its own node fails it: the run's folder is gone, read-only, or on a full disk."""
+"""Leaves a node on which the run folder is missing, read-only or on a full disk."""
 
 import contextlib
 import errno
@@ -13,15 +13,15 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.supervisor.requeue import excluded_nodes, requeue
 from megatron_txssm.notify import notify, wait_for_notifications
 
-# Nodes that a job avoids because the run's folder was unusable there. Beyond, the folder is to blame.
+# Limit on nodes that a job avoids because the run folder is unusable there; beyond it, the folder is at fault.
 MAX_UNUSABLE_NODES = 5
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 _LOST = {errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.EREMOTEIO, errno.ENXIO}
 
 
 def check_run_folder(recipe: Path) -> None:
-    """OSError where this node does not see the submitted recipe, or cannot write beside it."""
-    # By hand, a recipe may be given by name.
+    """OSError if this node does not see the submitted recipe, or cannot write beside it."""
+    # If started by hand, the recipe may be a name.
     if recipe.is_absolute():
         recipe.stat()
         with tempfile.TemporaryFile(dir=recipe.parent):
@@ -29,7 +29,7 @@ def check_run_folder(recipe: Path) -> None:
 
 
 def check_checkpoints(folder: Path) -> None:
-    """OSError where a file system of this node's has failed; what its user has to mend is another matter."""
+    """OSError if a file system has failed on this node; errors that the user must fix are ignored here."""
     try:
         if folder.exists():
             with tempfile.TemporaryFile(dir=folder):
@@ -40,7 +40,7 @@ def check_checkpoints(folder: Path) -> None:
 
 
 def leave_node(run: Path, error: OSError | ImportError) -> NoReturn:
-    """Requeue the job after an error of this process's own: held where the disk is full, else without this node."""
+    """Requeue the job after an error in this process: held if the disk is full, otherwise without this node."""
     job, node = os.environ["SLURM_JOB_ID"], os.environ.get("SLURMD_NODENAME", socket.gethostname())
     say(f"ERROR on {node}: {error}")
     notify(run, "failed", f"{node}: {error}", nodes=[node])
@@ -55,6 +55,6 @@ def leave_node(run: Path, error: OSError | ImportError) -> NoReturn:
 
 
 def say(text: str) -> None:
-    # The output file may lie on the disk that is full.
+    # The output file may be on the full disk.
     with contextlib.suppress(OSError):
         print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}", flush=True)
