@@ -45,12 +45,17 @@ def metrics_tail(metrics: Path) -> list[dict[str, Any]]:
 
 def metrics_lines(metrics: Path, begin: int = 0, end: int | None = None) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, or of a byte range; a truncated line is left out."""
+    return list(each_line(metrics, begin, end))
+
+
+def each_line(metrics: Path, begin: int = 0, end: int | None = None) -> Iterator[dict[str, Any]]:
+    """The same, one by one: all lines of a long run would take a gigabyte of memory."""
     if not metrics.exists():
-        return []
+        return
     with metrics.open("rb") as file:
         file.seek(begin)
         rows = file if end is None else file.read(max(0, end - begin)).splitlines()
-        return [found for row in rows if (found := _line(row)) is not None]
+        yield from (found for row in rows if (found := _line(row)) is not None)
 
 
 def values_by_step(metrics: Path, key: str) -> dict[int, float]:
@@ -59,7 +64,7 @@ def values_by_step(metrics: Path, key: str) -> dict[int, float]:
     A resumed run may have repeated steps: the last line of a step counts.
     """
     last: dict[int, float] = {}
-    for line in metrics_lines(metrics):
+    for line in each_line(metrics):
         try:
             last[int(line["iteration"])] = float(line[key])
         except (ValueError, KeyError, TypeError):

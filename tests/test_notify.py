@@ -218,7 +218,7 @@ HANGING = """
 import socket, sys
 from pathlib import Path
 server = socket.create_server(("127.0.0.1", 0))
-from megatron_txssm.launch import notify
+from megatron_txssm import notify
 notify.TIMEOUT_SECONDS = {timeout}
 notify.LAST_SECONDS = 600
 import os
@@ -241,8 +241,6 @@ def test_a_hanging_server_holds_nobody_up(timeout: float, last: float, said: str
 
 def test_a_process_that_ends_waits_for_its_message(hook: Callable[..., Hook]) -> None:
     server = hook()
-    code = (
-        "from pathlib import Path; from megatron_txssm.launch import notify as n; n.notify(Path('r'), 'finished', '')"
-    )
+    code = "from pathlib import Path; from megatron_txssm import notify as n; n.notify(Path('r'), 'finished', '')"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE, env=os.environ.copy())
     assert [message["event"] for _, _, message in server.requests] == ["finished"]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.metrics import metrics_lines
+from megatron_txssm.metrics import each_line
 
 
 def losses_at(run: Path, step: int) -> dict[str, float]:
@@ -23,7 +23,7 @@ def losses_at(run: Path, step: int) -> dict[str, float]:
 def _newest(metrics: Path, step: int) -> dict[str, tuple[int, float]]:
     """Loss -> (its step, its value), up to `step`. A run that went back repeated steps; the last lines count."""
     found: dict[str, tuple[int, float]] = {}
-    for line in metrics_lines(metrics):
+    for line in each_line(metrics):
         try:
             at = int(line["iteration"])
             losses = {k: float(v) for k, v in line.items() if k == "lm loss" or k.startswith("validation")}

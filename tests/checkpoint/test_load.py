@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_txssm.checkpoint.load import WEIGHTS_ONLY, load_options, one_process_recipe
+from megatron_txssm.checkpoint.load import WEIGHTS_ONLY, checkpoint_recipe, load_options, one_process_recipe
 from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
@@ -50,6 +50,15 @@ def test_a_foreign_recipe_names_no_code_and_no_files() -> None:
     assert not args.trust_remote_code
     assert args.non_persistent_ckpt_type is None and args.non_persistent_global_ckpt_dir is None
     assert args.flight_recorder_dump_path is None
+
+
+def test_the_weights_of_an_fp8_run_load_in_fp32(tmp_path: Path) -> None:
+    """As a conversion's proof loads them; FP8 itself goes with bf16 only."""
+    words = ["data.tokenizer_type=NullTokenizer", "data.vocab_size=1000"]
+    recipe = load_recipe("transxssm_1.3b_fp8_h100", ["data.train=a", "data.validation=b", *words])
+    (tmp_path / "recipe.yaml").write_text(recipe.frozen(tmp_path))
+    training = checkpoint_recipe(tmp_path, {"training.precision": "fp32", **WEIGHTS_ONLY}).training
+    assert (training.precision, training.fp8, training.fp8_attention) == ("fp32", None, False)
 
 
 def test_a_prompt_is_read_as_the_corpus_was() -> None:

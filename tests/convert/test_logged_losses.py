@@ -1,6 +1,7 @@
 """The losses on a model card: those of its step, each said once, with the step where it is an earlier one."""
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +38,14 @@ def test_each_set_has_its_loss_and_an_evaluation_is_worth_more(tmp_path: Path) -
     (tmp_path / "evaluation" / "validation.json").write_text(json.dumps(evaluation))
     # The run's own is of a few batches of the same data: two figures for one thing.
     assert losses_at(tmp_path, 2) == {"training loss": 5.0, "validation loss, web": 4.25}
+
+
+def test_a_long_run_takes_no_memory(tmp_path: Path) -> None:
+    facts = {f"fact {number}": number / 7 for number in range(12)}
+    write(tmp_path, *({"iteration": step, "lm loss": 1.0 * step, **facts} for step in range(5000)))
+    tracemalloc.start()
+    assert losses_at(tmp_path, 17) == {"training loss": 17.0}
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # All lines at once are 7 MB.
+    assert peak < 1e6
