@@ -6,8 +6,8 @@ RUN/pretrain.sbatch, …            the batch scripts
 RUN/logs/pretrain-17.out, …       what job 17 printed
 RUN/logs/rank_3.log               what rank 3 printed
 RUN/metrics.jsonl                 one line per step: also the run's sign of life
-RUN/running.json                  who trains there now (run_lock.py)
-RUN/ended.json                    how a run without Slurm ended (local_end.py)
+RUN/running.json                  who trains there now (training/launch/run_lock.py)
+RUN/ended.json                    how a run without Slurm ended (training/launch/ended.py)
 RUN/attempts/0002/                the second start of the trainer, requeued or submitted again
   attempt.json                    nodes, first and last step, how it ended
   preflight.json                  what each node reported
