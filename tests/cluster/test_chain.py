@@ -91,7 +91,7 @@ def kill_task(task: int) -> None:
             # Not the batch script's shell and its srun, which have the variable as well.
             if not parent or "slurmstepd" not in parent.name():
                 continue
-            if environment.get("SLURM_ARRAY_TASK_ID") == str(task) and "-m datatrove" in command:
+            if environment.get("SLURM_ARRAY_TASK_ID") == str(task) and "data.sharding.array_task" in command:
                 process.kill()
                 return True
         return False
