@@ -19,7 +19,7 @@ MIN_SAMPLES, MAX_SAMPLES = 5, 500
 # Minimum difference in waiting between the other ranks and a slow rank, as a fraction of a step's extra time.
 CLEAR_SHARE = 0.5
 # Lower limit of that extra time, as a fraction of a usual step, so that noise is not divided by almost zero.
-MIN_EXCESS = 0.1
+MIN_EXCESS = 0.3
 
 
 class ThroughputWatch:

@@ -110,6 +110,7 @@ def test_who_does_not_wait_is_waited_for(
 def test_a_run_that_is_nearly_well_again_waits_for_nobody() -> None:
     for fraction in (0.95, 1.0, 1.3):
         assert judge(fraction, [0.30, 0.32, 0.33, 0.34], HOSTS, [0.32] * 4).ranks == []
+    assert judge(0.9, [0.37, 0.26], HOSTS[1:3], [0.37, 0.37]).ranks == []
 
 
 def test_one_process_waits_for_nobody() -> None:
