@@ -54,8 +54,9 @@ class TrainingMonitor(Listener):
         self.skipped_steps = 0
         self.iteration: int | None = None
         self.first_step_note = first_step_note(recipe)
-        # One for each virtual pipeline stage.
-        self.test_iterators: list[Any] = []
+        # The id of each, one for each virtual pipeline stage. The iterators themselves must end with Megatron's loop:
+        # their loaders' processes spare SIGTERM, and this process would wait for them for ever.
+        self.test_iterators: set[int] = set()
         # The step and the data of the last validation.
         self.validated: tuple[int | None, str] | None = None
         # One entry a validation set, by loss; None where the time limit came first.
@@ -97,12 +98,12 @@ class TrainingMonitor(Listener):
     def after_data(self, call: Call, iterators: tuple[Any, Any, Any]) -> None:
         _, _, test = iterators
         if test is not None:
-            self.test_iterators.append(test)
+            self.test_iterators.add(id(test))
 
     def around_validation(self, call: Call, proceed: Callable[[], Any]) -> Any:
         # Known by its iterators, as Megatron says only in words which data it validates ("iteration 9 on test set").
         of_stages = call.data_iterator if isinstance(call.data_iterator, list) else []
-        is_test = any(found is test for found in (call.data_iterator, *of_stages) for test in self.test_iterators)
+        is_test = any(id(found) in self.test_iterators for found in (call.data_iterator, *of_stages))
         data = "test" if is_test else "validation"
         # At its end, Megatron validates the step again that it has just validated.
         if self.validated == (self.iteration, data):
