@@ -162,3 +162,14 @@ def test_all_validations_read_the_same_samples(tiny: TinyRun) -> None:
     losses = {line["iteration"]: line["validation lm loss"] for line in lines if "validation lm loss" in line}
     assert list(losses) == [2, 4, 5]
     assert losses[2] == losses[4] == pytest.approx(losses[5], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_test_set_reports_it_and_ends(tiny: TinyRun) -> None:
+    """Not before the processes of its loader, which nobody may keep alive."""
+    mixture = ["data.train=null", "data.validation=null", f"data.blend={tiny.folder}/data", "data.split='80,10,10'"]
+    done = tiny.pretrain(fields=[*mixture, "training.train_iters=2"])
+    assert done.code == 0, done.stderr
+    lines = [json.loads(line) for line in (tiny.run / "metrics.jsonl").read_text().splitlines()]
+    losses = [[name for name in line if name.endswith("lm loss")] for line in lines]
+    assert losses == [["lm loss"], ["lm loss"], ["validation lm loss"], ["test lm loss"]]

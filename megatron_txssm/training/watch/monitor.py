@@ -54,8 +54,9 @@ class TrainingMonitor(Listener):
         self.skipped_steps = 0
         self.iteration: int | None = None
         self.first_step_note = first_step_note(recipe)
-        # One per virtual pipeline stage.
-        self.test_iterators: list[Any] = []
+        # Their ids, one per virtual pipeline stage. The iterators themselves must end with Megatron's loop: their
+        # processes ignore SIGTERM, so this one would wait for them forever.
+        self.test_iterators: set[int] = set()
         # Step and data of the last validation.
         self.validated: tuple[int | None, str] | None = None
         # Losses by name, one entry per validation set; None if the time limit came first.
@@ -97,12 +98,12 @@ class TrainingMonitor(Listener):
     def after_data(self, call: Call, iterators: tuple[Any, Any, Any]) -> None:
         _, _, test = iterators
         if test is not None:
-            self.test_iterators.append(test)
+            self.test_iterators.add(id(test))
 
     def around_validation(self, call: Call, proceed: Callable[[], Any]) -> Any:
         # Recognised by its iterators: Megatron names the data only in a message ("iteration 9 on test set").
         of_stages = call.data_iterator if isinstance(call.data_iterator, list) else []
-        is_test = any(found is test for found in (call.data_iterator, *of_stages) for test in self.test_iterators)
+        is_test = any(id(found) in self.test_iterators for found in (call.data_iterator, *of_stages))
         data = "test" if is_test else "validation"
         # At the end, Megatron repeats the validation of the last step.
         if self.validated == (self.iteration, data):

@@ -1,8 +1,10 @@
 """What a run tells: exact losses on file, the learning rate of each step, throughput, each validation once."""
 
+import gc
 import json
 import os
 import re
+import weakref
 from collections.abc import Iterator, Sequence
 from io import StringIO
 from pathlib import Path
@@ -84,6 +86,7 @@ class FakeMegatron:
         self.optimizer = SimpleNamespace(param_groups=[{"default_config": True, "lr": 0.0}])
         self.logged: list[float | None] = []
         self.validations = 0
+        self.iterators: list[Any] = []
         # The watch for slowness has its own tests.
         self.recipe = load_recipe(
             "demo_cpu", [f"run_directory={run}", "logging.slow_throughput_fraction=null", *fields]
@@ -132,6 +135,8 @@ class FakeMegatron:
 
     def validate(self, *sets: dict[str, torch.Tensor] | None, prefix: str = "iteration 5") -> None:
         iterators = list(sets)
+        # As long as Megatron's loop, none has the id of another.
+        self.iterators.append(iterators)
         if prefix.endswith("test set"):
             assert self.loop.build_train_valid_test_data_iterators(iterators)[2] is iterators
         self.loop.evaluate_and_print_results(prefix, iterators)
@@ -315,6 +320,16 @@ def test_the_test_set_is_known_by_its_iterators(monkeypatch: pytest.MonkeyPatch,
         {"iteration": 5, "validation lm loss": 3.0},
         {"iteration": 5, "test lm loss": 2.0},
     ]
+
+
+def test_no_iterator_outlives_megatrons_loop(megatron: FakeMegatron) -> None:
+    """The processes of its loader would be waited for at the end, and they do not heed SIGTERM."""
+    iterator = (batch for batch in ())
+    alive = weakref.ref(iterator)
+    megatron.loop.build_train_valid_test_data_iterators(iterator)
+    del iterator
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_line_that_a_kill_cut_off_does_not_spoil_the_next(
