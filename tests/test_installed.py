@@ -116,7 +116,7 @@ def test_recipes_are_found_and_their_place_is_told(installed: Installed) -> None
     names = {path.stem for path in (ROOT / "recipes").glob("*.yaml")} - {"base"}
     assert names <= {line.split()[0] for line in table.splitlines()}
     resources = installed.package / "resources"
-    assert table.endswith(f"The recipes are read from {resources}/recipes, batch scripts from {resources}/slurm.\n")
+    assert table.endswith(f"recipes: {resources}/recipes\nbatch scripts: {resources}/slurm\n")
     assert "num_layers: 8\n" in installed.txssm("recipes", "demo_cpu")
 
 
@@ -125,7 +125,7 @@ def test_recipes_of_the_current_folder_go_first(installed: Installed, tmp_path: 
     (tmp_path / "recipes" / "mine.yaml").write_text("extends: demo_cpu\ndescription: ours\n")
     table = Installed(installed.environment, tmp_path).txssm("recipes")
     assert "ours\n" in table and "demo_cpu " in table
-    assert f"from {tmp_path}/recipes and {installed.package}/resources/recipes," in table
+    assert f"recipes: {tmp_path}/recipes\nrecipes: {installed.package}/resources/recipes\n" in table
 
 
 def test_a_corpus_recipe_is_found(installed: Installed) -> None:

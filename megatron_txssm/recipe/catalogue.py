@@ -1,6 +1,7 @@
 """Prints the recipes there are, and the fields of a recipe."""
 
 import json
+from pathlib import Path
 
 from megatron_txssm.architecture.parameters import count_parameters
 from megatron_txssm.home import BATCH_SCRIPTS
@@ -34,8 +35,9 @@ def show_recipes() -> int:
     print_table(("recipe", "layers", ">hidden", ">ffn", ">params", ">length", ">batch", ">lr", "about"), rows)
     print("S: state-space layer, A: attention layer; length and batch in tokens.")
     print("`txssm recipes NAME` shows one in full.")
-    folders = " and ".join(str(folder) for folder in recipe_folders() if folder.is_dir())
-    print(f"The recipes are read from {folders}, batch scripts from {BATCH_SCRIPTS}.")
+    for folder in filter(Path.is_dir, recipe_folders()):
+        print(f"recipes: {folder}")
+    print(f"batch scripts: {BATCH_SCRIPTS}")
     return 0
 
 

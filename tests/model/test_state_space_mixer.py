@@ -452,7 +452,7 @@ def test_packed_documents_are_documents_alone(one_process: None, encoding: str, 
 
 def test_packed_sequences_and_other_caches_are_refused(one_process: None) -> None:
     mixer = build("rope", gated=False)
-    with pytest.raises(ValueError, match=r"as documents.PackedDocuments only"):
+    with pytest.raises(ValueError, match=r"only accept packed documents as documents\.PackedDocuments"):
         mixer(hidden_states(), packed_seq_params=object())
     dynamic = SimpleNamespace(is_static_batching=lambda: False)
     with pytest.raises(ValueError, match="StaticInferenceContext only"):
