@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +26,14 @@ _ARGUMENTS = ("--num-workers", "0", "--distributed-timeout-minutes", "3")
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(ABC):
     """One run, and the folder of its files."""
 
     out: Path
 
+    @abstractmethod
     def task(self) -> dict[str, Any]:
         """The worker's task, without `out`: a recipe's file or none, and Megatron arguments after it."""
-        raise NotImplementedError
 
     @property
     def result(self) -> Path:

@@ -57,18 +57,10 @@ def checkpoint_recipe(checkpoint: Path, changes: Changes, file: Path | None = No
     """
     recipe = changed(load_recipe(file or checkpoint / "recipe.yaml"), changes)
     source = tokenizer_source(recipe, checkpoint)
-    tokenizer = (source.type, source.model) if source else ("NullTokenizer", None)
-    recipe = one_process_recipe(
-        changed(
-            recipe,
-            {
-                **WITHOUT_TOKENS,
-                "data.tokenizer_type": tokenizer[0],
-                "data.tokenizer_model": tokenizer[1],
-                "megatron.mock_data": True,
-            },
-        )
-    )
+    tokenizer: Changes = dict(WITHOUT_TOKENIZER)
+    if source is not None:
+        tokenizer = {"data.tokenizer_type": source.type, "data.tokenizer_model": source.model}
+    recipe = one_process_recipe(changed(recipe, {**WITHOUT_TOKENS, **tokenizer, "megatron.mock_data": True}))
     check_tokenizer_file(recipe)
     return recipe
 

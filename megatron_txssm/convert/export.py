@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
+from megatron_txssm.checkpoint.tensors import DTYPES
 from megatron_txssm.convert.conversion import conversion
-from megatron_txssm.convert.formats import Format, choose_format
+from megatron_txssm.convert.formats import FORMATS, Format, choose_format
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import check_absent, complete_folder, file_sha256
 from megatron_txssm.recipe.loader import load_recipe
@@ -40,6 +41,9 @@ def export(
     out = Path(out)
     if not max_file_gb > 0:
         raise UserError(f"--max-file-gb {max_file_gb:g} must be above 0")
+    for option, value, known in (("layout", format, FORMATS), ("dtype", dtype, DTYPES)):
+        if value is not None and value not in known:
+            raise UserError(f"--{option} {value} is unknown; use one of {', '.join(known)}")
     check_absent(out)
     saved = open_checkpoint(Path(run), step, recipe=load_recipe(recipe) if recipe else None)
     # Imported late: they import transformers, which would delay error messages for mistyped paths.

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.torch_dist import IndexReader
 from megatron_txssm.cli.main import main
+from megatron_txssm.convert.export import export as export_weights
 from megatron_txssm.convert.formats import choose_format
 from megatron_txssm.convert.hf_files import write_configuration
 from megatron_txssm.convert.hf_folder import open_hf_folder
@@ -275,3 +276,10 @@ def test_a_checkout_that_is_not_installed_names_its_version(monkeypatch: pytest.
 
     monkeypatch.setattr(importlib.metadata, "version", lacks)
     assert versions() == known | {"megatron-core": "none"}
+
+
+@pytest.mark.parametrize(("name", "value"), [("format", "gguf"), ("dtype", "fp16")])
+def test_an_unknown_name_from_python_is_refused(tmp_path: Path, name: str, value: str) -> None:
+    asked: Any = {name: value}
+    with pytest.raises(UserError, match=f"{value} is unknown; use one of .*(llama|bf16)"):
+        export_weights(tmp_path / "run", tmp_path / "out", **asked)
