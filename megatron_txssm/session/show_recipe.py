@@ -1,11 +1,11 @@
 """Prints one recipe in full, or its Megatron arguments."""
 
-import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.corpus_tokenizer import NoCorpus
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
@@ -31,7 +31,7 @@ def _megatron_words(recipe: Recipe) -> list[str]:
         return megatron_arguments(recipe)
     except NoCorpus as error:
         print(f"without the corpus's --train-data-path, --valid-data-path and tokenizer: {error}", file=sys.stderr)
-    words = megatron_arguments(dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, corpus=None)))
+    words = megatron_arguments(changed(recipe, {"data.corpus": None}))
     if recipe.data.tokenizer_type is None:
         # A recipe without a corpus would have it.
         place = words.index("--tokenizer-type")

@@ -9,6 +9,7 @@ from megatron_txssm.data.corpus.manifest import Plan
 from megatron_txssm.data.corpus.status import CorpusStatus
 from megatron_txssm.data.sharding.progress import print_status, progress, tasks_text
 from megatron_txssm.errors import UserError, require_positive
+from megatron_txssm.files import remove_abandoned
 from megatron_txssm.recipe.corpus_recipe import CorpusRecipe, load_corpus_recipe
 from megatron_txssm.terminal import print_table
 
@@ -68,7 +69,6 @@ def prepare(recipe: CorpusRecipe) -> Plan:
     """Make what all tasks share, if it is missing: the frozen recipe, the tokenizer, the plan."""
     from megatron_txssm.data.sharding.plan import freeze_recipe, make_plan
     from megatron_txssm.data.tokenizer.install import check_tokenizer, install_tokenizer
-    from megatron_txssm.files import remove_abandoned
 
     folder = recipe.path / "tokenizer"
     for place in (recipe.path, folder, *(recipe.path / subset for subset in recipe.subsets)):
