@@ -14,12 +14,16 @@ import megatron.training
 import torch
 from megatron.core.ssm.utils import _split_tensor_factory as split_tensor_factory
 
-__all__ = ["get_args", "mend_megatron", "split_tensor_factory"]
+__all__ = ["MegatronArguments", "get_args", "mend_megatron", "split_tensor_factory"]
+
+type MegatronArguments = argparse.Namespace
+# A parameter group of a torch optimizer.
+type ParameterGroup = dict[str, Any]
 
 _mended = False
 
 
-def get_args() -> argparse.Namespace:
+def get_args() -> MegatronArguments:
     """Megatron's global arguments. Megatron's own function is untyped, and its variable starts as None."""
     return megatron.training.get_args()  # pyright: ignore[reportReturnType]
 
@@ -67,7 +71,9 @@ def _find_distributed_optimizer_state() -> None:
     build = optimizer._build_optimizer_group_ranges.__func__
 
     @functools.wraps(build)
-    def build_fp32_first(cls: Any, *args: Any, **kwargs: Any) -> tuple[dict[Any, tuple[int, int]], list[Any]]:
+    def build_fp32_first(
+        cls: Any, *args: Any, **kwargs: Any
+    ) -> tuple[dict[torch.nn.Parameter, tuple[int, int]], list[ParameterGroup]]:
         _, groups = build(cls, *args, **kwargs)
         for group in groups:
             # Stable: groups of one dtype keep their order.
@@ -194,13 +200,13 @@ def _with_one_schedule(load: Callable[..., None]) -> Callable[..., None]:
 
 
 def _pairs_of_groups(
-    ours: list[dict[str, Any]], theirs: list[dict[str, Any]]
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    ours: list[ParameterGroup], theirs: list[ParameterGroup]
+) -> Iterator[tuple[ParameterGroup, ParameterGroup]]:
     """Pairs of groups that differ only in their schedule; if there are several, in order of learning rate."""
     from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
     schedule = ("max_lr", "min_lr", "start_wd", "end_wd")
-    kinds: dict[tuple[Any, ...], tuple[list[dict[str, Any]], list[dict[str, Any]]]] = defaultdict(lambda: ([], []))
+    kinds: dict[tuple[object, ...], tuple[list[ParameterGroup], list[ParameterGroup]]] = defaultdict(lambda: ([], []))
     for side, groups in enumerate((ours, theirs)):
         for group in groups:
             kind = (

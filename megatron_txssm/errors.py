@@ -4,7 +4,6 @@ import difflib
 import re
 import reprlib
 from collections.abc import Iterable
-from typing import Any
 
 
 class UserError(Exception):
@@ -34,7 +33,7 @@ def require_positive(**values: int | None) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A user's value for a message, shortened."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 80

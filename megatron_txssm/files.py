@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from megatron_txssm.errors import UserError
 
@@ -110,7 +110,7 @@ def flush(stream: IO[bytes]) -> None:
     os.fsync(stream.fileno())
 
 
-def write_json(path: Path, data: Any, indent: int | None = 1) -> None:
+def write_json(path: Path, data: object, indent: int | None = 1) -> None:
     """Write JSON atomically; the same data gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file_atomically(path, (json.dumps(data, indent=indent, ensure_ascii=False) + "\n").encode())

@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# An object of metrics.jsonl, as training/watch/monitor.py writes it; earlier versions wrote fewer fields. A step has
+# "grad_norm", a validation has only its losses, by the names of its sets.
+type MetricsLine = dict[str, Any]
+
 _NUMBER = re.compile(rb" ?(\d{1,15})\b")
 
 
@@ -37,18 +41,18 @@ def current_step(metrics: Path) -> int | None:
     return None
 
 
-def metrics_tail(metrics: Path) -> list[dict[str, Any]]:
+def metrics_tail(metrics: Path) -> list[MetricsLine]:
     """The last few hundred lines of metrics.jsonl."""
     offset = metrics.stat().st_size - 65536 if metrics.exists() else 0
     return metrics_lines(metrics, max(0, offset))
 
 
-def metrics_lines(metrics: Path, begin: int = 0, end: int | None = None) -> list[dict[str, Any]]:
+def metrics_lines(metrics: Path, begin: int = 0, end: int | None = None) -> list[MetricsLine]:
     """The lines of metrics.jsonl, or of a byte range; a truncated line is left out."""
     return list(each_line(metrics, begin, end))
 
 
-def each_line(metrics: Path, begin: int = 0, end: int | None = None) -> Iterator[dict[str, Any]]:
+def each_line(metrics: Path, begin: int = 0, end: int | None = None) -> Iterator[MetricsLine]:
     """The same, one by one: all lines of a long run would take a gigabyte of memory."""
     if not metrics.exists():
         return
@@ -79,7 +83,7 @@ def _largest_iteration(text: bytes) -> int:
     return max((int(number[1]) for number in found if number), default=-1)
 
 
-def _line(line: bytes) -> dict[str, Any] | None:
+def _line(line: bytes) -> MetricsLine | None:
     """None if it is not a JSON object. A line truncated by a kill may precede it on the same line."""
     for text in (line, line[max(0, line.rfind(b'{"iteration"')) :]):
         try:

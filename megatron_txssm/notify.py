@@ -14,7 +14,6 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 from megatron_txssm.errors import readable
 
@@ -30,7 +29,7 @@ _TEXT_LENGTH = 3000
 _under_way: list[threading.Thread] = []
 
 
-def notify(run: Path, event: str, text: str, **facts: Any) -> None:
+def notify(run: Path, event: str, text: str, **facts: object) -> None:
     """Post that `event` (failed, hung, excluded, requeued, finished, slow …) happened to a run; returns at once.
 
     `facts`: fields for programs, such as job, attempt, step, nodes, cause. Does nothing without TXSSM_WEBHOOK. Never
@@ -57,7 +56,7 @@ def wait_for_notifications(seconds: float = LAST_SECONDS) -> None:
         _under_way.pop().join(max(0.0, deadline - time.monotonic()))
 
 
-def _message(run: Path, event: str, text: str, facts: dict[str, Any]) -> dict[str, Any]:
+def _message(run: Path, event: str, text: str, facts: dict[str, object]) -> dict[str, object]:
     known = {"run": str(run), "event": event, "job": os.environ.get("SLURM_JOB_ID"), "time": round(time.time(), 3)}
     words = readable(f"{run.name}: {event}: {text}")[:_TEXT_LENGTH]
     # Replaces unpaired surrogates, which a file name may contain.
@@ -102,7 +101,7 @@ def _post(address: str, message: bytes) -> tuple[str, bool]:
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """urllib would follow a redirect with a GET, which posts nothing, to an address that the response chooses."""
 
-    def redirect_request(self, *_: Any) -> None:
+    def redirect_request(self, *_: object) -> None:
         return None
 
 

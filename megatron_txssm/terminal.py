@@ -12,9 +12,13 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO, TypedDict
 
 from megatron_txssm.errors import readable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TextColumn
 
 _GAP, _INDENT = "  ", "    "
 
@@ -103,14 +107,22 @@ def doing(what: str, terminal: TextIO | None = None) -> Iterator[None]:
     """Show a spinner with the name of a long operation, on standard output or another `terminal`."""
     from rich.progress import Progress, SpinnerColumn
 
-    where = {} if terminal is None else beside_the_log(terminal)
+    where: ProgressOptions = {} if terminal is None else beside_the_log(terminal)
     hidden = not (terminal or sys.stdout).isatty()
     with Progress(SpinnerColumn(), _description(), **where, transient=True, disable=hidden) as progress:
         progress.add_task(what, total=None)
         yield
 
 
-def beside_the_log(terminal: TextIO) -> dict[str, Any]:
+class ProgressOptions(TypedDict, total=False):
+    """Arguments of rich's Progress."""
+
+    console: "Console"
+    redirect_stdout: bool
+    redirect_stderr: bool
+
+
+def beside_the_log(terminal: TextIO) -> ProgressOptions:
     """Options for rich's Progress on `terminal` while standard output and error go to a log.
 
     By default rich would redirect their lines to the terminal, and take the width from them.
@@ -118,7 +130,7 @@ def beside_the_log(terminal: TextIO) -> dict[str, Any]:
     return {"console": terminal_console(terminal), "redirect_stdout": False, "redirect_stderr": False}
 
 
-def terminal_console(terminal: TextIO) -> Any:
+def terminal_console(terminal: TextIO) -> "Console":
     """rich's console on a stream, with that stream's width."""
     from rich.console import Console, ConsoleDimensions
 
@@ -135,7 +147,7 @@ def terminal_console(terminal: TextIO) -> Any:
     return TerminalConsole(file=terminal)
 
 
-def _description() -> Any:
+def _description() -> "TextColumn":
     """A column with the description, in which braces and brackets are literal."""
     from rich.progress import TextColumn
 

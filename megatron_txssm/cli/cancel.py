@@ -1,15 +1,14 @@
 """txssm cancel: end a run's jobs; the trainer finishes its step and saves in the time that Slurm grants."""
 
 import argparse
-from typing import Any
 
-from megatron_txssm.cli.parsing import add_verb
+from megatron_txssm.cli.parsing import Subparsers, add_verb
 from megatron_txssm.jobs.cancel import cancel
 
 EXAMPLES = ("txssm cancel runs/transxssm_1.3b", "txssm cancel 17")
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "cancel", EXAMPLES)
     parser.add_argument("run", help="a run folder, a name under runs/, or the number of one of its jobs")
 

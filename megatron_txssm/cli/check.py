@@ -2,9 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from megatron_txssm.cli.parsing import add_commands, add_set_option
+from megatron_txssm.cli.parsing import Subparsers, add_commands, add_set_option
 from megatron_txssm.errors import UserError
 
 # Command -> (one line of help, examples).
@@ -40,7 +39,7 @@ COMMANDS = {
 GPU_PARTS = ("environment", "kernels", "trainings", "bandwidth", "speed", "scan", "decoding", "long")
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     add = {"parity": _add_parity, "leakage": _add_leakage, "gpu": _add_gpu}
     for name, command in add_commands(subparsers, "check", COMMANDS).items():
         add[name](command)

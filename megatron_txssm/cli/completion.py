@@ -60,7 +60,7 @@ def _files(prefix: str, *patterns: str) -> list[str]:
     return [f"{path}/" if path.is_dir() else str(path) for path in sorted(found)]
 
 
-def _recipes(prefix: str, parser: argparse.ArgumentParser, **rest: Any) -> list[str]:
+def _recipes(prefix: str, parser: argparse.ArgumentParser, **rest: object) -> list[str]:
     from megatron_txssm.recipe.loader import recipe_names
 
     if parser.prog in _OF_CORPORA:
@@ -68,21 +68,21 @@ def _recipes(prefix: str, parser: argparse.ArgumentParser, **rest: Any) -> list[
     return [*recipe_names(), *_files(prefix, "*.yaml")]
 
 
-def _corpora(prefix: str, **_: Any) -> list[str]:
+def _corpora(prefix: str, **_: object) -> list[str]:
     from megatron_txssm.recipe.corpus_recipe import corpus_recipe_files
 
     return [*corpus_recipe_files(), *_files(prefix, "*.yaml")]
 
 
-def _folders(prefix: str, **_: Any) -> list[str]:
+def _folders(prefix: str, **_: object) -> list[str]:
     return _files(prefix)
 
 
-def _runs(prefix: str, **_: Any) -> list[str]:
+def _runs(prefix: str, **_: object) -> list[str]:
     return [*(path.parent.name for path in sorted(Path("runs").glob("*/recipe.yaml"))), *_files(prefix)]
 
 
-def _fields(**_: Any) -> list[str]:
+def _fields(**_: object) -> list[str]:
     from megatron_txssm.recipe.schema import SECTIONS
     from megatron_txssm.recipe.setting import section_fields
 

@@ -2,10 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from megatron_txssm.checkpoint.tensors import DTYPES
-from megatron_txssm.cli.parsing import add_commands
+from megatron_txssm.cli.parsing import Subparsers, add_commands
 from megatron_txssm.convert.export import export
 from megatron_txssm.convert.formats import FORMATS
 from megatron_txssm.convert.importer import import_weights
@@ -40,7 +39,7 @@ COMMANDS = {
 }
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     add = {"export": _add_export, "import": _add_import, "verify": _add_verify}
     for name, command in add_commands(subparsers, "convert", COMMANDS).items():
         add[name](command)

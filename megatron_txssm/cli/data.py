@@ -2,9 +2,8 @@
 
 import argparse
 import importlib
-from typing import Any
 
-from megatron_txssm.cli.parsing import add_commands
+from megatron_txssm.cli.parsing import Subparsers, add_commands
 
 # Command -> (module with add_arguments_ and run_ functions of that name, one line of help, examples).
 COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -61,7 +60,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     about = {name: (summary, examples) for name, (_, summary, examples) in COMMANDS.items()}
     for name, command in add_commands(subparsers, "data", about).items():
         importlib.import_module(COMMANDS[name][0]).add_arguments(command)

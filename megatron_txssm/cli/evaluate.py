@@ -2,9 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from megatron_txssm.cli.parsing import add_run_options, add_verb
+from megatron_txssm.cli.parsing import Subparsers, add_run_options, add_verb
 from megatron_txssm.evaluation.evaluate import evaluate
 
 EXAMPLES = (
@@ -15,7 +14,7 @@ EXAMPLES = (
 )
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "evaluate", EXAMPLES)
     add_run_options(parser)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder; results go to RUN/evaluation")

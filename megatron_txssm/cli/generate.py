@@ -2,9 +2,8 @@
 
 import argparse
 import sys
-from typing import Any
 
-from megatron_txssm.cli.parsing import add_verb
+from megatron_txssm.cli.parsing import Subparsers, add_verb
 from megatron_txssm.evaluation.generate import generate
 from megatron_txssm.evaluation.sampling import Sampling
 
@@ -17,7 +16,7 @@ EXAMPLES = (
 )
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "generate", EXAMPLES)
     parser.add_argument(
         "model", metavar="CHECKPOINT_OR_HF", help="a run, its checkpoints, a Hugging Face folder, or with --hub a name"

@@ -1,14 +1,13 @@
 """txssm jobs: list this user's Slurm jobs, and the progress of their runs."""
 
 import argparse
-from typing import Any
 
-from megatron_txssm.cli.parsing import add_verb
+from megatron_txssm.cli.parsing import Subparsers, add_verb
 from megatron_txssm.jobs.goodput import print_goodput
 from megatron_txssm.jobs.listing import list_jobs
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "jobs", ("txssm jobs", "txssm jobs --goodput"))
     parser.add_argument(
         "--goodput", action="store_true", help="of every run here and in the queue: how well it used its time"

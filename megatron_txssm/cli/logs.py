@@ -1,9 +1,8 @@
 """txssm logs: show the output of a run's newest job; with -f, follow it until the job is over."""
 
 import argparse
-from typing import Any
 
-from megatron_txssm.cli.parsing import add_verb
+from megatron_txssm.cli.parsing import Subparsers, add_verb
 from megatron_txssm.jobs.logs import show_logs
 
 EXAMPLES = (
@@ -14,7 +13,7 @@ EXAMPLES = (
 )
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "logs", EXAMPLES)
     parser.add_argument("run", help="a run folder, a name under runs/, or the number of a job")
     parser.add_argument(

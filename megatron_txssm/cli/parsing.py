@@ -11,10 +11,12 @@ import importlib
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypedDict
 
 from megatron_txssm import __version__
 from megatron_txssm.errors import readable
+
+type Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 # Verb -> (module, one line of help).
 VERBS: dict[str, tuple[str, str]] = {
@@ -41,14 +43,14 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 
 
-def add_verb(subparsers: "argparse._SubParsersAction", verb: str, examples: Sequence[str]) -> argparse.ArgumentParser:
+def add_verb(subparsers: Subparsers, verb: str, examples: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of one verb, with its help from `VERBS` and its examples at the end of --help."""
     _, summary = VERBS[verb]
     return subparsers.add_parser(verb, **_help(summary, examples))
 
 
 def add_commands(
-    subparsers: "argparse._SubParsersAction", verb: str, commands: Mapping[str, tuple[str, Sequence[str]]]
+    subparsers: Subparsers, verb: str, commands: Mapping[str, tuple[str, Sequence[str]]]
 ) -> dict[str, argparse.ArgumentParser]:
     """The parsers of a verb's commands, by name; `commands`: name -> (one line of help, examples)."""
     parser = add_verb(subparsers, verb, [examples[0] for _, examples in commands.values()])
@@ -57,7 +59,14 @@ def add_commands(
     return {name: action.add_parser(name, **_help(*about)) for name, about in commands.items()}
 
 
-def _help(summary: str, examples: Sequence[str]) -> dict[str, Any]:
+class _Help(TypedDict):
+    help: str
+    description: str
+    epilog: str
+    formatter_class: type[argparse.HelpFormatter]
+
+
+def _help(summary: str, examples: Sequence[str]) -> _Help:
     return {
         "help": summary,
         "description": textwrap.fill(f"{summary[0].upper()}{summary[1:]}.", _help_width()),

@@ -1,9 +1,8 @@
 """txssm pretrain: train in the processes of torchrun or srun, or in processes that it starts itself."""
 
 import argparse
-from typing import Any
 
-from megatron_txssm.cli.parsing import add_run_options, add_verb
+from megatron_txssm.cli.parsing import Subparsers, add_run_options, add_verb
 from megatron_txssm.training.processes import pretrain
 
 EXAMPLES = (
@@ -14,7 +13,7 @@ EXAMPLES = (
 )
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "pretrain", EXAMPLES)
     add_run_options(parser)
     parser.add_argument("recipe", help="a name that `txssm recipes` lists, or a YAML file")

@@ -1,13 +1,12 @@
 """`txssm recipes`: the table of recipes, one recipe in full, its Megatron arguments, or the table of fields."""
 
 import argparse
-from typing import Any
 
-from megatron_txssm.cli.parsing import add_set_option, add_verb
+from megatron_txssm.cli.parsing import Subparsers, add_set_option, add_verb
 from megatron_txssm.errors import UserError
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(
         subparsers,
         "recipes",

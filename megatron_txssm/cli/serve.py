@@ -2,9 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from megatron_txssm.cli.parsing import add_verb
+from megatron_txssm.cli.parsing import Subparsers, add_verb
 from megatron_txssm.evaluation.serve import serve
 
 EXAMPLES = (
@@ -15,7 +14,7 @@ EXAMPLES = (
 )
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "serve", EXAMPLES)
     parser.add_argument("folder", metavar="HF", type=Path, help="a folder of `txssm convert export`")
     parser.add_argument("--host", default="localhost", help="address to listen on (default: localhost)")

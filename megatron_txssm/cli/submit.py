@@ -3,9 +3,8 @@
 import argparse
 import shlex
 import sys
-from typing import Any
 
-from megatron_txssm.cli.parsing import add_verb
+from megatron_txssm.cli.parsing import Subparsers, add_verb
 from megatron_txssm.jobs.limits import LIMIT_OPTIONS, Limits
 from megatron_txssm.jobs.submit import submit
 
@@ -18,7 +17,7 @@ EXAMPLES = (
 )
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "submit", EXAMPLES)
     parser.add_argument("recipe", help="a name that `txssm recipes` lists, or a YAML file")
     parser.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes of the job")

@@ -1,15 +1,14 @@
 """txssm why: why a run's last attempt ended, and what to do."""
 
 import argparse
-from typing import Any
 
-from megatron_txssm.cli.parsing import add_verb
+from megatron_txssm.cli.parsing import Subparsers, add_verb
 from megatron_txssm.jobs.diagnosis.explain import explain
 
 EXAMPLES = ("txssm why runs/transxssm_1.3b", "txssm why 17", "txssm why transxssm_1.3b --all")
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "why", EXAMPLES)
     parser.add_argument("run", help="a run folder, a name under runs/, or the number of one of its jobs")
     parser.add_argument("--all", action="store_true", help="one line for every attempt")

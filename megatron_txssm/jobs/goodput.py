@@ -21,7 +21,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +30,7 @@ from typing import NamedTuple
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt, attempts, job_ids
 from megatron_txssm.jobs.run_jobs import as_typed
-from megatron_txssm.metrics import metrics_lines, metrics_tail
+from megatron_txssm.metrics import MetricsLine, metrics_lines, metrics_tail
 from megatron_txssm.slurm import client as slurm
 from megatron_txssm.slurm.submission import read_submission
 from megatron_txssm.terminal import print_table
@@ -183,7 +183,7 @@ def _steps(run: Path, found: list[Attempt]) -> list[list[_Step]]:
     return [_of_attempt([line for line in of_attempt if "grad_norm" in line]) for of_attempt in lines]
 
 
-def _of_attempt(lines: Sequence[Mapping[str, float]]) -> list[_Step]:
+def _of_attempt(lines: Sequence[MetricsLine]) -> list[_Step]:
     consumed = [line.get("consumed_tokens", 0) for line in lines]
     batches = [after - before for before, after in itertools.pairwise(consumed)]
     batches = [*(batches[:1] or consumed), *batches]

@@ -1,9 +1,10 @@
 """AdamW with the contract of Transformer Engine's and apex's FusedAdam, in plain torch."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.optim.optimizer import ParamsT
 
 
 def stand_in_for_fused_adam() -> None:
@@ -30,7 +31,7 @@ class Adam(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: ParamsT,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,

@@ -13,11 +13,12 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -68,7 +69,13 @@ def install() -> None:
 class _CudaNamesToCpu(TorchFunctionMode):
     """Redirect explicit CUDA devices in torch calls to the CPU."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if _names_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
@@ -86,7 +93,7 @@ class _CudaNamesToCpu(TorchFunctionMode):
         return result
 
 
-def _names_cuda(device: Any) -> bool:
+def _names_cuda(device: object) -> bool:
     return (isinstance(device, str) and device.startswith("cuda")) or (
         isinstance(device, torch.device) and device.type == "cuda"
     )
@@ -95,13 +102,13 @@ def _names_cuda(device: Any) -> bool:
 class _Stream:
     """Stream operations need no action: a CPU executes in order."""
 
-    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def __init__(self, *_: object, **__: object) -> None: ...
     def __enter__(self) -> "_Stream":
         return self
 
-    def __exit__(self, *_: Any) -> None: ...
-    def wait_stream(self, *_: Any) -> None: ...
-    def wait_event(self, *_: Any) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+    def wait_stream(self, *_: object) -> None: ...
+    def wait_event(self, *_: object) -> None: ...
     def synchronize(self) -> None: ...
     def query(self) -> bool:
         return True
@@ -117,13 +124,13 @@ class _Stream:
 class _Event:
     """A point in time."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         self.seconds = 0.0
 
-    def record(self, *_: Any) -> None:
+    def record(self, *_: object) -> None:
         self.seconds = time.perf_counter()
 
-    def wait(self, *_: Any) -> None: ...
+    def wait(self, *_: object) -> None: ...
     def synchronize(self) -> None: ...
     def query(self) -> bool:
         return True
@@ -136,7 +143,7 @@ class _Event:
 class _CpuGenerators:
     """torch.cuda.default_generators[i]: the CPU generator for every device."""
 
-    def __getitem__(self, _: Any) -> torch.Generator:
+    def __getitem__(self, _: object) -> torch.Generator:
         return torch.default_generator
 
     def __len__(self) -> int:
@@ -146,7 +153,7 @@ class _CpuGenerators:
 class _DeviceContext(contextlib.nullcontext):
     """`with torch.cuda.device(i)`."""
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: object) -> None:
         super().__init__()
 
 
@@ -192,7 +199,7 @@ def _map_torch_cuda(cuda: Any) -> None:
     cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing
 
 
-def _nothing(*_: Any, **__: Any) -> None: ...
+def _nothing(*_: object, **__: object) -> None: ...
 
 
 def _physical_memory_bytes() -> int:
@@ -225,14 +232,14 @@ def _adapt_megatron() -> None:
 
 
 @contextlib.contextmanager
-def coalesce_by_dtype(group: Any, device: Any = None, async_ops: bool = False) -> Iterator[Any]:
+def coalesce_by_dtype(
+    group: torch.distributed.ProcessGroup, device: torch.device | None = None, async_ops: bool = False
+) -> Iterator[distributed_c10d._CoalescingManager]:
     """torch's _coalescing_manager, one call for each dtype.
 
     Gloo (torch 2.13) gathers all tensors of a coalesced call in the first one's dtype and silently returns garbage:
     with virtual pipeline stages, for the weights of a bf16 model with fp32 parameters.
     """
-    from torch.distributed import distributed_c10d
-
     assert device is None, "gloo coalesces the calls that torch has collected, not those of a device"
     collected = distributed_c10d._world.pg_coalesce_state
     assert not collected.get(group), "calls are being coalesced already"

@@ -58,7 +58,7 @@ class Listener:
 
 _listeners: list[Listener] = []
 # Event -> the function that replaces Megatron's.
-_replacements: dict[str, Callable[..., Any]] = {}
+_replacements: dict[str, Callable[..., object]] = {}
 
 
 def listen(listener: Listener) -> None:
@@ -99,13 +99,13 @@ def _replace_functions() -> None:
             setattr(training, name, function.__wrapped__)
 
 
-def _is_replaced(event: str, function: Callable[..., Any]) -> bool:
+def _is_replaced(event: str, function: Callable[..., object]) -> bool:
     """Also true if other code has wrapped our function meanwhile."""
     ours = _replacements.get(event)
     return inspect.unwrap(function, stop=lambda wrapped: wrapped is ours) is ours
 
 
-def _telling(event: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _telling(event: str, function: Callable[..., object]) -> Callable[..., object]:
     """Megatron's function, with its listeners."""
     name, told = FUNCTIONS[event]
     signature = inspect.signature(function)
@@ -113,19 +113,19 @@ def _telling(event: str, function: Callable[..., Any]) -> Callable[..., Any]:
         raise RuntimeError(f"Megatron's {name} has no argument {', '.join(sorted(missing))}: adapt {__name__} to it")
 
     @functools.wraps(function)
-    def tell_listeners(*args: Any, **kwargs: Any) -> Any:
+    def tell_listeners(*args: object, **kwargs: object) -> object:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         call = Call(**{argument: bound.arguments[argument] for argument in told})
 
-        def proceed() -> Any:
+        def proceed() -> object:
             assert vars(call).keys() == set(told), f"{name}: {set(vars(call)) ^ set(told)} is not in FUNCTIONS"
             bound.arguments.update(vars(call))
             return function(*bound.args, **bound.kwargs)
 
         for before in _methods("before", event):
             before(call)
-        run = proceed
+        run: Callable[[], object] = proceed
         for around in reversed(_methods("around", event)):
             run = functools.partial(around, call, run)
         result = run()
@@ -136,7 +136,7 @@ def _telling(event: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return tell_listeners
 
 
-def _methods(when: str, event: str) -> list[Callable[..., Any]]:
+def _methods(when: str, event: str) -> list[Callable[..., object]]:
     found = (getattr(listener, f"{when}_{event}", None) for listener in _listeners)
     return [method for method in found if method is not None]
 

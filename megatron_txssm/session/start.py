@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.platform import prepare_platform
@@ -13,8 +13,14 @@ from megatron_txssm.recipe.megatron_section import of_gpus
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_arguments
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.training.models.gpt import GPTModelConfig
 
-def start_megatron(recipe: Recipe, *, before: Sequence[str] = (), after: Sequence[str] = ()) -> Any:
+    from megatron_txssm.compat import MegatronArguments
+
+
+def start_megatron(recipe: Recipe, *, before: Sequence[str] = (), after: Sequence[str] = ()) -> "MegatronArguments":
     """Megatron's arguments for a recipe, parsed and validated by Megatron, for the rank given by the environment.
 
     Call it before Megatron is imported. `before` and `after`: further arguments, placed before or after the recipe's
@@ -60,7 +66,7 @@ def follow_deterministic_mode(recipe: Recipe) -> None:
         os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
 
 
-def initialize_arguments(arguments: list[str]) -> Any:
+def initialize_arguments(arguments: list[str]) -> "MegatronArguments":
     """Megatron's global arguments, parsed and validated by Megatron; UserError if it rejects them."""
     from megatron.training.arguments import parse_and_validate_args
 
@@ -74,13 +80,13 @@ def initialize_arguments(arguments: list[str]) -> Any:
         raise UserError(f"Megatron refuses the arguments: {error}") from error
 
 
-def model_config(args: Any) -> Any:
+def model_config(args: "MegatronArguments") -> "GPTModelConfig":
     """Megatron's GPTModelConfig, whose builder initialises every weight from the seed and its name."""
     from megatron.training.argument_utils import gpt_config_from_args
 
     from megatron_txssm.model.initialization import initialize_by_name
 
-    def initialize(stages: list[Any]) -> list[Any]:
+    def initialize(stages: "list[MegatronModule]") -> "list[MegatronModule]":
         for stage in stages:
             initialize_by_name(stage, args.seed)
         return stages
@@ -91,7 +97,7 @@ def model_config(args: Any) -> Any:
 
 
 @contextmanager
-def megatron_initialized(recipe: Recipe, world_size: int) -> Iterator[Any]:
+def megatron_initialized(recipe: Recipe, world_size: int) -> "Iterator[MegatronArguments]":
     """Megatron's global arguments and tokenizer as on rank 0 of `world_size` processes, without starting them."""
     platform_arguments = prepare_platform()
     from megatron.training import global_vars

@@ -1,16 +1,19 @@
 """Searches a model's weights and its optimizer's state for NaN and infinity."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
 
 # Name and tensor.
 Named = tuple[str, torch.Tensor]
 
 
-def first_not_finite(model: Iterable[Any], optimizer: Any = None) -> str:
+def first_not_finite(model: Iterable[torch.nn.Module], optimizer: "MegatronOptimizer | None" = None) -> str:
     """The first weight, master weight or Adam moment that is NaN or infinite, and its rank; empty if all are finite.
 
     Every rank returns the same. Tensors are read in place, without copies; only one number is copied to the host.
@@ -21,7 +24,7 @@ def first_not_finite(model: Iterable[Any], optimizer: Any = None) -> str:
     dist.all_reduce(broken, op=dist.ReduceOp.MAX)
     if not broken:
         return ""
-    names: list[Any] = [None] * dist.get_world_size()
+    names: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(names, next((name for name, tensor in named if not tensor.isfinite().all()), None))
     return next(f"{name} on rank {rank}" for rank, name in enumerate(names) if name is not None)
 
@@ -37,13 +40,13 @@ def _all_finite(tensors: list[torch.Tensor]) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
-def _weights(model: Iterable[Any]) -> Iterator[Named]:
+def _weights(model: Iterable[torch.nn.Module]) -> Iterator[Named]:
     for chunk in model:
         for name, parameter in chunk.named_parameters():
             yield f"the weight {name.removeprefix('module.').removeprefix('module.')}", parameter.detach()
 
 
-def _kept(optimizer: Any) -> Iterator[Named]:
+def _kept(optimizer: "MegatronOptimizer | None") -> Iterator[Named]:
     """The optimizer state in a checkpoint: fp32 master weights, and Adam's state for each."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = getattr(part, "optimizer", None)

@@ -3,7 +3,7 @@
 B=batch  L=sequence length
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from megatron.training import get_tokenizer
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
+from torch.nn import Module
 
 from megatron_txssm.compat import get_args
 from megatron_txssm.errors import UserError
@@ -23,6 +24,9 @@ from megatron_txssm.model.context_parallel import Zigzag
 from megatron_txssm.model.documents import PackedDocuments
 from megatron_txssm.training.staged_blend import StagedDatasetBuilder
 from megatron_txssm.training.validation_sets import fixed_validation, samples_of_one_validation
+
+# Sum of token losses in nats, number of tokens, reported values.
+type Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -104,7 +108,7 @@ class WithoutPadding:
         return getattr(self.tokenizer, name)
 
 
-def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
+def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Module) -> tuple[Tensor, Callable[[Tensor], Loss]]:
     """Run one micro-batch through this stage: (output, function from the output to Megatron's loss triple)."""
     batch = next(data_iterator)
     documents = None
@@ -121,7 +125,7 @@ def packed_documents(position_ids_BL: Tensor) -> PackedDocuments:
     return PackedDocuments.from_position_ids(position_ids_BL.to(torch.cuda.current_device(), non_blocking=True))
 
 
-def count_documents(position_ids_BL: Tensor, model: Any) -> None:
+def count_documents(position_ids_BL: Tensor, model: Module) -> None:
     """Report document lengths to Megatron's loop, which sums them over the ranks to count attention's FLOPs."""
     # Once per micro-batch: a rank with several virtual stages receives it once per stage.
     if model.training and not get_attr_wrapped_model(model, "vp_stage"):
@@ -137,8 +141,8 @@ def on_this_rank(whole_BL: Tensor) -> Tensor:
     return own.to(torch.cuda.current_device(), non_blocking=True)
 
 
-def loss_function(loss_mask_BL: Tensor, losses_BL: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(sum of token losses in nats, number of tokens, reported values).
+def loss_function(loss_mask_BL: Tensor, losses_BL: Tensor) -> Loss:
+    """The loss of a micro-batch.
 
     A triple, because Megatron multiplies the loss of a pair by the context-parallel size, which silently doubles
     gradients.

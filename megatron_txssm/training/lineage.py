@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
@@ -140,8 +140,14 @@ def _with_sources(traced: list[TracedSample], corpus: Path) -> list[TracedSample
     return [dataclasses.replace(sample, documents=tuple(map(sourced, sample.documents))) for sample in traced]
 
 
-def _read_sources(table: Path, documents: Iterable[int]) -> dict[int, dict[str, Any]]:
-    """Document number -> {"file", "row", "origin"}."""
+class _Source(TypedDict):
+    file: str
+    row: int
+    origin: str | None
+
+
+def _read_sources(table: Path, documents: Iterable[int]) -> dict[int, _Source]:
+    """Document number -> its source, as in a Part."""
     import pyarrow
     import pyarrow.parquet
 

@@ -4,7 +4,6 @@ import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_txssm.checkpoint.fallback import from_rank_0, newest_finite
 from megatron_txssm.checkpoint.steps import TRACKER, Step, saved_step, whole_steps
@@ -25,11 +24,11 @@ class Suspect:
     rank: int
     node: str
     # None without a GPU.
-    device: Any
+    device: int | None
     result: str
 
     def __str__(self) -> str:
-        device = f", GPU {self.device}" if isinstance(self.device, int) else ""
+        device = "" if self.device is None else f", GPU {self.device}"
         return f"rank {self.rank} (node {self.node}{device}: {self.result})"
 
 
@@ -62,8 +61,9 @@ def _suspects() -> list[Suspect]:
     call = get_rerun_state_machine().failed_validation_call
     ours = None
     if call is not None:
-        ours = Suspect(dist.get_rank(), os.uname().nodename, torch.cuda.current_device(), call.caller.message)
-    found: list[Any] = [None] * dist.get_world_size()
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        ours = Suspect(dist.get_rank(), os.uname().nodename, device, call.caller.message)
+    found: list[Suspect | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, ours)
     return [suspect for suspect in found if suspect is not None]
 

@@ -8,7 +8,8 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.process_limits import allow_open_files
@@ -26,6 +27,9 @@ from megatron_txssm.training.launch.preflight import (
     warnings,
 )
 from megatron_txssm.training.launch.run_lock import check_not_running
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def pretrain(
@@ -126,13 +130,13 @@ def _launch_workers(recipe: Recipe, nproc: int, command: list[str], port: int) -
     return 128 + stop.received
 
 
-def _ended_by_signal(failures: Any) -> bool:
+def _ended_by_signal(failures: "ChildFailedError") -> bool:
     """Whether the workers ended by the signals that stop a run (at once or while starting), not by a fault."""
     codes = {failure.exitcode for failure in failures.failures.values()}
     return codes <= {-signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL, 128 + signal.SIGINT, 128 + signal.SIGTERM}
 
 
-def _explain(failures: Any, recipe: Recipe) -> int:
+def _explain(failures: "ChildFailedError", recipe: Recipe) -> int:
     """Report once what ended the run; 2 for a user error, 1 for a failure."""
     rank, failure = failures.get_first_failure()
     message = failure.message
@@ -166,11 +170,11 @@ class _StopSignals:
         self.previous = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, _: Any) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
         import psutil
 
         if self.received is None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_txssm.checkpoint.checksums import DamagedCheckpoint
 from megatron_txssm.checkpoint.fallback import SoundSteps, find_damage, from_rank_0, note_without_checksums
@@ -20,6 +20,9 @@ from megatron_txssm.checkpoint.steps import (
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.session.hooks import Call, Listener, tracker_naming
 
+if TYPE_CHECKING:
+    from megatron_txssm.compat import MegatronArguments
+
 # Megatron's arguments that load_checkpoint sets, and expects to have their initial values.
 _SET_BY_A_LOAD = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples", "finetune")
 
@@ -35,8 +38,9 @@ class SoundLoads(Listener):
     recipe: Recipe
     say: Callable[[str], None]
 
-    def around_load(self, call: Call, proceed: Callable[[], Any]) -> Any:
+    def around_load(self, call: Call, proceed: Callable[[], object]) -> object:
         from megatron_txssm.compat import get_args
+        from megatron_txssm.training.finite import first_not_finite
 
         ours, options, verify = self.recipe.checkpoint_path, get_args(), self.recipe.checkpoint.verify
         if options.load != str(ours) or options.ckpt_step:
@@ -49,7 +53,7 @@ class SoundLoads(Listener):
         while (newest := steps.find_next()).step is not None:
             _go_back(steps, newest, before, self.say)
             loaded = _load_step(newest.step, proceed)
-            if not (why := _not_finite(call.ddp_model, call.optimizer)):
+            if not (why := first_not_finite(call.ddp_model, call.optimizer)):
                 return loaded
             steps.reject(f"{why} is NaN or infinite")
             vars(options).update(at_start)
@@ -61,12 +65,6 @@ class SoundLoads(Listener):
         return proceed()
 
 
-def _not_finite(model: Any, optimizer: Any) -> str:
-    from megatron_txssm.training.finite import first_not_finite
-
-    return first_not_finite(model, optimizer)
-
-
 def _go_back(steps: SoundSteps, newest: Newest, before: int | None, say: Callable[[str], None]) -> None:
     assert newest.step is not None
     if lost := going_back(newest, before):
@@ -76,7 +74,7 @@ def _go_back(steps: SoundSteps, newest: Newest, before: int | None, say: Callabl
         say(f"note: {note}")
 
 
-def _load_step(step: Step, load: Callable[[], Any]) -> Any:
+def _load_step(step: Step, load: Callable[[], object]) -> object:
     """Load this step on every rank, even if a rank's network file system still shows an older tracker."""
     from megatron_txssm.compat import get_args
 
@@ -91,7 +89,7 @@ def _load_step(step: Step, load: Callable[[], Any]) -> Any:
         options.ckpt_step, options.pretrained_checkpoint = None, pretrained
 
 
-def _chosen(options: Any) -> Step | None:
+def _chosen(options: "MegatronArguments") -> Step | None:
     """The checkpoint that Megatron's own arguments select; it is not replaced by another."""
     folder = options.load if options.load and tracked_anything(options.load) else options.pretrained_checkpoint
     if folder is None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
 
 from megatron_txssm.checkpoint.steps import find_newest, folder_bytes, remove_step, saved_step
 from megatron_txssm.errors import UserError
@@ -47,7 +46,7 @@ class GuardedSaves(Listener):
     # The step of the last save that was begun.
     begun: int = field(default=0, init=False, compare=False)
 
-    def around_save(self, call: Call, proceed: Callable[[], Any]) -> Any:
+    def around_save(self, call: Call, proceed: Callable[[], object]) -> object:
         from torch.distributed.checkpoint import CheckpointException
 
         with sigterm_blocked():
@@ -64,7 +63,7 @@ class GuardedSaves(Listener):
             except (Exception, CheckpointException) as error:
                 raise RuntimeError(_failed_save(self.recipe, self.begun, error)) from error
 
-    def around_finalize(self, call: Call, proceed: Callable[[], Any]) -> Any:
+    def around_finalize(self, call: Call, proceed: Callable[[], object]) -> object:
         """An asynchronous save (async_save) fails here, some steps later."""
         from torch.distributed.checkpoint import CheckpointException
 

@@ -21,6 +21,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.training.validation_sets import Sample
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class StagedBlend(torch.utils.data.Dataset):
         member = blend.dataset_index[local]
         return int(members[member]), int(drawn[member] + blend.dataset_sample_index[local])
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Sample:
         dataset, sample = self.locate(index)
         return {"dataset_id": dataset, **self.datasets[dataset][sample]}
 

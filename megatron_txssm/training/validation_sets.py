@@ -10,13 +10,25 @@ import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megatron.core.datasets.utils import Split
 from torch.utils.data import ConcatDataset
 
+from megatron_txssm.compat import MegatronArguments
 
-def fixed_validation(validation: Any, args: Any) -> Any:
+# "tokens", "labels", "loss_mask", "position_ids" [L], and numbers of a dataset.
+type Sample = dict[str, Any]
+
+
+class Samples(Protocol):
+    """A dataset of Megatron's, or one of ours around it."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, idx: int) -> Sample: ...
+
+
+def fixed_validation(validation: Any, args: MegatronArguments) -> Samples | Sequence[Samples] | None:
     """Megatron's validation set, or list of sets, wrapped so that one validation reads all of it once.
 
     `args`: Megatron's; with --eval-iters its loader is set to begin at the first sample, regardless of the checkpoint.
@@ -32,11 +44,11 @@ def fixed_validation(validation: Any, args: Any) -> Any:
     return FirstSamples(validation, samples_of_one_validation(args), endless=args.dataloader_type == "single")
 
 
-def samples_of_one_validation(args: Any) -> int:
+def samples_of_one_validation(args: MegatronArguments) -> int:
     return args.eval_iters * args.eval_global_batch_size
 
 
-def of_each_set(iterators: Any, args: Any) -> Any:
+def of_each_set[T](iterators: list[list[T]], args: MegatronArguments) -> list[list[T]]:
     """Megatron's iterators, regrouped for its validation of several sets: per set, those of all virtual stages.
 
     Megatron passes them per virtual stage, which would pair one set's tokens with another set's labels across stages.
@@ -55,15 +67,15 @@ class FirstSamples:
     # Megatron's loader takes its batch size from it.
     split = Split.valid
 
-    def __init__(self, samples: Any, count: int, *, endless: bool):
+    def __init__(self, samples: Samples, count: int, *, endless: bool):
         self.samples, self.count, self.endless = samples, count, endless
 
     def __len__(self) -> int:
         return sys.maxsize if self.endless else self.count
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, idx: int) -> Sample:
         # Token files without weights are not repeated if they hold too few samples.
-        return self.samples[index % self.count % len(self.samples)]
+        return self.samples[idx % self.count % len(self.samples)]
 
 
 class WholeSet:
@@ -71,18 +83,18 @@ class WholeSet:
 
     split = Split.valid
 
-    def __init__(self, samples: Any, copies: int):
+    def __init__(self, samples: Samples, copies: int):
         self.samples, self.copies = samples, copies
 
     def __len__(self) -> int:
         return math.ceil(len(self.samples) / self.copies) * self.copies
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self.samples[min(index, len(self.samples) - 1)]
-        return sample if index < len(self.samples) else sample | {"loss_mask": sample["loss_mask"] * 0}
+    def __getitem__(self, idx: int) -> Sample:
+        sample = self.samples[min(idx, len(self.samples) - 1)]
+        return sample if idx < len(self.samples) else sample | {"loss_mask": sample["loss_mask"] * 0}
 
 
-def by_subset(datasets: Sequence[Any]) -> list[ConcatDataset]:
+def by_subset(datasets: Sequence[Any]) -> list[ConcatDataset[Sample]]:
     """One set per folder of shards, in order; `datasets` are GPTDatasets, one per shard.
 
     Megatron makes one set per shard, and a corpus has hundreds.

@@ -17,15 +17,18 @@ import json
 import os
 import shlex
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import write_json
 from megatron_txssm.recipe.corpus_recipe import how_to_make, load_corpus_recipe
 from megatron_txssm.recipe.corpus_tokenizer import NoCorpus, TokenizerFacts, read_tokenizer_facts
+
+if TYPE_CHECKING:
+    from megatron_txssm.data.tokenizer.checked_encoder import Difference
 
 # The parts of a corpus: documents to train on, and documents held out.
 SPLITS = ("train", "validation")
@@ -76,6 +79,15 @@ class ShardRecord:
     sizes: dict[str, int]
 
 
+class BrokenPlace(TypedDict):
+    """A row, or a file (row None), that could not be used."""
+
+    file: str
+    row: int | None
+    reason: str
+    detail: str
+
+
 @dataclass(frozen=True)
 class TaskManifest:
     """The output of a finished task, and its sources."""
@@ -88,8 +100,8 @@ class TaskManifest:
     filtered: int
     # Reason -> number of rows, or of files that could not be read to the end.
     broken: dict[str, int]
-    # The first broken ones: {"file", "row" (null: the file itself), "reason", "detail"}.
-    broken_places: tuple[dict[str, Any], ...]
+    # The first broken ones.
+    broken_places: tuple[BrokenPlace, ...]
     tokenizer: str
     # Library that made the tokens, and number of documents compared with the reference tokenizer.
     encoder: str
@@ -97,8 +109,8 @@ class TaskManifest:
     shards: dict[str, ShardRecord]
     # Documents encoded by the reference alone, for characters on which the two may differ.
     referred_documents: int = 0
-    # Found by comparison: {"document", "detail", "characters" (doubtful from then on; none: every text is)}.
-    differences: tuple[dict[str, Any], ...] = ()
+    # Found by comparison.
+    differences: tuple["Difference", ...] = ()
     format: int = FORMAT
 
 
@@ -220,7 +232,7 @@ def write_subset_manifest(directory: Path, subset: str) -> None:
     manifests = [manifest for task in range(tasks) if (manifest := read_manifest(directory, subset, task))]
     if len(manifests) < tasks:
         return
-    totals: dict[str, Any] = {"subset": subset, "tasks": tasks, "tokenizer": manifests[0].tokenizer}
+    totals: dict[str, object] = {"subset": subset, "tasks": tasks, "tokenizer": manifests[0].tokenizer}
     totals |= {name: sum(getattr(m, name) for m in manifests) for name in ("rows", "filtered")}
     totals["broken"] = add_counts(m.broken for m in manifests)
     for split in SPLITS:
@@ -241,7 +253,7 @@ def remove_task(directory: Path, subset: str, task: int) -> None:
             path.unlink(missing_ok=True)
 
 
-def add_counts(counts: Any) -> dict[str, int]:
+def add_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
     """The sum of mappings from names to numbers."""
     total: dict[str, int] = {}
     for count in counts:

@@ -4,7 +4,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_txssm.data.corpus.blend import CorpusBlend, Share, Stage, blend_corpus, corpus_arguments, recipe_blend
 from megatron_txssm.data.corpus.manifest import open_corpus, read_plan
@@ -12,6 +12,9 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.setting import argument
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # Up to four epochs, repeated tokens are worth nearly as much as new ones (arXiv:2305.16264).
 EPOCHS_OF_USE = 4
@@ -108,7 +111,7 @@ def _warn_of_repetition(blend: CorpusBlend) -> None:
             )
 
 
-def _add_rows(table: Any, stage: str, part: Stage, shares: Sequence[Share]) -> None:
+def _add_rows(table: "Table", stage: str, part: Stage, shares: Sequence[Share]) -> None:
     for position, share in enumerate(shares):
         table.add_row(
             stage if position == 0 else "",

@@ -4,12 +4,38 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from megatron_txssm.data.corpus.manifest import Plan, TaskManifest, add_counts, read_manifest, read_plan
 
+if TYPE_CHECKING:
+    from megatron_txssm.data.tokenizer.checked_encoder import Difference
+
 # A running task writes its status every second; after this long without one, it was killed or its node lost.
 SILENT_SECONDS = 120.0
+
+
+class RunningTask(TypedDict):
+    """The status file of a running task: what it has done so far."""
+
+    state: Literal["running"]
+    # Seconds since the epoch.
+    updated: float
+    # Share of its source bytes.
+    progress: float
+    encoder: str
+    rows: int
+    filtered: int
+    documents: int
+    tokens: int
+    text_bytes: int
+
+
+class FailedTask(TypedDict):
+    """The status file of a failed task."""
+
+    state: Literal["failed"]
+    error: str
 
 
 @dataclass
@@ -41,7 +67,7 @@ class SubsetStatus:
     # Documents with characters on which gigatoken and the reference may differ: encoded by the reference.
     referred: int = 0
     # (task, an unforeseen difference between the two), of finished tasks.
-    differences: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    differences: list[tuple[int, "Difference"]] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
@@ -84,8 +110,8 @@ class CorpusStatus:
             self._manifests[name, task] = manifest
         return self._manifests[name, task]
 
-    def _running(self, name: str) -> dict[int, dict[str, Any]]:
-        found = {}
+    def _running(self, name: str) -> dict[int, RunningTask | FailedTask]:
+        found: dict[int, RunningTask | FailedTask] = {}
         for path in (self.directory / name).glob("*.status.json"):
             try:
                 found[int(path.name.split(".")[0])] = json.loads(path.read_bytes())
@@ -108,7 +134,7 @@ class CorpusStatus:
             status.tokens += record.tokens
             status.text_bytes += record.text_bytes
 
-    def _add_running(self, status: SubsetStatus, task: int, facts: dict[str, Any], weight: float) -> None:
+    def _add_running(self, status: SubsetStatus, task: int, facts: RunningTask | FailedTask, weight: float) -> None:
         if facts["state"] == "failed":
             status.failed[task] = facts["error"]
         elif time.time() - facts["updated"] > SILENT_SECONDS:

@@ -1,9 +1,8 @@
 """Rows that cannot be used: counted, logged with their place, never silently dropped; too many stop the task."""
 
-from typing import Any
-
 from datatrove.utils.logging import logger
 
+from megatron_txssm.data.corpus.manifest import BrokenPlace
 from megatron_txssm.errors import UserError
 
 NULL_TEXT = "null text"
@@ -34,8 +33,8 @@ class BrokenRows:
         self.rows = 0
         # Reason -> rows, or files for UNREADABLE_FILE.
         self.counts: dict[str, int] = {}
-        # The first PLACES_KEPT: {"file", "row", "reason", "detail"}.
-        self.places: list[dict[str, Any]] = []
+        # The first PLACES_KEPT.
+        self.places: list[BrokenPlace] = []
 
     @property
     def broken_files(self) -> int:
@@ -56,7 +55,7 @@ class BrokenRows:
 
         Only `seen` counts the row as read. The detail is cut to one line of printable characters.
         """
-        place = {"file": file, "row": row, "reason": reason, "detail": _one_line(detail)}
+        place: BrokenPlace = {"file": file, "row": row, "reason": reason, "detail": _one_line(detail)}
         self.counts[reason] = self.counts.get(reason, 0) + 1
         if len(self.places) < PLACES_KEPT:
             self.places.append(place)
@@ -73,7 +72,7 @@ class BrokenRows:
         self._judge_files()
         self._judge_rows()
 
-    def _log(self, place: dict[str, Any]) -> None:
+    def _log(self, place: BrokenPlace) -> None:
         number = self.broken_rows + self.broken_files
         if number <= PLACES_KEPT:
             logger.warning(_shown(place))
@@ -101,7 +100,7 @@ class BrokenRows:
         return f"{self.broken_rows:,} of {self.rows:,} rows broken ({share:.3%}; {reasons})"
 
 
-def _shown(place: dict[str, Any]) -> str:
+def _shown(place: BrokenPlace) -> str:
     row = "" if place["row"] is None else f", row {place['row']}"
     return f"{place['file']}{row}: {place['reason']}" + (f" ({place['detail']})" if place["detail"] else "")
 

@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import fsspec
 import fsspec.config
@@ -82,7 +81,7 @@ class FetchBlobs(PipelineStep):
         *,
         threads: int = 16,
         decode_errors: str = "strict",
-        storage_options: dict[str, Any] | None = None,
+        storage_options: dict[str, object] | None = None,
         timeout: float = 20.0,
         retries: int = 4,
         backoff: float = 0.5,
@@ -108,7 +107,7 @@ class FetchBlobs(PipelineStep):
         # Of the running task; set before the step runs.
         self.broken: BrokenRows | None = None
 
-    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Generator[Document]:
+    def run(self, data: Iterable[Document] | None = None, rank: int = 0, world_size: int = 1) -> Generator[Document]:
         """UserError if the bucket cannot be reached, or `broken` exceeds its limits."""
         assert self.broken is not None, "FetchBlobs.broken must be set before the step runs"
         # Not yet reported to `broken`: if the bucket cannot be reached, that is the error to show, not a share of rows.
@@ -176,7 +175,7 @@ class _Fetcher:
         self.step = step
         self.stopped = threading.Event()
 
-    def fetch(self, blob_id: Any) -> Blob:
+    def fetch(self, blob_id: object) -> Blob:
         """Fetch one text. Errors become a reason; only a bug raises."""
         if not isinstance(blob_id, str) or not _BLOB_ID.fullmatch(blob_id):
             return Blob(reason=MISSING_BLOB, detail=f"{blob_id!r:.80} is no SHA-1 in hex")
@@ -210,7 +209,7 @@ class _Fetcher:
         raise AssertionError("unreachable")
 
 
-def _default_options(step: FetchBlobs) -> dict[str, Any]:
+def _default_options(step: FetchBlobs) -> dict[str, object]:
     protocol = step.blob_url.partition("://")[0]
     if protocol in ("s3", "s3a"):
         return {

@@ -7,10 +7,17 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from megatron_txssm.data.corpus.manifest import corpus_directory
@@ -133,7 +140,7 @@ def _is_terminal() -> bool:
 
 class _Bars:
     def __init__(self, status: CorpusStatus) -> None:
-        columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()]
+        columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()]
         columns += [TextColumn("{task.fields[detail]}"), TimeElapsedColumn(), TimeRemainingColumn()]
         self.progress = Progress(*columns, transient=True)
         self.bars = {name: self.progress.add_task(name, total=1.0, detail="") for name in status.plan.tasks}
@@ -142,7 +149,7 @@ class _Bars:
         self.progress.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
     def show(self, subset: SubsetStatus) -> None:

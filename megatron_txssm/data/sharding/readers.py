@@ -43,9 +43,9 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
 }
 
-Row = dict[str, Any]
+Row = dict[str, object]
 # The value of a field that a row does not have.
-MISSING: Any = object()
+MISSING = object()
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -73,7 +73,7 @@ class RowReader(PipelineStep):
         self.other_fields = {*(f.field for f in self.filters), *PLACEHOLDER.findall(subset.origin or "")}
         self.fields = {self.text_field, *self.other_fields}
 
-    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Generator[Document]:
+    def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> Generator[Document]:
         """The documents, in the order of files and rows; at most `limit`."""
         left = self.subset.limit
         total = sum(piece.bytes for piece in self.pieces) or 1
@@ -127,11 +127,11 @@ class RowReader(PipelineStep):
                         yield number, row
                     number += 1
 
-    def _columns(self, piece: Slice, schema: Any) -> list[str]:
+    def _columns(self, piece: Slice, schema: pa.Schema) -> list[str]:
         """The columns to read; of a struct, only the fields needed."""
         return sorted({self._column(piece, field, schema) for field in self.fields})
 
-    def _column(self, piece: Slice, field: str, schema: Any) -> str:
+    def _column(self, piece: Slice, field: str, schema: pa.Schema) -> str:
         column, names, fields = "", field.split("."), schema
         while names:
             # A column's own name may contain dots.
@@ -209,7 +209,7 @@ class _Filter:
             raise UserError(f"filters: {text!r} must be FIELD OPERATOR VALUE, such as 'int_score >= 4'")
         self.field, self.operator, value = found.groups()
         number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", value, re.IGNORECASE)
-        self.value: Any = float(value) if number else value.strip("'\"")
+        self.value = float(value) if number else value.strip("'\"")
 
     def __call__(self, row: Row) -> bool:
         value = _text(_value(row, self.field))
@@ -228,7 +228,7 @@ def _open_lines(source: str, file: str) -> Iterator[IO[bytes]]:
         yield io.BufferedReader(pa.CompressedInputStream(stream, "zstd")) if packed else stream
 
 
-def _row_groups(file: Any, begin: int, end: int) -> tuple[list[int], int]:
+def _row_groups(file: pq.ParquetFile, begin: int, end: int) -> tuple[list[int], int]:
     """The row groups that contain rows begin to end, and the number of their first row."""
     groups, first, start = [], 0, 0
     for index in range(file.num_row_groups):
@@ -241,7 +241,7 @@ def _row_groups(file: Any, begin: int, end: int) -> tuple[list[int], int]:
     return groups, first
 
 
-def _as_rows(batch: Any) -> Iterator[Row]:
+def _as_rows(batch: pa.RecordBatch) -> Iterator[Row]:
     """The rows of an Arrow batch, strings as bytes: one with invalid UTF-8 must not affect the others."""
     lists = [column.cast(_bytes_type(column.type)).to_pylist() for column in batch.columns]
     names = batch.schema.names
@@ -249,7 +249,7 @@ def _as_rows(batch: Any) -> Iterator[Row]:
         yield dict(zip(names, values, strict=True))
 
 
-def _bytes_type(arrow: Any) -> Any:
+def _bytes_type(arrow: pa.DataType) -> pa.DataType:
     """An Arrow type with bytes in place of its strings, including those in structs and dictionaries."""
     if pa.types.is_dictionary(arrow):
         return _bytes_type(arrow.value_type)
@@ -261,7 +261,7 @@ def _bytes_type(arrow: Any) -> Any:
     return pa.large_binary() if pa.types.is_large_string(arrow) else arrow
 
 
-def _value(row: Any, field: str) -> Any:
+def _value(row: object, field: str) -> object:
     """The value of a field, or MISSING; `a.b` is a field of this name, or field b of a, a struct or JSON.
 
     Any field of null is null.
@@ -284,7 +284,7 @@ def _value(row: Any, field: str) -> Any:
     return MISSING
 
 
-def _text(value: Any) -> Any:
+def _text(value: object) -> object:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 

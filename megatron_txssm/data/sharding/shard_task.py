@@ -10,9 +10,8 @@ import functools
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -63,7 +62,7 @@ class ShardTask(PipelineStep):
         self.recipe = recipe
         self.subset = subset
 
-    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+    def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         """Finish task `rank` unless it is already finished; yields no documents."""
         with _task_lock(self.recipe.path, self.subset, rank):
             if read_manifest(self.recipe.path, self.subset, rank) is None:
@@ -98,7 +97,7 @@ class _Task:
             with contextlib.closing(with_texts(self.reader)) as documents:
                 for batch in _batches(documents):
                     self._write(batch, splits, encoder)
-                    self.status.update(self._facts(splits) | {"encoder": encoder.name})
+                    self.status.update({**self._facts(splits), "encoder": encoder.name})
             self.broken.finish()
             for writer in splits.values():
                 writer.publish()
@@ -129,7 +128,7 @@ class _Task:
             if chosen:
                 splits[split].write([batch[number] for number in chosen], [ids[number] for number in chosen])
 
-    def _facts(self, splits: dict[str, "_SplitWriter"]) -> dict[str, Any]:
+    def _facts(self, splits: dict[str, "_SplitWriter"]) -> Mapping[str, object]:
         return {
             "rows": self.broken.rows,
             "filtered": self.reader.filtered,
@@ -167,7 +166,7 @@ class _SplitWriter:
         self.text_bytes = self.inner_eods = 0
         self.sources_path = Path(f"{prefix}.parquet")
         self._sources = pq.ParquetWriter(partial_path(self.sources_path), _SOURCES, compression="zstd")
-        self._pending: list[dict[str, Any]] = []
+        self._pending: list[dict[str, object]] = []
 
     def write(self, documents: list[Document], ids: list[np.ndarray]) -> None:
         joined = np.concatenate(ids)
@@ -220,22 +219,22 @@ class _Status:
         self.started = time.time()
         self._next = 0.0
 
-    def update(self, facts: dict[str, Any]) -> None:
+    def update(self, facts: Mapping[str, object]) -> None:
         if time.monotonic() >= self._next:
-            self._write(facts | {"state": "running"})
+            self._write({**facts, "state": "running"})
             self._next = time.monotonic() + SECONDS_BETWEEN_STATUS
 
-    def fail(self, facts: dict[str, Any], error: BaseException) -> None:
+    def fail(self, facts: Mapping[str, object], error: BaseException) -> None:
         # On a full disk this may fail, too; the original error matters more.
         with contextlib.suppress(OSError):
-            self._write(facts | {"state": "failed", "error": f"{type(error).__name__}: {error}"})
+            self._write({**facts, "state": "failed", "error": f"{type(error).__name__}: {error}"})
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
 
-    def _write(self, facts: dict[str, Any]) -> None:
+    def _write(self, facts: Mapping[str, object]) -> None:
         place = {"host": socket.gethostname(), "pid": os.getpid(), "started": self.started, "updated": time.time()}
-        write_json(self.path, facts | place)
+        write_json(self.path, {**facts, **place})
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ are doubtful depends only on the tokenizer and the task's earlier documents, so 
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from datatrove.data import Document
@@ -22,6 +22,15 @@ COMPARED_FIRST_BYTES = 20_000
 _LARGEST_SEARCH = 400
 
 
+class Difference(TypedDict):
+    """A document whose ids from the two encoders differ."""
+
+    document: str
+    detail: str
+    # Such as U+1234: doubtful from then on. None: every text is.
+    characters: list[str]
+
+
 class CheckedEncoder:
     """Encodes texts without adding tokens; without a fast encoder, the reference encodes them all."""
 
@@ -30,8 +39,7 @@ class CheckedEncoder:
         self.name = reference.name if fast is None else fast.name
         # Numbers of documents encoded by both, and by the reference although there is a fast encoder.
         self.compared = self.referred = 0
-        # {"document", "detail", "characters" (none: all texts are doubtful from then on)}.
-        self.differences: list[dict[str, Any]] = []
+        self.differences: list[Difference] = []
         self._first_bytes = 0
         self._all_doubtful = False
         # Doubtful characters besides the fast encoder's.

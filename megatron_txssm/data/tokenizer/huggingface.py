@@ -2,13 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_txssm.data.tokenizer.install import install_tokenizer
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.corpus_recipe import TokenizerSource
 from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE, Unigram
 
 # A space, as SentencePiece writes it.
 _SPACE = "\u2581"
@@ -71,7 +76,7 @@ def _sentencepiece_padding(model: Path, eod: int) -> str | None:
     return pieces.IdToPiece(pad) if pad >= 0 and pad != eod else None
 
 
-def _from_sentencepiece(model: Path) -> Any:
+def _from_sentencepiece(model: Path) -> "Tokenizer":
     """A tokenizer of the tokenizers library that gives the tokens of a SentencePiece model.
 
     For models of `train_sentencepiece`: no normalisation, no space added in front, rare characters as bytes.
@@ -87,17 +92,17 @@ def _from_sentencepiece(model: Path) -> Any:
     return tokenizer
 
 
-def _is_bpe(pieces: Any) -> bool:
+def _is_bpe(pieces: "SentencePieceProcessor") -> bool:
     """Whether a model is BPE: its scores count its merges, 0, -1, -2, …; a unigram model's are log-probabilities."""
     scores = [pieces.GetScore(n) for n in range(len(pieces)) if _is_text(pieces, n)]
     return all(score == round(score) for score in scores)
 
 
-def _is_text(pieces: Any, n: int) -> bool:
+def _is_text(pieces: "SentencePieceProcessor", n: int) -> bool:
     return not (pieces.IsControl(n) or pieces.IsUnknown(n) or pieces.IsByte(n) or pieces.IsUnused(n))
 
 
-def _bpe(pieces: Any) -> Any:
+def _bpe(pieces: "SentencePieceProcessor") -> "BPE":
     from tokenizers.models import BPE
 
     vocabulary = {pieces.IdToPiece(n): n for n in range(len(pieces))}
@@ -113,7 +118,7 @@ def _bpe(pieces: Any) -> Any:
     return BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
 
 
-def _unigram(pieces: Any) -> Any:
+def _unigram(pieces: "SentencePieceProcessor") -> "Unigram":
     from tokenizers.models import Unigram
 
     scored = [(pieces.IdToPiece(n), pieces.GetScore(n)) for n in range(len(pieces))]

@@ -9,13 +9,16 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import file_sha256, write_file_atomically, write_json
 from megatron_txssm.recipe.corpus_recipe import TokenizerSource
 from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts, read_tokenizer_facts
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 def tokenizer_file(folder: Path, facts: TokenizerFacts) -> Path:
@@ -147,7 +150,7 @@ def _named_token(configs: list[Path], name: str) -> str | None:
     """The token that the configuration files give for `name`, such as eos_token."""
     for path in configs:
         try:
-            token: Any = json.loads(path.read_bytes()).get(name)
+            token = json.loads(path.read_bytes()).get(name)
         except (OSError, ValueError, AttributeError):
             continue
         # Either the text, or the text with its properties.
@@ -157,7 +160,7 @@ def _named_token(configs: list[Path], name: str) -> str | None:
     return None
 
 
-def _pad_token(tokenizer: Any, configs: list[Path], eod_token: str) -> str | None:
+def _pad_token(tokenizer: "Tokenizer", configs: list[Path], eod_token: str) -> str | None:
     """The tokenizer's padding token: as stated, or a special token so named (GPT-NeoX-20B states neither of its two).
 
     Never the end-of-document token: padding is excluded from the loss, so a fine-tuned model would not learn to stop.

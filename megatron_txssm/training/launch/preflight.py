@@ -4,9 +4,8 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from megatron_txssm.checkpoint.steps import (
     TRACKER,
@@ -92,9 +91,7 @@ def check_checkpoint(recipe: Recipe) -> None:
     if source is not None and (made_by := Path(source) / "recipe.yaml").is_file():
         # Megatron drops weights that a smaller model has no place for, and cannot tell position encodings with the same
         # weights apart.
-        theirs, ours = _architecture(load_recipe(made_by)), _architecture(recipe)
-        for name in _FREE_AT_FINE_TUNING:
-            del theirs[name], ours[name]
+        theirs, ours = (_architecture(each, _FREE_AT_FINE_TUNING) for each in (load_recipe(made_by), recipe))
         if differences := _differences(theirs, ours):
             raise UserError(
                 f"checkpoint.load_from={source} holds another model ({differences}); use that model's recipe"
@@ -204,17 +201,18 @@ def changed_data(recipe: Recipe) -> str:
     return _differences(_training_data(theirs), _training_data(ours))
 
 
-def _training_data(recipe: Recipe) -> dict[str, Any]:
+def _training_data(recipe: Recipe) -> Mapping[str, object]:
     fields = {f"data.{name}": getattr(recipe.data, name) for name in ("corpus", "weights", "stages", "train", "blend")}
     return fields | {"training.seed": recipe.training.seed, "training.seq_length": recipe.training.seq_length}
 
 
-def _architecture(recipe: Recipe) -> dict[str, Any]:
+def _architecture(recipe: Recipe, but: Collection[str] = ()) -> Mapping[str, object]:
     fields = {f"model.{name}": value for name, value in vars(recipe.model).items() if name not in _FREE_AT_RESUME}
-    return fields | {"the embedding's rows (data.vocab_size, padded)": recipe.padded_vocab_size}
+    fields["the embedding's rows (data.vocab_size, padded)"] = recipe.padded_vocab_size
+    return {name: value for name, value in fields.items() if name not in but}
 
 
-def _schedule(recipe: Recipe) -> dict[str, Any]:
+def _schedule(recipe: Recipe) -> Mapping[str, object]:
     """The values saved by Megatron's OptimizerParamScheduler."""
     return {
         "training.train_iters": recipe.train_iters,
@@ -224,7 +222,7 @@ def _schedule(recipe: Recipe) -> dict[str, Any]:
     } | {f"optimizer.{name}": getattr(recipe.optimizer, name) for name in _SCHEDULE}
 
 
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+def _differences(theirs: Mapping[str, object], ours: Mapping[str, object]) -> str:
     return "; ".join(f"{name}: {theirs[name]} there, {ours[name]} here" for name in ours if theirs[name] != ours[name])
 
 

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypedDict, cast
 
 # A dump's file name, followed by the rank.
 PREFIX = "collectives_rank_"
@@ -19,6 +19,20 @@ PREFIX = "collectives_rank_"
 _MOST_RANKS = 8
 # Collectives kept per rank: enough for one of each of its groups.
 _LAST_ENTRIES = 128
+
+
+# One call of a collective; a newer recorder may write it otherwise.
+type Entry = dict[str, Any]
+
+
+class Trace(TypedDict, total=False):
+    """The parts of a dump that are read; NCCL's and gloo's recorder, and their versions, do not write all of them."""
+
+    entries: list[Entry]
+    # Group's number -> its "desc", and its "ranks" as a text.
+    pg_config: dict[str, dict[str, str]]
+    # A rank's own number of a group -> "last_enqueued_collective", "last_completed_collective".
+    pg_status: dict[str, dict[str, int]]
 
 
 @dataclass
@@ -66,12 +80,12 @@ def missing_ranks(folder: Path, num_ranks: int) -> list[int]:
     return sorted({rank for wait in waits for rank in wait.missing} - _waiting(groups, waits))
 
 
-def read_trace(dump: bytes) -> dict[str, Any]:
+def read_trace(dump: bytes) -> Trace:
     """A dump's content; pickle.UnpicklingError if it contains anything but plain containers."""
     found = _PlainUnpickler(io.BytesIO(dump)).load()
     if not isinstance(found, dict):
         raise pickle.UnpicklingError("no dictionary")
-    return found
+    return cast(Trace, found)
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -79,13 +93,14 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"a dump holds no {module_name}.{global_name}")
 
 
-def _what_is_read(trace: dict[str, Any]) -> dict[str, Any]:
+def _what_is_read(trace: Trace) -> Trace:
     """Drop stacks and old entries: with thousands of ranks, all dumps are in memory at once."""
-    entries = [{name: entry[name] for name in entry if name != "frames"} for entry in trace.get("entries", [])]
-    return trace | {"entries": entries[-_LAST_ENTRIES:]}
+    last = trace.get("entries", [])[-_LAST_ENTRIES:]
+    entries: list[Entry] = [{name: entry[name] for name in entry if name != "frames"} for entry in last]
+    return trace | {"entries": entries}
 
 
-def _read_dumps(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_dumps(folder: Path) -> Iterator[tuple[int, Trace]]:
     for path in folder.glob(f"{PREFIX}*"):
         rank = path.name.removeprefix(PREFIX)
         try:
@@ -99,7 +114,7 @@ def _read_dumps(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield int(rank), trace
 
 
-def _groups(traces: dict[int, dict[str, Any]], num_ranks: int) -> dict[str, Group]:
+def _groups(traces: dict[int, Trace], num_ranks: int) -> dict[str, Group]:
     groups: dict[str, Group] = defaultdict(Group)
     for rank, trace in traces.items():
         for number, config in trace.get("pg_config", {}).items():
@@ -149,7 +164,7 @@ def _collective_waits(groups: dict[str, Group]) -> Iterator[Wait]:
             yield Wait(f"{call} {last} of {group.name}", frozenset(waiting), frozenset(missing))
 
 
-def _message_waits(traces: dict[int, dict[str, Any]]) -> Iterator[Wait]:
+def _message_waits(traces: dict[int, Trace]) -> Iterator[Wait]:
     """Sends and receives that did not complete."""
     for rank, trace in traces.items():
         for entry in trace.get("entries", []):

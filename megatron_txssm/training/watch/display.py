@@ -1,10 +1,15 @@
 """Terminal output of a training: a progress bar with a line of figures, or plain lines."""
 
 import time
+from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
+from megatron_txssm.metrics import MetricsLine
 from megatron_txssm.terminal import beside_the_log, terminal_console
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def make_display(terminal: TextIO, train_iters: int) -> "PlainDisplay | BarDisplay":
@@ -22,7 +27,7 @@ class PlainDisplay:
         self.start_time: float | None = None
         self.start_iteration = 0
 
-    def step(self, metrics: dict[str, Any]) -> None:
+    def step(self, metrics: MetricsLine) -> None:
         self.note(
             f"iteration {metrics['iteration']}/{self.train_iters} | {describe(metrics)} | ETA {self._eta(metrics)}"
         )
@@ -32,7 +37,7 @@ class PlainDisplay:
 
     def close(self) -> None: ...
 
-    def _eta(self, metrics: dict[str, Any]) -> str:
+    def _eta(self, metrics: MetricsLine) -> str:
         """Remaining time at the pace since the first logged step, including evaluations and saves."""
         now, iteration = time.monotonic(), metrics["iteration"]
         if self.start_time is None:
@@ -52,7 +57,7 @@ class BarDisplay:
         class BarAndFigures(Progress):
             figures = ""
 
-            def get_renderables(self) -> Any:
+            def get_renderables(self) -> "Iterable[RenderableType]":
                 yield from super().get_renderables()
                 yield Text(self.figures, no_wrap=True, overflow="ellipsis")
 
@@ -67,7 +72,7 @@ class BarDisplay:
         self.task = self.progress.add_task("", total=train_iters)
         self.progress.start()
 
-    def step(self, metrics: dict[str, Any]) -> None:
+    def step(self, metrics: MetricsLine) -> None:
         self.progress.figures = describe(metrics)
         self.progress.update(self.task, completed=metrics["iteration"])
 
@@ -79,7 +84,7 @@ class BarDisplay:
         self.progress.stop()
 
 
-def describe(metrics: dict[str, Any]) -> str:
+def describe(metrics: MetricsLine) -> str:
     """`loss 4.1234 | 12,345 tokens/s | 0.12 TFLOP/s per rank | lr 3.0e-04`, and the number of skipped steps, if any."""
     parts = [f"loss {metrics['lm loss']:.4f}"] if "lm loss" in metrics else []
     if metrics.get("skipped_steps"):

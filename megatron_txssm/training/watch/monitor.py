@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
@@ -11,7 +11,7 @@ from megatron.training import get_tensorboard_writer, get_wandb_writer
 
 from megatron_txssm.architecture.flops import flops_per_token
 from megatron_txssm.compat import get_args
-from megatron_txssm.metrics import end_last_line
+from megatron_txssm.metrics import MetricsLine, end_last_line
 from megatron_txssm.notify import notify
 from megatron_txssm.ops.ssd_triton import why_unavailable
 from megatron_txssm.recipe.recipe import Recipe
@@ -71,7 +71,7 @@ class TrainingMonitor(Listener):
         self.slow_run.begin_step()
         self.step_began = time.perf_counter()
 
-    def after_step(self, call: Call, result: Any) -> None:
+    def after_step(self, call: Call, result: object) -> None:
         self.step_seconds = time.perf_counter() - self.step_began
         self.slow_run.end_step(self.step_seconds)
         self.interval_seconds += self.step_seconds
@@ -92,15 +92,15 @@ class TrainingMonitor(Listener):
     def before_log(self, call: Call) -> None:
         call.learning_rate = self.learning_rate
 
-    def after_log(self, call: Call, result: Any) -> None:
+    def after_log(self, call: Call, result: object) -> None:
         self.on_step(call.iteration, call.loss_dict, call.grad_norm, skipped=bool(call.skipped_iter))
 
-    def after_data(self, call: Call, iterators: tuple[Any, Any, Any]) -> None:
+    def after_data(self, call: Call, iterators: tuple[object, object, object]) -> None:
         _, _, test = iterators
         if test is not None:
             self.test_iterators.add(id(test))
 
-    def around_validation(self, call: Call, proceed: Callable[[], Any]) -> Any:
+    def around_validation(self, call: Call, proceed: Callable[[], object]) -> object:
         # Recognised by its iterators: Megatron names the data only in a message ("iteration 9 on test set").
         of_stages = call.data_iterator if isinstance(call.data_iterator, list) else []
         is_test = any(id(found) in self.test_iterators for found in (call.data_iterator, *of_stages))
@@ -114,11 +114,18 @@ class TrainingMonitor(Listener):
         self.on_validation(data)
         return result
 
-    def after_validation_set(self, call: Call, result: tuple[Any, Any, bool]) -> None:
+    def after_validation_set(self, call: Call, result: tuple[dict[str, torch.Tensor] | None, object, bool]) -> None:
         losses, _, _ = result
         self.validation_losses.append(losses)
 
-    def on_step(self, iteration: int, loss_dict: dict[str, torch.Tensor], grad_norm: Any, *, skipped: bool) -> None:
+    def on_step(
+        self,
+        iteration: int,
+        loss_dict: dict[str, torch.Tensor],
+        grad_norm: float | torch.Tensor | None,
+        *,
+        skipped: bool,
+    ) -> None:
         self.iteration = iteration
         losses = _from_last_stage({key: float(value) for key, value in loss_dict.items()})
         self.interval_tokens += self.batch_tokens
@@ -126,7 +133,7 @@ class TrainingMonitor(Listener):
         self.skipped_steps += skipped
         seconds = max(self.interval_seconds, 1e-9)
         tokens_per_second = self.interval_tokens / seconds
-        metrics = {
+        metrics: MetricsLine = {
             "iteration": iteration,
             **losses,
             "learning_rate": self.learning_rate,
@@ -200,7 +207,7 @@ class TrainingMonitor(Listener):
             except OSError:
                 self.display = None
 
-    def _write(self, metrics: dict[str, Any]) -> None:
+    def _write(self, metrics: MetricsLine) -> None:
         if self.args.rank > 0:
             return
         with open(self.metrics_file, "a", encoding="utf-8") as file:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_txssm.metrics import metrics_tail
-from megatron_txssm.training.watch.collective_trace import read_trace
+from megatron_txssm.training.watch.collective_trace import Trace, read_trace
 from megatron_txssm.training.watch.throughput import ThroughputWatch, Verdict, judge
 
 # Steps between checks, at which rank 0 broadcasts its request to the others.
@@ -130,7 +130,7 @@ class CollectiveTime:
         work.wait = timed_wait
 
 
-def share_of_trace(trace: dict[str, Any], steps: Iterable[tuple[int, int, float]]) -> float:
+def share_of_trace(trace: Trace, steps: Iterable[tuple[int, int, float]]) -> float:
     """The same from NCCL's flight recorder, for GPUs, where the host does not wait; 0 if it has no durations.
 
     The recorder holds only the last collectives: steps that began earlier are not counted, except the last one.

@@ -6,9 +6,8 @@ is the one that does not wait: the others spend its extra time in collectives.
 
 import statistics
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 # Minimum time in steps of one throughput sample, so that a hiccup does not count.
 SAMPLE_SECONDS = 10.0
@@ -80,7 +79,7 @@ class Verdict:
     def __str__(self) -> str:
         return f"{self.fraction:.0%} of its median throughput: {self.reason}"
 
-    def as_fields(self) -> dict[str, Any]:
+    def as_fields(self) -> Mapping[str, object]:
         return asdict(self) | {"fraction": round(self.fraction, 3)}
 
 

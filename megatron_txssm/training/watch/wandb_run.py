@@ -5,7 +5,6 @@ Megatron starts W&B without an id, so each resume would create another run. W&B 
 
 import os
 import uuid
-from typing import Any
 
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.training.launch.preflight import saved_step
@@ -35,7 +34,7 @@ def _allow_changes_of_the_configuration() -> None:
 
     update = Config.update
 
-    def update_and_allow(self: Any, d: Any, allow_val_change: bool | None = None) -> None:
+    def update_and_allow(self: Config, d: object, allow_val_change: bool | None = None) -> None:
         update(self, d, allow_val_change=True if allow_val_change is None else allow_val_change)
 
     Config.update = update_and_allow
