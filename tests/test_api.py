@@ -32,7 +32,7 @@ def test_the_examples_run_one_after_another(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     said = done.stdout
     for wanted in (
-        "data/library: all 1 tasks are as their manifests say",
+        "data/library: all 1 tasks match their manifests",
         "is not divisible by num_attention_heads=3",
         "checked, nothing written, nothing queued",
         "the same as one process: all 1 layout",

@@ -9,7 +9,7 @@ from megatron_txssm.errors import UserError
 # Command -> (one line of help, examples).
 COMMANDS = {
     "parity": (
-        "compare the loss and every gradient of all parallel layouts with one process, for a recipe made small",
+        "compare the loss and every gradient of all parallel layouts with one process, for a scaled-down recipe",
         (
             "txssm check parity demo_cpu",
             "txssm check parity transxssm_1.3b --nproc 8 --set model.state_num_groups=2",
@@ -18,14 +18,14 @@ COMMANDS = {
         ),
     ),
     "leakage": (
-        "show that data.isolate_documents keeps one document's logits free of another's, to the last bit",
+        "verify that with data.isolate_documents, a document's logits do not depend on other documents, bit for bit",
         (
             "txssm check leakage demo_cpu",
             "txssm check leakage transxssm_1.3b --packings 1000 --layout tp2_sp_cp2",
         ),
     ),
     "gpu": (
-        "on a GPU node: does this installation compute right, and how fast is it beside Llama 3? In ten minutes",
+        "on a GPU node, check this installation's results and compare its speed with Llama 3, in ten minutes",
         (
             "txssm check gpu",
             "srun --gpus=1 --cpus-per-task=8 txssm check gpu --out gpu-check.json",
@@ -48,7 +48,7 @@ def add_parser(subparsers: Subparsers) -> None:
 def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("recipe", metavar="RECIPE", help="a name that `txssm recipes` lists, or a YAML file")
     command.add_argument(
-        "--nproc", type=int, default=4, metavar="N", help="processes of the largest layouts (default: 4)"
+        "--nproc", type=int, default=4, metavar="N", help="maximum number of processes of a layout (default: 4)"
     )
     add_set_option(command)
     command.add_argument(
@@ -56,31 +56,33 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="this one only, such as tp2_sp, or `recipe` for the recipe's own; repeatable (default: all)",
+        help="check only this layout, such as tp2_sp, or `recipe` for the recipe's own; repeatable (default: all)",
     )
-    command.add_argument("--seed", type=int, default=0, metavar="S", help="what is drawn at random (default: 0)")
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="random seed (default: 0)")
 
 
 def _add_parity(command: argparse.ArgumentParser) -> None:
     _add_common(command)
-    command.add_argument("--steps", type=int, default=2, metavar="N", help="optimizer steps (default: 2)")
+    command.add_argument("--steps", type=int, default=2, metavar="N", help="number of optimizer steps (default: 2)")
     command.add_argument(
         "--precision",
         choices=("fp64", "fp32"),
         default="fp64",
-        help="what to compute in (default: fp64, where rounding neither hides a fault nor looks like one)",
+        help="precision of the computation (default: fp64, in which rounding neither hides a fault nor looks like one)",
     )
     command.add_argument(
         "--fuzz",
         type=int,
         metavar="N",
-        help="draw N architectures, lengths and layouts at random instead of taking the recipe's",
+        help="check N random architectures, lengths and layouts instead of the recipe's",
     )
 
 
 def _add_leakage(command: argparse.ArgumentParser) -> None:
     _add_common(command)
-    command.add_argument("--packings", type=int, default=200, metavar="N", help="at random (default: 200)")
+    command.add_argument(
+        "--packings", type=int, default=200, metavar="N", help="number of random packings (default: 200)"
+    )
 
 
 def _add_gpu(command: argparse.ArgumentParser) -> None:
@@ -89,14 +91,18 @@ def _add_gpu(command: argparse.ArgumentParser) -> None:
         type=int,
         default=600,
         metavar="SECONDS",
-        help="begin nothing that does not fit: later parts are left out (default: 600)",
+        help="time budget; parts that would exceed it are skipped (default: 600)",
     )
-    command.add_argument("--only", default="", metavar="PART,PART", help=f"of {', '.join(GPU_PARTS)}")
+    command.add_argument("--only", default="", metavar="PART,PART", help=f"check only these, of {', '.join(GPU_PARTS)}")
     command.add_argument(
-        "--out", type=Path, default=Path("gpu-check.json"), metavar="FILE", help="all figures (default: gpu-check.json)"
+        "--out",
+        type=Path,
+        default=Path("gpu-check.json"),
+        metavar="FILE",
+        help="write all figures to this file (default: gpu-check.json)",
     )
-    command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: cuda)")
-    command.add_argument("--small", action="store_true", help="sizes for a machine without a GPU")
+    command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device to check (default: cuda)")
+    command.add_argument("--small", action="store_true", help="use small sizes, for a machine without a GPU")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -117,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
 
         return check_parity(args.recipe, layouts=args.layout, **common)
     if args.layout:
-        raise UserError("--fuzz draws layouts itself; leave --layout out")
+        raise UserError("--fuzz draws its own layouts; leave --layout out")
     from megatron_txssm.check.fuzz import fuzz_parity
 
     return fuzz_parity(args.recipe, args.fuzz, seed=args.seed, **common)

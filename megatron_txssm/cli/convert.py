@@ -13,7 +13,7 @@ from megatron_txssm.convert.verify import verify
 # Command -> (one line of help, examples).
 COMMANDS = {
     "export": (
-        "write a checkpoint's weights as a Hugging Face model, whatever layout it was saved at; no GPU needed",
+        "write the weights of a checkpoint, saved in any parallel layout, as a Hugging Face model; needs no GPU",
         (
             "txssm convert export runs/demo exports/demo",
             "txssm convert export runs/transxssm_1.3b exports/transxssm_1.3b --dtype bf16 --max-file-gb 5",
@@ -22,7 +22,7 @@ COMMANDS = {
         ),
     ),
     "import": (
-        "make a Megatron checkpoint of a Hugging Face model, to train on from",
+        "convert a Hugging Face model to a Megatron checkpoint, to continue training from",
         (
             "txssm convert import exports/demo imported/demo",
             "txssm convert import downloads/some-llama imported/llama",
@@ -30,7 +30,7 @@ COMMANDS = {
         ),
     ),
     "verify": (
-        "compare two models, each a checkpoint or a folder of weights; exit code 1 where they differ",
+        "compare two models, each a checkpoint or a folder of weights; exit code 1 if they differ",
         (
             "txssm convert verify runs/demo exports/demo",
             "txssm convert verify exports/demo imported/demo",
@@ -47,38 +47,38 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a run's folder, or its checkpoints")
-    command.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    command.add_argument("out", metavar="OUT", type=Path, help="the folder to create")
     command.add_argument(
         "--layout",
         choices=FORMATS,
-        help="whose names and classes, see docs/convert.md (default: llama where it fits, otherwise transxssm)",
+        help="format of names and classes, see docs/convert.md (default: llama if it fits, otherwise transxssm)",
     )
     command.add_argument(
         "--dtype",
         choices=tuple(DTYPES),
-        help="of the weights (default: as saved); bf16 leaves A_log, dt_bias and D in fp32, as training does",
+        help="dtype of the weights (default: as saved); bf16 keeps A_log, dt_bias and D in fp32, as in training",
     )
-    command.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest)")
+    command.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest)")
     command.add_argument(
         "--recipe",
         metavar="RECIPE",
-        help="that trained them (default: recipe.yaml beside the checkpoints; stock Megatron-LM writes none)",
+        help="recipe of the checkpoint (default: recipe.yaml beside it; stock Megatron-LM writes none)",
     )
     command.add_argument(
         "--max-file-gb", type=float, default=2.0, metavar="GB", help="largest file, in 1e9 bytes (default: 2)"
     )
-    command.add_argument("--no-verify", action="store_true", help="leave out the proof (verification.json)")
+    command.add_argument("--no-verify", action="store_true", help="skip the proof (verification.json)")
 
 
 def _add_import(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="HF", type=Path, help="a folder with model.safetensors, or several of them")
-    command.add_argument("out", metavar="OUT", type=Path, help="the checkpoints folder to make")
+    command.add_argument("out", metavar="OUT", type=Path, help="the checkpoints folder to create")
     command.add_argument(
         "--recipe",
         metavar="RECIPE",
-        help="describes the model and its training (default: recipe.yaml in the folder, or else its config.json)",
+        help="recipe of the model and its training (default: the folder's recipe.yaml, otherwise its config.json)",
     )
-    command.add_argument("--no-verify", action="store_true", help="leave out the proof (verification.json)")
+    command.add_argument("--no-verify", action="store_true", help="skip the proof (verification.json)")
 
 
 def _add_verify(command: argparse.ArgumentParser) -> None:
@@ -86,9 +86,9 @@ def _add_verify(command: argparse.ArgumentParser) -> None:
         command.add_argument(
             name, metavar=name.upper(), type=Path, help="a run, its checkpoints, or a Hugging Face folder"
         )
-    command.add_argument("--step", type=int, metavar="N", help="which checkpoint of A (default: the newest)")
-    command.add_argument("--step-b", type=int, metavar="N", help="which checkpoint of B (default: the newest)")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the proof to a file, too")
+    command.add_argument("--step", type=int, metavar="N", help="step of A's checkpoint (default: the newest)")
+    command.add_argument("--step-b", type=int, metavar="N", help="step of B's checkpoint (default: the newest)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="also write the proof to this file")
 
 
 def run(args: argparse.Namespace) -> int:

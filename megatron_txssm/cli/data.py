@@ -9,7 +9,7 @@ from megatron_txssm.cli.parsing import Subparsers, add_commands
 COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "shard": (
         "megatron_txssm.cli.data_shard",
-        "tokenise a corpus into .bin/.idx shards; run again, it goes on where it stopped",
+        "tokenise a corpus into .bin/.idx shards; run it again to resume",
         (
             "txssm data shard smollm_corpus --plan",
             "txssm data shard smollm_corpus --workers 16",
@@ -19,17 +19,17 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "status": (
         "megatron_txssm.cli.data_status",
-        "how far a corpus is, wherever its tasks run",
+        "show the progress of a corpus, wherever its tasks run",
         ("txssm data status data/smollm-corpus", "txssm data status data/smollm-corpus --follow"),
     ),
     "verify": (
         "megatron_txssm.cli.data_verify",
-        "check every shard against its manifest and through Megatron's own reader; name what to redo",
+        "check every shard against its manifest and with Megatron's own reader; list the tasks to redo",
         ("txssm data verify data/smollm-corpus", "txssm data verify data/smollm-corpus --redo"),
     ),
     "combine": (
         "megatron_txssm.cli.data_combine",
-        "make one corpus of several that are finished; their shards are linked, not copied",
+        "combine several finished corpora into one; their shards are linked, not copied",
         (
             "txssm data combine data/all data/smollm-corpus data/mine",
             "txssm data combine data/all data/smollm-corpus data/mine=mine",
@@ -37,7 +37,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "blend": (
         "megatron_txssm.cli.data_blend",
-        "what a training draws from each subset, how often, and Megatron's arguments for it",
+        "show how many tokens and epochs a training draws from each subset",
         (
             "txssm data blend transxssm_320m",
             "txssm data blend transxssm_320m --set 'data.weights={fineweb-edu-dedup: 0.8, python-edu: 0.2}'",
@@ -46,7 +46,7 @@ COMMANDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "trace": (
         "megatron_txssm.cli.data_trace",
-        "which documents were in a training step, where they come from, and what they say",
+        "show the documents of a training step, their sources and their text",
         (
             "txssm data trace transxssm_320m --step 3125 --nproc 16",
             "txssm data trace transxssm_320m --step 3125 --nproc 16 --sample 17",

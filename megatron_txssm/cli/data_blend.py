@@ -9,13 +9,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="RECIPE_OR_DIR",
-        help="a recipe with data.corpus; or a corpus directory, drawn from in proportion",
+        help="a recipe with data.corpus, or a corpus directory (its subsets in proportion to their tokens)",
     )
     parser.add_argument(
-        "--tokens", type=_tokens, metavar="N", help="training tokens (default: the recipe's; of a directory: all, once)"
+        "--tokens",
+        type=_tokens,
+        metavar="N",
+        help="training tokens (default: the recipe's; for a directory, all tokens once)",
     )
     add_set_option(parser)
-    parser.add_argument("--megatron-args", action="store_true", help="print Megatron's arguments and nothing else")
+    parser.add_argument("--megatron-args", action="store_true", help="print only Megatron's arguments")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "corpora",
         nargs="+",
         metavar="CORPUS[=PREFIX]",
-        help="finished corpora of one tokenizer, by directory or name of the recipe; "
+        help="finished corpora with the same tokenizer, by directory or recipe name; "
         "with a PREFIX, subset web becomes PREFIX-web",
     )
 

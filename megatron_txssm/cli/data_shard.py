@@ -7,10 +7,10 @@ from megatron_txssm.errors import require_positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a name in recipes/corpora/, a YAML file, or a corpus directory to go on with")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes of this machine (default: its cores)")
+    parser.add_argument("recipe", help="a name in recipes/corpora/, a YAML file, or a corpus directory to resume")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: one per core)")
     parser.add_argument("--slurm", action="store_true", help="submit job arrays instead, one per subset")
-    parser.add_argument("--plan", action="store_true", help="only list the sources, and say which tasks there would be")
+    parser.add_argument("--plan", action="store_true", help="only list the sources and their division into tasks")
     add_set_option(parser)
 
 

@@ -6,10 +6,10 @@ from megatron_txssm.cli.parsing import add_set_option
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a recipe with data.corpus; a run keeps its own, runs/NAME/recipe.yaml")
+    parser.add_argument("recipe", help="a recipe with data.corpus; a run's own is runs/NAME/recipe.yaml")
     parser.add_argument("--step", type=int, required=True, metavar="N", help="training step, from 1, as in the logs")
     parser.add_argument(
-        "--sample", type=int, metavar="K", help="only sample K of the global batch, from 0, with its text"
+        "--sample", type=int, metavar="K", help="show only sample K of the global batch, from 0, with its text"
     )
     parser.add_argument(
         "--nproc", type=int, metavar="P", help="processes of the run (default: as few as the layout needs)"

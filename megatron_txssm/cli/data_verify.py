@@ -5,9 +5,7 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("corpus", help="a corpus directory, or the name of its recipe")
-    parser.add_argument(
-        "--redo", action="store_true", help="remove what is faulty, so that `data shard` makes it again"
-    )
+    parser.add_argument("--redo", action="store_true", help="remove faulty tasks, so that `data shard` redoes them")
 
 
 def run(args: argparse.Namespace) -> int:

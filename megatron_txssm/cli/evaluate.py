@@ -18,7 +18,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "evaluate", EXAMPLES)
     add_run_options(parser)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder; results go to RUN/evaluation")
-    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest)")
+    parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -19,35 +19,43 @@ EXAMPLES = (
 def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "generate", EXAMPLES)
     parser.add_argument(
-        "model", metavar="CHECKPOINT_OR_HF", help="a run, its checkpoints, a Hugging Face folder, or with --hub a name"
+        "model",
+        metavar="CHECKPOINT_OR_HF",
+        help="a run, its checkpoints, a Hugging Face folder or, with --hub, a model's name",
     )
-    parser.add_argument("--hub", action="store_true", help="the model is a name on the Hugging Face hub")
-    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest)")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue; -: standard input")
+    parser.add_argument("--hub", action="store_true", help="load the model from the Hugging Face hub")
+    parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest)")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=100, metavar="N", help="stop after N tokens (default: 100)"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, metavar="T", help="0: the likeliest token each time (default: 0.8)"
+        "--prompt", required=True, metavar="TEXT", help="the text to continue; - reads it from standard input"
     )
     parser.add_argument(
-        "--top-k", type=int, default=50, metavar="K", help="sample from the K likeliest tokens; 0: all (default: 50)"
+        "--max-new-tokens", type=int, default=100, metavar="N", help="maximum number of tokens (default: 100)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0 always takes the likeliest token (default: 0.8)"
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=50,
+        metavar="K",
+        help="sample from the K likeliest tokens; 0: from all (default: 50)",
     )
     parser.add_argument(
         "--top-p",
         type=float,
         default=1.0,
         metavar="P",
-        help="sample from the likeliest tokens that together have probability P (default: 1, all)",
+        help="sample from the likeliest tokens that together have probability P (default: 1, from all)",
     )
     parser.add_argument(
         "--repetition-penalty",
         type=float,
         default=1.0,
         metavar="R",
-        help="above 1: make tokens that stand in the text less likely (default: 1)",
+        help="above 1, tokens that already occur in the text become less likely (default: 1)",
     )
-    parser.add_argument("--seed", type=int, default=1234, help="of the sampling (default: 1234)")
+    parser.add_argument("--seed", type=int, default=1234, help="random seed of the sampling (default: 1234)")
 
 
 def run(args: argparse.Namespace) -> int:

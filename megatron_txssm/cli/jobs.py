@@ -10,7 +10,7 @@ from megatron_txssm.jobs.listing import list_jobs
 def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "jobs", ("txssm jobs", "txssm jobs --goodput"))
     parser.add_argument(
-        "--goodput", action="store_true", help="of every run here and in the queue: how well it used its time"
+        "--goodput", action="store_true", help="show how well every run in runs/ and in the queue used its time"
     )
 
 

@@ -17,11 +17,16 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "logs", EXAMPLES)
     parser.add_argument("run", help="a run folder, a name under runs/, or the number of a job")
     parser.add_argument(
-        "-f", "--follow", action="store_true", help="go on until the job is over (Ctrl-C: stop looking)"
+        "-f",
+        "--follow",
+        action="store_true",
+        help="also print new output until the job has ended (Ctrl-C stops the printing, not the job)",
     )
-    parser.add_argument("--lines", type=int, default=40, metavar="N", help="of what is there already (default: 40)")
-    parser.add_argument("--stage", default="pretrain", help="of a chain: pretrain, convert or evaluate")
-    parser.add_argument("--rank", type=int, metavar="R", help="the log of one rank instead")
+    parser.add_argument(
+        "--lines", type=int, default=40, metavar="N", help="number of existing lines to print (default: 40)"
+    )
+    parser.add_argument("--stage", default="pretrain", help="stage of a chain: pretrain (default), convert or evaluate")
+    parser.add_argument("--rank", type=int, metavar="R", help="show the log of this rank instead")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,23 +22,23 @@ type Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 VERBS: dict[str, tuple[str, str]] = {
     "demo": (
         "megatron_txssm.cli.demo",
-        "train a small TransXSSM on this machine from real text, stop, resume, write text",
+        "train a small TransXSSM on this machine: prepare real text, train, stop, resume, generate",
     ),
     "recipes": ("megatron_txssm.cli.recipes", "list the recipes, or show one with all its fields"),
     "data": ("megatron_txssm.cli.data", "make, check and inspect a corpus of token shards"),
     "pretrain": (
         "megatron_txssm.cli.pretrain",
-        "pretrain a recipe: on processes of this machine, or under torchrun or srun",
+        "pretrain a recipe, on this machine or under torchrun or srun",
     ),
-    "check": ("megatron_txssm.cli.check", "prove that a recipe's parallel layouts compute what one process does"),
+    "check": ("megatron_txssm.cli.check", "verify that a recipe's parallel layouts compute the same as one process"),
     "submit": ("megatron_txssm.cli.submit", "queue a recipe's pretraining on a Slurm cluster"),
-    "jobs": ("megatron_txssm.cli.jobs", "list your Slurm jobs, and how far their runs are"),
-    "logs": ("megatron_txssm.cli.logs", "show what a run's job prints, as it grows"),
+    "jobs": ("megatron_txssm.cli.jobs", "list your Slurm jobs and the progress of their runs"),
+    "logs": ("megatron_txssm.cli.logs", "show the output of a run's job, or follow it"),
     "cancel": ("megatron_txssm.cli.cancel", "cancel a run's jobs; the trainer saves first"),
-    "why": ("megatron_txssm.cli.why", "say why a run's last attempt ended, and what to do"),
+    "why": ("megatron_txssm.cli.why", "explain why a run's last attempt ended and what to do"),
     "generate": ("megatron_txssm.cli.generate", "continue a prompt with a checkpoint or a Hugging Face model"),
-    "convert": ("megatron_txssm.cli.convert", "checkpoints to Hugging Face models and back, proven"),
-    "evaluate": ("megatron_txssm.cli.evaluate", "the loss of a run's checkpoint on all validation data"),
+    "convert": ("megatron_txssm.cli.convert", "convert checkpoints to Hugging Face models and back, with proof"),
+    "evaluate": ("megatron_txssm.cli.evaluate", "compute the loss of a run's checkpoint on all validation data"),
     "serve": ("megatron_txssm.cli.serve", "answer OpenAI-style requests with a Hugging Face model"),
 }
 
@@ -82,7 +82,9 @@ def _help_width() -> int:
 
 def add_set_option(parser: argparse.ArgumentParser) -> None:
     """Add --set a.b=c, which changes a recipe's fields, as `args.overrides`."""
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change a field")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change a field of the recipe"
+    )
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +113,7 @@ examples:
   txssm pretrain demo_cpu --nproc 2 --set training.train_iters=20
   txssm generate runs/demo --prompt 'def main('
 
-completion at the tab key, in bash and zsh:
+tab completion in bash and zsh:
   eval "$(register-python-argcomplete txssm)\""""
 
 
@@ -121,7 +123,7 @@ def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
         prog="txssm",
         usage="txssm [-h] [--version] <verb> ...",
         description=f"Pretraining of TransXSSM and its baselines on Megatron-Core.\n\n{_verbs_help()}",
-        epilog=f"`txssm <verb> --help` has a verb's options and examples.\n\n{EXAMPLES}",
+        epilog=f"`txssm <verb> --help` shows a verb's options and examples.\n\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"txssm {__version__}")

@@ -17,7 +17,7 @@ def add_parser(subparsers: Subparsers) -> None:
             "txssm recipes --fields",
         ],
     )
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="name or path; without one, all are listed")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="name or path (default: list all recipes)")
     add_set_option(parser)
     parser.add_argument("--megatron-args", action="store_true", help="print Megatron's command line for RECIPE")
     parser.add_argument("--fields", action="store_true", help="print every recipe field with its Megatron argument")

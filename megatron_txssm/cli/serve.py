@@ -16,9 +16,9 @@ EXAMPLES = (
 
 def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "serve", EXAMPLES)
-    parser.add_argument("folder", metavar="HF", type=Path, help="a folder of `txssm convert export`")
+    parser.add_argument("folder", metavar="HF", type=Path, help="a folder written by `txssm convert export`")
     parser.add_argument("--host", default="localhost", help="address to listen on (default: localhost)")
-    parser.add_argument("--port", type=int, default=8000, help="(default: 8000)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -20,32 +20,42 @@ EXAMPLES = (
 def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "submit", EXAMPLES)
     parser.add_argument("recipe", help="a name that `txssm recipes` lists, or a YAML file")
-    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes of the job")
+    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="number of nodes to train on")
     parser.add_argument(
-        "--spare", type=int, default=0, metavar="N", help="nodes beside those, for the place of one that fails"
+        "--spare", type=int, default=0, metavar="N", help="additional nodes, which replace nodes that fail"
     )
     parser.add_argument(
-        "--gpus-per-node", type=int, metavar="G", help="with one process each (default: $TXSSM_GPUS_PER_NODE)"
+        "--gpus-per-node", type=int, metavar="G", help="GPUs per node, one process each (default: $TXSSM_GPUS_PER_NODE)"
     )
-    parser.add_argument("--nproc-per-node", type=int, metavar="P", help="processes per node, where they have no GPUs")
-    parser.add_argument("--time", metavar="LIMIT", help="such as 24:00:00; after it the job goes on by itself")
-    parser.add_argument("--partition", metavar="NAME", help="(default: $SBATCH_PARTITION, or the cluster's)")
-    parser.add_argument("--account", metavar="NAME", help="(default: $SBATCH_ACCOUNT, or the user's)")
+    parser.add_argument("--nproc-per-node", type=int, metavar="P", help="processes per node, for nodes without GPUs")
     parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="any other of sbatch's: exclusive, mem=0, …"
+        "--time", metavar="LIMIT", help="time limit, such as 24:00:00; the job requeues itself and continues"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change a field")
+    parser.add_argument("--partition", metavar="NAME", help="partition (default: $SBATCH_PARTITION, or the cluster's)")
+    parser.add_argument("--account", metavar="NAME", help="account (default: $SBATCH_ACCOUNT, or the user's)")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="any other sbatch option: exclusive, mem=0, …"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change a field of the recipe"
+    )
     parser.add_argument("--after", action="append", default=[], metavar="JOB", help="start only if this job succeeds")
     parser.add_argument(
-        "--chain", action="store_true", help="shard the corpus, pretrain, convert, evaluate: each a job"
+        "--chain", action="store_true", help="shard the corpus, pretrain, convert and evaluate, each as its own job"
     )
-    parser.add_argument("--corpus", metavar="RECIPE", help="the corpus recipe that --chain shards (default: found)")
-    parser.add_argument("--dry-run", action="store_true", help="check, and print the batch script; write nothing")
+    parser.add_argument(
+        "--corpus",
+        metavar="RECIPE",
+        help="the corpus recipe that --chain shards (default: the one that makes data.corpus)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check, and print the batch script; write and queue nothing"
+    )
     parser.add_argument(
         "--no-freeze-code",
         action="store_false",
         dest="freeze_code",
-        help="run the checkout as it is at each start of the job, not a copy of it (default: RUN/code)",
+        help="at each start, run the checkout as it is then, not the copy in RUN/code",
     )
     for limit in LIMIT_OPTIONS:
         parser.add_argument(limit.option, type=int, metavar=limit.unit, default=limit.default, help=limit.help)

@@ -172,7 +172,7 @@ def attempts(run: Path) -> list[Attempt]:
             fields = json.loads(path.read_bytes()).items()
             found.append(Attempt(folder=path.parent, **{name: value for name, value in fields if name in known}))
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not readable ({error}); remove its folder to go on without it") from error
+            raise UserError(f"{path}: not readable ({error}); remove its folder to continue without it") from error
     return found
 
 
@@ -203,7 +203,7 @@ def find_run(run: str | Path) -> Path:
                 return job.script.parent
     known = sorted(path.parent.name for path in Path("runs").glob("*/recipe.yaml"))
     raise UserError(
-        f"{shown(text)} is no run: no such folder with a recipe.yaml, here or in runs/, and no job of this number"
+        f"{shown(text)} is not a run: no such folder with a recipe.yaml, here or in runs/, and no job with this number"
         f"{nearest(Path(text).name, known) or (f'; runs/ has {", ".join(known[:20])}' if known else '')}"
     )
 

@@ -57,7 +57,7 @@ def _cancel(job: slurm.Job) -> str:
     except UserError as error:
         if not _GONE.search(str(error)):
             return str(error)
-        print(f"job {job.job_id} ({job.name}) is over already")
+        print(f"job {job.job_id} ({job.name}) has already ended")
         return ""
     print(f"cancelled job {job.job_id} ({job.name}, {job.state})")
     return ""

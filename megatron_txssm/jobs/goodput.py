@@ -104,10 +104,10 @@ def explain_goodput(run: Path, job_state: str | None) -> Iterator[tuple[str, str
     found = goodput(run, job_state)
     if found is None:
         return
-    yield "goodput", f"{_share(found)} of {_shown(found.wall)} in steps that count (the field: {FIELD_ACTIVE:.0%})"
-    yield "recovery", f"{_recovery(found)} (the field: < {FIELD_RECOVERY_SECONDS // 60} min)"
-    yield "steps lost", f"{found.repeated_steps} done twice, of {found.steps} ({_shown(found.repeated)})"
-    start = f", starts {_shown(found.start)}, saves and all else {_shown(found.other)}" if found.has_times else ""
+    yield "goodput", f"{_share(found)} of {_shown(found.wall)} in steps that count (typical: {FIELD_ACTIVE:.0%})"
+    yield "recovery", f"{_recovery(found)} (typical: < {FIELD_RECOVERY_SECONDS // 60} min)"
+    yield "steps lost", f"{found.repeated_steps} of {found.steps} repeated ({_shown(found.repeated)})"
+    start = f", starts {_shown(found.start)}, saves and the rest {_shown(found.other)}" if found.has_times else ""
     yield "time", f"in the queue {_shown(found.queue)}{start}"
 
 
@@ -131,10 +131,10 @@ def print_goodput() -> int:
         if of_run is not None:
             rows.append((as_typed(run), *_row(of_run)))
     if not rows:
-        print("no run has begun")
+        print("no run has started")
         return 0
     print_table(("run", ">active", ">recovery", ">steps lost", ">in queue", ">wall", ">attempts"), rows)
-    print(f"The field: {FIELD_ACTIVE:.0%} active, recovery (median) < {FIELD_RECOVERY_SECONDS // 60} min.")
+    print(f"Typical in the field: {FIELD_ACTIVE:.0%} active, recovery (median) < {FIELD_RECOVERY_SECONDS // 60} min.")
     return 0
 
 

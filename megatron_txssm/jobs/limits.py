@@ -22,14 +22,18 @@ class Limits:
     """Each field's metadata holds its unit and meaning; `LIMIT_OPTIONS` lists them."""
 
     start_timeout: int = _limit(1800, "SECONDS", "end the trainer as hung if its first step takes longer")
-    step_timeout: int = _limit(1800, "SECONDS", "end the trainer as hung after so long without a step or a validation")
-    save_timeout: int = _limit(1800, "SECONDS", "end the trainer as hung if a checkpoint takes longer")
-    stop_before: int = _limit(120, "SECONDS", "before the time limit, the trainer saves and the job requeues itself")
-    preflight_timeout: int = _limit(
-        300, "SECONDS", "leave out a node that has not answered by then; container images take long"
+    step_timeout: int = _limit(
+        1800, "SECONDS", "end the trainer as hung after this time without a step or a validation"
     )
-    restarts: int = _limit(3, "N", "failures after which the trainer starts again within the job, before a requeue")
-    max_requeues: int = _limit(10, "N", "failures, restarts included, after which the job ends")
+    save_timeout: int = _limit(1800, "SECONDS", "end the trainer as hung if a checkpoint takes longer")
+    stop_before: int = _limit(
+        120, "SECONDS", "how long before the time limit the trainer saves and the job requeues itself"
+    )
+    preflight_timeout: int = _limit(
+        300, "SECONDS", "exclude a node that has not answered by then; loading a container image takes long"
+    )
+    restarts: int = _limit(3, "N", "failures after which the trainer is restarted within the job instead of a requeue")
+    max_requeues: int = _limit(10, "N", "number of failures, restarts included, after which the job ends")
 
     @classmethod
     def parsed(cls, values: Mapping[str, int]) -> Self:

@@ -12,7 +12,7 @@ from megatron_txssm.slurm.submission import read_submission
 POLL_SECONDS = 1.0
 # Between two queries to slurmctld.
 ASK_SECONDS = 15.0
-UNKNOWN = "in a state that is not known"
+UNKNOWN = "in an unknown state"
 
 
 def show_logs(
@@ -36,9 +36,9 @@ def show_logs(
     while not path.exists():
         state = job.state()
         if not follow or state is None:
-            raise UserError(f"{path} is not there (yet); {_pending(job, state)}")
+            raise UserError(f"{path} does not exist (yet); {_pending(job, state)}")
         if not waited:
-            print(f"{path} is not there yet; {_pending(job, state)}", file=sys.stderr)
+            print(f"{path} does not exist yet; {_pending(job, state)}", file=sys.stderr)
             waited = True
         time.sleep(POLL_SECONDS if state == "RUNNING" else ASK_SECONDS)
     _show(path, lines, job if follow else None)
@@ -58,7 +58,7 @@ class Watched:
             jobs = slurm.queue()
         except UserError as error:
             if self.answered:
-                print(f"whether job {self.number} is over is not known, following on: {error}", file=sys.stderr)
+                print(f"unknown whether job {self.number} has ended, still following: {error}", file=sys.stderr)
             self.answered = False
             return UNKNOWN
         self.answered = True

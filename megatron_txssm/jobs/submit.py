@@ -114,11 +114,11 @@ def plan_submission(request: Request, command: str) -> Submission | None:
     corpus = _corpus_to_shard(recipe, request.corpus) if request.chain else None
     _check_recipe(recipe, corpus, allocation, request.dry_run)
     if is_finished(recipe) and not request.chain:
-        print(f"{recipe.name}: finished before; {recipe.checkpoint_path} holds step {recipe.train_iters}")
+        print(f"{recipe.name}: already finished; {recipe.checkpoint_path} holds step {recipe.train_iters}")
         return None
     run = recipe.run_path.resolve()
     if not slurm.PLAIN_PATH.fullmatch(str(run)):
-        raise UserError(f"run_directory={str(run)!r} holds characters that a batch script cannot; use another")
+        raise UserError(f"run_directory={str(run)!r} contains characters that a batch script cannot; use another")
     commit = git_commit(HOME)
     code = FrozenCode(HOME, run, commit) if request.freeze_code else None
     home = code.path if code else HOME
@@ -126,7 +126,7 @@ def plan_submission(request: Request, command: str) -> Submission | None:
     _check_cluster(recipe, scripts, request.dry_run)
     if allocation.gpus_per_node and (costly := list(costly_defaults(options))):
         print(
-            f"warning: this job does not ask for {', '.join(costly)}; unless the cluster gives it anyway, add "
+            f"warning: this job does not ask for {', '.join(costly)}; unless the cluster sets it anyway, add "
             "--sbatch OPTION, or set TXSSM_SBATCH_OPTIONS in slurm/env.sh",
             file=sys.stderr,
         )
@@ -176,7 +176,9 @@ def _scripts(recipe: Recipe, home: Path, allocation: Allocation, options: Option
     scripts = {"pretrain": script("pretrain", allocation.options | told, *settings.words)}
     if request.chain:
         if (run / "export").exists():
-            raise UserError(f"{run / 'export'} is there; --chain would convert into it: move or remove it")
+            raise UserError(
+                f"{run / 'export'} exists; --chain would write the converted model there: move or remove it"
+            )
         scripts["convert"] = script("convert", {}, str(run), f"{run}/export")
         scripts["evaluate"] = script("evaluate", replace(allocation, spare=0).options, str(run))
     return scripts

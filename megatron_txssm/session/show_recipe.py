@@ -30,7 +30,7 @@ def _megatron_words(recipe: Recipe) -> list[str]:
     try:
         return megatron_arguments(recipe)
     except NoCorpus as error:
-        print(f"without the corpus's --train-data-path, --valid-data-path and tokenizer: {error}", file=sys.stderr)
+        print(f"--train-data-path, --valid-data-path and the tokenizer are left out: {error}", file=sys.stderr)
     words = megatron_arguments(changed(recipe, {"data.corpus": None}))
     if recipe.data.tokenizer_type is None:
         # A recipe without a corpus would have it.

@@ -113,7 +113,7 @@ def run_slurm(*command: str, stdin: str | None = None, env: dict[str, str] | Non
 
 def no_answer(reason: str) -> NoAnswer:
     return NoAnswer(
-        f"Slurm does not answer ({reason}); jobs that run go on; try again when `scontrol ping` says that it is UP"
+        f"Slurm does not answer ({reason}); running jobs continue; try again when `scontrol ping` reports UP"
     )
 
 

@@ -10,20 +10,20 @@ from megatron_txssm.slurm.time_limit import limit_seconds
 # sbatch's long option -> its value; None for an option without a value, "" to omit it.
 Options = Mapping[str, str | None]
 
-_GPUS, _PROCESSES = "--gpus-per-node", "--nproc-per-node or --gpus-per-node"
-_RUN_FOLDER = "nothing: a run's jobs write to its folder"
-_RESTARTS = "nothing: a run's jobs start again by themselves, and --max-requeues bounds it"
+_GPUS, _PROCESSES = "is set by --gpus-per-node", "is set by --nproc-per-node or --gpus-per-node"
+_RUN_FOLDER = "is fixed: a run's jobs write to its folder"
+_RESTARTS = "is fixed: a run's jobs restart by themselves, as often as --max-requeues allows"
 # Options that give no job, several jobs, or one that runs something else; they have no replacement.
 _NO_JOB = "array help parsable test-only usage version wait wrap"
-# sbatch option that a run sets itself -> what decides it.
+# sbatch option that a run sets itself -> how.
 OURS = {
-    **dict.fromkeys(("nodes", "use-min-nodes"), "--nodes"),
+    **dict.fromkeys(("nodes", "use-min-nodes"), "is set by --nodes"),
     **dict.fromkeys(("gpus", "gpus-per-node", "gpus-per-socket", "gpus-per-task"), _GPUS),
     **dict.fromkeys(("ntasks", "ntasks-per-node", "tasks-per-node", "ntasks-per-gpu"), _PROCESSES),
     **dict.fromkeys(("ntasks-per-core", "ntasks-per-socket"), _PROCESSES),
-    "signal": "--stop-before",
-    "dependency": "--after",
-    "job-name": "the recipe's name",
+    "signal": "is set by --stop-before",
+    "dependency": "is set by --after",
+    "job-name": "is set by the recipe's name",
     **dict.fromkeys(("output", "error", "open-mode"), _RUN_FOLDER),
     **dict.fromkeys(("requeue", "no-requeue", "no-kill", "kill-on-invalid-dep"), _RESTARTS),
     **dict.fromkeys(_NO_JOB.split(), ""),
@@ -45,9 +45,9 @@ def parse_options(texts: Sequence[str], source: str) -> dict[str, str | None]:
     options = split_options(texts, source)
     for text, name in zip(texts, map(_name, texts), strict=True):
         if (ours := OURS.get(name)) == "":
-            raise UserError(f"{source} {shown(text)} would make another job of it, or none; leave it out")
+            raise UserError(f"{source} {shown(text)} would change what kind of job this is; leave it out")
         if ours is not None:
-            raise UserError(f"{source} {shown(text)} is decided by {ours}; leave it out")
+            raise UserError(f"{source} {shown(text)} {ours}; leave it out")
         # sbatch accepts any unambiguous prefix of an option.
         whole = [known for known in (*OURS, *_OTHERS.split()) if known.startswith(name)]
         if whole and name not in _OTHERS.split():
@@ -77,8 +77,8 @@ def check_time(options: Options, stop_before: int) -> None:
     seconds = limit_seconds(limit)
     if seconds is not None and seconds <= stop_before:
         raise UserError(
-            f"{name} {limit} is {seconds:.0f} s, and --stop-before {stop_before} tells the trainer to save and stop "
-            "so long before its end: at its start; state a longer limit or a smaller --stop-before"
+            f"{name} {limit} is {seconds:.0f} s, and --stop-before {stop_before} makes the trainer save and stop "
+            "that long before the end, so at once; state a longer limit or a smaller --stop-before"
         )
 
 

@@ -39,5 +39,5 @@ def read_submission(run: Path) -> SubmissionRecord:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable ({error})") from None
     if not isinstance(found, dict) or not isinstance(found.get("jobs", {}), dict):
-        raise UserError(f"{path} is not what txssm submit writes; remove it to go on without it")
+        raise UserError(f"{path} is not what txssm submit writes; remove it to continue without it")
     return cast(SubmissionRecord, found)

@@ -6,42 +6,42 @@ from megatron_txssm.slurm.client import Job
 _REASONS = {
     "jobhelduser": "it is held: scontrol release {job}",
     "job requeued in held state": "it was requeued and is held: scontrol release {job}",
-    "jobheldadmin": "it is held, by an administrator or by Slurm: scontrol release {job}; if that is refused, ask them",
+    "jobheldadmin": "an administrator or Slurm holds it: scontrol release {job}; if refused, ask an administrator",
     "launch failed requeued held": (
-        "its node could not start it, and Slurm holds it: scontrol release {job} once that node is mended or left out "
-        "(scontrol update JobId={job} ExcNodeList=NODE)"
+        "its node could not start it, and Slurm holds it: scontrol release {job} once that node is repaired or "
+        "excluded (scontrol update JobId={job} ExcNodeList=NODE)"
     ),
     "jobholdmaxrequeue": "Slurm has started it too often (MaxBatchRequeue) and holds it: scontrol release {job}",
     "dependencyneversatisfied": (
-        "the job that it waits for has failed, so that it can never start: scancel {job}, mend that one, submit again"
+        "the job that it waits for has failed, so it can never start: scancel {job}, fix that one, submit again"
     ),
     "dependency": "nothing: it starts when the job before it has succeeded",
     "begintime": "nothing: after a requeue, Slurm waits some time before it starts a job again",
-    "priority": "nothing: others come first; squeue --start --jobs={job} estimates when it starts",
+    "priority": "nothing: other jobs come first; squeue --start --jobs={job} estimates when it starts",
     "resources": "nothing: it waits for free nodes; squeue --start --jobs={job} estimates when it starts",
     "reqnodenotavail": (
-        "nodes that it needs are down, drained or reserved (sinfo --list-reasons): wait, or ask for fewer, or another "
+        "nodes that it needs are down, drained or reserved (sinfo --list-reasons): wait, or request fewer, or another "
         "partition"
     ),
     # Slurm's sentence for the same reason.
     "nodes required for job are down": (
-        "nodes that it needs are down, drained or reserved (sinfo --list-reasons): wait, or ask for fewer, or another "
+        "nodes that it needs are down, drained or reserved (sinfo --list-reasons): wait, or request fewer, or another "
         "partition"
     ),
-    "nodedown": "a node that it needs is down (sinfo --list-reasons): wait, or ask for other nodes",
+    "nodedown": "a node that it needs is down (sinfo --list-reasons): wait, or request other nodes",
     "partitiondown": "its partition takes no jobs now: wait, or submit it to another --partition",
     "partitioninactive": "its partition starts no jobs now: wait, or submit it to another --partition",
-    "partitiontimelimit": "its --time is over the limit of its partition: scancel {job}, and submit it with less",
-    "partitionnodelimit": "its partition has not, or does not allow, so many nodes: scancel {job}, and ask for fewer",
-    "partitionconfig": "its partition does not allow what it asks for: scancel {job}, and ask for less",
-    "badconstraints": "no node has what it asks for: scancel {job}, and submit it with other options",
+    "partitiontimelimit": "its --time exceeds the limit of its partition: scancel {job}, and submit it with less",
+    "partitionnodelimit": "its partition lacks, or does not allow, that many nodes: scancel {job}, and request fewer",
+    "partitionconfig": "its partition does not allow what it requests: scancel {job}, and request less",
+    "badconstraints": "no node has what it requests: scancel {job}, and submit it with other options",
     "invalid": "its account or QOS is not valid: scancel {job}, and submit it with --account NAME or --sbatch qos=NAME",
     "accountnotallowed": "its account may not use this partition: scancel {job}, and submit it with another --account",
     "qosnotallowed": "its QOS may not use this partition: scancel {job}, and submit it with --sbatch qos=NAME",
     "reservation": "it waits for its reservation: scontrol show reservation",
-    "qos": "it is over a limit of its QOS: wait until your other jobs end, or ask for less (sacctmgr show qos)",
-    "assoc": "it is over a limit of its account: wait until other jobs end, or ask for less (sacctmgr show assoc)",
-    "max": "it is over a limit of its account or user: wait until other jobs end, or ask for less",
+    "qos": "it exceeds a limit of its QOS: wait until your other jobs end, or request less (sacctmgr show qos)",
+    "assoc": "it exceeds a limit of its account: wait until other jobs end, or request less (sacctmgr show assoc)",
+    "max": "it exceeds a limit of its account or user: wait until other jobs end, or request less",
 }
 
 

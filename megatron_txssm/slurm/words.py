@@ -106,7 +106,7 @@ def failed_tasks(output: str) -> Iterator[Failure]:
             number = _SIGNALS[how]
             yield Failure(rank, f"killed by {number.name}", number, node)
         elif "Out Of Memory" in how:
-            yield Failure(rank, "Out Of Memory, says Slurm", signal.SIGKILL, node)
+            yield Failure(rank, "out of memory, according to Slurm", signal.SIGKILL, node)
         else:
             yield Failure(rank, how, None, node)
 

@@ -125,7 +125,7 @@ def packed_documents(position_ids_BL: Tensor) -> PackedDocuments:
     return PackedDocuments.from_position_ids(position_ids_BL.to(torch.cuda.current_device(), non_blocking=True))
 
 
-def count_documents(position_ids_BL: Tensor, model: Module) -> None:
+def count_documents(position_ids_BL: Tensor, model: Any) -> None:
     """Report document lengths to Megatron's loop, which sums them over the ranks to count attention's FLOPs."""
     # Once per micro-batch: a rank with several virtual stages receives it once per stage.
     if model.training and not get_attr_wrapped_model(model, "vp_stage"):

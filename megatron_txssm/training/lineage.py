@@ -57,7 +57,7 @@ class TrainingData:
 
     def __init__(self, recipe: Recipe, world_size: int) -> None:
         if recipe.data.corpus is None:
-            raise UserError(f"{recipe.name} has no data.corpus; only a corpus keeps where its documents come from")
+            raise UserError(f"{recipe.name} has no data.corpus; only a corpus records the sources of its documents")
         validate(recipe, world_size=world_size)
         self.recipe = recipe
         self.corpus = Path(recipe.data.corpus)
@@ -79,7 +79,7 @@ class TrainingData:
         """The samples of a step (from 1), or only those with the given numbers; UserError if out of range."""
         batch = self.recipe.global_batch_size
         if not 1 <= step <= self.recipe.train_iters:
-            raise UserError(f"--step {step} is no step of {self.recipe.name}; use 1 to {self.recipe.train_iters}")
+            raise UserError(f"--step {step} is not a step of {self.recipe.name}; use 1 to {self.recipe.train_iters}")
         traced = []
         for number in range(batch) if samples is None else samples:
             if not 0 <= number < batch:

@@ -73,13 +73,13 @@ def way_back(recipe: Recipe) -> str:
     folder = recipe.checkpoint_path
     step, proof, newest = from_rank_0(lambda: (*_last_sound(folder), saved_step(folder)))
     if step is None:
-        return "There is no checkpoint with finite weights; begin again with a lower optimizer.learning_rate"
+        return "No checkpoint has finite weights; start again with a lower optimizer.learning_rate"
     command = f"{_start(recipe)} --set optimizer.learning_rate={recipe.optimizer.learning_rate / 2:g}"
     command += " --set megatron.override_opt_param_scheduler=true"
     if step.number != newest:
         command = f"echo {step.number} > {shlex.quote(str(folder.absolute() / TRACKER))} && {command}"
     return (
-        f"The last sound checkpoint is that of step {step.number}: {proof}. To go on from it with a lower learning "
+        f"The last sound checkpoint is that of step {step.number}: {proof}. To continue from it with a lower learning "
         f"rate: {command}"
     )
 
@@ -90,7 +90,7 @@ def _last_sound(folder: Path) -> tuple[Step | None, str]:
         return newest_finite(folder, READ_SECONDS), "its weights were read and are finite"
     except TimeoutError:
         whole = whole_steps(folder)
-        return (whole[0] if whole else None), "it is whole, and was searched for NaN when it was saved"
+        return (whole[0] if whole else None), "it is complete, and was checked for NaN when it was saved"
 
 
 def _start(recipe: Recipe) -> str:

@@ -39,7 +39,7 @@ def run_worker(recipe: Recipe, work: Callable[[Recipe, TextIO], None] | None = N
         check_run(recipe, world_size)
         if is_finished(recipe):
             if rank == 0:
-                print(f"{recipe.name}: finished before; {recipe.checkpoint_path} holds step {recipe.train_iters}")
+                print(f"{recipe.name}: already finished; {recipe.checkpoint_path} holds step {recipe.train_iters}")
             return 0
         if os.environ.get("LOCAL_RANK", "0") == "0":
             check_machine(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
@@ -99,8 +99,8 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     if args.rank == 0:
         keep_recipe(recipe, recipe.run_path)
         if args.fp8 and args.transformer_impl == "local":
-            emulated = f"FP8 ({args.fp8_recipe}) is emulated, as there is no Transformer Engine"
-            print(f"{emulated}: same rounding, no speed", file=terminal, flush=True)
+            emulated = f"FP8 ({args.fp8_recipe}) is emulated, since Transformer Engine is not installed"
+            print(f"{emulated}: the same rounding, but no speedup", file=terminal, flush=True)
     name_wandb_run(recipe)
     monitor = TrainingMonitor(recipe, terminal)
     # In this order: SoundLoads reports unsound checkpoints in its own words.

@@ -72,7 +72,7 @@ def launch(recipe: Recipe, nproc: int | None, command: list[str], *, port: int |
     if port is not None:
         _check_port(port)
     if is_finished(recipe):
-        print(f"{recipe.name}: finished before; {recipe.checkpoint_path} holds step {recipe.train_iters}")
+        print(f"{recipe.name}: already finished; {recipe.checkpoint_path} holds step {recipe.train_iters}")
         return 0
     check_machine(recipe, nproc)
     allow_open_files()
@@ -119,7 +119,7 @@ def _launch_workers(recipe: Recipe, nproc: int, command: list[str], port: int) -
             if stop.received is None or not _ended_by_signal(failures):
                 return _explain(failures, recipe)
     if stop.received is None:
-        note_local_end(recipe.run_path, 0, "its processes ended by themselves, without an error")
+        note_local_end(recipe.run_path, 0, "its processes ended without an error")
         return 0
     note_local_end(recipe.run_path, 128 + stop.received, f"it was told to stop ({signal.Signals(stop.received).name})")
     step = None if recipe.checkpoint.save_interval is None else saved_step(recipe.checkpoint_path)
@@ -148,7 +148,7 @@ def _explain(failures: "ChildFailedError", recipe: Recipe) -> int:
         raise UserError(text)
     # Without an error file, the message is only torch's advice on how to create one.
     if "pytorch.org" in str(message):
-        message = "it ended without a word"
+        message = "it ended without an error message"
     log = recipe.run_path / "logs" / f"rank_{rank}.log"
     note_local_end(recipe.run_path, 1, f"rank {rank} failed (exit code {failure.exitcode}): {message}", str(log))
     print(f"error: rank {rank} failed (exit code {failure.exitcode}): {message}\nIts log: {log}", file=sys.stderr)
@@ -181,7 +181,7 @@ class _StopSignals:
             self.received = number
             # After a hang-up the terminal is gone.
             with contextlib.suppress(OSError):
-                print("\nstopping after this step, saving (Ctrl-C again: stop at once)", flush=True)
+                print("\nstopping after this step and saving (press Ctrl-C again to stop at once)", flush=True)
             for worker in psutil.Process().children():
                 worker.terminate()
             return

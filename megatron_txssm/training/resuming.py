@@ -119,6 +119,6 @@ def _remove_interrupted_saves(checkpoints: Path, say: Callable[[str], None]) -> 
         for folder in interrupted_saves(checkpoints):
             size = folder_bytes(folder)
             remove_step(folder)
-            say(f"note: {folder} is removed ({size:,} bytes): a save was cut off in it")
+            say(f"note: removed {folder} ({size:,} bytes), the remains of an interrupted save")
 
     from_rank_0(remove)

@@ -148,7 +148,7 @@ def warn_without_room(recipe: Recipe, needed: int, say: Callable[[str], None]) -
     if disk.total and disk.free < needed:
         say(
             f"warning: {recipe.checkpoint_path} has {_size(disk.free)} left, and the next checkpoint takes "
-            f"{_size(needed)}: make room, or the run ends with the next save"
+            f"{_size(needed)}: make room, or the next save will end the run"
         )
 
 
@@ -161,10 +161,10 @@ def explain_full_disk(recipe: Recipe, error: BaseException) -> BaseException:
     if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return error
     before = saved_step(recipe.checkpoint_path) if recipe.checkpoint.save_interval is not None else None
-    goes_on = "begins again" if before is None else f"goes on from step {before}"
+    continues = "starts from the beginning" if before is None else f"continues from step {before}"
     return RuntimeError(
         f"the run could not write its metrics, logs or events to {recipe.run_path}: {error}; once there is room, the "
-        f"same command {goes_on}"
+        f"same command {continues}"
     )
 
 
@@ -179,19 +179,21 @@ def _failed_save(recipe: Recipe, iteration: int, error: BaseException) -> str:
     folder = recipe.checkpoint_path
     cause = failed_writes[0] if failed_writes else error
     before, partial = saved_step(folder), folder / f"iter_{iteration:07d}"
-    room = f"{_size(shutil.disk_usage(folder).free)} are left there"
+    room = f"{_size(shutil.disk_usage(folder).free)} are free there"
     if isinstance(cause, OSError) and cause.errno == errno.EDQUOT:
-        room = "how much of the quota is left, `quota` or `lfs quota` says"
+        room = "`quota` or `lfs quota` shows how much of the quota is left"
     left = ""
     if partial.is_dir() and before != iteration and os.environ.get("RANK", "0") == "0":
         size = folder_bytes(partial)
         remove_step(partial)
-        left = f"; what it had written ({_size(size)}) is removed"
-    goes_on = "begins again" if before is None else f"goes on from step {before}, the newest whole checkpoint"
+        left = f"; what it had written ({_size(size)}) was removed"
+    continues = "starts from the beginning"
+    if before is not None:
+        continues = f"continues from step {before}, the newest complete checkpoint"
     said = cause if isinstance(cause, OSError) else first_cause(cause)
     return (
         f"the checkpoint of step {iteration} could not be written to {folder}: {said} ({room}{left}); once that is "
-        f"mended, the same command {goes_on}"
+        f"fixed, the same command {continues}"
     )
 
 

@@ -44,7 +44,7 @@ def parse_stages(text: str, shards: int, samples: int) -> list[BlendStage]:
         stages = [BlendStage(int(stage["samples"]), tuple(map(float, stage["weights"]))) for stage in json.loads(text)]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--blend-stages is no list of {{samples, weights}} ({error}); let data.stages make it"
+            f"--blend-stages is not a list of {{samples, weights}} ({error}); let data.stages make it"
         ) from None
     for number, stage in enumerate(stages, start=1):
         if len(stage.weights) != shards:

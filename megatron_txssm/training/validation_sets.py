@@ -25,10 +25,10 @@ class Samples(Protocol):
     """A dataset of Megatron's, or one of ours around it."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, idx: int) -> Sample: ...
+    def __getitem__(self, idx: int, /) -> Sample: ...
 
 
-def fixed_validation(validation: Any, args: MegatronArguments) -> Samples | Sequence[Samples] | None:
+def fixed_validation(validation: Any, args: MegatronArguments) -> Any:
     """Megatron's validation set, or list of sets, wrapped so that one validation reads all of it once.
 
     `args`: Megatron's; with --eval-iters its loader is set to begin at the first sample, regardless of the checkpoint.

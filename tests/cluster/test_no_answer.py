@@ -41,7 +41,7 @@ def test_the_commands_while_slurmctld_is_away(sandbox: Sandbox, job: TrainingJob
         assert jobs.returncode == 2 and "Slurm does not answer (squeue" in jobs.stderr
         cancel = txssm(sandbox, "cancel", str(job.run))
         assert cancel.returncode == 2 and f"no job of {job.run} was cancelled: Slurm does not answer" in cancel.stderr
-        assert "jobs that run go on; try again when `scontrol ping`" in cancel.stderr
+        assert "running jobs continue; try again when `scontrol ping`" in cancel.stderr
         why = job.why()
         assert "no attempt has ended yet" in why and f"attempt 1 of job {job.job} trains (process" in why
         assert "Slurm does not answer" in why and "what to do" not in why
@@ -55,6 +55,6 @@ def test_the_commands_while_slurmctld_is_away(sandbox: Sandbox, job: TrainingJob
     job.wait_over("CANCELLED")
     assert follow.wait(600) == 0
     said = (job.folder / "said").read_text()
-    assert said.count("\n") == 1 and f"whether job {job.job} is over is not known, following on" in said
+    assert said.count("\n") == 1 and f"unknown whether job {job.job} has ended, still following" in said
     why = job.why()
-    assert "somebody cancelled the job" in why and "go on from its checkpoint: cd " in why and "txssm submit" in why
+    assert "somebody cancelled the job" in why and "continue from its checkpoint: cd " in why and "txssm submit" in why

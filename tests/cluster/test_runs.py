@@ -26,7 +26,7 @@ def test_a_cancelled_run_goes_on_where_it_was_on_another_number_of_nodes(
     # After a save: the first one takes seconds, and Slurm leaves the trainer five.
     job.wait_step(15)
     again = txssm(sandbox, "submit", str(job.recipe), "--nodes", "1", "--nproc-per-node", "1")
-    assert again.returncode == 2 and f"has job {job.job} (RUNNING) already" in again.stderr
+    assert again.returncode == 2 and f"already has job {job.job} (RUNNING)" in again.stderr
     jobs = txssm(sandbox, "jobs").stdout
     assert job.job in jobs and "RUNNING" in jobs and "of 60" in jobs
 
@@ -34,7 +34,7 @@ def test_a_cancelled_run_goes_on_where_it_was_on_another_number_of_nodes(
     job.wait_over("CANCELLED")
     # Also where Slurm's KillWait was too short for the supervisor to say so itself.
     why = job.why()
-    assert "somebody cancelled the job" in why and "submit it again to go on from its checkpoint" in why
+    assert "somebody cancelled the job" in why and "submit it again to continue from its checkpoint" in why
     stopped_at = job.saved()
     assert stopped_at == job.steps()[-1][0] >= 15
 
@@ -46,7 +46,7 @@ def test_a_cancelled_run_goes_on_where_it_was_on_another_number_of_nodes(
     assert (second.saved_before, second.cause) == (stopped_at, "finished")
     # A finished run is not started again.
     done = txssm(sandbox, "submit", str(job.recipe), "--nodes", "1", "--nproc-per-node", "1")
-    assert done.returncode == 0 and "finished before" in done.stdout
+    assert done.returncode == 0 and "already finished" in done.stdout
 
     undisturbed = TrainingJob(sandbox, tmp_path / "undisturbed", data)
     local = txssm(sandbox, "pretrain", str(undisturbed.recipe), "--nproc", "2")
@@ -71,7 +71,7 @@ def test_a_node_that_fails_the_preflight_is_named_and_left_out(sandbox: Sandbox,
     assert list(first.failed_nodes) == ["n2"]
     assert first.failed_nodes["n2"] == [f"{job.run} cannot be written: Read-only file system"]
     assert second.nodes == ["n1", "n3"] and second.cause == "finished"
-    assert f"preflight: n2 is not fit: {job.run} cannot be written" in job.output()
+    assert f"preflight: n2 is unhealthy: {job.run} cannot be written" in job.output()
     # No step was begun with it.
     assert first.last_step is None and first.exit_code is None
 
@@ -87,7 +87,7 @@ def test_where_every_node_fails_the_job_ends_and_says_so(sandbox: Sandbox, data:
     (attempt,) = job.attempts()
     assert attempt.cause == "preflight" and sorted(attempt.failed_nodes) == ["n1", "n2"]
     why = job.why()
-    assert "2 GPUs were asked for, but nvidia-smi fails" in why
+    assert "2 GPUs were requested, but nvidia-smi fails" in why
     assert "not requeued: every node failed the preflight" in why
 
 
@@ -101,7 +101,7 @@ def test_a_run_that_fails_before_its_first_step_is_not_started_again(
     job.submit("--set", "data.vocab_size=2", "--set", "data.make_vocab_size_divisible_by=2")
     job.wait_over("FAILED")
     assert len(job.attempts()) == 1 and job.attempts()[0].cause in ("failed", "refused")
-    assert "first failure" in job.why() or "mend what the message names" in job.why()
+    assert "first failure" in job.why() or "correct what the message names" in job.why()
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def test_a_failed_worker_restarts_within_the_job(job: SupervisedJob) -> None:
     assert job.causes() == ["killed", "finished"]
     assert job.restart_count() == 0
     first, second = job.attempts()
-    assert first.action == "the trainer was started again within the job"
+    assert first.action == "the trainer was restarted within the job"
     # Rank 0 saved once more, when srun told it of the other's end, or did not come to it.
     assert second.saved_before in (20, first.last_step) and second.nodes == ["n1", "n2"]
 
@@ -212,7 +212,7 @@ def test_nan_that_every_gpu_computes_ends_the_job(job: SupervisedJob) -> None:
     (job.run / "fault.json").write_text(json.dumps({"node": "n2", "step": 25, "do": "FloatingPointError: NaN"}))
     job.wait_over("FAILED")
     assert job.causes() == ["nan", "nan"]
-    assert "other GPUs compute it, too" in job.why()
+    assert "other GPUs computed it, too" in job.why()
 
 
 def test_a_full_disk_holds_the_job(job: SupervisedJob) -> None:

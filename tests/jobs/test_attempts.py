@@ -160,7 +160,7 @@ def test_a_later_versions_attempt_is_read_and_explained(tmp_path: Path) -> None:
     found = recorded(read)
     assert found is not None and str(found) == "meteorite strike on n1: in Chelyabinsk"
     assert found.remedy == "read the job's output"
-    assert refusal(read, [], 10) == "another try would end the same way"
+    assert refusal(read, [], 10) == "another attempt would end the same way"
 
 
 @pytest.mark.parametrize("cause", Cause)
@@ -376,7 +376,7 @@ def test_a_run_elsewhere_by_its_path(runs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["c", "runs/c", "a\0b", "x" * 10_000, "../runs", "-1", "²"])
 def test_no_run_is_a_clear_message(runs: Path, text: str) -> None:
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not a run"):
         find_run(text)
 
 
@@ -385,7 +385,7 @@ def test_a_misspelt_run_is_told_the_nearest_or_all(runs: Path) -> None:
         find_run("runs/by_hnad")
     (runs / "other").mkdir()
     (runs / "other" / "recipe.yaml").touch()
-    with pytest.raises(UserError, match=r"of this number; runs/ has by_hand, other$"):
+    with pytest.raises(UserError, match=r"with this number; runs/ has by_hand, other$"):
         find_run("zzz")
 
 
@@ -399,7 +399,7 @@ def test_an_unknown_job_is_asked_of_slurm(runs: Path, tmp_path: Path, monkeypatc
     # `runs` leaves nothing else on PATH.
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.defpath}")
     assert find_run("4711") == elsewhere
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not a run"):
         find_run("4712")
 
 

@@ -105,7 +105,7 @@ def test_a_slow_node_is_named(
     found = measure(NODES, 0, 20_000, timeout_seconds=600)
     assert list(found.problems) == ([slow] if slow else [])
     for (problem,) in found.problems.values():
-        assert problem.startswith("its network carries 1.00 GB/s, the other nodes' 20.00")
+        assert problem.startswith("its network reaches 1.00 GB/s, that of the other nodes 20.00")
         assert "(limit 5: TXSSM_PREFLIGHT_ALLREDUCE_GB_PER_S)" in problem
     if slow is None:
         assert found.words[-1].startswith("that is below the limit 5 (TXSSM_PREFLIGHT_ALLREDUCE_GB_PER_S), and no node")

@@ -32,14 +32,14 @@ def test_what_came_further_may_start_again(tmp_path: Path, cause: str) -> None:
 
 @pytest.mark.parametrize("cause", sorted(set(CAUSES) - RETRIED - {"disk_full"}))
 def test_what_would_end_the_same_way_may_not(tmp_path: Path, cause: str) -> None:
-    assert refusal(ended(tmp_path, cause), [], max_requeues=10) == "another try would end the same way"
+    assert refusal(ended(tmp_path, cause), [], max_requeues=10) == "another attempt would end the same way"
 
 
 @pytest.mark.parametrize("cause", sorted(RETRIED - OF_A_NODE - {"nan"}))
 @pytest.mark.parametrize("last_step", [None, 9, 10])
 def test_what_came_no_further_may_not(tmp_path: Path, cause: str, last_step: int | None) -> None:
     why_not = refusal(ended(tmp_path, cause, last_step=last_step), [], max_requeues=10)
-    assert why_not == "this attempt came no further than those before it"
+    assert why_not == "this attempt made no progress"
 
 
 @pytest.mark.parametrize("cause", sorted(OF_A_NODE))
@@ -47,7 +47,7 @@ def test_what_a_node_may_have_done_is_tried_three_times(tmp_path: Path, cause: s
     idle = [ended(tmp_path, cause, number, last_step=10) for number in range(1, 4)]
     assert refusal(idle[0], [], max_requeues=10) is None
     assert refusal(idle[1], idle[:1], max_requeues=10) is None
-    assert refusal(idle[2], idle[:2], max_requeues=10) == "3 attempts in a row came no further"
+    assert refusal(idle[2], idle[:2], max_requeues=10) == "3 attempts in a row made no progress"
 
 
 def test_one_step_or_a_later_checkpoint_is_further(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_nan_is_tried_on_other_gpus_once(tmp_path: Path) -> None:
     assert refusal(first, [], 10) is None
     assert (
         refusal(ended(tmp_path, "nan", 2), [first], 10)
-        == "other GPUs compute it, too: attempt 1 ended at the same step"
+        == "other GPUs computed it, too: attempt 1 ended at the same step"
     )
     # Behind that step, or of a job before: another matter.
     assert refusal(ended(tmp_path, "nan", 2, last_step=21), [first], 10) is None
@@ -161,5 +161,5 @@ def test_a_lost_node_of_a_job_with_spare_ones(tmp_path: Path) -> None:
 
 def test_decisions_in_words() -> None:
     assert str(Decision("requeue", leave_out=("n2", "n3"))) == "the job was requeued without n2, n3"
-    assert str(Decision("restart")) == "the trainer was started again within the job"
+    assert str(Decision("restart")) == "the trainer was restarted within the job"
     assert str(Decision("end", "no")) == "the job was not requeued: no"

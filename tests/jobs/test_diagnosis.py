@@ -113,7 +113,10 @@ def say(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> Say:
         ("srun: error: n2: task 2: Aborted\nsrun: error: n1: task 0: Killed\n", Diagnosis("killed", "", 2, "n2")),
         # srun ends the others with it.
         ("srun: error: n1: task 0: Terminated\nsrun: error: n2: task 2: Killed\n", Diagnosis("killed", "", 2, "n2")),
-        ("srun: error: n1: task 0: Out Of Memory\n", Diagnosis("out_of_memory", "Out Of Memory, says Slurm", 0, "n1")),
+        (
+            "srun: error: n1: task 0: Out Of Memory\n",
+            Diagnosis("out_of_memory", "out of memory, according to Slurm", 0, "n1"),
+        ),
         (CANCELLED_STEP, Diagnosis("step_cancelled")),
         (CANCELLED_JOB, Diagnosis("cancelled")),
         (PREEMPTED, Diagnosis("preempted")),
@@ -257,8 +260,8 @@ def test_a_long_exception_keeps_its_end_where_the_advice_is(attempt: Attempt, sa
 
 
 SAVE = (
-    "the checkpoint of step 40 could not be written to /runs/a/checkpoints: {} (0.000 GB are left there); once that is "
-    "mended, the same command goes on from step 30, the newest whole checkpoint"
+    "the checkpoint of step 40 could not be written to /runs/a/checkpoints: {} (0.000 GB are free there); once that is "
+    "fixed, the same command continues from step 30, the newest complete checkpoint"
 )
 
 
@@ -461,10 +464,10 @@ def test_a_finished_run_is_finished_whatever_came_after(attempt: Attempt, say: S
 
 
 def test_an_unfit_node(attempt: Attempt) -> None:
-    attempt.failed_nodes = {"n2": ["1 of 2 GPUs answer", "no room"]}
+    attempt.failed_nodes = {"n2": ["1 of 2 GPUs respond", "no room"]}
     found = diagnose(attempt, finished=False, output="")
-    assert found == Diagnosis("preflight", "1 of 2 GPUs answer; no room", node="n2")
-    assert str(found) == "a node is not fit to train on n2: 1 of 2 GPUs answer; no room"
+    assert found == Diagnosis("preflight", "1 of 2 GPUs respond; no room", node="n2")
+    assert str(found) == "a node failed the preflight on n2: 1 of 2 GPUs respond; no room"
 
 
 def test_no_node_answers(attempt: Attempt) -> None:
@@ -481,7 +484,7 @@ def test_no_node_has_room(attempt: Attempt) -> None:
     words = ["/runs/a has 1.0 GB left; a checkpoint takes 2.0 GB", "/runs/a has room for 3 more files (inodes, df -i)"]
     attempt.failed_nodes = dict.fromkeys(attempt.nodes, words)
     assert diagnose(attempt, finished=False, output="") == Diagnosis("disk_full", words[0])
-    attempt.failed_nodes["n2"] = [*words, "1 of 2 GPUs answer"]
+    attempt.failed_nodes["n2"] = [*words, "1 of 2 GPUs respond"]
     assert diagnose(attempt, finished=False, output="").cause == "preflight"
     attempt.failed_nodes = {"n2": words}
     assert diagnose(attempt, finished=False, output="").cause == "preflight"
@@ -497,7 +500,7 @@ def test_no_node_has_room(attempt: Attempt) -> None:
         ([], None, None, "every rank wrote its stacks"),
         ([3], 3, "n2", "rank 3 did not answer"),
         ([1, 2], 1, "n1", "ranks 1, 2 did not answer"),
-        ([0, 1, 2, 3], None, None, "no rank wrote its stacks: the run's file system or the network was gone"),
+        ([0, 1, 2, 3], None, None, "no rank wrote its stacks: the run's file system or the network was unavailable"),
         # slurmctld was away, and nobody was asked.
         (None, None, None, "no step for 61 s"),
     ],

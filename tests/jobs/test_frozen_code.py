@@ -95,7 +95,7 @@ def test_code_that_changes_while_it_is_copied_is_refused(home: Path, tmp_path: P
 
 
 def test_a_folder_whose_name_python_would_split_is_refused(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds a colon.*--no-freeze-code"):
+    with pytest.raises(UserError, match=r"contains a colon.*--no-freeze-code"):
         FrozenCode(home, tmp_path / "a:b", None)
 
 

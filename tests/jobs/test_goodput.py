@@ -67,10 +67,10 @@ def test_faults_cost_what_they_cost(run: Path) -> None:
     # From 400 to 660, from 800 to 920.
     assert found.recoveries == [260, 120] and found.recovery == 190
     assert dict(explain_goodput(run, None)) == {
-        "goodput": "40.9% of 0:18:20 in steps that count (the field: 97%)",
-        "recovery": "0:03:10 (2) (the field: < 4 min)",
-        "steps lost": "15 done twice, of 45 (0:02:30)",
-        "time": "in the queue 0:02:40, starts 0:04:07, saves and all else 0:01:33",
+        "goodput": "40.9% of 0:18:20 in steps that count (typical: 97%)",
+        "recovery": "0:03:10 (2) (typical: < 4 min)",
+        "steps lost": "15 of 45 repeated (0:02:30)",
+        "time": "in the queue 0:02:40, starts 0:04:07, saves and the rest 0:01:33",
     }
 
 
@@ -138,7 +138,7 @@ def test_lines_of_an_earlier_version_have_no_times(run: Path) -> None:
     # 400 tokens at 50 a second; step 3 was done again.
     assert (found.active, found.repeated, found.repeated_steps) == (26, 8, 1)
     told = dict(explain_goodput(run, None))
-    assert told["recovery"] == "unknown (the field: < 4 min)"
+    assert told["recovery"] == "unknown (typical: < 4 min)"
     assert told["time"] == "in the queue 0:00:50"
 
 
@@ -175,7 +175,7 @@ def test_all_runs_here_and_in_the_queue(
     assert header.split() == ["run", "active", "recovery", "steps", "lost", "in", "queue", "wall", "attempts"]
     assert big.split() == ["runs/big", "80.0%", "none", "needed", "0", "of", "8", "0:00:00", "0:01:40", "1"]
     assert far.split()[:2] == ["scratch/far", "0.0%"]
-    assert field == "The field: 97% active, recovery (median) < 4 min."
+    assert field == "Typical in the field: 97% active, recovery (median) < 4 min."
 
 
 def test_without_slurm_the_runs_here_are_shown(
@@ -184,7 +184,7 @@ def test_without_slurm_the_runs_here_are_shown(
     monkeypatch.setenv("PATH", "")
     monkeypatch.chdir(tmp_path)
     assert print_goodput() == 0
-    assert capsys.readouterr().out == "no run has begun\n"
+    assert capsys.readouterr().out == "no run has started\n"
     attempt(run, 1, 0, 100)
     assert print_goodput() == 0
     said = capsys.readouterr()

@@ -87,18 +87,18 @@ def test_gpus_that_are_all_there(node: Node, ecc: str) -> None:
 
 def test_no_gpu_was_asked_for(node: Node) -> None:
     node.says("gpus", "", code=9)
-    assert node.found(0) == ([], ["no GPU was asked for: not checked"])
+    assert node.found(0) == ([], ["no GPU was requested: not checked"])
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (gpu_rows(("0",) * 3), "3 of 4 GPUs answer"),
-        ("", "0 of 4 GPUs answer"),
-        ("No devices were found\n", "0 of 4 GPUs answer"),
+        (gpu_rows(("0",) * 3), "3 of 4 GPUs respond"),
+        ("", "0 of 4 GPUs respond"),
+        ("No devices were found\n", "0 of 4 GPUs respond"),
         (gpu_rows(("0", "7", "0", "0")), "GPU 1 has 7 uncorrected memory errors; it needs a reset"),
-        (gpu_rows(("0", "0", "[GPU is lost]", "0")), "GPU 2 says [GPU is lost]"),
-        (gpu_rows(("0", "0", "0", "[GPU requires reset]")), "GPU 3 says [GPU requires reset]"),
+        (gpu_rows(("0", "0", "[GPU is lost]", "0")), "GPU 2 reports [GPU is lost]"),
+        (gpu_rows(("0", "0", "0", "[GPU requires reset]")), "GPU 3 reports [GPU requires reset]"),
     ],
 )
 def test_gpus_that_are_not_fit(node: Node, text: str, problem: str) -> None:
@@ -109,7 +109,7 @@ def test_gpus_that_are_not_fit(node: Node, text: str, problem: str) -> None:
 def test_nvidia_smi_fails(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     node.says("gpus", "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", code=9)
     (problem,) = node.found(2)[0]
-    assert problem.startswith("2 GPUs were asked for, but nvidia-smi fails") and "exit status 9" in problem
+    assert problem.startswith("2 GPUs were requested, but nvidia-smi fails") and "exit status 9" in problem
     monkeypatch.setenv("PATH", "/nowhere")
     (problem,) = node.found(2)[0]
     assert "nvidia-smi fails" in problem and "No such file" in problem

@@ -73,7 +73,7 @@ def test_a_node_that_is_fit(check: NodeCheck) -> None:
     found = report(check)
     assert found["node"] == "n1"
     assert found["problems"] == []
-    assert "no GPU was asked for: not checked" in found["warnings"]
+    assert "no GPU was requested: not checked" in found["warnings"]
     assert found["facts"]["python"] == sys.version.split()[0]
     assert found["facts"]["torch"].startswith("2.")
     assert found["facts"]["mamba-ssm"] == "none"
@@ -88,20 +88,20 @@ def test_a_node_that_is_fit(check: NodeCheck) -> None:
 def test_a_process_that_may_not_open_the_shards(check: NodeCheck) -> None:
     check = replace(check, open_files=2**62)
     [problem] = report(check)["problems"]
-    assert problem.endswith(f"(ulimit -Hn); for its shards a rank needs {2**62}")
+    assert problem.endswith(f"(ulimit -Hn); a rank needs {2**62} for its shards")
 
 
 def test_a_limit_of_the_sites(check: NodeCheck, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TXSSM_PREFLIGHT_OPEN_FILES", str(2**62))
     [problem] = report(check)["problems"]
-    assert problem.endswith(f"(ulimit -Hn); for its shards a rank needs {2**62}")
+    assert problem.endswith(f"(ulimit -Hn); a rank needs {2**62} for its shards")
     monkeypatch.setenv("TXSSM_PREFLIGHT_OPEN_FILES", "off")
     check = replace(check, open_files=2**62)
     assert report(check)["problems"] == []
     monkeypatch.setenv("TXSSM_PREFLIGHT_OPEN_FILES", "many")
     found = report(check)
     assert len(found["problems"]) == 1
-    assert "TXSSM_PREFLIGHT_OPEN_FILES=many is neither a number nor off: the default holds" in found["warnings"]
+    assert "TXSSM_PREFLIGHT_OPEN_FILES=many is neither a number nor off: using the default" in found["warnings"]
 
 
 def test_too_few_inodes(check: NodeCheck, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,9 +124,9 @@ def test_too_little_shared_memory(check: NodeCheck, monkeypatch: pytest.MonkeyPa
 
 def test_a_folder_that_is_not_shared(check: NodeCheck) -> None:
     check.token_file.write_text("of another node")
-    assert report(check)["problems"] == [f"{check.folder} is not the first node's: it must lie on a shared file system"]
+    assert report(check)["problems"] == [f"{check.folder} is not the first node's: it must be on a shared file system"]
     check.token_file.unlink()
-    assert report(check)["problems"] == [f"{check.folder} is not there: it must lie on a shared file system"]
+    assert report(check)["problems"] == [f"{check.folder} does not exist: it must be on a shared file system"]
 
 
 def test_a_file_in_the_place_of_the_folder(check: NodeCheck, tmp_path: Path) -> None:
@@ -405,16 +405,16 @@ def test_every_node_is_asked(preflight: NodePreflight, tmp_path: Path, capfd: py
     written = json.loads((preflight.folder / "preflight.json").read_text())
     assert [found["node"] for found in written["reports"]] == preflight.nodes
     assert written["problems"] == {}
-    assert "preflight: 127.0.0.1, 127.0.0.2: no GPU was asked for: not checked\n" in capfd.readouterr().out
+    assert "preflight: 127.0.0.1, 127.0.0.2: no GPU was requested: not checked\n" in capfd.readouterr().out
 
 
 def test_a_node_that_does_not_answer(
     preflight: NodePreflight, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bin" / "silent_127.0.0.2").touch()
-    words = "its check ended without an answer; srun's words above may say why"
+    words = "its check ended without an answer; srun's messages above may say why"
     assert preflight.run() == {"127.0.0.2": [words]}
-    assert f"preflight: 127.0.0.2 is not fit: {words}\n" in capfd.readouterr().out
+    assert f"preflight: 127.0.0.2 is unhealthy: {words}\n" in capfd.readouterr().out
 
 
 def test_a_node_that_takes_too_long(preflight: NodePreflight, tmp_path: Path) -> None:

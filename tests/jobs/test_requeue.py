@@ -60,7 +60,7 @@ def test_a_node_that_can_take_the_place(tmp_path: Path, sinfo: Path, state: str)
 def test_a_node_that_cannot(tmp_path: Path, sinfo: Path, state: str) -> None:
     sinfo.write_text(f"n1 alloc\nn2 alloc\nn3 {state}\n")
     why_not = spare_nodes_refusal(["n2"], NODES, "main")
-    assert why_not == "partition main has no node that could take the place of n2"
+    assert why_not == "partition main has no node that could replace n2"
 
 
 def test_an_unfit_node_is_no_spare_node(tmp_path: Path, sinfo: Path) -> None:
@@ -222,12 +222,12 @@ def test_a_held_job(play: Callable[[Slurm], Slurm]) -> None:
         (
             "n1 idle\nn2 drain\nn3 idle\n",
             False,
-            Decision("end", "partition main has no node that could take the place of n1"),
+            Decision("end", "partition main has no node that could replace n1"),
         ),
         (
             "n1 idle\nn2 idle\nn3 idle\n",
             True,
-            Decision("end", "partition main has no node that could take the place of n1"),
+            Decision("end", "partition main has no node that could replace n1"),
         ),
     ],
 )

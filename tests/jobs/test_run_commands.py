@@ -134,7 +134,7 @@ def test_what_died_long_ago_is_not_waited_for(
     os.utime(lock, (time.time() - 120, time.time() - 120))
     some_attempt(recipe.run_path, job_id="17", started=time.time() - 300).save()
     why = told(capsys, "why", "demo")
-    assert "ended after" in why and "nothing says why" in why
+    assert "ended after" in why and "for an unknown reason" in why
 
 
 # --- why: what to do.
@@ -148,7 +148,7 @@ def test_a_preempted_job_that_slurm_has_forgotten_is_submitted_again(
     assert f"PreemptMode=CANCEL, or --no-requeue); submit it again: cd /home/somebody && {COMMAND}" in why
     write_queue(cluster, ours(recipe, state="PENDING", reason="BeginTime"))
     why = told(capsys, "why", "demo")
-    assert "nothing: job 17 goes on by itself" in why and "job 17 is PENDING (BeginTime)" in why
+    assert "nothing: job 17 continues by itself" in why and "job 17 is PENDING (BeginTime)" in why
 
 
 def test_the_end_of_a_killed_job_is_that_of_its_output(
@@ -173,8 +173,8 @@ def test_a_requeue_that_slurm_refused(cluster: Path, recipe: Recipe, capsys: pyt
     said = "error: scontrol requeue 17: Requested operation is presently disabled for job 17\n"
     (recipe.run_path / "logs" / "pretrain-17.out").write_text(f"iteration 25/60\n{said}")
     why = told(capsys, "why", "demo")
-    assert "the job was requeued, but Slurm has no such job any more" in why and said.strip() in why
-    assert f"submit it again to go on from its checkpoint: cd /home/somebody && {COMMAND}" in why
+    assert "the job was requeued, but Slurm no longer has such a job" in why and said.strip() in why
+    assert f"submit it again to continue from its checkpoint: cd /home/somebody && {COMMAND}" in why
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_a_result_that_was_not_finite_on_one_node_only(
     assert "did not come again" not in told(capsys, "why", "demo", "--all")
     ended(recipe, "time_limit", number=4, last_step=40, nodes=["n1", "n3"])
     first, *others = told(capsys, "why", "demo", "--all").splitlines()[:4]
-    assert "without n2 it did not come again: have its GPUs tested" in first
+    assert "without n2 it did not happen again: have its GPUs tested" in first
     assert not any("did not come again" in line for line in others)
 
 
@@ -312,7 +312,7 @@ def test_a_failed_shard_and_what_it_took_along(
     why = told(capsys, "why", "demo")
     assert "1 tasks are finished, 1 failed; 15_1: ValueError: no JSON in line 7" in why
     assert f"finished tasks are kept: cd /home/somebody && {COMMAND}" in why
-    assert "job 18 never began: Slurm removed it since pretrain did not succeed" in why
+    assert "job 18 never started: Slurm removed it since pretrain did not succeed" in why
     assert f"when convert has succeeded: sbatch {chain.run_path.relative_to(tmp_path)}/evaluate.sbatch" in why
 
 
@@ -322,7 +322,7 @@ def test_a_failed_export(cluster: Path, chain: Recipe, capsys: pytest.CaptureFix
     log.write_text(output("convert", 2, "error: export is there; remove it"))
     why = told(capsys, "why", "demo")
     assert "job 18 failed (exit code 2): error: export is there; remove it" in why and "convert-18.out" in why
-    assert "mend what it says, then: sbatch runs/demo/convert.sbatch" in why
+    assert "fix the cause, then: sbatch runs/demo/convert.sbatch" in why
     # Ended by Slurm, before it could say so.
     cancelled = "[2026-11-26T06:36:16.026] error: *** JOB 18 ON n1 CANCELLED AT 2026-11-26T06:36:16 DUE {} ***"
     log.write_text(output("convert", None, cancelled.format("TO TIME LIMIT")))
@@ -330,9 +330,9 @@ def test_a_failed_export(cluster: Path, chain: Recipe, capsys: pytest.CaptureFix
     log.write_text(output("convert", None, cancelled.format("to SIGNAL Terminated")))
     assert "job 18 ended: somebody cancelled the job" in told(capsys, "why", "demo")
     log.write_text(output("convert", None, "halfway"))
-    assert "job 18 ended: nothing says why; its last words: halfway" in told(capsys, "why", "demo")
+    assert "job 18 ended: the reason is unknown; its last output: halfway" in told(capsys, "why", "demo")
     away(cluster)
-    assert "job 18: not known, since Slurm does not answer" in told(capsys, "why", "demo")
+    assert "job 18: unknown, since Slurm does not answer" in told(capsys, "why", "demo")
 
 
 # --- Which jobs are a run's.
@@ -440,7 +440,7 @@ def test_cancel_goes_on_where_one_job_cannot_be_cancelled(
     )
     assert main(["cancel", "demo"]) == 2
     captured = capsys.readouterr()
-    assert "cancelled job 17" in captured.out and "job 18 (x) is over already" in captured.out
+    assert "cancelled job 17" in captured.out and "job 18 (x) has already ended" in captured.out
     assert "1 of 3 jobs were not cancelled: Slurm does not answer" in captured.err
 
 
@@ -482,11 +482,11 @@ def test_logs_follow_until_slurm_says_that_the_job_is_over(
     captured = capsys.readouterr()
     assert captured.out == "first\nwhile it was away\n"
     assert captured.err.count("\n") == 1
-    assert "whether job 17 is over is not known, following on: Slurm does not answer" in captured.err
+    assert "unknown whether job 17 has ended, still following: Slurm does not answer" in captured.err
 
 
 def test_logs_that_are_not_there_while_slurm_does_not_answer(
     cluster: Path, recipe: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     away(cluster)
-    assert "job 17 is in a state that is not known" in told(capsys, "logs", "demo", code=2)
+    assert "job 17 is in an unknown state" in told(capsys, "logs", "demo", code=2)

@@ -158,16 +158,16 @@ def test_a_name_too_long_for_a_file_system(cluster: Cluster, capsys: pytest.Capt
         ((*LAYOUT, "--preflight-timeout=0"), (), "--preflight-timeout 0 must be at least 1"),
         ((*LAYOUT, "--max-requeues=-1"), (), "--max-requeues -1 must be at least 0"),
         ((*LAYOUT, "--spare=-1"), (), "--spare -1 must be at least 0"),
-        ((*LAYOUT, "--time=2"), (), "--time 2 is 120 s, and --stop-before 120 tells"),
-        ((*LAYOUT, "--sbatch=nodes=4"), (), "--sbatch 'nodes=4' is decided by --nodes; leave it out"),
+        ((*LAYOUT, "--time=2"), (), "--time 2 is 120 s, and --stop-before 120 makes"),
+        ((*LAYOUT, "--sbatch=nodes=4"), (), "--sbatch 'nodes=4' is set by --nodes; leave it out"),
         ((*LAYOUT, "--after=x"), (), "--after 'x' must be the number of a job"),
         ((*LAYOUT, "--after="), (), "--after '' must be the number of a job"),
         ((*LAYOUT, "--corpus=x"), (), "--corpus x goes with --chain"),
         ((*LAYOUT, "--partition="), (), "--partition is empty"),
         ((*LAYOUT, "--sbatch=-N4"), (), "--sbatch '-N4' must be a long option of sbatch"),
         ((*LAYOUT, "--partition=a b"), (), "--partition 'a b' must be one plain word"),
-        (LAYOUT, ("run_directory=a b",), "holds characters that a batch script cannot"),
-        (LAYOUT, ("run_directory=runs/%j",), "holds characters that a batch script cannot"),
+        (LAYOUT, ("run_directory=a b",), "contains characters that a batch script cannot"),
+        (LAYOUT, ("run_directory=runs/%j",), "contains characters that a batch script cannot"),
     ],
 )
 def test_what_is_wrong_with_the_request(
@@ -310,7 +310,7 @@ def test_a_run_has_one_job_at_a_time(
 ) -> None:
     script = f"{Path.cwd()}/runs/demo/{stage}.sbatch"
     cluster.holds({"job_id": 55, "state": state, "command": script})
-    assert_refused(cluster, capsys, submit_demo(), f"runs/demo has job 55 ({state}) already; see txssm jobs")
+    assert_refused(cluster, capsys, submit_demo(), f"runs/demo already has job 55 ({state}); see txssm jobs")
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_a_run_behind_a_link_has_one_job_too(
     cluster.holds({"job_id": 101, "command": str(Path.cwd() / cluster.queued[0][-1])})
     capsys.readouterr()
     assert submit_demo() == 2
-    assert "has job 101 (RUNNING) already" in capsys.readouterr().err
+    assert "already has job 101 (RUNNING)" in capsys.readouterr().err
     assert len(cluster.queued) == 1
 
 
@@ -460,7 +460,7 @@ def test_a_finished_run_needs_no_job(cluster: Cluster, capsys: pytest.CaptureFix
     (recipe.checkpoint_path / f"iter_{recipe.train_iters:07d}").mkdir()
     (recipe.checkpoint_path / f"iter_{recipe.train_iters:07d}" / ".metadata").write_text("index")
     assert submit_demo() == 0
-    assert "demo_cpu: finished before; runs/demo/checkpoints holds step 320" in capsys.readouterr().out
+    assert "demo_cpu: already finished; runs/demo/checkpoints holds step 320" in capsys.readouterr().out
     assert cluster.queued == []
 
 
@@ -619,7 +619,7 @@ def test_a_chain_does_not_convert_into_what_is_there(
 ) -> None:
     Path("runs/demo/export").mkdir(parents=True)
     assert submit_chain(corpus) == 2
-    assert "export is there" in capsys.readouterr().err
+    assert "export exists" in capsys.readouterr().err
     assert cluster.queued == []
 
 

@@ -104,7 +104,7 @@ def test_another_was_quicker_since_the_checks(
     monkeypatch.setattr(submit, "plan_submission", planned)
     words = ["--nodes=1", "--nproc-per-node=2", *(f"--set={text}" for text in FIELDS)]
     assert main(["submit", "demo_cpu", *words]) == 2
-    assert capsys.readouterr().err == "error: runs/demo has job 17 (PENDING) already; see txssm jobs\n"
+    assert capsys.readouterr().err == "error: runs/demo already has job 17 (PENDING); see txssm jobs\n"
     run = cluster.parent / "runs" / "demo"
     assert not (run / NAME).exists() and not (run / "recipe.yaml").exists()
 

@@ -54,7 +54,7 @@ def test_a_failed_save_ends_at_once_and_the_command_goes_on(begun: TinyRun) -> N
     assert done.code == 1, done
     assert f"the checkpoint of step {failing} could not be written to {begun.checkpoints}: " in done.stderr
     assert "File too large" in done.stderr
-    assert f"the same command goes on from step {saved}" in done.stderr
+    assert f"the same command continues from step {saved}" in done.stderr
     assert not (begun.run / "running.json").exists()
     assert saved_step(begun) == saved
     # What it had written would hold the room of the next.

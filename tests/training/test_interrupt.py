@@ -23,7 +23,7 @@ def test_ctrl_c_saves_and_names_the_checkpoint(interrupted: tuple[TinyRun, Done]
     run, done = interrupted
     assert done.code == 130, done.stderr
     assert done.stderr == ""
-    assert "stopping after this step, saving" in done.stdout
+    assert "stopping after this step and saving" in done.stdout
     step = iterations(run)[-1]
     assert 3 <= step < 2000
     assert f"stopped; {run.checkpoints} holds step {step}, from which the same command resumes" in done.stdout

@@ -157,8 +157,8 @@ def test_a_step_names_every_sample_of_every_rank_once(recipe_file: Path, monkeyp
 @pytest.mark.parametrize(
     ("overrides", "nproc", "step", "samples", "wanted"),
     [
-        ([], 1, 0, None, "--step 0 is no step of corpus; use 1 to 20"),
-        ([], 1, 21, None, "--step 21 is no step of corpus; use 1 to 20"),
+        ([], 1, 0, None, "--step 0 is not a step of corpus; use 1 to 20"),
+        ([], 1, 21, None, "--step 21 is not a step of corpus; use 1 to 20"),
         ([], 1, 1, [16], "--sample 16 is not in the global batch; use 0 to 15"),
         ([], 1, 1, [-1], "--sample -1 is not in the global batch"),
         ([], 3, 1, None, "not divisible by micro_batch_size=2 x 3 data-parallel processes"),

@@ -88,7 +88,7 @@ def test_each_verdict_has_its_words(recipe: Recipe, machine: Any, code: int, sta
     assert said.startswith("the loss or a gradient of step 27 is NaN or infinite on rank 0 (node ")
     assert "found NaN in local grad norm" in said
     assert f"{verdict} (Megatron's exit code {code}). " in said
-    assert "There is no checkpoint with finite weights" in said
+    assert "No checkpoint has finite weights" in said
 
 
 def test_the_way_back_is_a_command_that_a_shell_takes(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_a_full_disk_is_told_in_the_systems_words(recipe: Recipe, number: int, w
     error = explain_full_disk(recipe, OSError(number, os.strerror(number)))
     assert isinstance(error, RuntimeError)
     assert words in str(error)
-    assert "the same command begins again" in str(error)
+    assert "the same command starts from the beginning" in str(error)
     other = OSError(5, "Input/output error")
     assert explain_full_disk(recipe, other) is other
 
@@ -137,7 +137,7 @@ def test_a_quota_that_is_used_up_in_a_save(recipe: Recipe, monkeypatch: pytest.M
     monkeypatch.setattr(compat_saves, "failed_writes", [compat_saves.FailedWrite(122, os.strerror(122))])
     said = saving._failed_save(recipe, 20, RuntimeError("Worker failure"))
     assert "the checkpoint of step 20 could not be written" in said
-    assert "[Errno 122] Disk quota exceeded (how much of the quota is left, `quota` or `lfs quota` says" in said
-    assert "what it had written (2 MB) is removed" in said
-    assert "the same command begins again" in said
+    assert "[Errno 122] Disk quota exceeded (`quota` or `lfs quota` shows how much of the quota is left" in said
+    assert "what it had written (2 MB) was removed" in said
+    assert "the same command starts from the beginning" in said
     assert not partial.exists()

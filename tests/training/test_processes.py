@@ -100,7 +100,7 @@ def test_the_workers_get_the_command_and_their_ranks(launch: Callable[..., int],
 @pytest.mark.parametrize(
     ("script", "wanted"),
     [
-        ("[ $RANK = 0 ] && sleep 60; exit 3", "rank 1 failed (exit code 3): it ended without a word"),
+        ("[ $RANK = 0 ] && sleep 60; exit 3", "rank 1 failed (exit code 3): it ended without an error message"),
         ("[ $RANK = 0 ] && sleep 60; kill -9 $$", "rank 1 failed (exit code -9): Signal 9 (SIGKILL) received by PID"),
     ],
 )
@@ -115,7 +115,7 @@ def test_a_crash_is_one_message_with_rank_and_log(
     told = capfd.readouterr().out
     for text in (
         "exit code      1",
-        f"what exactly   {wanted}",
+        f"details        {wanted}",
         "rank_1.log",
         "last step      0 of",
         "checkpoint     none",
@@ -135,8 +135,8 @@ def test_why_of_a_run_that_was_killed(recipe: Recipe, capsys: pytest.CaptureFixt
     assert main(["why", str(recipe.run_path)]) == 0
     told = capsys.readouterr().out
     assert "unexpectedly: it was killed, or the machine went down" in told
-    assert "last words     step 7 begins" in told
-    assert "now            it does not run; the command that started it resumes it" in told
+    assert "last output    step 7 begins" in told
+    assert "now            not running; the command that started it resumes it" in told
     assert "job" not in told
     # Slurm's commands know what such a run offers instead.
     assert main(["logs", str(recipe.run_path)]) == main(["cancel", str(recipe.run_path)]) == 2
@@ -158,7 +158,7 @@ def test_why_of_a_run_that_trains(recipe: Recipe, capsys: pytest.CaptureFixture[
     file.write_text(json.dumps(dataclasses.asdict(said)))
     assert main(["why", str(recipe.run_path)]) == 0
     told = capsys.readouterr().out
-    assert f"it trains now  process {holder.pid} on {holder.host}" in told
+    assert f"training now   process {holder.pid} on {holder.host}" in told
     assert "  now  " not in told and "job" not in told
 
 
@@ -193,7 +193,7 @@ def test_a_signal_lets_the_workers_save(
     assert launch(SAVES) == 128 + number
     thread.join()
     output = capfd.readouterr()
-    assert "stopping after this step, saving" in output.out
+    assert "stopping after this step and saving" in output.out
     assert f"stopped; {recipe.checkpoint_path} holds step 12, from which the same command resumes" in output.out
     assert output.err == ""
     assert {n: signal.getsignal(n) for n in handlers} == handlers

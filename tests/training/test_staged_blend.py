@@ -100,8 +100,8 @@ def test_shards_that_are_used_up_to_the_last_sample_and_beyond(tmp_path: Path, d
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("[", "is no list of"),
-        ('[{"samples": 3}]', "is no list of"),
+        ("[", "is not a list of"),
+        ('[{"samples": 3}]', "is not a list of"),
         ('[{"samples": 10, "weights": [1]}]', "stage 1 has 1 weights for 2 shards"),
         ('[{"samples": 9, "weights": [1, 0]}]', "holds 9 samples, the training 10"),
     ],

@@ -2,9 +2,9 @@
 
 import json
 import math
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,7 +64,7 @@ class Samples:
         return {"tokens": torch.full((3,), index), "loss_mask": torch.ones(3)}
 
 
-def megatrons(**changes: Any) -> SimpleNamespace:
+def megatrons(**changes: Any) -> Namespace:
     """Megatron's arguments, as a checkpoint of 40 validations would have them."""
     given: dict[str, Any] = {
         "full_validation": False,
@@ -75,7 +75,7 @@ def megatrons(**changes: Any) -> SimpleNamespace:
         "dataloader_type": "single",
         "consumed_valid_samples": 40 * 24,
     }
-    return SimpleNamespace(**given | changes)
+    return Namespace(**given | changes)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -91,7 +91,7 @@ def blend_corpus(corpus: Corpus, tokens: int, weights: Mapping[str, float] | Non
     if weights is None:
         weights = {name: subset.tokens("train") for name, subset in corpus.subsets.items() if subset.tokens("train")}
         if not weights:
-            raise UserError(f"{corpus.directory} holds no training document; check what it was made from")
+            raise UserError(f"{corpus.directory} holds no training document; check its sources")
     return CorpusBlend(corpus, (Stage(tokens, _normalised(weights, corpus)),))
 
 
@@ -136,7 +136,7 @@ def check_corpus(recipe: Recipe) -> None:
     if "validation" in splits and not blend.shards("validation"):
         raise UserError(
             f"data.corpus={blend.corpus.directory}: no validation documents in {', '.join(blend.average.weights)}; "
-            "set logging.eval_iters=0, or shard it anew, to another output, with a larger validation_fraction"
+            "set logging.eval_iters=0, or shard it again, to another output, with a larger validation_fraction"
         )
     for split in splits:
         for _, prefix, record in blend.shards(split):
@@ -144,7 +144,7 @@ def check_corpus(recipe: Recipe) -> None:
             if (found.documents, found.tokens) != (record.documents, record.tokens):
                 raise UserError(
                     f"{prefix}.bin holds {found.tokens} tokens in {found.documents} documents, its manifest says "
-                    f"{record.tokens} in {record.documents}; redo what `txssm data verify` names"
+                    f"{record.tokens} in {record.documents}; redo the tasks that `txssm data verify` lists"
                 )
             whole = split == "validation" and recipe.logging.eval_iters is None
             if whole and record.tokens <= recipe.training.seq_length:

@@ -50,7 +50,7 @@ def combine_corpora(out: str | Path, sources: Sequence[Source]) -> int:
     UserError if they do not fit together or are unfinished.
     """
     if len(sources) < 2:
-        raise UserError(f"one corpus, {sources[0].directory}, is given; name two or more to combine")
+        raise UserError(f"only one corpus, {sources[0].directory}, is given; name two or more to combine")
     corpus = combine(Path(out), sources)
     rows = [
         (name, f"{len(s.manifests):,}", f"{s.tokens('train'):,}", f"{s.tokens('validation'):,}")
@@ -58,7 +58,7 @@ def combine_corpora(out: str | Path, sources: Sequence[Source]) -> int:
     ]
     print_table(("subset", ">tasks", ">tokens", ">held out"), rows)
     originals = ", ".join(dict.fromkeys(str(source.directory) for source in sources))
-    print(f"{corpus.directory} links to {originals}, which must stay")
+    print(f"{corpus.directory} links to {originals}, which must not be removed")
     return 0
 
 

@@ -170,7 +170,7 @@ def open_corpus(directory: str | Path, used: Collection[str] | None = None) -> C
         if len(finished) < len(tasks):
             raise NoCorpus(
                 f"{directory}: {len(tasks) - len(finished)} of the {len(tasks)} tasks of {name} are not finished; "
-                f"go on with `txssm data shard {directory}/corpus.yaml`"
+                f"finish them with `txssm data shard {directory}/corpus.yaml`"
             )
         subsets[name] = Subset(directory, name, finished)
     return Corpus(directory, facts, subsets)
@@ -210,7 +210,7 @@ def read_manifest(directory: Path, subset: str, task: int) -> TaskManifest | Non
         data["differences"] = tuple(data.get("differences", ()))
         data["shards"] = {split: ShardRecord(**record) for split, record in data["shards"].items()}
         if (data["subset"], data["task"]) != (subset, task):
-            raise ValueError(f"it is that of {data['subset']} task {data['task']}")
+            raise ValueError(f"it belongs to {data['subset']} task {data['task']}")
         return TaskManifest(**data)
     except FileNotFoundError:
         return None

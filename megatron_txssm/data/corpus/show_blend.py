@@ -31,7 +31,7 @@ def show_blend(
     # A recipe may share its name with a folder, but only a corpus has a plan.
     if (Path(source) / "plan.json").is_file():
         if overrides:
-            raise UserError(f"--set {overrides[0]}: {source} is a corpus, no recipe; name a recipe instead")
+            raise UserError(f"--set {overrides[0]}: {source} is a corpus, not a recipe; name a recipe instead")
         blend = _directory_blend(source, tokens)
         words = _path_arguments(blend)
     else:
@@ -69,7 +69,7 @@ def _print_weights(recipe: Recipe) -> int:
     try:
         read_plan(recipe.data.corpus or "")
     except UserError as error:
-        print(f"how often each is read is known once there is a corpus: {error}")
+        print(f"the numbers of epochs are known once the corpus exists: {error}")
     return 0
 
 

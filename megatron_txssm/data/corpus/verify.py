@@ -54,14 +54,14 @@ def verify_corpus(corpus: str | Path, *, redo: bool = False) -> int:
     if not faults:
         for subset in dict.fromkeys(subset for subset, _ in tasks):
             write_subset_manifest(directory, subset)
-        print(f"{directory}: all {len(tasks):,} tasks are as their manifests say")
+        print(f"{directory}: all {len(tasks):,} tasks match their manifests")
         return 0
     if redo:
         for fault in faults:
             remove_task(directory, fault.subset, fault.task)
     remedy = f"txssm data shard {directory}"
-    removed = "they are removed; make them again" if redo else "remove them with --redo, and make them again"
-    print(f"{len(faults):,} of {len(tasks):,} tasks are not as they should be; {removed}: {remedy}")
+    removed = "they were removed; redo them" if redo else "remove them with --redo, then redo them"
+    print(f"{len(faults):,} of {len(tasks):,} tasks failed verification; {removed}: {remedy}")
     return 1
 
 
@@ -128,7 +128,7 @@ def _shard_faults(prefix: Path, record: ShardRecord) -> Iterator[str]:
         elif path.stat().st_size != record.sizes.get(suffix):
             yield f"{path} has {path.stat().st_size} bytes, its manifest says {record.sizes.get(suffix)}"
         elif file_sha256(path) != record.sha256.get(suffix):
-            yield f"{path} has other bytes than when it was written (SHA-256)"
+            yield f"{path} has changed since it was written (SHA-256)"
     counts = check_shard(prefix)
     if (counts.documents, counts.tokens) != (record.documents, record.tokens):
         yield f"{prefix} holds {counts.documents} documents and {counts.tokens} tokens, its manifest says otherwise"

@@ -178,7 +178,7 @@ class _Fetcher:
     def fetch(self, blob_id: object) -> Blob:
         """Fetch one text. Errors become a reason; only a bug raises."""
         if not isinstance(blob_id, str) or not _BLOB_ID.fullmatch(blob_id):
-            return Blob(reason=MISSING_BLOB, detail=f"{blob_id!r:.80} is no SHA-1 in hex")
+            return Blob(reason=MISSING_BLOB, detail=f"{blob_id!r:.80} is not a SHA-1 in hex")
         try:
             stored = self._read(self.path.replace("{blob_id}", blob_id))
         # Each filesystem has its own errors, and those of botocore and aiohttp are not even OSErrors.

@@ -83,7 +83,7 @@ def prepare(recipe: CorpusRecipe) -> Plan:
     except OSError as error:
         where = error.filename2 or error.filename or recipe.path
         raise UserError(
-            f"{where}: {error.strerror or error}; free the disk, mend the path, or use another output"
+            f"{where}: {error.strerror or error}; free disk space, correct the path, or use another output"
         ) from None
 
 
@@ -98,7 +98,7 @@ def shard(recipe: CorpusRecipe, workers: int) -> int:
     status = CorpusStatus(recipe.path)
     before = status.read()
     if not sum(len(unfinished(recipe, plan, subset)) for subset in recipe.subsets):
-        print(f"{recipe.path}: all {sum(s.tasks for s in before)} tasks were finished before")
+        print(f"{recipe.path}: all {sum(s.tasks for s in before)} tasks are already finished")
         return 0
     start = time.monotonic()
     try:
@@ -106,7 +106,7 @@ def shard(recipe: CorpusRecipe, workers: int) -> int:
             run_locally(recipe, plan, workers)
     except KeyboardInterrupt:
         after = status.read()
-        print(f"stopped; {tasks_text(after)} are finished, and the same command goes on")
+        print(f"stopped; {tasks_text(after)} are finished, and the same command resumes")
         return 130
     after, seconds = status.read(), time.monotonic() - start
     text = sum(s.text_bytes for s in after) - sum(s.text_bytes for s in before)

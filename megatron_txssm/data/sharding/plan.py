@@ -56,8 +56,8 @@ def list_files(name: str, subset: SubsetSource) -> list[tuple[str, int]]:
     files = [path for path in wanted if path.endswith(PARQUET_SUFFIXES + JSONL_SUFFIXES)]
     if not files:
         other = f"; {len(wanted)} match {subset.glob!r}, such as {wanted[0]}" if wanted else ""
-        other = other if any(found) else "; it is empty, or no folder"
-        other += f"; {len(hidden)} are hidden and left out, such as {min(hidden)}" if hidden else ""
+        other = other if any(found) else "; it is empty, or not a folder"
+        other += f"; {len(hidden)} are hidden and ignored, such as {min(hidden)}" if hidden else ""
         raise UserError(
             f"subsets.{name}.source={subset.source} holds no {', '.join(PARQUET_SUFFIXES + JSONL_SUFFIXES)} file that "
             f"matches glob={subset.glob!r}{other}"

@@ -59,7 +59,7 @@ def print_status(subsets: list[SubsetStatus]) -> None:
             reasons = ", ".join(f"{number:,} × {reason}" for reason, number in s.broken.items())
             console.print(f"{s.name}: {reasons}; their places are in its tasks' manifests")
         if s.filtered:
-            console.print(f"{s.name}: {s.filtered:,} of {s.rows:,} rows left out by its filters")
+            console.print(f"{s.name}: {s.filtered:,} of {s.rows:,} rows excluded by its filters")
         if s.done and s.documents and not s.held_out:
             console.print(f"{s.name}: none of its documents is held out for validation")
         if s.referred:
@@ -69,8 +69,8 @@ def print_status(subsets: list[SubsetStatus]) -> None:
         for task, found in s.differences[:FAILURES_SHOWN]:
             since = f"texts with {', '.join(found['characters'])}" if found["characters"] else "every text"
             console.print(
-                f"{s.name} task {task}: {found['document']}: {found['detail']}; the reference's are taken, and {since} "
-                "encoded by it from there on. Please report the text"
+                f"{s.name} task {task}: {found['document']}: {found['detail']}; the reference's were used, and {since} "
+                "encoded by it from then on. Please report the text"
             )
         for task, error in sorted(s.failed.items())[:FAILURES_SHOWN]:
             console.print(f"{s.name} task {task} failed: {error}")
@@ -122,7 +122,7 @@ def progress(status: CorpusStatus) -> Iterator[None]:
                     if bars:
                         bars.show(subset)
                     for encoder in {name for name in subset.encoders if "gigatoken" in name.partition("(")[2]} - slow:
-                        print(f"{subset.name}: slowly, by {encoder}", flush=True)
+                        print(f"{subset.name}: using the slower encoder, {encoder}", flush=True)
                         slow.add(encoder)
 
         thread = threading.Thread(target=refresh, daemon=True)

@@ -62,7 +62,7 @@ def run_locally(recipe: CorpusRecipe, plan: Plan, workers: int) -> None:
             future.result()
     except BrokenProcessPool:
         raise UserError(
-            "a worker was killed, perhaps for its memory; what is finished stays: run the same command again, "
+            "a worker was killed, perhaps out of memory; finished tasks are kept: run the same command again, "
             "with fewer --workers if memory is short"
         ) from None
     except BaseException:

@@ -111,7 +111,7 @@ class _Task:
             where = error.filename or self.folder
             raise UserError(
                 f"{self.subset} task {self.task}: {error.strerror or error} ({where}); "
-                "what is finished stays: free the disk or mend the path, and run the same command again"
+                "finished tasks are kept: free disk space or correct the path, and run the same command again"
             ) from error
         except Exception as error:
             self.status.fail(self._facts(splits), error)

@@ -110,7 +110,7 @@ def _array(recipe: CorpusRecipe, plan: Plan, subset: str, limit: int) -> _Array:
     slurm = recipe.slurm
     folder = logging_folder(recipe.path, subset).resolve()
     if not PLAIN_PATH.fullmatch(str(folder)):
-        raise UserError(f"--slurm: {str(folder)!r} holds characters that a batch script cannot; use another output")
+        raise UserError(f"--slurm: {str(folder)!r} contains characters that a batch script cannot; use another output")
     return _Array(
         [ShardTask(recipe, subset)],
         tasks=len(plan.tasks[subset]),

@@ -53,10 +53,10 @@ def _install_sentencepiece(source: TokenizerSource, folder: Path) -> TokenizerFa
     model = load_tokenizer(source.model)
     eod = model.eos_id() if source.eod_token is None else model.PieceToId(source.eod_token)
     if eod < 0 or (source.eod_token is not None and model.IdToPiece(eod) != source.eod_token):
-        why = f"its eos id is {eod}" if source.eod_token is None else f"{source.eod_token!r} is no piece"
+        why = f"its eos id is {eod}" if source.eod_token is None else f"{source.eod_token!r} is not a piece"
         raise UserError(
             f"tokenizer.model={source.model} has no end-of-document token ({why}); "
-            "documents could not be told apart: train it with one (txssm data train-tokenizer does)"
+            "documents could not be separated: train it with one (txssm data train-tokenizer does)"
         )
     content = Path(source.model).read_bytes()
     write_file_atomically(folder / "tokenizer.model", content)
@@ -76,7 +76,7 @@ def _install_huggingface(source: TokenizerSource, folder: Path) -> TokenizerFact
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # what tokenizers raises
-        raise UserError(f"tokenizer.model={source.model}: {path} is no tokenizer.json: {error}") from None
+        raise UserError(f"tokenizer.model={source.model}: {path} is not a tokenizer.json: {error}") from None
     eod_token = source.eod_token or _named_token(configs, "eos_token")
     if eod_token is None:
         special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
@@ -86,7 +86,7 @@ def _install_huggingface(source: TokenizerSource, folder: Path) -> TokenizerFact
         )
     eod = tokenizer.token_to_id(eod_token)
     if eod is None:
-        raise UserError(f"tokenizer.eod_token={eod_token!r} is no token of {source.model}; state one of its tokens")
+        raise UserError(f"tokenizer.eod_token={eod_token!r} is not a token of {source.model}; state one of its tokens")
     if path.resolve() != (folder / "tokenizer.json").resolve():
         shutil.copyfile(path, folder / "tokenizer.json.partial")
         (folder / "tokenizer.json.partial").replace(folder / "tokenizer.json")
@@ -138,8 +138,8 @@ def _find_huggingface(model: str) -> tuple[Path, list[Path]]:
         configs = [config for name in names if path and (config := fetch(name))]
     except Exception as error:  # many kinds, of the hub and the network
         raise UserError(
-            f"tokenizer.model={model}: no such folder here, and the Hugging Face hub does not give it: {error}; on a "
-            "machine without the internet, copy its tokenizer.json and tokenizer_config.json and name their folder"
+            f"tokenizer.model={model}: no such folder, and the Hugging Face hub cannot provide it: {error}; "
+            "without internet access, copy its tokenizer.json and tokenizer_config.json here and name their folder"
         ) from None
     if path is None:
         raise UserError(f"tokenizer.model={model} has no tokenizer.json; convert it to a fast tokenizer first")

@@ -28,7 +28,7 @@ def keep_tokenizer(recipe: Recipe, checkpoints: Path) -> None:
             return
         install_tokenizer(source, partial)
     except UserError as error:
-        print(readable(f"warning: no tokenizer is kept beside the checkpoints: {error}"), file=sys.stderr)
+        print(readable(f"warning: no tokenizer is stored beside the checkpoints: {error}"), file=sys.stderr)
         shutil.rmtree(partial, ignore_errors=True)
         return
     shutil.rmtree(checkpoints / "tokenizer", ignore_errors=True)

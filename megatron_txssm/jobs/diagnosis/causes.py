@@ -18,79 +18,83 @@ class Meaning(NamedTuple):
 CAUSES: dict[Cause, Meaning] = {
     Cause.FINISHED: Meaning("the run is finished", ""),
     Cause.TIME_LIMIT: Meaning(
-        "the time limit came near", "nothing: the job goes on; raise --time if it does so too often"
+        "the time limit was near", "nothing: the job continues; raise --time if this happens too often"
     ),
     Cause.TIME_LIMIT_HIT: Meaning(
         "the time limit was hit before the run was saved", "raise --stop-before: saving takes longer"
     ),
     Cause.PREEMPTED: Meaning(
         "the job was preempted",
-        "nothing: it starts again when the nodes are free",
+        "nothing: it restarts when nodes are free",
     ),
-    Cause.NODE_FAILURE: Meaning("a node was lost", "nothing: Slurm starts it again on other nodes"),
-    Cause.REQUEUED: Meaning("somebody requeued the job", "nothing: it starts again by itself"),
-    Cause.CANCELLED: Meaning("somebody cancelled the job", "submit it again to go on from its checkpoint"),
+    Cause.NODE_FAILURE: Meaning("a node was lost", "nothing: Slurm restarts it on other nodes"),
+    Cause.REQUEUED: Meaning("somebody requeued the job", "nothing: it restarts by itself"),
+    Cause.CANCELLED: Meaning("somebody cancelled the job", "submit it again to continue from its checkpoint"),
     Cause.STEP_CANCELLED: Meaning(
-        "somebody cancelled the trainer's step", "submit it again to go on, unless it was requeued"
+        "somebody cancelled the trainer's step", "submit it again to continue, unless it was requeued"
     ),
-    Cause.STOPPED: Meaning("the trainer was told to save and stop", "submit it again to go on, unless it was requeued"),
+    Cause.STOPPED: Meaning(
+        "the trainer was told to save and stop", "submit it again to continue, unless it was requeued"
+    ),
     Cause.MEGATRON_EXIT: Meaning(
         "megatron.exit_interval or megatron.exit_duration_in_mins ended the trainer",
-        "submit it again to go on from its checkpoint",
+        "submit it again to continue from its checkpoint",
     ),
     Cause.HUNG: Meaning(
         "the trainer hung",
-        "look at the stacks in the ranks' logs; if it is only slow, raise --start-, --step- or --save-timeout",
+        "see the stacks in the ranks' logs; if it is only slow, raise --start-, --step- or --save-timeout",
     ),
-    Cause.PREFLIGHT: Meaning("a node is not fit to train", "mend the node, or leave it out: --sbatch exclude=NODE"),
-    Cause.REFUSED: Meaning("the recipe cannot run", "mend what the message names"),
-    Cause.DISK_FULL: Meaning("the disk or the quota is full", "make room where the message says; then it can go on"),
+    Cause.PREFLIGHT: Meaning("a node failed the preflight", "repair the node, or exclude it: --sbatch exclude=NODE"),
+    Cause.REFUSED: Meaning("the recipe cannot run", "correct what the message names"),
+    Cause.DISK_FULL: Meaning(
+        "the disk or the quota is full", "make room where the message says; then the run can continue"
+    ),
     Cause.NAN: Meaning(
         "the loss, a gradient or a weight became NaN or infinite",
-        "lower optimizer.learning_rate, or go back to an older checkpoint; a GPU may also compute it wrongly",
+        "lower optimizer.learning_rate, or go back to an older checkpoint; a faulty GPU may also be the cause",
     ),
     Cause.BAD_GPU: Meaning(
-        "a GPU is not sound",
-        "leave its node out (--sbatch exclude=NODE), and have the GPU tested: dcgmi diag -r 3, dmesg | grep -i xid",
+        "a GPU is faulty",
+        "exclude its node (--sbatch exclude=NODE), and have the GPU tested: dcgmi diag -r 3, dmesg | grep -i xid",
     ),
     Cause.NODE_FILE_SYSTEM: Meaning(
         "a file system failed on one node",
-        "mend it there (mount, df /dev/shm), or leave the node out: --sbatch exclude=NODE",
+        "repair it there (mount, df /dev/shm), or exclude the node: --sbatch exclude=NODE",
     ),
     Cause.OUT_OF_MEMORY: Meaning(
         "a rank ran out of memory",
         "lower training.micro_batch_size, or set parallel.recompute=full; for the host's memory, --sbatch mem=0",
     ),
-    Cause.KILLED: Meaning("a rank was killed by a signal", "look at its log and at the node's system log"),
+    Cause.KILLED: Meaning("a rank was killed by a signal", "read its log and the node's system log"),
     Cause.SUPERVISOR_KILLED: Meaning(
         "the supervisor was killed, on the job's first node",
-        "look at that node's system log; where its memory ran out, ask for all of it: --sbatch mem=0",
+        "read that node's system log; if its memory ran out, request all of it: --sbatch mem=0",
     ),
     Cause.SRUN_KILLED: Meaning(
         "srun, which runs the trainer's step, was killed on the job's first node",
-        "look at that node's system log; where its memory ran out, ask for all of it: --sbatch mem=0",
+        "read that node's system log; if its memory ran out, request all of it: --sbatch mem=0",
     ),
-    Cause.FAILED: Meaning("a rank failed", "read its log; the same step failing twice is no accident"),
+    Cause.FAILED: Meaning("a rank failed", "read its log; if the same step fails twice, it is not a fluke"),
     Cause.CONNECTION_LOST: Meaning(
-        "the ranks lost each other, and none of them says why",
-        "look at the node and its network; leave it out if it happens again: --sbatch exclude=NODE",
+        "the ranks lost their connections, and none reported the cause",
+        "check the node and its network; exclude it if this happens again: --sbatch exclude=NODE",
     ),
     Cause.UNKNOWN: Meaning(
-        "the batch script ended, and nothing says why",
-        "look at the job's output and the system log of the node it ran on, the first",
+        "the batch script ended for an unknown reason",
+        "read the job's output and the system log of the job's first node",
     ),
 }
 # What a signal usually means; Linux also sends SIGKILL when memory runs out.
 _SIGNAL_REMEDIES = {
-    "SIGKILL": "look at the node's system log; memory is the usual reason: --sbatch mem=0 asks for all of the host's",
-    "SIGBUS": "look whether /dev/shm or the node's disk is full, or a mapped file is gone; then read its log",
-    "SIGSEGV": "read its log: native code failed; if it is always the same node, leave it out: --sbatch exclude=NODE",
-    "SIGABRT": "read its log: a library gave up, and says there why",
+    "SIGKILL": "read the node's system log; memory is the usual reason: --sbatch mem=0 requests it all",
+    "SIGBUS": "check whether /dev/shm or the node's disk is full, or a mapped file is gone; then read its log",
+    "SIGSEGV": "read its log: native code failed; if it is always the same node, exclude it: --sbatch exclude=NODE",
+    "SIGABRT": "read its log: a library aborted, and its reason is there",
     "SIGFPE": "read its log: native code failed",
 }
 _QUOTA = re.compile(r"Disk quota exceeded|EDQUOT|\[Errno 122\]")
 _QUOTA_REMEDY = (
-    "free space within your quota (quota -s, or lfs quota -hu $USER FOLDER), or have it raised; then it can go on"
+    "free space within your quota (quota -s, or lfs quota -hu $USER FOLDER), or have it raised; then it can continue"
 )
 
 # Causes by a rank's last error, the certain ones first. The texts of CUDA and the kernel are quoted.

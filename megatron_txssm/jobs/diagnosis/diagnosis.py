@@ -86,9 +86,7 @@ def close(attempt: Attempt, recipe: Recipe, *, started_again: bool = False) -> D
         found = Diagnosis(Cause.NODE_FAILURE, node=lost[0])
     elif found == Diagnosis(Cause.UNKNOWN) and started_again:
         # Slurm and the batch script report any other end in the job's output; an unplugged node cannot.
-        found = Diagnosis(
-            Cause.NODE_FAILURE, "Slurm lost it for a while and started the job again", node=attempt.nodes[0]
-        )
+        found = Diagnosis(Cause.NODE_FAILURE, "Slurm lost contact with it and restarted the job", node=attempt.nodes[0])
     record(attempt, found)
     return found
 
@@ -154,13 +152,13 @@ def _hang(attempt: Attempt, hang: Hang) -> Diagnosis:
     num_ranks = len(attempt.nodes) * attempt.nproc_per_node
     detail = f"{_HUNG[hang.get('during', 'step')]} for {hang['seconds']:.0f} s"
     if not silent:
-        detail += "" if silent is None else "; every rank wrote its stacks into its log"
+        detail += "" if silent is None else "; every rank wrote its stacks to its log"
         if missing := missing_ranks(attempt.folder, num_ranks):
             return Diagnosis(Cause.HUNG, detail, missing[0], attempt.node_of(missing[0]))
         return Diagnosis(Cause.HUNG, detail)
     if len(silent) == num_ranks > 1:
         return Diagnosis(
-            Cause.HUNG, f"{detail}; no rank wrote its stacks: the run's file system or the network was gone"
+            Cause.HUNG, f"{detail}; no rank wrote its stacks: the run's file system or the network was unavailable"
         )
     ranks = ", ".join(map(str, silent))
     detail += f"; rank{'s' if len(silent) > 1 else ''} {ranks} did not answer, the others wrote their stacks"

@@ -52,7 +52,7 @@ def explain(run: str | Path, *, every_attempt: bool = False) -> int:
     else:
         print(f"{folder}: no attempt has ended yet")
         if jobs == []:
-            _print("last words", _last_words(folder))
+            _print("last output", _last_words(folder))
     for stage in other_stages(folder, recipe, queue):
         _print(stage.name, stage.state)
         _print("  output", str(stage.output or ""))
@@ -98,7 +98,7 @@ def _why_it_may_run(folder: Path, attempt: Attempt, jobs: list[slurm.Job] | None
         return f"is {job.state} on {job.nodes}" if job.runs else ""
     if holder := who_trains(folder):
         return f"trains, although Slurm does not show its job ({holder})" if jobs is not None else f"trains ({holder})"
-    return "" if jobs is not None else "may run or have ended: nobody in running.json gives a sign of life"
+    return "" if jobs is not None else "may run or have ended: the process in running.json gives no heartbeat"
 
 
 def _last_sign(attempt: Attempt) -> float:
@@ -115,19 +115,19 @@ def _explain(attempt: Attempt, recipe: Recipe, folder: Path, jobs: list[slurm.Jo
     print(f"{folder}: attempt {attempt.number} (job {attempt.job_id}) ended after {duration}: {diagnosis.summary}")
     if diagnosis.rank is not None:
         _print("first failure", f"rank {diagnosis.rank} on {diagnosis.node}")
-        _print("its log", str(folder / "logs" / f"rank_{diagnosis.rank}.log"))
+        _print("log", str(folder / "logs" / f"rank_{diagnosis.rank}.log"))
     elif diagnosis.node is not None:
         _print("node", diagnosis.node)
-    _print("what exactly", diagnosis.detail)
+    _print("details", diagnosis.detail)
     for text in explain_hang(attempt.folder, len(attempt.nodes) * attempt.nproc_per_node):
         _print("collectives", text)
     _print("last step", f"{attempt.last_step or 0} of {recipe.train_iters}")
     _print("checkpoint", _newest(recipe, attempt.saved_after))
     was_requeued = attempt.action.startswith("the job was requeued")
-    lost = ", but Slurm has no such job any more" if was_requeued and jobs == [] else ""
+    lost = ", but Slurm no longer has such a job" if was_requeued and jobs == [] else ""
     _print("what was done", f"{attempt.action}{lost}")
     if jobs == [] and (words := _last_words(folder)).startswith("error:"):
-        _print("last words", words)
+        _print("last output", words)
     _print("what to do", what_to_do(attempt, recipe, folder, jobs))
 
 
@@ -138,7 +138,7 @@ def _explain_local_run(folder: Path, recipe: Recipe, known: list[tuple[str, str]
     _print("last step", f"{current_step(folder / 'metrics.jsonl') or 0} of {recipe.train_iters}")
     _print("checkpoint", _newest(recipe, saved_step(recipe.checkpoint_path)))
     # If the run trains, the first line has said so.
-    _print("now", "" if known[0][0] == "it trains now" else _local_state(recipe))
+    _print("now", "" if known[0][0] == "training now" else _local_state(recipe))
     return 0
 
 
@@ -147,7 +147,7 @@ def _newest(recipe: Recipe, saved: int | None) -> str:
 
 
 def _local_state(recipe: Recipe) -> str:
-    return "finished" if is_finished(recipe) else "it does not run; the command that started it resumes it"
+    return "finished" if is_finished(recipe) else "not running; the command that started it resumes it"
 
 
 def _progress(recipe: Recipe, folder: Path) -> str:
@@ -180,7 +180,7 @@ def _afterwards(attempt: Attempt, later: list[Attempt]) -> str:
         return ""
     without = (other for other in later if attempt.node not in other.nodes)
     if any((other.last_step or 0) > (attempt.last_step or 0) for other in without):
-        return f"; without {attempt.node} it did not come again: have its GPUs tested (dcgmi diag -r 3)"
+        return f"; without {attempt.node} it did not happen again: have its GPUs tested (dcgmi diag -r 3)"
     return ""
 
 

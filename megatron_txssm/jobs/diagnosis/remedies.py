@@ -32,12 +32,12 @@ def what_to_do(attempt: Attempt, recipe: Recipe, run: Path, jobs: list[Job] | No
     if jobs:
         if needs_somebody(jobs[0]):
             return f"{'' if cause in _NOTHING_TO_MEND else f'{mend}; '}{what_it_waits_for(jobs[0])}"
-        return f"nothing: job {jobs[0].job_id} goes on by itself" if cause in _NOTHING_TO_MEND else mend
+        return f"nothing: job {jobs[0].job_id} continues by itself" if cause in _NOTHING_TO_MEND else mend
     again = submit_again(run)
     if cause == Cause.PREEMPTED:
-        return f"Slurm did not start it again (PreemptMode=CANCEL, or --no-requeue); submit it again: {again}"
+        return f"Slurm did not restart it (PreemptMode=CANCEL, or --no-requeue); submit it again: {again}"
     if cause in _NOTHING_TO_MEND:
-        return f"submit it again to go on from its checkpoint: {again}"
+        return f"submit it again to continue from its checkpoint: {again}"
     return mend if cause == Cause.NAN else f"{mend}; submit it again: {again}"
 
 
@@ -62,7 +62,7 @@ def go_back(detail: str, recipe: Recipe, run: Path) -> str:
     changes = (f"--set optimizer.learning_rate={rate:g}", "--set megatron.override_opt_param_scheduler=true")
     lower = f"try a lower rate, from there or an older step: {submit_again(run, *changes)}"
     if newest is None:
-        return f"no checkpoint is there; {lower.replace('from there or an older step', 'from the beginning')}"
+        return f"there is no checkpoint; {lower.replace('from there or an older step', 'from the beginning')}"
     tracker = recipe.checkpoint_path / "latest_checkpointed_iteration.txt"
     older = [step.number for step in whole_steps(recipe.checkpoint_path) if step.number < newest]
     back = f"; to go back to step {older[0]}: echo {older[0]} > {shlex.quote(str(tracker))}" if older else ""

@@ -57,11 +57,11 @@ def _stage(run: Path, name: str, job_id: str, queue: list[Job] | None, before: s
         if end[1] == "0":
             return Stage(name, f"job {job_id} is finished", shown)
         state = f"job {job_id} failed (exit code {end[1]}): {last_words(text)}"
-        return Stage(name, state, shown, f"mend what it says, then: {again}")
+        return Stage(name, state, shown, f"fix the cause, then: {again}")
     if queue is None:
-        return Stage(name, f"job {job_id}: not known, since Slurm does not answer", shown)
+        return Stage(name, f"job {job_id}: unknown, since Slurm does not answer", shown)
     if text is None:
-        state = f"job {job_id} never began: Slurm removed it since {before} did not succeed, or somebody cancelled it"
+        state = f"job {job_id} never started: Slurm removed it since {before} did not succeed, or somebody cancelled it"
         return Stage(name, state, None, f"when {before} has succeeded: {again}")
     return Stage(name, f"job {job_id} ended: {_why(text)}", shown, again)
 
@@ -85,9 +85,9 @@ def _shards(recipe: Recipe, ids: list[str], queue: list[Job] | None, again: str)
     unended = [] if queued or queue is None else [path for path in texts if path not in ends]
     if first := next(iter(failed or unended), None):
         words = last_words(texts[first]) if failed else _why(texts[first])
-        return Stage("shard", f"{state}; {first.stem}: {words}", first, f"mend it; finished tasks are kept: {again}")
+        return Stage("shard", f"{state}; {first.stem}: {words}", first, f"fix it; finished tasks are kept: {again}")
     if not outputs and queue is not None and not queued:
-        return Stage("shard", f"job {here} never began: somebody cancelled it", None, again)
+        return Stage("shard", f"job {here} never started: somebody cancelled it", None, again)
     return Stage("shard", state)
 
 
@@ -103,7 +103,7 @@ def _why(text: str) -> str:
     if job_was_cancelled(text):
         return CAUSES[Cause.CANCELLED].summary
     words = last_words(text)
-    return f"nothing says why{f'; its last words: {words}' if words else ''}"
+    return f"the reason is unknown{f'; its last output: {words}' if words else ''}"
 
 
 def _last_start(output: Path, name: str) -> str | None:

@@ -60,14 +60,14 @@ def measure(nodes: list[str], gpus: int, port: int, timeout_seconds: float) -> B
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace", env=environment) as srun:
         try:
             output, _ = srun.communicate(timeout=timeout_seconds)
-            why = f"its step ended with exit code {srun.returncode}; see srun's words above"
+            why = f"its step ended with exit code {srun.returncode}; see srun's messages above"
         except subprocess.TimeoutExpired:
             srun.kill()
             output, _ = srun.communicate()
             why = f"it did not end within {timeout_seconds:g} s (--preflight-timeout)"
     answers = cast(list[Measured], json_lines(output, '{"allreduce": '))
     if not answers:
-        found.words.append(f"all-reduce between nodes could not be measured: {why} ({_LIMIT}=off leaves it out)")
+        found.words.append(f"all-reduce between nodes could not be measured: {why} ({_LIMIT}=off disables it)")
         return found
     found.measured = answers[-1]
     _judge(found, answers[-1], nodes, least)
@@ -96,8 +96,8 @@ def _judge(found: Bandwidth, measured: Measured, nodes: list[str], least: float)
     for node, own in zip(nodes, best, strict=True):
         if own < SLOW_SHARE * usual:
             found.problems[node] = [
-                f"its network carries {own:.2f} GB/s, the other nodes' {usual:.2f}; an all-reduce over all makes "
-                f"{rate:.2f} GB/s (limit {least:g}: {_LIMIT})"
+                f"its network reaches {own:.2f} GB/s, that of the other nodes {usual:.2f}; an all-reduce over all "
+                f"reaches {rate:.2f} GB/s (limit {least:g}: {_LIMIT})"
             ]
     if not found.problems:
         found.words.append(f"that is below the limit {least:g} ({_LIMIT}), and no node is slower than the others")

@@ -38,23 +38,23 @@ def limit(name: str, default: float | None, warnings: list[str]) -> float | None
     try:
         return float(text)
     except ValueError:
-        warnings.append(f"TXSSM_PREFLIGHT_{name}={text} is neither a number nor off: the default holds")
+        warnings.append(f"TXSSM_PREFLIGHT_{name}={text} is neither a number nor off: using the default")
         return default
 
 
 def check_gpus(wanted: int, problems: list[str], warnings: list[str]) -> None:
     """Check the `wanted` GPUs that Slurm gave the job on this node; adds to `problems` and `warnings`."""
     if not wanted:
-        warnings.append("no GPU was asked for: not checked")
+        warnings.append("no GPU was requested: not checked")
         return
     try:
         rows = _ask("gpu", "index,uuid,pci.bus_id,ecc.errors.uncorrected.volatile.total,memory.used")
     except (OSError, subprocess.SubprocessError) as error:
-        problems.append(f"{wanted} GPUs were asked for, but nvidia-smi fails: {error}")
+        problems.append(f"{wanted} GPUs were requested, but nvidia-smi fails: {error}")
         return
     found = [Gpu(*row) for row in rows if len(row) == 5]
     if len(found) < wanted:
-        problems.append(f"{len(found)} of {wanted} GPUs answer")
+        problems.append(f"{len(found)} of {wanted} GPUs respond")
     ours = _ours(found)
     for gpu in ours:
         if gpu.uncorrected_errors.isdecimal():
@@ -63,7 +63,7 @@ def check_gpus(wanted: int, problems: list[str], warnings: list[str]) -> None:
                     f"GPU {gpu.index} has {gpu.uncorrected_errors} uncorrected memory errors; it needs a reset"
                 )
         elif gpu.uncorrected_errors not in _NOT_COUNTED:
-            problems.append(f"GPU {gpu.index} says {gpu.uncorrected_errors}")
+            problems.append(f"GPU {gpu.index} reports {gpu.uncorrected_errors}")
     _check_leftovers(ours, problems, warnings)
     _check_rows(ours, problems, warnings)
     _check_xids(ours, problems, warnings)
@@ -90,7 +90,7 @@ def _check_leftovers(gpus: list[Gpu], problems: list[str], warnings: list[str]) 
         if most is not None and gpu.used_mb.isdecimal() and int(gpu.used_mb) > most:
             problems.append(
                 f"GPU {gpu.index} has {gpu.used_mb} MB of memory in use before the run (limit {most:g}: "
-                "TXSSM_PREFLIGHT_GPU_MEMORY_MB); a process was left behind"
+                "TXSSM_PREFLIGHT_GPU_MEMORY_MB); by a leftover process"
             )
 
 

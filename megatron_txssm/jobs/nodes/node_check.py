@@ -137,14 +137,14 @@ def _clock_offset(address: str, problems: list[str]) -> Clock | None:
 def _check_folder(check: NodeCheck, problems: list[str], warnings: list[str]) -> None:
     try:
         if check.token_file.read_text() != check.token:
-            problems.append(f"{check.folder} is not the first node's: it must lie on a shared file system")
+            problems.append(f"{check.folder} is not the first node's: it must be on a shared file system")
             return
         with tempfile.NamedTemporaryFile(dir=check.folder, prefix=".preflight-") as file:
             file.write(b"x" * 65536)
             file.flush()
             os.fsync(file.fileno())
     except FileNotFoundError:
-        problems.append(f"{check.folder} is not there: it must lie on a shared file system")
+        problems.append(f"{check.folder} does not exist: it must be on a shared file system")
         return
     except OSError as error:
         problems.append(f"{check.folder} cannot be written: {error.strerror}")
@@ -178,7 +178,7 @@ def _check_shared_memory(least_mb: float | None, problems: list[str]) -> None:
 def _check_open_files(needed: float | None, problems: list[str]) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if needed is not None and hard != resource.RLIM_INFINITY and hard < needed:
-        problems.append(f"a process may have {hard} files open (ulimit -Hn); for its shards a rank needs {needed:.0f}")
+        problems.append(f"a process may have {hard} files open (ulimit -Hn); a rank needs {needed:.0f} for its shards")
 
 
 def _check_owner(name: str, folder: str, problems: list[str]) -> None:
@@ -187,7 +187,7 @@ def _check_owner(name: str, folder: str, problems: list[str]) -> None:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         owner = os.stat(folder).st_uid
     except OSError as error:
-        problems.append(f"{name}={folder} cannot be made: {error.strerror}")
+        problems.append(f"{name}={folder} cannot be created: {error.strerror}")
         return
     if owner != os.getuid():
         problems.append(f"{name}={folder} belongs to user {owner}, not to this job's; set another in slurm/env.sh")

@@ -64,7 +64,7 @@ class NodePreflight:
         for text in bandwidth.words:
             print(f"preflight: {text}", flush=True)
         for node, texts in problems.items():
-            print(f"preflight: {node} is not fit: {'; '.join(texts)}", flush=True)
+            print(f"preflight: {node} is unhealthy: {'; '.join(texts)}", flush=True)
         return problems
 
     def _ask(self, token: str) -> tuple[list[NodeReport], str]:
@@ -89,7 +89,7 @@ class NodePreflight:
             *(f"--nodes={count}", f"--nodelist={','.join(self.nodes)}", f"--ntasks={count}", "--ntasks-per-node=1"),
             *(step_python(), "-m", _MODULE, *check.words),
         ]
-        silence = f"{_ENDED}; srun's words above may say why"
+        silence = f"{_ENDED}; srun's messages above may say why"
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as srun:
             try:
                 output, _ = srun.communicate(timeout=self.timeout_seconds)

@@ -35,7 +35,7 @@ class FrozenCode:
         if ":" in str(self.path):
             # PYTHONPATH would split it in two.
             raise UserError(
-                f"run_directory={run} holds a colon, and Python finds no code there; use another, or --no-freeze-code"
+                f"run_directory={run} contains a colon, which PYTHONPATH cannot hold; use another, or --no-freeze-code"
             )
 
     def write(self) -> None:

@@ -54,7 +54,7 @@ class Request:
             site = os.environ.get("TXSSM_GPUS_PER_NODE")
             if site is None or not site.isdecimal():
                 raise UserError(
-                    "state --gpus-per-node, or --nproc-per-node where nodes have no GPUs (or TXSSM_GPUS_PER_NODE in "
+                    "state --gpus-per-node, or --nproc-per-node for nodes without GPUs (or TXSSM_GPUS_PER_NODE in "
                     "slurm/env.sh)"
                 )
             gpus = int(site)

@@ -130,6 +130,6 @@ def check_free(recipe: Recipe) -> set[str]:
     alive = [job for job in slurm.queue() if not job.is_over]
     for job in alive:
         if job.script.parent == run:
-            raise UserError(f"{recipe.run_path} has job {job.job_id} ({job.state}) already; see txssm jobs")
+            raise UserError(f"{recipe.run_path} already has job {job.job_id} ({job.state}); see txssm jobs")
     check_not_running(recipe)
     return {job.job_id.partition("_")[0] for job in alive}

@@ -61,7 +61,7 @@ class Decision:
             return f"the job was not requeued: {self.reason}"
         if self.do == "hold":
             return f"the job was requeued and is held: {self.reason}"
-        what = "the job was requeued" if self.do == "requeue" else "the trainer was started again within the job"
+        what = "the job was requeued" if self.do == "requeue" else "the trainer was restarted within the job"
         return f"{what}{without}"
 
 
@@ -87,14 +87,14 @@ def decide(attempt: Attempt, before: list[Attempt], max_requeues: int, restarts:
 def refusal(attempt: Attempt, before: list[Attempt], max_requeues: int) -> str | None:
     """Why the trainer must not be started again after an attempt; None if it may."""
     if attempt.cause not in RETRIED:
-        return "another try would end the same way"
+        return "another attempt would end the same way"
     if attempt.cause == Cause.NAN:
         return _same_nan(attempt, before)
     if not attempt.came_further:
         if attempt.cause not in _OF_A_NODE:
-            return "this attempt came no further than those before it"
+            return "this attempt made no progress"
         if (idle := idle_attempts([*before, attempt], attempt.job_id)) >= MAX_IDLE_ATTEMPTS:
-            return f"{idle} attempts in a row came no further"
+            return f"{idle} attempts in a row made no progress"
     if attempt.cause in ROUTINE:
         return None
     failures = [old for old in before if old.job_id == attempt.job_id and old.cause in RETRIED - ROUTINE]
@@ -107,7 +107,7 @@ def _same_nan(attempt: Attempt, before: list[Attempt]) -> str | None:
     """Why NaN is not retried: other GPUs computed it at the same step, too, so the run diverges. Otherwise None."""
     for old in before:
         if old.job_id == attempt.job_id and old.cause == Cause.NAN and (old.last_step or 0) >= (attempt.last_step or 0):
-            return f"other GPUs compute it, too: attempt {old.number} ended at the same step"
+            return f"other GPUs computed it, too: attempt {old.number} ended at the same step"
     return None
 
 

@@ -52,7 +52,7 @@ def spare_nodes_refusal(
     states = until_answered(slurm.run_slurm, *command)
     usable = {node for node, state in map(str.split, states.splitlines()) if not _is_lost(state)}
     if len(usable - set(leave_out) - set(avoided)) < len(nodes):
-        return f"partition {partition} has no node that could take the place of {', '.join(leave_out)}"
+        return f"partition {partition} has no node that could replace {', '.join(leave_out)}"
     return None
 
 

@@ -98,7 +98,7 @@ class Supervisor:
         check_no_other_job(self.recipe.run_path, self.job_id)
         self._close_last_attempt()
         if is_finished(self.recipe):
-            say(f"{self.recipe.name}: finished before; {self.recipe.checkpoint_path} holds its last step")
+            say(f"{self.recipe.name}: already finished; {self.recipe.checkpoint_path} holds its last step")
             return 0
         check_checkpoints(self.recipe.checkpoint_path)
         make_run_directory(self.recipe)
@@ -106,7 +106,7 @@ class Supervisor:
         while True:
             before = attempts(self.recipe.run_path)
             if (idle := idle_attempts(before, self.job_id)) >= MAX_IDLE_ATTEMPTS:
-                raise UserError(f"{idle} attempts in a row came no further; see: txssm why {self.recipe.run_path}")
+                raise UserError(f"{idle} attempts in a row made no progress; see: txssm why {self.recipe.run_path}")
             attempt = new_attempt(self.recipe, self.job_id, self.nodes, self.nproc_per_node)
             self._train(attempt)
             diagnosis = self._diagnose(attempt)
@@ -211,7 +211,7 @@ class Supervisor:
             return Decision("requeue")
         if attempt.told_to_stop and diagnosis.cause != Cause.TIME_LIMIT_HIT:
             # Slurm itself restarts the job if necessary; a requeue here would revive a cancelled job.
-            self._note_action(attempt, "Slurm ended the job; it starts again what lost a node")
+            self._note_action(attempt, "Slurm ended the job, and restarts it itself if a node was lost")
             return None
         if diagnosis.cause == Cause.PREFLIGHT:
             if diagnosis.node is None:

@@ -28,19 +28,19 @@ def note_local_end(run: Path, code: int, what: str, log: str = "") -> None:
 def explain_local_end(run: Path) -> Iterator[tuple[str, str]]:
     """(name, text) of what is known about the last run in a folder; empty if there was none."""
     if (holder := living_holder(run, Holder.myself())) is not None:
-        yield "it trains now", str(holder)
+        yield "training now", str(holder)
         return
     try:
         end = json.loads((run / _NAME).read_bytes())
-        yield "it ended", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(end["ended"]))
+        yield "ended", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(end["ended"]))
         yield "exit code", str(end["exit_code"])
-        yield "what exactly", end["what"]
-        yield "its log", end["log"]
+        yield "details", end["what"]
+        yield "log", end["log"]
     except (OSError, ValueError, KeyError, TypeError):
         # The launcher was killed. The log written last has the most information.
         logs = sorted(run.glob("logs/rank_*.log"), key=lambda path: path.stat().st_mtime)
         if logs:
-            yield "it ended", "unexpectedly: it was killed, or the machine went down"
+            yield "ended", "unexpectedly: it was killed, or the machine went down"
             lines = logs[-1].read_text(encoding="utf-8", errors="replace").split("\n")
-            yield "last words", next((line.strip() for line in reversed(lines) if line.strip()), "")[:400]
-            yield "its log", str(logs[-1])
+            yield "last output", next((line.strip() for line in reversed(lines) if line.strip()), "")[:400]
+            yield "log", str(logs[-1])

@@ -110,15 +110,15 @@ def check_checkpoint(recipe: Recipe) -> None:
         )
     if other := other_tokenizer(recipe, folder):
         raise UserError(
-            f"{folder} holds checkpoints of a model that reads by another tokenizer ({other}); "
-            "use that one's corpus, or another run_directory"
+            f"{folder} holds checkpoints of a model with another tokenizer ({other}); "
+            "use a corpus with that tokenizer, or another run_directory"
         )
     # Megatron rejects another schedule unless told which one to use.
     told = any(recipe.megatron.get(key) for key in _SCHEDULE_SWITCHES)
     if not told and (differences := _differences(_schedule(saved), _schedule(recipe))):
         raise UserError(
             f"{folder} was trained under another schedule ({differences}); "
-            f"set megatron.{_SCHEDULE_SWITCHES[0]}=true to go on under the new one, "
+            f"set megatron.{_SCHEDULE_SWITCHES[0]}=true to continue under the new one, "
             f"or megatron.{_SCHEDULE_SWITCHES[1]}=true to keep the old one"
         )
 
@@ -131,8 +131,8 @@ def check_source(source: Path) -> None:
         raise UserError(f"checkpoint.load_from={source} holds no checkpoint; name a run's checkpoints folder")
     if why := damage(step.folder):
         others = [str(older.number) for older in reversed(whole_steps(source)) if older != step]
-        other = f"write another step into {source / TRACKER} ({', '.join(others)})" if others else "it has no other"
-        raise UserError(f"checkpoint.load_from={source}: {lost_step(step, why)}; put it back, or {other}")
+        other = f"or write another step into {source / TRACKER} ({', '.join(others)})" if others else "it has no other"
+        raise UserError(f"checkpoint.load_from={source}: {lost_step(step, why)}; put it back, {other}")
 
 
 def warnings(recipe: Recipe) -> Iterator[str]:
@@ -142,10 +142,10 @@ def warnings(recipe: Recipe) -> Iterator[str]:
             if lost := going_back(find_newest(recipe.checkpoint_path), saved_step(recipe.checkpoint_path)):
                 yield lost
     if changes := changed_data(recipe):
-        yield f"it goes on with other data than it was trained on ({changes})"
+        yield f"this run continues on different data than its checkpoint was trained on ({changes})"
     source = recipe.checkpoint.load_from
     if source is not None and (other := other_tokenizer(recipe, Path(source))):
-        yield f"checkpoint.load_from={source} is of a model that reads by another tokenizer ({other})"
+        yield f"checkpoint.load_from={source} is of a model with another tokenizer ({other})"
     corpus = Path(recipe.data.corpus or "")
     if (corpus / "tokenizer" / "facts.json").is_file():
         facts = read_tokenizer_facts(corpus)
@@ -154,7 +154,7 @@ def warnings(recipe: Recipe) -> Iterator[str]:
             weights = never * recipe.model.hidden_size * (1 if recipe.model.tie_embeddings else 2)
             yield (
                 f"data.vocab_size={recipe.data.vocab_size}, but the tokenizer of {corpus} has "
-                f"{facts.vocab_size} tokens: {weights / 1e6:.1f}M weights are of tokens that never come; "
+                f"{facts.vocab_size} tokens: {weights / 1e6:.1f}M weights belong to tokens that never occur; "
                 "set data.vocab_size=null to have as many as the tokenizer"
             )
 

@@ -140,7 +140,7 @@ class RunLock:
             self.held.append(file)
             return
         self.check()
-        raise UserError(f"{file} comes and goes: another is starting in {folder}; wait for its end")
+        raise UserError(f"{file} keeps changing: another run is starting in {folder}; wait for its end")
 
     def _write(self, file: Path) -> None:
         """OSError, leaving no file, if it cannot be written in full; FileExistsError if it exists."""
@@ -159,7 +159,9 @@ class RunLock:
                     os.utime(file)
                 # None: the file server may be temporarily away. Another token: the lock is lost.
                 if _token(file) not in (None, self.me.token) and not self.released.is_set():
-                    print(f"error: {file} is another run's now; this one ends, to spoil nothing", file=sys.stderr)
+                    print(
+                        f"error: {file} now belongs to another run; this one ends, to damage nothing", file=sys.stderr
+                    )
                     sys.stderr.flush()
                     os._exit(1)
 
@@ -176,7 +178,7 @@ def living_holder(folder: Path, me: Holder, name: str = NAME) -> Holder | str | 
         holder = Holder(**json.loads(text))
     except (ValueError, TypeError):
         # It is being written, or its writer died while writing.
-        return f"{name} does not say whose" if _is_touched(file) else None
+        return f"{name} does not name it" if _is_touched(file) else None
     if holder.token == me.token:
         return None
     on_this_machine = (holder.boot, holder.pid_namespace) == (me.boot, me.pid_namespace)
@@ -186,7 +188,7 @@ def living_holder(folder: Path, me: Holder, name: str = NAME) -> Holder | str | 
         return None if _dies(holder.pid, holder.started_ticks) else holder
     if holder.job_id is not None and holder.job_id == me.job_id and holder.restarts < me.restarts:
         return None
-    print(f"{file} names {holder}: looking whether it lives, for up to {STALE_SECONDS:.0f} s", flush=True)
+    print(f"{file} names {holder}: checking for up to {STALE_SECONDS:.0f} s whether it is alive", flush=True)
     return holder if _is_touched(file) else None
 
 

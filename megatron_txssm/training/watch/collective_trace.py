@@ -190,7 +190,7 @@ def _mismatches(groups: dict[str, Group]) -> Iterator[str]:
                     ranks_by_call[call].append(rank)
             if len(ranks_by_call) > 1:
                 calls = "; ".join(f"{_ranks(ranks)} called {call}" for call, ranks in sorted(ranks_by_call.items()))
-                yield f"the ranks' programs have parted at collective {number} of {group.name}: {calls}"
+                yield f"the ranks' programs diverged at collective {number} of {group.name}: {calls}"
                 break
 
 
@@ -201,7 +201,7 @@ def _unfinished(groups: dict[str, Group]) -> Iterator[str]:
         inside = {rank for rank, begun in group.begun.items() if begun == last and group.completed[rank] < last}
         if last and inside == group.ranks:
             call = next((call for (_, number), (call, _) in group.calls.items() if number == last), "collective")
-            yield f"every rank joined {call} {last} of {group.name}, which does not end: look at the network"
+            yield f"every rank joined {call} {last} of {group.name}, which does not complete: check the network"
 
 
 def _describe(wait: Wait, causes: Iterable[int], silent: set[int]) -> str:

@@ -220,7 +220,7 @@ def first_step_note(recipe: Recipe) -> str | None:
     if not by_kernels or why_unavailable() is not None:
         return None
     # Triton caches compiled kernels. docs/gpu-results has the seconds.
-    return "the first step compiles and tunes kernels: about a minute, less where an earlier run has done so"
+    return "the first step compiles and tunes kernels; this takes about a minute, or less if an earlier run has done so"
 
 
 def _from_last_stage(losses: dict[str, float]) -> dict[str, float]:

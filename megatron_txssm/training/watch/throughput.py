@@ -107,11 +107,11 @@ def judge(fraction: float, shares: Sequence[float], hosts: Sequence[str], usual:
         )
         return Verdict(fraction, reason, ranks, nodes)
     if len(shares) == 1:
-        return Verdict(fraction, f"look at {hosts[0]}'s clocks, its other processes and the data's files")
+        return Verdict(fraction, f"check {hosts[0]}'s clocks and other processes, and the data files")
     waiting = f"no rank stands out; they spend {statistics.median(shares):.0%} of a step in collectives"
     if usual is None:
         return Verdict(fraction, waiting)
     waiting += f", {statistics.median(usual):.0%} before"
     if statistics.median(rises) >= CLEAR_SHARE:
-        return Verdict(fraction, f"{waiting}: look at the network")
-    return Verdict(fraction, f"{waiting}: each is slower by itself; look at the nodes' clocks and the data's files")
+        return Verdict(fraction, f"{waiting}: check the network")
+    return Verdict(fraction, f"{waiting}: all ranks are slower; check the nodes' clocks and the data files")

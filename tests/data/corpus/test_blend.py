@@ -167,7 +167,7 @@ def test_the_command_names_mistakes(recipe_file: Path, capsys: pytest.CaptureFix
     corpus = recipe_file.parent / "corpus"
     with pytest.raises(UserError, match="names its token files itself"):
         blend(recipe_file, "--set", "data.train=a", "--set", "data.tokenizer_model=b")
-    with pytest.raises(UserError, match="is a corpus, no recipe; name a recipe instead"):
+    with pytest.raises(UserError, match="is a corpus, not a recipe; name a recipe instead"):
         blend(corpus, "--set", "data.weights={web: 1}")
     with pytest.raises(SystemExit):
         blend(corpus, "--tokens", "1.5")

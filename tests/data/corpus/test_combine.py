@@ -67,7 +67,7 @@ def test_a_combined_corpus_holds_the_same_bytes_and_every_command_reads_it(
     assert len(shards) == sum(path.suffix in (".bin", ".idx", ".parquet") for path in folder.glob("[ab]/corpus/*/*"))
     assert all(path.is_symlink() and not os.path.isabs(os.readlink(path)) for path in shards)
     assert data("verify", out) == 0 and data("status", out) == 0
-    assert "all 4 tasks are as their manifests say" in capsys.readouterr().out
+    assert "all 4 tasks match their manifests" in capsys.readouterr().out
     assert data("blend", out, "--tokens", "1e6", "--megatron-args") == 0
     words = capsys.readouterr().out
     assert f"{out}/web/00000.train" in words and f"{out}/more-web/00001.train" in words

@@ -217,13 +217,13 @@ def token_outside_the_vocabulary(corpus: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "task", "what"),
     [
-        (flipped_bin, "web task 1", "00001.train.bin has other bytes than when it was written (SHA-256)"),
-        (flipped_validation_bin, "books task 1", "00001.validation.bin has other bytes"),
-        (flipped_parquet, "web task 2", "00002.train.parquet has other bytes"),
+        (flipped_bin, "web task 1", "00001.train.bin has changed since it was written (SHA-256)"),
+        (flipped_validation_bin, "books task 1", "00001.validation.bin has changed"),
+        (flipped_parquet, "web task 2", "00002.train.parquet has changed"),
         (truncated_bin, "web task 0", "bytes, its manifest says"),
         (empty_bin, "web task 0", "00000.train.bin has 0 bytes, its manifest says"),
         (idx_of_another_shard, "web task 0", "00000.train.idx has "),
-        (damaged_idx, "web task 0", "00000.train.idx has other bytes"),
+        (damaged_idx, "web task 0", "00000.train.idx has changed"),
         (missing_bin, "books task 0", "00000.train.bin is missing"),
         (missing_idx, "books task 0", "00000.validation.idx is missing"),
         (missing_parquet, "web task 1", "00001.train.parquet is missing"),
@@ -232,10 +232,10 @@ def token_outside_the_vocabulary(corpus: Path) -> None:
         (edited_tokens, "web task 1", "its manifest says otherwise"),
         (edited_ends, "web task 1", "end-of-document tokens, its manifest says"),
         (edited_sizes, "web task 1", "00001.train.idx has "),
-        (edited_hashes, "web task 1", "00001.train.bin has other bytes"),
+        (edited_hashes, "web task 1", "00001.train.bin has changed"),
         (manifest_without_shards, "web task 1", "00001.train.bin belongs to no manifest"),
-        (manifest_of_another_task, "web task 1", "00001.json: not a task's manifest (it is that of web task 2)"),
-        (manifest_of_another_subset, "web task 1", "it is that of books task 1"),
+        (manifest_of_another_task, "web task 1", "00001.json: not a task's manifest (it belongs to web task 2)"),
+        (manifest_of_another_subset, "web task 1", "it belongs to books task 1"),
         (manifest_that_is_no_json, "web task 1", "00001.json: not a task's manifest"),
         (manifest_that_is_a_list, "web task 1", "00001.json: not a task's manifest"),
         (manifest_with_a_list_of_shards, "web task 1", "00001.json: not a task's manifest"),
@@ -262,13 +262,11 @@ def test_damage_is_named_and_undone(
     assert code == 1
     assert lines[0].startswith(f"{task}: ") and what in lines[0]
     remedy = f"txssm data shard {corpus}"
-    assert lines[1:] == [
-        "1 of 5 tasks are not as they should be; remove them with --redo, and make them again: " + remedy
-    ]
+    assert lines[1:] == ["1 of 5 tasks failed verification; remove them with --redo, then redo them: " + remedy]
 
     before = corpus_bytes(corpus)
     code, lines = verify(corpus, capsys, "--redo")
-    assert code == 1 and "they are removed; make them again" in lines[-1]
+    assert code == 1 and "they were removed; redo them" in lines[-1]
     subset, _, number = task.split(" ")
     mine = {path for path in before if path.startswith(f"{subset}/{int(number):05d}.")}
     after = corpus_bytes(corpus)
@@ -277,7 +275,7 @@ def test_damage_is_named_and_undone(
 
     assert main(["data", "shard", str(corpus), "--workers", "1"]) == 0
     assert corpus_bytes(corpus) == corpus_bytes(original)
-    assert verify(corpus, capsys) == (0, [f"{corpus}: all 5 tasks are as their manifests say"])
+    assert verify(corpus, capsys) == (0, [f"{corpus}: all 5 tasks match their manifests"])
 
 
 def test_all_faulty_tasks_are_named_and_only_they_are_made_again(
@@ -288,8 +286,10 @@ def test_all_faulty_tasks_are_named_and_only_they_are_made_again(
     kept = (corpus / "web" / "00002.json").stat().st_mtime_ns
     code, lines = verify(corpus, capsys, "--redo")
     assert code == 1 and [line.partition(":")[0] for line in lines[:3]] == ["books task 1", "web task 0", "web task 1"]
-    assert lines[3].startswith("3 of 5 tasks are not as they should be; they are removed")
-    with pytest.raises(UserError, match="1 of the 2 tasks of books are not finished; go on with `txssm data shard"):
+    assert lines[3].startswith("3 of 5 tasks failed verification; they were removed")
+    with pytest.raises(
+        UserError, match="1 of the 2 tasks of books are not finished; finish them with `txssm data shard"
+    ):
         open_corpus(corpus)
     assert main(["data", "shard", str(corpus / "corpus.yaml"), "--workers", "1"]) == 0
     assert corpus_bytes(corpus) == corpus_bytes(original)
@@ -299,7 +299,7 @@ def test_all_faulty_tasks_are_named_and_only_they_are_made_again(
 def test_what_verify_reads_it_leaves_as_it_is(original: Path, corpus: Path, capsys: pytest.CaptureFixture) -> None:
     for words in ([], ["--redo"]):
         code, lines = verify(corpus, capsys, *words)
-        assert (code, lines) == (0, [f"{corpus}: all 5 tasks are as their manifests say"])
+        assert (code, lines) == (0, [f"{corpus}: all 5 tasks match their manifests"])
         assert corpus_bytes(corpus) == corpus_bytes(original)
 
 

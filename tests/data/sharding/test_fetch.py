@@ -179,7 +179,7 @@ def test_only_an_id_reaches_a_path(tmp_path, evil):
     step = _step(f"file://{blobs}/{{blob_id}}")
     assert _texts(step, [evil, IDS[0]]) == [TEXTS[0]]
     assert _faults(step) == [(0, MISSING_BLOB)]
-    assert step.broken is not None and "no SHA-1" in step.broken.places[0]["detail"]
+    assert step.broken is not None and "not a SHA-1" in step.broken.places[0]["detail"]
 
 
 @pytest.mark.parametrize("protocol", ["http", "s3"])

@@ -135,7 +135,7 @@ def test_linked_folders_are_followed_and_hidden_ones_left_out(tmp_path: Path) ->
     listed = dict(list_files("web", SubsetSource(source=str(source))))
     assert listed == {"a.jsonl": 7, "g.jsonl": 7, "linked/deep/b.jsonl": 22, "to_nothing.jsonl": 0}
     (source / "linked").unlink()
-    with pytest.raises(UserError, match=r"; 3 are hidden and left out, such as .ipynb_checkpoints/a-checkpoint.jsonl"):
+    with pytest.raises(UserError, match=r"; 3 are hidden and ignored, such as .ipynb_checkpoints/a-checkpoint.jsonl"):
         list_files("web", SubsetSource(source=str(source), glob="b*"))
 
 
@@ -156,8 +156,8 @@ def test_glob_and_max_files_choose_among_them(tmp_path: Path) -> None:
     ("source", "glob", "message"),
     [
         ("missing", "**/*.*", "holds no .parquet, .parq, .jsonl,"),
-        ("missing", "**/*.*", "; it is empty, or no folder"),
-        ("README.md", "**/*.*", "; it is empty, or no folder"),
+        ("missing", "**/*.*", "; it is empty, or not a folder"),
+        ("README.md", "**/*.*", "; it is empty, or not a folder"),
         (".", "*.md", "matches glob='*.md'; 1 match '*.md', such as README.md"),
         ("nosuch://bucket", "**/*.*", "cannot be listed: Protocol not known: nosuch"),
     ],

@@ -497,5 +497,5 @@ def test_a_task_without_a_usable_row_is_finished_and_holds_no_shard(
     assert shard(web_recipe(tmp_path, source, filters=["text == other"])) == 0
     manifest = manifest_of(tmp_path / "corpus")
     assert manifest.shards == {} and manifest.filtered == manifest.rows == len(TEXTS)
-    assert "web: 8 of 8 rows left out by its filters" in capsys.readouterr().out
+    assert "web: 8 of 8 rows excluded by its filters" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "corpus" / "web").iterdir()} == {"00000.json", "manifest.json"}

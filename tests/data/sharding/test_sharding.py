@@ -74,11 +74,11 @@ def test_byte_level_bpe(sources: SmolLMSources, tmp_path: Path) -> None:
 
     # A second run does nothing, and says so.
     done = run_data("shard", str(tmp_path / "corpus"))
-    assert done.returncode == 0 and "were finished before" in done.stdout
+    assert done.returncode == 0 and "are already finished" in done.stdout
     assert corpus_bytes(tmp_path / "corpus") == one_worker
 
     done = run_data("verify", str(tmp_path / "corpus"))
-    assert done.returncode == 0 and "are as their manifests say" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "match their manifests" in done.stdout, done.stdout + done.stderr
 
 
 def test_the_sources_of_documents(sources: SmolLMSources, tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ def test_without_a_partition_the_clusters_default_is_taken(tmp_path: Path, clust
 def test_an_output_that_a_script_cannot_name_is_refused(tmp_path: Path, cluster: Cluster) -> None:
     folder = tmp_path / "two words"
     folder.mkdir()
-    with pytest.raises(UserError, match="holds characters that a batch script cannot; use another output"):
+    with pytest.raises(UserError, match="contains characters that a batch script cannot; use another output"):
         slurm_array.submit(*tiny_corpus(folder))
     assert cluster.submissions == []
 

@@ -121,9 +121,9 @@ def test_a_tokenizer_that_does_not_say_is_refused_with_the_tokens_to_choose_from
 
 def test_an_end_of_a_document_that_is_no_token_is_refused(tmp_path: Path) -> None:
     folder = write_bpe(tmp_path / "model", tokenizer_config={"eos_token": "</s>"})
-    with pytest.raises(UserError, match=r"tokenizer\.eod_token='</s>' is no token of"):
+    with pytest.raises(UserError, match=r"tokenizer\.eod_token='</s>' is not a token of"):
         install(tmp_path, folder)
-    with pytest.raises(UserError, match=r"tokenizer\.eod_token='two words' is no token of"):
+    with pytest.raises(UserError, match=r"tokenizer\.eod_token='two words' is not a token of"):
         install(tmp_path, folder, eod_token="two words")
 
 
@@ -168,7 +168,7 @@ def test_the_vocabulary_counts_added_tokens_and_gaps(tmp_path: Path) -> None:
         ("/some/model", "tokenizer.model=/some/model: no such file"),
         ("../model", "tokenizer.model=../model: no such file"),
         ("empty", "tokenizer.model=empty: no such file"),
-        ("garbage.json", "garbage.json is no tokenizer.json"),
+        ("garbage.json", "garbage.json is not a tokenizer.json"),
     ],
 )
 def test_a_file_that_is_missing_or_no_tokenizer_is_named(
@@ -195,7 +195,7 @@ def test_a_hub_name_without_the_hub_says_what_to_do(
     recipe = web_recipe(tmp_path, source_of(tmp_path), {"model": name})
     assert main(["data", "shard", str(recipe)]) == 2
     message = capsys.readouterr().err
-    assert message.startswith(f"error: tokenizer.model={name}: no such folder here, and the Hugging Face hub does not")
+    assert message.startswith(f"error: tokenizer.model={name}: no such folder, and the Hugging Face hub cannot")
     assert "copy its tokenizer.json and tokenizer_config.json and name their folder" in message
     assert "Traceback" not in message
 
@@ -222,7 +222,7 @@ def test_a_hub_name_gives_the_files_that_the_hub_has(tmp_path: Path, monkeypatch
         fake_hub(monkeypatch, folder, missing)
         assert install(tmp_path, "Some/Model-1.5").eod_token == EOD_TOKEN
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"the Hugging Face hub does not give it: no tokenizer\.json"):
+    with pytest.raises(UserError, match=r"the Hugging Face hub cannot provide it: no tokenizer\.json"):
         install(tmp_path, "Some/Model-1.5")
     fake_hub(monkeypatch, folder, EntryNotFoundError)
     with pytest.raises(UserError, match=r"Some/Model-1.5 has no tokenizer.json; convert it to a fast tokenizer first"):
@@ -255,7 +255,7 @@ def test_a_sentencepiece_models_own_end_is_taken_or_the_recipes(tmp_path: Path) 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     other = install(tmp_path, path, type="SentencePieceTokenizer", eod_token="<doc>")
     assert (other.eod, other.eod_token) == (processor.PieceToId("<doc>"), "<doc>")
-    with pytest.raises(UserError, match=r"has no end-of-document token \('</s>' is no piece\)"):
+    with pytest.raises(UserError, match=r"has no end-of-document token \('</s>' is not a piece\)"):
         install(tmp_path, path, type="SentencePieceTokenizer", eod_token="</s>")
 
 

@@ -208,7 +208,7 @@ def test_a_finished_run_is_not_started_again(
     assert not is_finished(dataclasses.replace(recipe, megatron={"skip_train": True}))
     monkeypatch.setattr("megatron_txssm.training.processes.check_run", lambda recipe, world_size: None)
     assert launch(recipe, 2, ["--no-such-option"]) == 0
-    assert f"demo_cpu: finished before; {recipe.checkpoint_path} holds step 320" in capsys.readouterr().out
+    assert f"demo_cpu: already finished; {recipe.checkpoint_path} holds step 320" in capsys.readouterr().out
 
 
 def lose(folder: Path) -> None:

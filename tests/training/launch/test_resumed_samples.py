@@ -79,14 +79,12 @@ def test_a_resume_under_another_tokenizer_is_refused(file: Path, tmp_path: Path)
     Path(recipe.tokenizer_model or "").write_bytes(other.read_bytes())
     with pytest.raises(UserError) as error:
         check_checkpoint(recipe)
-    assert str(error.value).startswith(
-        f"{folder} holds checkpoints of a model that reads by another tokenizer (SHA-256 "
-    )
+    assert str(error.value).startswith(f"{folder} holds checkpoints of a model with another tokenizer (SHA-256 ")
     # To start from its weights is another's decision.
     fresh = load_recipe(file, [f"run_directory={tmp_path}/fresh", f"checkpoint.load_from={json.dumps(str(folder))}"])
     check_checkpoint(fresh)
     (said,) = warnings(fresh)
-    assert said.startswith(f"checkpoint.load_from={folder} is of a model that reads by another tokenizer")
+    assert said.startswith(f"checkpoint.load_from={folder} is of a model with another tokenizer")
 
 
 def test_a_resume_with_samples_of_another_length_is_explained(file: Path) -> None:

@@ -132,9 +132,9 @@ def test_ranks_that_call_different_things_are_told(tmp_path: Path) -> None:
         call = "nccl:all_gather" if rank == 1 else "nccl:all_reduce"
         write_dump(tmp_path, rank, [entry(0, WORLD, 6), entry(0, WORLD, 7, call, state="started")], {0: (7, 6)}, ranks)
     assert explain_hang(tmp_path, 3) == [
-        "the ranks' programs have parted at collective 7 of all ranks: rank 1 called all_gather; "
+        "the ranks' programs diverged at collective 7 of all ranks: rank 1 called all_gather; "
         "ranks 0, 2 called all_reduce",
-        "every rank joined all_reduce 7 of all ranks, which does not end: look at the network",
+        "every rank joined all_reduce 7 of all ranks, which does not complete: check the network",
     ]
     assert missing_ranks(tmp_path, 3) == []
 

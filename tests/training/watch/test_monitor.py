@@ -265,7 +265,7 @@ def test_a_slow_run_is_told_once_and_marked_while_it_is_so(
         if not line.startswith("iteration ") or "throughput" in line
     ]
     host = os.uname().nodename
-    words = f"20% of its median throughput: look at {host}'s clocks, its other processes and the data's files"
+    words = f"20% of its median throughput: check {host}'s clocks and other processes, and the data files"
     assert notes == [f"warning: iteration 90 | {words}", "iteration 150 | throughput is back near its median"]
     facts = {"step": 90, "ranks": [], "nodes": [], "fraction": pytest.approx(0.2)}
     assert told == [(megatron.recipe.run_path, "slow", f"step 90: {words}", facts)]

@@ -88,13 +88,13 @@ HOSTS = ["n1", "n1", "n2", "n2"]
         ([0.9, 0.9, 0.2, 0.1], None, [2, 3], ["n2"], "wait for ranks 2, 3 on n2 (90% of a step against 15%)"),
         # A stage of a pipeline that never waits is not slow by that.
         ([0.9, 0.5, 0.9, 0.1], [0.4, 0.5, 0.4, 0.1], [1, 3], ["n1", "n2"], "wait for ranks 1, 3 on n1, n2"),
-        ([0.3, 0.3, 0.3, 0.1], [0.3, 0.3, 0.3, 0.1], [], [], "each is slower by itself"),
-        ([0.8, 0.8, 0.8, 0.7], [0.3, 0.3, 0.3, 0.1], [], [], "look at the network"),
+        ([0.3, 0.3, 0.3, 0.1], [0.3, 0.3, 0.3, 0.1], [], [], "all ranks are slower"),
+        ([0.8, 0.8, 0.8, 0.7], [0.3, 0.3, 0.3, 0.1], [], [], "check the network"),
         # One that does not wait for three is not the one that the others wait for.
         ([0.1, 0.1, 0.1, 0.9], None, [], [], "no rank stands out; they spend 10% of a step in collectives"),
         ([0.5, 0.5, 0.5, 0.4], None, [], [], "no rank stands out"),
         # Of four that no more wait, none is the one that the others wait for, whoever waited before.
-        ([0.05, 0.05, 0.05, 0.06], [0.05, 0.05, 0.05, 0.4], [], [], "each is slower by itself"),
+        ([0.05, 0.05, 0.05, 0.06], [0.05, 0.05, 0.05, 0.4], [], [], "all ranks are slower"),
     ],
 )
 def test_who_does_not_wait_is_waited_for(
@@ -114,7 +114,7 @@ def test_a_run_that_is_nearly_well_again_waits_for_nobody() -> None:
 
 
 def test_one_process_waits_for_nobody() -> None:
-    assert judge(0.5, [0.0], ["n1"], None).reason == "look at n1's clocks, its other processes and the data's files"
+    assert judge(0.5, [0.0], ["n1"], None).reason == "check n1's clocks and other processes, and the data files"
 
 
 def entry(created: int, duration_ms: float | None) -> dict[str, Any]:
