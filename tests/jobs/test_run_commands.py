@@ -83,6 +83,63 @@ def ended(recipe: Recipe, cause: str, **fields: Any) -> None:
     some_attempt(recipe.run_path, cause=cause, **fields).save()
 
 
+# --- Run folders of other versions.
+
+
+@pytest.fixture
+def other_versions(cluster: Path, recipe: Recipe) -> Recipe:
+    """Attempts of the first version, whose record of a hang has fewer fields, of this one, and of a later one."""
+    first = {"job_id": "17", "nodes": ["n1"], "nproc_per_node": 1, "started": 1000.0, "ended": 2000.0, "last_step": 2}
+    hung = first | {"hang": {"seconds": 61.0, "silent_ranks": [0]}, "started": 2100.0, "ended": 2300.0, "cause": "hung"}
+    later = hung | {
+        "started": 2400.0,
+        "ended": 2500.0,
+        "cause": "meteorite_strike",
+        "detail": "in Chelyabinsk",
+        "hang": {"during": "evaluation", "stacks": {"0": "…"}},
+        "impact": {"megatons": 0.4},
+        "schema": 7,
+    }
+    for number, fields in enumerate((first, hung, later), 1):
+        folder = recipe.run_path / "attempts" / f"{number:04d}"
+        folder.mkdir(parents=True)
+        (folder / "attempt.json").write_text(json.dumps(fields))
+    # The first version wrote no times.
+    lines = ({"iteration": step, "lm loss": 3.0, "grad_norm": 1.0, "tokens_per_second": 9.0} for step in (1, 2))
+    (recipe.run_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return recipe
+
+
+def test_attempts_of_other_versions_are_explained(
+    cluster: Path, other_versions: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, hung, later, *_ = told(capsys, "why", "demo", "--all").splitlines()
+    assert "to step 2" in first and "its end was not recorded" in first
+    assert hung.endswith("the trainer hung")
+    assert later.endswith("meteorite strike: in Chelyabinsk")
+    why = told(capsys, "why", "demo")
+    assert "attempt 3 (job 17) ended after 0:01:40: meteorite strike\n" in why
+    assert "read the job's output; submit it again: cd /home/somebody && " in why
+
+
+def test_jobs_of_runs_of_other_versions_are_listed(
+    cluster: Path, other_versions: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_queue(cluster, ours(other_versions))
+    listed = told(capsys, "jobs")
+    assert "runs/demo" in listed and "2 of 320" in listed
+    assert "unknown" in told(capsys, "jobs", "--goodput").splitlines()[1]
+
+
+def test_an_open_attempt_of_a_later_version_is_diagnosed(
+    cluster: Path, other_versions: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its supervisor was killed after the hang, so that this version looks for the cause."""
+    path = other_versions.run_path / "attempts" / "0003" / "attempt.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"cause": None, "ended": None}))
+    assert "the trainer hung\n  details        no step\n" in told(capsys, "why", "demo")
+
+
 # --- why, while Slurm does not answer.
 
 

@@ -15,6 +15,7 @@ from megatron_txssm.jobs import attempts
 from megatron_txssm.jobs.diagnosis.diagnosis import Diagnosis
 from megatron_txssm.jobs.limits import Limits
 from megatron_txssm.jobs.supervisor import supervisor, unfit_node
+from megatron_txssm.jobs.supervisor.decision import Decision, decide, idle_attempts
 from megatron_txssm.jobs.supervisor.settings import Settings
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.training.launch.run_lock import RunLock
@@ -159,6 +160,21 @@ def test_a_job_that_slurm_started_again_without_a_reason_had_lost_its_first_node
     supervisor_of(run)._close_last_attempt()
     [closed] = attempts.attempts(run)
     assert (closed.cause, closed.node) == (cause, node)
+
+
+def test_attempts_of_other_versions_are_closed_and_counted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "end_leftover_steps", lambda job_id: True)
+    for number, cause in enumerate(("meteorite_strike", None), 2):
+        some_attempt(run, number, job_id="17", cause=cause).save()
+        path = run / "attempts" / f"{number:04d}" / "attempt.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 7}))
+    made = supervisor_of(run)
+    made._close_last_attempt()
+    *before, last = attempts.attempts(run)
+    assert (last.cause, last.node) == ("node_failure", "n1")
+    # Both made no progress.
+    assert idle_attempts([*before, last], "17") == 2
+    assert decide(last, before, max_requeues=10, restarts=3, nodes=["n1", "n2"]) == Decision("requeue")
 
 
 def test_the_command_line_of_the_batch_script_is_read_back() -> None:

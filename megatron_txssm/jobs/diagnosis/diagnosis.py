@@ -148,9 +148,11 @@ def lost_nodes(nodes: list[str]) -> list[str]:
 
 
 def _hang(attempt: Attempt, hang: Hang) -> Diagnosis:
-    silent = hang["silent_ranks"]
+    silent = hang.get("silent_ranks")
     num_ranks = len(attempt.nodes) * attempt.nproc_per_node
-    detail = f"{_HUNG[hang.get('during', 'step')]} for {hang['seconds']:.0f} s"
+    # A later version may know other phases.
+    detail = _HUNG.get(hang.get("during", "step"), _HUNG["step"])
+    detail += f" for {hang['seconds']:.0f} s" if "seconds" in hang else ""
     if not silent:
         detail += "" if silent is None else "; every rank wrote its stacks to its log"
         if missing := missing_ranks(attempt.folder, num_ranks):
