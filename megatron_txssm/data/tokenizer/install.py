@@ -139,7 +139,7 @@ def _find_huggingface(model: str) -> tuple[Path, list[Path]]:
     except Exception as error:  # many kinds, of the hub and the network
         raise UserError(
             f"tokenizer.model={model}: no such folder, and the Hugging Face hub cannot provide it: {error}; "
-            "without internet access, copy its tokenizer.json and tokenizer_config.json here and name their folder"
+            "without internet access, copy its tokenizer.json and tokenizer_config.json and name their folder"
         ) from None
     if path is None:
         raise UserError(f"tokenizer.model={model} has no tokenizer.json; convert it to a fast tokenizer first")
