@@ -23,7 +23,7 @@ from megatron_txssm.recipe.changes import WITHOUT_FP8, Changes, changed
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import divisors
-from megatron_txssm.recipe.validate import validate
+from megatron_txssm.recipe.validation.validate import validate
 from megatron_txssm.terminal import progress_bar
 
 # Configurations per launch: they share processes, whose imports take longer than ten runs.

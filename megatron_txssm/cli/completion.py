@@ -69,7 +69,7 @@ def _recipes(prefix: str, parser: argparse.ArgumentParser, **rest: Any) -> list[
 
 
 def _corpora(prefix: str, **_: Any) -> list[str]:
-    from megatron_txssm.recipe.corpus_recipe import corpus_recipe_files
+    from megatron_txssm.recipe.corpus.schema import corpus_recipe_files
 
     return [*corpus_recipe_files(), *_files(prefix, "*.yaml")]
 
@@ -84,6 +84,6 @@ def _runs(prefix: str, **_: Any) -> list[str]:
 
 def _fields(**_: Any) -> list[str]:
     from megatron_txssm.recipe.schema import SECTIONS
-    from megatron_txssm.recipe.setting import section_fields
+    from megatron_txssm.recipe.settings.setting import section_fields
 
     return [f"{name}.{field.name}=" for name, section in SECTIONS.items() for field in section_fields(section)]

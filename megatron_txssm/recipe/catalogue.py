@@ -8,7 +8,7 @@ from megatron_txssm.home import BATCH_SCRIPTS
 from megatron_txssm.recipe.loader import load_recipe, recipe_folders, recipe_names
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.schema import SECTIONS
-from megatron_txssm.recipe.setting import section_fields, type_name
+from megatron_txssm.recipe.settings.setting import section_fields, type_name
 from megatron_txssm.terminal import print_table
 
 

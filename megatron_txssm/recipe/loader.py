@@ -13,13 +13,13 @@ from typing import Any
 
 from megatron_txssm.errors import UserError, nearest, shown
 from megatron_txssm.home import RECIPES
-from megatron_txssm.recipe.megatron_section import entry, known_names, passing
-from megatron_txssm.recipe.paths import each_path, expanded
+from megatron_txssm.recipe.megatron_arguments.section import entry, known_names, passing
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.schema import ALTERNATIVES, SECTIONS
-from megatron_txssm.recipe.setting import Field, convert, section_fields, type_name
-from megatron_txssm.recipe.validate import validate
-from megatron_txssm.recipe.yaml_text import load_yaml
+from megatron_txssm.recipe.settings.paths import each_path, expanded
+from megatron_txssm.recipe.settings.setting import Field, convert, section_fields, type_name
+from megatron_txssm.recipe.settings.yaml_text import load_yaml
+from megatron_txssm.recipe.validation.validate import validate
 
 _TOP = {field.name: field for field in section_fields(Recipe)}
 _FIELDS = {name: {field.name: field for field in section_fields(section)} for name, section in SECTIONS.items()}
@@ -250,7 +250,7 @@ def _build(layers: list[Layer], path: Path) -> Recipe:
 
 
 def _corpus_vocab_size(corpus: str, path: Path) -> int:
-    from megatron_txssm.recipe.corpus_tokenizer import read_tokenizer_facts
+    from megatron_txssm.recipe.corpus.tokenizer import read_tokenizer_facts
 
     try:
         return read_tokenizer_facts(Path(corpus)).vocab_size

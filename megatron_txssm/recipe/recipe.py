@@ -11,12 +11,12 @@ from typing import Any
 from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
 from megatron_txssm.architecture.parameters import ModelSizes
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
-from megatron_txssm.recipe.corpus_tokenizer import read_tokenizer_facts, tokenizer_model
-from megatron_txssm.recipe.megatron_section import passing
-from megatron_txssm.recipe.paths import each_path, escaped, frozen
+from megatron_txssm.recipe.corpus.tokenizer import read_tokenizer_facts, tokenizer_model
+from megatron_txssm.recipe.megatron_arguments.section import passing
 from megatron_txssm.recipe.schema import Checkpoint, Data, Logging, Model, Optimizer, Parallel, Training
-from megatron_txssm.recipe.setting import section_fields, setting
-from megatron_txssm.recipe.yaml_text import dump_yaml
+from megatron_txssm.recipe.settings.paths import each_path, escaped, frozen
+from megatron_txssm.recipe.settings.setting import section_fields, setting
+from megatron_txssm.recipe.settings.yaml_text import dump_yaml
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_txssm.architecture.layer_pattern import DEFAULT_LAYER_PATTERN
 from megatron_txssm.architecture.state_space_config import CONTEXT_PARALLEL_METHODS, POSITION_ENCODINGS, SSD_BACKENDS
-from megatron_txssm.recipe.setting import Blend, Stages, Verify, Weights, setting
+from megatron_txssm.recipe.settings.setting import Blend, Stages, Verify, Weights, setting
 
 # These define TransXSSM and its baselines (arXiv:2506.09507, section 3 and appendix B.1), and make checkpoints loadable
 # at every parallel layout. Recipes cannot change them.

@@ -23,7 +23,7 @@ from megatron_txssm.check.gpu.trainings import AGREEMENTS, STEPS, WAVES, Agreeme
 from megatron_txssm.cli.check import GPU_PARTS
 from megatron_txssm.cli.main import main
 from megatron_txssm.recipe.loader import load_recipe
-from megatron_txssm.recipe.validate import validate
+from megatron_txssm.recipe.validation.validate import validate
 
 # Nothing is left out for want of time.
 ON_CPU = ["check", "gpu", "--device", "cpu", "--small", "--budget", "3000"]

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe, recipe_names
-from megatron_txssm.recipe.yaml_text import dump_yaml, load_yaml
+from megatron_txssm.recipe.settings.yaml_text import dump_yaml, load_yaml
 
 MINIMAL = """\
 model: {num_layers: 8, hidden_size: 128, ffn_hidden_size: 256, num_attention_heads: 4, state_num_groups: 2}

@@ -75,25 +75,25 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def environment(task: dict[str, Any]) -> dict[str, Any]:
-    from megatron_txssm.check.gpu.environment import describe
+    from megatron_txssm.check.gpu.measurements.environment import describe
 
     return describe(task["device"])
 
 
 def kernels(task: dict[str, Any]) -> dict[str, Any]:
-    from megatron_txssm.check.gpu.kernels import errors
+    from megatron_txssm.check.gpu.measurements.kernels import errors
 
     return errors(task["device"], small=task["small"])
 
 
 def scan_speed(task: dict[str, Any]) -> dict[str, Any]:
-    from megatron_txssm.check.gpu.scan_speed import milliseconds
+    from megatron_txssm.check.gpu.measurements.scan_speed import milliseconds
 
     return milliseconds(task["device"], small=task["small"])
 
 
 def decoding(task: dict[str, Any]) -> dict[str, Any]:
-    from megatron_txssm.check.gpu.decoding import tokens_per_second
+    from megatron_txssm.check.gpu.measurements.decoding import tokens_per_second
 
     return tokens_per_second(task["device"], small=task["small"])
 

@@ -11,7 +11,7 @@ from megatron_txssm.data.corpus.manifest import open_corpus, read_plan
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.recipe.setting import argument
+from megatron_txssm.recipe.settings.setting import argument
 
 # Up to four epochs, repeated tokens are worth nearly as much as new ones (arXiv:2305.16264).
 EPOCHS_OF_USE = 4

@@ -7,8 +7,8 @@ from typing import Any
 from megatron_txssm.data.tokenizer.install import install_tokenizer
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus_recipe import TokenizerSource
-from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts
+from megatron_txssm.recipe.corpus.schema import TokenizerSource
+from megatron_txssm.recipe.corpus.tokenizer import TokenizerFacts
 
 # A space, as SentencePiece writes it.
 _SPACE = "\u2581"

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from megatron_txssm.recipe.megatron_table import GPUS_ONLY, NAMES_OF_FIELDS, OTHER_FLAGS, PASSES, REFUSED
+from megatron_txssm.recipe.megatron_arguments.table import GPUS_ONLY, NAMES_OF_FIELDS, OTHER_FLAGS, PASSES, REFUSED
 from megatron_txssm.recipe.schema import FIXED_ARGUMENTS, SECTIONS
-from megatron_txssm.recipe.setting import argument, section_fields
+from megatron_txssm.recipe.settings.setting import argument, section_fields
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.fp8_checks import check_fp8_on
 from megatron_txssm.recipe.loader import load_recipe, recipe_names
+from megatron_txssm.recipe.validation.fp8_checks import check_fp8_on
 from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_arguments
 
 H100, B200, ADA, AMPERE, RTX_50 = (9, 0), (10, 0), (8, 9), (8, 0), (12, 0)

@@ -9,7 +9,7 @@ import yaml
 
 from megatron_txssm.data.corpus.manifest import Plan, Slice, corpus_directory, write_plan
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus_recipe import (
+from megatron_txssm.recipe.corpus.schema import (
     CorpusRecipe,
     SubsetSource,
     find_corpus_recipe,
@@ -17,7 +17,7 @@ from megatron_txssm.recipe.corpus_recipe import (
     load_corpus_recipe,
 )
 
-BUILT_IN = sorted(path.stem for path in (Path(__file__).parents[2] / "recipes" / "corpora").glob("*.yaml"))
+BUILT_IN = sorted(path.stem for path in (Path(__file__).parents[3] / "recipes" / "corpora").glob("*.yaml"))
 
 RECIPE: dict[str, Any] = {
     "output": "data/web",

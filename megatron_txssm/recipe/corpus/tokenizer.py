@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus_recipe import how_to_make
+from megatron_txssm.recipe.corpus.schema import how_to_make
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import pytest
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.sizes import data_parallel_size
-from megatron_txssm.recipe.validate import validate
+from megatron_txssm.recipe.validation.validate import validate
 from megatron_txssm.training.launch.preflight import check_files
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from megatron_txssm.errors import UserError, nearest, shown
 from megatron_txssm.home import RECIPES
-from megatron_txssm.recipe.setting import Field, Words, convert, section_fields, setting, type_name
-from megatron_txssm.recipe.yaml_text import dump_yaml, load_yaml
+from megatron_txssm.recipe.settings.setting import Field, Words, convert, section_fields, setting, type_name
+from megatron_txssm.recipe.settings.yaml_text import dump_yaml, load_yaml
 
 # The copy of the recipe in a corpus directory.
 KEPT_RECIPE = "corpus.yaml"

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.fp8_checks import check_fp8
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import data_parallel_size, divisors
+from megatron_txssm.recipe.validation.fp8_checks import check_fp8
 
 
 def validate(recipe: Recipe, world_size: int | None = None) -> None:
