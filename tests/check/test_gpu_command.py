@@ -22,7 +22,6 @@ from megatron_txssm.check.gpu.speed import PAIRS
 from megatron_txssm.check.gpu.trainings import AGREEMENTS, STEPS, WAVES, Agreement, Training
 from megatron_txssm.cli.check import GPU_PARTS
 from megatron_txssm.cli.main import main
-from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.validation.validate import validate
 
 # Nothing is left out for want of time.
@@ -67,7 +66,7 @@ def test_what_is_compared_is_trained() -> None:
     "training", [*(t for wave in WAVES for t in wave), *(t for p in PAIRS for t in p.trainings)], ids=lambda t: t.name
 )
 def test_each_training_is_a_valid_recipe(training: Training, tmp_path: Path) -> None:
-    validate(load_recipe(training.recipe, training.overrides(tmp_path, tmp_path / "tokens")), world_size=1)
+    validate(training.changed_recipe(tmp_path, tmp_path / "tokens"), world_size=1)
 
 
 @pytest.mark.parametrize(

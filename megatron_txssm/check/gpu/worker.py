@@ -41,7 +41,7 @@ def main(task_file: str) -> int:
 
 
 def train(task: dict[str, Any]) -> dict[str, Any]:
-    """Train `recipe` with `overrides`; returns the rows of its metrics.jsonl, its FLOPs per token, and the device."""
+    """Train the recipe in the file `recipe`; returns its rows of metrics.jsonl, its FLOPs per token, and the device."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
     from megatron_txssm.architecture.flops import flops_per_token
@@ -60,7 +60,7 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
             time.sleep(0.02)
         pretrain(recipe, terminal)
 
-    recipe = load_recipe(task["recipe"], task["overrides"])
+    recipe = load_recipe(task["recipe"])
     run_worker(recipe, prepare_and_train)
     import torch
 
