@@ -12,11 +12,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from megatron_txssm.architecture.state_space_config import CONTEXT_PARALLEL_METHODS
 from megatron_txssm.check.layouts import AS_STATED, ONE_PROCESS
 from megatron_txssm.check.parity import DIFFERENT, Precision, Verdict, bounds, verdict
 from megatron_txssm.check.shrink import as_words, shrink
 from megatron_txssm.check.tokens import write_tokens
+from megatron_txssm.choices import CONTEXT_PARALLEL_METHODS
 from megatron_txssm.errors import UserError, require_positive
 from megatron_txssm.files import unwound_by_signals
 from megatron_txssm.recipe.changes import WITHOUT_FP8, Changes, changed

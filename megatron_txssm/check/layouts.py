@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_txssm.architecture.state_space_config import CONTEXT_PARALLEL_METHODS
+from megatron_txssm.choices import CONTEXT_PARALLEL_METHODS
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.changes import ONE_MODEL_PARALLEL_RANK, Changes, changed
 from megatron_txssm.recipe.recipe import Recipe

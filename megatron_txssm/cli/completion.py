@@ -69,9 +69,9 @@ def _recipes(prefix: str, parser: argparse.ArgumentParser, **rest: Any) -> list[
 
 
 def _corpora(prefix: str, **_: Any) -> list[str]:
-    from megatron_txssm.recipe.corpus.schema import corpus_recipe_files
+    from megatron_txssm.recipe.corpus.loader import CORPUS_RECIPES
 
-    return [*corpus_recipe_files(), *_files(prefix, "*.yaml")]
+    return [*CORPUS_RECIPES.names(), *_files(prefix, "*.yaml")]
 
 
 def _folders(prefix: str, **_: Any) -> list[str]:

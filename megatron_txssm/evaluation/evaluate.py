@@ -78,7 +78,7 @@ def evaluation_recipe(run: Path, overrides: Sequence[str]) -> Recipe:
         "megatron.exit_duration_in_mins": None,
     }
     recipe = changed(recipe, ours)
-    validate(recipe)
+    validate(recipe, source=made_by)
     return recipe
 
 

@@ -184,14 +184,15 @@ def _scripts(recipe: Recipe, home: Path, allocation: Allocation, options: Option
 
 def _corpus_to_shard(recipe: Recipe, name: str | None) -> "CorpusRecipe | None":
     """The corpus recipe whose output is the recipe's data.corpus; None if that is already sharded."""
-    from megatron_txssm.recipe.corpus.schema import KEPT_RECIPE, corpus_recipe_files, load_corpus_recipe
+    from megatron_txssm.recipe.corpus.loader import CORPUS_RECIPES, load_corpus_recipe
+    from megatron_txssm.recipe.corpus.schema import KEPT_RECIPE
 
     if recipe.data.corpus is None:
         raise UserError("--chain shards data.corpus, but the recipe names other data; leave --chain out")
     directory = Path(recipe.data.corpus)
     if _is_sharded(directory):
         return None
-    begun = [str(directory)] if (directory / KEPT_RECIPE).exists() else list(corpus_recipe_files())
+    begun = [str(directory)] if (directory / KEPT_RECIPE).exists() else CORPUS_RECIPES.names()
     candidates = begun if name is None else [name]
     for corpus in map(load_corpus_recipe, candidates):
         if corpus.path.resolve() == directory.resolve():

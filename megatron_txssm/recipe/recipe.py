@@ -11,6 +11,7 @@ from typing import Any
 from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
 from megatron_txssm.architecture.parameters import ModelSizes
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
+from megatron_txssm.choices import TokenizerType
 from megatron_txssm.recipe.corpus.tokenizer import read_tokenizer_facts, tokenizer_model
 from megatron_txssm.recipe.megatron_arguments.section import passing
 from megatron_txssm.recipe.schema import Checkpoint, Data, Logging, Model, Optimizer, Parallel, Training
@@ -83,7 +84,7 @@ class Recipe:
         return str(self.run_path / "data_cache") if read_only else None
 
     @property
-    def tokenizer_type(self) -> str:
+    def tokenizer_type(self) -> TokenizerType:
         """Megatron's tokenizer class: as stated, otherwise the corpus's."""
         if self.data.tokenizer_type is not None:
             return self.data.tokenizer_type

@@ -24,7 +24,7 @@ from typing import Any
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import write_json
-from megatron_txssm.recipe.corpus.schema import how_to_make, load_corpus_recipe
+from megatron_txssm.recipe.corpus.loader import how_to_make, load_corpus_recipe
 from megatron_txssm.recipe.corpus.tokenizer import NoCorpus, TokenizerFacts, read_tokenizer_facts
 
 # The parts of a corpus: documents to train on, and documents held out.

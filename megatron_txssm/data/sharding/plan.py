@@ -111,7 +111,7 @@ def freeze_recipe(recipe: CorpusRecipe) -> None:
     Subsets may have been added since.
     """
     from megatron_txssm.files import write_file_atomically
-    from megatron_txssm.recipe.corpus.schema import load_corpus_recipe
+    from megatron_txssm.recipe.corpus.loader import load_corpus_recipe
 
     kept = recipe.path / KEPT_RECIPE
     if kept.exists() and (recipe.path / "plan.json").exists():

@@ -5,6 +5,7 @@ are those of YAML 1.2's core schema. Duplicate keys, aliases and non-string keys
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import yaml
@@ -82,6 +83,18 @@ def load_yaml(text: str, source: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{source}: not valid YAML: {reason}") from None
+
+
+def key_line(text: str, keys: Sequence[str]) -> int | None:
+    """The line of the innermost key of a path of `keys` that `text` states; None if it states none."""
+    node, line = yaml.compose(text, Loader=_Loader), None
+    for key in keys:
+        entries = node.value if isinstance(node, yaml.MappingNode) else []
+        name, node = next(((name, value) for name, value in entries if name.value == key), (None, None))
+        if name is None:
+            break
+        line = name.start_mark.line + 1
+    return line
 
 
 def dump_yaml(data: Any) -> str:

@@ -20,7 +20,8 @@ from megatron_txssm.data.corpus.manifest import Plan, Slice, logging_folder, man
 from megatron_txssm.data.sharding import run_local, slurm_array
 from megatron_txssm.data.sharding.plan import plan_subset
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus.schema import CorpusRecipe, load_corpus_recipe
+from megatron_txssm.recipe.corpus.loader import load_corpus_recipe
+from megatron_txssm.recipe.corpus.schema import CorpusRecipe
 from tests.data.corpus_recipes import corpus_bytes
 from tests.data.in_process import run_tasks_here, shard, web_recipe
 
