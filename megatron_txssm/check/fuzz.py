@@ -6,11 +6,10 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from megatron_txssm.check.layouts import AS_STATED, ONE_PROCESS
 from megatron_txssm.check.parity import DIFFERENT, Precision, Verdict, bounds, verdict
@@ -94,7 +93,9 @@ def fuzz_parity(
     return DIFFERENT if different else 0
 
 
-def compare(draws: list[Draw], recipes: list[Recipe], folder: Path, precision: str, advance: Any) -> list[Verdict]:
+def compare(
+    draws: list[Draw], recipes: list[Recipe], folder: Path, precision: Precision, advance: Callable[[int], object]
+) -> list[Verdict]:
     """Run each configuration as drawn and in one process; those with the same number of processes share a launch."""
     from megatron_txssm.check.runs import RecipeRun, run_all
 

@@ -66,8 +66,8 @@ class Recipe:
     @property
     def stage_iters(self) -> tuple[int, ...]:
         """Optimizer steps of each of `data.stages`; the last takes the remainder, which may be negative."""
-        stages = self.data.stages or ({},)
-        stated = [max(1, round(stage["tokens"] / self.training.global_batch_tokens)) for stage in stages[:-1]]
+        lengths = [stage["tokens"] or 0 for stage in (self.data.stages or ())[:-1]]
+        stated = [max(1, round(tokens / self.training.global_batch_tokens)) for tokens in lengths]
         return (*stated, self.train_iters - sum(stated))
 
     @property

@@ -79,7 +79,7 @@ class Bench(AbstractContextManager["Bench"]):
         found = child.wait(min(self.deadline, until))
         late = "error" in found and self.deadline < until and self.seconds_left <= 0
         # The check ran out of time; the process is not at fault.
-        return {"refused": "not done within --budget"} if late else found
+        return {"refused": "not finished within --budget"} if late else found
 
     def prepare(self, trainings: Sequence[Training], vocab_size: int, beside: int) -> dict[str, Child]:
         """Start processes that wait for `begin`, as many as fit beside others that compute; by name."""

@@ -143,7 +143,7 @@ AGREEMENTS = (
     Agreement("bf16, Transformer Engine's modules against local ones", "te", "bf16", 0.05),
     Agreement("FP8 in GEMMs, against bf16", "fp8", "te", 0.15),
     Agreement("FP8 in GEMMs and attention, against bf16", "fp8_attention", "te", 0.15),
-    Agreement("isolated documents, local modules against the other's", "isolated_te", "isolated", 0.05),
+    Agreement("isolated documents, Transformer Engine's modules against local ones", "isolated_te", "isolated", 0.05),
     Agreement("deterministic mode: the same losses twice, bit for bit", "deterministic_again", "deterministic", 0.0),
     Agreement("stopped and resumed, deterministic: bit for bit", "resumed", "deterministic", 0.0),
     Agreement("FP8, stopped and resumed, with its history", "resumed_fp8", "fp8", 0.05),

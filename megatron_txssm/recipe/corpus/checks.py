@@ -19,7 +19,9 @@ def check_corpus_recipe(recipe: CorpusRecipe) -> None:
                 f"{kind} {shown(name)} must be letters, digits, '.', '_', '+' and '-', as it names a folder"
             )
         if kind == "subset" and name in _TAKEN:
-            raise UserError(f"subset {shown(name)} must have another name: the corpus has a file or folder named so")
+            raise UserError(
+                f"subset {shown(name)} must have another name: the corpus has a file or folder of that name"
+            )
     for name, subset in recipe.subsets.items():
         for condition in subset.filters:
             if not FILTER.fullmatch(condition):
@@ -27,7 +29,7 @@ def check_corpus_recipe(recipe: CorpusRecipe) -> None:
                     f"subsets.{name}.filters: {shown(condition)} must be FIELD OPERATOR VALUE, such as 'int_score >= 4'"
                 )
         if "{blob_id}" not in subset.blob_url:
-            raise UserError(f"subsets.{name}.blob_url={shown(subset.blob_url)} must hold {{blob_id}}")
+            raise UserError(f"subsets.{name}.blob_url={shown(subset.blob_url)} must contain {{blob_id}}")
         if subset.origin is not None and not PLACEHOLDER.search(subset.origin):
             raise UserError(f"subsets.{name}.origin={shown(subset.origin)} must name a field, such as '{{url}}'")
     _check_slurm(recipe.slurm)

@@ -6,7 +6,7 @@ import math
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
 
 from megatron_txssm.errors import shown
 
@@ -15,8 +15,17 @@ Blend = tuple[tuple[float, str], ...]
 
 # Subset of a corpus -> its share of the tokens, in any unit.
 Weights = dict[str, float]
-# Consecutive parts of a training: {"tokens": its length, None for the rest, "weights": Weights}.
-Stages = tuple[dict[str, Any], ...]
+
+
+class Stage(TypedDict):
+    """One of several consecutive parts of a training."""
+
+    # Its length; None for the rest of the training.
+    tokens: int | None
+    weights: Weights
+
+
+Stages = tuple[Stage, ...]
 # A list of strings.
 Words = tuple[str, ...]
 
@@ -58,7 +67,7 @@ def setting(explanation: str, *flags: str, default: Any = MISSING, **limits: Any
     return dataclasses.field(default=default, metadata={"setting": Setting(explanation, flags, **limits)})
 
 
-def argument(flag: str, value: Any) -> list[str]:
+def argument(flag: str, value: object) -> list[str]:
     """One Megatron argument: nothing for None and False, the bare flag for True."""
     if value is None or value is False:
         return []
@@ -118,14 +127,14 @@ def table(section: type) -> dict[str, Field]:
     return {field.name: field for field in section_fields(section)}
 
 
-def _not_null(hint: Any) -> Any:
+def _not_null(hint: object) -> Any:
     if get_origin(hint) not in (Union, types.UnionType):
         return hint
     (inner,) = (part for part in get_args(hint) if part is not types.NoneType)
     return inner
 
 
-def _choices(kind: Any) -> tuple[str, ...]:
+def _choices(kind: object) -> tuple[str, ...]:
     if get_origin(kind) is not Literal:
         return ()
     return tuple(choice if isinstance(choice, str) else json.dumps(choice) for choice in get_args(kind))
@@ -139,7 +148,7 @@ def _type_name(hint: Any) -> str:
     return name if kind is hint else f"{name} or null"
 
 
-def convert(value: Any, field: Field) -> Any:
+def convert(value: object, field: Field) -> Any:
     """`value`, read from YAML, as the field's type; ValueError names what is expected."""
     if value is None and field.setting.found:
         return None
@@ -158,7 +167,7 @@ def convert(value: Any, field: Field) -> Any:
     return converted
 
 
-def _as_type(value: Any, hint: Any) -> Any:
+def _as_type(value: object, hint: Any) -> Any:
     inner = _not_null(hint)
     if value is None and inner is not hint:
         return None
@@ -182,7 +191,7 @@ def _as_type(value: Any, hint: Any) -> Any:
     return value
 
 
-def _as_blend(value: Any, mistake: ValueError) -> Blend:
+def _as_blend(value: object, mistake: ValueError) -> Blend:
     if isinstance(value, str):
         value = [[1.0, value]]
     if not isinstance(value, list) or not value:
@@ -202,7 +211,7 @@ def _as_blend(value: Any, mistake: ValueError) -> Blend:
     return tuple(blend)
 
 
-def _as_weights(value: Any, mistake: ValueError) -> Weights:
+def _as_weights(value: object, mistake: ValueError) -> Weights:
     if not isinstance(value, dict) or not value:
         raise mistake
     for name, weight in value.items():
@@ -213,7 +222,7 @@ def _as_weights(value: Any, mistake: ValueError) -> Weights:
     return {name: float(weight) for name, weight in value.items()}
 
 
-def _as_stages(value: Any, mistake: ValueError) -> Stages:
+def _as_stages(value: object, mistake: ValueError) -> Stages:
     if not isinstance(value, list) or not value:
         raise mistake
     stages = []
@@ -230,13 +239,13 @@ def _as_stages(value: Any, mistake: ValueError) -> Stages:
     return tuple(stages)
 
 
-def _as_words(value: Any, mistake: ValueError) -> Words:
+def _as_words(value: object, mistake: ValueError) -> Words:
     if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
         raise mistake
     return tuple(value)
 
 
-_COMPOUND: dict[Any, Callable[[Any, ValueError], Any]] = {
+_COMPOUND: dict[Any, Callable[[object, ValueError], object]] = {
     Blend: _as_blend,
     Weights: _as_weights,
     Stages: _as_stages,

@@ -303,7 +303,7 @@ def test_an_origin_must_name_a_field(tmp_path: Path, origin: str) -> None:
 
 
 def test_a_blob_url_must_have_a_place_for_the_id(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"blob_url='s3://bucket/' must hold \{blob_id\}"):
+    with pytest.raises(UserError, match=r"blob_url='s3://bucket/' must contain \{blob_id\}"):
         load_subset(tmp_path, blob_url="s3://bucket/")
 
 
