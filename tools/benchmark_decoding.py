@@ -29,7 +29,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.cache_utils import StaticLayer
 
-from megatron_txssm.check.gpu.decoding import filled_cache
+from megatron_txssm.check.gpu.measurements.decoding import filled_cache
 from megatron_txssm.hf import TransXSSMCache, TransXSSMConfig
 from megatron_txssm.hf.cache_transxssm import StateSpaceCacheLayer
 

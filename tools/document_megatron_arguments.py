@@ -1,4 +1,4 @@
-"""Generates docs/megatron-arguments.md from the tables of recipe/megatron_table.py and recipe/schema.py.
+"""Generates docs/megatron-arguments.md from the tables of recipe/megatron_arguments/table.py and recipe/schema.py.
 
 python tools/document_megatron_arguments.py > docs/megatron-arguments.md
 """
@@ -6,8 +6,8 @@ python tools/document_megatron_arguments.py > docs/megatron-arguments.md
 import textwrap
 from collections.abc import Iterable
 
-from megatron_txssm.recipe.megatron_section import owners
-from megatron_txssm.recipe.megatron_table import PASSES, REFUSED
+from megatron_txssm.recipe.megatron_arguments.section import owners
+from megatron_txssm.recipe.megatron_arguments.table import PASSES, REFUSED
 from megatron_txssm.recipe.schema import FIXED_ARGUMENTS
 
 INTRODUCTION = """\
@@ -15,8 +15,8 @@ INTRODUCTION = """\
 
 Every argument of Megatron 0.19.2 is either a recipe field, or fixed for all recipes, or passed on from the recipe's
 `megatron:` section, or refused. `tools/document_megatron_arguments.py` generates this page from the tables that the
-recipe loader uses (`megatron_txssm/recipe/megatron_table.py`, `megatron_txssm/recipe/schema.py`). A test compares the
-tables with Megatron's parser.
+recipe loader uses (`megatron_txssm/recipe/megatron_arguments/table.py`, `megatron_txssm/recipe/schema.py`). A test
+compares the tables with Megatron's parser.
 
 In the `megatron:` section, name an argument by its name in Megatron's namespace or by its flag, with dashes or
 underscores: `overlap_grad_reduce: true`, `--overlap-grad-reduce: true`; `bias_swiglu_fusion: false`,

@@ -5,7 +5,7 @@ if a test fails, and survives if all pass. Survivors are printed with their line
 makes no difference.
 
     python tools/mutate.py --count 100 --seed 1 megatron_txssm/ops megatron_txssm/recipe
-    python tools/mutate.py --count 20 megatron_txssm/recipe/validate.py --tests tests/recipe/test_validate.py
+    python tools/mutate.py --count 20 megatron_txssm/recipe/validation/fp8_checks.py --tests tests/recipe/validation
 """
 
 import argparse

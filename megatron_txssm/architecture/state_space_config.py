@@ -5,12 +5,14 @@ D=hidden size  H=heads  P=head dim  G=groups  N=state size  K=convolution kernel
 
 from dataclasses import dataclass
 
+from megatron_txssm.choices import (
+    POSITION_ENCODINGS,
+    SSD_BACKENDS,
+    ContextParallelMethod,
+    PositionEncoding,
+    SsdBackend,
+)
 from megatron_txssm.errors import UserError
-
-POSITION_ENCODINGS = ("rope", "conv1d_d", "a_t")
-# What computes the scan; "auto" is mamba-ssm's Triton kernels if they can run, otherwise PyTorch.
-SSD_BACKENDS = ("auto", "torch", "triton")
-CONTEXT_PARALLEL_METHODS = ("state_passing", "all_to_all")
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,7 @@ class StateSpaceConfig:
     state_size: int = 128
     # B and C are shared by the num_heads / num_groups heads of a group, as keys are in grouped-query attention.
     num_groups: int = 8
-    # The position encoding: "rope" rotates C and B (TransXSSM); "conv1d_d" is Mamba-2's short causal convolution on
-    # x, B, C and the skip D; "a_t" is the bare recurrence.
-    position_encoding: str = "rope"
+    position_encoding: PositionEncoding = "rope"
     # Mamba-2's output gate and the grouped RMSNorm after it.
     gated: bool = False
     # A learned bias under the softplus of dt, as in Mamba-2; it spreads the heads' first dt over [0.001, 0.1]. Without
@@ -35,13 +35,10 @@ class StateSpaceConfig:
     dt_bias: bool = True
     # Chunk length of the parallel scan, in tokens (the paper's chunk_len).
     chunk_size: int = 256
-    # One of SSD_BACKENDS.
-    ssd_backend: str = "auto"
+    ssd_backend: SsdBackend = "auto"
     # Appendix A: beyond this many tokens, C is scaled by log_base(position). None: never.
     length_scaling_base: int | None = None
-    # What context-parallel ranks exchange: the states between pieces of the sequence, or all activations, so that each
-    # rank scans a share of the heads.
-    context_parallel_method: str = "state_passing"
+    context_parallel_method: ContextParallelMethod = "state_passing"
     # Taps of the causal convolution of "conv1d_d".
     conv_kernel: int = 4
 

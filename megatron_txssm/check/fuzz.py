@@ -6,24 +6,23 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
-from megatron_txssm.architecture.state_space_config import CONTEXT_PARALLEL_METHODS
 from megatron_txssm.check.layouts import AS_STATED, ONE_PROCESS
 from megatron_txssm.check.parity import DIFFERENT, Precision, Verdict, bounds, verdict
 from megatron_txssm.check.shrink import as_words, shrink
 from megatron_txssm.check.tokens import write_tokens
+from megatron_txssm.choices import CONTEXT_PARALLEL_METHODS
 from megatron_txssm.errors import UserError, require_positive
 from megatron_txssm.files import unwound_by_signals
 from megatron_txssm.recipe.changes import WITHOUT_FP8, Changes, changed
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import divisors
-from megatron_txssm.recipe.validate import validate
+from megatron_txssm.recipe.validation.validate import validate
 from megatron_txssm.terminal import progress_bar
 
 # Configurations per launch: they share processes, whose imports take longer than ten runs.
@@ -94,7 +93,9 @@ def fuzz_parity(
     return DIFFERENT if different else 0
 
 
-def compare(draws: list[Draw], recipes: list[Recipe], folder: Path, precision: str, advance: Any) -> list[Verdict]:
+def compare(
+    draws: list[Draw], recipes: list[Recipe], folder: Path, precision: Precision, advance: Callable[[int], object]
+) -> list[Verdict]:
     """Run each configuration as drawn and in one process; those with the same number of processes share a launch."""
     from megatron_txssm.check.runs import RecipeRun, run_all
 

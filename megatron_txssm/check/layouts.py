@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_txssm.architecture.state_space_config import CONTEXT_PARALLEL_METHODS
+from megatron_txssm.choices import CONTEXT_PARALLEL_METHODS
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.changes import ONE_MODEL_PARALLEL_RANK, Changes, changed
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import data_parallel_size, divisors
-from megatron_txssm.recipe.validate import validate
+from megatron_txssm.recipe.validation.validate import validate
 
 # The recipe's own layout.
 AS_STATED = "recipe"

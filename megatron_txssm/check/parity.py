@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from megatron_txssm.check.layouts import ONE_PROCESS, Layout, all_layouts, why_not
 from megatron_txssm.check.shrink import left_out, shrink
@@ -19,9 +19,12 @@ from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.terminal import print_table, progress_bar
 
+if TYPE_CHECKING:
+    from megatron_txssm.check.runs import Run
+
 Precision = Literal["fp64", "fp32"]
 # Bounds by precision: nats per token, and ‖g − g_one‖ / ‖g_one‖ of a parameter.
-BOUNDS = {"fp32": (1e-6, 1e-5), "fp64": (1e-9, 1e-7)}
+BOUNDS: dict[Precision, tuple[float, float]] = {"fp32": (1e-6, 1e-5), "fp64": (1e-9, 1e-7)}
 # Exit code if a layout computes something other than one process.
 DIFFERENT = 3
 
@@ -39,7 +42,7 @@ class Verdict:
     # The parameter with the largest gradient error.
     parameter: str = ""
     failure: str | None = None
-    precision: str = "fp32"
+    precision: Precision = "fp32"
 
     @property
     def same(self) -> bool:
@@ -94,12 +97,12 @@ def check_parity(
     return 0
 
 
-def bounds(precision: str) -> str:
+def bounds(precision: Precision) -> str:
     loss_bound, gradient_bound = BOUNDS[precision]
     return f"bounds: {loss_bound:g} nats per token, {gradient_bound:g} of the norm of a parameter's gradient"
 
 
-def described(recipe: Recipe, small: Recipe, precision: str) -> str:
+def described(recipe: Recipe, small: Recipe, precision: Precision) -> str:
     """One line on what is compared, and one on what is left out of the recipe."""
     model, training = small.model, small.training
     lines = [
@@ -111,7 +114,7 @@ def described(recipe: Recipe, small: Recipe, precision: str) -> str:
     return "\n".join(lines)
 
 
-def compare(small: Recipe, layouts: Sequence[Layout], folder: Path, precision: str) -> dict[Layout, Verdict]:
+def compare(small: Recipe, layouts: Sequence[Layout], folder: Path, precision: Precision) -> dict[Layout, Verdict]:
     """Run each layout and one process, and compare them; UserError or RunFailed if the one process has no result."""
     from megatron_txssm.check.runs import RecipeRun, run_all
 
@@ -129,7 +132,7 @@ def compare(small: Recipe, layouts: Sequence[Layout], folder: Path, precision: s
     return {layout: verdict(run, reference, precision) for layout, run in runs.items()}
 
 
-def verdict(run: Any, reference: Any, precision: str) -> Verdict:
+def verdict(run: "Run", reference: "Run", precision: Precision) -> Verdict:
     """Compare two runs of one recipe."""
     from megatron_txssm.check.runs import worst_gradient
 
@@ -154,7 +157,7 @@ def legal_layouts(
     for name in names:
         if name not in known:
             hint = nearest(name, known) or f"; use some of {', '.join(known)}"
-            raise UserError(f"--layout {name}: no layout of up to {nproc} processes is called so{hint}")
+            raise UserError(f"--layout {name}: no layout of up to {nproc} processes has this name{hint}")
     asked = [layout for layout in found if not names or layout.name in names]
     reasons = [(layout, why_not(layout, recipe, small)) for layout in asked]
     refused = [(layout, reason) for layout, reason in reasons if reason is not None]

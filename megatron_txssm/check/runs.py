@@ -162,7 +162,7 @@ def _note_failure(run: Run, code: int, log: str) -> None:
         text = said[0].read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0]
         sentence = f"rank {rank} failed: {text}"
     else:
-        sentence = f"the processes ended with exit code {code} and without a word"
+        sentence = f"the processes ended with exit code {code}, without a message"
     (run.out / "failure").write_text(f"{sentence} (log: {log})", encoding="utf-8")
 
 

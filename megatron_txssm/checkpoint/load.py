@@ -18,7 +18,7 @@ from megatron_txssm.recipe.changes import (
 )
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.recipe.validate import check_tokenizer_file, validate
+from megatron_txssm.recipe.validation.validate import check_tokenizer_file, validate
 from megatron_txssm.session.hooks import Call, Listener, listening
 from megatron_txssm.session.start import start_megatron
 
@@ -55,25 +55,27 @@ def checkpoint_recipe(checkpoint: Path, changes: Changes, file: Path | None = No
 
     It needs no data, and uses the tokenizer beside the checkpoints.
     """
-    recipe = changed(load_recipe(file or checkpoint / "recipe.yaml"), changes)
+    file = file or checkpoint / "recipe.yaml"
+    recipe = changed(load_recipe(file), changes)
     source = tokenizer_source(recipe, checkpoint)
     tokenizer: Changes = dict(WITHOUT_TOKENIZER)
     if source is not None:
         tokenizer = {"data.tokenizer_type": source.type, "data.tokenizer_model": source.model}
-    recipe = one_process_recipe(changed(recipe, {**WITHOUT_TOKENS, **tokenizer, "megatron.mock_data": True}))
+    recipe = one_process_recipe(changed(recipe, {**WITHOUT_TOKENS, **tokenizer, "megatron.mock_data": True}), file)
     check_tokenizer_file(recipe)
     return recipe
 
 
-def one_process_recipe(recipe: Recipe) -> Recipe:
+def one_process_recipe(recipe: Recipe, source: Path | None = None) -> Recipe:
     """A recipe for one process without a GPU that does not train.
 
     Its `megatron:` section keeps only entries that replace data. The others concern training, a cluster or a GPU, or
     name files and code, which must not be used from someone else's checkpoint. They do not change the model's function.
+    `source` is the recipe's file, for error messages.
     """
     without = {f"megatron.{key}": None for key in recipe.megatron if key != "mock_data"}
     recipe = changed(recipe, {**_ONE_PROCESS, **without})
-    validate(recipe)
+    validate(recipe, source=source)
     return recipe
 
 

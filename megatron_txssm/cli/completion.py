@@ -69,9 +69,9 @@ def _recipes(prefix: str, parser: argparse.ArgumentParser, **rest: object) -> li
 
 
 def _corpora(prefix: str, **_: object) -> list[str]:
-    from megatron_txssm.recipe.corpus_recipe import corpus_recipe_files
+    from megatron_txssm.recipe.corpus.loader import CORPUS_RECIPES
 
-    return [*corpus_recipe_files(), *_files(prefix, "*.yaml")]
+    return [*CORPUS_RECIPES.names(), *_files(prefix, "*.yaml")]
 
 
 def _folders(prefix: str, **_: object) -> list[str]:
@@ -84,6 +84,6 @@ def _runs(prefix: str, **_: object) -> list[str]:
 
 def _fields(**_: object) -> list[str]:
     from megatron_txssm.recipe.schema import SECTIONS
-    from megatron_txssm.recipe.setting import section_fields
+    from megatron_txssm.recipe.settings.setting import section_fields
 
     return [f"{name}.{field.name}=" for name, section in SECTIONS.items() for field in section_fields(section)]

@@ -14,7 +14,7 @@ from megatron_txssm.data.tokenizer.huggingface import export_tokenizer, padding_
 from megatron_txssm.data.tokenizer.kept_tokenizer import tokenizer_source
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.hf.standalone import AUTO_MAP, write_code
-from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts
+from megatron_txssm.recipe.corpus.tokenizer import TokenizerFacts
 
 # Older versions applied the gated norm over all groups at once.
 _GRANITE_VERSIONS = "Needs transformers 5.23 or newer: with several groups of B and C, older ones give other logits. "

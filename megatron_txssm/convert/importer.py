@@ -15,7 +15,7 @@ from megatron_txssm.convert.worker import run_task
 from megatron_txssm.data.tokenizer.install import install_tokenizer
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.files import check_absent, complete_folder
-from megatron_txssm.recipe.corpus_recipe import TokenizerSource
+from megatron_txssm.recipe.corpus.schema import TokenizerSource
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.terminal import doing

@@ -70,7 +70,7 @@ def save_megatron(folder: str, recipe: str, out: str) -> None:
     made_by = load_recipe(recipe)
     source = open_hf_folder(Path(folder), made_by)
     options = [f"--save={out}", "--no-save-optim", "--no-save-rng"]
-    model = build_model(one_process_recipe(changed(made_by, WEIGHTS_ONLY)), options)
+    model = build_model(one_process_recipe(changed(made_by, WEIGHTS_ONLY), Path(recipe)), options)
     _fill(model, source)
     from megatron.training.checkpointing import save_checkpoint
 

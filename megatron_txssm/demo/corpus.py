@@ -21,7 +21,8 @@ from megatron_txssm.data.sharding.make import shard
 from megatron_txssm.data.tokenizer.sentencepiece import is_representable, train_sentencepiece
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import write_file_atomically
-from megatron_txssm.recipe.corpus_recipe import CorpusRecipe, load_corpus_recipe
+from megatron_txssm.recipe.corpus.loader import load_corpus_recipe
+from megatron_txssm.recipe.corpus.schema import CorpusRecipe
 
 MINIMUM_CORPUS_BYTES = 5_000_000
 DOCUMENTS_PER_FILE = 250

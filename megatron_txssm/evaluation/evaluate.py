@@ -17,7 +17,7 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.changes import WITHOUT_REPORTS, Changes, changed
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.recipe.validate import validate
+from megatron_txssm.recipe.validation.validate import validate
 from megatron_txssm.session.arguments import whole_validation_arguments
 from megatron_txssm.session.hooks import Call, Listener, listen, listening
 from megatron_txssm.session.start import start_megatron
@@ -78,7 +78,7 @@ def evaluation_recipe(run: Path, overrides: Sequence[str]) -> Recipe:
         "megatron.exit_duration_in_mins": None,
     }
     recipe = changed(recipe, ours)
-    validate(recipe)
+    validate(recipe, source=made_by)
     return recipe
 
 

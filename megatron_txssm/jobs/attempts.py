@@ -1,6 +1,6 @@
 """The files of a run folder, and the records of a run's attempts.
 
-RUN/recipe.yaml                   the resolved recipe, its paths independent of the current folder (recipe/paths.py)
+RUN/recipe.yaml                   the resolved recipe, its paths independent of the current folder (settings/paths.py)
 RUN/submission.json               the last submission: command, commit, nodes, job numbers
 RUN/pretrain.sbatch, …            the batch scripts
 RUN/logs/pretrain-17.out, …       output of job 17

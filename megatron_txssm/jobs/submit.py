@@ -16,17 +16,17 @@ from megatron_txssm.jobs.submission.record import git_commit, make_record
 from megatron_txssm.jobs.submission.request import Request
 from megatron_txssm.jobs.submission.submission import Submission, check_free
 from megatron_txssm.jobs.supervisor.settings import Settings
-from megatron_txssm.recipe.corpus_tokenizer import NoCorpus
+from megatron_txssm.recipe.corpus.tokenizer import NoCorpus
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.recipe.validate import validate
+from megatron_txssm.recipe.validation.validate import validate
 from megatron_txssm.slurm import client as slurm
 from megatron_txssm.slurm.batch_script import load_site_settings, render
 from megatron_txssm.slurm.sbatch_options import Options, costly_defaults
 from megatron_txssm.training.launch.preflight import check_checkpoint, check_room, check_run, is_finished, warnings
 
 if TYPE_CHECKING:
-    from megatron_txssm.recipe.corpus_recipe import CorpusRecipe
+    from megatron_txssm.recipe.corpus.schema import CorpusRecipe
 
 
 def submit(
@@ -186,14 +186,15 @@ def _scripts(recipe: Recipe, home: Path, allocation: Allocation, options: Option
 
 def _corpus_to_shard(recipe: Recipe, name: str | None) -> "CorpusRecipe | None":
     """The corpus recipe whose output is the recipe's data.corpus; None if that is already sharded."""
-    from megatron_txssm.recipe.corpus_recipe import KEPT_RECIPE, corpus_recipe_files, load_corpus_recipe
+    from megatron_txssm.recipe.corpus.loader import CORPUS_RECIPES, load_corpus_recipe
+    from megatron_txssm.recipe.corpus.schema import KEPT_RECIPE
 
     if recipe.data.corpus is None:
         raise UserError("--chain shards data.corpus, but the recipe names other data; leave --chain out")
     directory = Path(recipe.data.corpus)
     if _is_sharded(directory):
         return None
-    begun = [str(directory)] if (directory / KEPT_RECIPE).exists() else list(corpus_recipe_files())
+    begun = [str(directory)] if (directory / KEPT_RECIPE).exists() else CORPUS_RECIPES.names()
     candidates = begun if name is None else [name]
     for corpus in map(load_corpus_recipe, candidates):
         if corpus.path.resolve() == directory.resolve():

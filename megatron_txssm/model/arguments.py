@@ -4,12 +4,8 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from megatron_txssm.architecture.layer_pattern import DEFAULT_LAYER_PATTERN
-from megatron_txssm.architecture.state_space_config import (
-    CONTEXT_PARALLEL_METHODS,
-    POSITION_ENCODINGS,
-    SSD_BACKENDS,
-    StateSpaceConfig,
-)
+from megatron_txssm.architecture.state_space_config import StateSpaceConfig
+from megatron_txssm.choices import CONTEXT_PARALLEL_METHODS, POSITION_ENCODINGS, SSD_BACKENDS
 
 # Used where Megatron was started without our arguments (stock pretrain_gpt.py --spec).
 DEFAULTS: dict[str, Any] = {

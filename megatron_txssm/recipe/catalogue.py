@@ -5,10 +5,10 @@ from pathlib import Path
 
 from megatron_txssm.architecture.parameters import count_parameters
 from megatron_txssm.home import BATCH_SCRIPTS
-from megatron_txssm.recipe.loader import load_recipe, recipe_folders, recipe_names
+from megatron_txssm.recipe.loader import RECIPES_OF_RUNS, load_recipe, recipe_names
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.recipe.schema import SECTIONS
-from megatron_txssm.recipe.setting import section_fields, type_name
+from megatron_txssm.recipe.schema import FIELDS
+from megatron_txssm.recipe.settings.setting import table
 from megatron_txssm.terminal import print_table
 
 
@@ -35,7 +35,7 @@ def show_recipes() -> int:
     print_table(("recipe", "layers", ">hidden", ">ffn", ">params", ">length", ">batch", ">lr", "about"), rows)
     print("S: state-space layer, A: attention layer; length and batch in tokens.")
     print("`txssm recipes NAME` shows one in full.")
-    for folder in filter(Path.is_dir, recipe_folders()):
+    for folder in filter(Path.is_dir, RECIPES_OF_RUNS.folders):
         print(f"recipes: {folder}")
     print(f"batch scripts: {BATCH_SCRIPTS}")
     return 0
@@ -44,12 +44,12 @@ def show_recipes() -> int:
 def show_fields() -> int:
     """Print a table of all fields of a recipe, with their Megatron arguments; returns the exit code."""
     rows = []
-    for name, section in {"": Recipe, **SECTIONS}.items():
-        for field in section_fields(section):
+    for name, section in {"": table(Recipe), **FIELDS}.items():
+        for field in section.values():
             rules = field.setting
             # As one would write it in a recipe.
             default = "required" if field.required else json.dumps(field.default).strip('"')
-            kind = " | ".join(rules.choices) or type_name(field.type)
+            kind = " | ".join(field.choices) or field.type_name
             dotted = f"{name}.{field.name}".lstrip(".")
             rows.append((dotted, default, kind, rules.explanation, " ".join(rules.flags)))
     rows.append(("megatron.*", "", "any", "any other Megatron argument, by its name or flag", "that argument"))

@@ -11,12 +11,13 @@ from typing import Any
 from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
 from megatron_txssm.architecture.parameters import ModelSizes
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
-from megatron_txssm.recipe.corpus_tokenizer import read_tokenizer_facts, tokenizer_model
-from megatron_txssm.recipe.megatron_section import passing
-from megatron_txssm.recipe.paths import each_path, escaped, frozen
+from megatron_txssm.choices import TokenizerType
+from megatron_txssm.recipe.corpus.tokenizer import read_tokenizer_facts, tokenizer_model
+from megatron_txssm.recipe.megatron_arguments.section import passing
 from megatron_txssm.recipe.schema import Checkpoint, Data, Logging, Model, Optimizer, Parallel, Training
-from megatron_txssm.recipe.setting import section_fields, setting
-from megatron_txssm.recipe.yaml_text import dump_yaml
+from megatron_txssm.recipe.settings.paths import each_path, escaped, frozen
+from megatron_txssm.recipe.settings.setting import section_fields, setting
+from megatron_txssm.recipe.settings.yaml_text import dump_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,8 @@ class Recipe:
     @property
     def stage_iters(self) -> tuple[int, ...]:
         """Optimizer steps of each of `data.stages`; the last takes the remainder, which may be negative."""
-        stages = self.data.stages or ({},)
-        stated = [max(1, round(stage["tokens"] / self.training.global_batch_tokens)) for stage in stages[:-1]]
+        lengths = [stage["tokens"] or 0 for stage in (self.data.stages or ())[:-1]]
+        stated = [max(1, round(tokens / self.training.global_batch_tokens)) for tokens in lengths]
         return (*stated, self.train_iters - sum(stated))
 
     @property
@@ -83,7 +84,7 @@ class Recipe:
         return str(self.run_path / "data_cache") if read_only else None
 
     @property
-    def tokenizer_type(self) -> str:
+    def tokenizer_type(self) -> TokenizerType:
         """Megatron's tokenizer class: as stated, otherwise the corpus's."""
         if self.data.tokenizer_type is not None:
             return self.data.tokenizer_type

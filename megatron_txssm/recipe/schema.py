@@ -9,8 +9,25 @@
 from dataclasses import dataclass
 
 from megatron_txssm.architecture.layer_pattern import DEFAULT_LAYER_PATTERN
-from megatron_txssm.architecture.state_space_config import CONTEXT_PARALLEL_METHODS, POSITION_ENCODINGS, SSD_BACKENDS
-from megatron_txssm.recipe.setting import Blend, Stages, Verify, Weights, setting
+from megatron_txssm.choices import (
+    AttentionPositionEncoding,
+    ContextParallelMethod,
+    DecayStyle,
+    Fp8Format,
+    Fp8Recipe,
+    PositionEncoding,
+    Precision,
+    Recompute,
+    RopeScaling,
+    RotaryTablePrecision,
+    SsdBackend,
+    TokenizerType,
+    TransformerImpl,
+    Verify,
+    WsdDecayShape,
+)
+from megatron_txssm.recipe.settings.layers import Alternatives
+from megatron_txssm.recipe.settings.setting import Blend, Stages, Weights, setting, table
 
 # These define TransXSSM and its baselines (arXiv:2506.09507, section 3 and appendix B.1), and make checkpoints loadable
 # at every parallel layout. Recipes cannot change them.
@@ -55,18 +72,16 @@ class Model:
         default=None,
         at_least=1,
     )
-    attention_position_encoding: str = setting(
+    attention_position_encoding: AttentionPositionEncoding = setting(
         "position encoding of attention layers",
         "--position-embedding-type",
         default="rope",
-        choices=("rope", "none"),
         owns=("--use-rotary-position-embeddings", "--no-position-embedding", "--no-rope-freq", "--rope-type"),
     )
-    position_encoding: str = setting(
+    position_encoding: PositionEncoding = setting(
         "of state-space layers: rotation (rope), Mamba-2's convolution and D (conv1d_d), or only the decay (a_t)",
         "--position-encoding",
         default="rope",
-        choices=POSITION_ENCODINGS,
     )
     state_size: int = setting(
         "recurrent state per head channel (d_state)", "--mamba-state-dim", default=128, at_least=1
@@ -91,11 +106,10 @@ class Model:
         default=True,
     )
     chunk_size: int = setting("tokens per chunk of the state-space scan", "--ssd-chunk-size", default=256, at_least=1)
-    ssd_backend: str = setting(
+    ssd_backend: SsdBackend = setting(
         "what computes the scan: PyTorch, mamba-ssm's Triton kernels, or the kernels where they can run (auto)",
         "--ssd-backend",
         default="auto",
-        choices=SSD_BACKENDS,
     )
     length_scaling_base: int | None = setting(
         "tokens beyond which C is scaled by log_base(position) (appendix A); null: never",
@@ -104,10 +118,13 @@ class Model:
         at_least=2,
     )
     rotary_base: int = setting("base of the rotary frequencies", "--rotary-base", default=10_000, at_least=2)
-    rope_scaling: str = setting(
+    rope_scaling: RopeScaling = setting(
         "scaling of positions: linear divides them by rotary_interpolation_factor",
         default="none",
-        choices=("none", "linear"),
+        refused={
+            "dynamic": "changes the frequencies within a sequence, which contradicts a state accumulated under the old "
+            "ones; use linear with rotary_interpolation_factor"
+        },
         owns=("--use-rope-scaling", "--rope-scaling-factor", "--rotary-scaling-factor"),
     )
     rotary_interpolation_factor: int | None = setting(
@@ -116,11 +133,10 @@ class Model:
         default=None,
         at_least=1,
     )
-    rotary_table_precision: str = setting(
+    rotary_table_precision: RotaryTablePrecision = setting(
         "precision in which rotary angles are computed",
         "--rotary-table-precision",
         default="fp32",
-        choices=("fp32", "fp64"),
     )
     tie_embeddings: bool = setting(
         "the LM head is the embedding's transpose",
@@ -157,11 +173,10 @@ class Parallel:
     context_parallel_size: int = setting(
         "processes that share each sequence", "--context-parallel-size", default=1, at_least=1
     )
-    state_context_parallel: str = setting(
+    state_context_parallel: ContextParallelMethod = setting(
         "what their state-space layers exchange: states between pieces of the sequence, or all activations",
         "--state-context-parallel",
         default="state_passing",
-        choices=CONTEXT_PARALLEL_METHODS,
     )
     sequence_parallel: bool = setting(
         "split norms and residuals over the tensor-parallel processes; no effect with one process",
@@ -171,13 +186,12 @@ class Parallel:
     use_distributed_optimizer: bool = setting(
         "shard the optimizer's state over data parallelism (ZeRO-1)", "--use-distributed-optimizer", default=False
     )
-    recompute: str = setting(
+    recompute: Recompute = setting(
         "activations recomputed in the backward pass",
         "--recompute-granularity",
         "--recompute-method",
         "--recompute-num-layers",
         default="none",
-        choices=("none", "selective", "full"),
         owns=("--recompute-activations", "--checkpoint-activations"),
     )
 
@@ -204,11 +218,10 @@ class Training:
     train_iters: int | None = setting(
         "optimizer steps; or state train_tokens", "--train-iters", default=None, at_least=1
     )
-    precision: str = setting(
+    precision: Precision = setting(
         "of weights and activations; the optimizer keeps fp32",
         "--bf16",
         default="bf16",
-        choices=("fp32", "bf16"),
         owns=("--fp16",),
     )
     mask_end_of_document: bool = setting(
@@ -219,23 +232,20 @@ class Training:
         default=False,
     )
     seed: int = setting("of initial weights and data order", "--seed", default=1234, at_least=0)
-    transformer_impl: str = setting(
+    transformer_impl: TransformerImpl = setting(
         "local: Megatron's own modules; transformer_engine: NVIDIA's, GPU only",
         "--transformer-impl",
         default="transformer_engine",
-        choices=("local", "transformer_engine"),
     )
-    fp8: str | None = setting(
+    fp8: Fp8Format | None = setting(
         "FP8 in the layers' GEMMs: e4m3, or hybrid (e5m2 for gradients); null: none. local: emulated",
         "--fp8-format",
         default=None,
-        choices=("hybrid", "e4m3"),
     )
-    fp8_recipe: str = setting(
+    fp8_recipe: Fp8Recipe = setting(
         "what FP8 is scaled by: the maximum of earlier steps, of the tensor, of each block, of each block of 32",
         "--fp8-recipe",
         default="delayed",
-        choices=("delayed", "tensorwise", "blockwise", "mxfp8"),
     )
     fp8_attention: bool = setting(
         "FP8 in core attention, too; supported GPUs: docs/fp8.md", "--fp8-dot-product-attention", default=False
@@ -274,11 +284,10 @@ class Optimizer:
         below=1,
         owns=("--lr-warmup-iters", "--lr-warmup-samples"),
     )
-    decay_style: str = setting(
+    decay_style: DecayStyle = setting(
         "shape of the learning rate after the warm-up",
         "--lr-decay-style",
         default="cosine",
-        choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"),
     )
     wsd_decay_fraction: float | None = setting(
         "final fraction of the steps, in which WSD lowers the learning rate; required for WSD, not allowed otherwise",
@@ -287,11 +296,10 @@ class Optimizer:
         above=0,
         below=1,
     )
-    wsd_decay_shape: str = setting(
+    wsd_decay_shape: WsdDecayShape = setting(
         "how WSD lowers the learning rate",
         "--lr-wsd-decay-style",
         default="exponential",
-        choices=("exponential", "linear", "cosine", "minus_sqrt"),
     )
 
 
@@ -329,11 +337,10 @@ class Data:
         path=True,
     )
     split: str | None = setting("shares of train, validation and test in blend: 99,1,0", "--split", default=None)
-    tokenizer_type: str | None = setting(
+    tokenizer_type: TokenizerType | None = setting(
         "Megatron's tokenizer class; null: the corpus's, otherwise HuggingFaceTokenizer, for mock data NullTokenizer",
         "--tokenizer-type",
         default=None,
-        choices=("HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"),
     )
     tokenizer_model: str | None = setting(
         "name on the Hugging Face hub, or path; null: the corpus's",
@@ -452,8 +459,9 @@ SECTIONS: dict[str, type] = {
     "logging": Logging,
 }
 
-# If a recipe states the first field of one group, inherited fields of the other groups are dropped.
-ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
+FIELDS = {name: table(section) for name, section in SECTIONS.items()}
+
+ALTERNATIVES: Alternatives = (
     (("training.train_tokens",), ("training.train_iters",)),
     (
         ("data.corpus", "data.weights", "data.stages"),

@@ -1,7 +1,7 @@
 """Converts a recipe to Megatron's command line, and that to Megatron's namespace.
 
-recipe/schema.py declares the fields, recipe/megatron_table.py the `megatron:` section. Megatron is imported only for
-parsing, by its own parser with our arguments added.
+recipe/schema.py declares the fields, recipe/megatron_arguments/table.py the `megatron:` section. Megatron is imported
+only for parsing, by its own parser with our arguments added.
 """
 
 import argparse
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.megatron_section import passing
+from megatron_txssm.recipe.megatron_arguments.section import passing
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.schema import FIXED_ARGUMENTS, SECTIONS
-from megatron_txssm.recipe.setting import argument, section_fields
+from megatron_txssm.recipe.settings.setting import argument, section_fields
 from megatron_txssm.recipe.sizes import data_parallel_size
 from megatron_txssm.session.render import RENDERS
 

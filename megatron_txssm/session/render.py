@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_txssm.data.corpus.blend import corpus_arguments
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.recipe.setting import argument
+from megatron_txssm.recipe.settings.setting import argument
 
 _RECOMPUTE = {
     "none": [],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_txssm.recipe.changes import changed
-from megatron_txssm.recipe.corpus_tokenizer import NoCorpus
+from megatron_txssm.recipe.corpus.tokenizer import NoCorpus
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.session.arguments import megatron_arguments

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.platform import prepare_platform
-from megatron_txssm.recipe.fp8_checks import check_fp8_on
-from megatron_txssm.recipe.megatron_section import of_gpus
+from megatron_txssm.recipe.megatron_arguments.section import of_gpus
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.validation.fp8_checks import check_fp8_on
 from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_arguments
 
 if TYPE_CHECKING:

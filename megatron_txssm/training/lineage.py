@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.recipe.validate import validate
+from megatron_txssm.recipe.validation.validate import validate
 from megatron_txssm.session.start import megatron_initialized
 
 

@@ -22,8 +22,7 @@ from megatron_txssm.check.gpu.speed import PAIRS
 from megatron_txssm.check.gpu.trainings import AGREEMENTS, STEPS, WAVES, Agreement, Training
 from megatron_txssm.cli.check import GPU_PARTS
 from megatron_txssm.cli.main import main
-from megatron_txssm.recipe.loader import load_recipe
-from megatron_txssm.recipe.validate import validate
+from megatron_txssm.recipe.validation.validate import validate
 
 # Nothing is left out for want of time.
 ON_CPU = ["check", "gpu", "--device", "cpu", "--small", "--budget", "3000"]
@@ -67,7 +66,7 @@ def test_what_is_compared_is_trained() -> None:
     "training", [*(t for wave in WAVES for t in wave), *(t for p in PAIRS for t in p.trainings)], ids=lambda t: t.name
 )
 def test_each_training_is_a_valid_recipe(training: Training, tmp_path: Path) -> None:
-    validate(load_recipe(training.recipe, training.overrides(tmp_path, tmp_path / "tokens")), world_size=1)
+    validate(training.changed_recipe(tmp_path, tmp_path / "tokens"), world_size=1)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +75,7 @@ def test_each_training_is_a_valid_recipe(training: Training, tmp_path: Path) -> 
         (["--device", "cuda"], "no GPU is visible here; run it on a GPU node, or try the check itself: --device cpu"),
         (
             ["--device", "cpu", "--only", "kernels,spead"],
-            "--only spead is no part of the check; its parts: environment,",
+            "--only spead: no such part; use some of environment,",
         ),
         (["--device", "cpu", "--budget", "0"], "--budget 0 must be at least 1"),
         (["--device", "cpu", "--out", "/nowhere/found.json"], "--out /nowhere/found.json: no file can be made there"),
@@ -106,7 +105,7 @@ def test_a_part_that_breaks_ends_no_other(
     play(monkeypatch, Part("one", "sums", 1, broken), Part("two", "products", 1, sound))
     assert main([*ON_CPU, *out]) == 3
     said = capsys.readouterr().out
-    assert "NOT right: a sum; sums" in said
+    assert "NOT correct: a sum; sums" in said
     found = json.loads((tmp_path / "found.json").read_text())
     assert [finding["verdict"] for finding in found["one"]["findings"]] == ["WRONG", "FAILED"]
     assert found["one"]["findings"][1]["said"] == "RuntimeError: the driver is gone"
@@ -165,7 +164,7 @@ def test_losses_agree_in_every_step(ours: dict[str, Any], theirs: dict[str, Any]
     [
         ("print('warming up'); raise SystemExit('no more memory')", "error", "no more memory (exit code 1)"),
         ("print('error: no FP8 on this GPU'); raise SystemExit(2)", "refused", "no FP8 on this GPU"),
-        ("import os; os.kill(os.getpid(), 9)", "error", "no word (exit code -9)"),
+        ("import os; os.kill(os.getpid(), 9)", "error", "no output (exit code -9)"),
     ],
 )
 def test_a_process_that_finds_nothing_has_last_words(
@@ -181,7 +180,7 @@ def test_a_process_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "played.py").write_text("import time\nwhile True: time.sleep(1)")
     monkeypatch.setattr(children, "WORKER", "played")
     child = children.Child(tmp_path, "x", {}, {"PYTHONPATH": str(tmp_path)}, waits=False)
-    assert child.wait(time.monotonic())["error"].startswith("not done after ")
+    assert child.wait(time.monotonic())["error"].startswith("not finished after ")
     assert not psutil.pid_exists(child._process.pid)
 
 
@@ -190,9 +189,9 @@ def test_what_the_budget_ends_is_left_out(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(children, "WORKER", "played")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with Bench("cpu", True, time.monotonic(), tmp_path) as bench:
-        assert bench.finish(bench.start("x", "late"), limit=600) == {"refused": "not done within --budget"}
+        assert bench.finish(bench.start("x", "late"), limit=600) == {"refused": "not finished within --budget"}
     with Bench("cpu", False, time.monotonic() + 600, tmp_path) as bench:
-        assert "not done after" in bench.finish(bench.start("x", "slow"), limit=0)["error"]
+        assert "not finished after" in bench.finish(bench.start("x", "slow"), limit=0)["error"]
 
 
 def test_a_process_ends_with_its_parent(tmp_path: Path) -> None:

@@ -77,7 +77,10 @@ def test_nothing_is_left_of_what_a_signal_ends(temporary: Path, number: int) -> 
         (["--nproc", "0"], "--nproc 0 must be at least 1"),
         (["--fuzz", "0"], "--fuzz 0 must be at least 1"),
         (["--fuzz", "3", "--layout", "tp2"], "leave --layout out"),
-        (["--layout", "tp2_ps"], "--layout tp2_ps: no layout of up to 4 processes is called so; did you mean 'tp2_sp'"),
+        (
+            ["--layout", "tp2_ps"],
+            "--layout tp2_ps: no layout of up to 4 processes has this name; did you mean 'tp2_sp'",
+        ),
         (
             ["--layout", "tp4"],
             "--layout tp4: state_num_groups=2 is not divisible by tensor_model_parallel_size=4; use one of 1, 2",

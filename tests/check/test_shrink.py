@@ -13,7 +13,7 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.changes import WITHOUT_FP8, changed
 from megatron_txssm.recipe.loader import load_recipe, recipe_names
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.recipe.validate import validate
+from megatron_txssm.recipe.validation.validate import validate
 
 TOKENS = Path("tokens")
 

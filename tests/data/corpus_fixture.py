@@ -13,7 +13,7 @@ from megatron_txssm.data.corpus.manifest import Plan, ShardRecord, Slice, TaskMa
 from megatron_txssm.data.corpus.shard import write_shard
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer, train_sentencepiece
 from megatron_txssm.files import write_json
-from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts
+from megatron_txssm.recipe.corpus.tokenizer import TokenizerFacts
 
 VOCAB_SIZE = 300
 # Ids from here on may stand in a document: below are the unknown token and the end of a document.

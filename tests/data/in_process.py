@@ -9,7 +9,7 @@ from megatron_txssm.cli.main import main
 from megatron_txssm.data.corpus.manifest import Plan, TaskManifest, read_manifest
 from megatron_txssm.data.sharding import run_local
 from megatron_txssm.data.sharding.shard_task import ShardTask
-from megatron_txssm.recipe.corpus_recipe import CorpusRecipe
+from megatron_txssm.recipe.corpus.schema import CorpusRecipe
 from tests.data.corpus_recipes import write_byte_level_bpe, write_recipe
 
 

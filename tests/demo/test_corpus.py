@@ -8,7 +8,7 @@ from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.demo import corpus as demo_corpus
 from megatron_txssm.demo.corpus import collect_documents, prepare_demo_corpus
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus_tokenizer import tokenizer_model
+from megatron_txssm.recipe.corpus.tokenizer import tokenizer_model
 from tests.data.corpus_recipes import corpus_bytes
 
 VOCAB_SIZE = 320

@@ -13,7 +13,7 @@ from megatron_txssm.data.tokenizer.sentencepiece import train_sentencepiece
 from megatron_txssm.evaluation import generate as generate_command
 from megatron_txssm.evaluation.decoding import sample
 from megatron_txssm.evaluation.sampling import Sampling
-from megatron_txssm.recipe.corpus_recipe import TokenizerSource
+from megatron_txssm.recipe.corpus.schema import TokenizerSource
 from tests.convert.untrained import make_run
 from tests.hf.tiny import generate, tiny_model
 

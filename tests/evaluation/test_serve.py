@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from megatron_txssm.cli.main import main
 from megatron_txssm.data.tokenizer.huggingface import export_tokenizer
 from megatron_txssm.data.tokenizer.sentencepiece import train_sentencepiece
-from megatron_txssm.recipe.corpus_recipe import TokenizerSource
+from megatron_txssm.recipe.corpus.schema import TokenizerSource
 from tests.hf.tiny import generate, tiny_model
 
 PROMPT = "The state of a"

@@ -12,7 +12,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from tiny import HIDDEN, VOCABULARY, build_gpt, perturb, relative_error, state_space_config, transformer_config
 from torch import Tensor
 
-from megatron_txssm.architecture.state_space_config import POSITION_ENCODINGS
+from megatron_txssm.choices import POSITION_ENCODINGS
 from megatron_txssm.errors import UserError
 from megatron_txssm.model import layer_specs
 from megatron_txssm.model.layer_specs import check_ssd_backend, hybrid_block_spec

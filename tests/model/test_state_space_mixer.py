@@ -29,7 +29,8 @@ from tiny import (
 )
 from torch import Tensor
 
-from megatron_txssm.architecture.state_space_config import POSITION_ENCODINGS, StateSpaceConfig
+from megatron_txssm.architecture.state_space_config import StateSpaceConfig
+from megatron_txssm.choices import POSITION_ENCODINGS
 from megatron_txssm.errors import UserError
 from megatron_txssm.model import state_space_mixer
 from megatron_txssm.model.context_parallel import Zigzag

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe, recipe_names
-from megatron_txssm.recipe.yaml_text import dump_yaml, load_yaml
+from megatron_txssm.recipe.settings.yaml_text import dump_yaml, load_yaml
 
 MINIMAL = """\
 model: {num_layers: 8, hidden_size: 128, ffn_hidden_size: 256, num_attention_heads: 4, state_num_groups: 2}
@@ -198,6 +198,23 @@ def test_a_mistake_in_an_extended_file_names_that_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "line", "wanted"),
+    [
+        ("model:\n  # so many\n  num_layers: few\n", 3, "model.num_layers='few' must be an integer"),
+        ("data: {}\nmodel:\n\n  hiden_size: 8\n", 4, "unknown key 'model.hiden_size'"),
+        ("data: {}\n\nmodels: {}\n", 3, "unknown key 'models'"),
+        ("name: a\nmodel: 5\n", 2, "model=5 must be a section"),
+        ("megatron:\n  overlap_grad_reduce: true\n  no_such: 1\n", 3, "Megatron has no such argument"),
+        ("name: a\nextends: [a]\n", 2, "must be the path or name of one recipe"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line(tmp_path: Path, text: str, line: int, wanted: str) -> None:
+    path = write(tmp_path, "mistaken", text)
+    assert refusal(path).startswith(f"{path}, line {line}: ")
+    assert wanted in refusal(path)
+
+
+@pytest.mark.parametrize(
     ("text", "wanted"),
     [
         ("", "a recipe is a mapping"),
@@ -251,7 +268,7 @@ def test_a_misspelt_file_and_a_folder_are_told_what_is_there(tmp_path: Path) -> 
 def test_a_missing_base_names_the_file_that_extends_it(tmp_path: Path, base: str, message: str) -> None:
     (tmp_path / "base.yaml").write_text("extends: demo_cpu\n")
     (tmp_path / "mine.yaml").write_text(f"extends: {base}\n")
-    expected = f"{tmp_path}/mine.yaml: extends='{base}': {message.format(folder=tmp_path)}"
+    expected = f"{tmp_path}/mine.yaml, line 1: extends='{base}': {message.format(folder=tmp_path)}"
     assert refusal(tmp_path / "mine.yaml").startswith(expected)
 
 

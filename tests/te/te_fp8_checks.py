@@ -1,6 +1,6 @@
 """FP8 by Transformer Engine's and Megatron's own Python code, on GPUs that are reported; run as te_checks.py is.
 
-What recipe/fp8_checks.py refuses is compared with what they do, so that an upgrade of either shows here.
+What recipe/validation/fp8_checks.py refuses is compared with what they do, so that an upgrade of either shows here.
 """
 
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ from transformer_engine.pytorch.attention.dot_product_attention import (  # pyri
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.platform import ALLOW_EXTRA_STATE
-from megatron_txssm.recipe.fp8_checks import check_fp8_on
 from megatron_txssm.recipe.loader import load_recipe, recipe_names
+from megatron_txssm.recipe.validation.fp8_checks import check_fp8_on
 from tests.built_model import build_with_arguments
 
 HOPPER, BLACKWELL = (9, 0), (10, 0)

@@ -56,15 +56,17 @@ class Bench(AbstractContextManager["Bench"]):
         return child
 
     def start_training(self, training: Training, vocab_size: int, *, waits: bool = False) -> Child:
-        sizes = SMALL_SIZES if self.small else ()
+        sizes = SMALL_SIZES if self.small else {}
+        recipe = training.changed_recipe(self.folder, tokens_for(self.folder, vocab_size), sizes)
+        file = self.folder / f"{training.name}.recipe.yaml"
+        file.write_text(recipe.to_yaml(), encoding="utf-8")
         return self.start(
             "train",
             training.name,
             training.environment,
             waits=waits,
             on_cpu=training.on_cpu,
-            recipe=training.recipe,
-            overrides=[*training.overrides(self.folder, tokens_for(self.folder, vocab_size)), *sizes],
+            recipe=str(file),
         )
 
     def finish(self, child: Child, limit: float) -> dict[str, Any]:
@@ -77,7 +79,7 @@ class Bench(AbstractContextManager["Bench"]):
         found = child.wait(min(self.deadline, until))
         late = "error" in found and self.deadline < until and self.seconds_left <= 0
         # The check ran out of time; the process is not at fault.
-        return {"refused": "not done within --budget"} if late else found
+        return {"refused": "not finished within --budget"} if late else found
 
     def prepare(self, trainings: Sequence[Training], vocab_size: int, beside: int) -> dict[str, Child]:
         """Start processes that wait for `begin`, as many as fit beside others that compute; by name."""

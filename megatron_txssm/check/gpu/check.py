@@ -48,7 +48,7 @@ def check_gpu(
     left_out = sum(finding.verdict == "left out" for finding in all_of_them)
     print(f"\n{out}: all figures; {time.monotonic() - begin:.0f} s")
     if bad:
-        print(f"NOT right: {'; '.join(bad)}\nlogs: {bench.folder}")
+        print(f"NOT correct: {'; '.join(bad)}\nlogs: {bench.folder}")
         return DIFFERENT
     shutil.rmtree(bench.folder)
     print(f"nothing wrong was found{f'; {left_out} left out' if left_out else ''}")
@@ -60,7 +60,7 @@ def _wanted(names: Sequence[str]) -> Sequence[Part]:
     chosen = names or known
     for name in chosen:
         if name not in known:
-            raise UserError(f"--only {name} is no part of the check; its parts: {', '.join(known)}")
+            raise UserError(f"--only {name}: no such part; use some of {', '.join(known)}")
     # The first part finds out what is installed, which the others need.
     return [part for part in PARTS if part.name in chosen or part is PARTS[0]]
 

@@ -55,7 +55,7 @@ class Child:
         if self._result.exists():
             return json.loads(self._result.read_text(encoding="utf-8"))
         if code is None:
-            return {"error": f"not done after {time.monotonic() - self.began:.0f} s"}
+            return {"error": f"not finished after {time.monotonic() - self.began:.0f} s"}
         if code == USER_ERROR:
             return {"refused": self._last_words().removeprefix("error: ")}
         return {"error": f"{self._last_words()} (exit code {code})"}
@@ -64,7 +64,7 @@ class Child:
         lines = [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines()]
         lines = [line for line in lines if line]
         errors = [line for line in lines if line.startswith("error: ")]
-        return (errors or lines or ["no word"])[-1][:300]
+        return (errors or lines or ["no output"])[-1][:300]
 
     def end(self) -> None:
         """Kill it and the processes it started, if it is still running."""

@@ -81,7 +81,7 @@ def _agreement(agreement: Agreement, found: dict[str, dict[str, Any]]) -> Findin
     pair = (agreement.training, agreement.reference)
     for name in pair:
         if name not in found:
-            return Finding(agreement.claim, "left out", "Transformer Engine is not there")
+            return Finding(agreement.claim, "left out", "Transformer Engine is not installed, or cannot be used")
         if failure := failed(agreement.claim, found[name]):
             return failure
     for name in pair:
@@ -143,7 +143,7 @@ def decoding(bench: Bench) -> Iterator[Finding]:
     for context, speeds in found.items():
         ours, llama = speeds["TransXSSM"], speeds["Llama"]
         said = f"{ours:.1f} tokens/s; Llama {llama:.1f} ({ours / llama:.2f}x)"
-        yield Finding(f"decoding behind {context} tokens, 320M", "measured", said, speeds)
+        yield Finding(f"decoding after {context} tokens, 320M", "measured", said, speeds)
 
 
 def bandwidth(bench: Bench) -> Iterator[Finding]:
@@ -152,7 +152,7 @@ def bandwidth(bench: Bench) -> Iterator[Finding]:
     if failure := failed(claim, found):
         yield failure
     elif not found:
-        yield Finding(claim, "left out", "it takes two GPUs")
+        yield Finding(claim, "left out", "needs two GPUs")
     else:
         said = f"{found['allreduce']:.0f} GB/s of bus bandwidth, {found['gpus']} GPUs"
         yield Finding(claim, "measured", said, found)

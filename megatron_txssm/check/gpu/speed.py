@@ -2,23 +2,24 @@
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_txssm.check.gpu.bench import Bench
 from megatron_txssm.check.gpu.children import Child
 from megatron_txssm.check.gpu.findings import Finding, failed
-from megatron_txssm.check.gpu.trainings import SMALL_BATCH, SMALL_LENGTH, SMALL_VOCABULARY, VOCABULARY, Training
+from megatron_txssm.check.gpu.trainings import LOCAL, SMALL_BATCH, SMALL_LENGTH, SMALL_VOCABULARY, VOCABULARY, Training
+from megatron_txssm.recipe.changes import Changes
 
 # Peak of dense bf16 in TFLOP/s, from NVIDIA's data sheets, by a part of the device's name.
 PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362}
 # The first steps compile, tune block sizes, and record the graph.
 WARM_UP, TIMED = 5, 6
-AS_A_GRAPH = (
-    "megatron.cuda_graph_impl=full_iteration",
-    "megatron.cuda_graph_warmup_steps=2",
-    "megatron.check_for_nan_in_loss_and_grad=false",
-)
+AS_A_GRAPH: Changes = {
+    "megatron.cuda_graph_impl": "full_iteration",
+    "megatron.cuda_graph_warmup_steps": 2,
+    "megatron.check_for_nan_in_loss_and_grad": False,
+}
 # Seconds: limit for one training, including start-up and compilation without a cache; minimum left to start one.
 LIMIT, LEAST = 150, 20
 
@@ -43,15 +44,15 @@ class Pair:
 
     @property
     def trainings(self) -> tuple[Training, Training]:
-        settings = (
-            f"training.seq_length={self.seq_length}",
-            f"training.micro_batch_size={self.micro_batch_size}",
-            f"training.global_batch_tokens={2 * self.micro_batch_size * self.seq_length}",
-            f"training.train_iters={WARM_UP + TIMED}",
-            *(AS_A_GRAPH if self.graph else ()),
-        )
+        changes: Changes = {
+            "training.seq_length": self.seq_length,
+            "training.micro_batch_size": self.micro_batch_size,
+            "training.global_batch_tokens": 2 * self.micro_batch_size * self.seq_length,
+            "training.train_iters": WARM_UP + TIMED,
+            **(AS_A_GRAPH if self.graph else {}),
+        }
         suffix = f"_{self.seq_length}{'_graph' if self.graph else ''}"
-        ours, rival = (Training(name + suffix, name, settings) for name in (self.ours, self.rival))
+        ours, rival = (Training(name + suffix, name, changes) for name in (self.ours, self.rival))
         return ours, rival
 
 
@@ -75,7 +76,7 @@ LONG_PAIRS = (
 
 def speed_of_pairs(bench: Bench, pairs: Sequence[Pair]) -> Iterator[Finding]:
     """One finding per pair. While one training is timed, the next has finished its imports and waits."""
-    without = () if bench.transformer_engine else ("training.transformer_impl=local",)
+    without = {} if bench.transformer_engine else LOCAL
     waiting = [training for pair in pairs for training in pair.trainings]
     prepared: list[Child] = []
     for pair in pairs:
@@ -93,9 +94,9 @@ def speed_of_pairs(bench: Bench, pairs: Sequence[Pair]) -> Iterator[Finding]:
         yield _finding(pair, *found)
 
 
-def _prepared(bench: Bench, training: Training, settings: tuple[str, ...]) -> Child:
-    changed = Training(training.name, training.recipe, (*training.settings, *settings))
-    return bench.start_training(changed, SMALL_VOCABULARY if bench.small else VOCABULARY, waits=True)
+def _prepared(bench: Bench, training: Training, changes: Changes) -> Child:
+    training = replace(training, changes=training.changes | changes)
+    return bench.start_training(training, SMALL_VOCABULARY if bench.small else VOCABULARY, waits=True)
 
 
 def _finding(pair: Pair, ours: dict[str, Any], rival: dict[str, Any]) -> Finding:

@@ -41,7 +41,7 @@ def main(task_file: str) -> int:
 
 
 def train(task: dict[str, Any]) -> dict[str, Any]:
-    """Train `recipe` with `overrides`; returns the rows of its metrics.jsonl, its FLOPs per token, and the device."""
+    """Train the recipe in the file `recipe`; returns its rows of metrics.jsonl, its FLOPs per token, and the device."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
     from megatron_txssm.architecture.flops import flops_per_token
@@ -60,7 +60,7 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
             time.sleep(0.02)
         pretrain(recipe, terminal)
 
-    recipe = load_recipe(task["recipe"], task["overrides"])
+    recipe = load_recipe(task["recipe"])
     run_worker(recipe, prepare_and_train)
     import torch
 
@@ -75,25 +75,25 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def environment(task: dict[str, Any]) -> dict[str, Any]:
-    from megatron_txssm.check.gpu.environment import describe
+    from megatron_txssm.check.gpu.measurements.environment import describe
 
     return describe(task["device"])
 
 
 def kernels(task: dict[str, Any]) -> dict[str, Any]:
-    from megatron_txssm.check.gpu.kernels import errors
+    from megatron_txssm.check.gpu.measurements.kernels import errors
 
     return errors(task["device"], small=task["small"])
 
 
 def scan_speed(task: dict[str, Any]) -> dict[str, Any]:
-    from megatron_txssm.check.gpu.scan_speed import milliseconds
+    from megatron_txssm.check.gpu.measurements.scan_speed import milliseconds
 
     return milliseconds(task["device"], small=task["small"])
 
 
 def decoding(task: dict[str, Any]) -> dict[str, Any]:
-    from megatron_txssm.check.gpu.decoding import tokens_per_second
+    from megatron_txssm.check.gpu.measurements.decoding import tokens_per_second
 
     return tokens_per_second(task["device"], small=task["small"])
 

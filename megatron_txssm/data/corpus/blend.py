@@ -15,7 +15,7 @@ from megatron_txssm.data.corpus.manifest import Corpus, ShardRecord, Subset, ope
 from megatron_txssm.data.corpus.shard import check_shard
 from megatron_txssm.errors import UserError, nearest
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.recipe.setting import Blend, Weights, argument
+from megatron_txssm.recipe.settings.setting import Blend, Weights, argument
 
 
 @dataclass(frozen=True)

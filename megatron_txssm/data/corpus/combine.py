@@ -25,7 +25,9 @@ from megatron_txssm.data.corpus.manifest import (
 from megatron_txssm.data.tokenizer.install import check_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import check_absent, complete_folder, write_file_atomically, write_json
-from megatron_txssm.recipe.corpus_recipe import KEPT_RECIPE, CorpusRecipe, check_corpus_recipe, load_corpus_recipe
+from megatron_txssm.recipe.corpus.checks import check_corpus_recipe
+from megatron_txssm.recipe.corpus.loader import load_corpus_recipe
+from megatron_txssm.recipe.corpus.schema import KEPT_RECIPE, CorpusRecipe
 from megatron_txssm.terminal import print_table
 
 # Upper estimate of a task's files that are not linked, to check the free disk space.

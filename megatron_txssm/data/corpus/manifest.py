@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, TypedDict
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import write_json
-from megatron_txssm.recipe.corpus_recipe import how_to_make, load_corpus_recipe
-from megatron_txssm.recipe.corpus_tokenizer import NoCorpus, TokenizerFacts, read_tokenizer_facts
+from megatron_txssm.recipe.corpus.loader import how_to_make, load_corpus_recipe
+from megatron_txssm.recipe.corpus.tokenizer import NoCorpus, TokenizerFacts, read_tokenizer_facts
 
 if TYPE_CHECKING:
     from megatron_txssm.data.tokenizer.checked_encoder import Difference

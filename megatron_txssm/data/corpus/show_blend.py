@@ -11,7 +11,7 @@ from megatron_txssm.data.corpus.manifest import open_corpus, read_plan
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.recipe.setting import argument
+from megatron_txssm.recipe.settings.setting import argument
 
 if TYPE_CHECKING:
     from rich.table import Table

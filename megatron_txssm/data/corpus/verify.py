@@ -23,7 +23,7 @@ from megatron_txssm.data.corpus.shard import check_shard
 from megatron_txssm.data.tokenizer.install import check_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import file_sha256
-from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts
+from megatron_txssm.recipe.corpus.tokenizer import TokenizerFacts
 
 
 @dataclass(frozen=True)

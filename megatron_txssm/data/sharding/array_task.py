@@ -11,7 +11,8 @@ import sys
 
 # Module names before version 0.2; kept for one release.
 _BEFORE = {
-    "megatron_txssm.data.corpus_recipe": "megatron_txssm.recipe.corpus_recipe",
+    "megatron_txssm.data.corpus_recipe": "megatron_txssm.recipe.corpus.schema",
+    "megatron_txssm.recipe.corpus_recipe": "megatron_txssm.recipe.corpus.schema",
     "megatron_txssm.data.manifest": "megatron_txssm.data.corpus.manifest",
     "megatron_txssm.data.shard_task": "megatron_txssm.data.sharding.shard_task",
     "megatron_txssm.data.slurm_array": "megatron_txssm.data.sharding.slurm_array",

@@ -7,7 +7,7 @@ from datatrove.executor.local import LocalPipelineExecutor
 
 from megatron_txssm.data.corpus.manifest import logging_folder, read_plan
 from megatron_txssm.data.sharding.shard_task import ShardTask
-from megatron_txssm.recipe.corpus_recipe import CorpusRecipe
+from megatron_txssm.recipe.corpus.schema import CorpusRecipe
 
 
 class LocalTask(LocalPipelineExecutor):

@@ -10,7 +10,8 @@ from megatron_txssm.data.corpus.status import CorpusStatus
 from megatron_txssm.data.sharding.progress import print_status, progress, tasks_text
 from megatron_txssm.errors import UserError, require_positive
 from megatron_txssm.files import remove_abandoned
-from megatron_txssm.recipe.corpus_recipe import CorpusRecipe, load_corpus_recipe
+from megatron_txssm.recipe.corpus.loader import load_corpus_recipe
+from megatron_txssm.recipe.corpus.schema import CorpusRecipe
 from megatron_txssm.terminal import print_table
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from megatron_txssm.data.corpus.manifest import Plan, Slice, read_plan, write_plan
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus_recipe import KEPT_RECIPE, CorpusRecipe, SubsetSource
-from megatron_txssm.recipe.corpus_tokenizer import read_tokenizer_facts
+from megatron_txssm.recipe.corpus.schema import KEPT_RECIPE, CorpusRecipe, SubsetSource
+from megatron_txssm.recipe.corpus.tokenizer import read_tokenizer_facts
 
 # Suffixes of readable files; only parquet can be read from the middle.
 PARQUET_SUFFIXES = (".parquet", ".parq")
@@ -111,7 +111,7 @@ def freeze_recipe(recipe: CorpusRecipe) -> None:
     Subsets may have been added since.
     """
     from megatron_txssm.files import write_file_atomically
-    from megatron_txssm.recipe.corpus_recipe import load_corpus_recipe
+    from megatron_txssm.recipe.corpus.loader import load_corpus_recipe
 
     kept = recipe.path / KEPT_RECIPE
     if kept.exists() and (recipe.path / "plan.json").exists():

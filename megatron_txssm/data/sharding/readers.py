@@ -29,7 +29,7 @@ from megatron_txssm.data.sharding.broken_rows import (
 )
 from megatron_txssm.data.sharding.plan import PARQUET_SUFFIXES
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus_recipe import FILTER, PLACEHOLDER, SubsetSource
+from megatron_txssm.recipe.corpus.schema import FILTER, PLACEHOLDER, SubsetSource
 
 # Rows decoded at a time; 256 of 10 kB are 2.5 MB.
 BATCH_ROWS = 256

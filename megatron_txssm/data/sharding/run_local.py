@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_txssm.data.corpus.manifest import Plan, logging_folder, manifest_path, write_subset_manifest
 from megatron_txssm.data.sharding.workers import begin_worker, run_task, start_worker_server
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus_recipe import CorpusRecipe
+from megatron_txssm.recipe.corpus.schema import CorpusRecipe
 
 
 def unfinished(recipe: CorpusRecipe, plan: Plan, subset: str) -> list[int]:

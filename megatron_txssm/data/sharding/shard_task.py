@@ -38,8 +38,8 @@ from megatron_txssm.data.tokenizer.encoder import Encoder, FastEncoder, load_enc
 from megatron_txssm.data.tokenizer.install import check_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import file_sha256, partial_path, write_json
-from megatron_txssm.recipe.corpus_recipe import CorpusRecipe
-from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts, read_tokenizer_facts
+from megatron_txssm.recipe.corpus.schema import CorpusRecipe
+from megatron_txssm.recipe.corpus.tokenizer import TokenizerFacts, read_tokenizer_facts
 
 # Texts encoded at a time: enough for full speed, with little memory.
 BATCH_BYTES = 2_000_000

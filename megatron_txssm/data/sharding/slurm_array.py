@@ -16,7 +16,7 @@ from megatron_txssm.data.sharding.run_local import unfinished
 from megatron_txssm.data.sharding.shard_task import ShardTask
 from megatron_txssm.errors import UserError
 from megatron_txssm.home import HOME
-from megatron_txssm.recipe.corpus_recipe import CorpusRecipe
+from megatron_txssm.recipe.corpus.schema import CorpusRecipe
 from megatron_txssm.slurm.batch_script import render
 from megatron_txssm.slurm.client import PLAIN_PATH, run_slurm, run_squeue, sbatch_environment
 

@@ -11,7 +11,8 @@ from megatron_txssm.data.sharding.plan import list_files
 from megatron_txssm.data.sharding.readers import RowReader
 from megatron_txssm.data.tokenizer.sentencepiece import train_sentencepiece
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus_recipe import CorpusRecipe, SubsetSource, load_corpus_recipe
+from megatron_txssm.recipe.corpus.loader import load_corpus_recipe
+from megatron_txssm.recipe.corpus.schema import CorpusRecipe, SubsetSource
 
 
 def train_tokenizer(

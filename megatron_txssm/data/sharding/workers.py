@@ -9,7 +9,7 @@ import signal
 import threading
 
 from megatron_txssm.process_limits import check_temporary_folder
-from megatron_txssm.recipe.corpus_recipe import CorpusRecipe
+from megatron_txssm.recipe.corpus.schema import CorpusRecipe
 
 # Imports of a task that the command itself does not need.
 _IMPORTS = ["megatron_txssm.data.sharding.local_task", "gigatoken", "tokenizers"]

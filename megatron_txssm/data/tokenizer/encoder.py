@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_txssm.data.tokenizer.doubtful import DoubtfulCharacters, is_byte_level, shows_cuts
 from megatron_txssm.data.tokenizer.install import tokenizer_file
-from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts
+from megatron_txssm.recipe.corpus.tokenizer import TokenizerFacts
 
 # gigatoken caches every word (measured: 1 byte of memory per byte of random text), and the cache cannot be cleared; a
 # new instance costs 0.1 s.

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from megatron_txssm.data.tokenizer.install import install_tokenizer
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus_recipe import TokenizerSource
-from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts
+from megatron_txssm.recipe.corpus.schema import TokenizerSource
+from megatron_txssm.recipe.corpus.tokenizer import TokenizerFacts
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import file_sha256, write_file_atomically, write_json
-from megatron_txssm.recipe.corpus_recipe import TokenizerSource
-from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts, read_tokenizer_facts
+from megatron_txssm.recipe.corpus.schema import TokenizerSource
+from megatron_txssm.recipe.corpus.tokenizer import TokenizerFacts, read_tokenizer_facts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -13,8 +13,8 @@ from pathlib import Path
 from megatron_txssm.data.tokenizer.install import install_tokenizer
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.files import file_sha256
-from megatron_txssm.recipe.corpus_recipe import TokenizerSource
-from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts, read_tokenizer_facts, tokenizer_model
+from megatron_txssm.recipe.corpus.schema import TokenizerSource
+from megatron_txssm.recipe.corpus.tokenizer import TokenizerFacts, read_tokenizer_facts, tokenizer_model
 from megatron_txssm.recipe.recipe import Recipe
 
 

@@ -21,7 +21,7 @@ from megatron_txssm.training.launch.preflight import make_run_directory
 from megatron_txssm.training.launch.run_lock import check_not_running
 
 if TYPE_CHECKING:
-    from megatron_txssm.recipe.corpus_recipe import CorpusRecipe
+    from megatron_txssm.recipe.corpus.schema import CorpusRecipe
 
 
 @dataclass

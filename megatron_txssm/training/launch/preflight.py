@@ -23,11 +23,11 @@ from megatron_txssm.checkpoint.steps import (
 from megatron_txssm.data.tokenizer.kept_tokenizer import other_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.process_limits import check_open_files, check_shared_memory, check_temporary_folder
-from megatron_txssm.recipe.corpus_tokenizer import read_tokenizer_facts
+from megatron_txssm.recipe.corpus.tokenizer import read_tokenizer_facts
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe, with_paths
 from megatron_txssm.recipe.sizes import checkpoint_bytes
-from megatron_txssm.recipe.validate import check_tokenizer_file, validate
+from megatron_txssm.recipe.validation.validate import check_tokenizer_file, validate
 
 # Fields of `model` that affect computation or initialisation, not a checkpoint's content.
 _FREE_AT_RESUME = ("chunk_size", "ssd_backend", "init_method_std", "rotary_table_precision")

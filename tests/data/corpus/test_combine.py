@@ -12,7 +12,7 @@ from megatron_txssm.data.corpus import combine
 from megatron_txssm.data.corpus.manifest import open_corpus
 from megatron_txssm.data.corpus.shard import read_tokens
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus_recipe import load_corpus_recipe
+from megatron_txssm.recipe.corpus.loader import load_corpus_recipe
 from tests.data.corpus_recipes import corpus_bytes
 from tests.data.in_process import run_tasks_here, shard, web_recipe
 

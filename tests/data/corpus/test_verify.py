@@ -14,7 +14,7 @@ from megatron_txssm.cli.main import main
 from megatron_txssm.data.corpus.manifest import open_corpus
 from megatron_txssm.data.corpus.shard import ShardWriter
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus_tokenizer import read_tokenizer_facts
+from megatron_txssm.recipe.corpus.tokenizer import read_tokenizer_facts
 from tests.data.corpora import library_texts
 from tests.data.corpus_recipes import corpus_bytes, write_byte_level_bpe, write_recipe
 from tests.data.in_process import run_tasks_here, shard

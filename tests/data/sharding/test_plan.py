@@ -17,7 +17,8 @@ from megatron_txssm.data.sharding.broken_rows import BrokenRows
 from megatron_txssm.data.sharding.plan import list_files, make_plan, plan_subset
 from megatron_txssm.data.sharding.readers import RowReader
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus_recipe import SubsetSource, load_corpus_recipe
+from megatron_txssm.recipe.corpus.loader import load_corpus_recipe
+from megatron_txssm.recipe.corpus.schema import SubsetSource
 from tests.data.in_process import manifest_of, run_tasks_here, shard, web_recipe
 
 Files = Sequence[tuple[str, int]]

@@ -22,7 +22,7 @@ from megatron_txssm.data.sharding.broken_rows import (
 )
 from megatron_txssm.data.sharding.readers import BATCH_ROWS, RowReader
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus_recipe import SubsetSource
+from megatron_txssm.recipe.corpus.schema import SubsetSource
 from tests.data.corpora import FINEWEB, ODD_TEXTS, SCHEMAS, fineweb_row, write_jsonl, write_parquet
 from tests.data.in_process import manifest_of, shard, web_recipe
 

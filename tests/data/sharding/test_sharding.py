@@ -11,7 +11,7 @@ import pytest
 
 from megatron_txssm.data.corpus.manifest import is_held_out, open_corpus
 from megatron_txssm.data.tokenizer.sentencepiece import train_sentencepiece
-from megatron_txssm.recipe.corpus_tokenizer import tokenizer_model
+from megatron_txssm.recipe.corpus.tokenizer import tokenizer_model
 from tests.data.corpora import SmolLMSources, make_smollm_corpus
 from tests.data.corpus_recipes import (
     EOD_TOKEN,

@@ -20,7 +20,8 @@ from megatron_txssm.data.corpus.manifest import Plan, Slice, logging_folder, man
 from megatron_txssm.data.sharding import run_local, slurm_array
 from megatron_txssm.data.sharding.plan import plan_subset
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus_recipe import CorpusRecipe, load_corpus_recipe
+from megatron_txssm.recipe.corpus.loader import load_corpus_recipe
+from megatron_txssm.recipe.corpus.schema import CorpusRecipe
 from tests.data.corpus_recipes import corpus_bytes
 from tests.data.in_process import run_tasks_here, shard, web_recipe
 
@@ -405,13 +406,15 @@ import pickle
 from megatron_txssm.data.sharding.array_task import know_earlier_names
 know_earlier_names()
 for module, name in (
-    ("corpus_recipe", "CorpusRecipe"), ("manifest", "Plan"), ("shard_task", "ShardTask"), ("slurm_array", "_Array")
+    ("data.corpus_recipe", "CorpusRecipe"), ("recipe.corpus_recipe", "SubsetSource"),
+    ("data.manifest", "Plan"), ("data.shard_task", "ShardTask"), ("data.slurm_array", "_Array"),
 ):
-    print(pickle.loads(f"cmegatron_txssm.data.{module}\\n{name}\\n.".encode()).__module__)
+    print(pickle.loads(f"cmegatron_txssm.{module}\\n{name}\\n.".encode()).__module__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [
-        "megatron_txssm.recipe.corpus_recipe",
+        "megatron_txssm.recipe.corpus.schema",
+        "megatron_txssm.recipe.corpus.schema",
         "megatron_txssm.data.corpus.manifest",
         "megatron_txssm.data.sharding.shard_task",
         "megatron_txssm.data.sharding.slurm_array",

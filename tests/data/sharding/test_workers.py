@@ -10,7 +10,7 @@ import pytest
 from megatron_txssm.data.corpus.manifest import Plan
 from megatron_txssm.data.sharding import run_local
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus_recipe import load_corpus_recipe
+from megatron_txssm.recipe.corpus.loader import load_corpus_recipe
 from tests.data.in_process import web_recipe
 
 

@@ -19,7 +19,7 @@ from megatron_txssm.data.tokenizer import checked_encoder, encoder
 from megatron_txssm.data.tokenizer.checked_encoder import CheckedEncoder
 from megatron_txssm.data.tokenizer.encoder import Encoder, load_encoders
 from megatron_txssm.data.tokenizer.sentencepiece import train_sentencepiece
-from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts
+from megatron_txssm.recipe.corpus.tokenizer import TokenizerFacts
 from tests.data.corpora import ODD_TEXTS, library_texts
 from tests.data.corpus_recipes import EOD_TOKEN, byte_level_bpe
 from tests.data.in_process import manifest_of, run_tasks_here, shard, web_recipe

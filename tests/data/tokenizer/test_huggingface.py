@@ -14,7 +14,7 @@ from megatron_txssm.data.tokenizer.huggingface import export_tokenizer, padding_
 from megatron_txssm.data.tokenizer.install import install_tokenizer
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer, train_sentencepiece
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus_recipe import TokenizerSource
+from megatron_txssm.recipe.corpus.schema import TokenizerSource
 from tests.convert.untrained import make_run
 from tests.data.corpus_recipes import byte_level_bpe
 

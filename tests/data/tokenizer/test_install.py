@@ -16,8 +16,8 @@ from megatron_txssm.data.corpus.shard import ShardWriter
 from megatron_txssm.data.tokenizer.install import install_tokenizer
 from megatron_txssm.data.tokenizer.sentencepiece import train_sentencepiece
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus_recipe import TokenizerSource
-from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts, read_tokenizer_facts
+from megatron_txssm.recipe.corpus.schema import TokenizerSource
+from megatron_txssm.recipe.corpus.tokenizer import TokenizerFacts, read_tokenizer_facts
 from tests.data.corpora import library_texts
 from tests.data.corpus_recipes import EOD_TOKEN, byte_level_bpe, corpus_bytes, write_byte_level_bpe
 from tests.data.in_process import run_tasks_here, shard, web_recipe

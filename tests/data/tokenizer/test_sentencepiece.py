@@ -16,7 +16,7 @@ from megatron_txssm.data.tokenizer.sentencepiece import (
 )
 from megatron_txssm.demo import corpus as demo_corpus
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus_recipe import TokenizerSource
+from megatron_txssm.recipe.corpus.schema import TokenizerSource
 
 VOCAB_SIZE = 600
 TEXTS = [inspect.getsource(module) for module in (json, argparse, demo_corpus, shard, sentencepiece)]

@@ -1,11 +1,12 @@
 """Declaration of one recipe field: its type, default, meaning, limits, and the Megatron arguments that it sets."""
 
 import dataclasses
+import json
 import math
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
 
 from megatron_txssm.errors import shown
 
@@ -14,12 +15,19 @@ Blend = tuple[tuple[float, str], ...]
 
 # Subset of a corpus -> its share of the tokens, in any unit.
 Weights = dict[str, float]
-# Consecutive parts of a training: {"tokens": its length, None for the rest, "weights": Weights}.
-Stages = tuple[dict[str, Any], ...]
+
+
+class Stage(TypedDict):
+    """One of several consecutive parts of a training."""
+
+    # Its length; None for the rest of the training.
+    tokens: int | None
+    weights: Weights
+
+
+Stages = tuple[Stage, ...]
 # A list of strings.
 Words = tuple[str, ...]
-# How much is checked: all, some, none.
-Verify = Literal[True, "sample", False]
 
 _NAMES: dict[Any, str] = {
     int: "an integer",
@@ -30,7 +38,6 @@ _NAMES: dict[Any, str] = {
     Weights: "a mapping of subsets to weights",
     Stages: "a list of stages, each {tokens: N, weights: {subset: weight}}, the last without tokens",
     Words: "a list of strings",
-    Verify: "true, sample or false",
 }
 
 
@@ -44,7 +51,6 @@ class Setting:
     flags: tuple[str, ...]
     # Other Megatron arguments for the same setting, which a recipe's `megatron:` section may not use either.
     owns: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
@@ -52,6 +58,8 @@ class Setting:
     path: bool = False
     # null is allowed: the loader then finds the value.
     found: bool = False
+    # Values that users may know from other models -> why they are refused.
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def setting(explanation: str, *flags: str, default: Any = MISSING, **limits: Any) -> Any:
@@ -59,7 +67,7 @@ def setting(explanation: str, *flags: str, default: Any = MISSING, **limits: Any
     return dataclasses.field(default=default, metadata={"setting": Setting(explanation, flags, **limits)})
 
 
-def argument(flag: str, value: Any) -> list[str]:
+def argument(flag: str, value: object) -> list[str]:
     """One Megatron argument: nothing for None and False, the bare flag for True."""
     if value is None or value is False:
         return []
@@ -90,6 +98,21 @@ class Field:
     def required(self) -> bool:
         return self.default is MISSING
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values of a closed vocabulary, as written in a recipe."""
+        return _choices(_not_null(self.type))
+
+    @property
+    def is_text(self) -> bool:
+        """Whether a value on the command line is taken as typed."""
+        kind = _not_null(self.type)
+        return kind is str or (get_origin(kind) is Literal and all(isinstance(word, str) for word in get_args(kind)))
+
+    @property
+    def type_name(self) -> str:
+        return _type_name(self.type)
+
 
 def section_fields(section: type) -> Iterator[Field]:
     """The declared fields of a section, in order."""
@@ -99,23 +122,42 @@ def section_fields(section: type) -> Iterator[Field]:
             yield Field(field.name, hints[field.name], field.default, field.metadata["setting"])
 
 
-def type_name(hint: Any) -> str:
+def table(section: type) -> dict[str, Field]:
+    """The declared fields of a section, by name."""
+    return {field.name: field for field in section_fields(section)}
+
+
+def _not_null(hint: object) -> Any:
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint
+    (inner,) = (part for part in get_args(hint) if part is not types.NoneType)
+    return inner
+
+
+def _choices(kind: object) -> tuple[str, ...]:
+    if get_origin(kind) is not Literal:
+        return ()
+    return tuple(choice if isinstance(choice, str) else json.dumps(choice) for choice in get_args(kind))
+
+
+def _type_name(hint: Any) -> str:
     """The expected type in words."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join("null" if part is types.NoneType else type_name(part) for part in get_args(hint))
-    return _NAMES[hint]
+    kind = _not_null(hint)
+    choices = _choices(kind)
+    name = f"one of {', '.join(choices)}" if choices else _NAMES[kind]
+    return name if kind is hint else f"{name} or null"
 
 
-def convert(value: Any, field: Field) -> Any:
+def convert(value: object, field: Field) -> Any:
     """`value`, read from YAML, as the field's type; ValueError names what is expected."""
     if value is None and field.setting.found:
         return None
+    if isinstance(value, str) and value in field.setting.refused:
+        raise ValueError(field.setting.refused[value])
     converted = _as_type(value, field.type)
     if converted is None:
         return None
     rules = field.setting
-    if rules.choices and converted not in rules.choices:
-        raise ValueError(f"must be one of {', '.join(rules.choices)}")
     if rules.at_least is not None and converted < rules.at_least:
         raise ValueError(f"must be at least {rules.at_least:g}")
     if rules.above is not None and converted <= rules.above:
@@ -125,14 +167,16 @@ def convert(value: Any, field: Field) -> Any:
     return converted
 
 
-def _as_type(value: Any, hint: Any) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        if value is None:
-            return None
-        (inner,) = (part for part in get_args(hint) if part is not types.NoneType)
-    else:
-        inner = hint
-    mistake = ValueError(f"must be {type_name(hint)}")
+def _as_type(value: object, hint: Any) -> Any:
+    inner = _not_null(hint)
+    if value is None and inner is not hint:
+        return None
+    mistake = ValueError(f"must be {_type_name(hint)}")
+    if get_origin(inner) is Literal:
+        # By type, too: 1 and 0 equal True and False.
+        if not any(type(value) is type(choice) and value == choice for choice in get_args(inner)):
+            raise mistake
+        return value
     if inner in _COMPOUND:
         return _COMPOUND[inner](value, mistake)
     if inner in (int, float):
@@ -147,7 +191,7 @@ def _as_type(value: Any, hint: Any) -> Any:
     return value
 
 
-def _as_blend(value: Any, mistake: ValueError) -> Blend:
+def _as_blend(value: object, mistake: ValueError) -> Blend:
     if isinstance(value, str):
         value = [[1.0, value]]
     if not isinstance(value, list) or not value:
@@ -167,7 +211,7 @@ def _as_blend(value: Any, mistake: ValueError) -> Blend:
     return tuple(blend)
 
 
-def _as_weights(value: Any, mistake: ValueError) -> Weights:
+def _as_weights(value: object, mistake: ValueError) -> Weights:
     if not isinstance(value, dict) or not value:
         raise mistake
     for name, weight in value.items():
@@ -178,7 +222,7 @@ def _as_weights(value: Any, mistake: ValueError) -> Weights:
     return {name: float(weight) for name, weight in value.items()}
 
 
-def _as_stages(value: Any, mistake: ValueError) -> Stages:
+def _as_stages(value: object, mistake: ValueError) -> Stages:
     if not isinstance(value, list) or not value:
         raise mistake
     stages = []
@@ -195,23 +239,15 @@ def _as_stages(value: Any, mistake: ValueError) -> Stages:
     return tuple(stages)
 
 
-def _as_words(value: Any, mistake: ValueError) -> Words:
+def _as_words(value: object, mistake: ValueError) -> Words:
     if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
         raise mistake
     return tuple(value)
 
 
-def _as_verify(value: Any, mistake: ValueError) -> Verify:
-    # 1 and 0 equal True and False.
-    if not isinstance(value, bool) and value != "sample":
-        raise mistake
-    return value
-
-
-_COMPOUND: dict[Any, Callable[[Any, ValueError], Any]] = {
+_COMPOUND: dict[Any, Callable[[object, ValueError], object]] = {
     Blend: _as_blend,
     Weights: _as_weights,
     Stages: _as_stages,
     Words: _as_words,
-    Verify: _as_verify,
 }

@@ -10,12 +10,12 @@ import pytest
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
-from megatron_txssm.recipe.megatron_section import owners, passing, resolve
-from megatron_txssm.recipe.megatron_table import NAMES_OF_FIELDS, OTHER_FLAGS, REFUSED
+from megatron_txssm.recipe.megatron_arguments.section import owners, passing, resolve
+from megatron_txssm.recipe.megatron_arguments.table import NAMES_OF_FIELDS, OTHER_FLAGS, REFUSED
 from megatron_txssm.recipe.schema import FIXED_ARGUMENTS
 from megatron_txssm.session.arguments import _parser, megatron_arguments, parse_megatron_arguments
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
 FIXED = {words[0] for words in FIXED_ARGUMENTS}
 OWNED = {f"--{flag.replace('_', '-')}" for flag in owners()}

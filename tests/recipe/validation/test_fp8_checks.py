@@ -1,10 +1,13 @@
 """FP8 in recipes: rejects settings that would be dropped or have no kernel, checks sizes; recipes fit their GPUs."""
 
+from typing import get_args
+
 import pytest
 
+from megatron_txssm.choices import Fp8Recipe
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.fp8_checks import check_fp8_on
 from megatron_txssm.recipe.loader import load_recipe, recipe_names
+from megatron_txssm.recipe.validation.fp8_checks import check_fp8_on
 from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_arguments
 
 H100, B200, ADA, AMPERE, RTX_50 = (9, 0), (10, 0), (8, 9), (8, 0), (12, 0)
@@ -190,7 +193,6 @@ def test_the_megatron_section_cannot_contradict(flag: str) -> None:
 
 
 def test_the_scales_of_all_recipes_are_known() -> None:
-    field = type(load_recipe("transxssm_1.3b").training).__dataclass_fields__["fp8_recipe"]
-    for way in field.metadata["setting"].choices:
+    for way in get_args(Fp8Recipe):
         overrides = ["training.fp8=hybrid", f"training.fp8_recipe={way}"]
         check_fp8_on(load_recipe("transxssm_1.3b", overrides), B200, CUDNN)

@@ -1,11 +1,15 @@
 """Contradictions between fields: each gives one message with name, value and remedy."""
 
+from pathlib import Path
+
 import pytest
 
+from megatron_txssm.checkpoint.load import one_process_recipe
 from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.sizes import data_parallel_size
-from megatron_txssm.recipe.validate import validate
+from megatron_txssm.recipe.validation.validate import validate
 from megatron_txssm.training.launch.preflight import check_files
 
 
@@ -234,3 +238,11 @@ def test_missing_data_is_reported_before_megatron_starts(tmp_path, monkeypatch) 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="runs/demo/data/vocab_1024 holds no corpus"):
         check_files(load_recipe("demo_cpu"))
+
+
+def test_a_changed_recipe_is_refused_by_its_file() -> None:
+    odd = changed(load_recipe("transxssm_320m"), {"model.kv_channels": 63})
+    with pytest.raises(UserError, match=r"^there/recipe\.yaml: attention heads have 63 channels"):
+        one_process_recipe(odd, Path("there/recipe.yaml"))
+    with pytest.raises(UserError, match=r"^attention heads have 63 channels"):
+        validate(odd)

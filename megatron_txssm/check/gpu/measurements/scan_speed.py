@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_txssm.check.gpu.kernels import HEAD_DIM, STATE_SIZE, scan_inputs
+from megatron_txssm.check.gpu.measurements.kernels import HEAD_DIM, STATE_SIZE, scan_inputs
 from megatron_txssm.ops.ssd import ssd
 from megatron_txssm.ops.ssd_triton import import_error
 

@@ -5,6 +5,7 @@ are those of YAML 1.2's core schema. Duplicate keys, aliases and non-string keys
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import yaml
@@ -28,19 +29,19 @@ _SCALARS = (
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise ComposerError(None, None, "aliases (*name) are not allowed", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
-    def construct_scalar(self, node: Any) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
         value = super().construct_scalar(node)
         # Neither paths nor command lines can contain it.
         if isinstance(value, str) and "\0" in value:
             raise ConstructorError(None, None, "a text contains a zero byte", node.start_mark)
         return value
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -84,6 +85,18 @@ def load_yaml(text: str, source: str) -> Any:
         raise UserError(f"{source}: not valid YAML: {reason}") from None
 
 
-def dump_yaml(data: Any) -> str:
+def key_line(text: str, keys: Sequence[str]) -> int | None:
+    """The line of the innermost key of a path of `keys` that `text` states; None if it states none."""
+    node, line = yaml.compose(text, Loader=_Loader), None
+    for key in keys:
+        entries = node.value if isinstance(node, yaml.MappingNode) else []
+        name, node = next(((name, value) for name, value in entries if name.value == key), (None, None))
+        if name is None:
+            break
+        line = name.start_mark.line + 1
+    return line
+
+
+def dump_yaml(data: object) -> str:
     """`data` as text that `load_yaml` reads back unchanged."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False, width=120)

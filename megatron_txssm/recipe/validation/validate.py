@@ -6,25 +6,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.fp8_checks import check_fp8
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import data_parallel_size, divisors
+from megatron_txssm.recipe.validation.fp8_checks import check_fp8
 
 
-def validate(recipe: Recipe, world_size: int | None = None) -> None:
-    """UserError for the first contradiction; with `world_size` (processes), batch and layout are checked against it."""
-    _check_name(recipe)
-    _check_model(recipe)
-    _check_rotation(recipe)
-    _check_tensor_parallel(recipe)
-    _check_other_parallel(recipe)
-    _check_length(recipe)
-    check_fp8(recipe)
-    _check_gpu_options(recipe)
-    _check_schedule(recipe)
-    _check_data(recipe)
-    if world_size is not None:
-        _check_world_size(recipe, world_size)
+def validate(recipe: Recipe, world_size: int | None = None, *, source: Path | None = None) -> None:
+    """UserError for the first contradiction; with `world_size` (processes), batch and layout are checked against it.
+
+    source: the recipe's file, which the message then names.
+    """
+    try:
+        for check in _CHECKS:
+            check(recipe)
+        if world_size is not None:
+            _check_world_size(recipe, world_size)
+    except UserError as error:
+        if source is None:
+            raise
+        raise UserError(f"{source}: {error}") from None
 
 
 def check_tokenizer_file(recipe: Recipe) -> None:
@@ -279,3 +279,17 @@ def _check_world_size(recipe: Recipe, world_size: int) -> None:
             f"the interleaved schedule needs a multiple of pipeline_model_parallel_size={pipeline} "
             f"micro-batches a step, not {microbatches}; change micro_batch_size or global_batch_tokens"
         )
+
+
+_CHECKS = (
+    _check_name,
+    _check_model,
+    _check_rotation,
+    _check_tensor_parallel,
+    _check_other_parallel,
+    _check_length,
+    check_fp8,
+    _check_gpu_options,
+    _check_schedule,
+    _check_data,
+)

@@ -6,13 +6,14 @@ name, so that later layers and readers refer to the same entry.
 
 import contextlib
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from megatron_txssm.recipe.megatron_table import GPUS_ONLY, NAMES_OF_FIELDS, OTHER_FLAGS, PASSES, REFUSED
+from megatron_txssm.recipe.megatron_arguments.table import GPUS_ONLY, NAMES_OF_FIELDS, OTHER_FLAGS, PASSES, REFUSED
 from megatron_txssm.recipe.schema import FIXED_ARGUMENTS, SECTIONS
-from megatron_txssm.recipe.setting import argument, section_fields
+from megatron_txssm.recipe.settings.setting import argument, section_fields
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,17 @@ class Argument:
     def is_switch(self) -> bool:
         return self.kind in ("on", "off")
 
-    def words(self, value: Any) -> list[str]:
+    def words(self, value: object) -> list[str]:
         """A value as words of Megatron's command line."""
         if value is None:
             return []
         if self.is_switch:
-            return [_flag(self.name, value)] if value is (self.kind == "on") else []
+            return [_flag(self.name, value is True)] if value is (self.kind == "on") else []
         if self.is_list:
             return [_flag(self.name), *map(str, value if isinstance(value, list) else [value])]
         return argument(_flag(self.name), value)
 
-    def check(self, value: Any) -> None:
+    def check(self, value: object) -> None:
         """ValueError unless Megatron's parser would accept the value."""
         if self.is_switch:
             if not isinstance(value, bool):
@@ -50,7 +51,7 @@ class Argument:
         for item in value if isinstance(value, list) else [value]:
             self._check_item(item)
 
-    def _check_item(self, item: Any) -> None:
+    def _check_item(self, item: object) -> None:
         if isinstance(item, bool) or item is None:
             raise ValueError(f"must be {'values' if self.is_list else 'a value'}, not true, false or null")
         if self.is_list and isinstance(item, str) and item.startswith("-"):
@@ -69,7 +70,7 @@ def passing() -> dict[str, Argument]:
     return {found.name: found for text in PASSES.values() for found in map(_read, text.split())}
 
 
-def of_gpus(entries: dict[str, Any]) -> list[str]:
+def of_gpus(entries: Mapping[str, object]) -> list[str]:
     """The names of a section's entries that require a GPU."""
     names = [word.partition(":")[0] for word in PASSES[GPUS_ONLY].split()]
     return [name for name in names if passing()[name].words(entries.get(name))]

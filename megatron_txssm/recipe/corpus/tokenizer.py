@@ -4,16 +4,17 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_txssm.choices import CorpusTokenizerType
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.corpus_recipe import how_to_make
+from megatron_txssm.recipe.corpus.loader import how_to_make
 
 
 @dataclass(frozen=True)
 class TokenizerFacts:
     """The tokenizer of a corpus."""
 
-    # Megatron's class: HuggingFaceTokenizer or SentencePieceTokenizer.
-    type: str
+    # Megatron's class.
+    type: CorpusTokenizerType
     # SHA-256 of tokenizer.json or tokenizer.model.
     fingerprint: str
     # One more than the largest id.
