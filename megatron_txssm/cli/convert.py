@@ -7,7 +7,7 @@ from typing import Any
 from megatron_txssm.checkpoint.tensors import DTYPES
 from megatron_txssm.cli.parsing import add_commands
 from megatron_txssm.convert.export import export
-from megatron_txssm.convert.formats import FORMATS
+from megatron_txssm.convert.formats.format import FORMATS
 from megatron_txssm.convert.importer import import_weights
 from megatron_txssm.convert.verify import verify
 

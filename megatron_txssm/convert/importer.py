@@ -9,9 +9,9 @@ from typing import Any
 
 from megatron_txssm.checkpoint.tensors import is_kept_in_fp32
 from megatron_txssm.convert.conversion import conversion
-from megatron_txssm.convert.hf_folder import open_hf_folder
-from megatron_txssm.convert.proof import prove_import
-from megatron_txssm.convert.worker import run_task
+from megatron_txssm.convert.huggingface.folder import open_hf_folder
+from megatron_txssm.convert.proof.proof import prove_import
+from megatron_txssm.convert.proof.worker import run_task
 from megatron_txssm.data.tokenizer.install import install_tokenizer
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.files import check_absent, complete_folder

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_txssm.convert.stepping import HfText, next_token_logits
+from megatron_txssm.convert.proof.stepping import HfText, next_token_logits
 from megatron_txssm.errors import UserError
 from megatron_txssm.evaluation.sampling import Sampling
 
@@ -64,8 +64,8 @@ class HfDecoder:
 
         # Registers our class with AutoModelForCausalLM.
         import megatron_txssm.hf  # noqa: F401
-        from megatron_txssm.convert.hf_folder import lacks_a_class, open_hf_folder
-        from megatron_txssm.convert.hf_model import load_hf_model
+        from megatron_txssm.convert.huggingface.folder import lacks_a_class, open_hf_folder
+        from megatron_txssm.convert.huggingface.model import load_hf_model
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()

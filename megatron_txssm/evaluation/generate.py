@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_txssm.checkpoint.saved_model import how_to_make, open_checkpoint
-from megatron_txssm.convert.hf_folder import is_hf_folder
+from megatron_txssm.convert.huggingface.folder import is_hf_folder
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.evaluation.sampling import Sampling
 from megatron_txssm.terminal import doing

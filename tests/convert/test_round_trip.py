@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, GraniteMoeHybridForCausalLM, Llam
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER
 from megatron_txssm.cli.main import main
-from megatron_txssm.convert.hf_folder import open_hf_folder
-from megatron_txssm.convert.hf_model import load_hf_model
+from megatron_txssm.convert.formats.mapping import TABLES
+from megatron_txssm.convert.huggingface.folder import open_hf_folder
+from megatron_txssm.convert.huggingface.model import load_hf_model
 from megatron_txssm.convert.importer import _as_yaml
-from megatron_txssm.convert.mapping import TABLES
-from megatron_txssm.convert.proof import compare_tensors, sample_text
+from megatron_txssm.convert.proof.proof import compare_tensors, sample_text
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.hf import TransXSSMForCausalLM

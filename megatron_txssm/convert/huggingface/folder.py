@@ -1,4 +1,4 @@
-"""Weights in a folder of safetensors, in any format of mapping.py, read under Megatron's names.
+"""Weights in a folder of safetensors, in any format of formats/mapping.py, read under Megatron's names.
 
 Code in the folder is never executed: pickles are not opened, and modules beside the weights are not imported.
 """
@@ -14,11 +14,11 @@ from typing import Any
 
 from megatron_txssm.architecture.parameters import ModelSizes
 from megatron_txssm.checkpoint.tensors import Shape, compare_shapes, model_shapes
-from megatron_txssm.convert.config_check import check_config
-from megatron_txssm.convert.config_recipe import recipe_of_config
-from megatron_txssm.convert.formats import ARCHITECTURES, refusal
-from megatron_txssm.convert.hf_config import REFERENCE_TYPE
-from megatron_txssm.convert.mapping import Group, hf_tensors, plan
+from megatron_txssm.convert.formats.config import REFERENCE_TYPE
+from megatron_txssm.convert.formats.config_check import check_config
+from megatron_txssm.convert.formats.config_recipe import recipe_of_config
+from megatron_txssm.convert.formats.format import ARCHITECTURES, refusal
+from megatron_txssm.convert.formats.mapping import Group, hf_tensors, plan
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe

@@ -15,11 +15,11 @@ from typing import Any
 from megatron_txssm import __version__
 from megatron_txssm.checkpoint.saved_model import SavedModel, open_checkpoint
 from megatron_txssm.checkpoint.tensors import Weights, compare_shapes
-from megatron_txssm.convert.formats import ARCHITECTURES
-from megatron_txssm.convert.greedy import Generation
-from megatron_txssm.convert.hf_folder import HfFolder, open_hf_folder
-from megatron_txssm.convert.hf_weights import sha256_of
-from megatron_txssm.convert.worker import TOLERANCE, run_task
+from megatron_txssm.convert.formats.format import ARCHITECTURES
+from megatron_txssm.convert.huggingface.folder import HfFolder, open_hf_folder
+from megatron_txssm.convert.huggingface.weights import sha256_of
+from megatron_txssm.convert.proof.greedy import Generation
+from megatron_txssm.convert.proof.worker import TOLERANCE, run_task
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.terminal import doing

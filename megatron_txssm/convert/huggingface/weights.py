@@ -1,4 +1,4 @@
-"""Writes the weights of a checkpoint as safetensors, in any format of mapping.py, streamed file by file."""
+"""Writes the weights of a checkpoint as safetensors, in any format of formats/mapping.py, streamed file by file."""
 
 import errno
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 from megatron_txssm.architecture.parameters import ModelSizes
 from megatron_txssm.checkpoint.saved_model import SavedModel
 from megatron_txssm.checkpoint.tensors import DTYPES, is_kept_in_fp32
-from megatron_txssm.convert.mapping import Group, hf_tensors, plan
+from megatron_txssm.convert.formats.mapping import Group, hf_tensors, plan
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE
-from megatron_txssm.convert.formats import ARCHITECTURES
+from megatron_txssm.convert.formats.format import ARCHITECTURES
 from megatron_txssm.recipe.recipe import Recipe
 
 # model_type in the authors' configuration.

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.convert.hf_config import REFERENCE_TYPE, hf_config
+from megatron_txssm.convert.formats.config import REFERENCE_TYPE, hf_config
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from megatron_txssm.convert.formats import ARCHITECTURES
-from megatron_txssm.convert.hf_config import hf_config
-from megatron_txssm.convert.hf_folder import HfFolder
-from megatron_txssm.convert.mapping import plan
+from megatron_txssm.convert.formats.config import hf_config
+from megatron_txssm.convert.formats.format import ARCHITECTURES
+from megatron_txssm.convert.formats.mapping import plan
+from megatron_txssm.convert.huggingface.folder import HfFolder
 
 
 def load_hf_model(source: HfFolder) -> Any:

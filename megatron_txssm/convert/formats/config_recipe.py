@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.convert.config_check import read_config
+from megatron_txssm.convert.formats.config_check import read_config
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe

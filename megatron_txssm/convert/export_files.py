@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.convert.formats import ARCHITECTURES
-from megatron_txssm.convert.hf_config import hf_config
-from megatron_txssm.convert.hf_weights import Export
+from megatron_txssm.convert.formats.config import hf_config
+from megatron_txssm.convert.formats.format import ARCHITECTURES
+from megatron_txssm.convert.huggingface.weights import Export
 from megatron_txssm.convert.logged_losses import losses_at
-from megatron_txssm.convert.proof import Proof, sample_text, versions
+from megatron_txssm.convert.proof.proof import Proof, sample_text, versions
 from megatron_txssm.data.tokenizer.huggingface import export_tokenizer, padding_id
 from megatron_txssm.data.tokenizer.kept_tokenizer import tokenizer_source
 from megatron_txssm.errors import UserError, readable

@@ -1,6 +1,6 @@
 """Conversion tasks on whole models, each in its own process: Megatron can be initialised only once per process.
 
-    python -m megatron_txssm.convert.worker TASK JSON
+    python -m megatron_txssm.convert.proof.worker TASK JSON
 
 TASK is a function of this module, JSON its arguments. `run_task` runs one, with its output in a log.
 """
@@ -29,7 +29,14 @@ class TaskFailed(Exception):
 def run_task(task: str, **arguments: Any) -> None:
     """Run a task to its end; raises its UserError, or TaskFailed if it failed otherwise."""
     # -P: the current folder may be a download with its own json.py, which must not be imported.
-    words = [sys.executable, "-P", "-m", "megatron_txssm.convert.worker", task, json.dumps(arguments, default=str)]
+    words = [
+        sys.executable,
+        "-P",
+        "-m",
+        "megatron_txssm.convert.proof.worker",
+        task,
+        json.dumps(arguments, default=str),
+    ]
     # Both sides of a comparison compute on the CPU.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     handle, name = tempfile.mkstemp(prefix=f"txssm-{task}-", suffix=".log")
@@ -63,7 +70,7 @@ def save_megatron(folder: str, recipe: str, out: str) -> None:
     inequality its probability is at most a token's average probability.
     """
     from megatron_txssm.checkpoint.load import WEIGHTS_ONLY, build_model, one_process_recipe
-    from megatron_txssm.convert.hf_folder import open_hf_folder
+    from megatron_txssm.convert.huggingface.folder import open_hf_folder
     from megatron_txssm.recipe.changes import changed
     from megatron_txssm.recipe.loader import load_recipe
 
@@ -121,7 +128,7 @@ def megatron_logits(
     import torch
 
     from megatron_txssm.checkpoint.load import WEIGHTS_ONLY, load_model
-    from megatron_txssm.convert.stepping import next_token_logits
+    from megatron_txssm.convert.proof.stepping import next_token_logits
 
     changes = {"training.precision": "fp32", **WEIGHTS_ONLY}
     loaded = load_model(Path(checkpoints), changes, step=step, recipe_file=Path(recipe) if recipe else None)
@@ -156,10 +163,10 @@ def hf_logits(
     """
     import torch
 
-    from megatron_txssm.convert.greedy import try_generate
-    from megatron_txssm.convert.hf_folder import open_hf_folder
-    from megatron_txssm.convert.hf_model import load_hf_model
-    from megatron_txssm.convert.stepping import HfText
+    from megatron_txssm.convert.huggingface.folder import open_hf_folder
+    from megatron_txssm.convert.huggingface.model import load_hf_model
+    from megatron_txssm.convert.proof.greedy import try_generate
+    from megatron_txssm.convert.proof.stepping import HfText
     from megatron_txssm.recipe.loader import load_recipe
 
     model = load_hf_model(open_hf_folder(Path(folder), load_recipe(recipe) if recipe else None))
