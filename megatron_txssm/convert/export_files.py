@@ -3,7 +3,6 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from megatron_txssm.convert.formats.config import hf_config
 from megatron_txssm.convert.formats.format import ARCHITECTURES
@@ -13,6 +12,7 @@ from megatron_txssm.convert.proof.proof import Proof, sample_text, versions
 from megatron_txssm.data.tokenizer.huggingface import export_tokenizer, padding_id
 from megatron_txssm.data.tokenizer.kept_tokenizer import tokenizer_source
 from megatron_txssm.errors import UserError, readable
+from megatron_txssm.files import JsonObject
 from megatron_txssm.hf.standalone import AUTO_MAP, write_code
 from megatron_txssm.recipe.corpus_tokenizer import TokenizerFacts
 
@@ -129,5 +129,5 @@ def _figures(export: Export) -> dict[str, str]:
     return figures | {name: f"{loss:.4f} nats per token" for name, loss in losses.items()}
 
 
-def _write(file: Path, content: dict[str, Any]) -> None:
+def _write(file: Path, content: JsonObject) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
