@@ -18,6 +18,10 @@ from typing import IO
 
 from megatron_txssm.errors import UserError
 
+# What a JSON file may hold.
+type Json = dict[str, Json] | list[Json] | str | int | float | bool | None
+type JsonObject = dict[str, Json]
+
 
 def check_absent(out: Path) -> None:
     """UserError if `out` exists."""

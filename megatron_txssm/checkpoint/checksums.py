@@ -7,7 +7,7 @@ Sizes are in bytes. The digest is null if the run that saved the file has checkp
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Buffer, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,7 +43,7 @@ class HashingFile:
     def __init__(self, stream: BinaryIO, *, hashed: bool = True):
         self.stream, self.size, self._hash = stream, 0, xxhash.xxh3_128() if hashed else None
 
-    def write(self, data: Any) -> int:
+    def write(self, data: Buffer) -> int:
         if self._hash is not None:
             self._hash.update(data)
         written = self.stream.write(data)

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.managers import SyncManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_txssm.checkpoint import checksums, steps
 from megatron_txssm.checkpoint.checksums import Checksum, HashingFile
@@ -179,9 +179,9 @@ def _seal(folder: Path, *, hashed: bool, sealed: Callable[[Path, int], None]) ->
     if not ours:
         # nvidia-resiliency-ext's writer. (Otherwise avoided: every rank would list a folder of all ranks' files.)
         ours = {path.name: checksums.checksum(path, hashed=hashed) for path in folder.glob(f"*__{rank}_*.distcp")}
-    of_ranks: Any = [None] * dist.get_world_size() if rank == 0 else None
+    of_ranks: list[dict[str, Checksum]] | None = [{}] * dist.get_world_size() if rank == 0 else None
     dist.gather_object(ours, of_ranks)
-    if rank > 0:
+    if of_ranks is None:
         return
     files = {name: entry for of_rank in of_ranks for name, entry in of_rank.items()}
     others = [path for path in folder.iterdir() if path.suffix not in (".distcp", ".tmp") and path.is_file()]
@@ -214,11 +214,11 @@ class _open_whole:
     def __init__(self, path: Path):
         self._whole = steps.whole_or_not_at_all(path)
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> TextIO:
         self._stream = open(self._whole.__enter__(), "w", encoding="utf-8")
         return self._stream
 
-    def __exit__(self, *error: Any) -> Any:
+    def __exit__(self, *error: Any) -> bool | None:
         self._stream.close()
         return self._whole.__exit__(*error)
 

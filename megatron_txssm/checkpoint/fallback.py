@@ -56,7 +56,7 @@ def find_damage(step: Step, verify: bool | str) -> str:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     # Largest first, to balance the shares.
     names.sort(key=lambda name: -files[name].size)
-    found: list[Any] = [None] * ranks
+    found = [""] * ranks
     dist.all_gather_object(found, checksums.wrong_contents(step.folder, names[rank::ranks], files))
     return next((why for why in found if why), "")
 
@@ -70,7 +70,7 @@ def _damage_by_index(folder: Path) -> str:
     return damage_by_index(folder)
 
 
-def from_rank_0(work: Callable[[], Any]) -> Any:
+def from_rank_0[T](work: Callable[[], T]) -> T:
     """The result of `work` on rank 0, on every rank; its exception is also raised on every rank."""
     import torch.distributed as dist
 

@@ -5,17 +5,21 @@ A checkpoint (torch_dist) stores tensors in chunks, as the ranks held them; read
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_txssm.checkpoint.checksums import verify_files, wrong_sizes
 from megatron_txssm.checkpoint.steps import TRACKER, check_tracker, tracked
-from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER, Shape, compare_shapes, model_shapes
+from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER, NamedTensors, Shape, compare_shapes, model_shapes
 from megatron_txssm.errors import UserError, nearest
 from megatron_txssm.recipe.loader import load_recipe, recipe_names
 from megatron_txssm.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 
 @dataclass(frozen=True)
@@ -29,16 +33,16 @@ class SavedModel:
     recipe: Recipe
     # Without padding, in the order of the model's layers.
     shapes: dict[str, Shape]
-    # Name -> torch's TensorStorageMetadata: whole size, dtype, chunks; and the index that contains them.
-    entries: Mapping[str, Any]
-    index: Any
+    # Name -> whole size, dtype and chunks; and the index that contains them.
+    entries: "Mapping[str, TensorStorageMetadata]"
+    index: "Metadata"
     # The command-line option that selects another step.
     option: str = "--step"
 
-    def dtype(self, name: str) -> Any:
+    def dtype(self, name: str) -> "torch.dtype":
         return self.entries[name].properties.dtype
 
-    def read(self, names: Iterable[str]) -> dict[str, Any]:
+    def read(self, names: Iterable[str]) -> NamedTensors:
         """Name -> whole tensor, without vocabulary padding; UserError if a file is damaged."""
         import torch
 
@@ -95,8 +99,8 @@ def open_checkpoint(
     recipe = recipe or load_recipe(made_by)
     step, folder = step_folder(checkpoints, step, option)
     index = _read_index(folder, option)
-    entries = {name: entry for name, entry in index.state_dict_metadata.items() if _is_weight(name, entry)}
-    _check_files(folder, index.storage_data, entries, option)
+    entries = _weights(index)
+    _check_files(folder, index, entries, option)
     shapes = model_shapes(recipe)
     if fault := compare_shapes({name: _without_padding(recipe, name, e) for name, e in entries.items()}, shapes):
         raise UserError(f"{folder} is not the model that {described}: {fault}; {_another(option)}")
@@ -121,13 +125,13 @@ def damage_by_index(folder: Path) -> str:
     """The first file of a checkpoint that is shorter than the index requires; empty if there is none."""
     try:
         index = _read_index(folder, "--step")
-        _check_files(folder, index.storage_data, index.state_dict_metadata, "--step")
+        _check_files(folder, index, index.state_dict_metadata, "--step")
     except UserError as error:
         return str(error).removesuffix(f"; {_another('--step')}")
     return ""
 
 
-def read_weights(folder: Path, at_once: int = 1 << 30) -> Iterator[tuple[str, Any]]:
+def read_weights(folder: Path, at_once: int = 1 << 30) -> "Iterator[tuple[str, torch.Tensor]]":
     """Name and whole tensor of every weight of a checkpoint, `at_once` bytes at a time; UserError if it is damaged.
 
     Works without knowledge of the model.
@@ -135,9 +139,9 @@ def read_weights(folder: Path, at_once: int = 1 << 30) -> Iterator[tuple[str, An
     import torch
 
     index = _read_index(folder, "--step")
-    entries = {name: entry for name, entry in index.state_dict_metadata.items() if _is_weight(name, entry)}
-    _check_files(folder, index.storage_data, entries, "--step")
-    batch: dict[str, Any] = {}
+    entries = _weights(index)
+    _check_files(folder, index, entries, "--step")
+    batch: NamedTensors = {}
     for number, (name, entry) in enumerate(entries.items(), 1):
         batch[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
         if number == len(entries) or sum(tensor.nbytes for tensor in batch.values()) >= at_once:
@@ -146,7 +150,7 @@ def read_weights(folder: Path, at_once: int = 1 << 30) -> Iterator[tuple[str, An
             batch = {}
 
 
-def _load(folder: Path, index: Any, tensors: dict[str, Any], option: str) -> None:
+def _load(folder: Path, index: "Metadata", tensors: NamedTensors, option: str) -> None:
     """Fill these tensors from the checkpoint; UserError if a file is damaged."""
     from torch.distributed.checkpoint import CheckpointException, load
 
@@ -161,14 +165,20 @@ def _load(folder: Path, index: Any, tensors: dict[str, Any], option: str) -> Non
         raise UserError(f"{folder} is damaged ({_said(error)}); {_another(option)}") from None
 
 
-def _without_padding(recipe: Recipe, name: str, entry: Any) -> Shape:
+def _without_padding(recipe: Recipe, name: str, entry: "TensorStorageMetadata") -> Shape:
     rows, *rest = entry.size
     return (min(rows, recipe.data.vocab_size) if name in (EMBEDDING, OUTPUT_LAYER) else rows, *rest)
 
 
-def _is_weight(name: str, entry: Any) -> bool:
-    """False for optimizer state, and for entries saved as bytes, without a size (random states, `_extra_state`)."""
-    return hasattr(entry, "size") and "optimizer" not in name.split(".")
+def _weights(index: "Metadata") -> "dict[str, TensorStorageMetadata]":
+    """The entries without optimizer state, and without what is saved as bytes (random states, `_extra_state`)."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    return {
+        name: entry
+        for name, entry in index.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and "optimizer" not in name.split(".")
+    }
 
 
 def step_folder(checkpoints: Path, step: int | None, option: str = "--step") -> tuple[int, Path]:
@@ -188,8 +198,8 @@ def step_folder(checkpoints: Path, step: int | None, option: str = "--step") -> 
     raise UserError(f"{checkpoints} has no step {step}, which {named} names; {remedy}")
 
 
-def _read_index(folder: Path, option: str) -> Any:
-    """torch's Metadata of a torch_dist checkpoint."""
+def _read_index(folder: Path, option: str) -> "Metadata":
+    """The index of a torch_dist checkpoint."""
     from megatron_txssm.checkpoint.torch_dist import IndexReader
 
     if not (folder / ".metadata").is_file():
@@ -200,11 +210,11 @@ def _read_index(folder: Path, option: str) -> Any:
         raise UserError(f"{folder / '.metadata'} is damaged ({_said(error)}); {_another(option)}") from None
 
 
-def _check_files(folder: Path, storage: Mapping[Any, Any], tensors: Mapping[str, Any], option: str) -> None:
-    """UserError unless every file with a chunk of `tensors` exists and reaches the chunk's last byte."""
+def _check_files(folder: Path, index: "Metadata", names: Container[str], option: str) -> None:
+    """UserError unless every file with a chunk of the named tensors exists and reaches the chunk's last byte."""
     ends: dict[str, int] = {}
-    for index, piece in storage.items():
-        if index.fqn in tensors:
+    for chunk, piece in index.storage_data.items():
+        if chunk.fqn in names:
             ends[piece.relative_path] = max(ends.get(piece.relative_path, 0), piece.offset + piece.length)
     for name, end in sorted(ends.items()):
         file = folder / name

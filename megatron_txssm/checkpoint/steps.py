@@ -8,7 +8,7 @@ import contextlib
 import os
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,7 +175,7 @@ def write_tracker(checkpoints: Path, step: Step) -> None:
 
 
 @contextlib.contextmanager
-def whole_or_not_at_all(path: Path):
+def whole_or_not_at_all(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write, which atomically replaces `path` once it is flushed to disk."""
     partial = path.with_name(f".{path.name}.partial")
     try:

@@ -10,12 +10,15 @@ Q heads, K and V for each query group in turn.
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from megatron_txssm.architecture.layer_pattern import STATE_SPACE
 from megatron_txssm.architecture.parameters import ModelSizes
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 from megatron_txssm.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
 
 # Name on the command line -> torch's.
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -24,6 +27,8 @@ KEPT_IN_FP32 = ("A_log", "dt_bias", "D")
 EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
 
 Shape = tuple[int, ...]
+# Name -> tensor.
+type NamedTensors = dict[str, torch.Tensor]
 
 
 class Weights(Protocol):
@@ -32,12 +37,12 @@ class Weights(Protocol):
     @property
     def recipe(self) -> Recipe: ...
 
-    def dtype(self, name: str) -> Any:
-        """The torch.dtype in which a tensor is stored."""
+    def dtype(self, name: str) -> "torch.dtype":
+        """The dtype in which a tensor is stored."""
         ...
 
-    def read(self, names: Iterable[str]) -> dict[str, Any]:
-        """Name -> tensor, as stored; UserError if the files are damaged."""
+    def read(self, names: Iterable[str]) -> NamedTensors:
+        """The named tensors, as stored; UserError if the files are damaged."""
         ...
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_txssm.checkpoint.tensors import DTYPES
 from megatron_txssm.cli.parsing import Subparsers, add_commands
 from megatron_txssm.convert.export import export
-from megatron_txssm.convert.formats import FORMATS
+from megatron_txssm.convert.formats.format import FORMATS
 from megatron_txssm.convert.importer import import_weights
 from megatron_txssm.convert.verify import verify
 

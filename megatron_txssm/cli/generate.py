@@ -53,13 +53,13 @@ def add_parser(subparsers: Subparsers) -> None:
         type=float,
         default=1.0,
         metavar="R",
-        help="above 1, tokens that already occur in the text become less likely (default: 1)",
+        help="above 1: make tokens that occur in the text less likely (default: 1)",
     )
     parser.add_argument("--seed", type=int, default=1234, help="random seed of the sampling (default: 1234)")
 
 
 def run(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = sys.stdin if args.prompt == "-" else args.prompt
     words = {"hub": args.hub, "step": args.step, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
     return generate(args.model, prompt, sampling=sampling, **words)

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 
-from megatron_txssm.convert.proof import NotTheSame
-from megatron_txssm.convert.worker import TaskFailed
+from megatron_txssm.convert.proof.proof import NotTheSame
+from megatron_txssm.convert.proof.worker import TaskFailed
 from megatron_txssm.errors import readable
 from megatron_txssm.files import unwound_by_signals
 from megatron_txssm.slurm.environment import adopt_slurm_step

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.tensors import DTYPES
 from megatron_txssm.convert.conversion import conversion
-from megatron_txssm.convert.formats import FORMATS, Format, choose_format
+from megatron_txssm.convert.formats.format import FORMATS, Format, choose_format
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import check_absent, complete_folder, file_sha256
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.terminal import progress_bar
 
 if TYPE_CHECKING:
-    from megatron_txssm.convert.hf_weights import Export
+    from megatron_txssm.convert.huggingface.weights import Export
 
 
 @conversion
@@ -47,9 +47,9 @@ def export(
     check_absent(out)
     saved = open_checkpoint(Path(run), step, recipe=load_recipe(recipe) if recipe else None)
     # Imported late: they import transformers, which would delay error messages for mistyped paths.
-    from megatron_txssm.convert.hf_files import write_configuration, write_model_card, write_tokenizer
-    from megatron_txssm.convert.hf_weights import Export, write_weights
-    from megatron_txssm.convert.proof import prove_export
+    from megatron_txssm.convert.export_files import write_configuration, write_model_card, write_tokenizer
+    from megatron_txssm.convert.huggingface.weights import Export, write_weights
+    from megatron_txssm.convert.proof.proof import prove_export
 
     planned = Export(saved, choose_format(saved.recipe, format), dtype)
     with complete_folder(out, planned.nbytes) as folder:

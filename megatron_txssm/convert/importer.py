@@ -5,13 +5,12 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from megatron_txssm.checkpoint.tensors import is_kept_in_fp32
+from megatron_txssm.checkpoint.tensors import Shape, is_kept_in_fp32
 from megatron_txssm.convert.conversion import conversion
-from megatron_txssm.convert.hf_folder import open_hf_folder
-from megatron_txssm.convert.proof import prove_import
-from megatron_txssm.convert.worker import run_task
+from megatron_txssm.convert.huggingface.folder import open_hf_folder
+from megatron_txssm.convert.proof.proof import prove_import
+from megatron_txssm.convert.proof.worker import run_task
 from megatron_txssm.data.tokenizer.install import install_tokenizer
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.files import check_absent, complete_folder
@@ -58,7 +57,7 @@ def _as_yaml(recipe: Recipe) -> str:
     return replace(recipe, run_directory=None, checkpoint=checkpoint).to_yaml()
 
 
-def _checkpoint_bytes(recipe: Recipe, shapes: dict[str, Any]) -> int:
+def _checkpoint_bytes(recipe: Recipe, shapes: dict[str, Shape]) -> int:
     weight = 2 if recipe.training.precision == "bf16" else 4
     sizes = {name: 4 if is_kept_in_fp32(name) else weight for name in shapes}
     return sum(math.prod(shape) * sizes[name] for name, shape in shapes.items())

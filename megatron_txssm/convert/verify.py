@@ -5,8 +5,8 @@ from pathlib import Path
 
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.convert.conversion import conversion
-from megatron_txssm.convert.hf_folder import is_hf_folder, open_hf_folder
-from megatron_txssm.convert.proof import Source, prove_equal
+from megatron_txssm.convert.huggingface.folder import is_hf_folder, open_hf_folder
+from megatron_txssm.convert.proof.proof import Source, prove_equal
 from megatron_txssm.errors import UserError
 
 

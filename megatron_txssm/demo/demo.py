@@ -3,13 +3,16 @@
 import math
 import shutil
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.training.launch.preflight import check_checkpoint, saved_step
 from megatron_txssm.training.processes import launch, worker_command
+
+if TYPE_CHECKING:
+    from megatron_txssm.data.corpus.manifest import Corpus
 
 RECIPE = "demo_cpu"
 PROMPT = "def read_file(path):\n"
@@ -48,7 +51,7 @@ def run_demo(overrides: Sequence[str] = ()) -> int:
     return write(recipe)
 
 
-def prepare_data(recipe: Recipe) -> Any:
+def prepare_data(recipe: Recipe) -> "Corpus":
     """Make the recipe's data, unless it exists."""
     from megatron_txssm.demo.corpus import prepare_demo_corpus
 
@@ -75,7 +78,7 @@ def train(overrides: list[str]) -> int:
     return launch(recipe, None, worker_command("pretrain", RECIPE, overrides=overrides))
 
 
-def report(recipe: Recipe, corpus: Any) -> None:
+def report(recipe: Recipe, corpus: "Corpus") -> None:
     """Print the model's and the n-grams' validation losses, and draw the loss curve."""
     import numpy as np
 

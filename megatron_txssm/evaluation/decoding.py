@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_txssm.convert.stepping import HfText, next_token_logits
+from megatron_txssm.convert.proof.stepping import HfText, next_token_logits
 from megatron_txssm.errors import UserError
 from megatron_txssm.evaluation.sampling import Sampling
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Decoder(Protocol):
@@ -21,7 +24,7 @@ class Decoder(Protocol):
 
     def decode(self, tokens: list[int]) -> str: ...
 
-    def next_logits(self, tokens: list[int]) -> Any:
+    def next_logits(self, tokens: list[int]) -> "torch.Tensor":
         """[vocabulary] fp32 logits of the token after `tokens`, which continue the text read so far."""
         ...
 
@@ -50,7 +53,7 @@ class MegatronDecoder:
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.detokenize(tokens)
 
-    def next_logits(self, tokens: list[int]) -> Any:
+    def next_logits(self, tokens: list[int]) -> "torch.Tensor":
         return next_token_logits(self.model, self.context, tokens, self.vocab_size)
 
 
@@ -64,8 +67,8 @@ class HfDecoder:
 
         # Registers our class with AutoModelForCausalLM.
         import megatron_txssm.hf  # noqa: F401
-        from megatron_txssm.convert.hf_folder import lacks_a_class, open_hf_folder
-        from megatron_txssm.convert.hf_model import load_hf_model
+        from megatron_txssm.convert.huggingface.folder import lacks_a_class, open_hf_folder
+        from megatron_txssm.convert.huggingface.model import load_hf_model
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
@@ -93,7 +96,7 @@ class HfDecoder:
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens)
 
-    def next_logits(self, tokens: list[int]) -> Any:
+    def next_logits(self, tokens: list[int]) -> "torch.Tensor":
         return self.text.next_logits(tokens)
 
 
@@ -116,7 +119,7 @@ def generate_tokens(
         text.append(token)
 
 
-def sample(logits_V: Any, sampling: Sampling, generator: Any, text: list[int]) -> int:
+def sample(logits_V: "torch.Tensor", sampling: Sampling, generator: "torch.Generator", text: list[int]) -> int:
     """Choose one token id after `text`."""
     import torch
 

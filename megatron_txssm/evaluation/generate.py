@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_txssm.checkpoint.saved_model import how_to_make, open_checkpoint
-from megatron_txssm.convert.hf_folder import is_hf_folder
+from megatron_txssm.convert.huggingface.folder import is_hf_folder
 from megatron_txssm.errors import UserError, readable
 from megatron_txssm.evaluation.sampling import Sampling
 from megatron_txssm.terminal import doing
@@ -35,7 +35,7 @@ class Request:
 
 def generate(
     model: str | Path,
-    prompt: str,
+    prompt: str | TextIO,
     *,
     hub: bool = False,
     step: int | None = None,
@@ -46,7 +46,8 @@ def generate(
     """Print a prompt and a model's continuation, token by token; returns the exit code.
 
     model: a run, its checkpoints (`step`: which; None: the newest), a Hugging Face folder, or with `hub` a name on the
-    Hugging Face hub. UserError if there is no model.
+    Hugging Face hub. prompt: the text, or a file that holds it, which is read once the model is found. UserError if
+    there is no model.
     """
     if hub and not _HUB_NAME.fullmatch(str(model)):
         raise UserError(f"--hub {model}: a name on the Hugging Face hub is ORGANISATION/MODEL")
@@ -56,15 +57,21 @@ def generate(
         raise UserError(f"--step {step} is of checkpoints, but {model} is a Hugging Face model; leave it out")
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {max_new_tokens} must be at least 1")
-    if not prompt:
-        raise UserError("--prompt is empty; give at least one character")
-    request = Request(str(model) if hub else str(place), step, prompt, max_new_tokens, sampling or Sampling(), seed)
-    if of_transformers:
-        return write(request, sys.stdout)
-    if not os.path.exists(place) and _HUB_NAME.fullmatch(str(model)):
+    _check_not_empty(prompt)
+    if not of_transformers and not os.path.exists(place) and _HUB_NAME.fullmatch(str(model)):
         raise UserError(f"{place}: no such folder; {how_to_make(place)} (add --hub for a name on the Hugging Face hub)")
-    saved = open_checkpoint(place, step)
+    saved = None if of_transformers else open_checkpoint(place, step)
+    text = prompt if isinstance(prompt, str) else prompt.read()
+    _check_not_empty(text)
+    request = Request(str(model) if hub else str(place), step, text, max_new_tokens, sampling or Sampling(), seed)
+    if saved is None:
+        return write(request, sys.stdout)
     return _by_megatron(replace(request, model=saved.checkpoints, step=saved.step))
+
+
+def _check_not_empty(prompt: str | TextIO) -> None:
+    if prompt == "":
+        raise UserError("--prompt is empty; give at least one character")
 
 
 def _by_megatron(request: Request) -> int:

@@ -2,8 +2,8 @@
 
     tests/convert/batch.py batches.json
 
-batches.json is a list of [number of ranks, [[name, arguments], ...]]: the tasks of megatron_txssm/convert/worker.py
-and those below.
+batches.json is a list of [number of ranks, [[name, arguments], ...]]: the tasks of
+megatron_txssm/convert/proof/worker.py and those below.
 """
 
 import gc
@@ -108,7 +108,7 @@ def main(file: str) -> None:
 def be_rank(rank: int, world_size: int, port: int, tasks: list[Task]) -> None:
     from megatron.training import training
 
-    from megatron_txssm.convert import worker
+    from megatron_txssm.convert.proof import worker
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from megatron_txssm.convert.proof import sample_text
+from megatron_txssm.convert.proof.proof import sample_text
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.hf.standalone import code_files
 from tests.convert.trained import ARCHITECTURES, Trained, train

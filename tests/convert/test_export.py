@@ -20,12 +20,12 @@ from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.torch_dist import IndexReader
 from megatron_txssm.cli.main import main
 from megatron_txssm.convert.export import export as export_weights
-from megatron_txssm.convert.formats import choose_format
-from megatron_txssm.convert.hf_files import write_configuration
-from megatron_txssm.convert.hf_folder import open_hf_folder
-from megatron_txssm.convert.hf_weights import Export, write_weights
-from megatron_txssm.convert.mapping import HALVES, TABLES
-from megatron_txssm.convert.proof import compare_tensors, versions
+from megatron_txssm.convert.export_files import write_configuration
+from megatron_txssm.convert.formats.format import choose_format
+from megatron_txssm.convert.formats.mapping import HALVES, TABLES
+from megatron_txssm.convert.huggingface.folder import open_hf_folder
+from megatron_txssm.convert.huggingface.weights import Export, write_weights
+from megatron_txssm.convert.proof.proof import compare_tensors, versions
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import complete_folder
 from megatron_txssm.terminal import progress_bar

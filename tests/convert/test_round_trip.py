@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, GraniteMoeHybridForCausalLM, Llam
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER
 from megatron_txssm.cli.main import main
-from megatron_txssm.convert.hf_folder import open_hf_folder
-from megatron_txssm.convert.hf_model import load_hf_model
+from megatron_txssm.convert.formats.mapping import TABLES
+from megatron_txssm.convert.huggingface.folder import open_hf_folder
+from megatron_txssm.convert.huggingface.model import load_hf_model
 from megatron_txssm.convert.importer import _as_yaml
-from megatron_txssm.convert.mapping import TABLES
-from megatron_txssm.convert.proof import compare_tensors, sample_text
+from megatron_txssm.convert.proof.proof import compare_tensors, sample_text
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.hf import TransXSSMForCausalLM
@@ -166,7 +166,7 @@ def test_every_gradient_is_megatrons(converted: Converted, name: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(source.folder)
     tokens_BL = torch.tensor([converted.tokens])
     model(tokens_BL, labels=tokens_BL, use_cache=False).loss.backward()
-    ours = {parameter: tensor.grad for parameter, tensor in model.named_parameters()}
+    ours = {parameter: tensor.grad for parameter, tensor in model.named_parameters() if tensor.grad is not None}
     found: dict[str, torch.Tensor] = {}
     for group in set(source.groups.values()):
         # Gradients move as the tensors do: all that these formats do is cut and join.

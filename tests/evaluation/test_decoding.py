@@ -1,5 +1,6 @@
 """txssm generate: how a token is chosen, what the command prints, and what it refuses."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,20 @@ def test_a_seed_gives_the_same_text(folder: Path, capsys: pytest.CaptureFixture[
 def test_a_wrong_option(folder: Path, capsys: pytest.CaptureFixture[str], options: list[str], wanted: str) -> None:
     assert main(["generate", str(folder), *options]) == 2
     assert wanted in capsys.readouterr().err
+
+
+def test_standard_input_is_read_once_the_model_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts: list[str] = []
+    monkeypatch.setattr(generate_command, "_by_megatron", lambda request: prompts.append(request.prompt) or 0)
+    monkeypatch.setattr("sys.stdin", io.StringIO("a text"))
+    assert main(["generate", str(tmp_path / "none"), "--prompt", "-"]) == 2
+    run = make_run(tmp_path)
+    assert main(["generate", str(run), "--prompt", "-"]) == 0
+    assert prompts == ["a text"]
+    assert main(["generate", str(run), "--prompt", "-"]) == 2
+    assert "--prompt is empty" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

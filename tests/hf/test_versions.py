@@ -20,7 +20,7 @@ PACKAGES = Path(sys.prefix) / "transformers_newest"
 FILES = (
     *("test_generation.py", "test_cache.py", "test_arguments.py", "test_packing_collators.py", "test_standalone.py"),
     # The proof of a conversion.
-    "../convert/test_greedy.py",
+    "../convert/proof/test_greedy.py",
 )
 
 

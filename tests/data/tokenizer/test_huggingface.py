@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_txssm.cli.main import main
-from megatron_txssm.convert.proof import sample_text
+from megatron_txssm.convert.proof.proof import sample_text
 from megatron_txssm.data.tokenizer.encoder import load_encoders
 from megatron_txssm.data.tokenizer.huggingface import export_tokenizer, padding_id
 from megatron_txssm.data.tokenizer.install import install_tokenizer

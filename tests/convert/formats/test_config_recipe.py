@@ -10,14 +10,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_txssm.cli.main import main
 from megatron_txssm.convert import importer
-from megatron_txssm.convert.config_check import check_config
-from megatron_txssm.convert.config_recipe import recipe_of_config
-from megatron_txssm.convert.hf_config import hf_config
+from megatron_txssm.convert.formats.config import hf_config
+from megatron_txssm.convert.formats.config_check import check_config
+from megatron_txssm.convert.formats.config_recipe import recipe_of_config
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from tests.convert.test_hf_config import BY_HAND
-from tests.convert.test_mapping import load
+from tests.convert.formats.test_config import BY_HAND
+from tests.convert.formats.test_mapping import load
 
 VARIANTS = {format: (variant, changes) for format, (variant, changes, _) in BY_HAND.items()}
 

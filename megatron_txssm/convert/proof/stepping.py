@@ -1,16 +1,20 @@
 """The logits after each token of a text, step by step, from a Megatron or transformers model."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 
 class HfText:
     """A text read by a transformers model, with its cache; with `use_cache: false`, all of it is read each time."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: "PreTrainedModel"):
         self.model, self.seen = model, list[int]()
         self.cache: Any = None
 
-    def next_logits(self, tokens: list[int]) -> Any:
+    def next_logits(self, tokens: list[int]) -> "torch.Tensor":
         """[vocabulary] fp32 logits of the token after `tokens`, which continue the text."""
         import torch
 
@@ -25,7 +29,7 @@ class HfText:
         return output.logits[0, -1].float()
 
 
-def next_token_logits(model: Any, context: Any, tokens: list[int], vocab_size: int) -> Any:
+def next_token_logits(model: Any, context: Any, tokens: list[int], vocab_size: int) -> "torch.Tensor":
     """[vocab_size] fp32 logits of the token after `tokens`, from a Megatron model; `context`: what it has read so far.
 
     The embedding's padding rows, from `vocab_size` on, are not tokens.

@@ -2,9 +2,9 @@
 
 import pytest
 
-from megatron_txssm.convert.formats import Format, choose_format, refusal
+from megatron_txssm.convert.formats.format import Format, choose_format, refusal
 from megatron_txssm.errors import UserError
-from tests.convert.test_mapping import VARIANTS, load
+from tests.convert.formats.test_mapping import VARIANTS, load
 
 
 @pytest.mark.parametrize(

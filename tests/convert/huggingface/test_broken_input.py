@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_txssm.cli.main import main
-from megatron_txssm.convert.hf_folder import open_hf_folder
-from megatron_txssm.convert.hf_model import load_hf_model
+from megatron_txssm.convert.huggingface.folder import open_hf_folder
+from megatron_txssm.convert.huggingface.model import load_hf_model
 from megatron_txssm.hf.standalone import AUTO_MAP
 from tests.convert.trained import ARCHITECTURES
 from tests.convert.untrained import Evil, make_run

@@ -1,6 +1,6 @@
 """Conversion tasks on whole models, each in its own process: Megatron can be initialised only once per process.
 
-    python -m megatron_txssm.convert.worker TASK JSON
+    python -m megatron_txssm.convert.proof.worker TASK JSON
 
 TASK is a function of this module, JSON its arguments. `run_task` runs one, with its output in a log.
 """
@@ -13,10 +13,15 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_txssm.checkpoint.tensors import Weights, is_kept_in_fp32
 from megatron_txssm.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_txssm.files import Json
 
 # Largest difference of fp32 logits, in units of the largest logit (at least 1): the order of sums differs.
 TOLERANCE = 1e-5
@@ -26,10 +31,11 @@ class TaskFailed(Exception):
     """A task failed for a reason other than a user error; the message names its log."""
 
 
-def run_task(task: str, **arguments: Any) -> None:
+def run_task(task: str, **arguments: "Json | Path") -> None:
     """Run a task to its end; raises its UserError, or TaskFailed if it failed otherwise."""
     # -P: the current folder may be a download with its own json.py, which must not be imported.
-    words = [sys.executable, "-P", "-m", "megatron_txssm.convert.worker", task, json.dumps(arguments, default=str)]
+    words = [sys.executable, "-P", "-m", "megatron_txssm.convert.proof.worker"]
+    words += [task, json.dumps(arguments, default=str)]
     # Both sides of a comparison compute on the CPU.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     handle, name = tempfile.mkstemp(prefix=f"txssm-{task}-", suffix=".log")
@@ -63,7 +69,7 @@ def save_megatron(folder: str, recipe: str, out: str) -> None:
     inequality its probability is at most a token's average probability.
     """
     from megatron_txssm.checkpoint.load import WEIGHTS_ONLY, build_model, one_process_recipe
-    from megatron_txssm.convert.hf_folder import open_hf_folder
+    from megatron_txssm.convert.huggingface.folder import open_hf_folder
     from megatron_txssm.recipe.changes import changed
     from megatron_txssm.recipe.loader import load_recipe
 
@@ -77,7 +83,7 @@ def save_megatron(folder: str, recipe: str, out: str) -> None:
     save_checkpoint(0, [model], None, None, 0, release=True)
 
 
-def _fill(model: Any, source: Weights) -> None:
+def _fill(model: "torch.nn.Module", source: Weights) -> None:
     """Copy every tensor of `source` into a Megatron model of one process."""
     import torch
 
@@ -91,7 +97,7 @@ def _fill(model: Any, source: Weights) -> None:
             shard.data.copy_(whole[place_of(shard)])
 
 
-def _padded(tensor: Any, rows: int) -> Any:
+def _padded(tensor: "torch.Tensor", rows: int) -> "torch.Tensor":
     """Append rows to the vocabulary, each the mean of its rows."""
     padding = rows - len(tensor)
     if padding == 0:
@@ -121,7 +127,7 @@ def megatron_logits(
     import torch
 
     from megatron_txssm.checkpoint.load import WEIGHTS_ONLY, load_model
-    from megatron_txssm.convert.stepping import next_token_logits
+    from megatron_txssm.convert.proof.stepping import next_token_logits
 
     changes = {"training.precision": "fp32", **WEIGHTS_ONLY}
     loaded = load_model(Path(checkpoints), changes, step=step, recipe_file=Path(recipe) if recipe else None)
@@ -156,10 +162,10 @@ def hf_logits(
     """
     import torch
 
-    from megatron_txssm.convert.greedy import try_generate
-    from megatron_txssm.convert.hf_folder import open_hf_folder
-    from megatron_txssm.convert.hf_model import load_hf_model
-    from megatron_txssm.convert.stepping import HfText
+    from megatron_txssm.convert.huggingface.folder import open_hf_folder
+    from megatron_txssm.convert.huggingface.model import load_hf_model
+    from megatron_txssm.convert.proof.greedy import try_generate
+    from megatron_txssm.convert.proof.stepping import HfText
     from megatron_txssm.recipe.loader import load_recipe
 
     model = load_hf_model(open_hf_folder(Path(folder), load_recipe(recipe) if recipe else None))
@@ -177,7 +183,7 @@ def hf_logits(
         Path(generated).write_text(json.dumps(asdict(try_generate(model, tokens, limit))), encoding="utf-8")
 
 
-def _round(model: Any, to: str | None) -> None:
+def _round(model: "torch.nn.Module", to: str | None) -> None:
     import torch
 
     for name, parameter in model.named_parameters():
@@ -185,7 +191,7 @@ def _round(model: Any, to: str | None) -> None:
             parameter.data = parameter.data.to(getattr(torch, to)).to(parameter.dtype)
 
 
-def _save(out: str, full_LV: Any, steps: list[Any]) -> None:
+def _save(out: str, full_LV: "torch.Tensor", steps: "list[torch.Tensor]") -> None:
     import torch
     from safetensors.torch import save_file
 

@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import megatron_txssm.hf  # noqa: F401  (our class)
 from megatron_txssm.architecture.parameters import ModelSizes, count_parameters
 from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER, layer_of, model_shapes
-from megatron_txssm.convert.formats import ARCHITECTURES, FORMATS, refusal
-from megatron_txssm.convert.hf_config import hf_config
-from megatron_txssm.convert.hf_weights import Export, split_files
-from megatron_txssm.convert.mapping import CONCAT, DECAY_RATE, HALVES, QKV, SAME, Group, hf_tensors, plan
+from megatron_txssm.convert.formats.config import hf_config
+from megatron_txssm.convert.formats.format import ARCHITECTURES, FORMATS, refusal
+from megatron_txssm.convert.formats.mapping import CONCAT, DECAY_RATE, HALVES, QKV, SAME, Group, hf_tensors, plan
+from megatron_txssm.convert.huggingface.weights import Export, split_files
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from tests.built_model import build_model

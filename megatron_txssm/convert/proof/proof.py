@@ -14,14 +14,15 @@ from typing import Any
 
 from megatron_txssm import __version__
 from megatron_txssm.checkpoint.saved_model import SavedModel, open_checkpoint
-from megatron_txssm.checkpoint.tensors import Weights, compare_shapes
-from megatron_txssm.convert.formats import ARCHITECTURES
-from megatron_txssm.convert.greedy import Generation
-from megatron_txssm.convert.hf_folder import HfFolder, open_hf_folder
-from megatron_txssm.convert.hf_weights import sha256_of
-from megatron_txssm.convert.worker import TOLERANCE, run_task
+from megatron_txssm.checkpoint.tensors import NamedTensors, Weights, compare_shapes
+from megatron_txssm.convert.formats.format import ARCHITECTURES
+from megatron_txssm.convert.huggingface.folder import HfFolder, open_hf_folder
+from megatron_txssm.convert.huggingface.weights import sha256_of
+from megatron_txssm.convert.proof.greedy import Generation
+from megatron_txssm.convert.proof.worker import TOLERANCE, run_task
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
+from megatron_txssm.files import JsonObject
 from megatron_txssm.terminal import doing
 
 TOKENS, DECODED = 512, 32
@@ -85,11 +86,14 @@ class Proof:
         generated = all(side.passed for side in self.generation)
         return not self.tensors.different and self.logits.passed and generated
 
-    def to_json(self) -> dict[str, Any]:
-        logits = asdict(self.logits) | {"limit": self.logits.limit}
-        generation = [asdict(side) for side in self.generation]
-        proven = {"logits": logits, "generation": generation, "tensors": asdict(self.tensors)}
-        return {"passed": self.passed} | proven | {"versions": versions()}
+    def to_json(self) -> JsonObject:
+        return {
+            "passed": self.passed,
+            "logits": asdict(self.logits) | {"limit": self.logits.limit},
+            "generation": [asdict(side) for side in self.generation],
+            "tensors": asdict(self.tensors),
+            "versions": {**versions()},
+        }
 
     def summary(self) -> Iterator[str]:
         """A few lines for the terminal."""
@@ -163,7 +167,7 @@ def compare_logits(
 
     decoded = min(DECODED, len(tokens) // 2)
     with tempfile.TemporaryDirectory(prefix="txssm-verify-") as folder:
-        sides: list[dict[str, Any]] = []
+        sides: list[NamedTensors] = []
         generation: list[Generation] = []
         for name, side in (("a", a), ("b", b)):
             out = Path(folder) / f"{name}.safetensors"

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import GraniteMoeHybridConfig, LlamaConfig
 
 from megatron_txssm.cli.main import main
-from megatron_txssm.convert.config_check import read_config
-from megatron_txssm.convert.hf_config import hf_config
-from megatron_txssm.convert.hf_folder import open_hf_folder
+from megatron_txssm.convert.formats.config import hf_config
+from megatron_txssm.convert.formats.config_check import read_config
+from megatron_txssm.convert.huggingface.folder import open_hf_folder
 from megatron_txssm.errors import UserError
-from tests.convert.test_mapping import load
+from tests.convert.formats.test_mapping import load
 from tests.convert.trained import ARCHITECTURES, REFERENCE
 from tests.convert.untrained import make_run
 

@@ -10,9 +10,9 @@ import torch
 from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
-from megatron_txssm.convert.proof import compare_tensors
-from megatron_txssm.convert.stepping import HfText
-from megatron_txssm.convert.worker import run_task
+from megatron_txssm.convert.proof.proof import compare_tensors
+from megatron_txssm.convert.proof.stepping import HfText
+from megatron_txssm.convert.proof.worker import run_task
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from megatron_txssm.convert.greedy import LENGTHS, NEW_TOKENS, try_generate
+from megatron_txssm.convert.proof.greedy import LENGTHS, NEW_TOKENS, try_generate
 from megatron_txssm.hf.versions_transxssm import CACHE_NAME
 from tests.hf.tiny import VARIANTS, random_ids, tiny_model
 

@@ -1,14 +1,17 @@
 """Loads a transformers model from a folder of weights in any format, without executing code from the folder."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_txssm.convert.formats import ARCHITECTURES
-from megatron_txssm.convert.hf_config import hf_config
-from megatron_txssm.convert.hf_folder import HfFolder
-from megatron_txssm.convert.mapping import plan
+from megatron_txssm.convert.formats.config import hf_config
+from megatron_txssm.convert.formats.format import ARCHITECTURES
+from megatron_txssm.convert.formats.mapping import plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+from megatron_txssm.convert.huggingface.folder import HfFolder
 
 
-def load_hf_model(source: HfFolder) -> Any:
+def load_hf_model(source: HfFolder) -> "PreTrainedModel":
     """A model for inference, in fp32.
 
     Formats with a class in transformers are loaded by it. The others are first converted to our class's tensors.

@@ -3,8 +3,13 @@
 Logits of a single pass do not cover this: generate() passes cache, mask and positions under its own names.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 # Tokens of the two texts, and number of new tokens for each.
 LENGTHS, NEW_TOKENS = (24, 15), 8
@@ -31,12 +36,12 @@ class Generation:
         return "\n          ".join(("generate  NOT the same tokens", *(f"{w}: {d}" for w, d in self.different.items())))
 
 
-def try_generate(model: Any, tokens: list[int], tolerance: float) -> Generation:
+def try_generate(model: "PreTrainedModel", tokens: list[int], tolerance: float) -> Generation:
     """Continue two texts from the start of `tokens`. Logits within `tolerance` are a tie, and either token is right."""
     first, second = LENGTHS
     texts = [tokens[:first], tokens[first : first + second]]
     cached = model.config.use_cache
-    calls: dict[str, Any] = {"in a padded batch": lambda: _continue(model, texts, cached)[0]}
+    calls: dict[str, Callable[[], list[list[int]]]] = {"in a padded batch": lambda: _continue(model, texts, cached)[0]}
     if cached:
         calls["with a cache"] = lambda: [_continue(model, [text], True)[0][0] for text in texts]
     # Without a cache, each token is one pass over all tokens before it.
@@ -54,7 +59,7 @@ def try_generate(model: Any, tokens: list[int], tolerance: float) -> Generation:
     return Generation(NEW_TOKENS, tuple(calls), different)
 
 
-def _first_difference(row: list[int], wanted: list[int], logits_LV: Any, tolerance: float) -> str | None:
+def _first_difference(row: list[int], wanted: list[int], logits_LV: "torch.Tensor", tolerance: float) -> str | None:
     for place, (token, right) in enumerate(zip(row, wanted, strict=True)):
         if token != right:
             tie = bool(logits_LV[place, right] - logits_LV[place, token] <= tolerance)
@@ -62,8 +67,8 @@ def _first_difference(row: list[int], wanted: list[int], logits_LV: Any, toleran
     return None
 
 
-def _continue(model: Any, texts: list[list[int]], use_cache: bool) -> tuple[list[list[int]], Any]:
-    """The new tokens of each text, and the logits that they were chosen from, [text][new token, vocabulary]."""
+def _continue(model: Any, texts: list[list[int]], use_cache: bool) -> "tuple[list[list[int]], torch.Tensor]":
+    """The new tokens of each text, and the logits that they were chosen from, [text, new token, vocabulary]."""
     import torch
 
     longest = max(map(len, texts))

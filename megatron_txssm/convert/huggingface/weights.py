@@ -1,4 +1,4 @@
-"""Writes the weights of a checkpoint as safetensors, in any format of mapping.py, streamed file by file."""
+"""Writes the weights of a checkpoint as safetensors, in any format of formats/mapping.py, streamed file by file."""
 
 import errno
 import hashlib
@@ -9,12 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_txssm.architecture.parameters import ModelSizes
 from megatron_txssm.checkpoint.saved_model import SavedModel
-from megatron_txssm.checkpoint.tensors import DTYPES, is_kept_in_fp32
-from megatron_txssm.convert.mapping import Group, hf_tensors, plan
+from megatron_txssm.checkpoint.tensors import DTYPES, NamedTensors, is_kept_in_fp32
+from megatron_txssm.convert.formats.mapping import Group, hf_tensors, plan
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Export:
         return plan(self.format, self.saved.shapes)
 
     @cached_property
-    def tensors(self) -> dict[str, Any]:
-        """Name -> tensor without data, on torch's meta device."""
+    def tensors(self) -> NamedTensors:
+        """The tensors without data, on torch's meta device."""
         return hf_tensors(self.groups, self.sizes, self.dtype_of)
 
     @property
@@ -47,8 +50,8 @@ class Export:
     def numel(self) -> int:
         return sum(tensor.numel() for tensor in self.tensors.values())
 
-    def dtype_of(self, name: str) -> Any:
-        """The torch.dtype of one of Megatron's tensors in the export."""
+    def dtype_of(self, name: str) -> "torch.dtype":
+        """The dtype of one of Megatron's tensors in the export."""
         import torch
 
         as_saved = self.dtype is None or is_kept_in_fp32(name)
@@ -72,7 +75,7 @@ def write_weights(
     metadata = {"format": "pt"}
     hashes: dict[str, str] = {}
     for name, groups in files.items():
-        tensors: dict[str, Any] = {}
+        tensors: NamedTensors = {}
         for group in groups:
             tensors |= _converted(export, group, hashes)
             advance(export.group_bytes(group))
@@ -101,21 +104,21 @@ def split_files(export: Export, max_file_bytes: int) -> dict[str, list[Group]]:
     return {f"model-{n:05d}-of-{len(parts):05d}.safetensors": part for n, part in enumerate(parts, start=1)}
 
 
-def sha256_of(tensor: Any) -> str:
+def sha256_of(tensor: "torch.Tensor") -> str:
     """SHA-256 of a tensor's bytes, for any dtype."""
     import torch
 
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
 
 
-def _converted(export: Export, group: Group, hashes: dict[str, str]) -> dict[str, Any]:
+def _converted(export: Export, group: Group, hashes: dict[str, str]) -> NamedTensors:
     read = export.saved.read(group.megatron)
     tensors = {name: tensor.to(export.dtype_of(name)) for name, tensor in read.items()}
     hashes |= {name: sha256_of(tensor) for name, tensor in tensors.items()}
     return group.to_hf(tensors, export.sizes)
 
 
-def _write_file(file: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+def _write_file(file: Path, tensors: NamedTensors, metadata: dict[str, str]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -6,13 +6,16 @@ several Megatron tensors, those that a variant lacks (the gate's z) are omitted.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_txssm.architecture.parameters import ModelSizes
-from megatron_txssm.checkpoint.tensors import Shape, layer_of
+from megatron_txssm.checkpoint.tensors import NamedTensors, Shape, layer_of
+
+if TYPE_CHECKING:
+    import torch
 
 # One or several tensors.
-Tensors = list[Any]
+type Tensors = list[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -183,12 +186,12 @@ class Group:
     # Shapes on Megatron's side.
     shapes: tuple[Shape, ...]
 
-    def to_hf(self, tensors: dict[str, Any], sizes: ModelSizes) -> dict[str, Any]:
+    def to_hf(self, tensors: NamedTensors, sizes: ModelSizes) -> NamedTensors:
         """The group's Hugging Face tensors, from Megatron's by name."""
         converted = self.transform.to_hf([tensors[name] for name in self.megatron], sizes)
         return {name: tensor.contiguous() for name, tensor in zip(self.hf, converted, strict=True)}
 
-    def from_hf(self, tensors: dict[str, Any], sizes: ModelSizes) -> dict[str, Any]:
+    def from_hf(self, tensors: NamedTensors, sizes: ModelSizes) -> NamedTensors:
         """The group's Megatron tensors, from Hugging Face's by name; ValueError if values have no counterpart."""
         converted = self.transform.from_hf([tensors[name] for name in self.hf], sizes, self.shapes)
         return dict(zip(self.megatron, converted, strict=True))
@@ -219,15 +222,15 @@ def plan(format: str, shapes: dict[str, Shape]) -> list[Group]:
 
 
 def hf_tensors(
-    groups: Sequence[Group], sizes: ModelSizes, dtype: Callable[[str], Any] = lambda name: None
-) -> dict[str, Any]:
+    groups: Sequence[Group], sizes: ModelSizes, dtype: "Callable[[str], torch.dtype | None]" = lambda name: None
+) -> NamedTensors:
     """Hugging Face's tensors without data: the conversion, run on torch's meta device.
 
-    `dtype` returns the torch.dtype of each of Megatron's tensors.
+    `dtype`: that of each of Megatron's tensors; None: torch's default.
     """
     import torch
 
-    tensors: dict[str, Any] = {}
+    tensors: NamedTensors = {}
     with torch.device("meta"):
         for group in groups:
             named = zip(group.megatron, group.shapes, strict=True)

@@ -7,8 +7,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.convert.hf_config import REFERENCE_TYPE, hf_config
+from megatron_txssm.convert.formats.config import REFERENCE_TYPE, Fields, hf_config
 from megatron_txssm.errors import UserError
+from megatron_txssm.files import JsonObject
 from megatron_txssm.recipe.recipe import Recipe
 
 # Keys about training, use and origin.
@@ -29,7 +30,7 @@ _UNUSED = {"granitemoehybrid": {"intermediate_size"}}
 # Keys that some writers add, with the value that has no effect.
 _AS_ALWAYS = {"normalization_function": "rmsnorm"}
 # Defaults of the authors' class.
-_REFERENCE_DEFAULTS: dict[str, Any] = {
+_REFERENCE_DEFAULTS: JsonObject = {
     "vocab_size": 32768,
     "hidden_size": 1024,
     "intermediate_size": 2048,
@@ -48,7 +49,7 @@ _REFERENCE_DEFAULTS: dict[str, Any] = {
 }
 
 
-def check_config(folder: Path, config: dict[str, Any], recipe: Recipe, format: str, remedy: str) -> None:
+def check_config(folder: Path, config: JsonObject, recipe: Recipe, format: str, remedy: str) -> None:
     """UserError if config.json describes another computation than the recipe, even with the same shapes.
 
     `config`: its content. `remedy`: advice for the user.
@@ -62,7 +63,7 @@ def check_config(folder: Path, config: dict[str, Any], recipe: Recipe, format: s
             )
 
 
-def read_config(folder: Path, config: dict[str, Any], format: str) -> dict[str, Any]:
+def read_config(folder: Path, config: JsonObject, format: str) -> Fields:
     """The fields of a folder's config.json that determine a model's function; UserError for unknown ones.
 
     `config`: its content.
@@ -85,13 +86,13 @@ def read_config(folder: Path, config: dict[str, Any], format: str) -> dict[str, 
     return found
 
 
-def _ours(recipe: Recipe, format: str) -> dict[str, Any]:
+def _ours(recipe: Recipe, format: str) -> Fields:
     """The result of `read_config` for an export of the recipe's model."""
     config = hf_config(recipe, format)
     return _reference_fields(config) if format == "reference" else _fields(_class(format)(**config), format)
 
 
-def _load(folder: Path, format: str) -> dict[str, Any]:
+def _load(folder: Path, format: str) -> Fields:
     """The fields of a folder's config.json as transformers reads them."""
     try:
         return _fields(_class(format).from_pretrained(folder, local_files_only=True), format)
@@ -108,7 +109,7 @@ def _class(format: str) -> Any:
     return {"llama": LlamaConfig, "granitemoehybrid": GraniteMoeHybridConfig, "transxssm": TransXSSMConfig}[format]
 
 
-def _fields(config: Any, format: str) -> dict[str, Any]:
+def _fields(config: Any, format: str) -> Fields:
     """The fields of a transformers configuration that affect the computation."""
     names = {field.name for field in dataclasses.fields(config)} - _NO_MATTER - _UNUSED.get(format, set())
     found = {name: getattr(config, name) for name in sorted(names)}
@@ -125,9 +126,9 @@ def _fields(config: Any, format: str) -> dict[str, Any]:
     return found
 
 
-def _reference_fields(config: dict[str, Any]) -> dict[str, Any]:
+def _reference_fields(config: JsonObject) -> Fields:
     """The same for the authors' configuration, whose class is not available here."""
-    found = {name: config.get(name, default) for name, default in _REFERENCE_DEFAULTS.items()}
+    found: Fields = {name: config.get(name, default) for name, default in _REFERENCE_DEFAULTS.items()}
     found["num_key_value_heads"] = found["num_key_value_heads"] or found["num_attention_heads"]
     scaling = found["rope_scaling"]
     if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "default":

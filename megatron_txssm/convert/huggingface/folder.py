@@ -1,4 +1,4 @@
-"""Weights in a folder of safetensors, in any format of mapping.py, read under Megatron's names.
+"""Weights in a folder of safetensors, in any format of formats/mapping.py, read under Megatron's names.
 
 Code in the folder is never executed: pickles are not opened, and modules beside the weights are not imported.
 """
@@ -10,18 +10,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from megatron_txssm.architecture.parameters import ModelSizes
-from megatron_txssm.checkpoint.tensors import Shape, compare_shapes, model_shapes
-from megatron_txssm.convert.config_check import check_config
-from megatron_txssm.convert.config_recipe import recipe_of_config
-from megatron_txssm.convert.formats import ARCHITECTURES, refusal
-from megatron_txssm.convert.hf_config import REFERENCE_TYPE
-from megatron_txssm.convert.mapping import Group, hf_tensors, plan
+from megatron_txssm.checkpoint.tensors import NamedTensors, Shape, compare_shapes, model_shapes
+from megatron_txssm.convert.formats.config import REFERENCE_TYPE
+from megatron_txssm.convert.formats.config_check import check_config
+from megatron_txssm.convert.formats.config_recipe import recipe_of_config
+from megatron_txssm.convert.formats.format import ARCHITECTURES, refusal
+from megatron_txssm.convert.formats.mapping import Group, hf_tensors, plan
 from megatron_txssm.errors import UserError
+from megatron_txssm.files import JsonObject
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    import torch
 
 # A name that only one format has -> the format.
 _SIGNS = {
@@ -33,6 +37,20 @@ _SIGNS = {
 _EMBEDDINGS = {"model.embed_tokens.weight", "model.word_embed.weight"}
 
 
+class Entry(NamedTuple):
+    """Where a tensor is stored, and how."""
+
+    # Its file's name.
+    file: str
+    shape: Shape
+    # safetensors' name of a dtype that is no plain floating-point type.
+    dtype: "torch.dtype | str"
+
+
+# Tensor -> its entry.
+Index = dict[str, Entry]
+
+
 @dataclass(frozen=True)
 class HfFolder:
     """A folder of weights that match its recipe. See `tensors.Weights`."""
@@ -40,8 +58,7 @@ class HfFolder:
     folder: Path
     format: str
     recipe: Recipe
-    # Tensor -> its file, shape and dtype.
-    index: dict[str, tuple[str, Shape, Any]]
+    index: Index
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
@@ -52,13 +69,15 @@ class HfFolder:
         """Megatron's tensor -> its group."""
         return {name: group for group in plan(self.format, self.shapes) for name in group.megatron}
 
-    def dtype(self, name: str) -> Any:
-        return self.index[self.groups[name].hf[0]][2]
+    def dtype(self, name: str) -> "torch.dtype":
+        dtype = self.index[self.groups[name].hf[0]].dtype
+        assert not isinstance(dtype, str)
+        return dtype
 
-    def read(self, names: Iterable[str]) -> dict[str, Any]:
-        """Name -> tensor; UserError if a file is damaged or holds values that our layers cannot express."""
+    def read(self, names: Iterable[str]) -> NamedTensors:
+        """The named tensors; UserError if a file is damaged or holds values that our layers cannot express."""
         wanted, sizes = list(names), self.recipe.sizes
-        result: dict[str, Any] = {}
+        result: NamedTensors = {}
         for group in dict.fromkeys(self.groups[name] for name in wanted):
             result |= self._convert(group, sizes)
         return {name: result[name] for name in wanted}
@@ -69,8 +88,8 @@ class HfFolder:
             if not group.megatron:
                 self._convert(group, self.recipe.sizes)
 
-    def _convert(self, group: Group, sizes: ModelSizes) -> dict[str, Any]:
-        tensors = {name: _read_tensor(self.folder / self.index[name][0], name) for name in group.hf}
+    def _convert(self, group: Group, sizes: ModelSizes) -> NamedTensors:
+        tensors = {name: _read_tensor(self.folder / self.index[name].file, name) for name in group.hf}
         try:
             return group.from_hf(tensors, sizes)
         except ValueError as error:
@@ -121,16 +140,16 @@ def open_hf_folder(folder: Path, recipe: Recipe | None = None) -> HfFolder:
     opened = HfFolder(folder, format, recipe, _without_leftovers(folder, index, recipe))
     sizes = recipe.sizes
     wanted = {name: tuple(t.shape) for name, t in hf_tensors(plan(format, opened.shapes), sizes).items()}
-    if fault := compare_shapes({name: shape for name, (_, shape, _) in opened.index.items()}, wanted):
+    if fault := compare_shapes({name: entry.shape for name, entry in opened.index.items()}, wanted):
         raise UserError(f"{folder} is not the model that recipe {recipe.name} describes: {fault}")
-    if coded := next((name for name, (_, _, dtype) in opened.index.items() if isinstance(dtype, str)), None):
-        stored = opened.index[coded][2]
-        raise UserError(f"{folder}: {coded} is stored as {stored}; save the model as F32, BF16, F16 or F64")
+    for name, entry in opened.index.items():
+        if isinstance(entry.dtype, str):
+            raise UserError(f"{folder}: {name} is stored as {entry.dtype}; save the model as F32, BF16, F16 or F64")
     opened.check_constants()
     return opened
 
 
-def _without_leftovers(folder: Path, index: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+def _without_leftovers(folder: Path, index: Index, recipe: Recipe) -> Index:
     """Drop what transformers used to save with weights: rotary tables, and a tied embedding again as the LM head."""
     drop = {name for name in index if name.endswith("rotary_emb.inv_freq")}
     if recipe.model.tie_embeddings and "lm_head.weight" in index and (names := _EMBEDDINGS & index.keys()):
@@ -139,11 +158,11 @@ def _without_leftovers(folder: Path, index: dict[str, Any], recipe: Recipe) -> d
     return {name: entry for name, entry in index.items() if name not in drop}
 
 
-def _check_tied(folder: Path, index: dict[str, Any], recipe: Recipe, embedding: str) -> None:
+def _check_tied(folder: Path, index: Index, recipe: Recipe, embedding: str) -> None:
     """UserError unless a tied model's LM head equals its embedding."""
     import torch
 
-    head, rows = (_read_tensor(folder / index[name][0], name) for name in ("lm_head.weight", embedding))
+    head, rows = (_read_tensor(folder / index[name].file, name) for name in ("lm_head.weight", embedding))
     if not torch.equal(head, rows):
         raise UserError(
             f"{folder}: lm_head.weight holds other values than {embedding}, but recipe {recipe.name} has "
@@ -151,7 +170,7 @@ def _check_tied(folder: Path, index: dict[str, Any], recipe: Recipe, embedding: 
         )
 
 
-def _read_tensor(file: Path, name: str) -> Any:
+def _read_tensor(file: Path, name: str) -> "torch.Tensor":
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -161,8 +180,8 @@ def _read_tensor(file: Path, name: str) -> Any:
         raise UserError(f"{file} is damaged ({error}); copy it again") from None
 
 
-def _read_index(folder: Path) -> dict[str, tuple[str, Shape, Any]]:
-    """Tensor -> (file, shape, dtype), from the headers of all files."""
+def _read_index(folder: Path) -> Index:
+    """The tensors of a folder, from the headers of all files."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; name one that holds model.safetensors")
     several = folder / "model.safetensors.index.json"
@@ -170,8 +189,10 @@ def _read_index(folder: Path) -> dict[str, tuple[str, Shape, Any]]:
     if (folder / "model.safetensors").is_file():
         files, weight_map = ["model.safetensors"], None
     elif several.is_file():
-        weight_map = _read_json(several).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        stated = _read_json(several).get("weight_map")
+        files_of = stated.items() if isinstance(stated, dict) else ()
+        weight_map = {name: file for name, file in files_of if isinstance(file, str)}
+        if weight_map != stated:
             raise UserError(f"{several} has no weight_map; copy it again")
         files = sorted(set(weight_map.values()))
         if strange := [file for file in files if Path(file).name != file or not file.endswith(".safetensors")]:
@@ -180,7 +201,7 @@ def _read_index(folder: Path) -> dict[str, tuple[str, Shape, Any]]:
         pickled = next((file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)), None)
         why = f"; {pickled} is a pickle, which could run code: save it as safetensors" if pickled else ""
         raise UserError(f"{folder} has no model.safetensors{why}")
-    index: dict[str, tuple[str, Shape, Any]] = {}
+    index: Index = {}
     for file in files:
         index |= _read_header(folder / file)
     if weight_map is not None and (lost := [name for name in weight_map if name not in index]):
@@ -188,23 +209,23 @@ def _read_index(folder: Path) -> dict[str, tuple[str, Shape, Any]]:
     return index
 
 
-def _read_header(file: Path) -> dict[str, tuple[str, Shape, Any]]:
+def _read_header(file: Path) -> Index:
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
         raise UserError(f"{file} is missing; copy it again")
     try:
         with safe_open(file, framework="pt") as stream:
-            found: dict[str, tuple[str, Shape, Any]] = {}
+            found: Index = {}
             for name in stream.keys():  # noqa: SIM118  (no dictionary)
                 piece = stream.get_slice(name)
-                found[name] = (file.name, tuple(piece.get_shape()), _torch_dtype(piece.get_dtype()))
+                found[name] = Entry(file.name, tuple(piece.get_shape()), _torch_dtype(piece.get_dtype()))
             return found
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is no whole safetensors file ({error}); copy it again") from None
 
 
-def _torch_dtype(name: str) -> Any:
+def _torch_dtype(name: str) -> "torch.dtype | str":
     """The dtype for safetensors' name; the name itself if it is not a plain floating-point type."""
     import torch
 
@@ -212,7 +233,7 @@ def _torch_dtype(name: str) -> Any:
     return known.get(name, name)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> JsonObject:
     try:
         found = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:

@@ -1,21 +1,25 @@
 """A recipe for a model without one: config.json determines the model, one of our recipes the training."""
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
-from megatron_txssm.convert.config_check import read_config
-from megatron_txssm.errors import UserError
+from megatron_txssm.convert.formats.config import Fields
+from megatron_txssm.convert.formats.config_check import read_config
+from megatron_txssm.errors import UserError, shown
+from megatron_txssm.files import JsonObject
+from megatron_txssm.recipe.changes import Changes, changed
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.schema import SECTIONS
+from megatron_txssm.recipe.setting import convert, section_fields
+from megatron_txssm.recipe.validate import validate
 
 # The recipe that provides the training settings until the user changes them.
 _TRAINING = "llama3_1.3b"
 _LAYERS = {"linear_attention": "S", "full_attention": "A"}
 
 
-def recipe_of_config(folder: Path, config: dict[str, Any], format: str) -> Recipe:
+def recipe_of_config(folder: Path, config: JsonObject, format: str) -> Recipe:
     """The recipe of a folder whose config.json contains `config`; UserError if no recipe can express it.
 
     `check_config` finds settings that are not expressed here.
@@ -33,25 +37,38 @@ def recipe_of_config(folder: Path, config: dict[str, Any], format: str) -> Recip
         **describe[format](found, config),
     }
     name = re.sub(r"[^\w.-]+", "_", folder.absolute().name).strip("._-") or format
-    values: dict[str, Any] = {
-        "name": name,
-        "description": f"of a {format} folder's config.json",
+    longest = config.get("max_position_embeddings") or 4096
+    changes: Changes = {
         **{f"model.{field}": value for field, value in model.items()},
         "data.vocab_size": found["vocab_size"],
         # No corpus with this model's tokenizer exists yet.
         "data.corpus": f"data/{name}",
         "data.weights": None,
+        # A power of two: the model's maximum, limited to the recipe's.
+        "training.seq_length": min(4096, 1 << (longest.bit_length() - 1)) if isinstance(longest, int) else 4096,
     }
-    # A power of two: the model's maximum, limited to the recipe's.
-    longest = config.get("max_position_embeddings") or 4096
-    values["training.seq_length"] = min(4096, 1 << (int(longest).bit_length() - 1))
     try:
-        return load_recipe(_TRAINING, [f"{field}={json.dumps(value)}" for field, value in values.items()])
+        described: Changes = {"name": name, "description": f"of a {format} folder's config.json"}
+        recipe = changed(load_recipe(_TRAINING), described | _converted(changes))
+        validate(recipe)
+        return recipe
     except UserError as error:
         raise UserError(f"{folder / 'config.json'} describes a model that no recipe can: {error}") from None
 
 
-def _rotation(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
+def _converted(changes: Changes) -> Changes:
+    """Each value as its field's type; UserError if it has another one or exceeds the field's limits."""
+    fields = {f"{name}.{field.name}": field for name, section in SECTIONS.items() for field in section_fields(section)}
+    converted: Changes = {}
+    for name, value in changes.items():
+        try:
+            converted[name] = convert(value, fields[name])
+        except ValueError as error:
+            raise UserError(f"{name}={shown(value)} {error}") from None
+    return converted
+
+
+def _rotation(folder: Path, found: Fields) -> Changes:
     rope = found.get("rope_parameters") or {"rope_theta": found.get("rope_theta", 10_000)}
     kind, numbers = rope.get("rope_type", "default"), {"rotary_base": rope["rope_theta"]}
     if kind == "linear":
@@ -66,11 +83,11 @@ def _rotation(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
     return scaling | {name: int(number) for name, number in numbers.items()}
 
 
-def _llama(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+def _llama(found: Fields, config: JsonObject) -> Changes:
     return {"layer_pattern": "A", "kv_channels": found["head_dim"], "ffn_hidden_size": found["intermediate_size"]}
 
 
-def _granite(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+def _granite(found: Fields, config: JsonObject) -> Changes:
     return {
         "layer_pattern": "".join(_LAYERS[kind] for kind in found["layer_types"]),
         "kv_channels": found["head_dim"],
@@ -86,7 +103,7 @@ def _granite(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _transxssm(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+def _transxssm(found: Fields, config: JsonObject) -> Changes:
     same = ("attention_position_encoding", "position_encoding", "state_size", "state_num_heads", "state_head_dim")
     same += ("state_num_groups", "state_gated", "state_dt_bias", "length_scaling_base", "rotary_table_precision")
     return {
@@ -98,7 +115,7 @@ def _transxssm(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _reference(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+def _reference(found: Fields, config: JsonObject) -> Changes:
     heads = found["num_attention_heads"]
     channels = found["hidden_size"] // heads
     period, offset = found["attn_layer_period"], found["attn_layer_offset"]

@@ -3,16 +3,16 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
-from megatron_txssm.convert.formats import ARCHITECTURES
-from megatron_txssm.convert.hf_config import hf_config
-from megatron_txssm.convert.hf_weights import Export
+from megatron_txssm.convert.formats.config import hf_config
+from megatron_txssm.convert.formats.format import ARCHITECTURES
+from megatron_txssm.convert.huggingface.weights import Export
 from megatron_txssm.convert.logged_losses import losses_at
-from megatron_txssm.convert.proof import Proof, sample_text, versions
+from megatron_txssm.convert.proof.proof import Proof, sample_text, versions
 from megatron_txssm.data.tokenizer.huggingface import export_tokenizer, padding_id
 from megatron_txssm.data.tokenizer.kept_tokenizer import tokenizer_source
 from megatron_txssm.errors import UserError, readable
+from megatron_txssm.files import JsonObject
 from megatron_txssm.hf.standalone import AUTO_MAP, write_code
 from megatron_txssm.recipe.corpus.tokenizer import TokenizerFacts
 
@@ -129,5 +129,5 @@ def _figures(export: Export) -> dict[str, str]:
     return figures | {name: f"{loss:.4f} nats per token" for name, loss in losses.items()}
 
 
-def _write(file: Path, content: dict[str, Any]) -> None:
+def _write(file: Path, content: JsonObject) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

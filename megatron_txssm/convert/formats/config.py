@@ -3,9 +3,11 @@
 from typing import Any
 
 from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE
-from megatron_txssm.convert.formats import ARCHITECTURES
+from megatron_txssm.convert.formats.format import ARCHITECTURES
 from megatron_txssm.recipe.recipe import Recipe
 
+# Name -> value, in the types that a format's configuration class asks for.
+Fields = dict[str, Any]
 # model_type in the authors' configuration.
 REFERENCE_TYPE = "TransXSSM"
 _LAYER_TYPES = {STATE_SPACE: "linear_attention", ATTENTION: "full_attention"}
@@ -13,17 +15,17 @@ _LAYER_TYPES = {STATE_SPACE: "linear_attention", ATTENTION: "full_attention"}
 _GRANITE_LAYER_TYPES = {STATE_SPACE: "mamba", ATTENTION: "attention"}
 
 
-def hf_config(recipe: Recipe, format: str, dtype: str = "float32") -> dict[str, Any]:
+def hf_config(recipe: Recipe, format: str, dtype: str = "float32") -> Fields:
     """The content of config.json, with every rotary setting; empty for a format without config.json."""
     if format == "reference":
         return _reference(recipe)
     if format not in ARCHITECTURES:
         return {}
     model = recipe.model
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(model.rotary_base)}
+    rope: Fields = {"rope_type": "default", "rope_theta": float(model.rotary_base)}
     if model.rope_scaling == "linear":
         rope |= {"rope_type": "linear", "factor": float(model.rotary_interpolation_factor or 1)}
-    common = {
+    common: Fields = {
         "architectures": [ARCHITECTURES[format]],
         "model_type": format,
         **_everywhere(recipe),
@@ -37,7 +39,7 @@ def hf_config(recipe: Recipe, format: str, dtype: str = "float32") -> dict[str, 
     return common | ({"mlp_bias": False} if format == "llama" else _granite(recipe))
 
 
-def _everywhere(recipe: Recipe) -> dict[str, Any]:
+def _everywhere(recipe: Recipe) -> Fields:
     """Fields with the same name in every format."""
     model = recipe.model
     return {
@@ -56,13 +58,13 @@ def _everywhere(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _older_names(rope: dict[str, Any]) -> dict[str, Any]:
+def _older_names(rope: Fields) -> Fields:
     """The rotation for readers that do not know `rope_parameters` and would use base 10,000 without scaling."""
     scaling = {"type": rope["rope_type"]} | {name: value for name, value in rope.items() if name != "rope_theta"}
     return {"rope_theta": rope["rope_theta"], "rope_scaling": None if scaling["type"] == "default" else scaling}
 
 
-def _transxssm(recipe: Recipe) -> dict[str, Any]:
+def _transxssm(recipe: Recipe) -> Fields:
     model = recipe.model
     return {
         "layer_types": [_LAYER_TYPES[kind] for kind in recipe.layer_kinds],
@@ -81,7 +83,7 @@ def _transxssm(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _granite(recipe: Recipe) -> dict[str, Any]:
+def _granite(recipe: Recipe) -> Fields:
     """Without experts, its layers are a mixer and the shared FFN; Granite's multipliers have no effect."""
     mixer, rotates = recipe.state_space, recipe.model.attention_position_encoding == "rope"
     assert mixer is not None
@@ -109,7 +111,7 @@ def _granite(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _reference(recipe: Recipe) -> dict[str, Any]:
+def _reference(recipe: Recipe) -> Fields:
     """The authors' class has no fields for settings that all of its models share."""
     return {
         "architectures": ["TransXSSMForCausalLM"],
