@@ -23,7 +23,7 @@ test-slurm: env  ## run the tests on a simulated Slurm cluster: needs root and D
 
 test-te: env  ## run tests/te against Transformer Engine, compiled for this machine's CPU: needs g++ and 1 GB
 	tools/build_te_cpu
-	PYTHONPATH=.venv/transformer_engine_compiled:tests/te:tests/model $(BIN)/python -m pytest -p te_stub -p no:cacheprovider -n 0 \
+	PYTHONPATH=.venv/transformer_engine_compiled:tests/te $(BIN)/python -m pytest -p te_stub -p no:cacheprovider -n 0 \
 	  tests/te/te_checks.py tests/te/te_fp8_checks.py $(ARGS)
 
 check: lint format-check types imports  ## lint, formatting, types, who may import whom: what .ci/run checks

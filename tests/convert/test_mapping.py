@@ -17,7 +17,7 @@ from megatron_txssm.convert.hf_weights import Export, split_files
 from megatron_txssm.convert.mapping import CONCAT, DECAY_RATE, HALVES, QKV, SAME, Group, hf_tensors, plan
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from tests.built_model import build_model
+from tests.support.built_model import build_model
 
 # Every size differs from every other; 11 rows of padding.
 SMALL = (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.tiny_run import VOCAB_SIZE, Done, sets, txssm
+from tests.support.tiny_run import VOCAB_SIZE, Done, sets, txssm
 
 NOTICE = "FP8 (delayed) is emulated, as there is no Transformer Engine: same rounding, no speed"
 # Sizes that a GPU could do as well: the in-projection has 208 rows, attention one head of 128 channels.
