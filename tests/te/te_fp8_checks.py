@@ -13,11 +13,11 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.fp8_utils import get_fp8_context, get_fp8_recipe
-from te_checks import build, metadata, world
-from transformer_engine.common import recipe as scaling
-from transformer_engine.pytorch import quantization
-from transformer_engine.pytorch import utils as te_utils
-from transformer_engine.pytorch.attention.dot_product_attention import (
+from te_checks import build, metadata, world  # pyright: ignore[reportMissingImports]
+from transformer_engine.common import recipe as scaling  # pyright: ignore[reportMissingImports]
+from transformer_engine.pytorch import quantization  # pyright: ignore[reportMissingImports]
+from transformer_engine.pytorch import utils as te_utils  # pyright: ignore[reportMissingImports]
+from transformer_engine.pytorch.attention.dot_product_attention import (  # pyright: ignore[reportMissingImports]
     utils as attention_utils,
 )
 
