@@ -16,14 +16,14 @@ demo: env  ## train a small TransXSSM on this machine's CPU, tensor-parallel, an
 	$(BIN)/txssm demo $(ARGS)
 
 test: env  ## run all tests but those of tests/cluster: make test ARGS="-k rope"
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/cluster $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/cluster $(ARGS)
 
-test-slurm: env  ## run the tests on a simulated Slurm cluster: needs root and Debian's slurm-wlm and munge
-	$(BIN)/python -m pytest tests/cluster $(ARGS)
+test-slurm: env  ## run the tests on two simulated Slurm clusters: needs root and Debian's slurm-wlm and munge
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/cluster $(ARGS)
 
 test-te: env  ## run tests/te against Transformer Engine, compiled for this machine's CPU: needs g++ and 1 GB
 	tools/build_te_cpu
-	PYTHONPATH=.venv/transformer_engine_compiled:tests/te:tests/model $(BIN)/python -m pytest -p te_stub -p no:cacheprovider -n 0 \
+	PYTHONPATH=.venv/transformer_engine_compiled:tests/te $(BIN)/python -m pytest -p te_stub -p no:cacheprovider -n 0 \
 	  tests/te/te_checks.py tests/te/te_fp8_checks.py $(ARGS)
 
 check: lint format-check types imports  ## lint, formatting, types, who may import whom: what .ci/run checks

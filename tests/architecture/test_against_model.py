@@ -13,7 +13,7 @@ from megatron_txssm.architecture.parameters import count_parameters
 from megatron_txssm.model.state_space_mixer import StateSpaceMixer
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from tests.built_model import build_model
+from tests.support.built_model import build_model
 
 ARCHITECTURES = ("transxssm_320m", "llama3_320m", "mamba2_320m", "jamba_320m")
 # All sizes differ, which exposes a formula that uses the wrong one.

@@ -1,5 +1,6 @@
 """A Slurm cluster of three nodes, simulated on this machine, for every test of this folder that asks for it."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,15 +31,19 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     sandbox.release(keep_logs=request.session.testsfailed > 0)
 
 
-_REPORT = pytest.StashKey[list[str]]()
+_REPORT = "report of tests/cluster"
 
 
 @pytest.fixture
-def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
+def report(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """Takes a line for the end of pytest's output."""
-    return request.config.stash.setdefault(_REPORT, []).append
+    return lambda line: record_property(_REPORT, line)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for line in config.stash.get(_REPORT, []):
-        terminalreporter.write_line(line)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # The last report of a test has its fixtures' lines, too; it may come from another process.
+    for test in itertools.chain.from_iterable(terminalreporter.stats.values()):
+        if isinstance(test, pytest.TestReport) and test.when == "teardown":
+            for name, line in test.user_properties:
+                if name == _REPORT:
+                    terminalreporter.write_line(str(line))

@@ -9,44 +9,16 @@ import psutil
 import pytest
 import yaml
 
+from megatron_txssm.recipe.changes import Changes
 from tests.cluster.sandbox import Sandbox
 from tests.cluster.training_job import txssm
 from tests.data.corpora import library_texts
 from tests.data.corpus_recipes import corpus_bytes, run_data
 from tests.data.in_process import web_recipe
+from tests.support.recipes import write_recipe
 
 TASKS = 4
 PATIENCE = 600  # seconds
-
-RECIPE = """\
-name: chain
-run_directory: {folder}/run
-model:
-  num_layers: 2
-  layer_pattern: SA
-  hidden_size: 32
-  ffn_hidden_size: 64
-  num_attention_heads: 2
-  state_size: 16
-  state_head_dim: 16
-  state_num_groups: 2
-  chunk_size: 16
-parallel: {{tensor_model_parallel_size: 2, sequence_parallel: true, use_distributed_optimizer: true}}
-training:
-  seq_length: 32
-  micro_batch_size: 2
-  global_batch_tokens: 256
-  train_iters: 20
-  precision: fp32
-  transformer_impl: local
-optimizer: {{learning_rate: 1e-3}}
-data:
-  corpus: {folder}/corpus
-  vocab_size: 1200
-  make_vocab_size_divisible_by: 16
-checkpoint: {{save_interval: 10}}
-logging: {{log_interval: 1, eval_iters: 2, tensorboard: false}}
-"""
 
 
 def write_chain(folder: Path, broken: bool = False) -> tuple[Path, Path]:
@@ -60,8 +32,19 @@ def write_chain(folder: Path, broken: bool = False) -> tuple[Path, Path]:
     corpus = web_recipe(folder, source, validation_fraction=0.1, task_bytes=1_000)
     fields = yaml.safe_load(corpus.read_text()) | {"slurm": {"memory_per_cpu_gb": 1}}
     (folder / "texts.yaml").write_text(yaml.safe_dump(fields))
-    (folder / "chain.yaml").write_text(RECIPE.format(folder=folder))
-    return folder / "chain.yaml", folder / "texts.yaml"
+    changes: Changes = {
+        "name": "chain",
+        "parallel.tensor_model_parallel_size": 2,
+        "parallel.sequence_parallel": True,
+        "parallel.use_distributed_optimizer": True,
+        "training.global_batch_tokens": 256,
+        "data.corpus": str(folder / "corpus"),
+        "data.vocab_size": 1200,
+        "data.make_vocab_size_divisible_by": 16,
+        "checkpoint.save_interval": 10,
+        "logging.eval_iters": 2,
+    }
+    return write_recipe(folder / "chain.yaml", changes, run=folder / "run"), folder / "texts.yaml"
 
 
 def submit_chain(sandbox: Sandbox, recipe: Path, corpus: Path) -> dict[str, list[str]]:

@@ -150,7 +150,7 @@ def test_faults_at_random(
     undisturbed.wait_over()
 
     job = TrainingJob(sandbox, tmp_path / "job", data)
-    job.submit("--set", iterations, "--step-timeout", "30", "--save-timeout", "60", "--max-requeues", "1000")
+    job.submit("--set", iterations, "--step-timeout", "60", "--save-timeout", "60", "--max-requeues", "1000")
     done = 0
     for fault in drawn:
         # Behind the last fault: a fault in each start would keep any run from its end.

@@ -89,7 +89,7 @@ FAULTS: dict[str, tuple[Fault, str, list[str]]] = {
     "preemption": (preempted, "preempted", []),
     "scancel of the step": (cancel_step, "step_cancelled", []),
     "kill -9 of a worker": (kill_worker, "killed", []),
-    "SIGSTOP of a worker": (stop_worker, "hung", ["--step-timeout", "15"]),
+    "SIGSTOP of a worker": (stop_worker, "hung", ["--step-timeout", "60"]),
     "power-off of the second node": (power_off("n2"), "node_failure", []),
     "power-off of the first node": (power_off("n1"), "node_failure", []),
     "unplugged network": (unplug, "node_failure", []),

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,50 +10,21 @@ from pathlib import Path
 import psutil
 
 from megatron_txssm.jobs.attempts import Attempt, attempts
+from megatron_txssm.recipe.changes import Changes
 from tests.cluster.sandbox import Sandbox
+from tests.support.recipes import FOUR_LAYERS, tokens_of, write_recipe
+from tests.support.tiny_run import command
 
 # A start takes 10 s on two quiet cores.
 PATIENCE = 600  # seconds
 SAVE_INTERVAL = 10
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", ""}
 
-RECIPE = """\
-name: {name}
-run_directory: {run}
-model:
-  num_layers: 4
-  layer_pattern: SSSA
-  hidden_size: 32
-  ffn_hidden_size: 64
-  num_attention_heads: 2
-  state_size: 16
-  state_head_dim: 8
-  state_num_groups: 2
-  chunk_size: 16
-parallel: {{use_distributed_optimizer: true}}
-training:
-  seq_length: 32
-  global_batch_tokens: 128
-  train_iters: 60
-  precision: fp32
-  transformer_impl: local
-optimizer: {{learning_rate: 1e-3}}
-data:
-  blend: {data}
-  split: 90,10,0
-  tokenizer_type: NullTokenizer
-  vocab_size: 64
-  make_vocab_size_divisible_by: 16
-checkpoint: {{save_interval: {save_interval}}}
-logging: {{log_interval: 1, eval_iters: 0, tensorboard: false}}
-"""
-
 
 def txssm(sandbox: Sandbox, *words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     # One thread a process: sums in another order would be other bits.
     environment = sandbox.env | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "megatron_txssm.cli", *words]
-    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run(command(*words), env=environment, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @dataclass
@@ -68,8 +38,12 @@ class TrainingJob:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True)
-        text = RECIPE.format(name=self.folder.name, run=self.run, data=self.data, save_interval=SAVE_INTERVAL)
-        self.recipe.write_text(text)
+        changes: Changes = {
+            "name": self.folder.name,
+            "training.train_iters": 60,
+            "checkpoint.save_interval": SAVE_INTERVAL,
+        }
+        write_recipe(self.recipe, FOUR_LAYERS, tokens_of(self.data), changes, run=self.run)
 
     @property
     def recipe(self) -> Path:
@@ -117,11 +91,13 @@ class TrainingJob:
         self.wait_until(lambda: (self.steps() or [(0, 0.0)])[-1][0] >= step, f"step {step}")
 
     def wait_until(self, condition: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
-        end = time.monotonic() + seconds
+        end = (looked := time.monotonic()) + seconds
         while not condition():
             if time.monotonic() > end:
                 raise AssertionError(f"after {seconds} s still waiting for {what}:\n{self.output()}\n{self.why()}")
-            time.sleep(0.02)
+            # Looking takes a fifth of a core at most: the job needs the rest.
+            time.sleep(max(0.02, 4 * (time.monotonic() - looked)))
+            looked = time.monotonic()
 
     def wait_over(self, state: str = "COMPLETED") -> None:
         self.wait_until(self.is_over, "the end")

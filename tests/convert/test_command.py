@@ -14,7 +14,7 @@ from megatron_txssm.convert.proof.proof import sample_text
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.hf.standalone import code_files
 from tests.convert.trained import ARCHITECTURES, Trained, train
-from tests.training.tiny_run import sets, txssm
+from tests.support.tiny_run import sets, txssm
 
 pytestmark = pytest.mark.slow
 

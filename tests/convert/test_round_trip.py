@@ -18,13 +18,15 @@ from megatron_txssm.convert.huggingface.folder import open_hf_folder
 from megatron_txssm.convert.huggingface.model import load_hf_model
 from megatron_txssm.convert.importer import _as_yaml
 from megatron_txssm.convert.proof.proof import compare_tensors, sample_text
+from megatron_txssm.convert.proof.worker import megatron_logits, save_megatron
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.hf import TransXSSMForCausalLM
 from megatron_txssm.model.state_space_parameters import FP32_PARAMETERS
 from megatron_txssm.recipe.loader import load_recipe
-from tests.convert.batch import Task, run_batches
+from tests.convert.gradients import megatron_gradients
 from tests.convert.trained import Trained, matrix, reference, train
+from tests.support.megatron_tasks import Task, run_tasks
 
 pytestmark = pytest.mark.slow
 
@@ -74,13 +76,15 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
         out.mkdir(parents=True)
         recipe = out / "recipe.yaml"
         recipe.write_text(_as_yaml(load_recipe(made.exported(name, format) / "recipe.yaml")))
-        tasks.append(("save_megatron", {"folder": made.exported(name, format), "recipe": recipe, "out": out}))
+        tasks.append(
+            (save_megatron, {"folder": str(made.exported(name, format)), "recipe": str(recipe), "out": str(out)})
+        )
     for name, model in models.items():
-        common = {"checkpoints": model.checkpoints, "step": 2, "tokens": made.tokens}
-        rest = {"decoded": DECODED, "round_to": None, "out": made.result(name, "logits")}
-        tasks.append(("megatron_logits", common | rest))
-        tasks.append(("megatron_gradients", common | {"out": made.result(name, "gradients")}))
-    run_batches([(1, tasks)], folder)
+        common = {"checkpoints": str(model.checkpoints), "step": 2, "tokens": made.tokens}
+        rest = {"decoded": DECODED, "round_to": None, "out": str(made.result(name, "logits"))}
+        tasks.append((megatron_logits, common | rest))
+        tasks.append((megatron_gradients, common | {"out": str(made.result(name, "gradients"))}))
+    run_tasks(1, tasks, folder / "computed")
     return made
 
 

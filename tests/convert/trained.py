@@ -3,48 +3,31 @@
 Each architecture meets every combination of a tied or an own LM head with a padded or an unpadded vocabulary.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.convert.batch import Task, run_batches
-from tests.data.corpus_fixture import make_corpus, random_documents
+from megatron_txssm.recipe.changes import Changes
+from tests.data.corpus_fixture import corpus_of, make_corpus, random_documents
+from tests.support.megatron_tasks import Task, run_tasks
+from tests.support.megatron_tasks import train as train_recipe
+from tests.support.recipes import write_recipe
 
-RECIPE = """\
-name: {name}
-description: a tiny model
-run_directory: {folder}/{name}
-model: {model}
-parallel: {parallel}
-training:
-  seq_length: 32
-  micro_batch_size: 2
-  global_batch_tokens: 256
-  train_iters: 2
-  precision: fp32
-  transformer_impl: local
-optimizer: {{learning_rate: 1e-2}}
-data:
-  corpus: {folder}/corpus
-  vocab_size: {vocab_size}
-  make_vocab_size_divisible_by: 16
-checkpoint: {{save_interval: 2}}
-logging: {{log_interval: 1, eval_iters: 0, tensorboard: false}}
-megatron: {{num_workers: 0}}
-"""
-
+_TWO_STEPS: Changes = {
+    "training.global_batch_tokens": 256,
+    "training.train_iters": 2,
+    "optimizer.learning_rate": 1e-2,
+    "data.make_vocab_size_divisible_by": 16,
+    "checkpoint.save_interval": 2,
+    "megatron.num_workers": 0,
+}
 _MODEL = {
     "num_layers": 4,
-    "hidden_size": 32,
     "ffn_hidden_size": 48,
     "num_attention_heads": 4,
     "num_query_groups": 2,
-    "state_size": 16,
     "state_head_dim": 8,
-    "state_num_groups": 2,
-    "chunk_size": 16,
     # Large, so that every layer's part in the logits is.
     "init_method_std": 0.1,
     # Not what any class takes by itself, and large enough to show in the logits.
@@ -107,8 +90,10 @@ class Trained:
         return self.folder / f"{self.name}.yaml"
 
     def write_recipe(self) -> None:
-        values = vars(self) | {"model": json.dumps(_MODEL | self.model), "parallel": json.dumps(self.parallel)}
-        self.recipe.write_text(RECIPE.format(**values))
+        sections = {"model": _MODEL | self.model, "parallel": self.parallel}
+        stated = {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
+        corpus = corpus_of(self.folder / "corpus", self.vocab_size)
+        write_recipe(self.recipe, _TWO_STEPS, corpus, {"name": self.name, **stated}, run=self.run)
 
 
 def matrix(folder: Path) -> list[Trained]:
@@ -132,5 +117,6 @@ def train(models: Sequence[Trained], folder: Path) -> None:
     by_size: dict[int, list[Task]] = {}
     for model in models:
         model.write_recipe()
-        by_size.setdefault(model.world_size, []).append(("train", {"recipe": model.recipe}))
-    run_batches(list(by_size.items()), folder)
+        by_size.setdefault(model.world_size, []).append((train_recipe, {"recipe": model.recipe}))
+    for world_size, tasks in by_size.items():
+        run_tasks(world_size, tasks, folder / f"trained_on_{world_size}")

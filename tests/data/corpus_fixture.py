@@ -13,7 +13,9 @@ from megatron_txssm.data.corpus.manifest import Plan, ShardRecord, Slice, TaskMa
 from megatron_txssm.data.corpus.shard import write_shard
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer, train_sentencepiece
 from megatron_txssm.files import write_json
+from megatron_txssm.recipe.changes import Changes
 from megatron_txssm.recipe.corpus.tokenizer import TokenizerFacts
+from tests.support.recipes import write_recipe
 
 VOCAB_SIZE = 300
 # Ids from here on may stand in a document: below are the unknown token and the end of a document.
@@ -23,35 +25,6 @@ VOCAB_SIZE_OF_NUMBERS = 60_000
 
 # Documents of a task: token lists without the end.
 Task = Sequence[Sequence[int]]
-
-RECIPE = """\
-name: corpus
-run_directory: {folder}/run
-model:
-  num_layers: 2
-  layer_pattern: SA
-  hidden_size: 32
-  ffn_hidden_size: 64
-  num_attention_heads: 2
-  state_size: 16
-  state_head_dim: 16
-  state_num_groups: 2
-  chunk_size: 16
-training:
-  seq_length: 32
-  micro_batch_size: 2
-  global_batch_tokens: 512
-  train_iters: 20
-  precision: fp32
-  transformer_impl: local
-optimizer: {{learning_rate: 1e-3}}
-data:
-  corpus: {corpus}
-  vocab_size: 300
-  make_vocab_size_divisible_by: 4
-checkpoint: {{save_interval: null}}
-logging: {{log_interval: 1, eval_iters: 0, tensorboard: false}}
-"""
 
 
 def make_corpus(
@@ -85,10 +58,13 @@ def make_corpus(
 
 def make_recipe(folder: Path, corpus: Path) -> Path:
     """A tiny model's recipe file on a corpus."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(folder=folder, corpus=corpus))
-    return path
+    changes: Changes = {"name": "corpus", "training.global_batch_tokens": 512, **corpus_of(corpus)}
+    return write_recipe(folder / "recipe.yaml", changes, run=folder / "run")
+
+
+def corpus_of(corpus: Path, vocab_size: int = VOCAB_SIZE) -> Changes:
+    """The fields of a recipe that trains on it."""
+    return {"data.corpus": str(corpus), "data.vocab_size": vocab_size}
 
 
 def numbered_documents(count: int, seed: int, first: int = FIRST_TOKEN) -> list[list[int]]:

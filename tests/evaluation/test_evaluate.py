@@ -13,7 +13,7 @@ from megatron_txssm.evaluation import evaluate as evaluate_command
 from megatron_txssm.evaluation.evaluate import evaluation_recipe
 from megatron_txssm.session.arguments import megatron_arguments
 from tests.data.corpus_fixture import make_corpus, make_recipe, random_documents
-from tests.training.tiny_run import txssm
+from tests.support.tiny_run import txssm
 
 FIELDS = (
     "training.train_iters=3",

@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_txssm.hf.layers_transxssm import TransXSSMStateSpaceMixer
-from tests.distributions import assert_uniform
 from tests.hf.tiny import (
     PADDING,
     VARIANTS,
@@ -19,6 +18,7 @@ from tests.hf.tiny import (
     tiny_config,
     tiny_model,
 )
+from tests.support.distributions import assert_uniform
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
 

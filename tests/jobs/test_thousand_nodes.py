@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.jobs.attempts import attempts
-from tests.cluster.training_job import RECIPE
+from tests.support.recipes import FOUR_LAYERS, tokens_of, write_recipe
 
 NODES, RANKS_PER_NODE = 1000, 8
 # One stand-in for all commands; it writes its name and words down.
@@ -66,8 +66,9 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def test_a_job_of_a_thousand_nodes(tmp_path: Path, environment: dict[str, str]) -> None:
-    recipe = tmp_path / "run" / "recipe.yaml"
-    recipe.write_text(RECIPE.format(name="wide", run=tmp_path / "run", data=tmp_path / "tokens", save_interval=10))
+    run = tmp_path / "run"
+    changes = {"name": "wide", "training.train_iters": 60, "checkpoint.save_interval": 10}
+    recipe = write_recipe(run / "recipe.yaml", FOUR_LAYERS, tokens_of(tmp_path / "tokens"), changes, run=run)
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "megatron_txssm.jobs.supervisor.supervisor", str(recipe)],

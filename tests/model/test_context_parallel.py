@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.tensor_parallel import mappings
-from ranks import model_parallel, run_ranks
-from tiny import build_mixer, state_space_config, transformer_config
 
 from megatron_txssm.model.context_parallel import Zigzag
+from tests.support.ranks import model_parallel, run_ranks
+from tests.support.tiny_model import build_mixer, state_space_config, transformer_config
 
 RANKS = 2
 LENGTHS = (4096, 16384, 65536)

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
-from ranks import model_parallel, run_ranks
-from tiny import relative_error, transformer_config
 from torch import Tensor
 
 from megatron_txssm.model.context_parallel import Zigzag
 from megatron_txssm.model.document_attention import isolating
 from megatron_txssm.model.documents import PackedDocuments
 from megatron_txssm.model.local_modules import ScaledDotProductAttention
+from tests.support.ranks import model_parallel, run_ranks
+from tests.support.tiny_model import relative_error, transformer_config
 
 # Documents that end inside a piece or at its edge (pieces at CP2 have 6 tokens), of one token, longer than a piece.
 ROWS = ([5, 1, 18], [6, 6, 12], [24], [11, 13])

@@ -6,8 +6,6 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
-from ranks import model_parallel, run_ranks
-from tiny import VOCABULARY, build_gpt, perturb, relative_error, state_space_config, transformer_config
 from torch import Tensor
 
 from megatron_txssm.errors import UserError
@@ -22,6 +20,15 @@ from megatron_txssm.model.fp8_emulation import (
     round_to_float8,
 )
 from megatron_txssm.model.local_modules import ScaledDotProductAttention
+from tests.support.ranks import model_parallel, run_ranks
+from tests.support.tiny_model import (
+    VOCABULARY,
+    build_gpt,
+    perturb,
+    relative_error,
+    state_space_config,
+    transformer_config,
+)
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 ONE = torch.tensor(1.0)

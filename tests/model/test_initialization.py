@@ -9,13 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import model_parallel, run_ranks
-from tiny import Piece, assembled, build_gpt, perturb, pieces, state_space_config, transformer_config
 from torch import Tensor, nn
 
 from megatron_txssm.model import initialization
 from megatron_txssm.model.initialization import ROWS_PER_DRAW, initialize_by_name
-from tests.distributions import assert_uniform
+from tests.support.distributions import assert_uniform
+from tests.support.ranks import model_parallel, run_ranks
+from tests.support.tiny_model import (
+    Piece,
+    assembled,
+    build_gpt,
+    perturb,
+    pieces,
+    state_space_config,
+    transformer_config,
+)
 
 PATTERN = "SSAS"
 STATE_SPACE = state_space_config(position_encoding="conv1d_d", gated=True)

@@ -9,7 +9,6 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-from tiny import HIDDEN, VOCABULARY, build_gpt, perturb, relative_error, state_space_config, transformer_config
 from torch import Tensor
 
 from megatron_txssm.choices import POSITION_ENCODINGS
@@ -20,6 +19,15 @@ from megatron_txssm.model.self_attention import UnifiedRotarySelfAttention
 from megatron_txssm.model.state_space_mixer import StateSpaceMixer
 from megatron_txssm.ops import ssd_triton
 from megatron_txssm.ops.unified_rope import UnifiedRotaryEmbedding
+from tests.support.tiny_model import (
+    HIDDEN,
+    VOCABULARY,
+    build_gpt,
+    perturb,
+    relative_error,
+    state_space_config,
+    transformer_config,
+)
 
 LETTERS = {StateSpaceMixer: "S", UnifiedRotarySelfAttention: "A"}
 # No two slices of it are equal.

@@ -15,18 +15,6 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
-from ranks import model_parallel, run_ranks
-from tiny import (
-    HIDDEN,
-    assembled,
-    build_mixer,
-    perturb,
-    pieces,
-    place,
-    relative_error,
-    state_space_config,
-    transformer_config,
-)
 from torch import Tensor
 
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
@@ -41,6 +29,18 @@ from megatron_txssm.ops import ssd_triton
 from megatron_txssm.ops.rotary import apply_rotary
 from megatron_txssm.ops.ssd import ssd
 from tests.ops import causal_conv1d_stand_in
+from tests.support.ranks import model_parallel, run_ranks
+from tests.support.tiny_model import (
+    HIDDEN,
+    assembled,
+    build_mixer,
+    perturb,
+    pieces,
+    place,
+    relative_error,
+    state_space_config,
+    transformer_config,
+)
 
 VARIANTS = [(encoding, gated) for encoding in POSITION_ENCODINGS for gated in (False, True)]
 variants = pytest.mark.parametrize(("encoding", "gated"), VARIANTS, ids=[f"{e}{'-gated' * g}" for e, g in VARIANTS])

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
 
 from megatron_txssm.model import stock
 from megatron_txssm.platform import prepare_platform
+from tests.support.ranks import run_ranks
 
 # Does what pretrain_gpt.py does, on Megatron's mock data, and records the resulting model and its losses.
 SCRIPT = """

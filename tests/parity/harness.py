@@ -1,11 +1,13 @@
-"""Cases of a small model, by Megatron's own arguments, which megatron_txssm.check runs and compares."""
+"""Cases of a small model, by Megatron's own arguments, run and compared as megatron_txssm.check does."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_txssm.check import tokens
-from megatron_txssm.check.runs import Run, run_all, worst_gradient
+from megatron_txssm.check.runs import Run, worst_gradient
+from megatron_txssm.platform import prepare_platform
+from tests.support.megatron_tasks import Task, run_tasks
 
 __all__ = ["Case", "run_cases", "worst_gradient", "write_tokens"]
 
@@ -41,8 +43,16 @@ class Case(Run):
 
 def run_cases(world_size: int, cases: list[Case], data_prefix: Path) -> None:
     """Run `cases` one after another on `world_size` gloo processes."""
-    run_all(world_size, [replace(case, data_prefix=data_prefix) for case in cases])
-    assert [failure for case in cases if (failure := case.failure())] == []
+    for case in cases:
+        case.out.mkdir(parents=True, exist_ok=True)
+    tasks: list[Task] = [(_run, {"case": replace(case, data_prefix=data_prefix)}) for case in cases]
+    run_tasks(world_size, tasks, cases[0].out / "ranks")
+
+
+def _run(case: Case) -> None:
+    from megatron_txssm.check import worker
+
+    worker.run(case.out, [*case.task()["arguments"], *prepare_platform()])
 
 
 def write_tokens(prefix: Path) -> Path:

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,39 +9,10 @@ import psutil
 import pytest
 
 from tests.parity.harness import write_tokens
+from tests.support.recipes import FOUR_LAYERS, tokens_of, write_recipe
+from tests.support.tiny_run import command, sets
 
 TRAIN_ITERS, SAVE_INTERVAL = 8, 2
-
-RECIPE = """
-name: resume
-run_directory: {run}
-model:
-  num_layers: 4
-  layer_pattern: SSSA
-  hidden_size: 32
-  ffn_hidden_size: 64
-  num_attention_heads: 2
-  state_size: 16
-  state_head_dim: 8
-  state_num_groups: 2
-  chunk_size: 16
-parallel: {{use_distributed_optimizer: true}}
-training:
-  seq_length: 32
-  global_batch_tokens: 128
-  train_iters: {train_iters}
-  precision: fp32
-  transformer_impl: local
-optimizer: {{learning_rate: 1e-3}}
-data:
-  blend: {data}
-  split: 90,10,0
-  tokenizer_type: NullTokenizer
-  vocab_size: 64
-  make_vocab_size_divisible_by: 16
-checkpoint: {{save_interval: {save_interval}}}
-logging: {{log_interval: 1, eval_iters: 0, tensorboard: false}}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +21,12 @@ def data(tmp_path_factory):
 
 
 def start(run: Path, data: Path, *overrides: str) -> subprocess.Popen:
-    """`txssm pretrain` of the recipe above in `run`, on two processes."""
+    """`txssm pretrain` of a tiny recipe in `run`, on two processes."""
     run.mkdir(exist_ok=True)
-    recipe = run / "start.yaml"
-    recipe.write_text(RECIPE.format(run=run, data=data, train_iters=TRAIN_ITERS, save_interval=SAVE_INTERVAL))
-    words = [word for override in overrides for word in ("--set", override)]
-    command = [sys.executable, "-m", "megatron_txssm.cli", "pretrain", str(recipe), "--nproc", "2", *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    changes = {"training.train_iters": TRAIN_ITERS, "checkpoint.save_interval": SAVE_INTERVAL}
+    recipe = write_recipe(run / "start.yaml", FOUR_LAYERS, tokens_of(data), changes, run=run)
+    words = command("pretrain", str(recipe), "--nproc", "2", *sets(overrides))
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen) -> None:

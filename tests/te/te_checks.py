@@ -13,7 +13,9 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.transformer.identity_op import IdentityOp
-from tiny import (  # pyright: ignore[reportMissingImports]
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from tests.support.tiny_model import (
     assembled,
     build_gpt,
     perturb,
@@ -21,7 +23,6 @@ from tiny import (  # pyright: ignore[reportMissingImports]
     state_space_config,
     transformer_config,
 )
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 PATTERN = "SA"
 STATE_SPACE = state_space_config(position_encoding="conv1d_d", gated=True)

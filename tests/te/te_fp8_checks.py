@@ -14,7 +14,6 @@ from megatron.core import dist_checkpointing
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.fp8_utils import get_fp8_context, get_fp8_recipe
 from te_checks import build, metadata, world  # pyright: ignore[reportMissingImports]
-from tiny import transformer_config  # pyright: ignore[reportMissingImports]
 from transformer_engine.common import recipe as scaling  # pyright: ignore[reportMissingImports]
 from transformer_engine.pytorch import quantization  # pyright: ignore[reportMissingImports]
 from transformer_engine.pytorch import utils as te_utils  # pyright: ignore[reportMissingImports]
@@ -26,7 +25,8 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.platform import ALLOW_EXTRA_STATE
 from megatron_txssm.recipe.loader import load_recipe, recipe_names
 from megatron_txssm.recipe.validation.fp8_checks import check_fp8_on
-from tests.built_model import build_with_arguments
+from tests.support.built_model import build_with_arguments
+from tests.support.tiny_model import transformer_config
 
 HOPPER, BLACKWELL = (9, 0), (10, 0)
 CLASSES = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.tiny_run import Done, TinyRun, make_tiny_run
+from tests.support.tiny_run import Done, TinyRun, make_tiny_run
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 
 from megatron_txssm.checkpoint.checksums import verify_files
 from megatron_txssm.checkpoint.torch_dist import IndexReader
-from tests.training.tiny_run import TinyRun
+from tests.support.tiny_run import TinyRun
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +31,7 @@ def losses(run: TinyRun) -> dict[int, float]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     """A run of two ranks with the steps 2 and 4; copy it."""
-    from tests.training.tiny_run import make_tiny_run
+    from tests.support.tiny_run import make_tiny_run
 
     run = make_tiny_run(tmp_path_factory.mktemp("trained") / "tiny")
     done = run.pretrain("--nproc", "2", fields=[*EVERY_2, "megatron.exit_interval=4"])

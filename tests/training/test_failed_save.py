@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.tiny_run import ENVIRONMENT, Done, TinyRun, command, sets
+from tests.support.tiny_run import ENVIRONMENT, Done, TinyRun, command, sets
 
 pytestmark = pytest.mark.slow
 

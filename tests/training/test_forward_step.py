@@ -10,7 +10,7 @@ from megatron.training.global_vars import rebuild_tokenizer
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.session.start import megatron_initialized
 from megatron_txssm.training.forward_step import datasets_provider
-from tests.training.tiny_run import VOCAB_SIZE, TinyRun
+from tests.support.tiny_run import VOCAB_SIZE, TinyRun
 
 END_OF_DOCUMENT = VOCAB_SIZE - 1
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.tiny_run import VOCAB_SIZE, Done, sets, txssm
+from tests.support.tiny_run import VOCAB_SIZE, Done, sets, txssm
 
 NOTICE = "FP8 (delayed) is emulated, since Transformer Engine is not installed: the same rounding, but no speedup"
 # Sizes that a GPU could do as well: the in-projection has 208 rows, attention one head of 128 channels.

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.training.tiny_run import ENVIRONMENT, Done, TinyRun, command, sets
+from tests.support.tiny_run import ENVIRONMENT, Done, TinyRun, command, sets
 
 
 def iterations(run: TinyRun) -> list[int]:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from tests.training.tiny_run import TinyRun
+from tests.support.tiny_run import TinyRun
 
 LEARNING_RATE, STEPS = 1e-3, 6
 

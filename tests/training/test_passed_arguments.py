@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_txssm.recipe.megatron_arguments.section import passing
-from tests.training.tiny_run import TinyRun
+from tests.support.tiny_run import TinyRun
 
 # One process; what is left out here needs a GPU, another layout, or ends the run.
 PASSED = {

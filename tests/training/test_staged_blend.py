@@ -15,7 +15,7 @@ from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.training.lineage import TrainingData
 from megatron_txssm.training.staged_blend import BlendStage, StagedBlend, parse_stages
 from tests.data.corpus_fixture import FIRST_TOKEN, make_corpus, make_recipe, numbered_documents, random_documents
-from tests.training.tiny_run import Done, sets, txssm
+from tests.support.tiny_run import Done, sets, txssm
 
 # Of 20 steps of 16 samples: 8, then 3, then the other 9.
 STAGES = (

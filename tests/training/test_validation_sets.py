@@ -16,7 +16,7 @@ from megatron_txssm.data.corpus.blend import corpus_arguments
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.training.validation_sets import WholeSet, by_subset, fixed_validation, of_each_set
 from tests.data.corpus_fixture import make_corpus, make_recipe, random_documents
-from tests.training.tiny_run import VOCAB_SIZE, TinyRun
+from tests.support.tiny_run import VOCAB_SIZE, TinyRun
 
 
 class Shard:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.tiny_run import VOCAB_SIZE, Done, TinyRun, make_tiny_run, txssm
+from tests.support.tiny_run import VOCAB_SIZE, Done, TinyRun, make_tiny_run, txssm
 
 
 def check_message(done: Done, code: int, *wanted: str) -> None:

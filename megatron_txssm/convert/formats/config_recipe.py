@@ -11,8 +11,8 @@ from megatron_txssm.recipe.changes import Changes, changed
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.schema import SECTIONS
-from megatron_txssm.recipe.setting import convert, section_fields
-from megatron_txssm.recipe.validate import validate
+from megatron_txssm.recipe.settings.setting import convert, section_fields
+from megatron_txssm.recipe.validation.validate import validate
 
 # The recipe that provides the training settings until the user changes them.
 _TRAINING = "llama3_1.3b"

@@ -17,7 +17,7 @@ from megatron_txssm.convert.formats.mapping import CONCAT, DECAY_RATE, HALVES, Q
 from megatron_txssm.convert.huggingface.weights import Export, split_files
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from tests.built_model import build_model
+from tests.support.built_model import build_model
 
 # Every size differs from every other; 11 rows of padding.
 SMALL = (

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megatron_txssm.jobs.goodput import slowness
-from tests.training.tiny_run import ENVIRONMENT, TinyRun
+from tests.support.tiny_run import ENVIRONMENT, TinyRun
 
 PATIENCE = 600  # seconds
 FIELDS = (
@@ -70,7 +70,7 @@ class SlowRun:
 
 @pytest.fixture(scope="module")
 def slow_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from tests.training.tiny_run import make_tiny_run
+    from tests.support.tiny_run import make_tiny_run
 
     run = SlowRun(make_tiny_run(tmp_path_factory.mktemp("slow")))
     yield run

@@ -1,6 +1,6 @@
 """Runs a test's function on several gloo ranks, each a fresh process.
 
-A fork server imports Megatron once per test session; ranks are forked from it and start within milliseconds.
+A fork server imports Megatron once per test process; ranks are forked from it and start within milliseconds.
 """
 
 import contextlib
@@ -21,21 +21,22 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-# For the fork server: otherwise every rank would import these.
-from megatron.core.models.gpt import GPTModel  # noqa: F401
-
-TIMEOUT_SECONDS = 900
+# Longer than anything takes here, also on a loaded machine; whatever takes longer hangs.
+TIMEOUT_SECONDS = 3600
+# What the fork server imports, as it takes longer than most functions; this module comes first, for its platform.
+PRELOADED = [__name__, "megatron.core.models.gpt", "megatron.training", "transformers"]
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *arguments: Any) -> list[Any]:
     """Run `function(*arguments)` on every rank of a fresh gloo world; returns the results in rank order.
 
-    `function` must be at module level (it is passed by name); results are passed through files in `folder`.
+    `function` must be at module level (it is passed by name). A result consists of tensors, numbers, strings and
+    containers of them, and is passed through a file in `folder`, which must be new to `run_ranks`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    with _importable(Path(__file__).parent):
-        context.set_forkserver_preload(["ranks"])
+    with _importable(Path(__file__).parents[2]):
+        context.set_forkserver_preload(PRELOADED)
         ranks = [
             context.Process(target=_rank, args=(function, rank, world_size, folder, arguments))
             for rank in range(world_size)
@@ -55,8 +56,16 @@ def run_ranks(function: Callable[..., Any], world_size: int, folder: Path, *argu
         "\n".join(errors)
         or f"exit codes {[rank.exitcode for rank in ranks]}: killed, or no end within {TIMEOUT_SECONDS} s"
     )
-    # Any Python object, just written by these processes.
-    return [torch.load(folder / f"result_{rank}.pt", weights_only=False) for rank in range(world_size)]
+    return [torch.load(folder / f"result_{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def join_ranks(store: Path) -> None:
+    """Start torch.distributed on this rank of `run_ranks`, which meets the others through the new file `store`.
+
+    The function of `run_ranks` finds it started; Megatron's destroy_global_state ends it.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", store=dist.FileStore(str(store), world_size), rank=rank, world_size=world_size)
 
 
 @contextlib.contextmanager
@@ -78,11 +87,11 @@ def _rank(function: Callable[..., Any], rank: int, world_size: int, folder: Path
     multiprocessing.set_start_method("fork", force=True)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
-        store = dist.FileStore(str(folder / "store"), world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        join_ranks(folder / "store")
         torch.save(function(*arguments), folder / f"result_{rank}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         (folder / f"error_{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
         raise

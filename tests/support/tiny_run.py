@@ -10,43 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-VOCAB_SIZE = 64
+from megatron_txssm.recipe.changes import Changes
+from tests.support.recipes import TINY, write_recipe
 
-RECIPE = """\
-name: tiny
-run_directory: {folder}/run
-model:
-  num_layers: 2
-  layer_pattern: SA
-  hidden_size: 32
-  ffn_hidden_size: 64
-  num_attention_heads: 2
-  state_size: 16
-  state_head_dim: 16
-  state_num_groups: 2
-  chunk_size: 16
-training:
-  seq_length: 32
-  micro_batch_size: 2
-  global_batch_tokens: 128
-  train_iters: 2000
-  precision: fp32
-  transformer_impl: local
-optimizer:
-  learning_rate: 1e-3
-data:
-  train: {folder}/data
-  validation: {folder}/data
-  tokenizer_type: NullTokenizer
-  vocab_size: {vocab_size}
-  make_vocab_size_divisible_by: 4
-checkpoint:
-  save_interval: 2000
-logging:
-  log_interval: 1
-  eval_iters: 1
-  tensorboard: false
-"""
+VOCAB_SIZE = TINY.data.vocab_size
 
 
 @dataclass(frozen=True)
@@ -126,5 +93,14 @@ def make_tiny_run(folder: Path) -> TinyRun:
     draw = random.Random(0)
     documents = [[draw.randrange(VOCAB_SIZE - 1) for _ in range(50)] for _ in range(200)]
     write_shard(documents, folder / "data", VOCAB_SIZE, VOCAB_SIZE - 1)
-    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, vocab_size=VOCAB_SIZE))
-    return TinyRun(folder)
+    made, data = TinyRun(folder), ((1.0, str(folder / "data")),)
+    changes: Changes = {
+        "training.train_iters": 2000,
+        "data.train": data,
+        "data.validation": data,
+        "data.tokenizer_type": "NullTokenizer",
+        "checkpoint.save_interval": 2000,
+        "logging.eval_iters": 1,
+    }
+    write_recipe(made.recipe, changes, run=made.run)
+    return made
