@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron_txssm.architecture.layer_pattern import ATTENTION, FFN, STATE_SPACE
 from megatron_txssm.convert.config_check import read_config
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
@@ -12,7 +13,7 @@ from megatron_txssm.recipe.recipe import Recipe
 
 # The recipe that provides the training settings until the user changes them.
 _TRAINING = "llama3_1.3b"
-_LAYERS = {"linear_attention": "S", "full_attention": "A"}
+_LAYERS = {"linear_attention": STATE_SPACE + FFN, "full_attention": ATTENTION + FFN}
 
 
 def recipe_of_config(folder: Path, config: dict[str, Any], format: str) -> Recipe:
@@ -23,7 +24,6 @@ def recipe_of_config(folder: Path, config: dict[str, Any], format: str) -> Recip
     found = read_config(folder, config, format)
     describe = {"llama": _llama, "granitemoehybrid": _granite, "transxssm": _transxssm, "reference": _reference}
     model = _rotation(folder, found) | {
-        "num_layers": found["num_hidden_layers"],
         "hidden_size": found["hidden_size"],
         "num_attention_heads": found["num_attention_heads"],
         "num_query_groups": found["num_key_value_heads"],
@@ -67,7 +67,11 @@ def _rotation(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _llama(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    return {"layer_pattern": "A", "kv_channels": found["head_dim"], "ffn_hidden_size": found["intermediate_size"]}
+    return {
+        "layer_pattern": (ATTENTION + FFN) * found["num_hidden_layers"],
+        "kv_channels": found["head_dim"],
+        "ffn_hidden_size": found["intermediate_size"],
+    }
 
 
 def _granite(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -102,9 +106,9 @@ def _reference(found: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     heads = found["num_attention_heads"]
     channels = found["hidden_size"] // heads
     period, offset = found["attn_layer_period"], found["attn_layer_offset"]
-    kinds = ("A" if layer % period == offset else "S" for layer in range(found["num_hidden_layers"]))
+    mixers = (ATTENTION if layer % period == offset else STATE_SPACE for layer in range(found["num_hidden_layers"]))
     return {
-        "layer_pattern": "".join(kinds),
+        "layer_pattern": "".join(mixer + FFN for mixer in mixers),
         "ffn_hidden_size": found["intermediate_size"],
         "state_size": channels,
         "state_head_dim": channels,

@@ -75,8 +75,8 @@ def initialize_arguments(arguments: list[str]) -> Any:
 
 
 def model_config(args: Any) -> Any:
-    """Megatron's GPTModelConfig, whose builder initialises every weight from the seed and its name."""
-    from megatron.training.argument_utils import gpt_config_from_args
+    """Megatron's HybridModelConfig, whose builder initialises every weight from the seed and its name."""
+    from megatron.training.argument_utils import hybrid_config_from_args
 
     from megatron_txssm.model.initialization import initialize_by_name
 
@@ -85,7 +85,7 @@ def model_config(args: Any) -> Any:
             initialize_by_name(stage, args.seed)
         return stages
 
-    config = gpt_config_from_args(args)
+    config = hybrid_config_from_args(args)
     config.pre_wrap_hooks.append(initialize)
     return config
 

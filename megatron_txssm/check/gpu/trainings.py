@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_txssm.architecture.layer_pattern import MODULE
 from megatron_txssm.check.tokens import write_tokens
 
 STEPS, STOP = 10, 5
@@ -57,7 +58,7 @@ def tokens_for(folder: Path, vocab_size: int) -> Path:
 def _small(name: str, *settings: str, **options: object) -> Training:
     """Eight layers, one of them attention, with heads of 128 channels, as FP8 attention requires on Hopper."""
     sizes = (
-        "model.num_layers=8",
+        f"model.layer_pattern={MODULE}",
         "model.hidden_size=256",
         "model.num_attention_heads=2",
         "model.ffn_hidden_size=768",
@@ -133,7 +134,12 @@ AGREEMENTS = (
 SMALL_LENGTH, SMALL_BATCH = 64, 2
 # `--small`: appended to the settings of every training.
 SMALL_SIZES = (
-    *("model.num_layers=8", "model.hidden_size=64", "model.num_attention_heads=2", "model.ffn_hidden_size=96"),
+    *(
+        f"model.layer_pattern={MODULE}",
+        "model.hidden_size=64",
+        "model.num_attention_heads=2",
+        "model.ffn_hidden_size=96",
+    ),
     *("model.state_size=16", "model.state_head_dim=16", "model.state_num_groups=2"),
     *(f"training.seq_length={SMALL_LENGTH}", f"training.micro_batch_size={SMALL_BATCH}"),
     f"training.global_batch_tokens={SMALL_LENGTH * SMALL_BATCH}",
