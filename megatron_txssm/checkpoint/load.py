@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_txssm.checkpoint.former_checkpoint import FormerCheckpoints
 from megatron_txssm.data.tokenizer.kept_tokenizer import tokenizer_source
 from megatron_txssm.recipe.changes import (
     ONE_MODEL_PARALLEL_RANK,
@@ -93,7 +94,7 @@ def load_model(
     model = build_model(recipe, load_options(checkpoint, step))
     from megatron.training import get_tokenizer, training
 
-    with listening(FailedLoads()):
+    with listening(FailedLoads(), FormerCheckpoints()):
         iteration, _ = training.load_checkpoint([model], None, None)
     return LoadedModel(model.eval(), get_tokenizer(), recipe, int(iteration))
 

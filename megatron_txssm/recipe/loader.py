@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_txssm.errors import UserError, nearest, shown
 from megatron_txssm.home import RECIPES
+from megatron_txssm.recipe.former import refusal, translated
 from megatron_txssm.recipe.megatron_section import entry, known_names, passing
 from megatron_txssm.recipe.paths import each_path, expanded
 from megatron_txssm.recipe.recipe import Recipe
@@ -78,7 +79,7 @@ def _read(path: Path) -> dict[str, Any]:
     data = load_yaml(text, str(path))
     if not isinstance(data, dict):
         raise UserError(f"{path}: a recipe is a mapping of {', '.join(SECTIONS)}, not {shown(data)}")
-    return data
+    return translated(data)
 
 
 def _file_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
@@ -130,8 +131,12 @@ def _parse_override(text: str) -> dict[str, Any]:
         raise UserError(f"--set {text}: write it as section.field=value, such as training.train_iters=20")
     known = _field(parts)
     # A text field takes the typed text, so that a name such as 007 needs no quotes.
-    data: Any = load_yaml(value, f"--set {text}")
-    if known and "string" in type_name(known.type) and isinstance(data, bool | int | float):
+    is_text = known is not None and "string" in type_name(known.type)
+    data: Any = value
+    # YAML would take a leading * for an alias.
+    if not (is_text and value.startswith("*")):
+        data = load_yaml(value, f"--set {text}")
+    if is_text and isinstance(data, bool | int | float):
         data = value
     for part in reversed(parts):
         data = {part: data}
@@ -175,7 +180,7 @@ def _checked_section(section: str, entries: dict[str, Any], source: str, folder:
         elif name in _FIELDS[section]:
             layer[dotted] = _converted(value, _FIELDS[section][name], dotted, source, folder)
         else:
-            hint = nearest(name, _FIELDS[section]) or _elsewhere(name)
+            hint = refusal(dotted, entries) or nearest(name, _FIELDS[section]) or _elsewhere(name)
             raise UserError(f"{source}: unknown key {dotted!r}{hint}")
     return layer
 
