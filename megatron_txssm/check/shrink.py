@@ -10,6 +10,7 @@ import math
 import re
 from pathlib import Path
 
+from megatron_txssm.architecture.layer_pattern import repeated_part, stages
 from megatron_txssm.check.tokens import VOCAB_SIZE
 from megatron_txssm.recipe.changes import (
     WITHOUT_FP8,
@@ -68,7 +69,7 @@ def _model(recipe: Recipe, nproc: int) -> Changes:
         heads = _smaller(model.num_attention_heads, nproc, at_least=4)
     hidden_size = _smaller(model.hidden_size, 1, at_least=48)
     changes = {
-        "num_layers": _num_layers(recipe, nproc),
+        "layer_pattern": _layers(recipe, nproc),
         "hidden_size": hidden_size,
         "ffn_hidden_size": _smaller(model.ffn_hidden_size, 2 * nproc, at_least=64),
         "num_attention_heads": heads,
@@ -81,12 +82,18 @@ def _model(recipe: Recipe, nproc: int) -> Changes:
     return {f"model.{name}": value for name, value in changes.items()}
 
 
-def _num_layers(recipe: Recipe, nproc: int) -> int:
-    """The fewest repetitions of the pattern that the same pipeline sizes divide, with 1 or 2 stages per process."""
-    keep, num_layers = 2 * nproc, recipe.model.num_layers
-    period = len(recipe.model.layer_pattern)
-    repeated = range(period, num_layers + 1, period)
-    return next(n for n in repeated if math.gcd(n, keep) == math.gcd(num_layers, keep))
+def _layers(recipe: Recipe, nproc: int) -> str:
+    """The first repetitions of the pattern that the same pipeline sizes divide, with 1 or 2 stages per process.
+
+    A pattern that is divided into stages stays as it is.
+    """
+    if len(stages(recipe.model.layer_pattern)) > 1:
+        return recipe.model.layer_pattern
+    keep, layers = 2 * nproc, recipe.layers
+    period = len(repeated_part(layers))
+    return next(
+        layers[:n] for n in range(period, len(layers) + 1, period) if math.gcd(n, keep) == math.gcd(len(layers), keep)
+    )
 
 
 def _state_space(recipe: Recipe, nproc: int) -> Changes:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.errors import UserError, nearest, shown
+from megatron_txssm.recipe.former import replacement, translated
 from megatron_txssm.recipe.megatron_arguments.section import entry, known_names, passing
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.schema import ALTERNATIVES, FIELDS, SECTIONS
@@ -81,4 +82,6 @@ RECIPES_OF_RUNS = Kind(
     own=("name", "description"),
     usage="section.field=value, such as training.train_iters=20",
     listed_by="`txssm recipes`",
+    translated=translated,
+    replacement=replacement,
 )

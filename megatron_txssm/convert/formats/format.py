@@ -65,7 +65,7 @@ def _granite_misfits(recipe: Recipe) -> list[tuple[bool, str]]:
 
 
 def _reference_misfits(recipe: Recipe) -> list[tuple[bool, str]]:
-    model, mixer, kinds = recipe.model, recipe.state_space, recipe.layer_kinds
+    model, mixer, kinds = recipe.model, recipe.state_space, recipe.blocks
     if mixer is None:
         return [(True, "it has no state-space layers")]
     head_dim = model.hidden_size // model.num_attention_heads

@@ -133,10 +133,12 @@ def _entries(value: Any, source: Source, *keys: str) -> dict[str, Any]:
 
 def _section(kind: Kind, table: dict[str, Field], value: Any, source: Source, *keys: str) -> dict[str, Any]:
     stated: dict[str, Any] = {}
-    for name, entry in _entries(value, source, *keys).items():
+    entries = _entries(value, source, *keys)
+    for name, entry in entries.items():
         if name not in table:
-            hint = nearest(name, table) or _elsewhere(kind, name)
-            raise source.error(f"unknown key {'.'.join((*keys, name))!r}{hint}", *keys, name)
+            dotted = ".".join((*keys, name))
+            hint = kind.replacement(dotted, entries) or nearest(name, table) or _elsewhere(kind, name)
+            raise source.error(f"unknown key {dotted!r}{hint}", *keys, name)
         stated[name] = _converted(entry, table[name], source, *keys, name)
     return stated
 
