@@ -18,7 +18,7 @@ from tests.support.ranks import model_parallel, run_ranks
 from tests.support.tiny_model import (
     Piece,
     assembled,
-    build_gpt,
+    build_hybrid,
     perturb,
     pieces,
     state_space_config,
@@ -33,7 +33,7 @@ def initialized(seed: int = 1, *, vp_stage: int | None = None, pattern: str = PA
     config = transformer_config(
         num_layers=len(pattern), virtual_pipeline_model_parallel_size=None if vp_stage is None else 2
     )
-    model = build_gpt(pattern, config, STATE_SPACE, vp_stage=vp_stage, **kwargs)
+    model = build_hybrid(pattern, config, STATE_SPACE, vp_stage=vp_stage, **kwargs)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
@@ -86,7 +86,7 @@ def test_the_seed_and_the_name_make_the_weight(one_process: None) -> None:
 
 
 def test_the_global_random_state_is_left_alone(one_process: None) -> None:
-    model = build_gpt(PATTERN, state_space=STATE_SPACE)
+    model = build_hybrid(PATTERN, state_space=STATE_SPACE)
     before = torch.get_rng_state()
     initialize_by_name(model, 1)
     assert torch.equal(torch.get_rng_state(), before)
@@ -97,7 +97,7 @@ def test_values_are_megatrons_and_mamba_2s(one_process: None) -> None:
     sizes = state_space_config(
         hidden_size=128, num_heads=256, head_dim=1, state_size=64, position_encoding="conv1d_d", gated=True
     )
-    model = build_gpt("SA", config, sizes, vocab_size=512, share_embeddings_and_output_weights=False)
+    model = build_hybrid("SA", config, sizes, vocab_size=512, share_embeddings_and_output_weights=False)
     norms = {name: p.detach().clone() for name, p in model.named_parameters() if "norm" in name}
     perturb(model)
     with torch.no_grad():

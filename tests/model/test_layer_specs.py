@@ -22,7 +22,7 @@ from megatron_txssm.ops.unified_rope import UnifiedRotaryEmbedding
 from tests.support.tiny_model import (
     HIDDEN,
     VOCABULARY,
-    build_gpt,
+    build_hybrid,
     perturb,
     relative_error,
     state_space_config,
@@ -150,7 +150,7 @@ def test_layers_of_different_kinds_are_saved_one_by_one(one_process: None) -> No
     assert not config.hetereogenous_dist_checkpoint
     spec_of(config)
     assert config.hetereogenous_dist_checkpoint
-    keys = {entry.key for entry in build_gpt("SA").sharded_state_dict().values()}
+    keys = {entry.key for entry in build_hybrid("SA").sharded_state_dict().values()}
     assert "decoder.layers.1.self_attention.linear_qkv.weight" in keys
     # As Transformer Engine's modules name it.
     assert "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight" in keys
@@ -160,7 +160,7 @@ def test_layers_of_different_kinds_are_saved_one_by_one(one_process: None) -> No
 def test_attention_turns_by_the_shared_spectrum(one_process: None) -> None:
     """Q and K as core attention gets them, against complex numbers: θ_i = base^(-2i/d), positions over the factor."""
     base, factor, length = 500.0, 4.0, 12
-    model = build_gpt("A", rotary=UnifiedRotaryEmbedding(base=base, interpolation_factor=factor), rotary_base=77)
+    model = build_hybrid("A", rotary=UnifiedRotaryEmbedding(base=base, interpolation_factor=factor), rotary_base=77)
     attention: Any = model.decoder.layers[0].self_attention
     seen: list[tuple[Tensor, Tensor]] = []
     attention.core_attention.register_forward_pre_hook(
@@ -191,7 +191,7 @@ def batch(length: int) -> tuple[Tensor, Tensor]:
 def test_a_model_learns_and_every_parameter_takes_part(
     one_process: None, pattern: str, encoding: str, gated: bool, tied: bool
 ) -> None:
-    model = build_gpt(
+    model = build_hybrid(
         pattern,
         state_space=state_space_config(position_encoding=encoding, gated=gated),
         share_embeddings_and_output_weights=tied,
@@ -213,7 +213,7 @@ def test_a_model_learns_and_every_parameter_takes_part(
 
 @pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
 def test_no_token_sees_a_later_one(one_process: None, encoding: str) -> None:
-    model = build_gpt("SA", state_space=state_space_config(position_encoding=encoding))
+    model = build_hybrid("SA", state_space=state_space_config(position_encoding=encoding))
     tokens, positions = batch(20)
     changed = tokens.clone()
     changed[:, 11] = (changed[:, 11] + 1) % VOCABULARY
@@ -226,7 +226,7 @@ def test_no_token_sees_a_later_one(one_process: None, encoding: str) -> None:
 @pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
 def test_the_model_decodes_as_it_reads(one_process: None, encoding: str) -> None:
     """A prompt in two pieces, then token by token, through states and keys, gives the parallel form's logits."""
-    model = build_gpt("SASA", state_space=state_space_config(position_encoding=encoding)).eval()
+    model = build_hybrid("SASA", state_space=state_space_config(position_encoding=encoding)).eval()
     perturb(model)
     tokens, positions = batch(20)
     context = StaticInferenceContext(max_batch_size=2, max_sequence_length=20)

@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.support.tiny_model import (
     assembled,
-    build_gpt,
+    build_hybrid,
     perturb,
     pieces,
     state_space_config,
@@ -64,7 +64,7 @@ def build(implementation: str, **overrides: Any) -> Any:
         sequence_parallel=parallel_state.get_tensor_model_parallel_world_size() > 1,
         **overrides,
     )
-    return build_gpt(PATTERN, config, STATE_SPACE)
+    return build_hybrid(PATTERN, config, STATE_SPACE)
 
 
 def metadata() -> dict[str, Any]:
