@@ -162,19 +162,19 @@ def test_zeros_and_the_smallest_numbers_stay_finite() -> None:
 
 
 def test_layers_are_emulated_but_embedding_lm_head_and_the_ends(one_process: None) -> None:
-    pattern = "SASA"
+    pattern = "M-*-M-*-"
     plain = build_hybrid(pattern)
     ends = {"fp8": "hybrid", "fp8_recipe": "tensorwise", "first_last_layers_bf16": True}
-    config = transformer_config(num_layers=4, fp8_dot_product_attention=True, **ends)
+    ends |= {"num_layers_at_start_in_bf16": 2, "num_layers_at_end_in_bf16": 2}
+    config = transformer_config(num_layers=8, is_hybrid_model=True, fp8_dot_product_attention=True, **ends)
     model = build_hybrid(pattern, config, share_embeddings_and_output_weights=False)
     types = (Float8ColumnParallelLinear, Float8RowParallelLinear, Float8ScaledDotProductAttention)
     emulated = {name for name, module in model.named_modules() if isinstance(module, types)}
-    mixer = {"self_attention.in_proj", "self_attention.out_proj"}
+    mixer = {"mixer.in_proj", "mixer.out_proj"}
     attention = {"self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"}
     ffn = {"mlp.linear_fc1", "mlp.linear_fc2"}
-    assert emulated == {f"decoder.layers.1.{name}" for name in attention | ffn} | {
-        f"decoder.layers.2.{name}" for name in mixer | ffn
-    }
+    layers = {2: attention, 3: ffn, 4: mixer, 5: ffn}
+    assert emulated == {f"decoder.layers.{layer}.{name}" for layer, names in layers.items() for name in names}
     # Checkpoints of the two are interchangeable.
     names = [name for name in model.state_dict() if not name.startswith("output_layer")]
     assert names == [name for name in plain.state_dict() if not name.startswith("output_layer")]
@@ -182,7 +182,7 @@ def test_layers_are_emulated_but_embedding_lm_head_and_the_ends(one_process: Non
 
 def test_attention_rounds_what_it_takes_and_the_gradient_of_what_it_gives(one_process: None) -> None:
     config = transformer_config(fp8="hybrid", fp8_recipe="tensorwise", fp8_dot_product_attention=True)
-    layer: Any = build_hybrid("A", config).decoder.layers[0]
+    layer: Any = build_hybrid("*-", config).decoder.layers[0]
     attention = layer.self_attention.core_attention
     assert isinstance(attention, Float8ScaledDotProductAttention)
     q, k, v = (numbers(12, 2, 4, 8, seed=seed).requires_grad_() for seed in range(3))
