@@ -19,7 +19,7 @@ def test_layouts_of_a_recipe_equal_one_process(temporary: Path, capsys: pytest.C
     words = ["--nproc", "2", "--layout", "recipe", "--layout", "dp2_zero1_overlap", "--layout", "pp2_vpp2"]
     assert main(["check", "parity", "demo_cpu", *words]) == 0
     said = capsys.readouterr().out
-    assert "8 layers (SSSSSSSA)" in said and "2 steps, fp64" in said
+    assert "16 layers (M-M-M-M-M-M-M-*-)" in said and "2 steps, fp64" in said
     for name in ("recipe", "dp2_zero1_overlap", "pp2_vpp2"):
         assert any(line.split()[:3:2] == [name, "same"] for line in said.splitlines() if line), said
     assert said.endswith("the same as one process: all 3 layouts\n")

@@ -97,10 +97,10 @@ def test_stock_megatrons_checkpoints_need_a_recipe(run_folder: Path, tmp_path: P
     assert (tmp_path / "out/recipe.yaml").read_text() == recipe.read_text()
     # And it is another one only where it fits.
     changed = tmp_path / "changed.yaml"
-    changed.write_text(recipe.read_text().replace("num_layers: 4", "num_layers: 6"))
+    changed.write_text(recipe.read_text().replace("layer_pattern: M-M-M-*-", "layer_pattern: M-M-M-*-M-*-"))
     refused(
         ["convert", "export", run, tmp_path / "none", "--recipe", changed],
-        ["is not the model that recipe run describes: decoder.layers.4."],
+        ["is not the model that recipe run describes: decoder.layers.8."],
     )
 
 
@@ -157,7 +157,7 @@ def overwrite_a_file(run: Path) -> None:
 
 def describe_more_layers(run: Path) -> None:
     file = run / "checkpoints/recipe.yaml"
-    file.write_text(file.read_text().replace("num_layers: 4", "num_layers: 6"))
+    file.write_text(file.read_text().replace("layer_pattern: M-M-M-*-", "layer_pattern: M-M-M-*-M-*-"))
 
 
 def evil_index(run: Path) -> None:

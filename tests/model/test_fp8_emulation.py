@@ -281,12 +281,12 @@ def test_a_model_with_fp8_is_near_the_one_without(one_process: None) -> None:
     sizes = state_space_config()
     tokens = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
     arguments = (tokens, torch.arange(16).expand(2, -1), None)
-    plain = build_hybrid("SA", transformer_config(), sizes)
+    plain = build_hybrid("M-*-", transformer_config(), sizes)
     perturb(plain)
     with torch.no_grad():
         logits = plain(*arguments)
     for recipe in RECIPES:
-        model = build_hybrid("SA", transformer_config(fp8="hybrid", fp8_recipe=recipe), sizes)
+        model = build_hybrid("M-*-", transformer_config(fp8="hybrid", fp8_recipe=recipe), sizes)
         model.load_state_dict(plain.state_dict())
         with torch.no_grad():
             error = (model(*arguments) - logits).norm() / logits.norm()

@@ -31,8 +31,8 @@ from megatron_txssm.training.launch.preflight import check_files
             ["model.state_num_groups=5"],
             "state_num_groups=5 does not divide the state-space heads (12)",
         ),
-        ("transxssm_320m", ["model.num_layers=23"], "num_layers=23 is not a multiple of the length of layer_pattern"),
-        ("transxssm_320m", ["model.layer_pattern=SSX"], "found 'X'"),
+        ("transxssm_320m", ["model.layer_pattern=M-||*-"], "a stage without layers at '|'"),
+        ("transxssm_320m", ["model.layer_pattern=M-X"], "'X' is no layer"),
         ("transxssm_320m", ["model.state_size=127"], "state_size=127 is odd"),
         ("transxssm_320m", ["model.state_head_dim=100"], "hidden_size=768 is not divisible by state_head_dim=100"),
         (
@@ -90,12 +90,12 @@ from megatron_txssm.training.launch.preflight import check_files
         (
             "transxssm_320m",
             ["parallel.pipeline_model_parallel_size=5"],
-            "num_layers=24 is not divisible by pipeline_model_parallel_size=5; use one of 1, 2, 3, 4, 6, 8, 12, 24",
+            "the 48 layers of layer_pattern are not divisible by pipeline_model_parallel_size=5; use 1, 2, 3, 4, 6, ",
         ),
         (
             "transxssm_320m",
-            ["parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_stages=4"],
-            "use virtual_pipeline_stages of one of 1, 2, 3, 6",
+            ["parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_stages=5"],
+            "are not divisible by pipeline_model_parallel_size=4 x virtual_pipeline_stages=5",
         ),
         ("transxssm_320m", ["parallel.virtual_pipeline_stages=2"], "needs pipeline_model_parallel_size above 1"),
         (
