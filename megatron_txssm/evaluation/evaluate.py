@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from megatron_txssm.checkpoint.load import load_options
 from megatron_txssm.checkpoint.saved_model import find_checkpoints, step_folder
@@ -24,6 +24,13 @@ from megatron_txssm.session.start import start_megatron
 from megatron_txssm.slurm.environment import adopt_slurm_step, is_worker
 from megatron_txssm.terminal import print_table
 from megatron_txssm.training.processes import launch, worker_command
+
+
+class SetLoss(NamedTuple):
+    """The loss on one validation set, in nats per token, and its number of tokens."""
+
+    loss: float
+    tokens: int
 
 
 def evaluate(
@@ -102,7 +109,7 @@ def _check_validation_data(run: Path, recipe: Recipe) -> None:
 @listening()
 def evaluate_as_worker(recipe: Recipe, terminal: TextIO, *, step: int | None = None) -> None:
     """As one Megatron worker, evaluate a step (None: the newest); rank 0 writes validation.json and the table."""
-    args = start_megatron(recipe, after=evaluation_arguments(recipe, step))
+    args = start_megatron(recipe, after=evaluation_arguments(recipe, step), trains=False)
     import torch.distributed
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -151,8 +158,7 @@ class _Validation(Listener):
         prefixes = [prefix for _, prefix in recipe.data.validation or ()]
         # The subsets of a corpus, otherwise token files.
         self.names = args.validation_set_names or prefixes or ["validation"]
-        # Set -> (loss in nats per token, tokens).
-        self.results: dict[str, tuple[float, int]] = {}
+        self.results: dict[str, SetLoss] = {}
         self.batches = 0
         # For the current set, on this rank: [loss, tokens].
         self.sums: Any = 0.0
@@ -163,7 +169,7 @@ class _Validation(Listener):
     def before_validation_set(self, call: Call) -> None:
         self.sums, self.batches = 0.0, 0
 
-    def after_validation_set(self, call: Call, result: Any) -> None:
+    def after_validation_set(self, call: Call, result: object) -> None:
         self.results[self.names[len(self.results)]] = self._over_all_ranks()
 
     def forward_step(self, data_iterator: Any, model: Any) -> Any:
@@ -187,7 +193,7 @@ class _Validation(Listener):
         self.sums = self.sums + torch.stack([loss.double(), num_tokens.double()])
         return loss, num_tokens, reported
 
-    def _over_all_ranks(self) -> tuple[float, int]:
+    def _over_all_ranks(self) -> SetLoss:
         import torch
         from megatron.core import parallel_state
 
@@ -196,7 +202,7 @@ class _Validation(Listener):
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             torch.distributed.all_reduce(self.sums, group=group)
             loss, tokens = self.sums.tolist()
-            box = [(loss / tokens, int(tokens))]
+            box = [SetLoss(loss / tokens, int(tokens))]
         torch.distributed.broadcast_object_list(box, src=torch.distributed.get_world_size() - 1)
         return box[0]
 
@@ -211,7 +217,7 @@ def _validation_sets(num_samples: list[Any], vp_stage: int | None = None, *, arg
     return [None, validation, None]
 
 
-def report(recipe: Recipe, step: int, results: dict[str, tuple[float, int]], terminal: TextIO) -> None:
+def report(recipe: Recipe, step: int, results: dict[str, SetLoss], terminal: TextIO) -> None:
     """Write RUN/evaluation/validation.json and print it as a table."""
     from megatron_txssm.files import write_json
 

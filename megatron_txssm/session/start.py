@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.platform import prepare_platform
+from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.megatron_arguments.section import of_gpus
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validation.fp8_checks import check_fp8_on
@@ -20,14 +21,19 @@ if TYPE_CHECKING:
     from megatron_txssm.compat import MegatronArguments
 
 
-def start_megatron(recipe: Recipe, *, before: Sequence[str] = (), after: Sequence[str] = ()) -> "MegatronArguments":
+def start_megatron(
+    recipe: Recipe, *, before: Sequence[str] = (), after: Sequence[str] = (), trains: bool = True
+) -> "MegatronArguments":
     """Megatron's arguments for a recipe, parsed and validated by Megatron, for the rank given by the environment.
 
     Call it before Megatron is imported. `before` and `after`: further arguments, placed before or after the recipe's
-    own; later ones override earlier ones. UserError if this machine or Megatron rejects them.
+    own; later ones override earlier ones. `trains` False: without a GPU, entries of the `megatron:` section that need
+    one are left out, with a message. UserError if this machine or Megatron rejects the arguments.
     """
     follow_deterministic_mode(recipe)
     platform_arguments = prepare_platform()
+    if not trains:
+        recipe = _without_gpu_entries(recipe)
     check_gpu(recipe)
     from megatron_txssm.compat import mend_megatron
 
@@ -49,6 +55,17 @@ def check_gpu(recipe: Recipe) -> None:
     except RuntimeError as error:
         raise UserError(f"{error}; run without LD_LIBRARY_PATH, or with torch's own cuDNN first in it") from error
     check_fp8_on(recipe, torch.cuda.get_device_capability(), (cudnn // 10000, cudnn // 100 % 100, cudnn % 100))
+
+
+def _without_gpu_entries(recipe: Recipe) -> Recipe:
+    import torch
+
+    if torch.cuda.is_available():
+        return recipe
+    names = of_gpus(recipe.megatron)
+    for name in names:
+        print(f"megatron.{name}={recipe.megatron[name]} needs a GPU; without one, it is left out", flush=True)
+    return changed(recipe, {f"megatron.{name}": None for name in names})
 
 
 def follow_deterministic_mode(recipe: Recipe) -> None:

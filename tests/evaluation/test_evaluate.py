@@ -23,6 +23,7 @@ FIELDS = (
 )
 TP2 = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
 DP2 = ("parallel.tensor_model_parallel_size=1",)
+FOR_GPUS = ("megatron.attention_backend=flash", "megatron.use_persistent_ckpt_worker=true")
 PP2 = (*DP2, "parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_stages=1")
 
 
@@ -75,7 +76,9 @@ def evaluated(run: Path, *words: str) -> dict[str, Any]:
 @pytest.mark.slow
 # At DP=2 the 21 samples of web are divided unevenly; with a stage on each rank, micro-batches are passed on.
 @pytest.mark.parametrize(
-    "words", [[], [*sets(*DP2), "--nproc", "2"], sets(*PP2)], ids=["as trained", "DP2", "PP2 and a virtual stage"]
+    "words",
+    [[], [*sets(*DP2), "--nproc", "2"], sets(*PP2), sets(*DP2, *FOR_GPUS)],
+    ids=["as trained", "DP2", "PP2 and a virtual stage", "without the GPU that trained it"],
 )
 def test_it_equals_what_the_run_logged(run_folder: Path, words: list[str]) -> None:
     result = evaluated(run_folder, *words)

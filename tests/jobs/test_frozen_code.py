@@ -105,7 +105,8 @@ def test_a_copy_of_this_checkout_runs_by_itself(tmp_path: Path) -> None:
     code.write()
     assert sum(path.stat().st_size for path in code.path.rglob("*") if path.is_file()) < 5_000_000
     text = "import megatron_txssm.jobs.supervisor.supervisor as s, megatron_txssm.recipe.loader as r\n"
-    text += "print(s.__file__, r.load_recipe('demo_cpu').name, r.RECIPES)"
+    text += "from megatron_txssm.home import RECIPES\n"
+    text += "print(s.__file__, r.load_recipe('demo_cpu').name, RECIPES)"
     environment = os.environ | {"PYTHONPATH": str(code.path), "PYTHONSAFEPATH": "1"}
     done = subprocess.run([sys.executable, "-c", text], env=environment, cwd=HOME, capture_output=True, text=True)
     place = code.path
