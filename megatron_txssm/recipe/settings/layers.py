@@ -89,6 +89,8 @@ def _typed_text(value: str, source: Source) -> Any:
     try:
         data = load_yaml(value, source.name)
     except UserError:
+        # Between quotes it is no syntax; characters that no file may contain are still refused.
+        load_yaml("'" + value.replace("'", "''") + "'", source.name)
         return value
     return data if data is None or isinstance(data, str) else value
 

@@ -190,6 +190,9 @@ def test_set_takes_what_is_typed_for_a_text_field_and_null_for_none(tmp_path: Pa
     recipe = load(tmp_path, "subsets.web.glob=*.parquet", "subsets.web.origin={a}/{b}", "subsets.web.source='x y'")
     web = recipe.subsets["web"]
     assert (web.glob, web.origin, web.source) == ("*.parquet", "{a}/{b}", "x y")
+    for character in ("\udcff", "\0", "\x1b"):
+        with pytest.raises(UserError, match="special characters are not allowed"):
+            load(tmp_path, f"subsets.web.glob=*{character}")
     assert load(tmp_path, "slurm.partition=null", slurm={"partition": "cpu"}).slurm.partition is None
     # An empty section is written by deleting its last line.
     assert load(tmp_path, "slurm.partition=cpu", slurm=None).slurm.partition == "cpu"
