@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.training import get_args
 
-from megatron_txssm.architecture.layer_pattern import STATE_SPACE
+from megatron_txssm.architecture.layer_pattern import STATE_SPACE, layers
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 from megatron_txssm.compat import mend_megatron
 from megatron_txssm.errors import UserError
@@ -91,8 +91,8 @@ class LayerSettings:
                 f"position_embedding_type={args.position_embedding_type} is not supported by TransXSSM's layers; "
                 f"use {' or '.join(POSITION_EMBEDDING_TYPES)}"
             )
-        # Without state-space layers, sizes that do not fit one are not an error.
-        state_space = state_space_config(args) if STATE_SPACE in args.hybrid_layer_pattern else None
+        # Without state-space layers, sizes that do not fit one are not an error. Other layers are refused by name.
+        state_space = state_space_config(args) if STATE_SPACE in layers(args.hybrid_layer_pattern) else None
         if state_space is not None:
             check_ssd_backend(state_space.ssd_backend)
         rotary = UnifiedRotaryEmbedding(

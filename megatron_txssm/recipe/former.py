@@ -24,8 +24,9 @@ def replacement(dotted: str, section: dict[str, Any]) -> str:
     if dotted != "model.num_layers":
         return ""
     letters, count = section.get("layer_pattern", "SSSSSSSA"), section["num_layers"]
-    written = _written_out(letters, count) if isinstance(count, int) and not set(letters) - {*"SA"} else MODULE
-    return f"; it follows from model.layer_pattern, one symbol per layer: write model.layer_pattern={written!r}"
+    known = isinstance(letters, str) and letters and not set(letters) - {*"SA"} and isinstance(count, int)
+    example = f"model.layer_pattern={_written_out(letters, count)!r}" if known else f"such as {MODULE}"
+    return f"; it follows from model.layer_pattern, which has one symbol per layer: write {example}"
 
 
 def _written_out(letters: str, num_layers: int) -> str:
