@@ -37,7 +37,10 @@ def stages(pattern: str) -> list[str]:
 
 def _advice(written: str, strangers: list[str]) -> str:
     if not re.search("[^SA]", written):
-        return f"S and A are now M and *, each with its FFN as a layer of its own (-): write {from_letters(written)}"
+        return (
+            "S and A are now M and *, each with its FFN as a layer of its own (-): "
+            f"write {from_letters(written)} once for each repetition"
+        )
     if known := [f"{symbol} ({UNSUPPORTED[symbol]})" for symbol in strangers if symbol in UNSUPPORTED]:
         return f"{', '.join(known)} of Megatron's layers is not supported yet; use {_listed()}"
     return f"{', '.join(map(repr, strangers))} is no layer; use {_listed()}"

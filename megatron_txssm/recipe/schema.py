@@ -8,6 +8,7 @@
 
 from dataclasses import dataclass
 
+from megatron_txssm.architecture.layer_pattern import layers
 from megatron_txssm.choices import (
     AttentionPositionEncoding,
     ContextParallelMethod,
@@ -52,6 +53,7 @@ class Model:
         "one symbol per layer: M state-space, * attention, - FFN; | between pipeline stages; spaces are ignored",
         "--hybrid-layer-pattern",
         owns=("--num-layers", "--hybrid-override-pattern"),
+        check=layers,
     )
     hidden_size: int = setting("channels of the residual stream (d_model)", "--hidden-size", at_least=1)
     ffn_hidden_size: int = setting("inner channels of the SwiGLU FFN", "--ffn-hidden-size", at_least=1)

@@ -14,6 +14,8 @@ training: {seq_length: 64, global_batch_tokens: 256, train_iters: 5}
 optimizer: {learning_rate: 1e-3}
 data: {train: a/train, validation: a/validation, tokenizer_model: a/tok, vocab_size: 1000}
 """
+# In the place of demo_cpu's tensor parallelism.
+TWO_STAGES = ["parallel.tensor_model_parallel_size=1", "parallel.pipeline_model_parallel_size=2"]
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -94,6 +96,7 @@ def test_a_typo_is_answered_with_file_name_and_nearest_known(tmp_path: Path, tex
         ("training.seed=[", "not valid YAML"),
         ("model.rope_scaling=dynamic", "contradicts a state accumulated under the old ones"),
         ("model.position_encoding=conv1d", "did you mean 'conv1d_d'?"),
+        ("model.layer_pattern=M-X", "layer_pattern='M-X': 'X' is no layer"),
     ],
 )
 def test_a_wrong_override_is_refused_by_name(minimal: Path, override: str, wanted: str) -> None:
@@ -313,6 +316,25 @@ def test_scalars_are_read_as_people_write_them(text: str, value: object) -> None
     read = load_yaml(text, "test")
     assert (type(read), read) == (type(value), value)
     assert load_yaml(dump_yaml({"a": read}), "test") == {"a": read}
+
+
+@pytest.mark.parametrize("text", ["*-*-", "*-", "*-M-|*-", "**"])
+def test_a_pattern_that_begins_with_attention_must_be_quoted(tmp_path: Path, text: str) -> None:
+    """YAML reads * as an alias."""
+    model = f"extends: demo_cpu\nmodel:\n  layer_pattern: {text}\n"
+    message = refusal(write(tmp_path, "bare", model))
+    assert message.startswith(f"{tmp_path}/bare.yaml, line 3: not valid YAML: ")
+    assert message.endswith("; quote a text that begins with *, such as '*-*-'")
+    assert load_yaml(f"layer_pattern: '{text}'", "test") == {"layer_pattern": text}
+    assert load_recipe("demo_cpu", [f"model.layer_pattern={text}", *TWO_STAGES]).model.layer_pattern == text
+
+
+@pytest.mark.parametrize("style", ["|", ">", "|-", ">+"])
+def test_a_pattern_of_several_lines(tmp_path: Path, style: str) -> None:
+    text = f"extends: demo_cpu\nmodel:\n  layer_pattern: {style}\n    M-M- |\n    *-M-\n\n"
+    recipe = load_recipe(write(tmp_path, "lines", text), TWO_STAGES)
+    assert recipe.layers == "M-M-*-M-"
+    assert load_recipe(write(tmp_path, "resolved", recipe.to_yaml())) == recipe
 
 
 def test_recipes_of_the_current_directory_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
