@@ -10,7 +10,7 @@ import math
 import re
 from pathlib import Path
 
-from megatron_txssm.architecture.layer_pattern import repeated_part, stages
+from megatron_txssm.architecture.layer_pattern import BORDER, MODULE, repeated_part, stages
 from megatron_txssm.check.tokens import VOCAB_SIZE
 from megatron_txssm.recipe.changes import (
     WITHOUT_FP8,
@@ -27,6 +27,8 @@ _OF_THE_GRADIENTS = re.compile(
     r"overlap_grad_reduce|overlap_param_gather|ddp_bucket_size|ddp_num_buckets"
     r"|cp_comm_type|recompute_modules|accumulate_allreduce_grads_in_fp32"
 )
+# Two or more of the same part in a row.
+_REPETITIONS = re.compile(r"(.+?)\1+")
 
 
 def as_words(recipe: Recipe, changes: Changes) -> list[str]:
@@ -85,15 +87,46 @@ def _model(recipe: Recipe, nproc: int) -> Changes:
 def _layers(recipe: Recipe, nproc: int) -> str:
     """The first repetitions of the pattern that the same pipeline sizes divide, with 1 or 2 stages per process.
 
-    A pattern that is divided into stages stays as it is.
+    If the pattern is divided into stages, these are shortened one by one.
     """
-    if len(stages(recipe.model.layer_pattern)) > 1:
-        return recipe.model.layer_pattern
+    written = stages(recipe.model.layer_pattern)
+    if len(written) > 1:
+        return BORDER.join(_shorter(written))
     keep, layers = 2 * nproc, recipe.layers
     period = len(repeated_part(layers))
     return next(
         layers[:n] for n in range(period, len(layers) + 1, period) if math.gcd(n, keep) == math.gcd(len(layers), keep)
     )
+
+
+def _shorter(written: list[str]) -> list[str]:
+    """Stages with fewer repetitions of their parts.
+
+    Their number decides which layouts are legal, so it stays, as do the first and last layer of each, which stages are
+    longer than others, and small patterns.
+    """
+    if sum(map(len, written)) <= len(MODULE):
+        return written
+    counts = sorted({_count(run) for stage in written for run in _REPETITIONS.finditer(stage)})
+
+    def cut(least: int) -> list[str]:
+        def some(run: re.Match[str]) -> str:
+            return run[1] * min(_count(run), counts.index(_count(run)) + least)
+
+        return [_REPETITIONS.sub(some, stage) for stage in written]
+
+    shorter = next(some for some in map(cut, itertools.count(1)) if _by_length(some) == _by_length(written))
+    return written if shorter == written else _shorter(shorter)
+
+
+def _count(run: re.Match[str]) -> int:
+    return len(run[0]) // len(run[1])
+
+
+def _by_length(written: list[str]) -> list[int]:
+    """The rank of each stage's length; equal lengths share one."""
+    lengths = [len(stage) for stage in written]
+    return [sorted(set(lengths)).index(length) for length in lengths]
 
 
 def _state_space(recipe: Recipe, nproc: int) -> Changes:

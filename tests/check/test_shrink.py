@@ -41,6 +41,11 @@ def is_legal(recipe: Recipe) -> bool:
             [f"model.layer_pattern={'M-' * 18}", "model.state_num_groups=2", "data.make_vocab_size_divisible_by=2"],
         ),
         ("transxssm_320m", ["model.layer_pattern=M-M-*-M-M-*-", "model.chunk_size=300"]),
+        ("transxssm_320m", [f"model.layer_pattern={'M-' * 9}|{'M-' * 7}*-", "parallel.pipeline_model_parallel_size=2"]),
+        (
+            "transxssm_320m",
+            [f"model.layer_pattern={'|'.join(['M-' * 6] * 8)}", "parallel.pipeline_model_parallel_size=8"],
+        ),
         ("jamba_320m", ["model.chunk_size=8192", "model.length_scaling_base=1024", "model.state_size=33"]),
     ],
 )
@@ -52,6 +57,32 @@ def test_a_small_recipe_has_the_layouts_of_the_large_one(name: str, overrides: l
     for layout in all_layouts(nproc)[1:]:
         assert is_legal(layout.of(small)) == is_legal(layout.of(recipe)), layout.name
     assert shrink(small, TOKENS, nproc=nproc, steps=2) == small
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wanted"),
+    [
+        ("|".join(["M-" * 12] * 4), "M-|M-|M-|M-"),
+        # Longer stages stay longer than others.
+        ("|".join(["M-" * 12, "M-" * 11, "M-" * 12]), "M-M-|M-|M-M-"),
+        ("|".join(["M-M-M-M-M-M-M-*-", "M-M-M-M-M-M-M-*-" * 2]), "M-*-|M-*-M-*-"),
+        # So do the layers beside a border.
+        ("M-M-M-M-M-M-M-M|-M-M-M-M-M-*", "M-M-M|-M-*"),
+        # Nothing repeats, and nothing is large.
+        ("MM-*-|M-*", "MM-*-|M-*"),
+        ("M-M-M-M-|M-M-M-M-", "M-M-M-M-|M-M-M-M-"),
+        ("M-" * 8 + "|M-*-", "M-M-M-|M-*-"),
+    ],
+)
+def test_stages_are_shortened(pattern: str, wanted: str) -> None:
+    recipe = load_recipe("transxssm_320m", [f"model.layer_pattern={pattern}", *stages_of(pattern)])
+    small = shrink(recipe, TOKENS, nproc=4, steps=2)
+    assert small.model.layer_pattern == wanted
+    assert shrink(small, TOKENS, nproc=4, steps=2) == small
+
+
+def stages_of(pattern: str) -> list[str]:
+    return [f"parallel.pipeline_model_parallel_size={pattern.count('|') + 1}"]
 
 
 def test_what_makes_the_model_stays() -> None:
