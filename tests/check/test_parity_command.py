@@ -26,6 +26,20 @@ def test_layouts_of_a_recipe_equal_one_process(temporary: Path, capsys: pytest.C
     assert list(temporary.iterdir()) == []
 
 
+def test_layers_that_are_no_blocks_in_uneven_stages(temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = (
+        "model.layer_pattern=MM-*-|M-*",
+        "parallel.tensor_model_parallel_size=1",
+        "parallel.pipeline_model_parallel_size=2",
+    )
+    words = ["--nproc", "2", "--layout", "recipe", "--layout", "tp2_sp"]
+    words += [word for change in changes for word in ("--set", change)]
+    assert main(["check", "parity", "demo_cpu", *words]) == 0
+    said = capsys.readouterr().out
+    assert "8 layers (MM-*-M-*)" in said
+    assert said.endswith("the same as one process: all 2 layouts\n")
+
+
 def test_a_broken_layout_is_caught(
     temporary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
