@@ -29,6 +29,7 @@ from megatron_txssm.convert.proof.proof import compare_tensors, versions
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import complete_folder
 from megatron_txssm.terminal import progress_bar
+from tests.convert.trained import ARCHITECTURES
 from tests.convert.untrained import Evil, make_run, random_weights
 
 
@@ -219,6 +220,16 @@ def test_a_wrong_option(run_folder: Path, tmp_path: Path, refused: Any) -> None:
     refused(
         [*words, "--layout", "llama"], ["--layout llama cannot hold run: it has state-space layers; leave --layout"]
     )
+
+
+def test_layers_that_are_no_blocks_have_no_format(tmp_path: Path, refused: Any) -> None:
+    run = make_run(tmp_path / "mixed", ARCHITECTURES["jamba"] | {"layer_pattern": "MM-*-M"})
+    for layout in ([], ["--layout", "transxssm"], ["--layout", "granitemoehybrid"]):
+        refused(
+            ["convert", "export", run, tmp_path / "out", "--no-verify", *layout],
+            ["model.layer_pattern=MM-*-M is not a sequence of blocks, each a mixer (M or *) and an FFN (-)"],
+        )
+    assert "decoder.layers.1.mixer.D" in export(run, tmp_path / "megatron", "--layout", "megatron")
 
 
 def test_each_side_of_a_comparison_has_a_step(run_folder: Path, tmp_path: Path, refused: Any) -> None:

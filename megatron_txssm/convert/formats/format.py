@@ -25,6 +25,9 @@ ARCHITECTURES = {
 
 def choose_format(recipe: Recipe, asked: Format | None) -> Format:
     """`asked`; None: llama if the model is one, otherwise transxssm. UserError with the reason if it does not fit."""
+    if asked != "megatron":
+        # Raises UserError itself if the layers are no blocks.
+        _ = recipe.blocks
     if asked is None:
         return "llama" if refusal(recipe, "llama") is None else "transxssm"
     if reason := refusal(recipe, asked):
