@@ -208,6 +208,6 @@ def test_a_model_drawn_in_parts_is_the_same(one_process: None, monkeypatch: pyte
     monkeypatch.setattr(initialization, "NUMBERS_PER_THREAD", 64)
     monkeypatch.setattr(initialization, "_draw_part", counted)
     parts = weights(initialized(share_embeddings_and_output_weights=False))
-    # All but a mixer's small parameters: four or five projections per layer, embedding and output layer.
-    assert len(drawn_in_parts) > 4 * len(PATTERN)
+    # All but a mixer's small parameters: two to five projections per layer, embedding and output layer.
+    assert len(drawn_in_parts) > 3 * len(PATTERN)
     assert all(torch.equal(parts[key], tensor) for key, tensor in whole.items())
