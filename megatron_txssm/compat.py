@@ -1,4 +1,4 @@
-"""Imports moved or private names of Megatron, and patches its faults; for checkpoint saves: compat_saves.py.
+"""Imports moved or private names of Megatron, and patches its faults; for checkpoint saves: checkpoint/compat_saves.py.
 
 Checked against megatron-core 0.19.2 (tests/test_compat.py); start here when upgrading Megatron.
 """

@@ -117,7 +117,7 @@ def test_recipes_are_found_and_their_place_is_told(installed: Installed) -> None
     assert names <= {line.split()[0] for line in table.splitlines()}
     resources = installed.package / "resources"
     assert table.endswith(f"recipes: {resources}/recipes\nbatch scripts: {resources}/slurm\n")
-    assert "num_layers: 8\n" in installed.txssm("recipes", "demo_cpu")
+    assert "layer_pattern: M-M-M-M-M-M-M-*-\n" in installed.txssm("recipes", "demo_cpu")
 
 
 def test_recipes_of_the_current_folder_go_first(installed: Installed, tmp_path: Path) -> None:

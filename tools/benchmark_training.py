@@ -88,7 +88,8 @@ def work(model: str, length: int, args: argparse.Namespace) -> None:
     from megatron_txssm.training.pretrain import pretrain
 
     sizes = {
-        "model.num_layers": 8,
+        # Eight blocks of each model, a third.
+        "model.layer_pattern": load_recipe(f"{model.split()[0]}_320m").layers[:16],
         "training.seq_length": length,
         "training.global_batch_tokens": length,
         "training.micro_batch_size": 1,

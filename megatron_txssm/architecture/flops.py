@@ -1,6 +1,6 @@
 """Model FLOPs per token from a model's sizes, without torch. tests/architecture holds them against a FLOP counter."""
 
-from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE
+from megatron_txssm.architecture.layer_pattern import ATTENTION, FFN, STATE_SPACE
 from megatron_txssm.architecture.parameters import ModelSizes
 
 # The backward pass multiplies every matrix twice: once for the input's gradient, once for the weight's.
@@ -31,5 +31,5 @@ def flops_per_token(sizes: ModelSizes, seq_length: int, document_length: float |
     mixer = sizes.state_space.flops_per_token(seq_length) if sizes.state_space else 0.0
     ffn = FORWARD_AND_BACKWARD * 2.0 * sizes.ffn_weights
     logits = FORWARD_AND_BACKWARD * 2.0 * sizes.hidden_size * sizes.vocab_size
-    kinds = sizes.layer_kinds
-    return kinds.count(ATTENTION) * attention + kinds.count(STATE_SPACE) * mixer + len(kinds) * ffn + logits
+    per_layer = {ATTENTION: attention, STATE_SPACE: mixer, FFN: ffn}
+    return sum(sizes.layers.count(layer) * flops for layer, flops in per_layer.items()) + logits

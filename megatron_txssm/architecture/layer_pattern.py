@@ -1,30 +1,88 @@
-"""The layout of the layers as one string: `S` is a state-space layer, `A` an attention layer."""
+"""The layout of the layers as one string, in the alphabet of Megatron's --hybrid-layer-pattern."""
+
+import re
 
 from megatron_txssm.errors import UserError
 
-STATE_SPACE = "S"
-ATTENTION = "A"
+STATE_SPACE = "M"
+ATTENTION = "*"
+FFN = "-"
+# Between pipeline stages.
+BORDER = "|"
+LAYERS = {STATE_SPACE: "state-space", ATTENTION: "attention", FFN: "FFN"}
+# Megatron's other symbols.
+UNSUPPORTED = {"E": "experts", "G": "gated delta net", "+": "latent attention", "D": "sparse attention", "/": "MTP"}
 
-# The paper's module: seven state-space sub-layers, then one self-attention sub-layer (arXiv:2506.09507, section 3).
-DEFAULT_LAYER_PATTERN = "SSSSSSSA"
+# The paper's module: seven state-space sub-layers, then one self-attention sub-layer, each before an FFN
+# (arXiv:2506.09507, section 3).
+MODULE = "M-M-M-M-M-M-M-*-"
 
 
-def layer_kinds(pattern: str, num_layers: int) -> str:
-    """The kind of each of `num_layers` layers: `pattern`, repeated to this length.
+def stages(pattern: str) -> list[str]:
+    """The layers of each pipeline stage, one symbol each; one stage if the pattern has no borders.
 
-    Returns a string of `num_layers` letters. Raises UserError if the pattern is empty, has letters other than `S` and
-    `A`, or its length does not divide `num_layers`.
+    Spaces and line breaks are ignored. UserError if the pattern is empty or has unknown symbols.
     """
-    strangers = sorted(set(pattern) - {STATE_SPACE, ATTENTION})
-    if not pattern or strangers:
+    written = "".join(pattern.split())
+    if strangers := sorted(set(written) - {*LAYERS, BORDER}):
+        raise UserError(f"layer_pattern={pattern!r}: {_advice(written, strangers)}")
+    found = written.split(BORDER)
+    if not all(found):
         raise UserError(
-            f"layer_pattern={pattern!r} must be letters {STATE_SPACE!r} (state-space) and {ATTENTION!r} (attention), "
-            f"such as {DEFAULT_LAYER_PATTERN!r}" + (f"; found {', '.join(map(repr, strangers))}" if strangers else "")
+            f"layer_pattern={pattern!r} has {'no layers' if not written else f'a stage without layers at {BORDER!r}'}; "
+            f"write one symbol per layer, such as {MODULE}"
         )
-    if num_layers % len(pattern) != 0:
-        nearest = max(1, num_layers // len(pattern)) * len(pattern)
-        raise UserError(
-            f"num_layers={num_layers} is not a multiple of the length of layer_pattern={pattern!r} ({len(pattern)}); "
-            f"use num_layers={nearest} or write out a pattern of {num_layers} letters"
+    return found
+
+
+def _advice(written: str, strangers: list[str]) -> str:
+    if not re.search("[^SA]", written):
+        return (
+            "S and A are now M and *, each with its FFN as a layer of its own (-): "
+            f"write {from_letters(written)} once for each repetition"
         )
-    return pattern * (num_layers // len(pattern))
+    if known := [f"{symbol} ({UNSUPPORTED[symbol]})" for symbol in strangers if symbol in UNSUPPORTED]:
+        return f"{', '.join(known)} of Megatron's layers is not supported yet; use {_listed()}"
+    return f"{', '.join(map(repr, strangers))} is no layer; use {_listed()}"
+
+
+def _listed() -> str:
+    return ", ".join(f"{symbol} ({name})" for symbol, name in LAYERS.items()) + f" and {BORDER} between pipeline stages"
+
+
+def layers(pattern: str) -> str:
+    """All layers of a pattern in order, one symbol each."""
+    return "".join(stages(pattern))
+
+
+def blocks(layers: str) -> str | None:
+    """The mixer of each block, if the layers are blocks of a mixer and an FFN; None if they are not."""
+    return layers[::2] if re.fullmatch(f"([{STATE_SPACE}{re.escape(ATTENTION)}]{FFN})+", layers) else None
+
+
+def repeated_part(layers: str) -> str:
+    """The shortest part of which the layers are repetitions."""
+    return next(layers[:n] for n in range(1, len(layers) + 1) if layers[:n] * (len(layers) // n) == layers)
+
+
+def in_stages(pattern: str, count: int) -> str | None:
+    """The pattern with borders for `count` pipeline stages, virtual ones included.
+
+    As written if it has borders for as many; without borders for one stage; otherwise divided evenly. None if that
+    is impossible.
+    """
+    written = stages(pattern)
+    if len(written) == count:
+        return BORDER.join(written)
+    whole = "".join(written)
+    if count == 1:
+        return whole
+    if len(written) > 1 or len(whole) % count != 0:
+        return None
+    size = len(whole) // count
+    return BORDER.join(whole[start : start + size] for start in range(0, len(whole), size))
+
+
+def from_letters(letters: str) -> str:
+    """A pattern of earlier recipes, in which S and A were blocks of a mixer and an FFN, in today's symbols."""
+    return letters.translate({ord("S"): STATE_SPACE + FFN, ord("A"): ATTENTION + FFN})

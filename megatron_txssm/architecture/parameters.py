@@ -7,7 +7,7 @@ H=attention heads  G=query groups  K=channels per head  D=hidden size  F=FFN cha
 
 from dataclasses import dataclass
 
-from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE
+from megatron_txssm.architecture.layer_pattern import ATTENTION, FFN, STATE_SPACE
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 
 
@@ -15,8 +15,8 @@ from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 class ModelSizes:
     """The sizes of a model that determine the counts."""
 
-    # One letter per layer, S or A.
-    layer_kinds: str
+    # One symbol per layer (layer_pattern.py).
+    layers: str
     hidden_size: int
     ffn_hidden_size: int
     num_attention_heads: int
@@ -25,7 +25,7 @@ class ModelSizes:
     # Rows of the embedding, with padding.
     vocab_size: int
     tie_embeddings: bool
-    # None if no layer is of kind S.
+    # None without state-space layers.
     state_space: StateSpaceConfig | None
 
     @property
@@ -50,7 +50,7 @@ class ParameterCount:
     state_space: int
     attention: int
     ffn: int
-    # RMSNorm weights: two per layer and the final one.
+    # RMSNorm weights: one per layer and the final one.
     norms: int
 
     @property
@@ -60,14 +60,13 @@ class ParameterCount:
 
 def count_parameters(sizes: ModelSizes) -> ParameterCount:
     """Parameters by part, over all processes."""
-    num_layers = len(sizes.layer_kinds)
     embedding = sizes.vocab_size * sizes.hidden_size
     mixer = sizes.state_space.num_params() if sizes.state_space else 0
     return ParameterCount(
         embedding=embedding,
         output=0 if sizes.tie_embeddings else embedding,
-        state_space=sizes.layer_kinds.count(STATE_SPACE) * mixer,
-        attention=sizes.layer_kinds.count(ATTENTION) * sizes.attention_weights,
-        ffn=num_layers * sizes.ffn_weights,
-        norms=(2 * num_layers + 1) * sizes.hidden_size,
+        state_space=sizes.layers.count(STATE_SPACE) * mixer,
+        attention=sizes.layers.count(ATTENTION) * sizes.attention_weights,
+        ffn=sizes.layers.count(FFN) * sizes.ffn_weights,
+        norms=(len(sizes.layers) + 1) * sizes.hidden_size,
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from megatron_txssm.architecture.layer_pattern import BORDER
 from megatron_txssm.check.layouts import AS_STATED, ONE_PROCESS
 from megatron_txssm.check.parity import DIFFERENT, Precision, Verdict, bounds, verdict
 from megatron_txssm.check.shrink import as_words, shrink
@@ -169,21 +170,27 @@ def _layout(random: Random, processes: int) -> Changes:
     }
 
 
+def _pattern(random: Random, kinds: str, stages: int) -> str:
+    """Random layers of these kinds: in stages of any lengths, or of one length without borders."""
+    if random.random() < 0.5:
+        return BORDER.join("".join(random.choice(kinds) for _ in range(random.randint(1, 4))) for _ in range(stages))
+    length = stages * random.randint(1, max(1, 8 // stages))
+    return "".join(random.choice(kinds) for _ in range(length))
+
+
 def _architecture(random: Random, layout: Changes) -> Changes:
     tensor = layout["parallel.tensor_model_parallel_size"]
     stages = layout["parallel.pipeline_model_parallel_size"] * (layout["parallel.virtual_pipeline_stages"] or 1)
     all_to_all = layout["parallel.state_context_parallel"] == "all_to_all"
     shared_by = tensor * (layout["parallel.context_parallel_size"] if all_to_all else 1)
-    num_layers = random.choice([n for n in range(2, 7) if n % stages == 0] or [stages])
-    kinds = random.choice(("S", "A", "SSA", "SA", "SSSA", "SAA"))
+    kinds = random.choice(("M-", "*-", "M-M-*-", "M-*-", "MMM*-", "M**--"))
     position_encoding = random.choice(("rope", "rope", "conv1d_d", "a_t"))
     attention_rope = random.random() < 0.7
     groups = shared_by * random.choice((1, 1, 2, 3))
     query_groups = random.choice((None, tensor, 2 * tensor))
     interpolation = random.choice((None, None, None, 2, 3))
     changes = {
-        "layer_pattern": "".join(random.choice(kinds) for _ in range(num_layers)),
-        "num_layers": num_layers,
+        "layer_pattern": _pattern(random, kinds, stages),
         "hidden_size": random.randint(16, 64),
         "ffn_hidden_size": 2 * tensor * random.randint(2, 60 // tensor),
         "num_attention_heads": random.randint(1, 3) * (query_groups or tensor),

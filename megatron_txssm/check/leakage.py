@@ -54,7 +54,7 @@ def check_leakage(
         if not legal:
             raise UserError(f"--nproc {nproc}: no layout of {loaded.name} to check:\n{listed(refused)}")
         print(
-            f"{loaded.name}, made small: {small.model.num_layers} layers ({small.layer_kinds}), samples of "
+            f"{loaded.name}, made small: {len(small.layers)} layers ({small.layers}), samples of "
             f"{small.training.seq_length} tokens, {packings} random packings, each with two first documents",
             flush=True,
         )

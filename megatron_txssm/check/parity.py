@@ -106,7 +106,7 @@ def described(recipe: Recipe, small: Recipe, precision: Precision) -> str:
     """One line on what is compared, and one on what is left out of the recipe."""
     model, training = small.model, small.training
     lines = [
-        f"{recipe.name}, made small: {model.num_layers} layers ({small.layer_kinds}), hidden_size {model.hidden_size}, "
+        f"{recipe.name}, made small: {len(small.layers)} layers ({small.layers}), hidden_size {model.hidden_size}, "
         f"{small.global_batch_size} samples of {training.seq_length} tokens, {training.train_iters} steps, {precision}"
     ]
     if entries := left_out(recipe):

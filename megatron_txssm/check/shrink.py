@@ -10,6 +10,7 @@ import math
 import re
 from pathlib import Path
 
+from megatron_txssm.architecture.layer_pattern import BORDER, MODULE, repeated_part, stages
 from megatron_txssm.check.tokens import VOCAB_SIZE
 from megatron_txssm.recipe.changes import (
     WITHOUT_FP8,
@@ -26,6 +27,8 @@ _OF_THE_GRADIENTS = re.compile(
     r"overlap_grad_reduce|overlap_param_gather|ddp_bucket_size|ddp_num_buckets"
     r"|cp_comm_type|recompute_modules|accumulate_allreduce_grads_in_fp32"
 )
+# Two or more of the same part in a row.
+_REPETITIONS = re.compile(r"(.+?)\1+")
 
 
 def as_words(recipe: Recipe, changes: Changes) -> list[str]:
@@ -68,7 +71,7 @@ def _model(recipe: Recipe, nproc: int) -> Changes:
         heads = _smaller(model.num_attention_heads, nproc, at_least=4)
     hidden_size = _smaller(model.hidden_size, 1, at_least=48)
     changes = {
-        "num_layers": _num_layers(recipe, nproc),
+        "layer_pattern": _layers(recipe, nproc),
         "hidden_size": hidden_size,
         "ffn_hidden_size": _smaller(model.ffn_hidden_size, 2 * nproc, at_least=64),
         "num_attention_heads": heads,
@@ -81,12 +84,49 @@ def _model(recipe: Recipe, nproc: int) -> Changes:
     return {f"model.{name}": value for name, value in changes.items()}
 
 
-def _num_layers(recipe: Recipe, nproc: int) -> int:
-    """The fewest repetitions of the pattern that the same pipeline sizes divide, with 1 or 2 stages per process."""
-    keep, num_layers = 2 * nproc, recipe.model.num_layers
-    period = len(recipe.model.layer_pattern)
-    repeated = range(period, num_layers + 1, period)
-    return next(n for n in repeated if math.gcd(n, keep) == math.gcd(num_layers, keep))
+def _layers(recipe: Recipe, nproc: int) -> str:
+    """The first repetitions of the pattern that the same pipeline sizes divide, with 1 or 2 stages per process.
+
+    If the pattern is divided into stages, these are shortened one by one.
+    """
+    written = stages(recipe.model.layer_pattern)
+    if len(written) > 1:
+        return BORDER.join(_shorter(written))
+    keep, layers = 2 * nproc, recipe.layers
+    period = len(repeated_part(layers))
+    return next(
+        layers[:n] for n in range(period, len(layers) + 1, period) if math.gcd(n, keep) == math.gcd(len(layers), keep)
+    )
+
+
+def _shorter(written: list[str]) -> list[str]:
+    """Stages with fewer repetitions of their parts.
+
+    Their number decides which layouts are legal, so it stays, as do the first and last layer of each, which stages are
+    longer than others, and small patterns.
+    """
+    if sum(map(len, written)) <= len(MODULE):
+        return written
+    counts = sorted({_count(run) for stage in written for run in _REPETITIONS.finditer(stage)})
+
+    def cut(least: int) -> list[str]:
+        def some(run: re.Match[str]) -> str:
+            return run[1] * min(_count(run), counts.index(_count(run)) + least)
+
+        return [_REPETITIONS.sub(some, stage) for stage in written]
+
+    shorter = next(some for some in map(cut, itertools.count(1)) if _by_length(some) == _by_length(written))
+    return written if shorter == written else _shorter(shorter)
+
+
+def _count(run: re.Match[str]) -> int:
+    return len(run[0]) // len(run[1])
+
+
+def _by_length(written: list[str]) -> list[int]:
+    """The rank of each stage's length; equal lengths share one."""
+    lengths = [len(stage) for stage in written]
+    return [sorted(set(lengths)).index(length) for length in lengths]
 
 
 def _state_space(recipe: Recipe, nproc: int) -> Changes:

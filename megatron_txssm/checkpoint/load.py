@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_txssm.checkpoint.former_checkpoint import FormerCheckpoints
 from megatron_txssm.data.tokenizer.kept_tokenizer import tokenizer_source
 from megatron_txssm.recipe.changes import (
     ONE_MODEL_PARALLEL_RANK,
@@ -42,7 +43,7 @@ WEIGHTS_ONLY: Changes = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A GPTModel in evaluation mode, its tokenizer (Megatron's), its recipe and the step at which it was saved."""
+    """A HybridModel in evaluation mode, its tokenizer (Megatron's), its recipe and the step at which it was saved."""
 
     model: Any
     tokenizer: Any
@@ -95,7 +96,7 @@ def load_model(
     model = build_model(recipe, load_options(checkpoint, step))
     from megatron.training import get_tokenizer, training
 
-    with listening(FailedLoads()):
+    with listening(FailedLoads(), FormerCheckpoints()):
         iteration, _ = training.load_checkpoint([model], None, None)
     return LoadedModel(model.eval(), get_tokenizer(), recipe, int(iteration))
 
@@ -110,7 +111,7 @@ def load_options(checkpoint: Path, step: int | None) -> list[str]:
 
 
 def build_model(recipe: Recipe, options: list[str]) -> Any:
-    """Initialise Megatron in this process, the only one, and build a recipe's GPTModel with uninitialised weights.
+    """Initialise Megatron in this process, the only one, and build a recipe's HybridModel with uninitialised weights.
 
     `options`: Megatron arguments after the recipe's own.
     """
@@ -118,10 +119,10 @@ def build_model(recipe: Recipe, options: list[str]) -> Any:
     args = start_megatron(recipe, after=[*options, "--no-initialization"])
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import training
-    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.argument_utils import hybrid_config_from_args
 
     training.initialize_megatron()
-    config = gpt_config_from_args(args)
+    config = hybrid_config_from_args(args)
     [model] = config.get_builder_cls()(config).build_distributed_models(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_txssm.checkpoint.checksums import verify_files, wrong_sizes
+from megatron_txssm.checkpoint.former_checkpoint import with_present_names
 from megatron_txssm.checkpoint.steps import TRACKER, check_tracker, tracked
 from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER, NamedTensors, Shape, compare_shapes, model_shapes
 from megatron_txssm.errors import UserError, nearest
@@ -98,10 +99,10 @@ def open_checkpoint(
     described = f"{made_by} describes" if recipe is None else f"recipe {recipe.name} describes"
     recipe = recipe or load_recipe(made_by)
     step, folder = step_folder(checkpoints, step, option)
-    index = _read_index(folder, option)
+    shapes = model_shapes(recipe)
+    index = with_present_names(_read_index(folder, option), shapes, recipe.layers)
     entries = _weights(index)
     _check_files(folder, index, entries, option)
-    shapes = model_shapes(recipe)
     if fault := compare_shapes({name: _without_padding(recipe, name, e) for name, e in entries.items()}, shapes):
         raise UserError(f"{folder} is not the model that {described}: {fault}; {_another(option)}")
     verify_files(folder, recipe.checkpoint.verify, turn=step)

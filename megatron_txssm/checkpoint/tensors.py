@@ -1,6 +1,6 @@
 """A model's tensors by their names in Megatron's checkpoint, and how a conversion iterates over them.
 
-They are a GPTModel's at TP=1, with these exceptions. The norm before a linear layer is named after it, because
+They are a HybridModel's at TP=1, with these exceptions. The norm before a linear layer is named after it, because
 Transformer Engine fuses the two: `mlp.linear_fc1.layer_norm_weight`. Tensors that a state-space layer packs per
 tensor-parallel rank are stored by component: `in_proj.weight.x`, `.B`, `.C`, `.dt` (with a gate, `.z` first), and for a
 convolution `conv1d_weight.x`, `.B`, `.C`; concatenated in this order, they give the packed tensor at TP=1.
@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from megatron_txssm.architecture.layer_pattern import STATE_SPACE
+from megatron_txssm.architecture.layer_pattern import ATTENTION, FFN, STATE_SPACE
 from megatron_txssm.architecture.parameters import ModelSizes
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 from megatron_txssm.recipe.recipe import Recipe
@@ -54,33 +54,40 @@ def is_kept_in_fp32(name: str) -> bool:
 def model_shapes(recipe: Recipe) -> dict[str, Shape]:
     """The shape of every tensor of a recipe's model, in layer order; vocabularies without padding."""
     sizes = recipe.sizes
-    hidden, ffn = sizes.hidden_size, sizes.ffn_hidden_size
+    hidden = sizes.hidden_size
     vocabulary = (recipe.data.vocab_size, hidden)
     shapes: dict[str, Shape] = {EMBEDDING: vocabulary}
-    for layer, kind in enumerate(sizes.layer_kinds):
-        mixer = _state_space(recipe.state_space) if kind == STATE_SPACE else _attention(sizes)
-        parts = {f"self_attention.{name}": shape for name, shape in mixer.items()}
-        parts |= {
-            "mlp.linear_fc1.layer_norm_weight": (hidden,),
-            "mlp.linear_fc1.weight": (2 * ffn, hidden),
-            "mlp.linear_fc2.weight": (hidden, ffn),
-        }
-        shapes |= {f"decoder.layers.{layer}.{name}": shape for name, shape in parts.items()}
-    shapes["decoder.final_layernorm.weight"] = (hidden,)
+    parts = {ATTENTION: _attention(sizes), FFN: _ffn(sizes)}
+    if recipe.state_space is not None:
+        parts[STATE_SPACE] = _state_space(recipe.state_space)
+    for number, layer in enumerate(sizes.layers):
+        shapes |= {f"decoder.layers.{number}.{name}": shape for name, shape in parts[layer].items()}
+    shapes["decoder.final_norm.weight"] = (hidden,)
     return shapes if sizes.tie_embeddings else shapes | {OUTPUT_LAYER: vocabulary}
 
 
 def _attention(sizes: ModelSizes) -> dict[str, Shape]:
     hidden, channels = sizes.hidden_size, sizes.kv_channels
     return {
-        "linear_qkv.layer_norm_weight": (hidden,),
-        "linear_qkv.weight": ((sizes.num_attention_heads + 2 * sizes.num_query_groups) * channels, hidden),
-        "linear_proj.weight": (hidden, sizes.num_attention_heads * channels),
+        "self_attention.linear_qkv.layer_norm_weight": (hidden,),
+        "self_attention.linear_qkv.weight": (
+            (sizes.num_attention_heads + 2 * sizes.num_query_groups) * channels,
+            hidden,
+        ),
+        "self_attention.linear_proj.weight": (hidden, sizes.num_attention_heads * channels),
     }
 
 
-def _state_space(mixer: StateSpaceConfig | None) -> dict[str, Shape]:
-    assert mixer is not None
+def _ffn(sizes: ModelSizes) -> dict[str, Shape]:
+    hidden, ffn = sizes.hidden_size, sizes.ffn_hidden_size
+    return {
+        "mlp.linear_fc1.layer_norm_weight": (hidden,),
+        "mlp.linear_fc1.weight": (2 * ffn, hidden),
+        "mlp.linear_fc2.weight": (hidden, ffn),
+    }
+
+
+def _state_space(mixer: StateSpaceConfig) -> dict[str, Shape]:
     heads = (mixer.num_heads,)
     shapes: dict[str, Shape] = {"in_proj.layer_norm_weight": (mixer.hidden_size,)}
     shapes |= {f"in_proj.weight.{part}": (rows, mixer.hidden_size) for part, rows in mixer.in_proj_sizes.items()}
@@ -90,7 +97,8 @@ def _state_space(mixer: StateSpaceConfig | None) -> dict[str, Shape]:
     shapes |= {"dt_bias": heads} if mixer.dt_bias else {}
     shapes |= {"D": heads} if mixer.conv_sizes else {}
     shapes |= {"norm_weight": (mixer.inner_size,)} if mixer.gated else {}
-    return shapes | {"out_proj.weight": (mixer.hidden_size, mixer.inner_size)}
+    shapes |= {"out_proj.weight": (mixer.hidden_size, mixer.inner_size)}
+    return {f"mixer.{name}": shape for name, shape in shapes.items()}
 
 
 def layer_of(name: str) -> int | None:

@@ -66,12 +66,11 @@ def write_model_card(export: Export, folder: Path, name: str, proof: Proof | Non
 
 def _card(export: Export, name: str, proof: Proof | None, has_tokenizer: bool) -> list[str]:
     recipe, step = export.saved.recipe, export.saved.step
-    kinds = recipe.layer_kinds
     loaded = export.format in ARCHITECTURES
     lines = ["---", *(["library_name: transformers"] if loaded else []), "pipeline_tag: text-generation", "tags:"]
     lines += [
         "- transxssm",
-        "- state-space-model" if "S" in kinds else "- transformer",
+        "- state-space-model" if recipe.has_state_space else "- transformer",
         "---",
         "",
         f"# {recipe.name}",
@@ -79,8 +78,8 @@ def _card(export: Export, name: str, proof: Proof | None, has_tokenizer: bool) -
     ]
     lines += [recipe.description[:1].upper() + recipe.description[1:] + "."] if recipe.description else []
     lines += [
-        f"{export.numel:,} parameters; layers: {kinds} (S state-space, A attention); pretrained with megatron_txssm "
-        "([TransXSSM, arXiv:2506.09507](https://arxiv.org/abs/2506.09507)).",
+        f"{export.numel:,} parameters; layers: {recipe.layers} (M state-space, * attention, - FFN); "
+        "pretrained with megatron_txssm ([TransXSSM, arXiv:2506.09507](https://arxiv.org/abs/2506.09507)).",
         "",
         "## Training",
         "",

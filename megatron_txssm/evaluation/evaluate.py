@@ -116,6 +116,7 @@ def evaluate_as_worker(recipe: Recipe, terminal: TextIO, *, step: int | None = N
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from rich.progress import Progress
 
+    from megatron_txssm.checkpoint.former_checkpoint import FormerCheckpoints
     from megatron_txssm.checkpoint.load import FailedLoads
     from megatron_txssm.session.start import model_config
     from megatron_txssm.terminal import beside_the_log
@@ -125,6 +126,7 @@ def evaluate_as_worker(recipe: Recipe, terminal: TextIO, *, step: int | None = N
     args.exit_signal_handler = False
     listen(SoundLoads(recipe, lambda text: print(text, flush=True) if args.rank == 0 else None))
     listen(FailedLoads())
+    listen(FormerCheckpoints())
     hidden = args.rank > 0 or not terminal.isatty()
     with Progress(**beside_the_log(terminal), transient=True, disable=hidden) as progress:
         validation = _Validation(recipe, args, partial(progress.update, progress.add_task("evaluating")))

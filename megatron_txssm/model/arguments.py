@@ -3,13 +3,11 @@
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from megatron_txssm.architecture.layer_pattern import DEFAULT_LAYER_PATTERN
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 from megatron_txssm.choices import CONTEXT_PARALLEL_METHODS, POSITION_ENCODINGS, SSD_BACKENDS
 
-# Used where Megatron was started without our arguments (stock pretrain_gpt.py --spec).
+# Used where Megatron was started without our arguments (stock pretrain_hybrid.py --spec).
 DEFAULTS: dict[str, Any] = {
-    "layer_pattern": DEFAULT_LAYER_PATTERN,
     "position_encoding": "rope",
     "state_space_gated": False,
     "state_space_no_dt_bias": False,
@@ -25,9 +23,6 @@ DEFAULTS: dict[str, Any] = {
 def add_transxssm_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add our argument group to Megatron's parser (its `extra_args_provider`)."""
     group = parser.add_argument_group(title="TransXSSM")
-    group.add_argument(
-        "--layer-pattern", help="layer kinds, S (state-space) and A (attention), repeated over --num-layers"
-    )
     group.add_argument("--position-encoding", choices=POSITION_ENCODINGS, help="of the state-space layers")
     group.add_argument("--state-space-gated", action="store_true", help="Mamba-2's output gate and grouped RMSNorm")
     group.add_argument("--state-space-no-dt-bias", action="store_true", help="no learned bias under dt's softplus")

@@ -2,7 +2,7 @@
 
 Megatron seeds each rank's generator by the rank's place in the layout, so the same seed gives different models at TP=1
 and TP=2. Here a parameter's initial value is a function of the seed and of the parameter's name and global shape in
-the checkpoint.
+the checkpoint; the name is the one that it had in earlier versions (architecture/former_names.py).
 
 The numbers come from torch's CPU generator; its GPU generator would draw others. Every rank draws small parameters
 whole. Of a large parameter, a rank draws only the rows that it holds a part of, in several threads, each with a
@@ -20,6 +20,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
+from megatron_txssm.architecture.former_names import former_name
+from megatron_txssm.architecture.layer_pattern import layers
 from megatron_txssm.model.mersenne_twister import generators_ahead
 from megatron_txssm.model.shards import model_shards
 from megatron_txssm.model.state_space_mixer import StateSpaceMixer
@@ -38,12 +40,12 @@ NUMBERS_AT_ONCE = 16
 
 @torch.no_grad()
 def initialize_by_name(model: Any, seed: int) -> None:
-    """Fill every parameter of this rank's GPTModel in place, with the init functions of Megatron's config."""
-    rules = _rules(model)
+    """Fill every parameter of this rank's HybridModel in place, with the init functions of Megatron's config."""
+    rules, all_layers = _rules(model), layers(model.hybrid_layer_pattern)
     for shard in model_shards(model):
         if rule := _rule(rules, shard.key):
             assert shard.data is not None and not shard.data.is_meta, f"{shard.key} has no memory to fill"
-            shard.data.copy_(_draw(rule, shard, seed))
+            shard.data.copy_(_draw(rule, shard, f"{seed}:{former_name(shard.key, all_layers)}"))
 
 
 def _rules(model: Any) -> dict[str, Callable[[Tensor], Any]]:
@@ -70,9 +72,9 @@ def _rule(rules: dict[str, Callable[[Tensor], Any]], key: str) -> Callable[[Tens
     return next((rule for suffix, rule in rules.items() if f".{key}".endswith(f".{suffix}")), None)
 
 
-def _draw(rule: Callable[[Tensor], Any], shard: ShardedTensor, seed: int) -> Tensor:
-    """A parameter's shard, fp32, from a generator seeded by `seed` and the parameter's name."""
-    digest = hashlib.sha256(f"{seed}:{shard.key}".encode()).digest()
+def _draw(rule: Callable[[Tensor], Any], shard: ShardedTensor, seed: str) -> Tensor:
+    """A parameter's shard, fp32, from a generator seeded by a text."""
+    digest = hashlib.sha256(seed.encode()).digest()
     number = int.from_bytes(digest[:8], "big", signed=True)
     where = tuple(
         slice(start, start + length) for start, length in zip(shard.global_offset, shard.local_shape, strict=True)

@@ -1,12 +1,13 @@
-"""TransXSSM's layers as Megatron-Core block specs: how the model registers with Megatron.
+"""TransXSSM's layers as a spec of Megatron-Core's HybridModel: how the model registers with Megatron.
 
-Megatron imports `transxssm_block_spec` by name (`--spec megatron_txssm.model.layer_specs transxssm_block_spec`) and
-calls it with the model's config. The result is an ordinary GPT decoder in which a state-space mixer replaces
-self-attention in seven of eight layers. Stock Megatron-LM's pretrain_gpt.py accepts it unchanged; stock.py adds our
-arguments to that script.
+Megatron imports `transxssm_stack_spec` by name (`--spec megatron_txssm.model.layer_specs transxssm_stack_spec`) and
+builds it with the model's config. The result is an ordinary HybridModel whose state-space layers hold our mixer and
+whose attention layers rotate by the same table. Stock Megatron-LM's pretrain_hybrid.py accepts it unchanged; stock.py
+adds our arguments to that script.
 """
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,19 +15,18 @@ from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, get_backend
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType, LayerType
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    TransformerLayerSubmodules,
-    get_transformer_layer_offset,
-)
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.training import get_args
 
-from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
+from megatron_txssm.architecture.layer_pattern import STATE_SPACE, layers
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 from megatron_txssm.compat import mend_megatron
 from megatron_txssm.errors import UserError
@@ -59,47 +59,77 @@ BUILT_IN: dict[str, Any] = {
     "layernorm_zero_centered_gamma": False,
     # It would feed fp32 activations to bf16 weights.
     "fp32_residual_connection": False,
-    # Fields of Megatron's GPTModelConfig.
-    "rotary_percent": 1.0,
-    "rope_scaling": False,
 }
 # The same for arguments outside of a model's config.
 BUILT_IN_ARGUMENTS: dict[str, Any] = {
     "reset_position_ids": False,
     "reset_attention_mask": False,
-    "heterogeneous_layers_config_path": None,
+    "rotary_percent": 1.0,
+    "use_rope_scaling": False,
 }
 # For attention layers: Unified RoPE, or no positions.
 POSITION_EMBEDDING_TYPES = ("rope", "none")
 
 
-def transxssm_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The decoder block of this pipeline stage, from Megatron's global arguments (and ours, if registered).
+@dataclass(frozen=True)
+class LayerSettings:
+    """What the layers need to know besides Megatron's TransformerConfig."""
 
-    `config` is Megatron's GPTModelConfig or TransformerConfig.
-    """
-    # Stock Megatron-LM calls nothing else of ours, and unpatched it cannot save a bf16 model with fp32 parameters.
-    mend_megatron()
-    args: Any = get_args()
-    for name, value in BUILT_IN_ARGUMENTS.items():
-        if (asked := getattr(args, name, value)) != value:
-            raise UserError(f"{name}={asked} is not supported by TransXSSM's layers; leave it out")
-    if args.position_embedding_type not in POSITION_EMBEDDING_TYPES:
-        raise UserError(
-            f"position_embedding_type={args.position_embedding_type} is not supported by TransXSSM's layers; "
-            f"use {' or '.join(POSITION_EMBEDDING_TYPES)}"
+    # None if the model has no state-space layer.
+    state_space: StateSpaceConfig | None
+    rotary: UnifiedRotaryEmbedding
+
+    @classmethod
+    def of_arguments(cls) -> "LayerSettings":
+        """From Megatron's global arguments (and ours, if registered); UserError if they ask for other layers."""
+        args: Any = get_args()
+        for name, value in BUILT_IN_ARGUMENTS.items():
+            if (asked := getattr(args, name, value)) != value:
+                raise UserError(f"{name}={asked} is not supported by TransXSSM's layers; leave it out")
+        if args.position_embedding_type not in POSITION_EMBEDDING_TYPES:
+            raise UserError(
+                f"position_embedding_type={args.position_embedding_type} is not supported by TransXSSM's layers; "
+                f"use {' or '.join(POSITION_EMBEDDING_TYPES)}"
+            )
+        # Without state-space layers, sizes that do not fit one are not an error. Other layers are refused by name.
+        state_space = state_space_config(args) if STATE_SPACE in layers(args.hybrid_layer_pattern) else None
+        if state_space is not None:
+            check_ssd_backend(state_space.ssd_backend)
+        rotary = UnifiedRotaryEmbedding(
+            base=args.rotary_base,
+            interpolation_factor=args.rotary_seq_len_interpolation_factor or 1.0,
+            table_precision=getattr(args, "rotary_table_precision", DEFAULTS["rotary_table_precision"]),
         )
-    rotary = UnifiedRotaryEmbedding(
-        base=args.rotary_base,
-        interpolation_factor=args.rotary_seq_len_interpolation_factor or 1.0,
-        table_precision=getattr(args, "rotary_table_precision", DEFAULTS["rotary_table_precision"]),
-    )
-    pattern = getattr(args, "layer_pattern", DEFAULTS["layer_pattern"])
-    # Without state-space layers, sizes that do not fit one are not an error.
-    state_space = state_space_config(args) if STATE_SPACE in pattern else None
-    if state_space is not None:
-        check_ssd_backend(state_space.ssd_backend)
-    return hybrid_block_spec(config, pattern, state_space, rotary, vp_stage=vp_stage)
+        return cls(state_space, rotary)
+
+
+class TransXSSMStack(HybridStack):
+    """Megatron's stack of hybrid layers, with TransXSSM's; `config.transformer_impl` selects their modules.
+
+    Megatron's own stack always ends with Transformer Engine's norm; this one, with the backend's.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        settings: LayerSettings | None = None,
+        post_layer_norm: bool = True,
+        **kwargs: Any,
+    ):
+        # Stock Megatron-LM calls nothing else of ours, and unpatched it cannot save a bf16 model with fp32 parameters.
+        mend_megatron()
+        backend = TorchSpecProvider() if config.transformer_impl == "local" else get_backend(config.transformer_impl)
+        submodules = _submodules(config, backend, settings or LayerSettings.of_arguments())
+        super().__init__(config, submodules, post_layer_norm=False, **kwargs)
+        self.post_layer_norm = post_layer_norm
+        if self.post_process and post_layer_norm:
+            self.final_norm = backend.layer_norm(rms_norm=True)(
+                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
+
+
+transxssm_stack_spec = ModuleSpec(module=TransXSSMStack)
 
 
 def check_ssd_backend(backend: str) -> None:
@@ -113,86 +143,84 @@ def check_ssd_backend(backend: str) -> None:
         warnings.warn(f"ssd_backend=auto scans in PyTorch, which is slower: {reason}", stacklevel=2)
 
 
-def hybrid_block_spec(
-    config: Any,
-    layer_pattern: str,
-    state_space: StateSpaceConfig | None,
-    rotary: UnifiedRotaryEmbedding,
-    *,
-    vp_stage: int | None = None,
-    pp_rank: int | None = None,
-) -> TransformerBlockSubmodules:
-    """The block spec of one pipeline stage, from explicit settings; `config.transformer_impl` selects the modules.
-
-    `state_space` is None if the pattern has no state-space layer.
-    """
+def _submodules(
+    config: TransformerConfig, backend: BackendSpecProvider, settings: LayerSettings
+) -> HybridStackSubmodules:
     for name, value in BUILT_IN.items():
         if (asked := getattr(config, name, value)) != value:
             raise UserError(f"{name}={asked} is not supported by TransXSSM's layers; use {value}")
-    transformer: Any = getattr(config, "transformer", config)
-    # Otherwise Megatron saves all layers as one stacked tensor, which requires identical layers.
-    transformer.hetereogenous_dist_checkpoint = True
-    backend = TorchSpecProvider() if config.transformer_impl == "local" else get_backend(config.transformer_impl)
-    layers = fp8_layers = _layer_specs(config, backend, state_space, rotary)
-    if config.transformer_impl == "local" and emulated_fp8(transformer):
-        fp8_backend = Float8SpecProvider(attention=transformer.fp8_dot_product_attention)
-        fp8_layers = _layer_specs(config, fp8_backend, state_space, rotary)
-    kinds = layer_kinds(layer_pattern, config.num_layers)
-    return TransformerBlockSubmodules(
-        layer_specs=[
-            (layers if is_first_last_bf16_layer(transformer, index) else fp8_layers)[kinds[index]]
-            for index in _stage_layers(config, vp_stage, pp_rank)
-        ],
-        layer_norm=backend.layer_norm(rms_norm=True),
-    )
+    layers = _layer_specs(config, backend, settings)
+    if config.transformer_impl == "local" and emulated_fp8(config):
+        fp8_backend = Float8SpecProvider(attention=config.fp8_dot_product_attention)
+        fp8_layers = _layer_specs(config, fp8_backend, settings)
+        layers = {kind: _bf16_at_the_ends(layers[kind], fp8_layers[kind]) for kind in layers}
+    return HybridStackSubmodules(**layers)
 
 
 def _layer_specs(
-    config: Any, backend: BackendSpecProvider, state_space: StateSpaceConfig | None, rotary: UnifiedRotaryEmbedding
+    config: TransformerConfig, backend: BackendSpecProvider, settings: LayerSettings
 ) -> dict[str, ModuleSpec]:
-    """Layer kind -> its spec."""
-    layers = {ATTENTION: _layer_spec(config, backend, "linear_qkv", _attention_spec(backend, rotary))}
-    if state_space is not None:
-        layers[STATE_SPACE] = _layer_spec(config, backend, "in_proj", _state_space_spec(backend, state_space, rotary))
-    return layers
-
-
-def _stage_layers(config: Any, vp_stage: int | None, pp_rank: int | None) -> range | list[int]:
-    """0-based indices of the layers that this pipeline stage builds."""
-    if config.pipeline_model_parallel_layout is not None:
-        return config.pipeline_model_parallel_layout.get_layer_id_list(
-            layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank
-        )
-    offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
-    return range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank))
-
-
-def _layer_spec(config: Any, backend: BackendSpecProvider, first_linear: str, mixer: ModuleSpec) -> ModuleSpec:
-    """norm → mixer → residual → norm → MLP → residual (arXiv:2506.09507, figure 2).
+    """Field of HybridStackSubmodules -> the layer's spec: norm → mixer or FFN → residual (arXiv:2506.09507, figure 2).
 
     Transformer Engine's linear layers include the preceding norm. The local spec saves its norms under the same names,
     so that checkpoints are interchangeable.
     """
     fused = backend.fuse_layernorm_and_linear()
+    norm = IdentityOp if fused else backend.layer_norm(rms_norm=True, has_residual=True)
     # Megatron annotates this as a class, but accepts a function.
     add_residual: Any = get_bias_dropout_add
-    norm = IdentityOp if fused else backend.layer_norm(rms_norm=True, has_residual=True)
-    names = {
-        "input_layernorm.": f"self_attention.{first_linear}.layer_norm_",
-        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-    }
-    return ModuleSpec(
+
+    def saved_as(norm_name: str, linear: str) -> dict[str, str]:
+        return {} if fused else {f"{norm_name}.": f"{linear}.layer_norm_"}
+
+    attention_layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=mixer,
+            self_attention=_attention_spec(backend, settings.rotary),
             self_attn_bda=add_residual,
+            sharded_state_dict_keys_map=saved_as("input_layernorm", "self_attention.linear_qkv"),
+        ),
+    )
+    mlp_layer = ModuleSpec(
+        module=MLPLayer,
+        submodules=TransformerLayerSubmodules(
             pre_mlp_layernorm=norm,
             mlp=get_mlp_module_spec_for_backend(backend),
             mlp_bda=add_residual,
-            sharded_state_dict_keys_map={} if fused else names,
+            sharded_state_dict_keys_map=saved_as("pre_mlp_layernorm", "mlp.linear_fc1"),
         ),
     )
+    found = {"attention_layer": attention_layer, "mlp_layer": mlp_layer}
+    if settings.state_space is not None:
+        found["mamba_layer"] = ModuleSpec(
+            module=MambaLayer,
+            submodules=MambaLayerSubmodules(
+                norm=norm,
+                mixer=_state_space_spec(backend, settings.state_space, settings.rotary),
+                mamba_bda=add_residual,
+                sharded_state_dict_keys_map=saved_as("norm", "mixer.in_proj"),
+            ),
+        )
+    return found
+
+
+class _ByNumber:
+    """Builds a layer from the first spec if it is among the first or last layers in bf16, otherwise from the second.
+
+    Transformer Engine's modules take both roles, and Megatron switches them.
+    """
+
+    def __new__(
+        cls, config: TransformerConfig, *, submodules: tuple[ModuleSpec, ModuleSpec], layer_number: int, **kwargs: Any
+    ) -> Any:
+        bf16, fp8 = submodules
+        spec = bf16 if is_first_last_bf16_layer(config, layer_number - 1) else fp8
+        return build_module(spec, config=config, layer_number=layer_number, **kwargs)
+
+
+def _bf16_at_the_ends(bf16: ModuleSpec, fp8: ModuleSpec) -> ModuleSpec:
+    return ModuleSpec(module=_ByNumber, submodules=(bf16, fp8))
 
 
 def _column_parallel_linear(backend: BackendSpecProvider) -> Any:

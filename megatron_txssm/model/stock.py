@@ -1,15 +1,17 @@
 """Runs stock Megatron-LM's pretraining script with our arguments in its parser.
 
-Stock Megatron-LM (the release of our megatron-core) can train our model with only our block spec:
+Stock Megatron-LM (the release of our megatron-core) can train our model with only our stack spec:
 
-    torchrun … pretrain_gpt.py --spec megatron_txssm.model.layer_specs transxssm_block_spec …
+    torchrun … pretrain_hybrid.py --spec megatron_txssm.model.layer_specs transxssm_stack_spec \\
+        --hybrid-layer-pattern M-M-M-*- …
 
 Its own --mamba-* arguments set the sizes. Settings unknown to its parser have our defaults (arguments.DEFAULTS:
-Unified RoPE, seven state-space layers per attention layer). To set these as well, start the same script through this
+Unified RoPE). To set these as well, start the same script through this
 module:
 
-    torchrun … -m megatron_txssm.model.stock pretrain_gpt.py \\
-        --spec megatron_txssm.model.layer_specs transxssm_block_spec --position-encoding a_t --layer-pattern SSSA …
+    torchrun … -m megatron_txssm.model.stock pretrain_hybrid.py \\
+        --spec megatron_txssm.model.layer_specs transxssm_stack_spec --hybrid-layer-pattern M-M-M-*- \\
+        --position-encoding a_t …
 
 The script runs unchanged. Either way add --normalization RMSNorm --swiglu --disable-bias-linear
 --position-embedding-type rope, as all our recipes do. Initial weights are then Megatron's own, which differ between
@@ -34,7 +36,7 @@ def main() -> None:
         sys.exit(2)
     script = sys.argv[1]
     if not os.path.isfile(script):
-        print(f"error: no file {script}; give the path of Megatron-LM's pretrain_gpt.py\n{USAGE}", file=sys.stderr)
+        print(f"error: no file {script}; give the path of Megatron-LM's pretrain_hybrid.py\n{USAGE}", file=sys.stderr)
         sys.exit(2)
     _refuse_what_its_loop_ignores(sys.argv[2:])
     platform_arguments = prepare_platform()

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from megatron_txssm.architecture.layer_pattern import repeated_part
 from megatron_txssm.architecture.parameters import count_parameters
 from megatron_txssm.home import BATCH_SCRIPTS
 from megatron_txssm.recipe.loader import RECIPES_OF_RUNS, load_recipe, recipe_names
@@ -12,17 +13,21 @@ from megatron_txssm.recipe.settings.setting import table
 from megatron_txssm.terminal import print_table
 
 
+def _folded(layers: str) -> str:
+    part = repeated_part(layers)
+    return f"{len(layers) // len(part)} x {part}"
+
+
 def show_recipes() -> int:
     """Print a table of all recipes with their sizes; returns the exit code."""
     rows = []
     for name in recipe_names():
         recipe = load_recipe(name)
         model, training = recipe.model, recipe.training
-        repeats = model.num_layers // len(model.layer_pattern)
         rows.append(
             (
                 name,
-                f"{repeats} x {model.layer_pattern}",
+                _folded(recipe.layers),
                 str(model.hidden_size),
                 str(model.ffn_hidden_size),
                 f"{count_parameters(recipe.sizes).total / 1e6:,.1f}M",
@@ -33,7 +38,7 @@ def show_recipes() -> int:
             )
         )
     print_table(("recipe", "layers", ">hidden", ">ffn", ">params", ">length", ">batch", ">lr", "about"), rows)
-    print("S: state-space layer, A: attention layer; length and batch in tokens.")
+    print("M: state-space layer, *: attention layer, -: FFN; length and batch in tokens.")
     print("`txssm recipes NAME` shows one in full.")
     for folder in filter(Path.is_dir, RECIPES_OF_RUNS.folders):
         print(f"recipes: {folder}")

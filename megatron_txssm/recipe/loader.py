@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.errors import UserError, nearest, shown
+from megatron_txssm.recipe.former import check_overrides, replacement, translated
 from megatron_txssm.recipe.megatron_arguments.section import entry, known_names, passing
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.schema import ALTERNATIVES, FIELDS, SECTIONS
@@ -19,8 +20,9 @@ from megatron_txssm.recipe.validation.validate import validate
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The checked recipe from a file or a name in recipes/, with `overrides` such as "training.train_iters=20"."""
     path = find_recipe(name_or_path)
-    layers = [override(RECIPES_OF_RUNS, text) for text in overrides]
-    stated = merged(file_layers(RECIPES_OF_RUNS, path) + layers, ALTERNATIVES)
+    files = file_layers(RECIPES_OF_RUNS, path)
+    check_overrides(overrides, merged(files).get("model", {}).get("layer_pattern"))
+    stated = merged(files + [override(RECIPES_OF_RUNS, text) for text in overrides], ALTERNATIVES)
     top, data = stated.get("", {}), stated.get("data", {})
     if data.get("vocab_size") is None and data.get("corpus") is not None:
         data["vocab_size"] = _corpus_vocab_size(data["corpus"], path)
@@ -81,4 +83,6 @@ RECIPES_OF_RUNS = Kind(
     own=("name", "description"),
     usage="section.field=value, such as training.train_iters=20",
     listed_by="`txssm recipes`",
+    translated=translated,
+    replacement=replacement,
 )

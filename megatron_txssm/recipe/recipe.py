@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE, layer_kinds
+from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE, blocks, layers
 from megatron_txssm.architecture.parameters import ModelSizes
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 from megatron_txssm.choices import TokenizerType
+from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.corpus.tokenizer import read_tokenizer_facts, tokenizer_model
 from megatron_txssm.recipe.megatron_arguments.section import passing
 from megatron_txssm.recipe.schema import Checkpoint, Data, Logging, Model, Optimizer, Parallel, Training
@@ -109,9 +110,24 @@ class Recipe:
         return math.ceil(self.data.vocab_size / multiple) * multiple
 
     @property
-    def layer_kinds(self) -> str:
-        """The kind of every layer, one letter each."""
-        return layer_kinds(self.model.layer_pattern, self.model.num_layers)
+    def layers(self) -> str:
+        """All layers in order, one symbol each (architecture/layer_pattern.py)."""
+        return layers(self.model.layer_pattern)
+
+    @property
+    def blocks(self) -> str:
+        """The mixer of each block, if the layers are blocks of a mixer and an FFN; UserError if they are not."""
+        if (found := blocks(self.layers)) is None:
+            raise UserError(
+                f"model.layer_pattern={self.model.layer_pattern} is not a sequence of blocks, each a "
+                "mixer (M or *) and an FFN (-), of which Hugging Face models are built"
+            )
+        return found
+
+    @property
+    def pipeline_stages(self) -> int:
+        """All stages of the pipeline, virtual ones included."""
+        return self.parallel.pipeline_model_parallel_size * (self.parallel.virtual_pipeline_stages or 1)
 
     @property
     def has_attention(self) -> bool:
@@ -151,7 +167,7 @@ class Recipe:
         """The sizes that determine parameters and FLOPs."""
         model = self.model
         return ModelSizes(
-            layer_kinds=self.layer_kinds,
+            layers=self.layers,
             hidden_size=model.hidden_size,
             ffn_hidden_size=model.ffn_hidden_size,
             num_attention_heads=model.num_attention_heads,

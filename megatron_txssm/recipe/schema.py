@@ -8,7 +8,7 @@
 
 from dataclasses import dataclass
 
-from megatron_txssm.architecture.layer_pattern import DEFAULT_LAYER_PATTERN
+from megatron_txssm.architecture.layer_pattern import layers
 from megatron_txssm.choices import (
     AttentionPositionEncoding,
     ContextParallelMethod,
@@ -32,7 +32,7 @@ from megatron_txssm.recipe.settings.setting import Blend, Stages, Weights, setti
 # These define TransXSSM and its baselines (arXiv:2506.09507, section 3 and appendix B.1), and make checkpoints loadable
 # at every parallel layout. Recipes cannot change them.
 FIXED_ARGUMENTS: tuple[tuple[str, ...], ...] = (
-    ("--spec", "megatron_txssm.model.layer_specs", "transxssm_block_spec"),
+    ("--spec", "megatron_txssm.model.layer_specs", "transxssm_stack_spec"),
     ("--normalization", "RMSNorm"),
     ("--swiglu",),
     ("--disable-bias-linear",),
@@ -50,12 +50,11 @@ class Model:
     """Architecture."""
 
     layer_pattern: str = setting(
-        "layer kinds, S (state-space) and A (attention), repeated over num_layers",
-        "--layer-pattern",
-        default=DEFAULT_LAYER_PATTERN,
-        owns=("--hybrid-layer-pattern", "--hybrid-override-pattern"),
+        "one symbol per layer: M state-space, * attention, - FFN; | between pipeline stages; spaces are ignored",
+        "--hybrid-layer-pattern",
+        owns=("--num-layers", "--hybrid-override-pattern"),
+        check=layers,
     )
-    num_layers: int = setting("layers of both kinds; each is a mixer and an FFN", "--num-layers", at_least=1)
     hidden_size: int = setting("channels of the residual stream (d_model)", "--hidden-size", at_least=1)
     ffn_hidden_size: int = setting("inner channels of the SwiGLU FFN", "--ffn-hidden-size", at_least=1)
     num_attention_heads: int = setting("heads of an attention layer", "--num-attention-heads", at_least=1)

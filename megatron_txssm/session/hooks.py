@@ -142,6 +142,24 @@ def _methods(when: str, event: str) -> list[Callable[..., object]]:
 
 
 @contextmanager
+def checkpoint_reads(**instead: Callable[..., Any]) -> Iterator[None]:
+    """Let load_checkpoint read its files by other functions: each gets Megatron's own, then its arguments.
+
+    `instead`: by the names of functions in megatron.core.dist_checkpointing.
+    """
+    from megatron.core import dist_checkpointing
+
+    functions = {name: getattr(dist_checkpointing, name) for name in instead}
+    for name, function in functions.items():
+        setattr(dist_checkpointing, name, functools.partial(instead[name], function))
+    try:
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(dist_checkpointing, name, function)
+
+
+@contextmanager
 def tracker_naming(iteration: int, *, release: bool) -> Iterator[None]:
     """Let load_checkpoint read this step from a checkpoint folder's tracker, regardless of the file's content."""
     from megatron.training import checkpointing

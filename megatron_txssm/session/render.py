@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron_txssm.architecture.layer_pattern import in_stages
 from megatron_txssm.data.corpus.blend import corpus_arguments
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.settings.setting import argument
@@ -10,8 +11,13 @@ from megatron_txssm.recipe.settings.setting import argument
 _RECOMPUTE = {
     "none": [],
     "selective": ["--recompute-granularity", "selective"],
-    "full": ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
+    # A mixer and its FFN together: the input of every second layer is kept.
+    "full": ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "2"],
 }
+
+
+def _layer_pattern(pattern: str, recipe: Recipe) -> list[str]:
+    return argument("--hybrid-layer-pattern", in_stages(pattern, recipe.pipeline_stages))
 
 
 def _query_groups(value: int | None, recipe: Recipe) -> list[str]:
@@ -68,9 +74,12 @@ def _wandb(project: str | None, recipe: Recipe) -> list[str]:
 
 # Field -> function of (value, recipe) that returns words of Megatron's command line.
 RENDERS: Mapping[str, Callable[[Any, Recipe], list[str]]] = {
+    "model.layer_pattern": _layer_pattern,
     "model.num_query_groups": _query_groups,
     "model.state_dt_bias": lambda biased, _: argument("--state-space-no-dt-bias", not biased),
     "model.tie_embeddings": lambda tied, _: argument("--untie-embeddings-and-output-weights", not tied),
+    # Included in the pattern.
+    "parallel.virtual_pipeline_stages": lambda stages, _: [],
     "parallel.sequence_parallel": _sequence_parallel,
     "parallel.recompute": lambda kind, _: _RECOMPUTE[kind],
     "training.global_batch_tokens": lambda _, recipe: argument("--global-batch-size", recipe.global_batch_size),

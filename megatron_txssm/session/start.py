@@ -16,7 +16,7 @@ from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_
 
 if TYPE_CHECKING:
     from megatron.core.transformer.module import MegatronModule
-    from megatron.training.models.gpt import GPTModelConfig
+    from megatron.training.models.hybrid import HybridModelConfig
 
     from megatron_txssm.compat import MegatronArguments
 
@@ -97,9 +97,9 @@ def initialize_arguments(arguments: list[str]) -> "MegatronArguments":
         raise UserError(f"Megatron refuses the arguments: {error}") from error
 
 
-def model_config(args: "MegatronArguments") -> "GPTModelConfig":
-    """Megatron's GPTModelConfig, whose builder initialises every weight from the seed and its name."""
-    from megatron.training.argument_utils import gpt_config_from_args
+def model_config(args: "MegatronArguments") -> "HybridModelConfig":
+    """Megatron's HybridModelConfig, whose builder initialises every weight from the seed and its name."""
+    from megatron.training.argument_utils import hybrid_config_from_args
 
     from megatron_txssm.model.initialization import initialize_by_name
 
@@ -108,7 +108,7 @@ def model_config(args: "MegatronArguments") -> "GPTModelConfig":
             initialize_by_name(stage, args.seed)
         return stages
 
-    config = gpt_config_from_args(args)
+    config = hybrid_config_from_args(args)
     config.pre_wrap_hooks.append(initialize)
     return config
 

@@ -91,6 +91,7 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     from megatron.training import pretrain as megatron_pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+    from megatron_txssm.checkpoint.former_checkpoint import FormerCheckpoints
     from megatron_txssm.checkpoint.load import FailedLoads
     from megatron_txssm.training.forward_step import datasets_provider, forward_step
     from megatron_txssm.training.watch.monitor import TrainingMonitor
@@ -106,6 +107,7 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     # In this order: SoundLoads reports unsound checkpoints in its own words.
     listen(SoundLoads(recipe, monitor.say))
     listen(FailedLoads())
+    listen(FormerCheckpoints())
     prepare_saves(recipe, args.rank, monitor.say)
     # Megatron's handler saves and stops on SIGTERM, which clusters send; let Ctrl-C do the same.
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))

@@ -18,7 +18,6 @@ from tests.support.built_model import build_model
 ARCHITECTURES = ("transxssm_320m", "llama3_320m", "mamba2_320m", "jamba_320m")
 # All sizes differ, which exposes a formula that uses the wrong one.
 SMALL = [
-    "model.num_layers=8",
     "model.hidden_size=48",
     "model.ffn_hidden_size=80",
     "model.num_attention_heads=6",
@@ -44,14 +43,15 @@ VARIANTS = [
     ("transxssm_320m", ["model.state_gated=true"]),
     ("transxssm_320m", ["model.tie_embeddings=false"]),
     ("jamba_320m", ["model.state_gated=false", "model.tie_embeddings=false"]),
-    ("transxssm_320m", ["model.position_encoding=a_t", "model.layer_pattern=SA", "model.state_dt_bias=false"]),
+    ("transxssm_320m", ["model.position_encoding=a_t", "model.layer_pattern=M-*-M-*-", "model.state_dt_bias=false"]),
 ]
 
 
 @pytest.fixture(params=VARIANTS, ids=lambda variant: "-".join([variant[0], *(s.split(".")[1] for s in variant[1])]))
 def recipe(request: pytest.FixtureRequest) -> Recipe:
     name, changes = request.param
-    return load_recipe(name, [*SMALL, *changes])
+    eight_blocks = load_recipe(name, SMALL).layers[:16]
+    return load_recipe(name, [*SMALL, f"model.layer_pattern={eight_blocks}", *changes])
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_flops_are_those_of_the_model(recipe: Recipe, model: Any) -> None:
     # Padding rows of the in-projections.
     padding = sum(module.padding for module in model.modules() if isinstance(module, StateSpaceMixer))
     expected += FORWARD_AND_BACKWARD * 2 * padding * recipe.model.hidden_size
-    kinds = recipe.layer_kinds
+    kinds = recipe.layers
     # Model FLOPs count the causal half of attention's scores; plain attention executes the full square: Q·Kᵀ and
     # scores·V, one multiply-add each per key, head and channel, half of which the figure already includes.
     half_of_scores = 2 * length * recipe.model.num_attention_heads * recipe.kv_channels

@@ -6,7 +6,7 @@ from argparse import Namespace
 import pytest
 
 from megatron_txssm.architecture.flops import flops_per_token
-from megatron_txssm.architecture.layer_pattern import STATE_SPACE, layer_kinds
+from megatron_txssm.architecture.layer_pattern import STATE_SPACE, layers
 from megatron_txssm.architecture.parameters import ModelSizes, count_parameters
 from megatron_txssm.model.arguments import state_space_config
 from megatron_txssm.recipe.loader import load_recipe
@@ -27,8 +27,7 @@ def test_counts_of_a_model_small_enough_for_the_margin() -> None:
     recipe = load_recipe(
         "demo_cpu",
         [
-            "model.layer_pattern=SA",
-            "model.num_layers=2",
+            "model.layer_pattern=M-*-",
             "model.hidden_size=8",
             "model.ffn_hidden_size=12",
             "model.num_attention_heads=4",
@@ -58,9 +57,9 @@ def test_an_untied_head_counts_twice() -> None:
 
 def sizes_of(args: Namespace) -> ModelSizes:
     """Sizes from Megatron's arguments."""
-    kinds = layer_kinds(args.layer_pattern, args.num_layers)
+    all_layers = layers(args.hybrid_layer_pattern)
     return ModelSizes(
-        layer_kinds=kinds,
+        layers=all_layers,
         hidden_size=args.hidden_size,
         ffn_hidden_size=args.ffn_hidden_size,
         num_attention_heads=args.num_attention_heads,
@@ -68,7 +67,7 @@ def sizes_of(args: Namespace) -> ModelSizes:
         kv_channels=args.kv_channels or args.hidden_size // args.num_attention_heads,
         vocab_size=args.padded_vocab_size,
         tie_embeddings=not args.untie_embeddings_and_output_weights,
-        state_space=state_space_config(args) if STATE_SPACE in kinds else None,
+        state_space=state_space_config(args) if STATE_SPACE in all_layers else None,
     )
 
 

@@ -25,7 +25,7 @@ RUNS = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RecipeRun]:
     folder: Path = tmp_path_factory.mktemp("mask")
-    two_layers = ["model.num_layers=2", "model.layer_pattern=SA", "training.mask_end_of_document=true"]
+    two_layers = ["model.layer_pattern=M-*-", "training.mask_end_of_document=true"]
     small = shrink(load_recipe("demo_cpu", two_layers), write_tokens(folder / "tokens"), nproc=2, steps=2)
     small = changed(small, ONE_PROCESS | {"training.global_batch_tokens": 8 * small.training.seq_length})
     made = {name: (size, RecipeRun(folder / name, changed(small, changes))) for name, (size, changes) in RUNS.items()}

@@ -19,11 +19,25 @@ def test_layouts_of_a_recipe_equal_one_process(temporary: Path, capsys: pytest.C
     words = ["--nproc", "2", "--layout", "recipe", "--layout", "dp2_zero1_overlap", "--layout", "pp2_vpp2"]
     assert main(["check", "parity", "demo_cpu", *words]) == 0
     said = capsys.readouterr().out
-    assert "8 layers (SSSSSSSA)" in said and "2 steps, fp64" in said
+    assert "16 layers (M-M-M-M-M-M-M-*-)" in said and "2 steps, fp64" in said
     for name in ("recipe", "dp2_zero1_overlap", "pp2_vpp2"):
         assert any(line.split()[:3:2] == [name, "same"] for line in said.splitlines() if line), said
     assert said.endswith("the same as one process: all 3 layouts\n")
     assert list(temporary.iterdir()) == []
+
+
+def test_layers_that_are_no_blocks_in_uneven_stages(temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = (
+        "model.layer_pattern=MM-*-|M-*",
+        "parallel.tensor_model_parallel_size=1",
+        "parallel.pipeline_model_parallel_size=2",
+    )
+    words = ["--nproc", "2", "--layout", "recipe", "--layout", "tp2_sp"]
+    words += [word for change in changes for word in ("--set", change)]
+    assert main(["check", "parity", "demo_cpu", *words]) == 0
+    said = capsys.readouterr().out
+    assert "8 layers (MM-*-M-*)" in said
+    assert said.endswith("the same as one process: all 2 layouts\n")
 
 
 def test_a_broken_layout_is_caught(

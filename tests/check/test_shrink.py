@@ -32,9 +32,20 @@ def is_legal(recipe: Recipe) -> bool:
     [(name, []) for name in recipe_names()]
     + [
         ("llama3_320m", ["model.num_query_groups=3", "model.ffn_hidden_size=4098"]),
-        ("llama3_320m", ["model.num_layers=7", "training.seq_length=4095", "training.global_batch_tokens=32760"]),
-        ("mamba2_320m", ["model.num_layers=18", "model.state_num_groups=2", "data.make_vocab_size_divisible_by=2"]),
-        ("transxssm_320m", ["model.layer_pattern=SSA", "model.num_layers=6", "model.chunk_size=300"]),
+        (
+            "llama3_320m",
+            [f"model.layer_pattern={'*-' * 7}", "training.seq_length=4095", "training.global_batch_tokens=32760"],
+        ),
+        (
+            "mamba2_320m",
+            [f"model.layer_pattern={'M-' * 18}", "model.state_num_groups=2", "data.make_vocab_size_divisible_by=2"],
+        ),
+        ("transxssm_320m", ["model.layer_pattern=M-M-*-M-M-*-", "model.chunk_size=300"]),
+        ("transxssm_320m", [f"model.layer_pattern={'M-' * 9}|{'M-' * 7}*-", "parallel.pipeline_model_parallel_size=2"]),
+        (
+            "transxssm_320m",
+            [f"model.layer_pattern={'|'.join(['M-' * 6] * 8)}", "parallel.pipeline_model_parallel_size=8"],
+        ),
         ("jamba_320m", ["model.chunk_size=8192", "model.length_scaling_base=1024", "model.state_size=33"]),
     ],
 )
@@ -48,6 +59,32 @@ def test_a_small_recipe_has_the_layouts_of_the_large_one(name: str, overrides: l
     assert shrink(small, TOKENS, nproc=nproc, steps=2) == small
 
 
+@pytest.mark.parametrize(
+    ("pattern", "wanted"),
+    [
+        ("|".join(["M-" * 12] * 4), "M-|M-|M-|M-"),
+        # Longer stages stay longer than others.
+        ("|".join(["M-" * 12, "M-" * 11, "M-" * 12]), "M-M-|M-|M-M-"),
+        ("|".join(["M-M-M-M-M-M-M-*-", "M-M-M-M-M-M-M-*-" * 2]), "M-*-|M-*-M-*-"),
+        # So do the layers beside a border.
+        ("M-M-M-M-M-M-M-M|-M-M-M-M-M-*", "M-M-M|-M-*"),
+        # Nothing repeats, and nothing is large.
+        ("MM-*-|M-*", "MM-*-|M-*"),
+        ("M-M-M-M-|M-M-M-M-", "M-M-M-M-|M-M-M-M-"),
+        ("M-" * 8 + "|M-*-", "M-M-M-|M-*-"),
+    ],
+)
+def test_stages_are_shortened(pattern: str, wanted: str) -> None:
+    recipe = load_recipe("transxssm_320m", [f"model.layer_pattern={pattern}", *stages_of(pattern)])
+    small = shrink(recipe, TOKENS, nproc=4, steps=2)
+    assert small.model.layer_pattern == wanted
+    assert shrink(small, TOKENS, nproc=4, steps=2) == small
+
+
+def stages_of(pattern: str) -> list[str]:
+    return [f"parallel.pipeline_model_parallel_size={pattern.count('|') + 1}"]
+
+
 def test_what_makes_the_model_stays() -> None:
     recipe = load_recipe(
         "jamba_1.3b",
@@ -55,7 +92,6 @@ def test_what_makes_the_model_stays() -> None:
     )
     small = shrink(recipe, TOKENS, nproc=4, steps=3)
     for name in (
-        "layer_pattern",
         "attention_position_encoding",
         "position_encoding",
         "state_gated",
@@ -68,7 +104,7 @@ def test_what_makes_the_model_stays() -> None:
         "norm_epsilon",
     ):
         assert getattr(small.model, name) == getattr(recipe.model, name), name
-    assert small.layer_kinds == recipe.layer_kinds[:8]
+    assert small.layers == recipe.layers[:16]
     assert small.model.num_attention_heads == 4 * (small.model.num_query_groups or 0)
     assert small.optimizer.learning_rate == recipe.optimizer.learning_rate
     assert small.train_iters == 3
@@ -115,7 +151,9 @@ def test_fuzzing_draws_the_same_again_and_reaches_every_kind() -> None:
     ):
         assert {each.changes[name] for each in draws} == wanted, name
     patterns = {frozenset(each.changes["model.layer_pattern"]) for each in draws}
-    assert patterns == {frozenset("S"), frozenset("A"), frozenset("SA")}
+    kinds = ("M", "*", "-", "M*", "M-", "*-", "M*-")
+    assert {frozenset(symbols) for symbols in ("M-", "*-", "M*", "M*-", "M-|", "*-|", "M*|", "M*-|")} <= patterns
+    assert patterns <= {frozenset(symbols + border) for symbols in kinds for border in ("", "|")}
     assert {each.processes for each in draws} == {1, 2, 4}
 
 

@@ -178,7 +178,7 @@ def test_the_table_shows_every_recipe_with_its_size() -> None:
     rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
     assert "base" not in rows
     assert "320.8M" in rows["transxssm_320m"]
-    assert "3 x SSSSSSSA" in rows["transxssm_1.3b"]
+    assert "3 x M-M-M-M-M-M-M-*-" in rows["transxssm_1.3b"]
     assert "2,097,152" in rows["llama3_1.3b"]
 
 

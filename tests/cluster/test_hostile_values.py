@@ -25,7 +25,7 @@ from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from tests.cluster.sandbox import PATIENCE, Sandbox
 
-MODEL = {"num_layers": 1, "layer_pattern": "A", "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2}
+MODEL = {"layer_pattern": "*-", "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2}
 TRAINING = {
     "seq_length": 32,
     "global_batch_tokens": 128,

@@ -93,7 +93,8 @@ def test_a_job_runs_what_was_submitted_where_ranks_have_no_slurm(sandbox: Sandbo
     job.wait_over()
     assert [attempt.cause for attempt in job.attempts()][-1] == "finished", job.why()
     assert {step for step, _ in job.steps()} == set(range(1, 61))
-    for attempt in job.attempts():
+    # A node that did not answer the preflight in time is replaced, before anything is measured.
+    for attempt in (each for each in job.attempts() if each.last_step):
         measured = json.loads((attempt.folder / "preflight.json").read_text())["bandwidth"]
         assert measured["allreduce"] > 0 and len(measured["links"]) == 2
     assert "preflight: all-reduce over 2 nodes: " in job.output()

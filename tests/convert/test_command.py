@@ -125,7 +125,7 @@ def test_one_changed_weight_is_named(story: Story, tmp_path: Path) -> None:
     save_file(tensors, changed / "model.safetensors")
     done = txssm("convert", "verify", str(story.model.run), str(changed), "--json", str(tmp_path / "proof.json"))
     assert done.code == 1 and done.stdout.endswith("NOT the same model\n")
-    name = "decoder.layers.3.self_attention.linear_qkv.weight"
+    name = "decoder.layers.6.self_attention.linear_qkv.weight"
     assert f"tensors   40 of 41 identical\n          {name}: differs by up to 0.5\n" in done.stdout
     found = json.loads((tmp_path / "proof.json").read_text())
     assert not found["passed"] and list(found["tensors"]["different"]) == [name]

@@ -29,6 +29,7 @@ from megatron_txssm.convert.proof.proof import compare_tensors, versions
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import complete_folder
 from megatron_txssm.terminal import progress_bar
+from tests.convert.trained import ARCHITECTURES
 from tests.convert.untrained import Evil, make_run, random_weights
 
 
@@ -97,10 +98,10 @@ def test_stock_megatrons_checkpoints_need_a_recipe(run_folder: Path, tmp_path: P
     assert (tmp_path / "out/recipe.yaml").read_text() == recipe.read_text()
     # And it is another one only where it fits.
     changed = tmp_path / "changed.yaml"
-    changed.write_text(recipe.read_text().replace("num_layers: 4", "num_layers: 6"))
+    changed.write_text(recipe.read_text().replace("layer_pattern: M-*-M-*-", "layer_pattern: M-*-M-*-M-*-"))
     refused(
         ["convert", "export", run, tmp_path / "none", "--recipe", changed],
-        ["is not the model that recipe run describes: decoder.layers.4."],
+        ["is not the model that recipe run describes: decoder.layers.8."],
     )
 
 
@@ -137,7 +138,7 @@ def test_a_broken_mapping_is_seen_in_the_tensors(
     ]
     monkeypatch.setitem(TABLES, "transxssm", tuple(rows))
     found = compare_tensors(saved, open_hf_folder(tmp_path), list(saved.shapes), hashes)
-    assert list(found.different) == [f"decoder.layers.{layer}.mlp.linear_fc1.weight" for layer in range(4)]
+    assert list(found.different) == [f"decoder.layers.{layer}.mlp.linear_fc1.weight" for layer in (1, 3, 5, 7)]
     assert found.compared == len(saved.shapes) == len(found.sha256) + 4
 
 
@@ -157,7 +158,7 @@ def overwrite_a_file(run: Path) -> None:
 
 def describe_more_layers(run: Path) -> None:
     file = run / "checkpoints/recipe.yaml"
-    file.write_text(file.read_text().replace("num_layers: 4", "num_layers: 6"))
+    file.write_text(file.read_text().replace("layer_pattern: M-*-M-*-", "layer_pattern: M-*-M-*-M-*-"))
 
 
 def evil_index(run: Path) -> None:
@@ -194,7 +195,7 @@ def evil_tensor(run: Path) -> None:
             lambda run: shutil.rmtree(run / "checkpoints/iter_0000002"),
             ["has no step 2, which latest_checkpointed_iteration.txt names; use --step with one of 1"],
         ),
-        (describe_more_layers, ["is not the model that", "decoder.layers.4.", "is missing, and"]),
+        (describe_more_layers, ["is not the model that", "decoder.layers.8.", "is missing, and"]),
         (
             lambda run: (run / "checkpoints/latest_checkpointed_iteration.txt").unlink(),
             ["checkpoints holds checkpoints (1, 2), but not latest_checkpointed_iteration.txt", "(echo 2 > "],
@@ -219,6 +220,16 @@ def test_a_wrong_option(run_folder: Path, tmp_path: Path, refused: Any) -> None:
     refused(
         [*words, "--layout", "llama"], ["--layout llama cannot hold run: it has state-space layers; leave --layout"]
     )
+
+
+def test_layers_that_are_no_blocks_have_no_format(tmp_path: Path, refused: Any) -> None:
+    run = make_run(tmp_path / "mixed", ARCHITECTURES["jamba"] | {"layer_pattern": "MM-*-M"})
+    for layout in ([], ["--layout", "transxssm"], ["--layout", "granitemoehybrid"]):
+        refused(
+            ["convert", "export", run, tmp_path / "out", "--no-verify", *layout],
+            ["model.layer_pattern=MM-*-M is not a sequence of blocks, each a mixer (M or *) and an FFN (-)"],
+        )
+    assert "decoder.layers.1.mixer.D" in export(run, tmp_path / "megatron", "--layout", "megatron")
 
 
 def test_each_side_of_a_comparison_has_a_step(run_folder: Path, tmp_path: Path, refused: Any) -> None:

@@ -245,7 +245,7 @@ def test_the_reference_format_has_the_authors_names(converted: Converted) -> Non
     assert written.keys() == names
     saved = open_checkpoint(converted.models["reference"].run)
     for layer in range(7):
-        a_log = f"decoder.layers.{layer}.self_attention.A_log"
+        a_log = f"decoder.layers.{2 * layer}.mixer.A_log"
         assert torch.equal(written[f"model.layers.{layer}.ssd.A"], -saved.read([a_log])[a_log].exp())
         for residual in ("post_sequence_residual", "post_state_residual"):
             assert torch.equal(written[f"model.layers.{layer}.{residual}.weight"], torch.ones(32))

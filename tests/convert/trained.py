@@ -23,7 +23,6 @@ _TWO_STEPS: Changes = {
     "megatron.num_workers": 0,
 }
 _MODEL = {
-    "num_layers": 4,
     "ffn_hidden_size": 48,
     "num_attention_heads": 4,
     "num_query_groups": 2,
@@ -37,12 +36,12 @@ _MODEL = {
 _MAMBA2 = {"position_encoding": "conv1d_d", "state_gated": True, "attention_position_encoding": "none"}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     # A proof's 512 tokens go beyond the base.
-    "transxssm": {"layer_pattern": "SSSA", "length_scaling_base": 100},
+    "transxssm": {"layer_pattern": "M-M-M-*-", "length_scaling_base": 100},
     # Twice as wide inside.
-    "mamba2": {"layer_pattern": "S", "state_num_heads": 8, **_MAMBA2},
-    "jamba": {"layer_pattern": "SA", **_MAMBA2},
+    "mamba2": {"layer_pattern": "M-M-M-M-", "state_num_heads": 8, **_MAMBA2},
+    "jamba": {"layer_pattern": "M-*-M-*-", **_MAMBA2},
     # Heads wider than hidden_size / num_attention_heads; and sizes that no state-space layer could have.
-    "llama3": {"layer_pattern": "A", "kv_channels": 16, "state_head_dim": 64},
+    "llama3": {"layer_pattern": "*-*-*-*-", "kv_channels": 16, "state_head_dim": 64},
 }
 _PP2 = {"pipeline_model_parallel_size": 2}
 _TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -57,8 +56,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 VOCABULARIES = [(True, 301), (False, 301), (True, 304), (False, 304)]
 # What the authors' public code is (arXiv:2506.09507): no grouped B, C, K or V, square heads, no bias of dt.
 REFERENCE = {
-    "num_layers": 8,
-    "layer_pattern": "SSSSSSSA",
+    "layer_pattern": "M-M-M-M-M-M-M-*-",
     "num_query_groups": None,
     "state_size": 8,
     "state_num_groups": 4,

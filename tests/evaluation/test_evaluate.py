@@ -151,7 +151,9 @@ def test_a_checkpoints_folder_is_no_run(run_folder: Path, capsys: pytest.Capture
 
 @pytest.mark.slow
 def test_another_model_is_refused(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    refused(["evaluate", str(run_folder), *sets("model.layer_pattern=S")], "layer_pattern: SA there, S here", capsys)
+    refused(
+        ["evaluate", str(run_folder), *sets("model.layer_pattern=M-M-")], "layer_pattern: M-*- there, M-M- here", capsys
+    )
 
 
 def test_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

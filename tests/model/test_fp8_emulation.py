@@ -23,7 +23,7 @@ from megatron_txssm.model.local_modules import ScaledDotProductAttention
 from tests.support.ranks import model_parallel, run_ranks
 from tests.support.tiny_model import (
     VOCABULARY,
-    build_gpt,
+    build_hybrid,
     perturb,
     relative_error,
     state_space_config,
@@ -162,19 +162,19 @@ def test_zeros_and_the_smallest_numbers_stay_finite() -> None:
 
 
 def test_layers_are_emulated_but_embedding_lm_head_and_the_ends(one_process: None) -> None:
-    pattern = "SASA"
-    plain = build_gpt(pattern)
+    pattern = "M-*-M-*-"
+    plain = build_hybrid(pattern)
     ends = {"fp8": "hybrid", "fp8_recipe": "tensorwise", "first_last_layers_bf16": True}
-    config = transformer_config(num_layers=4, fp8_dot_product_attention=True, **ends)
-    model = build_gpt(pattern, config, share_embeddings_and_output_weights=False)
+    ends |= {"num_layers_at_start_in_bf16": 2, "num_layers_at_end_in_bf16": 2}
+    config = transformer_config(num_layers=8, is_hybrid_model=True, fp8_dot_product_attention=True, **ends)
+    model = build_hybrid(pattern, config, share_embeddings_and_output_weights=False)
     types = (Float8ColumnParallelLinear, Float8RowParallelLinear, Float8ScaledDotProductAttention)
     emulated = {name for name, module in model.named_modules() if isinstance(module, types)}
-    mixer = {"self_attention.in_proj", "self_attention.out_proj"}
+    mixer = {"mixer.in_proj", "mixer.out_proj"}
     attention = {"self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"}
     ffn = {"mlp.linear_fc1", "mlp.linear_fc2"}
-    assert emulated == {f"decoder.layers.1.{name}" for name in attention | ffn} | {
-        f"decoder.layers.2.{name}" for name in mixer | ffn
-    }
+    layers = {2: attention, 3: ffn, 4: mixer, 5: ffn}
+    assert emulated == {f"decoder.layers.{layer}.{name}" for layer, names in layers.items() for name in names}
     # Checkpoints of the two are interchangeable.
     names = [name for name in model.state_dict() if not name.startswith("output_layer")]
     assert names == [name for name in plain.state_dict() if not name.startswith("output_layer")]
@@ -182,7 +182,7 @@ def test_layers_are_emulated_but_embedding_lm_head_and_the_ends(one_process: Non
 
 def test_attention_rounds_what_it_takes_and_the_gradient_of_what_it_gives(one_process: None) -> None:
     config = transformer_config(fp8="hybrid", fp8_recipe="tensorwise", fp8_dot_product_attention=True)
-    layer: Any = build_gpt("A", config).decoder.layers[0]
+    layer: Any = build_hybrid("*-", config).decoder.layers[0]
     attention = layer.self_attention.core_attention
     assert isinstance(attention, Float8ScaledDotProductAttention)
     q, k, v = (numbers(12, 2, 4, 8, seed=seed).requires_grad_() for seed in range(3))
@@ -281,12 +281,12 @@ def test_a_model_with_fp8_is_near_the_one_without(one_process: None) -> None:
     sizes = state_space_config()
     tokens = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(0))
     arguments = (tokens, torch.arange(16).expand(2, -1), None)
-    plain = build_gpt("SA", transformer_config(), sizes)
+    plain = build_hybrid("M-*-", transformer_config(), sizes)
     perturb(plain)
     with torch.no_grad():
         logits = plain(*arguments)
     for recipe in RECIPES:
-        model = build_gpt("SA", transformer_config(fp8="hybrid", fp8_recipe=recipe), sizes)
+        model = build_hybrid("M-*-", transformer_config(fp8="hybrid", fp8_recipe=recipe), sizes)
         model.load_state_dict(plain.state_dict())
         with torch.no_grad():
             error = (model(*arguments) - logits).norm() / logits.norm()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megatron_txssm.architecture.layer_pattern import layers
 from megatron_txssm.model import initialization
 from megatron_txssm.model.initialization import ROWS_PER_DRAW, initialize_by_name
 from tests.support.distributions import assert_uniform
@@ -18,22 +19,24 @@ from tests.support.ranks import model_parallel, run_ranks
 from tests.support.tiny_model import (
     Piece,
     assembled,
-    build_gpt,
+    build_hybrid,
     perturb,
     pieces,
     state_space_config,
     transformer_config,
 )
 
-PATTERN = "SSAS"
+PATTERN = "M-M-*-M-"
 STATE_SPACE = state_space_config(position_encoding="conv1d_d", gated=True)
 
 
 def initialized(seed: int = 1, *, vp_stage: int | None = None, pattern: str = PATTERN, **kwargs: Any) -> nn.Module:
     config = transformer_config(
-        num_layers=len(pattern), virtual_pipeline_model_parallel_size=None if vp_stage is None else 2
+        num_layers=len(layers(pattern)),
+        is_hybrid_model=True,
+        virtual_pipeline_model_parallel_size=None if vp_stage is None else 2,
     )
-    model = build_gpt(pattern, config, STATE_SPACE, vp_stage=vp_stage, **kwargs)
+    model = build_hybrid(pattern, config, STATE_SPACE, vp_stage=vp_stage, **kwargs)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
@@ -58,7 +61,7 @@ def layouts() -> dict[str, list[Piece]]:
         model = initialized()
         found["PP2"] = pieces(model, dict(model.named_parameters()))
     with model_parallel(pipeline=2, virtual=2, seed=7):
-        stages = [initialized(vp_stage=stage) for stage in (0, 1)]
+        stages = [initialized(vp_stage=stage, pattern="M-|M-|*-|M-") for stage in (0, 1)]
         found["PP2xVPP2"] = [piece for stage in stages for piece in pieces(stage, dict(stage.named_parameters()))]
     return found
 
@@ -81,23 +84,25 @@ def test_the_seed_and_the_name_make_the_weight(one_process: None) -> None:
     drawn = [key for key in first if "norm" not in key and not key.endswith(".D")]
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not any(torch.equal(first[key], other[key]) for key in drawn)
-    layers = [first[f"decoder.layers.{layer}.self_attention.in_proj.weight.x"] for layer in (0, 1, 3)]
-    assert not torch.equal(layers[0], layers[1]) and not torch.equal(layers[1], layers[2])
+    drawn = [first[f"decoder.layers.{layer}.mixer.in_proj.weight.x"] for layer in (0, 2, 6)]
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
 
 
 def test_the_global_random_state_is_left_alone(one_process: None) -> None:
-    model = build_gpt(PATTERN, state_space=STATE_SPACE)
+    model = build_hybrid(PATTERN, state_space=STATE_SPACE)
     before = torch.get_rng_state()
     initialize_by_name(model, 1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_values_are_megatrons_and_mamba_2s(one_process: None) -> None:
-    config = transformer_config(num_layers=2, hidden_size=128, ffn_hidden_size=256, init_method_std=0.05)
+    config = transformer_config(
+        num_layers=4, is_hybrid_model=True, hidden_size=128, ffn_hidden_size=256, init_method_std=0.05
+    )
     sizes = state_space_config(
         hidden_size=128, num_heads=256, head_dim=1, state_size=64, position_encoding="conv1d_d", gated=True
     )
-    model = build_gpt("SA", config, sizes, vocab_size=512, share_embeddings_and_output_weights=False)
+    model = build_hybrid("M-*-", config, sizes, vocab_size=512, share_embeddings_and_output_weights=False)
     norms = {name: p.detach().clone() for name, p in model.named_parameters() if "norm" in name}
     perturb(model)
     with torch.no_grad():
@@ -106,7 +111,7 @@ def test_values_are_megatrons_and_mamba_2s(one_process: None) -> None:
                 parameter.copy_(norms[name])
     initialize_by_name(model, 3)
     whole = weights(model)
-    # Megatron's scaled init of projections into the residual stream: std / sqrt(2 · layers).
+    # Megatron's scaled init of projections into the residual stream: std / sqrt(layers), a mixer and an FFN being two.
     scaled = ("linear_proj.weight", "linear_fc2.weight", "out_proj.weight")
     for key, tensor in whole.items():
         if tensor.dim() == 2:
@@ -116,7 +121,7 @@ def test_values_are_megatrons_and_mamba_2s(one_process: None) -> None:
             assert abs(tensor.mean().item()) < 4 * expected / tensor.numel() ** 0.5, key
         elif "norm" in key or key.endswith(".D"):
             assert tensor.eq(1).all(), key
-    mixer = "decoder.layers.0.self_attention"
+    mixer = "decoder.layers.0.mixer"
     assert_uniform(whole[f"{mixer}.A_log"].exp(), 1, 16)
     dt = torch.nn.functional.softplus(whole[f"{mixer}.dt_bias"].double())
     assert_uniform(dt.log(), math.log(1e-3), math.log(1e-1))
@@ -127,7 +132,7 @@ def test_values_are_megatrons_and_mamba_2s(one_process: None) -> None:
 @pytest.mark.parametrize("rows", [ROWS_PER_DRAW, 3 * ROWS_PER_DRAW])
 def test_the_embedding_does_not_depend_on_its_padding(one_process: None, rows: int) -> None:
     def embedding(vocab_size: int) -> Tensor:
-        return weights(initialized(pattern="SA", vocab_size=vocab_size))["embedding.word_embeddings.weight"]
+        return weights(initialized(pattern="M-*-", vocab_size=vocab_size))["embedding.word_embeddings.weight"]
 
     assert torch.equal(embedding(rows), embedding(rows + ROWS_PER_DRAW)[:rows])
     # Rows of different draws are different.
@@ -171,10 +176,10 @@ def test_a_part_of_a_large_weight_has_the_numbers_of_the_whole(
     monkeypatch.setattr(torch.nn.init, "normal_", counted)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     rule = functools.partial(torch.nn.init.normal_, mean=0.0, std=0.02)
-    whole = initialization._draw(rule, shard(slice(0, 300), slice(0, 48)), 1)
+    whole = initialization._draw(rule, shard(slice(0, 300), slice(0, 48)), "1")
     monkeypatch.setattr(initialization, "NUMBERS_PER_THREAD", 1000)
     drawn.clear()
-    part = initialization._draw(rule, shard(rows, columns), 1)
+    part = initialization._draw(rule, shard(rows, columns), "1")
     assert torch.equal(part, whole[rows, columns])
     assert sum(drawn) == len(part) * 48
     assert len(drawn) <= 3 or cores > 1
@@ -185,10 +190,10 @@ def test_what_cannot_be_drawn_in_parts_is_drawn_whole(monkeypatch: pytest.Monkey
     normal = functools.partial(torch.nn.init.normal_, mean=0.0, std=0.02)
     some = slice(100, 200)
     for rule, width in ((lambda tensor: tensor.uniform_(-1, 1), 48), (normal, 50)):
-        whole = initialization._draw(rule, shard(slice(0, 300), slice(0, width), width=width), 1)
+        whole = initialization._draw(rule, shard(slice(0, 300), slice(0, width), width=width), "1")
         with monkeypatch.context() as patch:
             patch.setattr(initialization, "NUMBERS_PER_THREAD", 1000)
-            part = initialization._draw(rule, shard(some, slice(0, width), width=width), 1)
+            part = initialization._draw(rule, shard(some, slice(0, width), width=width), "1")
         assert torch.equal(part, whole[some])
 
 
@@ -203,6 +208,6 @@ def test_a_model_drawn_in_parts_is_the_same(one_process: None, monkeypatch: pyte
     monkeypatch.setattr(initialization, "NUMBERS_PER_THREAD", 64)
     monkeypatch.setattr(initialization, "_draw_part", counted)
     parts = weights(initialized(share_embeddings_and_output_weights=False))
-    # All but a mixer's small parameters: four or five projections per layer, embedding and output layer.
-    assert len(drawn_in_parts) > 4 * len(PATTERN)
+    # All but a mixer's small parameters: two to five projections per layer, embedding and output layer.
+    assert len(drawn_in_parts) > 3 * len(PATTERN)
     assert all(torch.equal(parts[key], tensor) for key, tensor in whole.items())

@@ -1,84 +1,70 @@
-"""The block spec: the order of layers, the angles that attention uses, the model that Megatron builds from it."""
+"""The stack spec: the order of layers, the angles that attention uses, the model that Megatron builds from it."""
 
 import warnings
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.transformer.enums import LayerType
-from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from megatron_txssm.choices import POSITION_ENCODINGS
 from megatron_txssm.errors import UserError
 from megatron_txssm.model import layer_specs
-from megatron_txssm.model.layer_specs import check_ssd_backend, hybrid_block_spec
+from megatron_txssm.model.layer_specs import LayerSettings, check_ssd_backend
 from megatron_txssm.model.self_attention import UnifiedRotarySelfAttention
 from megatron_txssm.model.state_space_mixer import StateSpaceMixer
 from megatron_txssm.ops import ssd_triton
 from megatron_txssm.ops.unified_rope import UnifiedRotaryEmbedding
+from tests.support.ranks import model_parallel, run_ranks
 from tests.support.tiny_model import (
     HIDDEN,
     VOCABULARY,
-    build_gpt,
+    build_hybrid,
     perturb,
     relative_error,
     state_space_config,
     transformer_config,
 )
 
-LETTERS = {StateSpaceMixer: "S", UnifiedRotarySelfAttention: "A"}
-# No two slices of it are equal.
-PATTERN = "SSASAAAS"
+SYMBOLS = {StateSpaceMixer: "M", UnifiedRotarySelfAttention: "*", MLP: "-"}
+# No two stages of it are equal.
+PATTERN = "M-*-MM|*--M|-*M-|*-"
 
 
-def spec_of(config: Any, pattern: str = PATTERN, **stage: Any) -> Any:
-    return hybrid_block_spec(config, pattern, state_space_config(), UnifiedRotaryEmbedding(), **stage)
+def built(model: Any) -> str:
+    """The symbols of a stage's layers, by what they hold."""
+    kinds = []
+    for layer in model.decoder.layers:
+        held = layer.mixer if isinstance(layer, MambaLayer) else layer.self_attention
+        kinds.append(SYMBOLS[type(layer.mlp if isinstance(held, IdentityOp) else held)])
+    return "".join(kinds)
 
 
-def kinds(config: Any, pattern: str = PATTERN, **stage: Any) -> str:
-    layers = spec_of(config, pattern, **stage).layer_specs
-    return "".join(LETTERS[layer.submodules.self_attention.module] for layer in layers)
+@pytest.mark.parametrize("pattern", ["M", "*-", "M-*-", "M-M-M-M-M-M-M-*-", "MM*--"])
+def test_each_symbol_is_a_layer(one_process: None, pattern: str) -> None:
+    assert built(build_hybrid(pattern)) == pattern
 
 
-@pytest.mark.parametrize("pattern", ["S", "A", "SA", "SSSSSSSA", PATTERN])
-def test_the_pattern_repeats_over_the_layers(one_process: None, pattern: str) -> None:
-    assert kinds(transformer_config(num_layers=8), pattern) == pattern * (8 // len(pattern))
+def stages() -> dict[str, str]:
+    """This rank's stages: of two, and of two with two virtual stages each."""
+    with model_parallel(pipeline=2):
+        halves = {"even": built(build_hybrid("M-*-MM"))}
+        halves["uneven"] = built(build_hybrid("M-*-M|M"))
+    with model_parallel(pipeline=2, virtual=2):
+        config = transformer_config(num_layers=16, is_hybrid_model=True, virtual_pipeline_model_parallel_size=2)
+        return halves | {f"virtual {stage}": built(build_hybrid(PATTERN, config, vp_stage=stage)) for stage in (0, 1)}
 
 
-def test_pipeline_stages_have_their_slices_of_the_pattern(one_process: None) -> None:
-    config = transformer_config(num_layers=8, pipeline_model_parallel_size=2)
-    assert [kinds(config, pp_rank=rank) for rank in (0, 1)] == ["SSAS", "AAAS"]
-
-
-def test_virtual_stages_interleave(one_process: None) -> None:
-    config = transformer_config(num_layers=8, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
-    stages = {(vp, pp): kinds(config, pp_rank=pp, vp_stage=vp) for vp in (0, 1) for pp in (0, 1)}
-    assert stages == {(0, 0): "SS", (0, 1): "AS", (1, 0): "AA", (1, 1): "AS"}
-
-
-def test_an_uneven_layout_is_followed(one_process: None) -> None:
-    config = transformer_config(
-        num_layers=8, pipeline_model_parallel_size=2, pipeline_model_parallel_layout="Etttttt|ttL"
-    )
-    assert isinstance(config.pipeline_model_parallel_layout, PipelineParallelLayerLayout)
-    assert config.pipeline_model_parallel_layout.get_num_layers_to_build(LayerType.decoder, pp_rank=0) == 6
-    assert [kinds(config, pp_rank=rank) for rank in (0, 1)] == ["SSASAA", "AS"]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("", r"layer_pattern='' must be letters 'S' .* and 'A'"),
-        ("SSM", r"layer_pattern='SSM' .*; found 'M'"),
-        ("SSA", r"num_layers=8 is not a multiple .* \(3\); use num_layers=6 or write out a pattern of 8 letters"),
-    ],
-)
-def test_pattern_errors_name_value_and_remedy(one_process: None, pattern: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        kinds(transformer_config(num_layers=8), pattern)
+def test_pipeline_stages_have_their_parts_of_the_pattern(tmp_path: Path) -> None:
+    first, second = run_ranks(stages, 2, tmp_path)
+    assert first == {"even": "M-*", "uneven": "M-*-M", "virtual 0": "M-*-MM", "virtual 1": "-*M-"}
+    assert second == {"even": "-MM", "uneven": "M", "virtual 0": "*--M", "virtual 1": "*-"}
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -114,17 +100,15 @@ def test_kernels_that_cannot_run_are_refused_or_missed(gpu: bool, monkeypatch: p
         ("rotary_interleaved", True, False),
         ("layernorm_zero_centered_gamma", True, False),
         ("fp32_residual_connection", True, False),
-        ("rotary_percent", 0.5, 1.0),
-        ("rope_scaling", True, False),
     ],
 )
 def test_what_the_layers_would_not_follow_is_refused(
     one_process: None, field: str, value: object, built: object
 ) -> None:
-    config = transformer_config(num_layers=8)
+    config = transformer_config(num_layers=8, is_hybrid_model=True)
     setattr(config, field, value)
     with pytest.raises(UserError, match=rf"{field}={value} is not supported by TransXSSM's layers; use {built}"):
-        spec_of(config)
+        build_hybrid("M-M-M-*-", config)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +116,8 @@ def test_what_the_layers_would_not_follow_is_refused(
     [
         ("reset_position_ids", True),
         ("reset_attention_mask", True),
-        ("heterogeneous_layers_config_path", "layers.json"),
+        ("rotary_percent", 0.5),
+        ("use_rope_scaling", True),
         ("position_embedding_type", "learned_absolute"),
     ],
 )
@@ -142,25 +127,25 @@ def test_arguments_that_the_layers_would_not_follow_are_refused(
     args = Namespace(**{"position_embedding_type": "rope"} | {argument: value})
     monkeypatch.setattr(layer_specs, "get_args", lambda: args)
     with pytest.raises(UserError, match=f"{argument}={value} is not supported by TransXSSM's layers"):
-        layer_specs.transxssm_block_spec(None)
+        LayerSettings.of_arguments()
 
 
-def test_layers_of_different_kinds_are_saved_one_by_one(one_process: None) -> None:
-    config = transformer_config(num_layers=8)
-    assert not config.hetereogenous_dist_checkpoint
-    spec_of(config)
-    assert config.hetereogenous_dist_checkpoint
-    keys = {entry.key for entry in build_gpt("SA").sharded_state_dict().values()}
-    assert "decoder.layers.1.self_attention.linear_qkv.weight" in keys
-    # As Transformer Engine's modules name it.
-    assert "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight" in keys
-    assert not any("input_layernorm.weight" in key for key in keys)
+def test_norms_are_saved_as_transformer_engine_names_them(one_process: None) -> None:
+    keys = {entry.key for entry in build_hybrid("M-*-").sharded_state_dict().values()}
+    norms = {key.removeprefix("decoder.") for key in keys if key.endswith("norm_weight") or "norm.weight" in key}
+    assert norms == {
+        "layers.0.mixer.in_proj.layer_norm_weight",
+        "layers.1.mlp.linear_fc1.layer_norm_weight",
+        "layers.2.self_attention.linear_qkv.layer_norm_weight",
+        "layers.3.mlp.linear_fc1.layer_norm_weight",
+        "final_norm.weight",
+    }
 
 
 def test_attention_turns_by_the_shared_spectrum(one_process: None) -> None:
     """Q and K as core attention gets them, against complex numbers: θ_i = base^(-2i/d), positions over the factor."""
     base, factor, length = 500.0, 4.0, 12
-    model = build_gpt("A", rotary=UnifiedRotaryEmbedding(base=base, interpolation_factor=factor), rotary_base=77)
+    model = build_hybrid("*-", rotary=UnifiedRotaryEmbedding(base=base, interpolation_factor=factor), rotary_base=77)
     attention: Any = model.decoder.layers[0].self_attention
     seen: list[tuple[Tensor, Tensor]] = []
     attention.core_attention.register_forward_pre_hook(
@@ -186,12 +171,12 @@ def batch(length: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(
     ("pattern", "encoding", "gated"),
-    [("A", "rope", False), *((p, e, g) for e in POSITION_ENCODINGS for p, g in (("S", True), ("SSA", False)))],
+    [("*-", "rope", False), *((p, e, g) for e in POSITION_ENCODINGS for p, g in (("M-", True), ("M-M*-", False)))],
 )
 def test_a_model_learns_and_every_parameter_takes_part(
     one_process: None, pattern: str, encoding: str, gated: bool, tied: bool
 ) -> None:
-    model = build_gpt(
+    model = build_hybrid(
         pattern,
         state_space=state_space_config(position_encoding=encoding, gated=gated),
         share_embeddings_and_output_weights=tied,
@@ -213,7 +198,7 @@ def test_a_model_learns_and_every_parameter_takes_part(
 
 @pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
 def test_no_token_sees_a_later_one(one_process: None, encoding: str) -> None:
-    model = build_gpt("SA", state_space=state_space_config(position_encoding=encoding))
+    model = build_hybrid("M-*-", state_space=state_space_config(position_encoding=encoding))
     tokens, positions = batch(20)
     changed = tokens.clone()
     changed[:, 11] = (changed[:, 11] + 1) % VOCABULARY
@@ -226,7 +211,7 @@ def test_no_token_sees_a_later_one(one_process: None, encoding: str) -> None:
 @pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
 def test_the_model_decodes_as_it_reads(one_process: None, encoding: str) -> None:
     """A prompt in two pieces, then token by token, through states and keys, gives the parallel form's logits."""
-    model = build_gpt("SASA", state_space=state_space_config(position_encoding=encoding)).eval()
+    model = build_hybrid("M-*-M-*-", state_space=state_space_config(position_encoding=encoding)).eval()
     perturb(model)
     tokens, positions = batch(20)
     context = StaticInferenceContext(max_batch_size=2, max_sequence_length=20)

@@ -1,4 +1,4 @@
-"""Stock Megatron-LM: a script that knows only the name of our block spec."""
+"""Stock Megatron-LM: a script that knows only the name of our stack spec."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from megatron_txssm.model import stock
 from megatron_txssm.platform import prepare_platform
 from tests.support.ranks import run_ranks
 
-# Does what pretrain_gpt.py does, on Megatron's mock data, and records the resulting model and its losses.
+# Does what pretrain_hybrid.py does, on Megatron's mock data, and records the resulting model and its losses.
 SCRIPT = """
 import json
 import sys
@@ -23,7 +23,7 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args, get_tokenizer, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import hybrid_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 
 seen = {"losses": []}
@@ -46,7 +46,7 @@ def loss_func(mask, losses):
 
 def forward_step(iterator, model):
     layers = unwrap_model(model).decoder.layers
-    mixers = [layer.self_attention for layer in layers]
+    mixers = [getattr(layer, "mixer", None) or layer.self_attention for layer in layers]
     seen["layers"] = [type(mixer).__name__ for mixer in mixers]
     seen["position_encoding"] = [m.state_space.position_encoding for m in mixers if hasattr(m, "state_space")]
     batch = next(iterator)
@@ -56,15 +56,15 @@ def forward_step(iterator, model):
 
 if __name__ == "__main__":
     args = parse_and_validate_args()
-    config = gpt_config_from_args(args)
+    config = hybrid_config_from_args(args)
     pretrain(pretrain_cfg_container_from_args(args, config), provider, ModelType.encoder_or_decoder, forward_step)
-    with open(__file__.replace("pretrain_gpt.py", "seen.json"), "w") as file:
+    with open(__file__.replace("pretrain_hybrid.py", "seen.json"), "w") as file:
         json.dump(seen, file)
 """
 
-SPEC = ["--spec", "megatron_txssm.model.layer_specs", "transxssm_block_spec"]
+SPEC = ["--spec", "megatron_txssm.model.layer_specs", "transxssm_stack_spec"]
 OPTIONS = {
-    "num-layers": 8,
+    "hybrid-layer-pattern": "M-M-M-M-M-M-M-*-",
     "hidden-size": 32,
     "num-attention-heads": 4,
     "ffn-hidden-size": 48,
@@ -92,13 +92,13 @@ ARGUMENTS = [*SPEC, *FLAGS, *(word for name, value in OPTIONS.items() for word i
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    path = tmp_path / "pretrain_gpt.py"
+    path = tmp_path / "pretrain_hybrid.py"
     path.write_text(SCRIPT)
     return path
 
 
 def test_our_arguments_reach_the_model_through_the_wrapper(script: Path) -> None:
-    ours = ["--position-encoding", "a_t", "--layer-pattern", "SA"]
+    ours = ["--position-encoding", "a_t", "--hybrid-layer-pattern", "M-*-M-*-M-*-M-*-"]
     done = subprocess.run(
         [sys.executable, "-m", "megatron_txssm.model.stock", str(script), *ARGUMENTS, *ours],
         env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
@@ -109,7 +109,7 @@ def test_our_arguments_reach_the_model_through_the_wrapper(script: Path) -> None
     )
     assert done.returncode == 0, done.stdout[-4000:]
     seen = json.loads(script.with_name("seen.json").read_text())
-    assert seen["layers"] == ["StateSpaceMixer", "UnifiedRotarySelfAttention"] * 4
+    assert seen["layers"] == ["StateSpaceMixer", "IdentityOp", "UnifiedRotarySelfAttention", "IdentityOp"] * 4
     assert seen["position_encoding"] == ["a_t"] * 4
     # Two iterations of two micro-batches, each near ln(64) = 4.16 for 64 words.
     assert len(seen["losses"]) == 4 and all(3 < loss < 6 for loss in seen["losses"])
@@ -120,7 +120,7 @@ def run_stock(path: str, arguments: list[str]) -> None:
 
     from megatron_txssm import compat
 
-    # A Megatron-LM checkout has the Makefile that the wheel lacks; the block spec applies our other patches.
+    # A Megatron-LM checkout has the Makefile that the wheel lacks; the stack spec applies our other patches.
     compat._use_compiled_dataset_helpers()
     sys.argv = [path, *arguments, *prepare_platform()]
     runpy.run_path(path, run_name="__main__")
@@ -131,7 +131,7 @@ def test_without_the_wrapper_our_defaults_hold(script: Path, tmp_path: Path) -> 
     run_ranks(run_stock, 1, tmp_path / "ranks", str(script), [*ARGUMENTS, *saving])
     assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == "2"
     seen = json.loads(script.with_name("seen.json").read_text())
-    assert seen["layers"] == ["StateSpaceMixer"] * 7 + ["UnifiedRotarySelfAttention"]
+    assert seen["layers"] == ["StateSpaceMixer", "IdentityOp"] * 7 + ["UnifiedRotarySelfAttention", "IdentityOp"]
     assert seen["position_encoding"] == ["rope"] * 7
     assert len(seen["losses"]) == 4 and all(3 < loss < 6 for loss in seen["losses"])
 
@@ -151,7 +151,7 @@ def test_what_only_our_loop_obeys_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Otherwise a run would train on documents that leak into each other."""
-    script = tmp_path / "pretrain_gpt.py"
+    script = tmp_path / "pretrain_hybrid.py"
     script.touch()
     monkeypatch.setattr(sys, "argv", ["stock", str(script), "--isolate-documents"])
     with pytest.raises(SystemExit) as stop:

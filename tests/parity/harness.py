@@ -11,14 +11,17 @@ from tests.support.megatron_tasks import Task, run_tasks
 
 __all__ = ["Case", "run_cases", "worst_gradient", "write_tokens"]
 
-# Four layers, one for each stage of PP2 x VPP2; sizes that TP=2 divides; a length that the chunk does not divide.
+# Four blocks, one for each stage of PP2 x VPP2; sizes that TP=2 divides; a length that the chunk does not divide.
 MODEL = """
---num-layers 4 --layer-pattern SSAS --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 80
+--hybrid-layer-pattern M-M-*-M- --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 80
 --mamba-state-dim 16 --mamba-head-dim 8 --mamba-num-groups 2 --ssd-chunk-size 16 --position-embedding-type rope
 --normalization RMSNorm --swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.08
 --seq-length 40 --max-position-embeddings 40 --vocab-size 63 --make-vocab-size-divisible-by 16 --padded-vocab-size 64
---spec megatron_txssm.model.layer_specs transxssm_block_spec
+--spec megatron_txssm.model.layer_specs transxssm_stack_spec
 """
+# The same layers in two stages, and in two with two virtual stages each.
+PP2 = "--pipeline-model-parallel-size 2 --hybrid-layer-pattern M-M-|*-M-"
+PP2_VPP2 = "--pipeline-model-parallel-size 2 --hybrid-layer-pattern M-|M-|*-|M-"
 TRAINING = """
 --micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-fraction 0.1
 --weight-decay 0.01 --adam-beta2 0.999 --seed 1234 --split 90,10,0 --tokenizer-type NullTokenizer

@@ -8,7 +8,7 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_txssm.model.state_space_parameters import FP32_PARAMETERS
-from tests.parity.harness import Case, run_cases, write_tokens
+from tests.parity.harness import PP2_VPP2, Case, run_cases, write_tokens
 from tests.parity.test_resume import SAVE_INTERVAL, finish, losses, start
 
 pytestmark = [
@@ -29,7 +29,7 @@ LAYOUTS = {
     "tp2_plain": (2, "--tensor-model-parallel-size 2", False),
     # A gradient buffer of many buckets, some of them padded.
     "dp2_zero1": (2, "--overlap-grad-reduce --ddp-bucket-size 3000", True),
-    "pp2_vpp2": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2", True),
+    "pp2_vpp2": (2, PP2_VPP2, True),
 }
 # conv1d_d has every kind of parameter that rope has; every layout would take too long for both.
 CASES = [("conv1d_d", layout) for layout in LAYOUTS] + [("rope", "one_process"), ("rope", "tp2_plain")]
@@ -163,7 +163,7 @@ def test_what_decays_has_no_weight_decay(runs):
     without, with_decay = (saved(runs["conv1d_d", f"decay_{decay}"], 1) for decay in (0, DECAY))
     for key in fp32_parameters(without):
         assert torch.equal(without[key], with_decay[key]), key
-    weight = "decoder.layers.0.self_attention.out_proj.weight"
+    weight = "decoder.layers.0.mixer.out_proj.weight"
     assert with_decay[weight].norm() < 0.95 * without[weight].norm()
 
 

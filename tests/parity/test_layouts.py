@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.parity.harness import Case, run_cases, worst_gradient, write_tokens
+from tests.parity.harness import PP2, PP2_VPP2, Case, run_cases, worst_gradient, write_tokens
 
 VARIANTS = {
     "rope": "--position-encoding rope",
@@ -15,16 +15,19 @@ VARIANTS = {
 LAYOUTS = {
     "tp2": (2, "--tensor-model-parallel-size 2"),
     "tp2_sp": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
-    "pp2": (2, "--pipeline-model-parallel-size 2"),
-    "pp2_vpp2": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
+    "pp2": (2, PP2),
+    "pp2_vpp2": (2, PP2_VPP2),
+    # Stages of different lengths, one of which begins with an FFN.
+    "pp2_uneven": (2, "--pipeline-model-parallel-size 2 --hybrid-layer-pattern M-M-*|-M-"),
+    "pp2_vpp2_uneven": (2, "--pipeline-model-parallel-size 2 --hybrid-layer-pattern M|-M-*|-M|-"),
     "dp2_zero1": (2, ""),
     "dp2_zero1_overlap": (2, "--overlap-grad-reduce --overlap-param-gather"),
     "cp2": (2, "--context-parallel-size 2"),
     "cp2_all_to_all": (2, "--context-parallel-size 2 --state-context-parallel all_to_all"),
     "cp4": (4, "--context-parallel-size 4"),
     "cp2_tp2_sp": (4, "--context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
-    "cp2_pp2": (4, "--context-parallel-size 2 --pipeline-model-parallel-size 2"),
-    "tp2_pp2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "cp2_pp2": (4, f"--context-parallel-size 2 {PP2}"),
+    "tp2_pp2": (4, f"--tensor-model-parallel-size 2 {PP2}"),
     "full_recompute": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
 }
 # Variants share most of their code: each layout that one of them could break.
@@ -39,7 +42,7 @@ LAYOUTS_OF = {
 RESHARDED = "conv1d_d"
 SAVED_BY = "--tensor-model-parallel-size 2 --sequence-parallel"
 CONTINUED_BY = {
-    "pp2": "--pipeline-model-parallel-size 2",
+    "pp2": PP2,
     "dp2_zero1": "",
 }
 # The checkpoint is saved after step 2, so that the optimizer's state is in it, too.

@@ -5,7 +5,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tests.parity.harness import Case, run_cases, write_tokens
+from tests.parity.harness import PP2, Case, run_cases, write_tokens
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,7 +23,7 @@ OPTIMIZERS = {
 SAVED_BY = "--tensor-model-parallel-size 2"
 # Where each goes on; the checkpoint's own layout is among them.
 LAYOUTS = {
-    "bf16_zero1": "--pipeline-model-parallel-size 2",
+    "bf16_zero1": PP2,
     "fp32": SAVED_BY,
     "bf16": "",
 }

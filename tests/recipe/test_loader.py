@@ -9,11 +9,13 @@ from megatron_txssm.recipe.loader import load_recipe, recipe_names
 from megatron_txssm.recipe.settings.yaml_text import dump_yaml, load_yaml
 
 MINIMAL = """\
-model: {num_layers: 8, hidden_size: 128, ffn_hidden_size: 256, num_attention_heads: 4, state_num_groups: 2}
+model: {layer_pattern: M-M-*-, hidden_size: 128, ffn_hidden_size: 256, num_attention_heads: 4, state_num_groups: 2}
 training: {seq_length: 64, global_batch_tokens: 256, train_iters: 5}
 optimizer: {learning_rate: 1e-3}
 data: {train: a/train, validation: a/validation, tokenizer_model: a/tok, vocab_size: 1000}
 """
+# In the place of demo_cpu's tensor parallelism.
+TWO_STAGES = ["parallel.tensor_model_parallel_size=1", "parallel.pipeline_model_parallel_size=2"]
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -38,7 +40,7 @@ def minimal(tmp_path: Path) -> Path:
 def test_defaults_and_name_of_a_minimal_recipe(minimal: Path) -> None:
     recipe = load_recipe(minimal)
     assert recipe.name == "minimal"
-    assert recipe.model.layer_pattern == "SSSSSSSA"
+    assert recipe.model.layer_pattern == "M-M-*-"
     assert recipe.optimizer.learning_rate == 1e-3
     assert recipe.data.train == ((1.0, "a/train"),)
     assert str(recipe.checkpoint_path) == "runs/minimal/checkpoints"
@@ -53,7 +55,7 @@ def test_defaults_and_name_of_a_minimal_recipe(minimal: Path) -> None:
             "training: {learning_rate: 1}",
             "unknown key 'training.learning_rate'; did you mean 'optimizer.learning_rate'?",
         ),
-        ("num_layers: 8", "unknown key 'num_layers'; did you mean 'model.num_layers'?"),
+        ("hidden_size: 8", "unknown key 'hidden_size'; did you mean 'model.hidden_size'?"),
         ("extend: base", "unknown key 'extend'; did you mean 'extends'?"),
         ("training: {precision: bf61}", "must be one of fp32, bf16; did you mean 'bf16'?"),
         ("model: 5", "model=5 must be a section with fields"),
@@ -85,7 +87,7 @@ def test_a_typo_is_answered_with_file_name_and_nearest_known(tmp_path: Path, tex
         ("optimizer.learning_rate=0", "must be above 0"),
         ("optimizer.adam_beta1=1", "must be below 1"),
         ("parallel.sequence_parallel=yes", "must be true or false"),
-        ("model.num_layers=null", "must be an integer"),
+        ("model.hidden_size=null", "must be an integer"),
         ("model=5", "must be a section"),
         ("extends=base", "unknown key 'extends'"),
         ("data.train=[[1]]", "must be a path prefix, or a list of"),
@@ -94,6 +96,7 @@ def test_a_typo_is_answered_with_file_name_and_nearest_known(tmp_path: Path, tex
         ("training.seed=[", "not valid YAML"),
         ("model.rope_scaling=dynamic", "contradicts a state accumulated under the old ones"),
         ("model.position_encoding=conv1d", "did you mean 'conv1d_d'?"),
+        ("model.layer_pattern=M-X", "layer_pattern='M-X': 'X' is no layer"),
     ],
 )
 def test_a_wrong_override_is_refused_by_name(minimal: Path, override: str, wanted: str) -> None:
@@ -141,9 +144,9 @@ def test_extends_states_only_what_differs(tmp_path: Path) -> None:
     folder.mkdir()
     write(tmp_path, "root", MINIMAL + "description: the root\nmegatron: {log_throughput: true, profile_ranks: [1]}\n")
     write(tmp_path, "middle", "extends: root\nmodel: {hidden_size: 256}\nmegatron: {profile_ranks: [2]}\n")
-    path = write(folder, "leaf", "extends: ../middle.yaml\nmodel: {num_layers: 16}\n")
+    path = write(folder, "leaf", "extends: ../middle.yaml\nmodel: {num_attention_heads: 16}\n")
     recipe = load_recipe(path)
-    assert (recipe.model.num_layers, recipe.model.hidden_size, recipe.model.ffn_hidden_size) == (16, 256, 256)
+    assert (recipe.model.num_attention_heads, recipe.model.hidden_size, recipe.model.ffn_hidden_size) == (16, 256, 256)
     assert recipe.megatron == {"log_throughput": True, "profile_ranks": [2]}
     # A recipe's name and description are its own.
     assert (recipe.name, recipe.description) == ("leaf", "")
@@ -200,7 +203,7 @@ def test_a_mistake_in_an_extended_file_names_that_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "wanted"),
     [
-        ("model:\n  # so many\n  num_layers: few\n", 3, "model.num_layers='few' must be an integer"),
+        ("model:\n  # so many\n  hidden_size: few\n", 3, "model.hidden_size='few' must be an integer"),
         ("data: {}\nmodel:\n\n  hiden_size: 8\n", 4, "unknown key 'model.hiden_size'"),
         ("data: {}\n\nmodels: {}\n", 3, "unknown key 'models'"),
         ("name: a\nmodel: 5\n", 2, "model=5 must be a section"),
@@ -219,7 +222,7 @@ def test_a_mistake_is_named_with_its_line(tmp_path: Path, text: str, line: int, 
     [
         ("", "a recipe is a mapping"),
         ("- 1\n", "a recipe is a mapping"),
-        ("model:\n  num_layers: 1\n  num_layers: 2\n", "line 3: not valid YAML: key 'num_layers' appears twice"),
+        ("model:\n  hidden_size: 1\n  hidden_size: 2\n", "line 3: not valid YAML: key 'hidden_size' appears twice"),
         ("model: {}\nmodel: {}\n", "key 'model' appears twice"),
         ("name: a\n  b: [\n", "line 2: not valid YAML"),
         ("1: 2\n", "key 1 is not a string"),
@@ -232,7 +235,7 @@ def test_a_mistake_is_named_with_its_line(tmp_path: Path, text: str, line: int, 
         ("extends: transxssm_320\n", "did you mean 'transxssm_320m'?"),
         ("abstract: true\n", "abstract"),
         ("megatron: {x: {y: 1}}\n", "must be one value or a list of values"),
-        ("model: {num_layers: 8}\n", "model.hidden_size is missing"),
+        ("model: {layer_pattern: M-}\n", "model.hidden_size is missing"),
         ("training: {seed: " + "9" * 5000 + "}\n", "not valid YAML"),
     ],
 )
@@ -313,6 +316,25 @@ def test_scalars_are_read_as_people_write_them(text: str, value: object) -> None
     read = load_yaml(text, "test")
     assert (type(read), read) == (type(value), value)
     assert load_yaml(dump_yaml({"a": read}), "test") == {"a": read}
+
+
+@pytest.mark.parametrize("text", ["*-*-", "*-", "*-M-|*-", "**"])
+def test_a_pattern_that_begins_with_attention_must_be_quoted(tmp_path: Path, text: str) -> None:
+    """YAML reads * as an alias."""
+    model = f"extends: demo_cpu\nmodel:\n  layer_pattern: {text}\n"
+    message = refusal(write(tmp_path, "bare", model))
+    assert message.startswith(f"{tmp_path}/bare.yaml, line 3: not valid YAML: ")
+    assert message.endswith("; quote a text that begins with *, such as '*-*-'")
+    assert load_yaml(f"layer_pattern: '{text}'", "test") == {"layer_pattern": text}
+    assert load_recipe("demo_cpu", [f"model.layer_pattern={text}", *TWO_STAGES]).model.layer_pattern == text
+
+
+@pytest.mark.parametrize("style", ["|", ">", "|-", ">+"])
+def test_a_pattern_of_several_lines(tmp_path: Path, style: str) -> None:
+    text = f"extends: demo_cpu\nmodel:\n  layer_pattern: {style}\n    M-M- |\n    *-M-\n\n"
+    recipe = load_recipe(write(tmp_path, "lines", text), TWO_STAGES)
+    assert recipe.layers == "M-M-*-M-"
+    assert load_recipe(write(tmp_path, "resolved", recipe.to_yaml())) == recipe
 
 
 def test_recipes_of_the_current_directory_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

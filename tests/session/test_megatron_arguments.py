@@ -22,9 +22,9 @@ def parsed(name: str, *overrides: str):
 def test_megatrons_parser_takes_every_recipe(name: str) -> None:
     recipe = load_recipe(name, OWN_DATA)
     args = parse_megatron_arguments(megatron_arguments(recipe))
-    assert args.spec == ["megatron_txssm.model.layer_specs", "transxssm_block_spec"]
-    assert (args.num_layers, args.hidden_size) == (recipe.model.num_layers, recipe.model.hidden_size)
-    assert args.layer_pattern == recipe.model.layer_pattern
+    assert args.spec == ["megatron_txssm.model.layer_specs", "transxssm_stack_spec"]
+    assert args.hidden_size == recipe.model.hidden_size
+    assert args.hybrid_layer_pattern.replace("|", "") == recipe.layers
     assert args.state_space_gated is recipe.model.state_gated
     assert not args.state_space_no_dt_bias
     assert args.ffn_hidden_size == recipe.model.ffn_hidden_size
@@ -68,8 +68,10 @@ def test_fields_with_their_own_rendering() -> None:
     assert (args.group_query_attention, args.num_query_groups) == (True, 4)
     assert args.untie_embeddings_and_output_weights and args.state_space_no_dt_bias
     assert args.rotary_seq_len_interpolation_factor == 4
-    assert (args.recompute_granularity, args.recompute_method, args.recompute_num_layers) == ("full", "uniform", 1)
-    assert args.sequence_parallel and args.num_virtual_stages_per_pipeline_rank == 3 and args.overlap_p2p_comm
+    assert (args.recompute_granularity, args.recompute_method, args.recompute_num_layers) == ("full", "uniform", 2)
+    assert args.sequence_parallel and args.overlap_p2p_comm
+    # Two processes with three stages each.
+    assert args.hybrid_layer_pattern == "M-M-M-M-|M-M-M-*-|" * 2 + "M-M-M-M-|M-M-M-*-"
     # 2,000,000 tokens are 1.9 batches of 2^20.
     assert args.train_iters == 2
     assert args.pretrained_checkpoint == "elsewhere"

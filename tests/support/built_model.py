@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import global_vars
-from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.argument_utils import hybrid_config_from_args
 from megatron.training.arguments import validate_args
 
 from megatron_txssm.platform import prepare_platform
@@ -14,7 +14,7 @@ from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_
 
 
 def build_model(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A GPTModel; needs the fixture `one_process`."""
+    """A HybridModel; needs the fixture `one_process`."""
     return build_with_arguments(recipe, prepare_platform(), monkeypatch)
 
 
@@ -26,5 +26,5 @@ def build_with_arguments(recipe: Recipe, arguments: list[str], monkeypatch: pyte
     validate_args(args)
     args.padded_vocab_size = recipe.padded_vocab_size
     monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
-    config = gpt_config_from_args(args)
+    config = hybrid_config_from_args(args)
     return config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())

@@ -10,8 +10,7 @@ from megatron_txssm.recipe.schema import Checkpoint, Data, Logging, Model, Optim
 TINY = Recipe(
     name="tiny",
     model=Model(
-        num_layers=2,
-        layer_pattern="SA",
+        layer_pattern="M-*-",
         hidden_size=32,
         ffn_hidden_size=64,
         num_attention_heads=2,
@@ -34,10 +33,9 @@ TINY = Recipe(
     checkpoint=Checkpoint(),
     logging=Logging(log_interval=1, eval_iters=0, tensorboard=False),
 )
-# Four layers, updated by a distributed optimizer.
+# Four mixers, updated by a distributed optimizer.
 FOUR_LAYERS: Changes = {
-    "model.num_layers": 4,
-    "model.layer_pattern": "SSSA",
+    "model.layer_pattern": "M-M-M-*-",
     "model.state_head_dim": 8,
     "parallel.use_distributed_optimizer": True,
     "training.micro_batch_size": 1,

@@ -7,13 +7,15 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_txssm.architecture.layer_pattern import layers
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
-from megatron_txssm.model.layer_specs import hybrid_block_spec
+from megatron_txssm.model.layer_specs import LayerSettings, TransXSSMStack
 from megatron_txssm.model.state_space_mixer import StateSpaceMixer
 from megatron_txssm.model.state_space_parameters import StateSpaceMixerSubmodules
 from megatron_txssm.ops.unified_rope import UnifiedRotaryEmbedding
@@ -66,7 +68,7 @@ def build_mixer(
     )
 
 
-def build_gpt(
+def build_hybrid(
     pattern: str,
     config: TransformerConfig | None = None,
     state_space: StateSpaceConfig | None = None,
@@ -74,14 +76,14 @@ def build_gpt(
     rotary: UnifiedRotaryEmbedding | None = None,
     vp_stage: int | None = None,
     **kwargs: Any,
-) -> GPTModel:
-    """This rank's pipeline stage of a GPT model of our block spec."""
-    config = config or transformer_config(num_layers=len(pattern))
-    spec: Any = hybrid_block_spec(
-        config, pattern, state_space or state_space_config(), rotary or UnifiedRotaryEmbedding(), vp_stage=vp_stage
-    )
+) -> HybridModel:
+    """This rank's pipeline stage of a hybrid model of our stack spec; `pattern` as Megatron's."""
+    config = config or transformer_config(num_layers=len(layers(pattern)), is_hybrid_model=True)
+    layer_settings = LayerSettings(state_space or state_space_config(), rotary or UnifiedRotaryEmbedding())
+    spec = ModuleSpec(module=TransXSSMStack, params={"settings": layer_settings})
     settings: dict[str, Any] = {
         "vocab_size": VOCABULARY,
+        "hybrid_layer_pattern": pattern,
         "max_sequence_length": 64,
         "position_embedding_type": "rope",
         "share_embeddings_and_output_weights": True,
@@ -89,7 +91,7 @@ def build_gpt(
         "post_process": parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         "vp_stage": vp_stage,
     }
-    return GPTModel(config, spec, **{**settings, **kwargs})
+    return HybridModel(config, spec, **{**settings, **kwargs})
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -17,14 +17,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.support.tiny_model import (
     assembled,
-    build_gpt,
+    build_hybrid,
     perturb,
     pieces,
     state_space_config,
     transformer_config,
 )
 
-PATTERN = "SA"
+PATTERN = "M-*-"
 STATE_SPACE = state_space_config(position_encoding="conv1d_d", gated=True)
 IMPLEMENTATIONS = ("local", "transformer_engine")
 
@@ -60,11 +60,12 @@ def one_of_two_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def build(implementation: str, **overrides: Any) -> Any:
     config = transformer_config(
         num_layers=len(PATTERN),
+        is_hybrid_model=True,
         transformer_impl=implementation,
         sequence_parallel=parallel_state.get_tensor_model_parallel_world_size() > 1,
         **overrides,
     )
-    return build_gpt(PATTERN, config, STATE_SPACE)
+    return build_hybrid(PATTERN, config, STATE_SPACE)
 
 
 def metadata() -> dict[str, Any]:
@@ -85,16 +86,18 @@ def is_tensor(shard: Any) -> bool:
 
 
 def test_the_classes_are_transformer_engines(one_rank: None) -> None:
-    state_space, attention = build("transformer_engine").decoder.layers
-    assert type(state_space.self_attention.in_proj) is te.TELayerNormColumnParallelLinear
-    assert type(state_space.self_attention.out_proj) is te.TERowParallelLinear
+    state_space, *ffns, attention = (build("transformer_engine").decoder.layers[layer] for layer in (0, 1, 3, 2))
+    assert type(state_space.mixer.in_proj) is te.TELayerNormColumnParallelLinear
+    assert type(state_space.mixer.out_proj) is te.TERowParallelLinear
     assert type(attention.self_attention.linear_qkv) is te.TELayerNormColumnParallelLinear
     assert type(attention.self_attention.linear_proj) is te.TERowParallelLinear
     assert isinstance(attention.self_attention.core_attention, te.TEDotProductAttention)
-    for layer in (state_space, attention):
+    for layer in ffns:
         assert type(layer.mlp.linear_fc1) is te.TELayerNormColumnParallelLinear
         assert type(layer.mlp.linear_fc2) is te.TERowParallelLinear
-        assert type(layer.input_layernorm) is type(layer.pre_mlp_layernorm) is IdentityOp
+    assert {type(norm) for norm in (state_space.norm, attention.input_layernorm, ffns[0].pre_mlp_layernorm)} == {
+        IdentityOp
+    }
 
 
 def test_every_norm_is_there_and_is_rms(one_rank: None) -> None:
@@ -102,34 +105,38 @@ def test_every_norm_is_there_and_is_rms(one_rank: None) -> None:
     decoder = build("transformer_engine").decoder
     norms = {name for name, _ in decoder.named_parameters() if "norm" in name}
     assert norms == {
-        "layers.0.self_attention.in_proj.layer_norm_weight",
-        "layers.0.self_attention.norm_weight",
-        "layers.0.mlp.linear_fc1.layer_norm_weight",
-        "layers.1.self_attention.linear_qkv.layer_norm_weight",
+        "layers.0.mixer.in_proj.layer_norm_weight",
+        "layers.0.mixer.norm_weight",
         "layers.1.mlp.linear_fc1.layer_norm_weight",
-        "final_layernorm.weight",
+        "layers.2.self_attention.linear_qkv.layer_norm_weight",
+        "layers.3.mlp.linear_fc1.layer_norm_weight",
+        "final_norm.weight",
     }
     linears = [module for module in decoder.modules() if isinstance(module, te.TELayerNormColumnParallelLinear)]
     assert [linear.normalization for linear in linears] == ["RMSNorm"] * 4
-    assert isinstance(decoder.final_layernorm, te.te.pytorch.RMSNorm)
+    assert isinstance(decoder.final_norm, te.te.pytorch.RMSNorm)
 
 
 def test_checkpoints_of_the_two_implementations_have_the_same_tensors(one_rank: None) -> None:
     local, engine = (shards(build(implementation)) for implementation in IMPLEMENTATIONS)
     assert engine == local
-    assert "decoder.layers.0.self_attention.in_proj.weight.x" in engine
+    assert "decoder.layers.0.mixer.in_proj.weight.x" in engine
 
 
 def test_two_ranks_have_the_shards_of_the_local_modules(one_of_two_ranks: None) -> None:
     local, engine = (build(implementation) for implementation in IMPLEMENTATIONS)
     assert shards(engine) == shards(local)
-    mixer = engine.decoder.layers[0].self_attention
+    mixer = engine.decoder.layers[0].mixer
     rows = sum(STATE_SPACE.in_proj_sizes.values())
     assert mixer.in_proj.weight.shape == (rows // 2 + mixer.padding, STATE_SPACE.hidden_size)
     assert mixer.out_proj.weight.shape == (STATE_SPACE.hidden_size, STATE_SPACE.inner_size // 2)
     # The norms' gradients are summed over the ranks, each of which sees half of the tokens.
     for model in (local, engine):
-        norms = [p for name, p in model.named_parameters() if "layernorm.weight" in name or "layer_norm_weight" in name]
+        norms = [
+            p
+            for name, p in model.named_parameters()
+            if name.endswith(("norm.weight", "layer_norm_weight", "layernorm.weight"))
+        ]
         assert len(norms) == 5 and all(parameter.sequence_parallel for parameter in norms)
     for name, parameter in mixer.named_parameters():
         if name != "in_proj.layer_norm_weight":
@@ -154,7 +161,7 @@ def test_a_checkpoint_of_one_implementation_loads_into_the_other(
 def test_decays_stay_fp32_in_a_bf16_model(one_rank: None) -> None:
     model = build("transformer_engine", bf16=True, params_dtype=torch.bfloat16).bfloat16()
     fp32 = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
-    assert fp32 == {f"decoder.layers.0.self_attention.{name}" for name in ("A_log", "dt_bias", "D")}
+    assert fp32 == {f"decoder.layers.0.mixer.{name}" for name in ("A_log", "dt_bias", "D")}
 
 
 def test_builds_on_the_meta_device(one_of_two_ranks: None) -> None:

@@ -16,7 +16,7 @@ from tests.support.tiny_run import TinyRun
 pytestmark = pytest.mark.slow
 
 EVERY_2 = ["checkpoint.save_interval=2"]
-WEIGHT = "decoder.layers.0.self_attention.out_proj.weight"
+WEIGHT = "decoder.layers.0.mixer.out_proj.weight"
 
 
 def losses(run: TinyRun) -> dict[int, float]:

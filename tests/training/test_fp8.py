@@ -11,7 +11,7 @@ from tests.support.tiny_run import VOCAB_SIZE, Done, sets, txssm
 NOTICE = "FP8 (delayed) is emulated, since Transformer Engine is not installed: the same rounding, but no speedup"
 # Sizes that a GPU could do as well: the in-projection has 208 rows, attention one head of 128 channels.
 SMALL = (
-    "model.num_layers=8",
+    "model.layer_pattern=M-M-M-M-M-M-M-*-",
     "model.hidden_size=128",
     "model.num_attention_heads=1",
     "model.ffn_hidden_size=256",

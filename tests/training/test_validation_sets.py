@@ -142,7 +142,7 @@ def test_a_recipe_names_a_set_for_each_subset(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", [1, 2])
 def test_a_pipeline_with_larger_micro_batches_reads_a_set_whole(tiny: TinyRun, stages: int) -> None:
-    layout = ["parallel.pipeline_model_parallel_size=2", "training.micro_batch_size=2", "model.num_layers=4"]
+    layout = ["parallel.pipeline_model_parallel_size=2", "training.micro_batch_size=2", "model.layer_pattern=M-*-M-*-"]
     layout.append(f"parallel.virtual_pipeline_stages={stages}")
     done = tiny.pretrain(fields=[*layout, "logging.eval_iters=null", "training.train_iters=1"])
     assert done.code == 0, done.stdout + done.stderr

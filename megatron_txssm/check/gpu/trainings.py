@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_txssm.architecture.layer_pattern import MODULE
 from megatron_txssm.check.tokens import write_tokens
 from megatron_txssm.recipe.changes import WITHOUT_REPORTS, WITHOUT_TOKENIZER, WITHOUT_TOKENS, Changes, changed
 from megatron_txssm.recipe.loader import load_recipe
@@ -77,7 +78,7 @@ def _small(
 ) -> Training:
     """Eight layers, one of them attention, with heads of 128 channels, as FP8 attention requires on Hopper."""
     sizes: Changes = {
-        "model.num_layers": 8,
+        "model.layer_pattern": MODULE,
         "model.hidden_size": 256,
         "model.num_attention_heads": 2,
         "model.ffn_hidden_size": 768,
@@ -153,7 +154,7 @@ AGREEMENTS = (
 SMALL_LENGTH, SMALL_BATCH = 64, 2
 # `--small`: replaces the sizes of every training.
 SMALL_SIZES: Changes = LOCAL | {
-    "model.num_layers": 8,
+    "model.layer_pattern": MODULE,
     "model.hidden_size": 64,
     "model.num_attention_heads": 2,
     "model.ffn_hidden_size": 96,

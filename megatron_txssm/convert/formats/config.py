@@ -46,7 +46,7 @@ def _everywhere(recipe: Recipe) -> Fields:
         "vocab_size": recipe.data.vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
+        "num_hidden_layers": len(recipe.blocks),
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.num_query_groups or model.num_attention_heads,
         "max_position_embeddings": recipe.training.seq_length,
@@ -67,7 +67,7 @@ def _older_names(rope: Fields) -> Fields:
 def _transxssm(recipe: Recipe) -> Fields:
     model = recipe.model
     return {
-        "layer_types": [_LAYER_TYPES[kind] for kind in recipe.layer_kinds],
+        "layer_types": [_LAYER_TYPES[kind] for kind in recipe.blocks],
         "attention_position_encoding": model.attention_position_encoding,
         "position_encoding": model.position_encoding,
         "state_size": model.state_size,
@@ -88,7 +88,7 @@ def _granite(recipe: Recipe) -> Fields:
     mixer, rotates = recipe.state_space, recipe.model.attention_position_encoding == "rope"
     assert mixer is not None
     return {
-        "layer_types": [_GRANITE_LAYER_TYPES[kind] for kind in recipe.layer_kinds],
+        "layer_types": [_GRANITE_LAYER_TYPES[kind] for kind in recipe.blocks],
         "position_embedding_type": "rope" if rotates else None,
         "shared_intermediate_size": recipe.model.ffn_hidden_size,
         "num_local_experts": 0,

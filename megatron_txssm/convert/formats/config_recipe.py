@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from megatron_txssm.architecture.layer_pattern import ATTENTION, FFN, STATE_SPACE
 from megatron_txssm.convert.formats.config import Fields
 from megatron_txssm.convert.formats.config_check import read_config
 from megatron_txssm.errors import UserError, shown
@@ -16,7 +17,7 @@ from megatron_txssm.recipe.validation.validate import validate
 
 # The recipe that provides the training settings until the user changes them.
 _TRAINING = "llama3_1.3b"
-_LAYERS = {"linear_attention": "S", "full_attention": "A"}
+_LAYERS = {"linear_attention": STATE_SPACE + FFN, "full_attention": ATTENTION + FFN}
 
 
 def recipe_of_config(folder: Path, config: JsonObject, format: str) -> Recipe:
@@ -27,7 +28,6 @@ def recipe_of_config(folder: Path, config: JsonObject, format: str) -> Recipe:
     found = read_config(folder, config, format)
     describe = {"llama": _llama, "granitemoehybrid": _granite, "transxssm": _transxssm, "reference": _reference}
     model = _rotation(folder, found) | {
-        "num_layers": found["num_hidden_layers"],
         "hidden_size": found["hidden_size"],
         "num_attention_heads": found["num_attention_heads"],
         "num_query_groups": found["num_key_value_heads"],
@@ -84,7 +84,11 @@ def _rotation(folder: Path, found: Fields) -> Changes:
 
 
 def _llama(found: Fields, config: JsonObject) -> Changes:
-    return {"layer_pattern": "A", "kv_channels": found["head_dim"], "ffn_hidden_size": found["intermediate_size"]}
+    return {
+        "layer_pattern": (ATTENTION + FFN) * found["num_hidden_layers"],
+        "kv_channels": found["head_dim"],
+        "ffn_hidden_size": found["intermediate_size"],
+    }
 
 
 def _granite(found: Fields, config: JsonObject) -> Changes:
@@ -119,9 +123,9 @@ def _reference(found: Fields, config: JsonObject) -> Changes:
     heads = found["num_attention_heads"]
     channels = found["hidden_size"] // heads
     period, offset = found["attn_layer_period"], found["attn_layer_offset"]
-    kinds = ("A" if layer % period == offset else "S" for layer in range(found["num_hidden_layers"]))
+    mixers = (ATTENTION if layer % period == offset else STATE_SPACE for layer in range(found["num_hidden_layers"]))
     return {
-        "layer_pattern": "".join(kinds),
+        "layer_pattern": "".join(mixer + FFN for mixer in mixers),
         "ffn_hidden_size": found["intermediate_size"],
         "state_size": channels,
         "state_head_dim": channels,

@@ -25,6 +25,9 @@ ARCHITECTURES = {
 
 def choose_format(recipe: Recipe, asked: Format | None) -> Format:
     """`asked`; None: llama if the model is one, otherwise transxssm. UserError with the reason if it does not fit."""
+    if asked != "megatron":
+        # Raises UserError itself if the layers are no blocks.
+        _ = recipe.blocks
     if asked is None:
         return "llama" if refusal(recipe, "llama") is None else "transxssm"
     if reason := refusal(recipe, asked):
@@ -65,7 +68,7 @@ def _granite_misfits(recipe: Recipe) -> list[tuple[bool, str]]:
 
 
 def _reference_misfits(recipe: Recipe) -> list[tuple[bool, str]]:
-    model, mixer, kinds = recipe.model, recipe.state_space, recipe.layer_kinds
+    model, mixer, kinds = recipe.model, recipe.state_space, recipe.blocks
     if mixer is None:
         return [(True, "it has no state-space layers")]
     head_dim = model.hidden_size // model.num_attention_heads

@@ -1,6 +1,7 @@
 """One table per format: which tensors of Megatron's checkpoint map to which of a Hugging Face model, and how.
 
-Both directions use the same rows. `*` is the layer number. A row applies to the layers that have its tensors; of
+Both directions use the same rows. `*` is the number of a block: one layer of a Hugging Face model, and two of
+Megatron's, a mixer and an FFN. A row applies to the blocks that have its tensors; of
 several Megatron tensors, those that a variant lacks (the gate's z) are omitted.
 """
 
@@ -97,24 +98,29 @@ class Row:
 
 
 def _row(megatron: str, hf: str, transform: Transform = SAME) -> Row:
-    """Names are separated by spaces; `@` abbreviates a layer, `$` the mixer of a Megatron layer."""
-    megatron = megatron.replace("@", "decoder.layers.*.").replace("$", "decoder.layers.*.self_attention.")
+    """Names are separated by spaces. `@`: a layer (Megatron's: the FFN's), `$`: a state-space mixer, `&`: attention."""
+    megatron = megatron.replace("@", "decoder.layers.(2*+1).").replace("$", "decoder.layers.(2*).mixer.")
+    megatron = megatron.replace("&", "decoder.layers.(2*).self_attention.")
     return Row(tuple(megatron.split()), tuple(hf.replace("@", "model.layers.*.").split()), transform)
 
 
 _EMBEDDINGS = (
     _row("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
-    _row("decoder.final_layernorm.weight", "model.norm.weight"),
+    _row("decoder.final_norm.weight", "model.norm.weight"),
     _row("output_layer.weight", "lm_head.weight"),
 )
 _NORMS = (
     _row("$in_proj.layer_norm_weight", "@input_layernorm.weight"),
-    _row("$linear_qkv.layer_norm_weight", "@input_layernorm.weight"),
+    _row("&linear_qkv.layer_norm_weight", "@input_layernorm.weight"),
     _row("@mlp.linear_fc1.layer_norm_weight", "@post_attention_layernorm.weight"),
 )
 _ATTENTION = (
-    _row("$linear_qkv.weight", "@self_attn.q_proj.weight @self_attn.k_proj.weight @self_attn.v_proj.weight", QKV),
-    _row("$linear_proj.weight", "@self_attn.o_proj.weight"),
+    _row(
+        "&linear_qkv.weight",
+        "@self_attn.q_proj.weight @self_attn.k_proj.weight @self_attn.v_proj.weight",
+        QKV,
+    ),
+    _row("&linear_proj.weight", "@self_attn.o_proj.weight"),
 )
 _MLP = (
     _row("@mlp.linear_fc1.weight", "@mlp.gate_proj.weight @mlp.up_proj.weight", HALVES),
@@ -155,10 +161,10 @@ TABLES: dict[str, tuple[Row, ...]] = {
     ),
     "reference": (
         _row("embedding.word_embeddings.weight", "model.word_embed.weight"),
-        _row("decoder.final_layernorm.weight", "model.final_layernorm.weight"),
+        _row("decoder.final_norm.weight", "model.final_layernorm.weight"),
         _row("output_layer.weight", "lm_head.weight"),
         _row("$in_proj.layer_norm_weight", "@pre_sequence_layernorm.weight"),
-        _row("$linear_qkv.layer_norm_weight", "@pre_sequence_layernorm.weight"),
+        _row("&linear_qkv.layer_norm_weight", "@pre_sequence_layernorm.weight"),
         _row("@mlp.linear_fc1.layer_norm_weight", "@pre_state_layernorm.weight"),
         _row("$in_proj.weight.x", "@ssd.x_proj.weight"),
         _row("$in_proj.weight.B", "@ssd.b_proj.weight"),
@@ -166,8 +172,8 @@ TABLES: dict[str, tuple[Row, ...]] = {
         _row("$in_proj.weight.dt", "@ssd.dt_proj.weight"),
         _row("$A_log", "@ssd.A", DECAY_RATE),
         _row("$out_proj.weight", "@ssd.out_proj.weight"),
-        _row("$linear_qkv.weight", "@attn.q_proj.weight @attn.k_proj.weight @attn.v_proj.weight", QKV),
-        _row("$linear_proj.weight", "@attn.o_proj.weight"),
+        _row("&linear_qkv.weight", "@attn.q_proj.weight @attn.k_proj.weight @attn.v_proj.weight", QKV),
+        _row("&linear_proj.weight", "@attn.o_proj.weight"),
         _row("@mlp.linear_fc1.weight", "@feed_forward.gate_proj.weight @feed_forward.up_proj.weight", HALVES),
         _row("@mlp.linear_fc2.weight", "@feed_forward.down_proj.weight"),
         _row("", "@post_sequence_residual.weight", ONES),
@@ -204,21 +210,22 @@ def plan(format: str, shapes: dict[str, Shape]) -> list[Group]:
     """
     if format == "megatron":
         return [Group((name,), (name,), SAME, (shape,)) for name, shape in shapes.items()]
-    layers = sorted({layer for name in shapes if (layer := layer_of(name)) is not None})
+    blocks = len({layer for name in shapes if (layer := layer_of(name)) is not None}) // 2
     groups: list[Group] = []
     for row in TABLES[format]:
-        for layer in layers if "*" in row.hf[0] else [0]:
-            names = tuple(name.replace("*", str(layer)) for name in row.megatron)
+        for block in range(blocks) if "*" in row.hf[0] else [0]:
+            mixer, ffn = str(2 * block), str(2 * block + 1)
+            names = tuple(name.replace("(2*)", mixer).replace("(2*+1)", ffn) for name in row.megatron)
             there = tuple(name for name in names if name in shapes)
             if there or not names:
-                hf = tuple(name.replace("*", str(layer)) for name in row.hf)
+                hf = tuple(name.replace("*", str(block)) for name in row.hf)
                 groups.append(Group(there, hf, row.transform, tuple(shapes[name] for name in there)))
     covered = [name for group in groups for name in group.megatron]
     assert sorted(covered) == sorted(shapes), f"layout {format} does not cover {set(shapes) ^ set(covered)}"
     places = {name: place for place, name in enumerate(shapes)}
     ends = {layer_of(name): place for name, place in places.items()}
-    # Groups without Megatron tensors come at their layer's end.
-    return sorted(groups, key=lambda g: places[g.megatron[0]] if g.megatron else ends[layer_of(g.hf[0])])
+    # Groups without Megatron tensors come at their block's end.
+    return sorted(groups, key=lambda g: places[g.megatron[0]] if g.megatron else ends[2 * (layer_of(g.hf[0]) or 0) + 1])
 
 
 def hf_tensors(

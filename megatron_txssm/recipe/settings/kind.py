@@ -34,6 +34,10 @@ class Kind:
     usage: str
     # The command that lists the recipes; without one, a message lists them.
     listed_by: str | None = None
+    # A file of an earlier version in today's terms.
+    translated: Callable[[dict[str, Any]], dict[str, Any]] = lambda data: data
+    # What to write instead of a dotted field that there was, given its section's entries; empty for any other.
+    replacement: Callable[[str, dict[str, Any]], str] = lambda dotted, entries: ""
 
     @property
     def sections(self) -> list[str]:
@@ -82,7 +86,7 @@ class Kind:
         data = load_yaml(text, str(path))
         if not isinstance(data, dict):
             raise UserError(f"{path}: a {self.noun} is a mapping of {', '.join(self.sections)}, not {shown(data)}")
-        return data, Source(str(path), text, path.parent.absolute())
+        return self.translated(data), Source(str(path), text, path.parent.absolute())
 
 
 def near_file(path: Path) -> str:

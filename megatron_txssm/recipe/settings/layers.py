@@ -134,13 +134,13 @@ def _entries(value: Any, source: Source, *keys: str) -> dict[str, Any]:
 
 
 def _section(kind: Kind, table: dict[str, Field], value: Any, source: Source, *keys: str) -> dict[str, Any]:
-    stated: dict[str, Any] = {}
-    for name, entry in _entries(value, source, *keys).items():
+    entries = _entries(value, source, *keys)
+    for name in entries:
         if name not in table:
-            hint = nearest(name, table) or _elsewhere(kind, name)
-            raise source.error(f"unknown key {'.'.join((*keys, name))!r}{hint}", *keys, name)
-        stated[name] = _converted(entry, table[name], source, *keys, name)
-    return stated
+            dotted = ".".join((*keys, name))
+            hint = kind.replacement(dotted, entries) or nearest(name, table) or _elsewhere(kind, name)
+            raise source.error(f"unknown key {dotted!r}{hint}", *keys, name)
+    return {name: _converted(entry, table[name], source, *keys, name) for name, entry in entries.items()}
 
 
 def _open_section(kind: Kind, section: str, value: Any, source: Source) -> dict[str, Any]:
@@ -165,10 +165,14 @@ def _elsewhere(kind: Kind, name: str) -> str:
 def _converted(value: Any, field: Field, source: Source, *keys: str) -> Any:
     try:
         converted = convert(value, field)
+        if field.setting.check:
+            field.setting.check(converted)
         return each_path(converted, lambda path: expanded(path, source.folder)) if field.setting.path else converted
     except ValueError as error:
         hint = nearest(value, field.choices) if isinstance(value, str) else ""
         raise source.error(f"{'.'.join(keys)}={shown(value)} {error}{hint}", *keys) from None
+    except UserError as error:
+        raise source.error(str(error), *keys) from None
 
 
 def merged(layers: Sequence[Layer], alternatives: Alternatives = ()) -> Merged:

@@ -54,6 +54,8 @@ class Setting:
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
+    # Raises UserError for a value with a mistake of its own.
+    check: Callable[[Any], object] | None = None
     # A path, or a blend of them (paths.py).
     path: bool = False
     # null is allowed: the loader then finds the value.

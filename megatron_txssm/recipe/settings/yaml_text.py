@@ -26,12 +26,16 @@ _SCALARS = (
 )
 
 
+# As PyYAML's scanner says.
+_ALIAS = "while scanning an alias"
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise ComposerError(None, None, "aliases (*name) are not allowed", self.peek_event().start_mark)
+            raise ComposerError(_ALIAS, None, "aliases (*name) are not allowed", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def construct_scalar(self, node: yaml.ScalarNode) -> Any:
@@ -79,7 +83,8 @@ def load_yaml(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{source}{place}: not valid YAML: {error.problem or error.context}") from None
+        remedy = "; quote a text that begins with *, such as '*-*-'" if error.context == _ALIAS else ""
+        raise UserError(f"{source}{place}: not valid YAML: {error.problem or error.context}{remedy}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{source}: not valid YAML: {reason}") from None

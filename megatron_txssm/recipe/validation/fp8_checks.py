@@ -110,9 +110,8 @@ def _check_bf16_layers(recipe: "Recipe") -> None:
             f"training.first_last_layers_bf16={layers} is not possible with training.fp8_recipe=delayed, whose maxima "
             "are reduced once for all layers; use tensorwise, blockwise or mxfp8, or 0"
         )
-    most = min(
-        recipe.model.num_layers // recipe.parallel.pipeline_model_parallel_size, (recipe.model.num_layers - 1) // 2
-    )
+    count = len(recipe.layers)
+    most = min(count // recipe.parallel.pipeline_model_parallel_size, (count - 1) // 2)
     if layers > most:
         raise UserError(f"training.first_last_layers_bf16={layers} leaves no layer to FP8; use at most {most}")
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_txssm.architecture.layer_pattern import in_stages, stages
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import data_parallel_size, divisors
@@ -49,7 +50,7 @@ def _check_name(recipe: Recipe) -> None:
 def _check_model(recipe: Recipe) -> None:
     model = recipe.model
     # Raises UserError itself.
-    _ = recipe.layer_kinds
+    _ = recipe.layers
     if recipe.has_state_space and model.state_num_heads is None:
         _check_divisible(
             "hidden_size", model.hidden_size, "state_head_dim", model.state_head_dim, "state state_num_heads as well"
@@ -120,18 +121,30 @@ def _short_list(value: int) -> str:
     return f"use one of {', '.join(str(d) for d in divisors(value) if d <= 64)}"
 
 
-def _check_other_parallel(recipe: Recipe) -> None:
-    parallel, num_layers = recipe.parallel, recipe.model.num_layers
-    pipeline, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_stages or 1
-    _check_divisible("num_layers", num_layers, "pipeline_model_parallel_size", pipeline)
+def _check_stages(recipe: Recipe) -> None:
+    pipeline, virtual = recipe.parallel.pipeline_model_parallel_size, recipe.parallel.virtual_pipeline_stages or 1
     if virtual > 1 and pipeline == 1:
         raise UserError(f"virtual_pipeline_stages={virtual} needs pipeline_model_parallel_size above 1; leave it out")
-    if num_layers % (pipeline * virtual) != 0:
+    if in_stages(recipe.model.layer_pattern, recipe.pipeline_stages) is not None:
+        return
+    asked = f"pipeline_model_parallel_size={pipeline}" + (
+        f" x virtual_pipeline_stages={virtual}" if virtual > 1 else ""
+    )
+    written, count = len(stages(recipe.model.layer_pattern)), len(recipe.layers)
+    if written > 1:
         raise UserError(
-            f"num_layers={num_layers} is not divisible by pipeline_model_parallel_size={pipeline} x "
-            f"virtual_pipeline_stages={virtual}; use virtual_pipeline_stages of one of "
-            f"{', '.join(map(str, divisors(num_layers // pipeline)))}"
+            f"{asked} needs {recipe.pipeline_stages} stages, and layer_pattern is divided by | into {written}; "
+            "change one of them, or write the pattern without | to divide it evenly"
         )
+    raise UserError(
+        f"the {count} layers of layer_pattern are not divisible by {asked}; use "
+        f"{', '.join(str(size) for size in divisors(count) if size <= 64)} stages, or divide the pattern by |"
+    )
+
+
+def _check_other_parallel(recipe: Recipe) -> None:
+    parallel = recipe.parallel
+    _check_stages(recipe)
     context, length = parallel.context_parallel_size, recipe.training.seq_length
     if context > 1 and length % (2 * context) != 0:
         raise UserError(

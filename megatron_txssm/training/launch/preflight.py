@@ -208,6 +208,8 @@ def _training_data(recipe: Recipe) -> Mapping[str, object]:
 
 def _architecture(recipe: Recipe, but: Collection[str] = ()) -> Mapping[str, object]:
     fields = {f"model.{name}": value for name, value in vars(recipe.model).items() if name not in _FREE_AT_RESUME}
+    # Without the marks of pipeline stages, which any checkpoint may change.
+    fields["model.layer_pattern"] = recipe.layers
     fields["the embedding's rows (data.vocab_size, padded)"] = recipe.padded_vocab_size
     return {name: value for name, value in fields.items() if name not in but}
 

@@ -85,7 +85,7 @@ BY_HAND: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "granitemoehybrid": (
         "jamba",
-        f"{_OWN} attention_position_encoding=rope layer_pattern=SSSA state_num_heads=8",
+        f"{_OWN} attention_position_encoding=rope layer_pattern=M-M-M-*-M-M-M-*- state_num_heads=8",
         _COMMON
         | {
             "architectures": ["GraniteMoeHybridForCausalLM"],

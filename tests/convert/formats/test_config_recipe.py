@@ -34,7 +34,7 @@ def test_the_model_is_the_same(tmp_path: Path, format: str) -> None:
     recipe = load(*VARIANTS[format])
     found = made(tmp_path, format, hf_config(recipe, format))
     assert hf_config(found, format) == hf_config(recipe, format)
-    assert found.layer_kinds == recipe.layer_kinds and found.data.vocab_size == recipe.data.vocab_size
+    assert found.layers == recipe.layers and found.data.vocab_size == recipe.data.vocab_size
     # Of an attention-only model nothing asks for it.
     if recipe.has_state_space:
         assert found.state_space == recipe.state_space
@@ -78,7 +78,7 @@ def test_a_stock_llama_needs_no_recipe(
     assert main(["convert", "import", str(tmp_path / "a llama"), str(out), "--no-verify"]) == 0
     assert tasks == ["save_megatron"]
     recipe, model = load_recipe(out / "recipe.yaml"), load_recipe(out / "recipe.yaml").model
-    assert recipe.name == "a_llama" and recipe.layer_kinds == "AAA" and recipe.training.seq_length == 256
+    assert recipe.name == "a_llama" and recipe.layers == "*-*-*-" and recipe.training.seq_length == 256
     assert (model.rotary_base, model.norm_epsilon, model.num_query_groups) == (600_000, 2e-4, 2)
     assert not model.tie_embeddings and recipe.data.vocab_size == 77
     said = capsys.readouterr().out

@@ -26,7 +26,7 @@ from tests.convert.formats.test_mapping import VARIANTS, load
             "its rotary angles are computed in fp64",
         ),
         ("reference", "llama3", "", "it has no state-space layers"),
-        ("reference", "reference", "layer_pattern=SA", "its attention layers are others than every eighth"),
+        ("reference", "reference", "layer_pattern=M-*-M-*-", "its attention layers are others than every eighth"),
         ("reference", "reference", "position_encoding=a_t", "its state-space layers have position_encoding: a_t"),
         ("reference", "reference", "attention_position_encoding=none", "its attention has no rotary positions"),
         ("reference", "reference", "state_size=16", "state_size=16 is not hidden_size / num_attention_heads=8"),

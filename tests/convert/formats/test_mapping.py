@@ -21,7 +21,7 @@ from tests.support.built_model import build_model
 
 # Every size differs from every other; 11 rows of padding.
 SMALL = (
-    *("model.num_layers=8", "model.hidden_size=48", "model.ffn_hidden_size=80", "model.num_attention_heads=6"),
+    *("model.hidden_size=48", "model.ffn_hidden_size=80", "model.num_attention_heads=6"),
     *("model.num_query_groups=2", "model.state_head_dim=12", "model.state_size=20", "model.state_num_groups=2"),
     *("data.train=a", "data.validation=a", "data.tokenizer_model=b", "data.vocab_size=245"),
     *("training.seq_length=64", "training.global_batch_tokens=64", "training.train_tokens=6400"),
@@ -34,7 +34,7 @@ VARIANTS = {
     "llama3": ("llama3_320m", "kv_channels=10"),
     "mamba2": ("mamba2_320m", "state_num_heads=8"),
     "jamba": ("jamba_320m", "tie_embeddings=false"),
-    "a_t": ("transxssm_320m", "position_encoding=a_t layer_pattern=SA state_dt_bias=false tie_embeddings=false"),
+    "a_t": ("transxssm_320m", "position_encoding=a_t layer_pattern=M-*- state_dt_bias=false tie_embeddings=false"),
     "gated rope": ("transxssm_320m", "state_gated=true length_scaling_base=16"),
     "jamba without a gate": ("jamba_320m", "state_gated=false"),
     "reference": ("transxssm_320m", _REFERENCE),
@@ -45,7 +45,8 @@ HELD = {"llama": {"llama3"}, "granitemoehybrid": {"mamba2", "jamba"}, "reference
 
 def load(variant: str, further: str = "") -> Recipe:
     name, changes = VARIANTS[variant]
-    return load_recipe(name, [*SMALL, *(f"model.{change}" for change in f"{changes} {further}".split())])
+    eight_blocks = f"model.layer_pattern={load_recipe(name, SMALL).layers[:16]}"
+    return load_recipe(name, [*SMALL, eight_blocks, *(f"model.{change}" for change in f"{changes} {further}".split())])
 
 
 @pytest.fixture(params=VARIANTS)
@@ -126,7 +127,7 @@ def test_a_table_that_lacks_a_tensor_is_no_plan() -> None:
 
 
 def sizes_of(heads: int, groups: int, channels: int) -> ModelSizes:
-    return ModelSizes("A", 6, 10, heads, groups, channels, 16, True, None)
+    return ModelSizes("*-", 6, 10, heads, groups, channels, 16, True, None)
 
 
 @pytest.mark.parametrize(("heads", "groups", "channels"), [(1, 1, 1), (4, 4, 3), (4, 1, 2), (6, 2, 5), (12, 3, 4)])

@@ -155,7 +155,7 @@ def test_readers_of_the_section_know_every_spelling(key: str) -> None:
         ("layernorm_epsilon=1e-6", "set model.norm_epsilon instead"),
         ("fp16=true", "set training.precision instead"),
         ("train_samples=5", "set training.train_tokens instead"),
-        ("layer_pattern=A", "set model.layer_pattern instead"),
+        ("hybrid_layer_pattern=M-", "set model.layer_pattern instead"),
         ("eod_mask_loss=true", "set training.mask_end_of_document instead"),
         ("calculate_per_token_loss=true", "set training.mask_end_of_document instead"),
         ("lr_wsd_decay_iters=5", "set optimizer.wsd_decay_fraction instead"),

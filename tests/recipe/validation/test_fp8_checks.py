@@ -37,10 +37,10 @@ FP8_RECIPES = [name for name in recipe_names() if "_fp8_" in name]
         ),
         (
             "transxssm_1.3b_fp8_b200",
-            ["first_last_layers_bf16=12"],
-            "first_last_layers_bf16=12 leaves no layer to FP8; use at most 11",
+            ["first_last_layers_bf16=24"],
+            "first_last_layers_bf16=24 leaves no layer to FP8; use at most 23",
         ),
-        ("mamba2_1.3b_fp8_h100", ["fp8_attention=true"], "has no effect: layer_pattern=S has no attention"),
+        ("mamba2_1.3b_fp8_h100", ["fp8_attention=true"], " has no attention; leave it out"),
     ],
 )
 def test_a_contradiction_names_value_and_remedy(name: str, overrides: list[str], wanted: str) -> None:

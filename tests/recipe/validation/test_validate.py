@@ -10,7 +10,11 @@ from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.sizes import data_parallel_size
 from megatron_txssm.recipe.validation.validate import validate
+from megatron_txssm.session.arguments import megatron_arguments
 from megatron_txssm.training.launch.preflight import check_files
+
+# Instead of a corpus, which would have to exist.
+OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
 
 
 @pytest.mark.parametrize(
@@ -31,8 +35,8 @@ from megatron_txssm.training.launch.preflight import check_files
             ["model.state_num_groups=5"],
             "state_num_groups=5 does not divide the state-space heads (12)",
         ),
-        ("transxssm_320m", ["model.num_layers=23"], "num_layers=23 is not a multiple of the length of layer_pattern"),
-        ("transxssm_320m", ["model.layer_pattern=SSX"], "found 'X'"),
+        ("transxssm_320m", ["model.layer_pattern=M-||*-"], "a stage without layers at '|'"),
+        ("transxssm_320m", ["model.layer_pattern=M-X"], "'X' is no layer"),
         ("transxssm_320m", ["model.state_size=127"], "state_size=127 is odd"),
         ("transxssm_320m", ["model.state_head_dim=100"], "hidden_size=768 is not divisible by state_head_dim=100"),
         (
@@ -90,14 +94,36 @@ from megatron_txssm.training.launch.preflight import check_files
         (
             "transxssm_320m",
             ["parallel.pipeline_model_parallel_size=5"],
-            "num_layers=24 is not divisible by pipeline_model_parallel_size=5; use one of 1, 2, 3, 4, 6, 8, 12, 24",
+            "the 48 layers of layer_pattern are not divisible by pipeline_model_parallel_size=5; use 1, 2, 3, 4, 6, ",
         ),
         (
             "transxssm_320m",
-            ["parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_stages=4"],
-            "use virtual_pipeline_stages of one of 1, 2, 3, 6",
+            ["parallel.pipeline_model_parallel_size=4", "parallel.virtual_pipeline_stages=5"],
+            "are not divisible by pipeline_model_parallel_size=4 x virtual_pipeline_stages=5",
         ),
         ("transxssm_320m", ["parallel.virtual_pipeline_stages=2"], "needs pipeline_model_parallel_size above 1"),
+        (
+            "transxssm_320m",
+            ["model.layer_pattern=M-*-M-", "parallel.pipeline_model_parallel_size=4"],
+            "the 6 layers of layer_pattern are not divisible by pipeline_model_parallel_size=4; use 1, 2, 3, 6 stages, "
+            "or divide the pattern by |",
+        ),
+        (
+            "transxssm_320m",
+            ["model.layer_pattern=M-|*-|M-", "parallel.pipeline_model_parallel_size=2"],
+            "pipeline_model_parallel_size=2 needs 2 stages, and layer_pattern is divided by | into 3; change one of "
+            "them, or write the pattern without | to divide it evenly",
+        ),
+        (
+            "transxssm_320m",
+            [
+                "model.layer_pattern=M-|*-",
+                "parallel.pipeline_model_parallel_size=2",
+                "parallel.virtual_pipeline_stages=2",
+            ],
+            "pipeline_model_parallel_size=2 x virtual_pipeline_stages=2 needs 4 stages, and layer_pattern is divided "
+            "by | into 2",
+        ),
         (
             "transxssm_320m",
             ["parallel.context_parallel_size=3"],
@@ -209,6 +235,30 @@ def test_a_test_set_of_a_few_batches_or_beside_an_evaluation() -> None:
 )
 def test_what_works_together_is_accepted(name: str, overrides: list[str]) -> None:
     assert load_recipe(name, overrides).name == name
+
+
+@pytest.mark.parametrize(
+    ("pattern", "pipeline", "virtual", "rendered"),
+    [
+        ("M-*-", 1, None, "M-*-"),
+        ("M-*-", 2, None, "M-|*-"),
+        ("M-*-", 2, 2, "M|-|*|-"),
+        ("MM*|-", 2, None, "MM*|-"),
+        ("M|*-M|-|*", 2, 2, "M|*-M|-|*"),
+        # The same stages, one per process.
+        ("M|*-M|-|*", 4, None, "M|*-M|-|*"),
+        # One process needs no stages.
+        ("MM*|-", 1, None, "MM*-"),
+    ],
+)
+def test_stages_of_a_pattern_fit_the_pipeline(pattern: str, pipeline: int, virtual: int | None, rendered: str) -> None:
+    parallel = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": pipeline}
+    overrides = [f"parallel.{name}={size}" for name, size in parallel.items()]
+    overrides += [f"parallel.virtual_pipeline_stages={virtual}"] if virtual else []
+    recipe = load_recipe("demo_cpu", [*overrides, *OWN_DATA, f"model.layer_pattern={pattern}"])
+    words = megatron_arguments(recipe)
+    assert words[words.index("--hybrid-layer-pattern") + 1] == rendered
+    assert not {"--num-layers", "--num-virtual-stages-per-pipeline-rank"} & set(words)
 
 
 def test_the_number_of_processes_is_checked_where_it_is_known() -> None:

@@ -363,7 +363,7 @@ def test_a_training_outlives_its_terminal(megatron: FakeMegatron, monkeypatch: p
         (None, [], True),
         (None, ["model.ssd_backend=triton"], True),
         (None, ["model.ssd_backend=torch"], False),
-        (None, ["model.layer_pattern=A"], False),
+        (None, ["model.layer_pattern=*-"], False),
         ("it needs a CUDA device, and there is none", [], False),
     ],
 )

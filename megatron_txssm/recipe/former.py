@@ -1,0 +1,80 @@
+"""Recipes of versions in which a layer was a mixer and its FFN: S or A, repeated over `model.num_layers`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_txssm.architecture.layer_pattern import (
+    ATTENTION,
+    MODULE,
+    STATE_SPACE,
+    blocks,
+    from_letters,
+    layers,
+    repeated_part,
+)
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.schema import SECTIONS
+
+# Of recipes that did not state it.
+_DEFAULT = "SSSSSSSA"
+_NUM_LAYERS = "model.num_layers"
+# Beyond it, a number of layers is a mistake.
+_MOST = 1000
+
+
+def translated(data: dict[str, Any]) -> dict[str, Any]:
+    """A file's content; if it is a complete recipe as earlier runs kept it with their checkpoints, in today's terms."""
+    model, training = data.get("model"), data.get("training")
+    if not set(SECTIONS) <= set(data) or not isinstance(model, dict) or not isinstance(training, dict):
+        return data
+    pattern = _written_out(model.get("layer_pattern", _DEFAULT), model.get("num_layers"))
+    if pattern is None:
+        return data
+    model = {name: value for name, value in model.items() if name != "num_layers"} | {"layer_pattern": pattern}
+    if isinstance(ends := training.get("first_last_layers_bf16"), int):
+        # Counted in layers, of which there are twice as many now.
+        training = training | {"first_last_layers_bf16": 2 * ends}
+    return data | {"model": model, "training": training}
+
+
+def replacement(dotted: str, section: dict[str, Any]) -> str:
+    """What to write instead of a field that recipes no longer have; empty for any other."""
+    if dotted != _NUM_LAYERS:
+        return ""
+    return _hint(section.get("layer_pattern"), section["num_layers"])
+
+
+def check_overrides(overrides: Sequence[str], inherited: str | None) -> None:
+    """UserError if --set options state `model.num_layers`; `inherited` is the layer pattern of the recipe's files."""
+    stated = {name.strip(): value.strip(" '\"") for name, _, value in (text.partition("=") for text in overrides)}
+    if _NUM_LAYERS not in stated:
+        return
+    written = stated[_NUM_LAYERS]
+    pattern = stated.get("model.layer_pattern") or _letters(inherited)
+    hint = _hint(pattern, int(written) if written.isdecimal() else None)
+    raise UserError(f"--set {_NUM_LAYERS}={written}: unknown key {_NUM_LAYERS!r}{hint}")
+
+
+def _hint(pattern: object, count: object) -> str:
+    if isinstance(pattern, str) and set(pattern) - {*"SA"}:
+        remedy = f"remove {_NUM_LAYERS}"
+    elif (translation := _written_out(pattern, count)) is not None:
+        remedy = f"write only model.layer_pattern={translation!r}"
+    else:
+        remedy = f"write one such as {MODULE}"
+    return f"; it follows from model.layer_pattern, which has one symbol per layer: {remedy}"
+
+
+def _letters(pattern: str | None) -> str | None:
+    """The pattern in S and A, if its layers are blocks; one period of it."""
+    mixers = blocks(layers(pattern)) if pattern else None
+    return mixers and repeated_part(mixers).translate({ord(STATE_SPACE): "S", ord(ATTENTION): "A"})
+
+
+def _written_out(letters: object, count: object) -> str | None:
+    """All layers in today's symbols; None if these are not letters and a number of an earlier recipe."""
+    if not isinstance(letters, str) or not letters or set(letters) - {*"SA"}:
+        return None
+    if type(count) is not int or not 1 <= count <= _MOST:
+        return None
+    return from_letters((letters * count)[:count])
