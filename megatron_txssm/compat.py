@@ -29,7 +29,7 @@ def get_args() -> MegatronArguments:
 
 
 def mend_megatron() -> None:
-    """Patch, once per process, seven faults of Megatron 0.19.2 that affect every platform."""
+    """Patch, once per process, eight faults of Megatron 0.19.2 that affect every platform."""
     global _mended
     if _mended:
         return
@@ -41,6 +41,7 @@ def mend_megatron() -> None:
     _save_parameters_of_padded_buckets()
     _resume_under_another_schedule()
     _decay_weights_from_the_first_step()
+    _log_load_balance_on_every_stage()
 
 
 def _use_compiled_dataset_helpers() -> None:
@@ -231,3 +232,19 @@ def _decay_weights_from_the_first_step() -> None:
         self.step(0)
 
     setattr(OptimizerParamScheduler, "load_state_dict", load_and_set)
+
+
+def _log_load_balance_on_every_stage() -> None:
+    """The experts' load balance has one size on all pipeline stages, which are summed.
+
+    Stages with experts have an entry for each layer of a hybrid model, the others one for each layer of experts.
+    """
+    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+
+    ensure = MoEMetricsTracker.ensure_initialized
+
+    @functools.wraps(ensure)
+    def ensure_all_layers(self: Any, name: str, num_layers: int, *args: Any, **kwargs: Any) -> None:
+        ensure(self, name, get_args().num_layers, *args, **kwargs)
+
+    setattr(MoEMetricsTracker, "ensure_initialized", ensure_all_layers)

@@ -7,11 +7,12 @@ from megatron_txssm.errors import UserError
 STATE_SPACE = "M"
 ATTENTION = "*"
 FFN = "-"
+EXPERTS = "E"
 # Between pipeline stages.
 BORDER = "|"
-LAYERS = {STATE_SPACE: "state-space", ATTENTION: "attention", FFN: "FFN"}
+LAYERS = {STATE_SPACE: "state-space", ATTENTION: "attention", FFN: "FFN", EXPERTS: "experts"}
 # Megatron's other symbols.
-UNSUPPORTED = {"E": "experts", "G": "gated delta net", "+": "latent attention", "D": "sparse attention", "/": "MTP"}
+UNSUPPORTED = {"G": "gated delta net", "+": "latent attention", "D": "sparse attention", "/": "MTP"}
 
 # The paper's module: seven state-space sub-layers, then one self-attention sub-layer, each before an FFN
 # (arXiv:2506.09507, section 3).
@@ -56,8 +57,8 @@ def layers(pattern: str) -> str:
 
 
 def blocks(layers: str) -> str | None:
-    """The mixer of each block, if the layers are blocks of a mixer and an FFN; None if they are not."""
-    return layers[::2] if re.fullmatch(f"([{STATE_SPACE}{re.escape(ATTENTION)}]{FFN})+", layers) else None
+    """The mixer of each block, if the layers are blocks of a mixer and an FFN or experts; None if they are not."""
+    return layers[::2] if re.fullmatch(f"([{STATE_SPACE}{ATTENTION}][{FFN}{EXPERTS}])+", layers) else None
 
 
 def repeated_part(layers: str) -> str:

@@ -3,12 +3,26 @@
 tests/architecture compares them with the model on the meta device.
 
 H=attention heads  G=query groups  K=channels per head  D=hidden size  F=FFN channels  V=padded vocabulary
+N=experts
 """
 
 from dataclasses import dataclass
 
-from megatron_txssm.architecture.layer_pattern import ATTENTION, FFN, STATE_SPACE
+from megatron_txssm.architecture.layer_pattern import ATTENTION, EXPERTS, FFN, STATE_SPACE
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
+
+
+@dataclass(frozen=True)
+class ExpertSizes:
+    """The sizes of a layer of experts."""
+
+    num_experts: int
+    # Experts that compute each token.
+    topk: int
+    # Channels of each expert, a SwiGLU FFN.
+    ffn_hidden_size: int
+    # Those of the expert that computes every token; 0 without one.
+    shared_ffn_hidden_size: int
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,8 @@ class ModelSizes:
     tie_embeddings: bool
     # None without state-space layers.
     state_space: StateSpaceConfig | None
+    # None without experts.
+    experts: ExpertSizes | None = None
 
     @property
     def attention_weights(self) -> int:
@@ -37,6 +53,21 @@ class ModelSizes:
     def ffn_weights(self) -> int:
         """Weights of one SwiGLU FFN: gate, up and down, D·F each."""
         return 3 * self.hidden_size * self.ffn_hidden_size
+
+    @property
+    def expert_weights(self) -> int:
+        """Weights of one layer of experts: router N·D, each expert 3·D·F, and the shared one."""
+        return self._expert_weights(self.experts.num_experts) if self.experts else 0
+
+    @property
+    def active_expert_weights(self) -> int:
+        """Those that a token uses: router, `topk` experts, and the shared one."""
+        return self._expert_weights(self.experts.topk) if self.experts else 0
+
+    def _expert_weights(self, count: int) -> int:
+        assert self.experts is not None
+        channels = count * self.experts.ffn_hidden_size + self.experts.shared_ffn_hidden_size
+        return (self.experts.num_experts + 3 * channels) * self.hidden_size
 
 
 @dataclass(frozen=True)
@@ -50,23 +81,35 @@ class ParameterCount:
     state_space: int
     attention: int
     ffn: int
+    experts: int
     # RMSNorm weights: one per layer and the final one.
     norms: int
+    # Of `experts`, those that a token does not use.
+    inactive: int
 
     @property
     def total(self) -> int:
-        return self.embedding + self.output + self.state_space + self.attention + self.ffn + self.norms
+        mixers = self.state_space + self.attention
+        return self.embedding + self.output + mixers + self.ffn + self.experts + self.norms
+
+    @property
+    def active(self) -> int:
+        """The parameters that a token uses."""
+        return self.total - self.inactive
 
 
 def count_parameters(sizes: ModelSizes) -> ParameterCount:
     """Parameters by part, over all processes."""
     embedding = sizes.vocab_size * sizes.hidden_size
     mixer = sizes.state_space.num_params() if sizes.state_space else 0
+    expert_layers = sizes.layers.count(EXPERTS)
     return ParameterCount(
         embedding=embedding,
         output=0 if sizes.tie_embeddings else embedding,
         state_space=sizes.layers.count(STATE_SPACE) * mixer,
         attention=sizes.layers.count(ATTENTION) * sizes.attention_weights,
         ffn=sizes.layers.count(FFN) * sizes.ffn_weights,
+        experts=expert_layers * sizes.expert_weights,
         norms=(len(sizes.layers) + 1) * sizes.hidden_size,
+        inactive=expert_layers * (sizes.expert_weights - sizes.active_expert_weights),
     )

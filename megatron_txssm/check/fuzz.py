@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from megatron_txssm.architecture.layer_pattern import BORDER
+from megatron_txssm.architecture.layer_pattern import BORDER, EXPERTS
 from megatron_txssm.check.layouts import AS_STATED, ONE_PROCESS
 from megatron_txssm.check.parity import DIFFERENT, Precision, Verdict, bounds, verdict
 from megatron_txssm.check.shrink import as_words, shrink
@@ -28,6 +28,13 @@ from megatron_txssm.terminal import progress_bar
 
 # Configurations per launch: they share processes, whose imports take longer than ten runs.
 CHUNK = 50
+_WITHOUT_EXPERTS: Changes = {
+    "num_experts": None,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": None,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_aux_loss_coeff": 0.01,
+}
 # Enough to see the pattern.
 MOST_DIFFERENT = 10
 
@@ -154,6 +161,7 @@ def _layout(random: Random, processes: int) -> Changes:
         rest //= prime
     tensor, pipeline, context = sizes.values()
     zero1, data = random.random() < 0.6, processes // (tensor * pipeline * context)
+    experts = random.choice(list(divisors(data * context)))
     overlap = True if zero1 and data > 1 and random.random() < 0.5 else None
     changes = ONE_PROCESS | {f"parallel.{name}": size for name, size in sizes.items()}
     if context > 1:
@@ -163,6 +171,7 @@ def _layout(random: Random, processes: int) -> Changes:
     return changes | {
         "parallel.sequence_parallel": tensor > 1 and random.random() < 0.5,
         "parallel.virtual_pipeline_stages": 2 if pipeline == 2 and random.random() < 0.5 else None,
+        "parallel.expert_model_parallel_size": experts,
         "parallel.use_distributed_optimizer": zero1,
         "parallel.recompute": random.choice(recompute),
         "megatron.overlap_grad_reduce": overlap,
@@ -183,14 +192,19 @@ def _architecture(random: Random, layout: Changes) -> Changes:
     stages = layout["parallel.pipeline_model_parallel_size"] * (layout["parallel.virtual_pipeline_stages"] or 1)
     all_to_all = layout["parallel.state_context_parallel"] == "all_to_all"
     shared_by = tensor * (layout["parallel.context_parallel_size"] if all_to_all else 1)
-    kinds = random.choice(("M-", "*-", "M-M-*-", "M-*-", "MMM*-", "M**--"))
+    experts = layout["parallel.expert_model_parallel_size"]
+    kinds = random.choice(("M-", "*-", "M-M-*-", "M-*-", "MMM*-", "M**--", "ME", "ME*-", "EE*M"))
+    pattern = _pattern(random, kinds, stages)
+    if EXPERTS not in pattern:
+        layout["parallel.expert_model_parallel_size"] = 1
     position_encoding = random.choice(("rope", "rope", "conv1d_d", "a_t"))
     attention_rope = random.random() < 0.7
     groups = shared_by * random.choice((1, 1, 2, 3))
     query_groups = random.choice((None, tensor, 2 * tensor))
     interpolation = random.choice((None, None, None, 2, 3))
     changes = {
-        "layer_pattern": _pattern(random, kinds, stages),
+        "layer_pattern": pattern,
+        **(_experts(random, tensor, experts) if EXPERTS in pattern else _WITHOUT_EXPERTS),
         "hidden_size": random.randint(16, 64),
         "ffn_hidden_size": 2 * tensor * random.randint(2, 60 // tensor),
         "num_attention_heads": random.randint(1, 3) * (query_groups or tensor),
@@ -214,6 +228,17 @@ def _architecture(random: Random, layout: Changes) -> Changes:
         "init_method_std": random.choice((0.05, 0.1, 0.2)),
     }
     return {f"model.{name}": value for name, value in changes.items()}
+
+
+def _experts(random: Random, tensor: int, shared_by: int) -> Changes:
+    count = shared_by * random.choice((2, 3))
+    return {
+        "num_experts": count,
+        "moe_router_topk": random.randint(2, min(3, count)),
+        "moe_ffn_hidden_size": random.choice((None, 2 * tensor * random.randint(2, 16))),
+        "moe_shared_expert_intermediate_size": random.choice((None, 2 * tensor * random.randint(2, 16))),
+        "moe_aux_loss_coeff": random.choice((0.0, 0.01, 0.3)),
+    }
 
 
 def _batch(random: Random, layout: Changes, processes: int) -> Changes:

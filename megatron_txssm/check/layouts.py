@@ -48,6 +48,7 @@ def all_layouts(nproc: int) -> list[Layout]:
                 for context in divisors(processes // tensor // pipeline):
                     sizes = {"tp": tensor, "pp": pipeline, "cp": context}
                     found += _variants(processes, sizes | {"dp": processes // (tensor * pipeline * context)})
+                    found += _expert_variants(processes, sizes)
     return found
 
 
@@ -60,6 +61,26 @@ def why_not(layout: Layout, recipe: Recipe, small: Recipe) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def _expert_variants(processes: int, sizes: dict[str, int]) -> Iterator[Layout]:
+    """The same division with experts shared by all of its data- and context-parallel processes, under ZeRO-1 or not."""
+    tensor, pipeline, context = sizes.values()
+    shared_by = processes // (tensor * pipeline)
+    if shared_by == 1:
+        return
+    changes: Changes = {
+        "parallel.tensor_model_parallel_size": tensor,
+        "parallel.sequence_parallel": tensor > 1,
+        "parallel.pipeline_model_parallel_size": pipeline,
+        "parallel.context_parallel_size": context,
+        "parallel.expert_model_parallel_size": shared_by,
+    }
+    parts = [f"{axis}{size}{'_sp' if axis == 'tp' else ''}" for axis, size in sizes.items() if size > 1]
+    name = "_".join([*parts, f"ep{shared_by}"])
+    yield Layout(name, processes, ONE_PROCESS | changes)
+    if context < shared_by:
+        yield Layout(f"{name}_zero1", processes, ONE_PROCESS | changes | _ZERO1)
 
 
 def _variants(processes: int, sizes: dict[str, int]) -> Iterator[Layout]:

@@ -74,6 +74,7 @@ def _model(recipe: Recipe, nproc: int) -> Changes:
         "layer_pattern": _layers(recipe, nproc),
         "hidden_size": hidden_size,
         "ffn_hidden_size": _smaller(model.ffn_hidden_size, 2 * nproc, at_least=64),
+        **_experts(recipe, nproc),
         "num_attention_heads": heads,
         "num_query_groups": query_groups,
         "kv_channels": _smaller(recipe.kv_channels, 2, at_least=8),
@@ -127,6 +128,20 @@ def _by_length(written: list[str]) -> list[int]:
     """The rank of each stage's length; equal lengths share one."""
     lengths = [len(stage) for stage in written]
     return [sorted(set(lengths)).index(length) for length in lengths]
+
+
+def _experts(recipe: Recipe, nproc: int) -> dict[str, int | None]:
+    model = recipe.model
+    if model.num_experts is None:
+        return {}
+    own, shared = model.moe_ffn_hidden_size, model.moe_shared_expert_intermediate_size
+    count = _smaller(model.num_experts, nproc, at_least=4)
+    return {
+        "num_experts": count,
+        "moe_router_topk": min(model.moe_router_topk, count),
+        "moe_ffn_hidden_size": own and _smaller(own, 2 * nproc, at_least=32),
+        "moe_shared_expert_intermediate_size": shared and _smaller(shared, 2 * nproc, at_least=32),
+    }
 
 
 def _state_space(recipe: Recipe, nproc: int) -> Changes:

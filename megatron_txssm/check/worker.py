@@ -30,6 +30,7 @@ def main(tasks_file: str, precision: str) -> None:
     from megatron_txssm.platform import prepare_platform
 
     platform_arguments = prepare_platform()
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.training import training
 
     from megatron_txssm.check import leakage_worker
@@ -51,6 +52,7 @@ def main(tasks_file: str, precision: str) -> None:
             (out / f"failed_{os.environ['RANK']}").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
             raise
         training.destroy_global_state()
+        destroy_moe_metrics_tracker()
 
 
 def _recipe_arguments(recipe: str | None) -> list[str]:
@@ -118,13 +120,14 @@ def dump_gradients(path: Path, models: list[Any]) -> None:
         gradients = {parameter.data_ptr(): parameter.main_grad for parameter in model.parameters()}
         for shard in model_shards(model.module, instead=lambda tensor, known=gradients: known.get(tensor.data_ptr())):
             assert shard.data is not None
-            shards.append((shard.key, tuple(shard.global_shape), tuple(shard.global_offset), shard.data.clone()))
+            piece = shard.data.clone()[(None,) * shard.prepend_axis_num]
+            shards.append((shard.key, tuple(shard.global_shape), tuple(shard.global_offset), piece))
     torch.save(shards, path)
 
 
 def fetch_reduced_shards(model: Any) -> None:
     """Under ZeRO-1, a rank only holds the reduced gradients of its own shard: fetch the others'."""
-    for buffer in model.buffers:
+    for buffer in model.buffers + model.expert_parallel_buffers:
         group = buffer.data_parallel_group
         for bucket in buffer.buckets if group.size() > 1 else []:
             own = bucket.grad_data.chunk(group.size())[group.rank()].clone()

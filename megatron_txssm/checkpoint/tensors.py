@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from megatron_txssm.architecture.layer_pattern import ATTENTION, FFN, STATE_SPACE
-from megatron_txssm.architecture.parameters import ModelSizes
+from megatron_txssm.architecture.layer_pattern import ATTENTION, EXPERTS, FFN, STATE_SPACE
+from megatron_txssm.architecture.parameters import ExpertSizes, ModelSizes
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 from megatron_txssm.recipe.recipe import Recipe
 
@@ -58,6 +58,8 @@ def model_shapes(recipe: Recipe) -> dict[str, Shape]:
     vocabulary = (recipe.data.vocab_size, hidden)
     shapes: dict[str, Shape] = {EMBEDDING: vocabulary}
     parts = {ATTENTION: _attention(sizes), FFN: _ffn(sizes)}
+    if sizes.experts is not None:
+        parts[EXPERTS] = _experts(hidden, sizes.experts)
     if recipe.state_space is not None:
         parts[STATE_SPACE] = _state_space(recipe.state_space)
     for number, layer in enumerate(sizes.layers):
@@ -85,6 +87,23 @@ def _ffn(sizes: ModelSizes) -> dict[str, Shape]:
         "mlp.linear_fc1.weight": (2 * ffn, hidden),
         "mlp.linear_fc2.weight": (hidden, ffn),
     }
+
+
+def _experts(hidden: int, experts: ExpertSizes) -> dict[str, Shape]:
+    """All experts of a layer are one tensor, numbered by its first axis."""
+    count, ffn, shared = experts.num_experts, experts.ffn_hidden_size, experts.shared_ffn_hidden_size
+    shapes: dict[str, Shape] = {
+        "pre_mlp_layernorm.weight": (hidden,),
+        "mlp.router.weight": (count, hidden),
+        "mlp.experts.experts.linear_fc1.weight": (count, 2 * ffn, hidden),
+        "mlp.experts.experts.linear_fc2.weight": (count, hidden, ffn),
+    }
+    if shared:
+        shapes |= {
+            "mlp.shared_experts.linear_fc1.weight": (2 * shared, hidden),
+            "mlp.shared_experts.linear_fc2.weight": (hidden, shared),
+        }
+    return shapes
 
 
 def _state_space(mixer: StateSpaceConfig) -> dict[str, Shape]:

@@ -45,7 +45,9 @@ def initialize_by_name(model: Any, seed: int) -> None:
     for shard in model_shards(model):
         if rule := _rule(rules, shard.key):
             assert shard.data is not None and not shard.data.is_meta, f"{shard.key} has no memory to fill"
-            shard.data.copy_(_draw(rule, shard, f"{seed}:{former_name(shard.key, all_layers)}"))
+            # Each expert is a parameter of its own.
+            expert = "".join(f".{number}" for number in shard.global_offset[: shard.prepend_axis_num])
+            shard.data.copy_(_draw(rule, shard, f"{seed}:{former_name(shard.key, all_layers)}{expert}"))
 
 
 def _rules(model: Any) -> dict[str, Callable[[Tensor], Any]]:
@@ -59,6 +61,7 @@ def _rules(model: Any) -> dict[str, Callable[[Tensor], Any]]:
         "output_layer.weight": config.init_method,
         "linear_qkv.weight": config.init_method,
         "linear_fc1.weight": config.init_method,
+        "router.weight": config.init_method,
         **{f"in_proj.weight.{part}": config.init_method for part in ("z", "x", "B", "C", "dt")},
     }
     for mixer in (module for module in model.modules() if isinstance(module, StateSpaceMixer)):
@@ -76,15 +79,13 @@ def _draw(rule: Callable[[Tensor], Any], shard: ShardedTensor, seed: str) -> Ten
     """A parameter's shard, fp32, from a generator seeded by a text."""
     digest = hashlib.sha256(seed.encode()).digest()
     number = int.from_bytes(digest[:8], "big", signed=True)
-    where = tuple(
-        slice(start, start + length) for start, length in zip(shard.global_offset, shard.local_shape, strict=True)
-    )
+    shape, where = shard.global_shape[shard.prepend_axis_num :], shard.global_slice()[shard.prepend_axis_num :]
     # Drawing in parts requires a rule whose use of the generator is known.
     normal = isinstance(rule, functools.partial) and rule.func is torch.nn.init.normal_
-    large = len(where) == 2 and shard.global_shape[0] * shard.global_shape[1] >= NUMBERS_PER_THREAD
-    if normal and large and shard.global_shape[1] % NUMBERS_AT_ONCE == 0:
-        return _draw_part(rule, shard.global_shape[1], where[0], where[1], number)
-    whole = torch.empty(shard.global_shape, dtype=torch.float32)
+    large = len(shape) == 2 and shape[0] * shape[1] >= NUMBERS_PER_THREAD
+    if normal and large and shape[1] % NUMBERS_AT_ONCE == 0:
+        return _draw_part(rule, shape[1], where[0], where[1], number)
+    whole = torch.empty(shape, dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(number)
         for rows in whole.split(ROWS_PER_DRAW):

@@ -15,6 +15,7 @@ from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, get_backend
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -23,7 +24,11 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
 from megatron.training import get_args
 
 from megatron_txssm.architecture.layer_pattern import STATE_SPACE, layers
@@ -52,7 +57,16 @@ BUILT_IN: dict[str, Any] = {
     "window_size": None,
     "multi_latent_attention": False,
     "experimental_attention_variant": None,
-    "num_moe_experts": None,
+    # Each of these would change what the experts of E compute, or which of them.
+    "moe_router_score_function": "softmax",
+    "moe_router_pre_softmax": False,
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_num_groups": None,
+    "moe_router_enable_expert_bias": False,
+    "moe_expert_capacity_factor": None,
+    "moe_shared_expert_gate": False,
+    "moe_latent_size": None,
+    "moe_input_jitter_eps": None,
     "mtp_num_layers": None,
     "rotary_interleaved": False,
     # Transformer Engine's norms would follow this; our local norms and exports would not.
@@ -192,6 +206,8 @@ def _layer_specs(
         ),
     )
     found = {"attention_layer": attention_layer, "mlp_layer": mlp_layer}
+    if config.num_moe_experts is not None:
+        found["moe_layer"] = _experts_layer(config, backend)
     if settings.state_space is not None:
         found["mamba_layer"] = ModuleSpec(
             module=MambaLayer,
@@ -203,6 +219,33 @@ def _layer_specs(
             ),
         )
     return found
+
+
+def _experts_layer(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
+    """Megatron's layer of experts. The norm is not fused: the router reads its output, too."""
+    # Megatron annotates this as a class, but accepts a function.
+    add_residual: Any = get_bias_dropout_add
+    # Grouped GEMMs are Transformer Engine's; the local backend computes one expert after another.
+    build = get_moe_module_spec_for_backend(
+        backend, num_experts=config.num_moe_experts, moe_grouped_gemm=backend.fuse_layernorm_and_linear()
+    )
+
+    def build_experts(*args: Any, **kwargs: Any) -> Any:
+        layer: Any = build(*args, **kwargs)
+        for weight in layer.experts.parameters():
+            # Their gradients and optimizer are apart from the other weights' even without expert parallelism, so that
+            # a checkpoint of one layout has the optimizers of every other.
+            weight.allreduce = False
+        return layer
+
+    return ModuleSpec(
+        module=MoETransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=backend.layer_norm(rms_norm=True),
+            mlp=build_experts,
+            mlp_bda=add_residual,
+        ),
+    )
 
 
 class _ByNumber:

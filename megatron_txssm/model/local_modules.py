@@ -36,11 +36,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class FinalRMSNorm(RMSNorm):
-    """The norm after the last layer; it saves an empty extra state, as Megatron's local linear layers do.
+class SeparateRMSNorm(RMSNorm):
+    """A norm of its own with Transformer Engine, too: that after the last layer, and those before experts.
 
-    Transformer Engine's modules save an extra state (FP8 statistics) and reject a checkpoint without one; its norms
-    inside the layers are part of a linear layer.
+    It saves an empty extra state, as Megatron's local linear layers do: Transformer Engine's modules save one (FP8
+    statistics) and reject a checkpoint without one. Its other norms are part of a linear layer.
     """
 
     def get_extra_state(self) -> None: ...
@@ -113,7 +113,7 @@ class TorchSpecProvider(LocalSpecProvider):
     """Megatron's local modules, with its norm and core attention replaced by those above."""
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
-        return RMSNorm if has_residual else FinalRMSNorm
+        return RMSNorm if has_residual else SeparateRMSNorm
 
     def core_attention(self) -> type:
         return ScaledDotProductAttention

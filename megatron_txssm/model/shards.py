@@ -11,6 +11,9 @@ from torch import Tensor
 def model_shards(model: Any, instead: Callable[[Tensor], Tensor | None] | None = None) -> Iterator[ShardedTensor]:
     """Each has `key`, `data`, `local_shape`, `global_shape` and `global_offset`; packed tensors are split by component.
 
+    `global_slice()` is the shard's place in the whole tensor. Experts are numbered by a first axis that their `data`
+    does not have (`prepend_axis_num`).
+
     instead: maps a saved tensor to its replacement, such as its gradient; None leaves the tensor out.
     """
     entries: Any = nested_values(model.sharded_state_dict())
@@ -23,8 +26,3 @@ def model_shards(model: Any, instead: Callable[[Tensor], Tensor | None] | None =
             entry.data = data
         shards: Any = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
         yield from shards
-
-
-def place_of(shard: ShardedTensor) -> tuple[slice, ...]:
-    """The shard's rows, columns, … in the whole tensor."""
-    return tuple(slice(start, start + size) for start, size in zip(shard.global_offset, shard.local_shape, strict=True))

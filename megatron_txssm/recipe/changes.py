@@ -25,6 +25,7 @@ ONE_MODEL_PARALLEL_RANK: Changes = {
     "parallel.pipeline_model_parallel_size": 1,
     "parallel.virtual_pipeline_stages": None,
     "parallel.context_parallel_size": 1,
+    "parallel.expert_model_parallel_size": 1,
     "parallel.sequence_parallel": False,
 }
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE, blocks, layers
-from megatron_txssm.architecture.parameters import ModelSizes
+from megatron_txssm.architecture.layer_pattern import ATTENTION, EXPERTS, STATE_SPACE, blocks, layers
+from megatron_txssm.architecture.parameters import ExpertSizes, ModelSizes
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 from megatron_txssm.choices import TokenizerType
 from megatron_txssm.errors import UserError
@@ -116,11 +116,11 @@ class Recipe:
 
     @property
     def blocks(self) -> str:
-        """The mixer of each block, if the layers are blocks of a mixer and an FFN; UserError if they are not."""
+        """The mixer of each block, if the layers are blocks of a mixer and an FFN or experts; otherwise UserError."""
         if (found := blocks(self.layers)) is None:
             raise UserError(
                 f"model.layer_pattern={self.model.layer_pattern} is not a sequence of blocks, each a "
-                "mixer (M or *) and an FFN (-), of which Hugging Face models are built"
+                "mixer (M or *) and an FFN (- or E), of which Hugging Face models are built"
             )
         return found
 
@@ -136,6 +136,10 @@ class Recipe:
     @property
     def has_state_space(self) -> bool:
         return STATE_SPACE in self.model.layer_pattern
+
+    @property
+    def has_experts(self) -> bool:
+        return EXPERTS in self.model.layer_pattern
 
     @property
     def kv_channels(self) -> int:
@@ -163,6 +167,19 @@ class Recipe:
         )
 
     @property
+    def experts(self) -> ExpertSizes | None:
+        """The sizes of a layer of experts; None without one."""
+        model = self.model
+        if not self.has_experts:
+            return None
+        return ExpertSizes(
+            num_experts=model.num_experts or 0,
+            topk=model.moe_router_topk,
+            ffn_hidden_size=model.moe_ffn_hidden_size or model.ffn_hidden_size,
+            shared_ffn_hidden_size=model.moe_shared_expert_intermediate_size or 0,
+        )
+
+    @property
     def sizes(self) -> ModelSizes:
         """The sizes that determine parameters and FLOPs."""
         model = self.model
@@ -176,6 +193,7 @@ class Recipe:
             vocab_size=self.padded_vocab_size,
             tie_embeddings=model.tie_embeddings,
             state_space=self.state_space,
+            experts=self.experts,
         )
 
     def to_yaml(self) -> str:

@@ -50,13 +50,47 @@ class Model:
     """Architecture."""
 
     layer_pattern: str = setting(
-        "one symbol per layer: M state-space, * attention, - FFN; | between pipeline stages; spaces are ignored",
+        "one symbol per layer: M state-space, * attention, - FFN, E experts; | between pipeline stages; no meaning: spaces",
         "--hybrid-layer-pattern",
         owns=("--num-layers", "--hybrid-override-pattern"),
         check=layers,
     )
     hidden_size: int = setting("channels of the residual stream (d_model)", "--hidden-size", at_least=1)
     ffn_hidden_size: int = setting("inner channels of the SwiGLU FFN", "--ffn-hidden-size", at_least=1)
+    num_experts: int | None = setting(
+        "experts of a layer of experts, each a SwiGLU FFN; null: the pattern has no E",
+        "--num-experts",
+        default=None,
+        at_least=2,
+        owns=(
+            "--moe-router-load-balancing-type",
+            "--moe-token-dispatcher-type",
+            "--moe-router-dtype",
+            "--moe-grouped-gemm",
+        ),
+    )
+    # With one expert per token, its probability after the softmax over the chosen is always 1, without a gradient.
+    moe_router_topk: int = setting(
+        "experts that compute each token, weighted by the softmax of their logits",
+        "--moe-router-topk",
+        default=2,
+        at_least=2,
+    )
+    moe_ffn_hidden_size: int | None = setting(
+        "inner channels of each expert; null: ffn_hidden_size", "--moe-ffn-hidden-size", default=None, at_least=1
+    )
+    moe_shared_expert_intermediate_size: int | None = setting(
+        "inner channels of an expert that computes every token; null: none",
+        "--moe-shared-expert-intermediate-size",
+        default=None,
+        at_least=1,
+    )
+    moe_aux_loss_coeff: float = setting(
+        "weight of the loss that balances the experts' load (arXiv:2101.03961)",
+        "--moe-aux-loss-coeff",
+        default=0.01,
+        at_least=0,
+    )
     num_attention_heads: int = setting("heads of an attention layer", "--num-attention-heads", at_least=1)
     num_query_groups: int | None = setting(
         "key/value heads of an attention layer; null: as many as heads",
@@ -176,6 +210,12 @@ class Parallel:
         "what their state-space layers exchange: states between pieces of the sequence, or all activations",
         "--state-context-parallel",
         default="state_passing",
+    )
+    expert_model_parallel_size: int = setting(
+        "data- and context-parallel processes that share the experts",
+        "--expert-model-parallel-size",
+        default=1,
+        at_least=1,
     )
     sequence_parallel: bool = setting(
         "split norms and residuals over the tensor-parallel processes; no effect with one process",

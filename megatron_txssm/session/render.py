@@ -24,6 +24,23 @@ def _query_groups(value: int | None, recipe: Recipe) -> list[str]:
     return [] if value is None else ["--group-query-attention", "--num-query-groups", str(value)]
 
 
+def _experts(count: int | None, recipe: Recipe) -> list[str]:
+    if not recipe.has_experts:
+        return []
+    # No expert drops a token, so the output for one depends neither on the layout nor on the other tokens.
+    return [
+        *argument("--num-experts", count),
+        *argument("--moe-router-load-balancing-type", "aux_loss"),
+        *argument("--moe-token-dispatcher-type", "alltoall"),
+        *argument("--moe-router-dtype", "fp32"),
+    ]
+
+
+def _of_experts(flag: str) -> Callable[[Any, Recipe], list[str]]:
+    """A flag that Megatron accepts only with experts, or ignores without them."""
+    return lambda value, recipe: argument(flag, value if recipe.has_experts else None)
+
+
 def _sequence_parallel(on: bool, recipe: Recipe) -> list[str]:
     return argument("--sequence-parallel", on and recipe.parallel.tensor_model_parallel_size > 1)
 
@@ -75,6 +92,13 @@ def _wandb(project: str | None, recipe: Recipe) -> list[str]:
 # Field -> function of (value, recipe) that returns words of Megatron's command line.
 RENDERS: Mapping[str, Callable[[Any, Recipe], list[str]]] = {
     "model.layer_pattern": _layer_pattern,
+    "model.num_experts": _experts,
+    "model.moe_router_topk": _of_experts("--moe-router-topk"),
+    "model.moe_ffn_hidden_size": lambda size, recipe: argument(
+        "--moe-ffn-hidden-size", recipe.experts.ffn_hidden_size if recipe.experts else None
+    ),
+    "model.moe_shared_expert_intermediate_size": _of_experts("--moe-shared-expert-intermediate-size"),
+    "model.moe_aux_loss_coeff": _of_experts("--moe-aux-loss-coeff"),
     "model.num_query_groups": _query_groups,
     "model.state_dt_bias": lambda biased, _: argument("--state-space-no-dt-bias", not biased),
     "model.tie_embeddings": lambda tied, _: argument("--untie-embeddings-and-output-weights", not tied),

@@ -9,7 +9,7 @@ def megatron_gradients(checkpoints: str, step: int, tokens: list[int], out: str)
     from safetensors.torch import save_file
 
     from megatron_txssm.checkpoint.load import WEIGHTS_ONLY, load_model
-    from megatron_txssm.model.shards import model_shards, place_of
+    from megatron_txssm.model.shards import model_shards
 
     loaded = load_model(Path(checkpoints), WEIGHTS_ONLY, step=step)
     tokens_BL = torch.tensor([tokens])
@@ -20,5 +20,5 @@ def megatron_gradients(checkpoints: str, step: int, tokens: list[int], out: str)
     whole: dict[str, torch.Tensor] = {}
     for shard in model_shards(loaded.model, instead=lambda tensor: gradients.get(tensor.data_ptr())):
         assert shard.data is not None
-        whole.setdefault(shard.key, torch.full(shard.global_shape, torch.nan))[place_of(shard)] = shard.data
+        whole.setdefault(shard.key, torch.full(shard.global_shape, torch.nan))[shard.global_slice()] = shard.data
     save_file(whole, out)

@@ -87,14 +87,14 @@ def _fill(model: "torch.nn.Module", source: Weights) -> None:
     """Copy every tensor of `source` into a Megatron model of one process."""
     import torch
 
-    from megatron_txssm.model.shards import model_shards, place_of
+    from megatron_txssm.model.shards import model_shards
 
     with torch.no_grad():
         # A SwiGLU's gate and up-projection are two shards of one tensor.
         for shard in model_shards(model):
             assert shard.data is not None
             whole = _padded(source.read([shard.key])[shard.key], shard.global_shape[0])
-            shard.data.copy_(whole[place_of(shard)])
+            shard.data.copy_(whole[shard.global_slice()])
 
 
 def _padded(tensor: "torch.Tensor", rows: int) -> "torch.Tensor":

@@ -9,6 +9,7 @@ from megatron_txssm.architecture.layer_pattern import in_stages, stages
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import data_parallel_size, divisors
+from megatron_txssm.recipe.validation.expert_checks import check_expert_parallel, check_experts
 from megatron_txssm.recipe.validation.fp8_checks import check_fp8
 
 
@@ -277,6 +278,7 @@ def _check_blend(recipe: Recipe) -> None:
 
 def _check_world_size(recipe: Recipe, world_size: int) -> None:
     copies = data_parallel_size(recipe, world_size)
+    check_expert_parallel(recipe, copies)
     micro, batch = recipe.training.micro_batch_size, recipe.global_batch_size
     if batch % (micro * copies) != 0:
         raise UserError(
@@ -299,6 +301,7 @@ _CHECKS = (
     _check_model,
     _check_rotation,
     _check_tensor_parallel,
+    check_experts,
     _check_other_parallel,
     _check_length,
     check_fp8,
