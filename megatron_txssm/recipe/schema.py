@@ -50,7 +50,7 @@ class Model:
     """Architecture."""
 
     layer_pattern: str = setting(
-        "one symbol per layer: M state-space, * attention, - FFN, E experts; | between pipeline stages; no meaning: spaces",
+        "layers: M state-space, * attention, - FFN, E experts; | between pipeline stages; spaces are ignored",
         "--hybrid-layer-pattern",
         owns=("--num-layers", "--hybrid-override-pattern"),
         check=layers,
