@@ -29,7 +29,7 @@ def get_args() -> MegatronArguments:
 
 
 def mend_megatron() -> None:
-    """Patch, once per process, eight faults of Megatron 0.19.2 that affect every platform."""
+    """Patch, once per process, nine faults of Megatron 0.19.2 that affect every platform."""
     global _mended
     if _mended:
         return
@@ -42,6 +42,7 @@ def mend_megatron() -> None:
     _resume_under_another_schedule()
     _decay_weights_from_the_first_step()
     _log_load_balance_on_every_stage()
+    _share_the_head_with_prediction_depths()
 
 
 def _use_compiled_dataset_helpers() -> None:
@@ -245,6 +246,25 @@ def _log_load_balance_on_every_stage() -> None:
 
     @functools.wraps(ensure)
     def ensure_all_layers(self: Any, name: str, num_layers: int, *args: Any, **kwargs: Any) -> None:
-        ensure(self, name, get_args().num_layers, *args, **kwargs)
+        ensure(self, name, get_args().num_layers + (get_args().mtp_num_layers or 0), *args, **kwargs)
 
     setattr(MoEMetricsTracker, "ensure_initialized", ensure_all_layers)
+
+
+def _share_the_head_with_prediction_depths() -> None:
+    """A last pipeline stage with prediction depths has no LM head of its own if the model's is the embedding.
+
+    The depths' copy of the embedding serves as the head; Megatron's HybridModel has an unused second weight beside it,
+    and then refuses to save.
+    """
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    build = HybridModel.__init__
+
+    @functools.wraps(build)
+    def build_without_second_head(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        if self.mtp_process and self.share_embeddings_and_output_weights:
+            self.output_layer.weight = None
+
+    setattr(HybridModel, "__init__", build_without_second_head)

@@ -20,6 +20,8 @@ def flops_per_token(sizes: ModelSizes, seq_length: int, document_length: float |
     `document_length`: if attention is isolated by document, the mean length of the document that a token is in: the sum
     of the documents' squared lengths over the number of tokens; None: the whole sample is one document.
 
+    Each depth of multi-token prediction adds its projection, its layers and the LM head once more.
+
     Not counted: norms, rotations, activations, softmax, residuals, the optimizer, and recomputed activations: these are
     model FLOPs, as in MFU, not hardware FLOPs. Megatron's count does not apply: it assumes state-space layers with
     twice our inner width and a gate.
@@ -33,4 +35,6 @@ def flops_per_token(sizes: ModelSizes, seq_length: int, document_length: float |
     experts = FORWARD_AND_BACKWARD * 2.0 * sizes.active_expert_weights
     logits = FORWARD_AND_BACKWARD * 2.0 * sizes.hidden_size * sizes.vocab_size
     per_layer = {ATTENTION: attention, STATE_SPACE: mixer, FFN: ffn, EXPERTS: experts}
-    return sum(sizes.layers.count(layer) * flops for layer, flops in per_layer.items()) + logits
+    layers = sum(sizes.all_layers.count(layer) * flops for layer, flops in per_layer.items())
+    depth = FORWARD_AND_BACKWARD * 2.0 * sizes.prediction_weights + logits
+    return layers + logits + len(sizes.prediction_depths) * depth

@@ -10,9 +10,11 @@ FFN = "-"
 EXPERTS = "E"
 # Between pipeline stages.
 BORDER = "|"
+# Before the layers of each depth of multi-token prediction, which follow the model's own.
+DEPTH = "/"
 LAYERS = {STATE_SPACE: "state-space", ATTENTION: "attention", FFN: "FFN", EXPERTS: "experts"}
 # Megatron's other symbols.
-UNSUPPORTED = {"G": "gated delta net", "+": "latent attention", "D": "sparse attention", "/": "MTP"}
+UNSUPPORTED = {"G": "gated delta net", "+": "latent attention", "D": "sparse attention"}
 
 # The paper's module: seven state-space sub-layers, then one self-attention sub-layer, each before an FFN
 # (arXiv:2506.09507, section 3).
@@ -20,13 +22,11 @@ MODULE = "M-M-M-M-M-M-M-*-"
 
 
 def stages(pattern: str) -> list[str]:
-    """The layers of each pipeline stage, one symbol each; one stage if the pattern has no borders.
+    """The model's layers in each pipeline stage, one symbol each; one stage if the pattern has no borders.
 
     Spaces and line breaks are ignored. UserError if the pattern is empty or has unknown symbols.
     """
-    written = "".join(pattern.split())
-    if strangers := sorted(set(written) - {*LAYERS, BORDER}):
-        raise UserError(f"layer_pattern={pattern!r}: {_advice(written, strangers)}")
+    written, *_ = _parts(pattern)
     found = written.split(BORDER)
     if not all(found):
         raise UserError(
@@ -34,6 +34,36 @@ def stages(pattern: str) -> list[str]:
             f"write one symbol per layer, such as {MODULE}"
         )
     return found
+
+
+def prediction_depths(pattern: str) -> list[str]:
+    """The layers of each depth of multi-token prediction; all depths have the same. UserError as for `stages`."""
+    _, *depths = _parts(pattern)
+    if any(not depth or BORDER in depth for depth in depths) or len(set(depths)) > 1:
+        raise UserError(
+            f"layer_pattern={pattern!r}: each {DEPTH} begins a prediction depth, and all depths have the same layers, "
+            f"without {BORDER}: write {DEPTH}{ATTENTION}{FFN}{DEPTH}{ATTENTION}{FFN} at the end for two"
+        )
+    return depths
+
+
+def without_depths(pattern: str) -> str:
+    """The pattern of the model without multi-token prediction, as written."""
+    return pattern.partition(DEPTH)[0]
+
+
+def check_pattern(pattern: str) -> None:
+    """UserError unless the pattern is whole and legal."""
+    stages(pattern)
+    prediction_depths(pattern)
+
+
+def _parts(pattern: str) -> list[str]:
+    """The model's own layers, then those of each prediction depth; UserError if there are unknown symbols."""
+    written = "".join(pattern.split())
+    if strangers := sorted(set(written) - {*LAYERS, BORDER, DEPTH}):
+        raise UserError(f"layer_pattern={pattern!r}: {_advice(written, strangers)}")
+    return written.split(DEPTH)
 
 
 def _advice(written: str, strangers: list[str]) -> str:
@@ -48,11 +78,12 @@ def _advice(written: str, strangers: list[str]) -> str:
 
 
 def _listed() -> str:
-    return ", ".join(f"{symbol} ({name})" for symbol, name in LAYERS.items()) + f" and {BORDER} between pipeline stages"
+    listed = ", ".join(f"{symbol} ({name})" for symbol, name in LAYERS.items())
+    return f"{listed}, {BORDER} between pipeline stages and {DEPTH} before a prediction depth"
 
 
 def layers(pattern: str) -> str:
-    """All layers of a pattern in order, one symbol each."""
+    """All layers of the model in order, one symbol each; without those of prediction depths."""
     return "".join(stages(pattern))
 
 
@@ -67,21 +98,21 @@ def repeated_part(layers: str) -> str:
 
 
 def in_stages(pattern: str, count: int) -> str | None:
-    """The pattern with borders for `count` pipeline stages, virtual ones included.
+    """The pattern with borders for `count` pipeline stages, virtual ones included, and with its prediction depths.
 
     As written if it has borders for as many; without borders for one stage; otherwise divided evenly. None if that
     is impossible.
     """
     written = stages(pattern)
-    if len(written) == count:
-        return BORDER.join(written)
     whole = "".join(written)
     if count == 1:
-        return whole
-    if len(written) > 1 or len(whole) % count != 0:
-        return None
-    size = len(whole) // count
-    return BORDER.join(whole[start : start + size] for start in range(0, len(whole), size))
+        written = [whole]
+    elif len(written) != count:
+        if len(written) > 1 or len(whole) % count != 0:
+            return None
+        size = len(whole) // count
+        written = [whole[start : start + size] for start in range(0, len(whole), size)]
+    return DEPTH.join([BORDER.join(written), *prediction_depths(pattern)])
 
 
 def from_letters(letters: str) -> str:

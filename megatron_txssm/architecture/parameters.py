@@ -43,6 +43,8 @@ class ModelSizes:
     state_space: StateSpaceConfig | None
     # None without experts.
     experts: ExpertSizes | None = None
+    # The layers of each depth of multi-token prediction.
+    prediction_depths: tuple[str, ...] = ()
 
     @property
     def attention_weights(self) -> int:
@@ -53,6 +55,16 @@ class ModelSizes:
     def ffn_weights(self) -> int:
         """Weights of one SwiGLU FFN: gate, up and down, D·F each."""
         return 3 * self.hidden_size * self.ffn_hidden_size
+
+    @property
+    def all_layers(self) -> str:
+        """The model's layers and those of its prediction depths."""
+        return "".join((self.layers, *self.prediction_depths))
+
+    @property
+    def prediction_weights(self) -> int:
+        """Weights of one prediction depth's projection of embedding and hidden state, 2·D·D."""
+        return 2 * self.hidden_size**2
 
     @property
     def expert_weights(self) -> int:
@@ -72,7 +84,7 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of the whole model by part; a shared tensor counts once."""
+    """Parameters of the whole model by part, prediction depths included; a shared tensor counts once."""
 
     embedding: int
     # 0 if the embedding is also the LM head.
@@ -82,15 +94,17 @@ class ParameterCount:
     attention: int
     ffn: int
     experts: int
-    # RMSNorm weights: one per layer and the final one.
+    # RMSNorm weights: one per layer and the final one; three more per prediction depth.
     norms: int
+    # The projections of the prediction depths.
+    prediction: int
     # Of `experts`, those that a token does not use.
     inactive: int
 
     @property
     def total(self) -> int:
         mixers = self.state_space + self.attention
-        return self.embedding + self.output + mixers + self.ffn + self.experts + self.norms
+        return self.embedding + self.output + mixers + self.ffn + self.experts + self.norms + self.prediction
 
     @property
     def active(self) -> int:
@@ -102,14 +116,16 @@ def count_parameters(sizes: ModelSizes) -> ParameterCount:
     """Parameters by part, over all processes."""
     embedding = sizes.vocab_size * sizes.hidden_size
     mixer = sizes.state_space.num_params() if sizes.state_space else 0
-    expert_layers = sizes.layers.count(EXPERTS)
+    layers, depths = sizes.all_layers, len(sizes.prediction_depths)
+    expert_layers = layers.count(EXPERTS)
     return ParameterCount(
         embedding=embedding,
         output=0 if sizes.tie_embeddings else embedding,
-        state_space=sizes.layers.count(STATE_SPACE) * mixer,
-        attention=sizes.layers.count(ATTENTION) * sizes.attention_weights,
-        ffn=sizes.layers.count(FFN) * sizes.ffn_weights,
+        state_space=layers.count(STATE_SPACE) * mixer,
+        attention=layers.count(ATTENTION) * sizes.attention_weights,
+        ffn=layers.count(FFN) * sizes.ffn_weights,
         experts=expert_layers * sizes.expert_weights,
-        norms=(len(sizes.layers) + 1) * sizes.hidden_size,
+        norms=(len(layers) + 1 + 3 * depths) * sizes.hidden_size,
+        prediction=depths * sizes.prediction_weights,
         inactive=expert_layers * (sizes.expert_weights - sizes.active_expert_weights),
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from megatron_txssm.architecture.layer_pattern import BORDER, EXPERTS
+from megatron_txssm.architecture.layer_pattern import BORDER, DEPTH, EXPERTS
 from megatron_txssm.check.layouts import AS_STATED, ONE_PROCESS
 from megatron_txssm.check.parity import DIFFERENT, Precision, Verdict, bounds, verdict
 from megatron_txssm.check.shrink import as_words, shrink
@@ -187,6 +187,12 @@ def _pattern(random: Random, kinds: str, stages: int) -> str:
     return "".join(random.choice(kinds) for _ in range(length))
 
 
+def _depths(random: Random, kinds: str) -> str:
+    """Up to two depths of multi-token prediction, of some of these layers."""
+    layers = "".join(random.choice(kinds) for _ in range(random.randint(1, 2)))
+    return (DEPTH + layers) * random.choice((0, 0, 0, 1, 2))
+
+
 def _architecture(random: Random, layout: Changes) -> Changes:
     tensor = layout["parallel.tensor_model_parallel_size"]
     stages = layout["parallel.pipeline_model_parallel_size"] * (layout["parallel.virtual_pipeline_stages"] or 1)
@@ -194,7 +200,7 @@ def _architecture(random: Random, layout: Changes) -> Changes:
     shared_by = tensor * (layout["parallel.context_parallel_size"] if all_to_all else 1)
     experts = layout["parallel.expert_model_parallel_size"]
     kinds = random.choice(("M-", "*-", "M-M-*-", "M-*-", "MMM*-", "M**--", "ME", "ME*-", "EE*M"))
-    pattern = _pattern(random, kinds, stages)
+    pattern = _pattern(random, kinds, stages) + _depths(random, kinds)
     if EXPERTS not in pattern:
         layout["parallel.expert_model_parallel_size"] = 1
     position_encoding = random.choice(("rope", "rope", "conv1d_d", "a_t"))
@@ -225,6 +231,7 @@ def _architecture(random: Random, layout: Changes) -> Changes:
         "rotary_interpolation_factor": interpolation,
         "rotary_table_precision": random.choice(("fp32", "fp64")),
         "tie_embeddings": random.random() < 0.5,
+        "mtp_loss_scaling_factor": random.choice((0.1, 1.0)),
         "init_method_std": random.choice((0.05, 0.1, 0.2)),
     }
     return {f"model.{name}": value for name, value in changes.items()}

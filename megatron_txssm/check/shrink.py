@@ -10,7 +10,7 @@ import math
 import re
 from pathlib import Path
 
-from megatron_txssm.architecture.layer_pattern import BORDER, MODULE, repeated_part, stages
+from megatron_txssm.architecture.layer_pattern import BORDER, DEPTH, MODULE, repeated_part, stages
 from megatron_txssm.check.tokens import VOCAB_SIZE
 from megatron_txssm.recipe.changes import (
     WITHOUT_FP8,
@@ -88,16 +88,16 @@ def _model(recipe: Recipe, nproc: int) -> Changes:
 def _layers(recipe: Recipe, nproc: int) -> str:
     """The first repetitions of the pattern that the same pipeline sizes divide, with 1 or 2 stages per process.
 
-    If the pattern is divided into stages, these are shortened one by one.
+    If the pattern is divided into stages, these are shortened one by one. Prediction depths stay as they are.
     """
-    written = stages(recipe.model.layer_pattern)
+    written, keep, layers = stages(recipe.model.layer_pattern), 2 * nproc, recipe.layers
     if len(written) > 1:
-        return BORDER.join(_shorter(written))
-    keep, layers = 2 * nproc, recipe.layers
-    period = len(repeated_part(layers))
-    return next(
-        layers[:n] for n in range(period, len(layers) + 1, period) if math.gcd(n, keep) == math.gcd(len(layers), keep)
-    )
+        shorter = BORDER.join(_shorter(written))
+    else:
+        period = len(repeated_part(layers))
+        counts = range(period, len(layers) + 1, period)
+        shorter = next(layers[:n] for n in counts if math.gcd(n, keep) == math.gcd(len(layers), keep))
+    return DEPTH.join([shorter, *recipe.prediction_depths])
 
 
 def _shorter(written: list[str]) -> list[str]:

@@ -31,6 +31,7 @@ def main(tasks_file: str, precision: str) -> None:
 
     platform_arguments = prepare_platform()
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
     from megatron.training import training
 
     from megatron_txssm.check import leakage_worker
@@ -53,6 +54,7 @@ def main(tasks_file: str, precision: str) -> None:
             raise
         training.destroy_global_state()
         destroy_moe_metrics_tracker()
+        MTPLossLoggingHelper.tracker.clear()
 
 
 def _recipe_arguments(recipe: str | None) -> list[str]:

@@ -16,6 +16,7 @@ from megatron_txssm.recipe.changes import (
     WITHOUT_TOKENS,
     Changes,
     changed,
+    without_prediction,
 )
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
@@ -68,14 +69,14 @@ def checkpoint_recipe(checkpoint: Path, changes: Changes, file: Path | None = No
 
 
 def one_process_recipe(recipe: Recipe, source: Path | None = None) -> Recipe:
-    """A recipe for one process without a GPU that does not train.
+    """A recipe for one process without a GPU that does not train, so without prediction depths.
 
     Its `megatron:` section keeps only entries that replace data. The others concern training, a cluster or a GPU, or
     name files and code, which must not be used from someone else's checkpoint. They do not change the model's function.
     `source` is the recipe's file, for error messages.
     """
     without = {f"megatron.{key}": None for key in recipe.megatron if key != "mock_data"}
-    recipe = changed(recipe, {**_ONE_PROCESS, **without})
+    recipe = without_prediction(changed(recipe, {**_ONE_PROCESS, **without}))
     validate(recipe, source=source)
     return recipe
 

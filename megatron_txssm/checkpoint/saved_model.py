@@ -13,8 +13,17 @@ from typing import TYPE_CHECKING
 from megatron_txssm.checkpoint.checksums import verify_files, wrong_sizes
 from megatron_txssm.checkpoint.former_checkpoint import with_present_names
 from megatron_txssm.checkpoint.steps import TRACKER, check_tracker, tracked
-from megatron_txssm.checkpoint.tensors import EMBEDDING, OUTPUT_LAYER, NamedTensors, Shape, compare_shapes, model_shapes
+from megatron_txssm.checkpoint.tensors import (
+    EMBEDDING,
+    OUTPUT_LAYER,
+    NamedTensors,
+    Shape,
+    compare_shapes,
+    model_shapes,
+    prediction_shapes,
+)
 from megatron_txssm.errors import UserError, nearest
+from megatron_txssm.recipe.changes import without_prediction
 from megatron_txssm.recipe.loader import load_recipe, recipe_names
 from megatron_txssm.recipe.recipe import Recipe
 
@@ -25,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SavedModel:
-    """The weights of one checkpoint, all of whose files exist. See `tensors.Weights`."""
+    """The weights of one checkpoint without prediction depths; all files exist. See `tensors.Weights`."""
 
     # The run's checkpoints folder, and this step's folder in it.
     checkpoints: Path
@@ -39,6 +48,8 @@ class SavedModel:
     index: "Metadata"
     # The command-line option that selects another step.
     option: str = "--step"
+    # Depths of multi-token prediction, which the files have and this model does not.
+    prediction_depths: int = 0
 
     def dtype(self, name: str) -> "torch.dtype":
         return self.entries[name].properties.dtype
@@ -103,10 +114,14 @@ def open_checkpoint(
     index = with_present_names(_read_index(folder, option), shapes, recipe.layers)
     entries = _weights(index)
     _check_files(folder, index, entries, option)
-    if fault := compare_shapes({name: _without_padding(recipe, name, e) for name, e in entries.items()}, shapes):
+    found = {name: _without_padding(recipe, name, entry) for name, entry in entries.items()}
+    if fault := compare_shapes(found, shapes | prediction_shapes(recipe.sizes)):
         raise UserError(f"{folder} is not the model that {described}: {fault}; {_another(option)}")
     verify_files(folder, recipe.checkpoint.verify, turn=step)
-    return SavedModel(checkpoints, folder, step, recipe, shapes, entries, index, option)
+    depths = len(recipe.prediction_depths)
+    return SavedModel(
+        checkpoints, folder, step, without_prediction(recipe), shapes, entries, index, option, prediction_depths=depths
+    )
 
 
 def _another(option: str) -> str:

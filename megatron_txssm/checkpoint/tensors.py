@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # As in a bf16 model (model/state_space_parameters.py, FP32_PARAMETERS): decays compound over thousands of tokens.
 KEPT_IN_FP32 = ("A_log", "dt_bias", "D")
+# Of the prediction depths' tensors.
+PREDICTION = "mtp."
 EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
 
 Shape = tuple[int, ...]
@@ -52,20 +54,42 @@ def is_kept_in_fp32(name: str) -> bool:
 
 
 def model_shapes(recipe: Recipe) -> dict[str, Shape]:
-    """The shape of every tensor of a recipe's model, in layer order; vocabularies without padding."""
+    """The shape of every tensor of a recipe's model, in layer order; vocabularies without padding.
+
+    Without prediction depths, which only serve training: see `prediction_shapes`.
+    """
     sizes = recipe.sizes
     hidden = sizes.hidden_size
     vocabulary = (recipe.data.vocab_size, hidden)
     shapes: dict[str, Shape] = {EMBEDDING: vocabulary}
-    parts = {ATTENTION: _attention(sizes), FFN: _ffn(sizes)}
-    if sizes.experts is not None:
-        parts[EXPERTS] = _experts(hidden, sizes.experts)
-    if recipe.state_space is not None:
-        parts[STATE_SPACE] = _state_space(recipe.state_space)
-    for number, layer in enumerate(sizes.layers):
-        shapes |= {f"decoder.layers.{number}.{name}": shape for name, shape in parts[layer].items()}
+    shapes |= _layers(sizes, sizes.layers, "decoder")
     shapes["decoder.final_norm.weight"] = (hidden,)
     return shapes if sizes.tie_embeddings else shapes | {OUTPUT_LAYER: vocabulary}
+
+
+def prediction_shapes(sizes: ModelSizes) -> dict[str, Shape]:
+    """The shapes of the prediction depths' own tensors."""
+    hidden = sizes.hidden_size
+    shapes: dict[str, Shape] = {}
+    for number, layers in enumerate(sizes.prediction_depths):
+        own = dict.fromkeys(("enorm.weight", "hnorm.weight", "final_layernorm.weight"), (hidden,))
+        own["eh_proj.weight"] = (hidden, 2 * hidden)
+        shapes |= {f"{PREDICTION}layers.{number}.{name}": shape for name, shape in own.items()}
+        shapes |= _layers(sizes, layers, f"{PREDICTION}layers.{number}.mtp_model_layer")
+    return shapes
+
+
+def _layers(sizes: ModelSizes, layers: str, within: str) -> dict[str, Shape]:
+    parts = {ATTENTION: _attention(sizes), FFN: _ffn(sizes)}
+    if sizes.experts is not None:
+        parts[EXPERTS] = _experts(sizes.hidden_size, sizes.experts)
+    if sizes.state_space is not None:
+        parts[STATE_SPACE] = _state_space(sizes.state_space)
+    return {
+        f"{within}.layers.{number}.{name}": shape
+        for number, layer in enumerate(layers)
+        for name, shape in parts[layer].items()
+    }
 
 
 def _attention(sizes: ModelSizes) -> dict[str, Shape]:

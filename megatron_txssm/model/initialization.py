@@ -62,6 +62,7 @@ def _rules(model: Any) -> dict[str, Callable[[Tensor], Any]]:
         "linear_qkv.weight": config.init_method,
         "linear_fc1.weight": config.init_method,
         "router.weight": config.init_method,
+        "eh_proj.weight": config.init_method,
         **{f"in_proj.weight.{part}": config.init_method for part in ("z", "x", "B", "C", "dt")},
     }
     for mixer in (module for module in model.modules() if isinstance(module, StateSpaceMixer)):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import BackendSpecProvider, get_backend
+from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
@@ -22,6 +22,10 @@ from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
@@ -31,14 +35,15 @@ from megatron.core.transformer.transformer_layer import (
 )
 from megatron.training import get_args
 
-from megatron_txssm.architecture.layer_pattern import STATE_SPACE, layers
+from megatron_txssm.architecture.layer_pattern import STATE_SPACE, layers, prediction_depths
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 from megatron_txssm.compat import mend_megatron
 from megatron_txssm.errors import UserError
 from megatron_txssm.model.arguments import DEFAULTS, state_space_config
 from megatron_txssm.model.document_attention import isolating
 from megatron_txssm.model.fp8_emulation import Float8SpecProvider, emulated_fp8
-from megatron_txssm.model.local_modules import TorchSpecProvider
+from megatron_txssm.model.local_modules import TorchSpecProvider, backend_of
+from megatron_txssm.model.prediction import PredictionLayer
 from megatron_txssm.model.self_attention import UnifiedRotarySelfAttention
 from megatron_txssm.model.state_space_mixer import StateSpaceMixer
 from megatron_txssm.model.state_space_parameters import StateSpaceMixerSubmodules
@@ -67,7 +72,9 @@ BUILT_IN: dict[str, Any] = {
     "moe_shared_expert_gate": False,
     "moe_latent_size": None,
     "moe_input_jitter_eps": None,
-    "mtp_num_layers": None,
+    # Prediction depths whose gradients stop at the model, or that share their weights.
+    "mtp_detach_heads": False,
+    "mtp_use_repeated_layer": False,
     "rotary_interleaved": False,
     # Transformer Engine's norms would follow this; our local norms and exports would not.
     "layernorm_zero_centered_gamma": False,
@@ -106,7 +113,9 @@ class LayerSettings:
                 f"use {' or '.join(POSITION_EMBEDDING_TYPES)}"
             )
         # Without state-space layers, sizes that do not fit one are not an error. Other layers are refused by name.
-        state_space = state_space_config(args) if STATE_SPACE in layers(args.hybrid_layer_pattern) else None
+        pattern = args.hybrid_layer_pattern
+        all_layers = "".join([layers(pattern), *prediction_depths(pattern)])
+        state_space = state_space_config(args) if STATE_SPACE in all_layers else None
         if state_space is not None:
             check_ssd_backend(state_space.ssd_backend)
         rotary = UnifiedRotaryEmbedding(
@@ -126,24 +135,21 @@ class TransXSSMStack(HybridStack):
     def __init__(
         self,
         config: TransformerConfig,
+        submodules: HybridStackSubmodules | None = None,
         *,
         settings: LayerSettings | None = None,
         post_layer_norm: bool = True,
         **kwargs: Any,
     ):
+        """`submodules`, the spec's, only has what HybridModel itself builds: the prediction depths."""
         # Stock Megatron-LM calls nothing else of ours, and unpatched it cannot save a bf16 model with fp32 parameters.
         mend_megatron()
-        backend = TorchSpecProvider() if config.transformer_impl == "local" else get_backend(config.transformer_impl)
-        submodules = _submodules(config, backend, settings or LayerSettings.of_arguments())
-        super().__init__(config, submodules, post_layer_norm=False, **kwargs)
+        super().__init__(config, _layers_of(config, settings), post_layer_norm=False, **kwargs)
         self.post_layer_norm = post_layer_norm
         if self.post_process and post_layer_norm:
-            self.final_norm = backend.layer_norm(rms_norm=True)(
+            self.final_norm = backend_of(config).layer_norm(rms_norm=True)(
                 config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
             )
-
-
-transxssm_stack_spec = ModuleSpec(module=TransXSSMStack)
 
 
 def check_ssd_backend(backend: str) -> None:
@@ -157,9 +163,9 @@ def check_ssd_backend(backend: str) -> None:
         warnings.warn(f"ssd_backend=auto scans in PyTorch, which is slower: {reason}", stacklevel=2)
 
 
-def _submodules(
-    config: TransformerConfig, backend: BackendSpecProvider, settings: LayerSettings
-) -> HybridStackSubmodules:
+def _layers_of(config: TransformerConfig, settings: LayerSettings | None = None) -> HybridStackSubmodules:
+    """The specs of all kinds of layers; `settings`: by default, of Megatron's arguments."""
+    backend, settings = backend_of(config), settings or LayerSettings.of_arguments()
     for name, value in BUILT_IN.items():
         if (asked := getattr(config, name, value)) != value:
             raise UserError(f"{name}={asked} is not supported by TransXSSM's layers; use {value}")
@@ -300,3 +306,15 @@ def _attention_spec(backend: BackendSpecProvider, rotary: UnifiedRotaryEmbedding
             k_layernorm=IdentityOp,
         ),
     )
+
+
+_prediction = MultiTokenPredictionBlockSubmodules(
+    layer_specs=[ModuleSpec(module=PredictionLayer, params={"layers_of": _layers_of})]
+)
+transxssm_stack_spec = ModuleSpec(
+    module=TransXSSMStack,
+    # The layers' specs depend on the config: the stack and each prediction depth make them.
+    submodules=HybridStackSubmodules(
+        mtp_block_spec=ModuleSpec(module=MultiTokenPredictionBlock, submodules=_prediction)
+    ),
+)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider, get_backend
 from megatron.core.parallel_state import get_context_parallel_group
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -117,3 +117,8 @@ class TorchSpecProvider(LocalSpecProvider):
 
     def core_attention(self) -> type:
         return ScaledDotProductAttention
+
+
+def backend_of(config: TransformerConfig) -> BackendSpecProvider:
+    """The modules of `transformer_impl`: those above, or Transformer Engine's."""
+    return TorchSpecProvider() if config.transformer_impl == "local" else get_backend(config.transformer_impl)

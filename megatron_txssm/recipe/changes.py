@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from megatron_txssm.architecture.layer_pattern import without_depths
 from megatron_txssm.recipe.recipe import Recipe
 
 # Dotted field -> value; fields outside of sections have no dot.
@@ -28,6 +29,11 @@ ONE_MODEL_PARALLEL_RANK: Changes = {
     "parallel.expert_model_parallel_size": 1,
     "parallel.sequence_parallel": False,
 }
+
+
+def without_prediction(recipe: Recipe) -> Recipe:
+    """The recipe of the model without multi-token prediction, whose depths only serve training."""
+    return changed(recipe, {"model.layer_pattern": without_depths(recipe.model.layer_pattern)})
 
 
 def changed(recipe: Recipe, changes: Changes) -> Recipe:

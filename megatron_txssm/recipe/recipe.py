@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.architecture.layer_pattern import ATTENTION, EXPERTS, STATE_SPACE, blocks, layers
+from megatron_txssm.architecture.layer_pattern import ATTENTION, EXPERTS, STATE_SPACE, blocks, layers, prediction_depths
 from megatron_txssm.architecture.parameters import ExpertSizes, ModelSizes
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
 from megatron_txssm.choices import TokenizerType
@@ -115,6 +115,11 @@ class Recipe:
         return layers(self.model.layer_pattern)
 
     @property
+    def prediction_depths(self) -> list[str]:
+        """The layers of each depth of multi-token prediction."""
+        return prediction_depths(self.model.layer_pattern)
+
+    @property
     def blocks(self) -> str:
         """The mixer of each block, if the layers are blocks of a mixer and an FFN or experts; otherwise UserError."""
         if (found := blocks(self.layers)) is None:
@@ -194,6 +199,7 @@ class Recipe:
             tie_embeddings=model.tie_embeddings,
             state_space=self.state_space,
             experts=self.experts,
+            prediction_depths=tuple(self.prediction_depths),
         )
 
     def to_yaml(self) -> str:

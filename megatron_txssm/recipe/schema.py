@@ -8,7 +8,7 @@
 
 from dataclasses import dataclass
 
-from megatron_txssm.architecture.layer_pattern import layers
+from megatron_txssm.architecture.layer_pattern import check_pattern
 from megatron_txssm.choices import (
     AttentionPositionEncoding,
     ContextParallelMethod,
@@ -50,10 +50,22 @@ class Model:
     """Architecture."""
 
     layer_pattern: str = setting(
-        "layers: M state-space, * attention, - FFN, E experts; | between pipeline stages; spaces are ignored",
+        "layers: M state-space, * attention, - FFN, E experts; | between pipeline stages; / before the layers of each "
+        "depth of multi-token prediction; spaces are ignored",
         "--hybrid-layer-pattern",
-        owns=("--num-layers", "--hybrid-override-pattern"),
-        check=layers,
+        owns=(
+            "--num-layers",
+            "--hybrid-override-pattern",
+            "--mtp-num-layers",
+            "--mtp-hybrid-override-pattern",
+        ),
+        check=check_pattern,
+    )
+    mtp_loss_scaling_factor: float = setting(
+        "weight of the loss of multi-token prediction, the mean over its depths (arXiv:2412.19437)",
+        "--mtp-loss-scaling-factor",
+        default=0.1,
+        at_least=0,
     )
     hidden_size: int = setting("channels of the residual stream (d_model)", "--hidden-size", at_least=1)
     ffn_hidden_size: int = setting("inner channels of the SwiGLU FFN", "--ffn-hidden-size", at_least=1)

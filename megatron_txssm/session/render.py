@@ -11,8 +11,8 @@ from megatron_txssm.recipe.settings.setting import argument
 _RECOMPUTE = {
     "none": [],
     "selective": ["--recompute-granularity", "selective"],
-    # A mixer and its FFN together: the input of every second layer is kept.
-    "full": ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "2"],
+    # A mixer and its FFN together: the input of every second layer is kept. Prediction depths need every layer's.
+    "full": ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers"],
 }
 
 
@@ -50,6 +50,11 @@ def _bf16_ends(layers: int, recipe: Recipe) -> list[str]:
         return []
     counts = ["--num-layers-at-start-in-bf16", str(layers), "--num-layers-at-end-in-bf16", str(layers)]
     return ["--first-last-layers-bf16", *counts]
+
+
+def _recompute(kind: str, recipe: Recipe) -> list[str]:
+    layers = ["1" if recipe.prediction_depths else "2"] if kind == "full" else []
+    return [*_RECOMPUTE[kind], *layers]
 
 
 def _wsd_shape(shape: str, recipe: Recipe) -> list[str]:
@@ -105,7 +110,7 @@ RENDERS: Mapping[str, Callable[[Any, Recipe], list[str]]] = {
     # Included in the pattern.
     "parallel.virtual_pipeline_stages": lambda stages, _: [],
     "parallel.sequence_parallel": _sequence_parallel,
-    "parallel.recompute": lambda kind, _: _RECOMPUTE[kind],
+    "parallel.recompute": _recompute,
     "training.global_batch_tokens": lambda _, recipe: argument("--global-batch-size", recipe.global_batch_size),
     "training.train_tokens": lambda tokens, recipe: argument("--train-iters", tokens and recipe.train_iters),
     "training.precision": lambda precision, _: argument("--bf16", precision == "bf16"),

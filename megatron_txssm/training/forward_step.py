@@ -116,7 +116,8 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Module) -> t
         documents = packed_documents(batch["position_ids"])
         count_documents(batch["position_ids"], model)
     tokens, labels, loss_mask, position_ids = (on_this_rank(batch[key]) for key in BATCH_KEYS)
-    output = model(tokens, position_ids, None, labels=labels, packed_seq_params=documents)
+    # Only the losses of prediction depths need the mask here.
+    output = model(tokens, position_ids, None, labels=labels, loss_mask=loss_mask, packed_seq_params=documents)
     return output, partial(loss_function, loss_mask)
 
 

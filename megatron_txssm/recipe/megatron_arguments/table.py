@@ -105,7 +105,8 @@ REFUSED: dict[str, str] = {
         glu_linear_offset activation_func_clamp_value qk_* attention_output_gate softmax_type window_size
         window_attn_skip_freq multi_latent_attention experimental_attention_variant dsa_* linear_* use_mup mup_*
         openai_gelu squared_relu quick_geglu onnx_safe relative_attention_* apply_query_key_layer_scaling q_lora_rank
-        kv_lora_rank v_head_dim cache_mla_latents mla_down_proj_fusion heterogeneous_layers_config_* mtp_*
+        kv_lora_rank v_head_dim cache_mla_latents mla_down_proj_fusion heterogeneous_layers_config_* mtp_detach_heads
+        mtp_standalone mtp_use_repeated_layer
         mamba_training_ssm_states_dtype fp8_output_proj tokenizer_hf_* apply_wd_to_qk_layernorm
     """,
     "each layer has one dense FFN, no experts": """

@@ -143,6 +143,22 @@ def _check_stages(recipe: Recipe) -> None:
     )
 
 
+def _check_prediction(recipe: Recipe) -> None:
+    """Rejects what multi-token prediction would compute differently at another layout, or does not support."""
+    if not recipe.prediction_depths:
+        return
+    if recipe.training.fp8 is not None:
+        raise UserError(
+            f"training.fp8={recipe.training.fp8} is not supported with prediction depths (/ in layer_pattern) yet; "
+            "leave one of them out"
+        )
+    if recipe.training.mask_end_of_document and recipe.parallel.context_parallel_size > 1:
+        raise UserError(
+            "training.mask_end_of_document=true weights the losses of prediction depths (/ in layer_pattern) by the "
+            "tokens of each context-parallel process; set context_parallel_size: 1, or leave one of them out"
+        )
+
+
 def _check_other_parallel(recipe: Recipe) -> None:
     parallel = recipe.parallel
     _check_stages(recipe)
@@ -302,6 +318,7 @@ _CHECKS = (
     _check_rotation,
     _check_tensor_parallel,
     check_experts,
+    _check_prediction,
     _check_other_parallel,
     _check_length,
     check_fp8,
