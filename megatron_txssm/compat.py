@@ -14,7 +14,7 @@ import megatron.training
 import torch
 from megatron.core.ssm.utils import _split_tensor_factory as split_tensor_factory
 
-__all__ = ["MegatronArguments", "get_args", "mend_megatron", "split_tensor_factory"]
+__all__ = ["MegatronArguments", "forget_training", "get_args", "mend_megatron", "split_tensor_factory"]
 
 type MegatronArguments = argparse.Namespace
 # A parameter group of a torch optimizer.
@@ -26,6 +26,18 @@ _mended = False
 def get_args() -> MegatronArguments:
     """Megatron's global arguments. Megatron's own function is untyped, and its variable starts as None."""
     return megatron.training.get_args()  # pyright: ignore[reportReturnType]
+
+
+def forget_training() -> None:
+    """Clear Megatron's global state, so that this process can train another model."""
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+    from megatron.training import training
+
+    training.destroy_global_state()
+    # Sums by layer, which have as many entries as the model has layers or depths.
+    destroy_moe_metrics_tracker()
+    MTPLossLoggingHelper.tracker.clear()
 
 
 def mend_megatron() -> None:

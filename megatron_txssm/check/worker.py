@@ -30,12 +30,8 @@ def main(tasks_file: str, precision: str) -> None:
     from megatron_txssm.platform import prepare_platform
 
     platform_arguments = prepare_platform()
-    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-    from megatron.training import training
-
     from megatron_txssm.check import leakage_worker
-    from megatron_txssm.compat import mend_megatron
+    from megatron_txssm.compat import forget_training, mend_megatron
 
     mend_megatron()
     for task in json.loads(Path(tasks_file).read_text(encoding="utf-8")):
@@ -52,9 +48,7 @@ def main(tasks_file: str, precision: str) -> None:
         except BaseException as error:
             (out / f"failed_{os.environ['RANK']}").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
             raise
-        training.destroy_global_state()
-        destroy_moe_metrics_tracker()
-        MTPLossLoggingHelper.tracker.clear()
+        forget_training()
 
 
 def _recipe_arguments(recipe: str | None) -> list[str]:

@@ -19,16 +19,15 @@ def run_tasks(world_size: int, tasks: Sequence[Task], folder: Path) -> None:
 
 def _do(tasks: Sequence[Task], folder: Path) -> None:
     import torch.distributed
-    from megatron.training import training
 
-    from megatron_txssm.compat import mend_megatron
+    from megatron_txssm.compat import forget_training, mend_megatron
 
     mend_megatron()
     for number, (task, arguments) in enumerate(tasks):
         if not torch.distributed.is_initialized():
             join_ranks(folder / f"store_{number}")
         task(**arguments)
-        training.destroy_global_state()
+        forget_training()
 
 
 def train(recipe: Path) -> None:
