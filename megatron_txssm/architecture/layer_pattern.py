@@ -53,8 +53,11 @@ def without_depths(pattern: str) -> str:
 
 
 def check_pattern(pattern: str) -> None:
-    """UserError unless the pattern is whole and legal."""
-    stages(pattern)
+    """UserError unless the pattern is whole and legal, with a layer by which tokens see others."""
+    if not {STATE_SPACE, ATTENTION} & set(layers(pattern)):
+        raise UserError(
+            f"layer_pattern={pattern!r} has neither {STATE_SPACE} nor {ATTENTION}, so no token sees another"
+        )
     prediction_depths(pattern)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_txssm.architecture.layer_pattern import in_stages, stages
+from megatron_txssm.architecture.layer_pattern import check_pattern, in_stages, stages
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import data_parallel_size, divisors
@@ -50,8 +50,7 @@ def _check_name(recipe: Recipe) -> None:
 
 def _check_model(recipe: Recipe) -> None:
     model = recipe.model
-    # Raises UserError itself.
-    _ = recipe.layers
+    check_pattern(model.layer_pattern)
     if recipe.has_state_space and model.state_num_heads is None:
         _check_divisible(
             "hidden_size", model.hidden_size, "state_head_dim", model.state_head_dim, "state state_num_heads as well"
@@ -147,6 +146,9 @@ def _check_prediction(recipe: Recipe) -> None:
     """Rejects what multi-token prediction would compute differently at another layout, or does not support."""
     if not recipe.prediction_depths:
         return
+    tensor = recipe.parallel.tensor_model_parallel_size
+    # The rows of each depth's projection.
+    _check_divisible("hidden_size", recipe.model.hidden_size, "tensor_model_parallel_size", tensor)
     if recipe.training.fp8 is not None:
         raise UserError(
             f"training.fp8={recipe.training.fp8} is not supported with prediction depths (/ in layer_pattern) yet; "
