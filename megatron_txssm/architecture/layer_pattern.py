@@ -55,9 +55,7 @@ def without_depths(pattern: str) -> str:
 def check_pattern(pattern: str) -> None:
     """UserError unless the pattern is whole and legal, with a layer by which tokens see others."""
     if not {STATE_SPACE, ATTENTION} & set(layers(pattern)):
-        raise UserError(
-            f"layer_pattern={pattern!r} has neither {STATE_SPACE} nor {ATTENTION}, so no token sees another"
-        )
+        raise UserError(f"layer_pattern={pattern!r} has no mixer; add {STATE_SPACE} or {ATTENTION}")
     prediction_depths(pattern)
 
 

@@ -65,6 +65,10 @@ def export(
         _write_facts(planned, folder)
     what = f"step {saved.step}, layout {planned.format}, {planned.numel:,} parameters, {planned.nbytes:,} bytes"
     print(f"{out}: {what}")
+    if depths := saved.prediction_depths:
+        print(
+            f"left out: {depths} depth{'s' if depths > 1 else ''} of multi-token prediction, which only serve training"
+        )
     for line in proof.summary() if proof else ():
         print(line)
     return 0

@@ -21,6 +21,7 @@ from megatron_txssm.convert.formats.format import ARCHITECTURES, refusal
 from megatron_txssm.convert.formats.mapping import Group, hf_tensors, plan
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import JsonObject
+from megatron_txssm.recipe.changes import without_prediction
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 
@@ -127,6 +128,7 @@ def open_hf_folder(folder: Path, recipe: Recipe | None = None) -> HfFolder:
         recipe, remedy = recipe_of_config(folder, config, format), "no recipe can describe such a model"
     elif recipe is None:
         raise UserError(f"{folder} has neither recipe.yaml nor config.json; {remedy}")
+    recipe = without_prediction(recipe)
     if reason := refusal(recipe, format):
         raise UserError(f"{folder} has layout {format}, which cannot hold recipe {recipe.name}: {reason}; {remedy}")
     if format in ARCHITECTURES or (config and format == "reference"):
