@@ -66,9 +66,7 @@ def export(
     what = f"step {saved.step}, layout {planned.format}, {planned.numel:,} parameters, {planned.nbytes:,} bytes"
     print(f"{out}: {what}")
     if depths := saved.prediction_depths:
-        print(
-            f"left out: {depths} depth{'s' if depths > 1 else ''} of multi-token prediction, which only serve training"
-        )
+        print(f"left out: multi-token prediction, {depths} depth{'s' if depths > 1 else ''}: only training needs it")
     for line in proof.summary() if proof else ():
         print(line)
     return 0

@@ -43,6 +43,7 @@ VARIANTS = [
     ("transxssm_320m", ["model.state_gated=true"]),
     ("transxssm_320m", ["model.tie_embeddings=false"]),
     ("jamba_320m", ["model.state_gated=false", "model.tie_embeddings=false"]),
+    ("transxssm_320m", ["model.layer_pattern=M-*-M-/*M-/*M-"]),
     ("transxssm_320m", ["model.position_encoding=a_t", "model.layer_pattern=M-*-M-*-", "model.state_dt_bias=false"]),
 ]
 
@@ -84,7 +85,7 @@ def test_flops_are_those_of_the_model(recipe: Recipe, model: Any) -> None:
     # Padding rows of the in-projections.
     padding = sum(module.padding for module in model.modules() if isinstance(module, StateSpaceMixer))
     expected += FORWARD_AND_BACKWARD * 2 * padding * recipe.model.hidden_size
-    kinds = recipe.layers
+    kinds = recipe.sizes.all_layers
     # Model FLOPs count the causal half of attention's scores; plain attention executes the full square: Q·Kᵀ and
     # scores·V, one multiply-add each per key, head and channel, half of which the figure already includes.
     half_of_scores = 2 * length * recipe.model.num_attention_heads * recipe.kv_channels

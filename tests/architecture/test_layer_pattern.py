@@ -9,11 +9,14 @@ from megatron_txssm.architecture.layer_pattern import (
     MODULE,
     UNSUPPORTED,
     blocks,
+    check_pattern,
     from_letters,
     in_stages,
     layers,
+    prediction_depths,
     repeated_part,
     stages,
+    without_depths,
 )
 from megatron_txssm.errors import UserError
 
@@ -73,7 +76,7 @@ def test_every_symbol_of_megatrons_has_a_name() -> None:
     from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
     theirs = {value for name, value in vars(Symbols).items() if name.isupper() and isinstance(value, str)}
-    assert theirs == {*LAYERS, *UNSUPPORTED, "|"}
+    assert theirs == {*LAYERS, *UNSUPPORTED, "|", "/"}
 
 
 @pytest.mark.parametrize(
@@ -136,3 +139,34 @@ def test_in_stages(pattern: str, count: int, wanted: str | None) -> None:
 
 def test_letters_of_earlier_recipes() -> None:
     assert from_letters("SSA") == "M-M-*-"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "own", "depths"),
+    [
+        ("M-*-/*-", "M-*-", ["*-"]),
+        ("M-|*- / *M /\n*M", "M-*-", ["*M", "*M"]),
+        ("ME/E/E/E", "ME", ["E", "E", "E"]),
+        ("M-*-", "M-*-", []),
+    ],
+)
+def test_prediction_depths(pattern: str, own: str, depths: list[str]) -> None:
+    check_pattern(pattern)
+    assert layers(pattern) == own
+    assert prediction_depths(pattern) == depths
+    assert layers(without_depths(pattern)) == own and prediction_depths(without_depths(pattern)) == []
+    # Megatron's form, with which a pipeline is divided; depths have no stages of their own.
+    assert in_stages(pattern, 1) == "/".join([own, *depths])
+    assert in_stages(pattern, 2) == "/".join([f"{own[: len(own) // 2]}|{own[len(own) // 2 :]}", *depths])
+
+
+@pytest.mark.parametrize("pattern", ["M-/", "M-//*-", "M-/*-/*", "M-/*-|M-", "M-/*-/"])
+def test_wrong_prediction_depths_are_answered(pattern: str) -> None:
+    with pytest.raises(UserError, match="each / begins a prediction depth, and all depths have the same layers"):
+        check_pattern(pattern)
+
+
+@pytest.mark.parametrize("pattern", ["-", "--", "E-/*-"])
+def test_a_model_needs_a_mixer(pattern: str) -> None:
+    with pytest.raises(UserError, match=r"has no mixer; add M or \*"):
+        check_pattern(pattern)

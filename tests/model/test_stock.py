@@ -45,9 +45,13 @@ def loss_func(mask, losses):
 
 
 def forward_step(iterator, model):
-    layers = unwrap_model(model).decoder.layers
-    mixers = [getattr(layer, "mixer", None) or layer.self_attention for layer in layers]
-    seen["layers"] = [type(mixer).__name__ for mixer in mixers]
+    whole = unwrap_model(model)
+    depths = [depth.mtp_model_layer.layers for depth in whole.mtp.layers] if whole.mtp_process else []
+    mixers, *of_depths = [
+        [getattr(layer, "mixer", None) or layer.self_attention for layer in layers]
+        for layers in [whole.decoder.layers, *depths]
+    ]
+    seen["layers"], *seen["depths"] = [[type(mixer).__name__ for mixer in some] for some in [mixers, *of_depths]]
     seen["position_encoding"] = [m.state_space.position_encoding for m in mixers if hasattr(m, "state_space")]
     batch = next(iterator)
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
@@ -128,11 +132,13 @@ def run_stock(path: str, arguments: list[str]) -> None:
 
 def test_without_the_wrapper_our_defaults_hold(script: Path, tmp_path: Path) -> None:
     saving = ["--bf16", "--save", str(tmp_path / "saved"), "--save-interval", "2", "--ckpt-format", "torch_dist"]
-    run_ranks(run_stock, 1, tmp_path / "ranks", str(script), [*ARGUMENTS, *saving])
+    depths = ["--hybrid-layer-pattern", f"{OPTIONS['hybrid-layer-pattern']}/*-M-"]
+    run_ranks(run_stock, 1, tmp_path / "ranks", str(script), [*ARGUMENTS, *saving, *depths])
     assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == "2"
     seen = json.loads(script.with_name("seen.json").read_text())
     assert seen["layers"] == ["StateSpaceMixer", "IdentityOp"] * 7 + ["UnifiedRotarySelfAttention", "IdentityOp"]
     assert seen["position_encoding"] == ["rope"] * 7
+    assert seen["depths"] == [["UnifiedRotarySelfAttention", "IdentityOp", "StateSpaceMixer", "IdentityOp"]]
     assert len(seen["losses"]) == 4 and all(3 < loss < 6 for loss in seen["losses"])
 
 
