@@ -104,6 +104,32 @@ OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
         ("transxssm_320m", ["parallel.virtual_pipeline_stages=2"], "needs pipeline_model_parallel_size above 1"),
         (
             "transxssm_320m",
+            ["model.layer_pattern=M-*-/*-", "training.fp8=hybrid"],
+            "training.fp8=hybrid is not supported with prediction depths (/ in layer_pattern) yet; leave one of them",
+        ),
+        (
+            "transxssm_320m",
+            [
+                "model.layer_pattern=M-*-/*-",
+                "training.mask_end_of_document=true",
+                "parallel.context_parallel_size=2",
+            ],
+            "training.mask_end_of_document=true weights the losses of prediction depths (/ in layer_pattern) by the "
+            "tokens of each context-parallel process; set context_parallel_size: 1",
+        ),
+        (
+            "transxssm_320m",
+            [
+                "model.layer_pattern=M-*-/*-",
+                "model.hidden_size=769",
+                "model.kv_channels=64",
+                "model.state_num_heads=12",
+                "parallel.tensor_model_parallel_size=2",
+            ],
+            "hidden_size=769 is not divisible by tensor_model_parallel_size=2; use one of 1, 769",
+        ),
+        (
+            "transxssm_320m",
             ["model.layer_pattern=M-*-M-", "parallel.pipeline_model_parallel_size=4"],
             "the 6 layers of layer_pattern are not divisible by pipeline_model_parallel_size=4; use 1, 2, 3, 6 stages, "
             "or divide the pattern by |",
