@@ -19,6 +19,7 @@ def run_tasks(world_size: int, tasks: Sequence[Task], folder: Path) -> None:
 
 def _do(tasks: Sequence[Task], folder: Path) -> None:
     import torch.distributed
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.training import training
 
     from megatron_txssm.compat import mend_megatron
@@ -29,6 +30,7 @@ def _do(tasks: Sequence[Task], folder: Path) -> None:
             join_ranks(folder / f"store_{number}")
         task(**arguments)
         training.destroy_global_state()
+        destroy_moe_metrics_tracker()
 
 
 def train(recipe: Path) -> None:

@@ -22,7 +22,6 @@ from megatron_txssm.recipe.sizes import smallest_world_size
 from megatron_txssm.training import processes
 from megatron_txssm.training.launch.run_lock import Holder
 
-
 EXPERTS = ("model.layer_pattern=ME", "model.num_experts=4")
 
 
