@@ -29,7 +29,8 @@ class TrainingMonitor(Listener):
 
     Every rank has one, because the loss is broadcast from the last pipeline stage; rank 0 writes. `metrics.jsonl` holds
     one JSON object per line, with its time in seconds since the epoch: every step's own loss at full precision, the
-    experts' load balance if the recipe weights it, every validation loss. A resumed run appends to it, so the last line of an iteration counts.
+    experts' load balance if the recipe weights it, every validation loss. A resumed run appends to it, so the last line
+    of an iteration counts.
 
     The learning rate is the one used by the step. Throughput is the mean since the last logged step over the time spent
     in training steps, including data loading but not validations and saves.
@@ -109,7 +110,9 @@ class TrainingMonitor(Listener):
         return result
 
     def after_log(self, call: Call, result: object) -> None:
-        self.on_step(call.iteration, call.loss_dict | self.load_balance, call.grad_norm, skipped=bool(call.skipped_iter))
+        self.on_step(
+            call.iteration, call.loss_dict | self.load_balance, call.grad_norm, skipped=bool(call.skipped_iter)
+        )
 
     def after_data(self, call: Call, iterators: tuple[object, object, object]) -> None:
         _, _, test = iterators

@@ -137,8 +137,19 @@ class FakeMegatron:
         rate = self.optimizer.param_groups[0]["lr"]
         # Megatron's own call: most by position.
         logged = self.loop.training_log(
-            losses, self.total_losses, rate, iteration, 1.0, False, int(skipped), torch.tensor(0.5), None, None, 0, pg_collection=None
-        )
+            losses,
+            self.total_losses,
+            rate,
+            iteration,
+            1.0,
+            False,
+            int(skipped),
+            torch.tensor(0.5),
+            None,
+            None,
+            0,
+            pg_collection=None,
+        )  # fmt: skip
         assert logged == "logged"
 
     def validate(self, *sets: dict[str, torch.Tensor] | None, prefix: str = "iteration 5") -> None:
