@@ -248,17 +248,23 @@ def _decay_weights_from_the_first_step() -> None:
 
 
 def _log_load_balance_on_every_stage() -> None:
-    """The experts' load balance has one size on all pipeline stages, which are summed.
+    """The experts' load balance is summed over pipeline stages and over tensor- and context-parallel processes.
 
-    Stages with experts have an entry for each layer of a hybrid model, the others one for each layer of experts.
+    For the first sum, stages with experts have an entry for each layer of a hybrid model, the others one for each layer
+    of experts: the sizes must agree. The second sum is left out by stages without experts, which may be the last one,
+    whose value is logged.
     """
+    from megatron.core import parallel_state
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
     ensure = MoEMetricsTracker.ensure_initialized
 
     @functools.wraps(ensure)
     def ensure_all_layers(self: Any, name: str, num_layers: int, *args: Any, **kwargs: Any) -> None:
-        ensure(self, name, get_args().num_layers + (get_args().mtp_num_layers or 0), *args, **kwargs)
+        if name not in self.metrics:
+            depths = get_args().mtp_num_layers or 0
+            ensure(self, name, get_args().num_layers + depths, *args, **kwargs)
+            self.metrics[name].reduce_group = parallel_state.get_tensor_and_context_parallel_group()
 
     setattr(MoEMetricsTracker, "ensure_initialized", ensure_all_layers)
 

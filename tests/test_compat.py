@@ -16,6 +16,7 @@ import torch
 
 from megatron_txssm import compat
 from megatron_txssm.checkpoint import compat_saves
+from tests.support.ranks import model_parallel, run_ranks
 
 PINNED = {"megatron-core": "0.19.2"}
 
@@ -54,6 +55,7 @@ def unmended(monkeypatch: pytest.MonkeyPatch):
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
     from megatron.training import global_vars
 
     monkeypatch.setattr(compat, "_mended", False)
@@ -64,6 +66,7 @@ def unmended(monkeypatch: pytest.MonkeyPatch):
         (Float16OptimizerWithFloat16Params, ("sharded_state_dict", "load_state_dict")),
         (FP32Optimizer, ("load_state_dict",)),
         (OptimizerParamScheduler, ("load_state_dict",)),
+        (MoEMetricsTracker, ("ensure_initialized",)),
     ):
         for name in names:
             monkeypatch.setattr(owner, name, inspect.unwrap(getattr(owner, name)))
@@ -262,3 +265,30 @@ def test_the_helper_of_saves_ends_with_a_killed_rank(monkeypatch: pytest.MonkeyP
     finally:
         if helper.is_running():
             helper.kill()
+
+
+def load_balance() -> float:
+    """The first of two stages has the experts; each of its tensor-parallel ranks has a part of the sum."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+    from megatron.training import global_vars
+
+    # Set without Megatron's checks.
+    vars(global_vars)["_GLOBAL_ARGS"] = SimpleNamespace(num_layers=4)
+    compat.mend_megatron()
+    with model_parallel(tensor=2, pipeline=2):
+        tracker = MoEMetricsTracker()
+        if parallel_state.is_pipeline_first_stage():
+            part = torch.tensor(1.0 + parallel_state.get_tensor_model_parallel_rank())
+            group = parallel_state.get_tensor_and_context_parallel_group()
+            tracker.record("load_balancing_loss", part, 2, 4, reduce_group=group)
+        losses: dict[str, torch.Tensor] = {}
+        tracker.report(
+            1.0, 1, force_initialize=True, track_names="load_balancing_loss", num_layers=1, moe_layer_freq=1,
+            total_loss_dict=losses,
+        )  # fmt: skip
+    return losses["load_balancing_loss"].item()
+
+
+def test_load_balance_is_whole_on_a_stage_without_experts(tmp_path: Path) -> None:
+    assert run_ranks(load_balance, 4, tmp_path) == [3.0] * 4

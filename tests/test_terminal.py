@@ -105,5 +105,5 @@ def test_recipes_in_a_terminal_show_every_name_whole(columns: int) -> None:
 
 def test_fields_in_a_terminal_show_type_default_and_meaning() -> None:
     text = in_terminal(80, "recipes", "--fields")
-    assert "model.rope_scaling                     none\n    type: none | linear; meaning: " in text
+    assert "model.rope_scaling                         none\n    type: none | linear; meaning: " in text
     assert max(map(len, text.splitlines())) <= 80

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from megatron_txssm.architecture.layer_pattern import repeated_part
+from megatron_txssm.architecture.layer_pattern import EXPERTS, FFN, repeated_part
 from megatron_txssm.architecture.parameters import count_parameters
 from megatron_txssm.home import BATCH_SCRIPTS
 from megatron_txssm.recipe.loader import RECIPES_OF_RUNS, load_recipe, recipe_names
@@ -18,27 +18,41 @@ def _folded(layers: str) -> str:
     return f"{len(layers) // len(part)} x {part}"
 
 
+def _ffn(recipe: Recipe) -> str:
+    """Channels of each kind of FFN that the recipe has."""
+    experts = recipe.experts
+    kinds = {FFN: f"{recipe.model.ffn_hidden_size}"}
+    if experts is not None:
+        shared = f" + {experts.shared_ffn_hidden_size}" if experts.shared_ffn_hidden_size else ""
+        kinds[EXPERTS] = f"{experts.num_experts} x {experts.ffn_hidden_size}{shared}"
+    return ", ".join(text for layer, text in kinds.items() if layer in recipe.layers)
+
+
 def show_recipes() -> int:
     """Print a table of all recipes with their sizes; returns the exit code."""
     rows = []
     for name in recipe_names():
         recipe = load_recipe(name)
-        model, training = recipe.model, recipe.training
+        training, count = recipe.training, count_parameters(recipe.sizes)
         rows.append(
             (
                 name,
                 _folded(recipe.layers),
-                str(model.hidden_size),
-                str(model.ffn_hidden_size),
-                f"{count_parameters(recipe.sizes).total / 1e6:,.1f}M",
+                str(recipe.model.hidden_size),
+                _ffn(recipe),
+                f"{count.total / 1e6:,.1f}M",
+                f"{count.active / 1e6:,.1f}M" if count.inactive else "",
                 f"{training.seq_length:,}",
                 f"{training.global_batch_tokens:,}",
                 f"{recipe.optimizer.learning_rate:g}",
                 recipe.description,
             )
         )
-    print_table(("recipe", "layers", ">hidden", ">ffn", ">params", ">length", ">batch", ">lr", "about"), rows)
-    print("M: state-space layer, *: attention layer, -: FFN; length and batch in tokens.")
+    print_table(
+        ("recipe", "layers", ">hidden", ">ffn", ">params", ">active", ">length", ">batch", ">lr", "about"), rows
+    )
+    print("M: state-space layer, *: attention layer, -: FFN, E: experts (+ a shared one).")
+    print("active: parameters that a token uses, if not all; length and batch in tokens.")
     print("`txssm recipes NAME` shows one in full.")
     for folder in filter(Path.is_dir, RECIPES_OF_RUNS.folders):
         print(f"recipes: {folder}")

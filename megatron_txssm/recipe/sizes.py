@@ -1,5 +1,6 @@
-"""A recipe's requirements: processes per copy of its model, bytes per checkpoint."""
+"""A recipe's requirements: number of processes, bytes per checkpoint."""
 
+import math
 from collections.abc import Iterator
 
 from megatron_txssm.architecture.parameters import count_parameters
@@ -17,9 +18,10 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 
 
 def smallest_world_size(recipe: Recipe) -> int:
-    """Processes per copy of the model."""
+    """The fewest processes that the layout needs: one copy of the model, or as many as share the experts."""
     parallel = recipe.parallel
-    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    sharing = math.lcm(parallel.context_parallel_size, parallel.expert_model_parallel_size)
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * sharing
 
 
 def data_parallel_size(recipe: Recipe, world_size: int) -> int:

@@ -25,7 +25,10 @@ FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     # -> FLOPs of one global batch.
     "flops": ("num_floating_point_operations", ("args", "batch_size", "seqlen_squared_sum_in_batch")),
     # After each step.
-    "log": ("training_log", ("loss_dict", "learning_rate", "iteration", "skipped_iter", "grad_norm")),
+    "log": (
+        "training_log",
+        ("loss_dict", "total_loss_dict", "learning_rate", "iteration", "skipped_iter", "grad_norm"),
+    ),
     # All validation sets, or the test set.
     "validation": ("evaluate_and_print_results", ("data_iterator",)),
     # One of them -> its losses (None if the time limit came first), other data, whether the time limit came first.

@@ -22,6 +22,8 @@ from megatron_txssm.recipe.sizes import smallest_world_size
 from megatron_txssm.training import processes
 from megatron_txssm.training.launch.run_lock import Holder
 
+EXPERTS = ("model.layer_pattern=ME", "model.num_experts=4")
+
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
@@ -37,6 +39,9 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
         ([], 2),
         (["parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"], 1),
         (["parallel.pipeline_model_parallel_size=4"], 8),
+        ([*EXPERTS, "parallel.expert_model_parallel_size=4"], 8),
+        ([*EXPERTS, "parallel.context_parallel_size=4", "parallel.expert_model_parallel_size=2"], 8),
+        ([*EXPERTS, "parallel.context_parallel_size=2", "parallel.expert_model_parallel_size=4"], 8),
     ],
 )
 def test_smallest_world_size(overrides: list[str], size: int) -> None:

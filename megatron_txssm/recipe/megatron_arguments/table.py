@@ -24,7 +24,7 @@ PASSES: dict[str, str] = {
         decoder_first_pipeline_num_layers:int decoder_last_pipeline_num_layers:int pipeline_model_parallel_layout:text
     """,
     "memory, kernels and precision": """
-        recompute_modules:core_attn|mlp+ distribute_saved_activations empty_unused_memory_level:0|1|2
+        recompute_modules:core_attn|mlp|moe|shared_experts+ distribute_saved_activations empty_unused_memory_level:0|1|2
         mlp_chunks_for_training:int bias_swiglu_fusion:off bias_dropout_fusion:off gradient_accumulation_fusion:off
         cross_entropy_loss_fusion cross_entropy_fusion_impl:native|te clone_scatter_output_in_embedding:off
         disable_jit_fuser disable_bf16_reduced_precision_matmul deterministic_mode fp8_margin:int
@@ -64,7 +64,7 @@ PASSES: dict[str, str] = {
         timing_log_level:0|1|2 timing_log_option:max|minmax|all logging_level:int barrier_with_L1_time:off
         tensorboard_log_interval:int tensorboard_queue_size:int log_timers_to_tensorboard
         log_loss_scale_to_tensorboard:off log_validation_ppl_to_tensorboard log_memory_to_tensorboard
-        log_world_size_to_tensorboard wandb_entity:text
+        log_world_size_to_tensorboard wandb_entity:text moe_per_layer_logging
     """,
     "garbage collection and profiling": """
         manual_gc manual_gc_interval:int manual_gc_eval:off profile profile_step_start:int profile_step_end:int
@@ -86,7 +86,8 @@ PASSES: dict[str, str] = {
         overlap_cpu_optimizer_d2h_h2d pin_cpu_grads:off pin_cpu_params:off gpu_sniff_test_interval:int
         log_device_memory_used log_energy use_persistent_ckpt_worker ddp_average_in_collective log_straggler
         straggler_ctrlr_port:int straggler_minmax_count:int disable_straggler_on_startup record_memory_history
-        memory_snapshot_path:path cuda_graph_impl:none|full_iteration cuda_graph_warmup_steps:int
+        memory_snapshot_path:path cuda_graph_impl:none|full_iteration cuda_graph_warmup_steps:int moe_permute_fusion
+        moe_router_fusion moe_shared_expert_overlap
     """,
 }
 
@@ -109,10 +110,22 @@ REFUSED: dict[str, str] = {
         mtp_standalone mtp_use_repeated_layer
         mamba_training_ssm_states_dtype fp8_output_proj tokenizer_hf_* apply_wd_to_qk_layernorm
     """,
-    "each layer has one dense FFN, no experts": """
-        num_experts moe_* expert_model_parallel_size expert_tensor_parallel_* overlap_moe_expert_parallel_comm
-        overlap_dispatch_backward_with_experts_wgrad ep_overlap_early_attn_memory_release high_priority_a2a_comm_stream
-        use_grouped_gemm_for_* delay_wgrad_compute save_tokens_per_expert_interval
+    "it would change what experts compute, or which experts compute a token": """
+        moe_shared_expert_gate moe_shared_expert_glu_interleave_size moe_mlp_glu_interleave_size moe_router_num_groups
+        moe_router_group_topk moe_router_pre_softmax moe_router_topk_scaling_factor moe_router_score_function
+        moe_router_enable_expert_bias moe_router_bias_update_rate moe_router_quantile_balancing_ema moe_router_force_*
+        moe_z_loss_coeff moe_input_jitter_eps moe_expert_capacity_factor moe_expert_rank_capacity_factor moe_pad_*
+        moe_token_drop_policy moe_apply_probs_on_input moe_latent_size moe_enable_routing_replay moe_use_upcycling
+        moe_upcycling_granularity
+    """,
+    "model.layer_pattern says which layers are experts (E)": "moe_layer_freq",
+    "experts are computed again by recompute_modules: [moe]": "moe_layer_recompute",
+    "it was not tried with the experts of these models, which get their tokens by all-to-all": """
+        moe_enable_deepep moe_deepep_* moe_flex_* moe_hybridep_* moe_ncclep_* moe_permute_fusion_into_hybridep
+        moe_paged_stash* moe_single_grouped_* moe_router_padding_* moe_routing_trace_* expert_tensor_parallel_*
+        overlap_moe_expert_parallel_comm overlap_dispatch_backward_with_experts_wgrad
+        ep_overlap_early_attn_memory_release high_priority_a2a_comm_stream use_grouped_gemm_for_* delay_wgrad_compute
+        save_tokens_per_expert_interval
     """,
     "FP4 is not supported; training.fp8 is the smallest format": "fp4 fp4_recipe fp4_quantizer_factory",
     "initial weights depend on the seed and their names, not on the layout (model.init_method_std)": """

@@ -167,6 +167,13 @@ def _gemm_sides(recipe: "Recipe", multiple: int) -> Iterator[tuple[str, int, str
     yield "the hidden size is {}", model.hidden_size, f"use hidden_size of {_nearest(model.hidden_size, multiple)}"
     ffn = f"use ffn_hidden_size of {_nearest(model.ffn_hidden_size, multiple * ranks)}"
     yield "the FFN has {} channels", model.ffn_hidden_size // ranks, ffn
+    for name, what in (("moe_ffn_hidden_size", "an"), ("moe_shared_expert_intermediate_size", "the shared")):
+        if (channels := getattr(model, name)) is not None:
+            yield (
+                f"{what} expert has {{}} channels",
+                channels // ranks,
+                f"use {name} of {_nearest(channels, multiple * ranks)}",
+            )
     if recipe.has_attention:
         channels = f"use kv_channels of {_nearest(recipe.kv_channels, multiple)}"
         heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads

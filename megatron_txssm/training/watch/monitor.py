@@ -20,13 +20,17 @@ from megatron_txssm.training.validation_sets import of_each_set
 from megatron_txssm.training.watch.display import BarDisplay, PlainDisplay, make_display
 from megatron_txssm.training.watch.stragglers import SlowRunWatch
 
+# Megatron's name: 1 if the experts of a layer have equally many tokens, the mean over the layers of experts.
+LOAD_BALANCE = "load_balancing_loss"
+
 
 class TrainingMonitor(Listener):
     """Listens to each step and each validation of Megatron's loop.
 
     Every rank has one, because the loss is broadcast from the last pipeline stage; rank 0 writes. `metrics.jsonl` holds
-    one JSON object per line, with its time in seconds since the epoch: every step's own loss at full precision, every
-    validation loss. A resumed run appends to it, so the last line of an iteration counts.
+    one JSON object per line, with its time in seconds since the epoch: every step's own loss at full precision, the
+    experts' load balance if the recipe weights it, every validation loss. A resumed run appends to it, so the last line
+    of an iteration counts.
 
     The learning rate is the one used by the step. Throughput is the mean since the last logged step over the time spent
     in training steps, including data loading but not validations and saves.
@@ -43,6 +47,9 @@ class TrainingMonitor(Listener):
             recipe.logging.slow_throughput_fraction, self.metrics_file, self.args.rank, self.args.world_size
         )
         self.sizes = recipe.sizes
+        self.balances_experts = recipe.has_experts and recipe.model.moe_aux_loss_coeff > 0
+        # LOAD_BALANCE of the last step.
+        self.load_balance: dict[str, torch.Tensor] = {}
         self.learning_rate: float | None = None
         # For the last step's global batch.
         self.batch_tokens, self.batch_flops = 0, 0.0
@@ -92,8 +99,20 @@ class TrainingMonitor(Listener):
     def before_log(self, call: Call) -> None:
         call.learning_rate = self.learning_rate
 
+    def around_log(self, call: Call, proceed: Callable[[], object]) -> object:
+        if not self.balances_experts:
+            return proceed()
+        # Megatron adds each step's to this tensor, and takes another after it has logged the mean.
+        total = call.total_loss_dict.setdefault(LOAD_BALANCE, torch.zeros(1, device="cuda"))
+        before = total.clone()
+        result = proceed()
+        self.load_balance = {LOAD_BALANCE: total - before}
+        return result
+
     def after_log(self, call: Call, result: object) -> None:
-        self.on_step(call.iteration, call.loss_dict, call.grad_norm, skipped=bool(call.skipped_iter))
+        self.on_step(
+            call.iteration, call.loss_dict | self.load_balance, call.grad_norm, skipped=bool(call.skipped_iter)
+        )
 
     def after_data(self, call: Call, iterators: tuple[object, object, object]) -> None:
         _, _, test = iterators

@@ -14,6 +14,7 @@ H100, B200, ADA, AMPERE, RTX_50 = (9, 0), (10, 0), (8, 9), (8, 0), (12, 0)
 # The version that comes with torch 2.13.
 CUDNN = (9, 20, 0)
 OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
+EXPERTS = ("model.layer_pattern=ME*E", "model.num_experts=4")
 FP8_RECIPES = [name for name in recipe_names() if "_fp8_" in name]
 
 
@@ -53,6 +54,11 @@ def test_a_contradiction_names_value_and_remedy(name: str, overrides: list[str],
     ("overrides", "wanted"),
     [
         (["model.ffn_hidden_size=6008"], "the FFN has 6008 channels; use ffn_hidden_size of 6000 or 6016"),
+        ([*EXPERTS, "model.moe_ffn_hidden_size=40"], "an expert has 40 channels; use moe_ffn_hidden_size of 32 or 48"),
+        (
+            [*EXPERTS, "model.moe_shared_expert_intermediate_size=8"],
+            "the shared expert has 8 channels; use moe_shared_expert_intermediate_size of 16",
+        ),
         (
             ["model.ffn_hidden_size=6032", "parallel.tensor_model_parallel_size=2"],
             "the FFN has 3016 channels; use ffn_hidden_size of 6016 or 6048",

@@ -85,6 +85,9 @@ class FakeMegatron:
         self.loop = loop
         self.optimizer = SimpleNamespace(param_groups=[{"default_config": True, "lr": 0.0}])
         self.logged: list[float | None] = []
+        # What the experts' tracker adds to the losses since the last line, by step.
+        self.load_balance: dict[int, float] = {}
+        self.total_losses: dict[str, torch.Tensor] = {}
         self.validations = 0
         self.iterators: list[Any] = []
         # The watch for slowness has its own tests.
@@ -107,6 +110,11 @@ class FakeMegatron:
         max_attention_logit: Any, pg_collection: Any = None,
     ) -> str:  # fmt: skip
         self.logged.append(learning_rate)
+        if iteration in self.load_balance:
+            # As MoEMetricsTracker.report and training_log.
+            total_loss_dict["load_balancing_loss"] += torch.tensor(self.load_balance[iteration])
+            if iteration % self.args.log_interval == 0:
+                total_loss_dict["load_balancing_loss"] = torch.tensor([0.0])
         return "logged"
 
     def _flops(self, args: Any, batch_size: int, seqlen_squared_sum_in_batch: Any = None, **others: Any) -> float:
@@ -129,8 +137,19 @@ class FakeMegatron:
         rate = self.optimizer.param_groups[0]["lr"]
         # Megatron's own call: most by position.
         logged = self.loop.training_log(
-            losses, {}, rate, iteration, 1.0, False, int(skipped), torch.tensor(0.5), None, None, 0, pg_collection=None
-        )
+            losses,
+            self.total_losses,
+            rate,
+            iteration,
+            1.0,
+            False,
+            int(skipped),
+            torch.tensor(0.5),
+            None,
+            None,
+            0,
+            pg_collection=None,
+        )  # fmt: skip
         assert logged == "logged"
 
     def validate(self, *sets: dict[str, torch.Tensor] | None, prefix: str = "iteration 5") -> None:
@@ -165,6 +184,28 @@ def test_losses_are_kept_exactly(megatron: FakeMegatron) -> None:
     assert [line["iteration"] for line in megatron.metrics] == [1, 2, 3]
     assert [line["consumed_tokens"] for line in megatron.metrics] == [2048, 4096, 6144]
     assert megatron.metrics[0]["grad_norm"] == 0.5
+
+
+EXPERTS = ("model.layer_pattern=ME*E", "model.num_experts=4", "model.moe_aux_loss_coeff=0.02")
+
+
+def test_the_load_balance_is_each_steps_own(monkeypatch: pytest.MonkeyPatch, clock: Clock, tmp_path: Path) -> None:
+    """Megatron sums it up from one line to the next."""
+    megatron = FakeMegatron(monkeypatch, clock, tmp_path, EXPERTS, log_interval=2)
+    megatron.load_balance = {1: 1.5, 2: 1.25, 3: 1.125, 4: 2.0, 5: 1.0}
+    for iteration in megatron.load_balance:
+        megatron.step(iteration)
+    assert [line["load_balancing_loss"] for line in megatron.metrics] == list(megatron.load_balance.values())
+    assert [line["lm loss"] for line in megatron.metrics] == [4.0] * 5
+
+
+@pytest.mark.parametrize("fields", [(), (*EXPERTS, "model.moe_aux_loss_coeff=0")])
+def test_without_a_weight_there_is_no_load_balance(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, tmp_path: Path, fields: Sequence[str]
+) -> None:
+    megatron = FakeMegatron(monkeypatch, clock, tmp_path, fields)
+    megatron.step(1)
+    assert "load_balancing_loss" not in megatron.metrics[0] and megatron.total_losses == {}
 
 
 def test_the_learning_rate_is_the_one_that_the_step_used(megatron: FakeMegatron) -> None:
