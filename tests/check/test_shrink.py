@@ -141,6 +141,7 @@ def test_fuzzing_draws_the_same_again_and_reaches_every_kind() -> None:
         ("parallel.tensor_model_parallel_size", {1, 2, 4}),
         ("parallel.pipeline_model_parallel_size", {1, 2, 4}),
         ("parallel.context_parallel_size", {1, 2, 4}),
+        ("parallel.expert_model_parallel_size", {1, 2, 4}),
         ("parallel.state_context_parallel", {"state_passing", "all_to_all"}),
         ("data.isolate_documents", {True, False}),
         ("parallel.virtual_pipeline_stages", {None, 2}),
@@ -151,9 +152,13 @@ def test_fuzzing_draws_the_same_again_and_reaches_every_kind() -> None:
     ):
         assert {each.changes[name] for each in draws} == wanted, name
     patterns = {frozenset(each.changes["model.layer_pattern"]) for each in draws}
-    kinds = ("M", "*", "-", "M*", "M-", "*-", "M*-")
-    assert {frozenset(symbols) for symbols in ("M-", "*-", "M*", "M*-", "M-|", "*-|", "M*|", "M*-|")} <= patterns
-    assert patterns <= {frozenset(symbols + border) for symbols in kinds for border in ("", "|")}
+    assert {*map(frozenset, ("M-", "*-", "M*", "M*-", "ME", "M-|", "*-|", "M*|", "M*-|", "ME|"))} <= patterns
+    # Depths of multi-token prediction, with experts and without, behind one stage and behind several.
+    of_depths = {symbols for symbols in patterns if "/" in symbols}
+    assert {("E" in symbols, "|" in symbols) for symbols in of_depths} == {
+        (experts, stages) for experts in (True, False) for stages in (True, False)
+    }
+    assert frozenset().union(*patterns) == {*"M*-E|/"}
     assert {each.processes for each in draws} == {1, 2, 4}
 
 
