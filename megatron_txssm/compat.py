@@ -41,7 +41,7 @@ def forget_training() -> None:
 
 
 def mend_megatron() -> None:
-    """Patch, once per process, nine faults of Megatron 0.19.2 that affect every platform."""
+    """Patch, once per process, eleven faults of Megatron 0.19.2 that affect every platform."""
     global _mended
     if _mended:
         return
@@ -53,6 +53,8 @@ def mend_megatron() -> None:
     _save_parameters_of_padded_buckets()
     _resume_under_another_schedule()
     _decay_weights_from_the_first_step()
+    _load_optimizers_without_parameters()
+    _count_steps_of_optimizers_without_parameters()
     _log_load_balance_on_every_stage()
     _share_the_head_with_prediction_depths()
 
@@ -245,6 +247,48 @@ def _decay_weights_from_the_first_step() -> None:
         self.step(0)
 
     setattr(OptimizerParamScheduler, "load_state_dict", load_and_set)
+
+
+def _load_optimizers_without_parameters() -> None:
+    """A pipeline stage without experts has an optimizer for them, whose empty state a checkpoint does not have."""
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+    for optimizer in (Float16OptimizerWithFloat16Params, FP32Optimizer):
+        setattr(optimizer, "load_state_dict", _with_empty_state(optimizer.load_state_dict))
+
+
+def _with_empty_state(load: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(load)
+    def wrapped(self: Any, state_dict: dict[str, Any]) -> None:
+        state_dict.get("optimizer", state_dict).setdefault("state", {})
+        if "optimizer" in state_dict:
+            state_dict.setdefault("fp32_from_fp16_params", [])
+        load(self, state_dict)
+
+    return wrapped
+
+
+def _count_steps_of_optimizers_without_parameters() -> None:
+    """On a stage without experts, Transformer Engine's Adam does not count the steps of their optimizer.
+
+    If that is the first stage, whose counts are saved, the others' experts would resume with the bias corrections of
+    step 1. Megatron aligns the counts before a save and after a load, but only those of groups with parameters.
+    """
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    optimizer: Any = ChainedOptimizer
+    synchronize = optimizer._synchronize_steps
+
+    @functools.wraps(synchronize)
+    def synchronize_all(self: Any) -> int | None:
+        step = synchronize(self)
+        if step is not None:
+            for each in self.chained_optimizers:
+                for group in each.optimizer.param_groups:
+                    group["step"] = step
+        return step
+
+    optimizer._synchronize_steps = synchronize_all
 
 
 def _log_load_balance_on_every_stage() -> None:

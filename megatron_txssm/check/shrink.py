@@ -135,10 +135,9 @@ def _experts(recipe: Recipe, nproc: int) -> dict[str, int | None]:
     if model.num_experts is None:
         return {}
     own, shared = model.moe_ffn_hidden_size, model.moe_shared_expert_intermediate_size
-    count = _smaller(model.num_experts, nproc, at_least=4)
     return {
-        "num_experts": count,
-        "moe_router_topk": min(model.moe_router_topk, count),
+        # A token is computed by half of them at most.
+        "num_experts": _smaller(model.num_experts, nproc, at_least=max(4, 2 * model.moe_router_topk)),
         "moe_ffn_hidden_size": own and _smaller(own, 2 * nproc, at_least=32),
         "moe_shared_expert_intermediate_size": shared and _smaller(shared, 2 * nproc, at_least=32),
     }

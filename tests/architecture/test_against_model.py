@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,6 +39,12 @@ SMALL = [
     "training.precision=fp32",
     "training.transformer_impl=local",
 ]
+EXPERTS = [
+    "model.num_experts=5",
+    "model.moe_router_topk=3",
+    "model.moe_ffn_hidden_size=28",
+    "model.moe_shared_expert_intermediate_size=36",
+]
 VARIANTS = [
     *((name, []) for name in ARCHITECTURES),
     ("transxssm_320m", ["model.state_gated=true"]),
@@ -45,6 +52,8 @@ VARIANTS = [
     ("jamba_320m", ["model.state_gated=false", "model.tie_embeddings=false"]),
     ("transxssm_320m", ["model.layer_pattern=M-*-M-/*M-/*M-"]),
     ("transxssm_320m", ["model.position_encoding=a_t", "model.layer_pattern=M-*-M-*-", "model.state_dt_bias=false"]),
+    ("transxssm_320m", ["model.layer_pattern=MEM-*EM", *EXPERTS]),
+    ("llama3_320m", ["model.layer_pattern=*E*-*E", "model.num_experts=3", "model.tie_embeddings=false"]),
 ]
 
 
@@ -65,6 +74,11 @@ def test_every_parameter_is_counted(recipe: Recipe, model: Any) -> None:
     mixers = [module for module in model.modules() if isinstance(module, StateSpaceMixer)]
     padding = sum(mixer.padding for mixer in mixers) * recipe.model.hidden_size
     assert counted.total == sum(parameter.numel() for parameter in model.parameters()) - padding
+    experts = [module for module in model.modules() if isinstance(module, MoELayer)]
+    assert counted.experts == sum(parameter.numel() for layer in experts for parameter in layer.parameters())
+    # All but the tokens' choice of each layer, of experts of one size.
+    unused = [list(layer.experts.local_experts)[layer.config.moe_router_topk :] for layer in experts]
+    assert counted.inactive == sum(p.numel() for some in unused for expert in some for p in expert.parameters())
     assert counted.state_space == sum(mixer.num_params() for mixer in mixers)
 
 

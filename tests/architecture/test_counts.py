@@ -6,8 +6,8 @@ from argparse import Namespace
 import pytest
 
 from megatron_txssm.architecture.flops import flops_per_token
-from megatron_txssm.architecture.layer_pattern import STATE_SPACE, layers
-from megatron_txssm.architecture.parameters import ModelSizes, count_parameters
+from megatron_txssm.architecture.layer_pattern import EXPERTS, STATE_SPACE, layers
+from megatron_txssm.architecture.parameters import ExpertSizes, ModelSizes, count_parameters
 from megatron_txssm.model.arguments import state_space_config
 from megatron_txssm.recipe.loader import load_recipe
 
@@ -50,6 +50,32 @@ def test_counts_of_a_model_small_enough_for_the_margin() -> None:
     assert count.total == sum((1024, 192, 340, 576, 40))
 
 
+def test_a_token_uses_some_of_the_experts() -> None:
+    sizes = [f"model.{text}" for text in ("layer_pattern=ME-E", "hidden_size=8", "ffn_hidden_size=12")]
+    experts = ["num_experts=5", "moe_router_topk=3", "moe_ffn_hidden_size=4", "moe_shared_expert_intermediate_size=8"]
+    own = load_recipe("demo_cpu", [*sizes, "model.state_head_dim=4", *(f"model.{text}" for text in experts)])
+    count = count_parameters(own.sizes)
+    # Router, experts, the shared one; two layers of them.
+    assert count.experts == 2 * (5 * 8 + 5 * 3 * 8 * 4 + 3 * 8 * 8)
+    assert count.ffn == 3 * 8 * 12
+    assert count.total - count.active == count.inactive == 2 * 2 * 3 * 8 * 4
+    # As large as an FFN, and none shared.
+    plain = load_recipe("demo_cpu", [*sizes, "model.state_head_dim=4", "model.num_experts=5"])
+    assert count_parameters(plain.sizes).experts == 2 * (5 * 8 + 5 * 3 * 8 * 12)
+    assert count_parameters(plain.sizes).inactive == 2 * 3 * 3 * 8 * 12
+
+
+@pytest.mark.parametrize("name", ["transxssm_320m", "demo_cpu"])
+def test_a_recipe_with_experts_computes_as_much_as_the_one_without(name: str) -> None:
+    dense, experts = (load_recipe(found) for found in (name, f"{name}_moe"))
+    assert experts.layers == dense.layers.replace("-", "E")
+    count, dense_count = count_parameters(experts.sizes), count_parameters(dense.sizes)
+    assert dense_count.active == dense_count.total
+    assert abs(count.active / dense_count.total - 1) < 0.01 and count.total > 2 * dense_count.total
+    length = dense.training.seq_length
+    assert abs(flops_per_token(experts.sizes, length) / flops_per_token(dense.sizes, length) - 1) < 0.01
+
+
 def test_an_untied_head_counts_twice() -> None:
     recipe = load_recipe("llama3_320m", ["model.tie_embeddings=false"])
     assert count_parameters(recipe.sizes).output == 50304 * 768
@@ -68,14 +94,27 @@ def sizes_of(args: Namespace) -> ModelSizes:
         vocab_size=args.padded_vocab_size,
         tie_embeddings=not args.untie_embeddings_and_output_weights,
         state_space=state_space_config(args) if STATE_SPACE in all_layers else None,
+        experts=ExpertSizes(
+            num_experts=args.num_experts,
+            topk=args.moe_router_topk,
+            ffn_hidden_size=args.moe_ffn_hidden_size,
+            shared_ffn_hidden_size=args.moe_shared_expert_intermediate_size or 0,
+        )
+        if EXPERTS in all_layers
+        else None,
     )
 
 
 def test_sizes_from_megatrons_arguments_are_those_of_the_recipe() -> None:
     from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_arguments
 
-    for name in ("transxssm_320m", "llama3_1.3b", "mamba2_320m", "demo_cpu"):
-        recipe = load_recipe(name, OWN_DATA)
+    experts = ("model.layer_pattern=ME*E", "model.num_experts=4")
+    recipes = [
+        *((name, ()) for name in ("transxssm_320m", "llama3_1.3b", "mamba2_320m", "demo_cpu", "transxssm_320m_moe")),
+        ("transxssm_320m", experts),
+    ]
+    for name, changes in recipes:
+        recipe = load_recipe(name, [*OWN_DATA, *changes])
         args = parse_megatron_arguments(megatron_arguments(recipe))
         assert sizes_of(args) == recipe.sizes
 
@@ -104,11 +143,11 @@ def test_flops_of_a_scan_count_the_causal_half_of_a_chunk() -> None:
     assert sizes.flops_per_token(64) == 3 * (projections + 2 * 32 * (4 * 128 + 768) + written + read)
 
 
-@pytest.mark.parametrize("name", ["llama3_320m", "transxssm_1.3b"])
+@pytest.mark.parametrize("name", ["llama3_320m", "transxssm_1.3b", "transxssm_320m_moe"])
 def test_flops_are_six_per_weight_and_token_besides_scores_and_scan(name: str) -> None:
     recipe = load_recipe(name)
     count = count_parameters(recipe.sizes)
-    weights = 6 * (count.total - count.norms)
+    weights = 6 * (count.active - count.norms)
     # Scans and attention scores add to it, norm weights do not; short sequences keep both small.
     assert weights < flops_per_token(recipe.sizes, 64) < 1.05 * weights
 

@@ -114,6 +114,24 @@ def test_what_makes_the_model_stays() -> None:
     assert small.megatron == {"overlap_grad_reduce": True, "overlap_param_gather": True}
 
 
+@pytest.mark.parametrize(("nproc", "experts"), [(2, 10), (4, 12), (8, 8)])
+def test_experts_stay_more_than_a_token_uses(nproc: int, experts: int) -> None:
+    recipe = load_recipe("transxssm_320m_moe", ["model.moe_aux_loss_coeff=0.3"])
+    small = shrink(recipe, TOKENS, nproc=nproc, steps=2).model
+    assert (small.num_experts, small.moe_router_topk, small.moe_aux_loss_coeff) == (experts, 4, 0.3)
+    assert small.moe_ffn_hidden_size is not None and 32 <= small.moe_ffn_hidden_size < 64
+    assert (
+        small.moe_shared_expert_intermediate_size is not None and 32 <= small.moe_shared_expert_intermediate_size < 64
+    )
+    # Few experts are as many as before.
+    few = load_recipe(
+        "demo_cpu_moe", ["model.moe_ffn_hidden_size=null", "model.moe_shared_expert_intermediate_size=null"]
+    )
+    small = shrink(few, TOKENS, nproc=nproc, steps=2).model
+    assert (small.num_experts, small.moe_router_topk) == (8, 2)
+    assert small.moe_ffn_hidden_size is small.moe_shared_expert_intermediate_size is None
+
+
 def test_of_the_megatron_section_stays_what_gradients_depend_on() -> None:
     recipe = load_recipe(
         "llama3_320m", ["megatron.mock_data=false", "megatron.profile=true", "megatron.ddp-bucket-size=1000"]
@@ -149,6 +167,9 @@ def test_fuzzing_draws_the_same_again_and_reaches_every_kind() -> None:
         ("parallel.recompute", {"none", "selective", "full"}),
         ("megatron.overlap_grad_reduce", {None, True}),
         ("training.micro_batch_size", {1, 2}),
+        ("parallel.expert_model_parallel_size", {1, 2, 4}),
+        ("model.moe_router_topk", {2, 3}),
+        ("model.moe_aux_loss_coeff", {0.0, 0.01, 0.3}),
     ):
         assert {each.changes[name] for each in draws} == wanted, name
     patterns = {frozenset(each.changes["model.layer_pattern"]) for each in draws}
@@ -160,6 +181,19 @@ def test_fuzzing_draws_the_same_again_and_reaches_every_kind() -> None:
     }
     assert frozenset().union(*patterns) == {*"M*-E|/"}
     assert {each.processes for each in draws} == {1, 2, 4}
+
+
+def test_fuzzing_draws_sizes_of_experts_where_there_are_any() -> None:
+    shared_over = set()
+    for each in (drawn.changes for drawn in fuzzed()):
+        optional = [each[f"model.{name}"] for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")]
+        if "E" in each["model.layer_pattern"]:
+            assert each["model.num_experts"] % each["parallel.expert_model_parallel_size"] == 0
+            shared_over.add((each["parallel.expert_model_parallel_size"], *(size is None for size in optional)))
+        else:
+            assert each["model.num_experts"] is None and optional == [None, None]
+            assert each["parallel.expert_model_parallel_size"] == 1
+    assert shared_over >= {(size, own, shared) for size in (1, 2) for own in (True, False) for shared in (True, False)}
 
 
 def test_a_printed_command_repeats_what_was_drawn() -> None:

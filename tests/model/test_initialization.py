@@ -4,11 +4,11 @@ import functools
 import math
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor, nn
 
 from megatron_txssm.architecture.layer_pattern import layers
@@ -79,6 +79,57 @@ def test_every_layout_starts_from_the_same_weights(one_process: None, tmp_path: 
     assert len(ends[0]) == len(ends[1]) == 1 and torch.equal(ends[0][0], ends[1][0])
 
 
+EXPERTS = {
+    "num_moe_experts": 4,
+    "moe_ffn_hidden_size": 8,
+    "moe_shared_expert_intermediate_size": 12,
+    "moe_token_dispatcher_type": "alltoall",
+}
+
+
+def with_experts(pattern: str = "ME*E|M-", **settings: Any) -> nn.Module:
+    config = transformer_config(num_layers=6, is_hybrid_model=True, **EXPERTS, **settings)
+    model = build_hybrid(pattern, config, STATE_SPACE)
+    perturb(model)
+    initialize_by_name(model, 1)
+    return model
+
+
+def layouts_of_experts() -> dict[str, list[Piece]]:
+    """This rank's pieces of the model in layouts of two ranks; the second stage of PP2 has no experts."""
+    found = {}
+    for layout, sizes, settings in (
+        ("EP2", {"expert": 2}, {"pattern": "ME*EM-"}),
+        ("TP2", {"tensor": 2}, {"pattern": "ME*EM-", "sequence_parallel": True}),
+        ("PP2", {"pipeline": 2}, {}),
+    ):
+        with model_parallel(**sizes, seed=5):
+            model = with_experts(**settings)
+            found[layout] = pieces(model, dict(model.named_parameters()))
+    return found
+
+
+def test_every_layout_starts_from_the_same_experts(one_process: None, tmp_path: Path) -> None:
+    expected = weights(with_experts("ME*EM-"))
+    drawn = [key for key in expected if "norm" not in key and not key.endswith(".D")]
+    ranks = run_ranks(layouts_of_experts, 2, tmp_path)
+    for layout in ("EP2", "TP2", "PP2"):
+        actual = assembled([rank[layout] for rank in ranks])
+        assert actual.keys() == expected.keys(), layout
+        assert all(torch.equal(actual[key], expected[key]) for key in drawn), layout
+    # Each expert is drawn by itself, and each layer.
+    for part in ("linear_fc1", "linear_fc2"):
+        experts = [expected[f"decoder.layers.{layer}.mlp.experts.experts.{part}.weight"] for layer in (1, 3)]
+        distinct = {tuple(weight.flatten().tolist()) for layer in experts for weight in layer}
+        assert len(distinct) == 2 * EXPERTS["num_moe_experts"]
+    # Rank 0 of EP2 has the first two experts of four, that of TP2 half of each.
+    shapes = {
+        layout: {data.shape for key, *_, data in ranks[0][layout] if key.endswith("experts.linear_fc2.weight")}
+        for layout in ("EP2", "TP2")
+    }
+    assert shapes == {"EP2": {(1, 16, 8), (16, 12)}, "TP2": {(1, 16, 4), (16, 6)}}
+
+
 def test_the_seed_and_the_name_make_the_weight(one_process: None) -> None:
     first, again, other = weights(initialized(1)), weights(initialized(1)), weights(initialized(2))
     drawn = [key for key in first if "norm" not in key and not key.endswith(".D")]
@@ -146,11 +197,10 @@ def test_no_parameter_is_forgotten(one_process: None) -> None:
     assert not any(tensor.isnan().any() for tensor in whole.values())
 
 
-def shard(rows: slice, columns: slice, height: int = 300, width: int = 48) -> Any:
-    """The attributes of a ShardedTensor that a draw reads."""
+def shard(rows: slice, columns: slice, height: int = 300, width: int = 48) -> ShardedTensor:
     lengths = rows.stop - rows.start, columns.stop - columns.start
     offsets = rows.start, columns.start
-    return SimpleNamespace(key="weight", global_shape=(height, width), local_shape=lengths, global_offset=offsets)
+    return ShardedTensor("weight", None, torch.float32, lengths, (height, width), offsets, None)
 
 
 @pytest.mark.parametrize("cores", [1, 3, 64])

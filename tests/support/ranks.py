@@ -70,11 +70,21 @@ def join_ranks(store: Path) -> None:
 
 @contextlib.contextmanager
 def model_parallel(
-    tensor: int = 1, pipeline: int = 1, *, context: int = 1, virtual: int | None = None, seed: int = 1234
+    tensor: int = 1,
+    pipeline: int = 1,
+    *,
+    context: int = 1,
+    expert: int = 1,
+    virtual: int | None = None,
+    seed: int = 1234,
 ) -> Iterator[None]:
     """Megatron's parallel state over this world's ranks, within a `with` block."""
     parallel_state.initialize_model_parallel(
-        tensor, pipeline, virtual_pipeline_model_parallel_size=virtual, context_parallel_size=context
+        tensor,
+        pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
+        context_parallel_size=context,
+        expert_model_parallel_size=expert,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     yield

@@ -45,6 +45,7 @@ def transformer_config(**overrides: Any) -> TransformerConfig:
         "transformer_impl": "local",
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
         "pipeline_dtype": torch.float32,
     }
     return TransformerConfig(**{**settings, **overrides})
@@ -122,7 +123,7 @@ def pieces(model: torch.nn.Module, values: dict[str, Tensor]) -> list[Piece]:
         else:
             entry.data = values[name]
             shards = [entry]
-        found += [(s.key, tuple(s.global_shape), tuple(s.global_offset), s.data.detach().clone()) for s in shards]
+        found += [(s.key, tuple(s.global_shape), tuple(s.global_offset), _piece(s)) for s in shards]
     return found
 
 
@@ -139,13 +140,19 @@ def place(model: torch.nn.Module, whole: dict[str, Tensor]) -> None:
     """Inverse of `assembled`: fill this rank's parameters from whole tensors."""
     for entry in _entries(model):
         for shard in nested_values(entry.build()) if isinstance(entry, ShardedTensorFactory) else [entry]:
-            shard.data.detach().copy_(whole[shard.key][_region(shard.global_offset, shard.data)])
+            shard.data.detach().copy_(whole[shard.key][shard.global_slice()])
 
 
 def _entries(model: Any) -> list[Any]:
     """The sharded state dict's tensor entries, without Megatron's empty _extra_state."""
     entries = nested_values(model.sharded_state_dict())
     return [entry for entry in entries if isinstance(entry, ShardedTensor | ShardedTensorFactory)]
+
+
+def _piece(shard: ShardedTensor) -> Tensor:
+    """With the axis that numbers experts."""
+    assert shard.data is not None
+    return shard.data.detach().clone()[(None,) * shard.prepend_axis_num]
 
 
 def _region(offset: tuple[int, ...], data: Tensor) -> tuple[slice, ...]:
