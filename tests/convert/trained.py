@@ -69,7 +69,7 @@ EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "experts_ep2": (2, {**_EP2, "use_distributed_optimizer": True}),
     "experts_tp2pp2": LAYOUTS["tp2pp2"],
     "jamba_experts_tp1": LAYOUTS["tp1"],
-    "jamba_experts_tp2ep2": (4, {**_TP2, **_EP2}),
+    "jamba_experts_pp2ep2": (4, {**_PP2, **_EP2}),
 }
 # (tied, size): 301 becomes 304 rows.
 VOCABULARIES = [(True, 301), (False, 301), (True, 304), (False, 304)]
