@@ -22,7 +22,7 @@ _TWO_STEPS: Changes = {
     "checkpoint.save_interval": 2,
     "megatron.num_workers": 0,
 }
-_MODEL = {
+MODEL = {
     "ffn_hidden_size": 48,
     "num_attention_heads": 4,
     "num_query_groups": 2,
@@ -107,7 +107,7 @@ class Trained:
         return self.folder / f"{self.name}.yaml"
 
     def write_recipe(self) -> None:
-        sections = {"model": _MODEL | self.model, "parallel": self.parallel}
+        sections = {"model": MODEL | self.model, "parallel": self.parallel}
         stated = {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
         corpus = corpus_of(self.folder / "corpus", self.vocab_size)
         write_recipe(self.recipe, _TWO_STEPS, corpus, {"name": self.name, **stated}, run=self.run)
