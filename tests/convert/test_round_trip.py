@@ -191,6 +191,7 @@ def test_every_gradient_is_megatrons(converted: Converted, name: str) -> None:
         ("llama3_tp2", "linear_qkv.weight", [0, 2, 1]),
         ("jamba_tp2", "linear_qkv.weight", [0, 2, 1]),
         ("transxssm_tp2", "mlp.linear_fc1.weight", [1, 0]),
+        ("jamba_experts_tp1", "shared_experts.linear_fc1.weight", [1, 0]),
     ],
 )
 @torch.inference_mode()
