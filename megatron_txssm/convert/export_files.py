@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+from megatron_txssm.architecture.layer_pattern import LAYERS
+from megatron_txssm.architecture.parameters import count_parameters
 from megatron_txssm.convert.formats.config import hf_config
 from megatron_txssm.convert.formats.format import ARCHITECTURES
 from megatron_txssm.convert.huggingface.weights import Export
@@ -76,9 +78,12 @@ def _card(export: Export, name: str, proof: Proof | None, has_tokenizer: bool) -
         f"# {recipe.name}",
         "",
     ]
+    kinds = ", ".join(f"{layer} {name}" for layer, name in LAYERS.items() if layer in recipe.layers)
+    inactive = count_parameters(recipe.sizes).inactive
+    active = f", of which each token uses {export.numel - inactive:,}" if inactive else ""
     lines += [recipe.description[:1].upper() + recipe.description[1:] + "."] if recipe.description else []
     lines += [
-        f"{export.numel:,} parameters; layers: {recipe.layers} (M state-space, * attention, - FFN); "
+        f"{export.numel:,} parameters{active}; layers: {recipe.layers} ({kinds}); "
         "pretrained with megatron_txssm ([TransXSSM, arXiv:2506.09507](https://arxiv.org/abs/2506.09507)).",
         "",
         "## Training",

@@ -7,7 +7,7 @@ KNOWN_ARGUMENTS = frozenset(
     {
         # For the loss.
         *("num_items_in_batch", "shift_labels", "ignore_index"),
-        # Which outputs to return; the model has no router.
+        # Which outputs to return.
         *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
         # Only affect how an attention kernel computes, not its result.
         *("deterministic", "kernel_options"),

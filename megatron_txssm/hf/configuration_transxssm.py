@@ -34,11 +34,25 @@ class TransXSSMConfig(PreTrainedConfig):
 
     vocab_size: int = 50277
     hidden_size: int = 768
-    # Inner channels of the SwiGLU FFN.
+    # Inner channels of the SwiGLU FFN of a dense layer.
     intermediate_size: int = 4224
     num_hidden_layers: int = 24
     # The kind of each layer, "linear_attention" (state-space) or "full_attention"; None: seven to one.
     layer_types: list[str] | None = None
+    # What follows the mixer in each layer, an FFN ("dense") or experts ("sparse"); None: the latter if there are any.
+    mlp_layer_types: list[str] | None = None
+    # Experts of a sparse layer, each a SwiGLU FFN.
+    num_experts: int = 0
+    # Experts that compute each token, weighted by the softmax of their logits.
+    num_experts_per_tok: int = 2
+    # Inner channels of each expert; None: intermediate_size.
+    moe_intermediate_size: int | None = None
+    # Those of an expert that computes every token; 0: none.
+    shared_expert_intermediate_size: int = 0
+    # Whether the router's logits are returned; then the loss includes their load balance (arXiv:2101.03961), times
+    # router_aux_loss_coef.
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.01
     num_attention_heads: int = 12
     num_key_value_heads: int | None = None
     head_dim: int | None = None
@@ -82,6 +96,9 @@ class TransXSSMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.layer_types is None:
             self.layer_types = [_MODULE[index % len(_MODULE)] for index in range(self.num_hidden_layers)]
+        if self.mlp_layer_types is None:
+            self.mlp_layer_types = ["sparse" if self.num_experts else "dense"] * self.num_hidden_layers
+        self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.state_num_heads = self.state_num_heads or self.hidden_size // self.state_head_dim
@@ -99,10 +116,26 @@ class TransXSSMConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
         if strangers := set(self.layer_types or ()) - set(_MODULE):
             raise ValueError(f"layer_types holds {sorted(strangers)}; use {' and '.join(sorted(set(_MODULE)))}")
+        self._check_experts()
         for name, of in (("state_num_groups", "state_num_heads"), ("num_key_value_heads", "num_attention_heads")):
             if getattr(self, of) % getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)} does not divide {of}={getattr(self, of)}")
         check_rope_type(self.rope_parameters or {})
+
+    def _check_experts(self) -> None:
+        kinds = self.mlp_layer_types or []
+        if strangers := set(kinds) - {"dense", "sparse"}:
+            raise ValueError(f"mlp_layer_types holds {sorted(strangers)}; use dense and sparse")
+        if len(kinds) != self.num_hidden_layers:
+            raise ValueError(
+                f"mlp_layer_types has {len(kinds)} entries, not num_hidden_layers={self.num_hidden_layers}; use one "
+                "for each layer"
+            )
+        if "sparse" in kinds and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} does not fit num_experts={self.num_experts}; "
+                "use at least 1 and at most all of them"
+            )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """transformers' own, plus the model's code, for users without this package."""
@@ -113,6 +146,14 @@ class TransXSSMConfig(PreTrainedConfig):
     @property
     def has_attention(self) -> bool:
         return "full_attention" in (self.layer_types or ())
+
+    @property
+    def has_experts(self) -> bool:
+        return "sparse" in (self.mlp_layer_types or ())
+
+    def is_sparse(self, layer_idx: int) -> bool:
+        """Whether a layer has experts in place of an FFN."""
+        return (self.mlp_layer_types or ())[layer_idx] == "sparse"
 
     @property
     def state_inner_size(self) -> int:

@@ -1,4 +1,4 @@
-"""The layers of a TransXSSM for transformers: state-space mixer, attention, FFN (arXiv:2506.09507).
+"""The layers of a TransXSSM for transformers: state-space mixer, attention (arXiv:2506.09507), and a block of them.
 
 B=batch  L=sequence length  D=hidden size  H=heads  P=head dim  G=groups  N=state size  E=channels of the convolution
 K=its taps  R=planes of rotation (half of a vector's width)
@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from megatron_txssm.hf.cache_transxssm import StateSpaceCacheLayer, TransXSSMCache
 from megatron_txssm.hf.configuration_transxssm import TransXSSMConfig
+from megatron_txssm.hf.ffn_transxssm import ffn_of_block, residual_projection
 from megatron_txssm.ops.rotary import apply_rotary
 from megatron_txssm.ops.ssd import ssd, ssd_step
 
@@ -63,13 +64,6 @@ class TransXSSMAttention(nn.Module):
         scaling = self.head_dim**-0.5
         out, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         return self.o_proj(out.flatten(2)), weights
-
-
-def residual_projection(width: int, config: TransXSSMConfig) -> nn.Linear:
-    """A projection into the residual stream, marked for `_init_weights`, which transformers calls module by module."""
-    projection = nn.Linear(width, config.hidden_size, bias=False)
-    setattr(projection, "into_residual_stream", True)
-    return projection
 
 
 def eager_attention(
@@ -236,21 +230,8 @@ class TransXSSMGatedRMSNorm(nn.Module):
         return (normed * self.weight.float()).to(y_BLE.dtype)
 
 
-class TransXSSMMLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: TransXSSMConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = residual_projection(config.intermediate_size, config)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-
-
 class TransXSSMDecoderLayer(GradientCheckpointingLayer):
-    """norm → mixer → residual → norm → FFN → residual (figure 2)."""
+    """norm → mixer → residual → norm → FFN or experts → residual (figure 2)."""
 
     def __init__(self, config: TransXSSMConfig, layer_idx: int):
         super().__init__()
@@ -261,7 +242,7 @@ class TransXSSMDecoderLayer(GradientCheckpointingLayer):
         else:
             self.mixer = TransXSSMStateSpaceMixer(config, layer_idx)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = TransXSSMMLP(config)
+        self.mlp = ffn_of_block(config, layer_idx)
 
     def forward(
         self,

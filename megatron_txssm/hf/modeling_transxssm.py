@@ -14,22 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from megatron_txssm.hf.arguments_transxssm import check_arguments, the_cache
 from megatron_txssm.hf.cache_transxssm import TransXSSMCache
 from megatron_txssm.hf.configuration_transxssm import TransXSSMConfig, check_rope_type
+from megatron_txssm.hf.ffn_transxssm import TransXSSMRouter
+from megatron_txssm.hf.initialization_transxssm import initialize
 from megatron_txssm.hf.layers_transxssm import (
     FP32_PARAMETERS,
     RotaryTables,
     TransXSSMAttention,
     TransXSSMDecoderLayer,
-    TransXSSMStateSpaceMixer,
 )
 from megatron_txssm.hf.masks_transxssm import check_continues, check_static, padding_masks, token_positions
 from megatron_txssm.hf.packing_transxssm import LENGTHS, attention_inputs, packed_documents, positions_in_documents
@@ -54,29 +55,18 @@ class TransXSSMPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": TransXSSMDecoderLayer,
         "attentions": TransXSSMAttention,
+        "router_logits": OutputRecorder(TransXSSMRouter, index=0),
     }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As in training: Megatron's initialization, and Mamba-2's for parameters specific to state-space layers.
-
-        Normal with standard deviation initializer_range, divided by √(2 · layers) for projections into the residual
-        stream; A uniform in [1, 16], dt log-uniform in [0.001, 0.1], the convolution uniform within ±1/√taps, D ones.
-        """
         super()._init_weights(module)
-        if isinstance(module, nn.Linear) and getattr(module, "into_residual_stream", False):
-            init.normal_(module.weight, std=self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5)
-        if isinstance(module, TransXSSMStateSpaceMixer):
-            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log())
-            if module.dt_bias is not None:
-                log_range = torch.tensor([1e-3, 1e-1]).log().tolist()
-                dt = torch.empty_like(module.dt_bias).uniform_(*log_range).exp()
-                init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))
-            if self.config.position_encoding == "conv1d_d":
-                init.ones_(module.D)
-                bound = self.config.conv_kernel**-0.5
-                for parameter in module.conv1d.parameters():
-                    init.uniform_(parameter, -bound, bound)
+        initialize(module, self.config)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """transformers itself looks for the decorator in this file only; it is in ffn_transxssm.py."""
+        return True
 
 
 class TransXSSMModel(TransXSSMPreTrainedModel):
@@ -106,7 +96,7 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
         cache: TransXSSMCache | None = None,
         seq_idx: Tensor | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> MoeModelOutputWithPast:
         """`attention_mask` is 0 on padding, [B, tokens in the cache + L]; `position_ids` are [B or 1, L].
 
         With a static cache the mask may be [B, max_cache_len], and must be if the forward is compiled.
@@ -176,7 +166,7 @@ class TransXSSMModel(TransXSSMPreTrainedModel):
             # A compiled graph may also run without packed documents.
             cache.packed |= documents_BL is not None and not is_tracing(documents_BL)
         returned: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **returned)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **returned)
 
     def _tables(self, position_ids: Tensor) -> RotaryTables:
         """Cosines and sines, once for all layers; attention heads and the state share one spectrum."""
@@ -229,10 +219,11 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         cache: TransXSSMCache | None = None,
         seq_idx: Tensor | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> MoeCausalLMOutputWithPast:
         """Logits [B, L, vocab_size], of the last `logits_to_keep` tokens unless it is 0; with `labels` also the loss.
 
-        `labels` are the input ids, -100 for ignored tokens: they are shifted here.
+        `labels` are the input ids, -100 for ignored tokens: they are shifted here. With `output_router_logits`, the
+        loss includes the experts' load balance.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -246,16 +237,27 @@ class TransXSSMForCausalLM(TransXSSMPreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        loss = None
+        loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+            aux_loss = self._load_balance(outputs.router_logits, attention_mask)
+            loss = loss if aux_loss is None else loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
             loss=loss,
+            aux_loss=aux_loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
+
+    def _load_balance(self, router_logits: Any, attention_mask: Tensor | None) -> Any:
+        """The experts' load balance (arXiv:2101.03961), without padding; None unless the router's logits are given."""
+        if not router_logits:
+            return None
+        config, mask_BL = self.config, None if attention_mask is None else attention_mask.bool()
+        return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, mask_BL)
 
     def create_masks_for_generate(
         self, attention_mask: Tensor | None = None, past_key_values: Any = None, cache: Any = None, **_: Any

@@ -227,7 +227,7 @@ def test_layers_that_are_no_blocks_have_no_format(tmp_path: Path, refused: Any) 
     for layout in ([], ["--layout", "transxssm"], ["--layout", "granitemoehybrid"]):
         refused(
             ["convert", "export", run, tmp_path / "out", "--no-verify", *layout],
-            ["model.layer_pattern=MM-*-M is not a sequence of blocks, each a mixer (M or *) and an FFN (-)"],
+            ["model.layer_pattern=MM-*-M is not a sequence of blocks, each a mixer (M or *) and an FFN (- or E)"],
         )
     assert "decoder.layers.1.mixer.D" in export(run, tmp_path / "megatron", "--layout", "megatron")
 

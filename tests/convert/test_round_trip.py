@@ -25,13 +25,13 @@ from megatron_txssm.hf import TransXSSMForCausalLM
 from megatron_txssm.model.state_space_parameters import FP32_PARAMETERS
 from megatron_txssm.recipe.loader import load_recipe
 from tests.convert.gradients import megatron_gradients
-from tests.convert.trained import Trained, matrix, reference, train
+from tests.convert.trained import Trained, matrix, reference, train, with_experts
 from tests.support.megatron_tasks import Task, run_tasks
 
 pytestmark = pytest.mark.slow
 
 TOKENS, DECODED = 512, 32
-MATRIX = [model.name for model in matrix(Path())]
+MATRIX = [model.name for model in (*matrix(Path()), *with_experts(Path()))]
 # (trained model, format); None: the one that an export takes by itself.
 EXPORTS: list[tuple[str, str | None]] = [
     *((name, None) for name in MATRIX),
@@ -65,7 +65,7 @@ class Converted:
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     folder = tmp_path_factory.mktemp("converted")
-    models = {model.name: model for model in (*matrix(folder), reference(folder))}
+    models = {model.name: model for model in (*matrix(folder), *with_experts(folder), reference(folder))}
     train(list(models.values()), folder)
     tokenizer = load_tokenizer(models[MATRIX[0]].checkpoints / "tokenizer" / "tokenizer.model")
     made = Converted(folder, models, tokenizer.EncodeAsIds(sample_text())[:TOKENS])
@@ -191,6 +191,7 @@ def test_every_gradient_is_megatrons(converted: Converted, name: str) -> None:
         ("llama3_tp2", "linear_qkv.weight", [0, 2, 1]),
         ("jamba_tp2", "linear_qkv.weight", [0, 2, 1]),
         ("transxssm_tp2", "mlp.linear_fc1.weight", [1, 0]),
+        ("jamba_experts_tp1", "shared_experts.linear_fc1.weight", [1, 0]),
     ],
 )
 @torch.inference_mode()

@@ -1,6 +1,6 @@
-"""Tiny checkpoints, trained for two steps: four architectures at four parallel layouts, and one in the authors' shape.
+"""Tiny checkpoints, trained for two steps: four architectures at four parallel layouts, and some more.
 
-Each architecture meets every combination of a tied or an own LM head with a padded or an unpadded vocabulary.
+Each of the four meets every combination of a tied or an own LM head with a padded or an unpadded vocabulary.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _TWO_STEPS: Changes = {
     "checkpoint.save_interval": 2,
     "megatron.num_workers": 0,
 }
-_MODEL = {
+MODEL = {
     "ffn_hidden_size": 48,
     "num_attention_heads": 4,
     "num_query_groups": 2,
@@ -43,6 +43,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     # Heads wider than hidden_size / num_attention_heads; and sizes that no state-space layer could have.
     "llama3": {"layer_pattern": "*-*-*-*-", "kv_channels": 16, "state_head_dim": 64},
 }
+_EXPERTS = {"num_experts": 6, "moe_router_topk": 3, "moe_ffn_hidden_size": 24}
+EXPERT_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    # Some blocks with an FFN and some with experts, none with a shared one.
+    "experts": {"layer_pattern": "M-ME*EME", **_EXPERTS},
+    "jamba_experts": {
+        "layer_pattern": "ME*EMEME",
+        **_MAMBA2,
+        **_EXPERTS,
+        "moe_shared_expert_intermediate_size": 16,
+    },
+}
 _PP2 = {"pipeline_model_parallel_size": 2}
 _TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 # Name -> processes, settings.
@@ -51,6 +62,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {**_TP2, "use_distributed_optimizer": True}),
     "pp2vpp2": (2, {**_PP2, "virtual_pipeline_stages": 2}),
     "tp2pp2": (4, {**_TP2, **_PP2}),
+}
+_EP2 = {"expert_model_parallel_size": 2}
+# Of models with experts; not each at each layout.
+EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "experts_ep2": (2, {**_EP2, "use_distributed_optimizer": True}),
+    "experts_tp2pp2": LAYOUTS["tp2pp2"],
+    "jamba_experts_tp1": LAYOUTS["tp1"],
+    "jamba_experts_pp2ep2": (4, {**_PP2, **_EP2}),
 }
 # (tied, size): 301 becomes 304 rows.
 VOCABULARIES = [(True, 301), (False, 301), (True, 304), (False, 304)]
@@ -88,7 +107,7 @@ class Trained:
         return self.folder / f"{self.name}.yaml"
 
     def write_recipe(self) -> None:
-        sections = {"model": _MODEL | self.model, "parallel": self.parallel}
+        sections = {"model": MODEL | self.model, "parallel": self.parallel}
         stated = {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
         corpus = corpus_of(self.folder / "corpus", self.vocab_size)
         write_recipe(self.recipe, _TWO_STEPS, corpus, {"name": self.name, **stated}, run=self.run)
@@ -102,6 +121,15 @@ def matrix(folder: Path) -> list[Trained]:
             tied, vocab_size = VOCABULARIES[(a + b) % 4]
             name = f"{architecture}_{layout}"
             made.append(Trained(name, folder, world_size, model | {"tie_embeddings": tied}, parallel, vocab_size))
+    return made
+
+
+def with_experts(folder: Path) -> list[Trained]:
+    made: list[Trained] = []
+    for n, (name, (world_size, parallel)) in enumerate(EXPERT_LAYOUTS.items()):
+        tied, vocab_size = VOCABULARIES[n]
+        model = EXPERT_ARCHITECTURES[name.rpartition("_")[0]] | {"tie_embeddings": tied}
+        made.append(Trained(name, folder, world_size, model, parallel, vocab_size))
     return made
 
 

@@ -23,10 +23,33 @@ def logits_by_hand(config: TransXSSMConfig, parameters: dict[str, Tensor], input
         mix = attention if kind == "full_attention" else state_space
         hidden_BLD = hidden_BLD + mix(config, own, rms_norm(config, hidden_BLD, own["input_layernorm.weight"]))
         normed_BLD = rms_norm(config, hidden_BLD, own["post_attention_layernorm.weight"])
-        gate, up = normed_BLD @ own["mlp.gate_proj.weight"].T, normed_BLD @ own["mlp.up_proj.weight"].T
-        hidden_BLD = hidden_BLD + (gate * gate.sigmoid() * up) @ own["mlp.down_proj.weight"].T
+        hidden_BLD = hidden_BLD + (experts if "mlp.gate.weight" in own else ffn)(config, own, normed_BLD)
     final_BLD = rms_norm(config, hidden_BLD, parameters["model.norm.weight"])
     return final_BLD @ parameters.get("lm_head.weight", embedding).T
+
+
+def swiglu(u: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor) -> Tensor:
+    gate = u @ gate_weight.T
+    return (gate * gate.sigmoid() * (u @ up_weight.T)) @ down_weight.T
+
+
+def ffn(config: TransXSSMConfig, own: dict[str, Tensor], u: Tensor, prefix: str = "mlp") -> Tensor:
+    return swiglu(u, *(own[f"{prefix}.{name}_proj.weight"] for name in ("gate", "up", "down")))
+
+
+def experts(config: TransXSSMConfig, own: dict[str, Tensor], u_BLD: Tensor) -> Tensor:
+    """Every expert computes every token; the weights of those that a token does not choose are zero."""
+    logits_BLN = u_BLD @ own["mlp.gate.weight"].T
+    # Rank 0: the largest.
+    ranks_BLN = logits_BLN.argsort(-1, descending=True).argsort(-1)
+    weights_BLN = logits_BLN.masked_fill(ranks_BLN >= config.num_experts_per_tok, -math.inf).softmax(-1)
+    out_BLD = ffn(config, own, u_BLD, "mlp.shared_expert") if config.shared_expert_intermediate_size else 0.0 * u_BLD
+    for n, (gate_up, down) in enumerate(
+        zip(own["mlp.experts.gate_up_proj"], own["mlp.experts.down_proj"], strict=True)
+    ):
+        half = len(gate_up) // 2
+        out_BLD = out_BLD + weights_BLN[..., n, None] * swiglu(u_BLD, gate_up[:half], gate_up[half:], down)
+    return out_BLD
 
 
 def rms_norm(config: TransXSSMConfig, x: Tensor, weight: Tensor) -> Tensor:

@@ -17,6 +17,11 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in 
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}},
     ),
     "five taps": ("mamba2", {"conv_kernel": 5}),
+    "no shared expert": (
+        "experts",
+        {"mlp_layer_types": None, "num_experts_per_tok": 3, "shared_expert_intermediate_size": 0},
+    ),
+    "experts of the FFN's size": ("experts", {"num_experts_per_tok": 4, "moe_intermediate_size": None}),
     "attention alone": ("transxssm", {"layer_types": ["full_attention"] * 3}),
 }
 

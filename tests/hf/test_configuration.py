@@ -21,6 +21,12 @@ def test_the_defaults_are_the_paper_s_320m() -> None:
     assert list(tiny_config("mamba2").in_proj_sizes) == ["z", "x", "B", "C", "dt"]
 
 
+def test_experts_are_everywhere_unless_the_layers_are_named() -> None:
+    config = tiny_config(num_experts=4)
+    assert config.mlp_layer_types == ["sparse"] * 3 and config.moe_intermediate_size == 48
+    assert tiny_config().mlp_layer_types == ["dense"] * 3 and not tiny_config().has_experts
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_file_brings_the_configuration_back(variant: str, tmp_path: Path) -> None:
     rope = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
@@ -71,6 +77,14 @@ def test_a_rotation_changed_later_is_obeyed_or_refused() -> None:
         ({"rotary_table_precision": "bf16"}, r"rotary_table_precision='bf16' is unknown; use one of fp32, fp64"),
         ({"layer_types": ["sliding_attention"] * 3}, r"sliding_attention"),
         ({"layer_types": ["full_attention"] * 2}, r"num_hidden_layers"),
+        ({"mlp_layer_types": ["dense", "mlp", "sparse"]}, r"mlp_layer_types holds \['mlp'\]; use dense and sparse"),
+        (
+            {"mlp_layer_types": ["dense"] * 2},
+            r"mlp_layer_types has 2 entries, not num_hidden_layers=3; use one for each layer",
+        ),
+        ({"mlp_layer_types": ["sparse"] * 3}, r"num_experts_per_tok=2 does not fit num_experts=0; use at least 1"),
+        ({"num_experts": 4, "num_experts_per_tok": 5}, r"num_experts_per_tok=5 does not fit num_experts=4"),
+        ({"num_experts": 4, "num_experts_per_tok": 0}, r"num_experts_per_tok=0 does not fit num_experts=4"),
         ({"state_num_groups": 3}, r"state_num_groups=3 does not divide state_num_heads=4"),
         ({"hidden_size": "32"}, r"'hidden_size' expected int, got str"),
         ({"num_key_value_heads": 3}, r"num_key_value_heads=3 does not divide num_attention_heads=4"),

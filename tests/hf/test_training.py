@@ -34,8 +34,9 @@ def test_weights_start_as_in_training(variant: str) -> None:
     drawn: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         drawn.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(parameter.detach().flatten())
-        if parameter.dim() == 2:
-            std = 0.05 / 6**0.5 if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight")) else 0.05
+        if parameter.dim() == 2 or ".experts." in name:
+            into_residual_stream = name.removesuffix(".weight").endswith(("o_proj", "down_proj", "out_proj"))
+            std = 0.05 / 6**0.5 if into_residual_stream else 0.05
             # Four standard errors of a standard deviation.
             assert abs(parameter.std().item() / std - 1) < 4 / (2 * parameter.numel()) ** 0.5, name
         elif "norm" in name or name.endswith(".D"):

@@ -16,8 +16,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 # tools/bootstrap fills it from requirements.txt beside this file.
 PACKAGES = Path(sys.prefix) / "transformers_newest"
-# Tests of names that change between versions: generation, the cache, arguments, masks, and the exported code.
+# Tests of names that change between versions: experts, generation, the cache, arguments, masks, and the exported code.
 FILES = (
+    "test_experts.py",
     *("test_generation.py", "test_cache.py", "test_arguments.py", "test_packing_collators.py", "test_standalone.py"),
     # The proof of a conversion.
     "../convert/proof/test_greedy.py",

@@ -16,6 +16,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "jamba": {"position_encoding": "conv1d_d", "state_gated": True, "attention_position_encoding": "none"},
     # Length scaling starts within the tests' texts.
     "a_t": {"position_encoding": "a_t", "state_dt_bias": False, "length_scaling_base": 16},
+    # Experts in some blocks.
+    "experts": {
+        "mlp_layer_types": ["sparse", "dense", "sparse"],
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    },
 }
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_txssm.architecture.layer_pattern import ATTENTION, STATE_SPACE
+from megatron_txssm.architecture.layer_pattern import ATTENTION, EXPERTS, FFN, STATE_SPACE
 from megatron_txssm.convert.formats.format import ARCHITECTURES
 from megatron_txssm.recipe.recipe import Recipe
 
@@ -11,6 +11,7 @@ Fields = dict[str, Any]
 # model_type in the authors' configuration.
 REFERENCE_TYPE = "TransXSSM"
 _LAYER_TYPES = {STATE_SPACE: "linear_attention", ATTENTION: "full_attention"}
+_MLP_LAYER_TYPES = {FFN: "dense", EXPERTS: "sparse"}
 # Granite's own names. transformers reads them as those above since 5.13; llama.cpp only knows these.
 _GRANITE_LAYER_TYPES = {STATE_SPACE: "mamba", ATTENTION: "attention"}
 
@@ -80,19 +81,31 @@ def _transxssm(recipe: Recipe) -> Fields:
         "chunk_size": model.chunk_size,
         "length_scaling_base": model.length_scaling_base,
         "rotary_table_precision": model.rotary_table_precision,
+        **_transxssm_experts(recipe),
+    }
+
+
+def _transxssm_experts(recipe: Recipe) -> Fields:
+    if (experts := recipe.experts) is None:
+        return {}
+    return {
+        "mlp_layer_types": [_MLP_LAYER_TYPES[kind] for kind in recipe.layers[1::2]],
+        "num_experts": experts.num_experts,
+        "num_experts_per_tok": experts.topk,
+        "moe_intermediate_size": experts.ffn_hidden_size,
+        "shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+        "router_aux_loss_coef": recipe.model.moe_aux_loss_coeff,
     }
 
 
 def _granite(recipe: Recipe) -> Fields:
-    """Without experts, its layers are a mixer and the shared FFN; Granite's multipliers have no effect."""
+    """Its layers are a mixer and the shared FFN, with or without experts beside it; its multipliers have no effect."""
     mixer, rotates = recipe.state_space, recipe.model.attention_position_encoding == "rope"
     assert mixer is not None
     return {
         "layer_types": [_GRANITE_LAYER_TYPES[kind] for kind in recipe.blocks],
         "position_embedding_type": "rope" if rotates else None,
-        "shared_intermediate_size": recipe.model.ffn_hidden_size,
-        "num_local_experts": 0,
-        "num_experts_per_tok": 0,
+        **_granite_experts(recipe),
         "embedding_multiplier": 1.0,
         "logits_scaling": 1.0,
         "residual_multiplier": 1.0,
@@ -108,6 +121,19 @@ def _granite(recipe: Recipe) -> Fields:
         # Without attention layers, transformers' cache does not know its length; generate() works without a cache.
         "use_cache": recipe.has_attention,
         "mamba_proj_bias": False,
+    }
+
+
+def _granite_experts(recipe: Recipe) -> Fields:
+    if (experts := recipe.experts) is None:
+        ffn = recipe.model.ffn_hidden_size
+        return {"shared_intermediate_size": ffn, "num_local_experts": 0, "num_experts_per_tok": 0}
+    return {
+        "intermediate_size": experts.ffn_hidden_size,
+        "shared_intermediate_size": experts.shared_ffn_hidden_size,
+        "num_local_experts": experts.num_experts,
+        "num_experts_per_tok": experts.topk,
+        "router_aux_loss_coef": recipe.model.moe_aux_loss_coeff,
     }
 
 

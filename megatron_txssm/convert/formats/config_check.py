@@ -20,13 +20,15 @@ _NO_MATTER = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "num_labels", "problem_type"),
     *("max_position_embeddings", "initializer_range", "init_method", "attention_dropout", "hidden_dropout"),
     *("chunk_size", "mamba_chunk_size", "ssd_chunk_size", "pretraining_tp"),
-    # About experts, which no format supports.
-    *("num_experts_per_tok", "output_router_logits", "router_aux_loss_coef"),
+    *("output_router_logits", "router_aux_loss_coef"),
 }
 # Keys that transformers reads into other fields, which are compared.
 _READ_ELSEWHERE = {"rope_theta", "rope_scaling", "partial_rotary_factor", "layers_block_type", "head_dim"}
-# Fields of a class that have no effect in our models: without experts, Granite's FFN is the shared one.
-_UNUSED = {"granitemoehybrid": {"intermediate_size"}}
+# Fields that have no effect without experts: Granite's FFN is the shared one.
+_ABOUT_EXPERTS = {
+    "granitemoehybrid": {"intermediate_size", "num_experts_per_tok"},
+    "transxssm": {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"},
+}
 # Keys that some writers add, with the value that has no effect.
 _AS_ALWAYS = {"normalization_function": "rmsnorm"}
 # Defaults of the authors' class.
@@ -56,7 +58,7 @@ def check_config(folder: Path, config: JsonObject, recipe: Recipe, format: str, 
     """
     ours, theirs = _ours(recipe, format), read_config(folder, config, format)
     for name, value in ours.items():
-        if theirs[name] != value:
+        if name in theirs and theirs[name] != value:
             raise UserError(
                 f"{folder / 'config.json'} has {name}={theirs[name]!r}, where recipe {recipe.name} asks for {value!r}; "
                 f"{remedy}"
@@ -78,7 +80,7 @@ def read_config(folder: Path, config: JsonObject, format: str) -> Fields:
     for name, value in config.items():
         known = name in found or name in _NO_MATTER | _READ_ELSEWHERE or name in _generation_settings()
         harmless = not value or name.startswith("_") or _AS_ALWAYS.get(name) == value
-        if not known and not harmless and name not in _UNUSED.get(format, set()):
+        if not known and not harmless and name not in _ABOUT_EXPERTS.get(format, set()):
             raise UserError(
                 f"{file} has {name}={value!r}, which is unknown here and may change what the model computes; "
                 "if it does not, import a copy of the folder without it"
@@ -111,7 +113,9 @@ def _class(format: str) -> Any:
 
 def _fields(config: Any, format: str) -> Fields:
     """The fields of a transformers configuration that affect the computation."""
-    names = {field.name for field in dataclasses.fields(config)} - _NO_MATTER - _UNUSED.get(format, set())
+    names = {field.name for field in dataclasses.fields(config)} - _NO_MATTER
+    if not getattr(config, "num_local_experts" if format == "granitemoehybrid" else "has_experts", False):
+        names -= _ABOUT_EXPERTS.get(format, set())
     found = {name: getattr(config, name) for name in sorted(names)}
     # Granite's class reads it, but has no field for it.
     found["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

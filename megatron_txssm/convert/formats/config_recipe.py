@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from megatron_txssm.architecture.layer_pattern import ATTENTION, FFN, STATE_SPACE
+from megatron_txssm.architecture.layer_pattern import ATTENTION, EXPERTS, FFN, STATE_SPACE
 from megatron_txssm.convert.formats.config import Fields
 from megatron_txssm.convert.formats.config_check import read_config
 from megatron_txssm.errors import UserError, shown
@@ -17,7 +17,7 @@ from megatron_txssm.recipe.validation.validate import validate
 
 # The recipe that provides the training settings until the user changes them.
 _TRAINING = "llama3_1.3b"
-_LAYERS = {"linear_attention": STATE_SPACE + FFN, "full_attention": ATTENTION + FFN}
+_LAYERS = {"linear_attention": STATE_SPACE, "full_attention": ATTENTION, "dense": FFN, "sparse": EXPERTS}
 
 
 def recipe_of_config(folder: Path, config: JsonObject, format: str) -> Recipe:
@@ -91,9 +91,23 @@ def _llama(found: Fields, config: JsonObject) -> Changes:
     }
 
 
+def _pattern(mixers: list[str], ffns: list[str]) -> str:
+    return "".join(_LAYERS[kind] for block in zip(mixers, ffns, strict=True) for kind in block)
+
+
 def _granite(found: Fields, config: JsonObject) -> Changes:
+    count = found["num_local_experts"]
+    experts: Changes = {}
+    if count:
+        experts = {
+            "num_experts": count,
+            "moe_router_topk": found["num_experts_per_tok"],
+            "moe_ffn_hidden_size": found["intermediate_size"],
+            "moe_shared_expert_intermediate_size": found["shared_intermediate_size"],
+            "moe_aux_loss_coeff": config.get("router_aux_loss_coef", 0.001),
+        }
     return {
-        "layer_pattern": "".join(_LAYERS[kind] for kind in found["layer_types"]),
+        "layer_pattern": _pattern(found["layer_types"], ["sparse" if count else "dense"] * len(found["layer_types"])),
         "kv_channels": found["head_dim"],
         "ffn_hidden_size": found["shared_intermediate_size"],
         "attention_position_encoding": "rope" if found["position_embedding_type"] == "rope" else "none",
@@ -104,17 +118,28 @@ def _granite(found: Fields, config: JsonObject) -> Changes:
         "state_head_dim": found["mamba_d_head"],
         "state_num_groups": found["mamba_n_groups"],
         "chunk_size": config.get("mamba_chunk_size", 256),
+        **experts,
     }
 
 
 def _transxssm(found: Fields, config: JsonObject) -> Changes:
     same = ("attention_position_encoding", "position_encoding", "state_size", "state_num_heads", "state_head_dim")
     same += ("state_num_groups", "state_gated", "state_dt_bias", "length_scaling_base", "rotary_table_precision")
+    experts: Changes = {}
+    if "num_experts" in found:
+        experts = {
+            "num_experts": found["num_experts"],
+            "moe_router_topk": found["num_experts_per_tok"],
+            "moe_ffn_hidden_size": found["moe_intermediate_size"],
+            "moe_shared_expert_intermediate_size": found["shared_expert_intermediate_size"] or None,
+            "moe_aux_loss_coeff": config.get("router_aux_loss_coef", 0.01),
+        }
     return {
-        "layer_pattern": "".join(_LAYERS[kind] for kind in found["layer_types"]),
+        "layer_pattern": _pattern(found["layer_types"], found["mlp_layer_types"]),
         "kv_channels": found["head_dim"],
         "ffn_hidden_size": found["intermediate_size"],
         "chunk_size": config.get("chunk_size", 256),
+        **experts,
         **{name: found[name] for name in same},
     }
 

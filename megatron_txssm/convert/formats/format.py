@@ -2,14 +2,15 @@
 
 transxssm         our transformers model (hf/); every model of a recipe
 llama             transformers' LlamaForCausalLM: attention with RoPE in every layer
-granitemoehybrid  transformers' GraniteMoeHybridForCausalLM, which covers the Mamba-2 and Jamba baselines
+granitemoehybrid  transformers' GraniteMoeHybridForCausalLM, which covers the Mamba-2 and Jamba baselines, also with
+                  experts and a shared expert in every block
 reference         the authors' public code (arXiv:2506.09507)
 megatron          Megatron's own names; only weights
 """
 
 from typing import Literal, get_args
 
-from megatron_txssm.architecture.layer_pattern import ATTENTION
+from megatron_txssm.architecture.layer_pattern import ATTENTION, FFN
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
 
@@ -21,6 +22,8 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
 }
+
+_EXPERTS = "it has layers of experts"
 
 
 def choose_format(recipe: Recipe, asked: Format | None) -> Format:
@@ -47,6 +50,7 @@ def _llama_misfits(recipe: Recipe) -> list[tuple[bool, str]]:
     model = recipe.model
     return [
         (recipe.has_state_space, "it has state-space layers"),
+        (recipe.has_experts, _EXPERTS),
         (model.attention_position_encoding != "rope", "its attention has no rotary positions"),
         (model.rotary_table_precision != "fp32", "its rotary angles are computed in fp64"),
     ]
@@ -57,6 +61,7 @@ def _granite_misfits(recipe: Recipe) -> list[tuple[bool, str]]:
     if mixer is None:
         return [(True, "it has no state-space layers")]
     rotates = recipe.has_attention and model.attention_position_encoding == "rope"
+    experts = recipe.experts
     return [
         (mixer.position_encoding != "conv1d_d", "its state-space layers have no convolution and no skip D"),
         (not mixer.gated, "its state-space layers have no gate"),
@@ -64,6 +69,14 @@ def _granite_misfits(recipe: Recipe) -> list[tuple[bool, str]]:
         (mixer.length_scaling_base is not None, "it scales C by the position (length_scaling_base)"),
         (mixer.inner_size % model.hidden_size != 0, "its state-space heads are no multiple of hidden_size"),
         (rotates and model.rotary_table_precision != "fp32", "its rotary angles are computed in fp64"),
+        (
+            experts is not None and FFN in recipe.layers,
+            "some of its blocks have experts and others an FFN, where this class has the same in every block",
+        ),
+        (
+            experts is not None and not experts.shared_ffn_hidden_size,
+            "its blocks have no shared expert (moe_shared_expert_intermediate_size), which this class always has",
+        ),
     ]
 
 
@@ -76,6 +89,7 @@ def _reference_misfits(recipe: Recipe) -> list[tuple[bool, str]]:
     other = next((f"{name}={size}" for name, size in sizes.items() if size != head_dim), "")
     misplaced = any((kind == ATTENTION) != (layer % 8 == 7) for layer, kind in enumerate(kinds))
     return [
+        (recipe.has_experts, _EXPERTS),
         (misplaced, "its attention layers are others than every eighth"),
         (
             mixer.position_encoding != "rope",

@@ -1,7 +1,7 @@
 """One table per format: which tensors of Megatron's checkpoint map to which of a Hugging Face model, and how.
 
 Both directions use the same rows. `*` is the number of a block: one layer of a Hugging Face model, and two of
-Megatron's, a mixer and an FFN. A row applies to the blocks that have its tensors; of
+Megatron's, a mixer and an FFN or experts. A row applies to the blocks that have its tensors; of
 several Megatron tensors, those that a variant lacks (the gate's z) are omitted.
 """
 
@@ -98,7 +98,9 @@ class Row:
 
 
 def _row(megatron: str, hf: str, transform: Transform = SAME) -> Row:
-    """Names are separated by spaces. `@`: a layer (Megatron's: the FFN's), `$`: a state-space mixer, `&`: attention."""
+    """Names are separated by spaces. `@`: a layer (Megatron's: the FFN's or experts'), `$`: a state-space mixer,
+    `&`: attention.
+    """
     megatron = megatron.replace("@", "decoder.layers.(2*+1).").replace("$", "decoder.layers.(2*).mixer.")
     megatron = megatron.replace("&", "decoder.layers.(2*).self_attention.")
     return Row(tuple(megatron.split()), tuple(hf.replace("@", "model.layers.*.").split()), transform)
@@ -113,6 +115,7 @@ _NORMS = (
     _row("$in_proj.layer_norm_weight", "@input_layernorm.weight"),
     _row("&linear_qkv.layer_norm_weight", "@input_layernorm.weight"),
     _row("@mlp.linear_fc1.layer_norm_weight", "@post_attention_layernorm.weight"),
+    _row("@pre_mlp_layernorm.weight", "@post_attention_layernorm.weight"),
 )
 _ATTENTION = (
     _row(
@@ -125,6 +128,17 @@ _ATTENTION = (
 _MLP = (
     _row("@mlp.linear_fc1.weight", "@mlp.gate_proj.weight @mlp.up_proj.weight", HALVES),
     _row("@mlp.linear_fc2.weight", "@mlp.down_proj.weight"),
+)
+_EXPERTS = (
+    _row("@mlp.router.weight", "@mlp.gate.weight"),
+    _row("@mlp.experts.experts.linear_fc1.weight", "@mlp.experts.gate_up_proj"),
+    _row("@mlp.experts.experts.linear_fc2.weight", "@mlp.experts.down_proj"),
+    _row(
+        "@mlp.shared_experts.linear_fc1.weight",
+        "@mlp.shared_expert.gate_proj.weight @mlp.shared_expert.up_proj.weight",
+        HALVES,
+    ),
+    _row("@mlp.shared_experts.linear_fc2.weight", "@mlp.shared_expert.down_proj.weight"),
 )
 
 
@@ -149,7 +163,7 @@ def _state_space(mixer: str) -> tuple[Row, ...]:
 # Format -> its table. "llama" and "granitemoehybrid" are classes of transformers itself, "transxssm" is ours (hf/),
 # "reference" is the authors' public code (arXiv:2506.09507).
 TABLES: dict[str, tuple[Row, ...]] = {
-    "transxssm": (*_EMBEDDINGS, *_NORMS, *_ATTENTION, *_MLP, *_state_space("mixer")),
+    "transxssm": (*_EMBEDDINGS, *_NORMS, *_ATTENTION, *_MLP, *_EXPERTS, *_state_space("mixer")),
     "llama": (*_EMBEDDINGS, *_NORMS, *_ATTENTION, *_MLP),
     "granitemoehybrid": (
         *_EMBEDDINGS,
@@ -158,6 +172,12 @@ TABLES: dict[str, tuple[Row, ...]] = {
         *_state_space("mamba"),
         _row("@mlp.linear_fc1.weight", "@shared_mlp.input_linear.weight"),
         _row("@mlp.linear_fc2.weight", "@shared_mlp.output_linear.weight"),
+        _row("@mlp.shared_experts.linear_fc1.weight", "@shared_mlp.input_linear.weight"),
+        _row("@mlp.shared_experts.linear_fc2.weight", "@shared_mlp.output_linear.weight"),
+        # As in files; transformers renames them when it loads and saves.
+        _row("@mlp.router.weight", "@block_sparse_moe.router.layer.weight"),
+        _row("@mlp.experts.experts.linear_fc1.weight", "@block_sparse_moe.input_linear.weight"),
+        _row("@mlp.experts.experts.linear_fc2.weight", "@block_sparse_moe.output_linear.weight"),
     ),
     "reference": (
         _row("embedding.word_embeddings.weight", "model.word_embed.weight"),

@@ -17,10 +17,10 @@ from megatron_txssm.convert.formats.config_check import read_config
 from megatron_txssm.convert.huggingface.folder import open_hf_folder
 from megatron_txssm.errors import UserError
 from tests.convert.formats.test_mapping import load
-from tests.convert.trained import ARCHITECTURES, REFERENCE
+from tests.convert.trained import ARCHITECTURES, EXPERT_ARCHITECTURES, REFERENCE
 from tests.convert.untrained import make_run
 
-# Recipe -> format -> what config.json must say. Sizes are SMALL's of test_mapping.
+# Format -> recipe, its changes, what config.json must say. Sizes are SMALL's of test_mapping.
 _OWN = "norm_epsilon=3e-4 rotary_base=7000 init_method_std=0.03"
 _COMMON = {
     "vocab_size": 245,
@@ -39,6 +39,36 @@ _COMMON = {
 }
 _LINEAR = {"rope_type": "linear", "rope_theta": 7000.0, "factor": 3.0}
 _DEFAULT = {"rope_type": "default", "rope_theta": 7000.0}
+_GRANITE: dict[str, Any] = _COMMON | {
+    "architectures": ["GraniteMoeHybridForCausalLM"],
+    "model_type": "granitemoehybrid",
+    "head_dim": 8,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "rope_parameters": _DEFAULT,
+    "rope_theta": 7000.0,
+    "rope_scaling": None,
+    "layer_types": ["mamba", "mamba", "mamba", "attention"] * 2,
+    "position_embedding_type": "rope",
+    "shared_intermediate_size": 80,
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "embedding_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 8**-0.5,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 12,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 20,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 256,
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+}
+# The first word is the format.
 BY_HAND: dict[str, tuple[str, str, dict[str, Any]]] = {
     "transxssm": (
         "gated rope",
@@ -86,35 +116,49 @@ BY_HAND: dict[str, tuple[str, str, dict[str, Any]]] = {
     "granitemoehybrid": (
         "jamba",
         f"{_OWN} attention_position_encoding=rope layer_pattern=M-M-M-*-M-M-M-*- state_num_heads=8",
+        _GRANITE,
+    ),
+    "transxssm with experts": (
+        "some experts",
+        f"{_OWN} layer_pattern=M-MEM-*E*EM-MEM- moe_shared_expert_intermediate_size=36 moe_aux_loss_coeff=0.03",
         _COMMON
         | {
-            "architectures": ["GraniteMoeHybridForCausalLM"],
-            "model_type": "granitemoehybrid",
+            "architectures": ["TransXSSMForCausalLM"],
+            "model_type": "transxssm",
             "head_dim": 8,
-            "tie_word_embeddings": False,
-            "attention_bias": False,
-            "hidden_act": "silu",
             "rope_parameters": _DEFAULT,
-            "rope_theta": 7000.0,
-            "rope_scaling": None,
-            "layer_types": ["mamba", "mamba", "mamba", "attention"] * 2,
-            "position_embedding_type": "rope",
-            "shared_intermediate_size": 80,
-            "num_local_experts": 0,
-            "num_experts_per_tok": 0,
-            "embedding_multiplier": 1.0,
-            "logits_scaling": 1.0,
-            "residual_multiplier": 1.0,
-            "attention_multiplier": 8**-0.5,
-            "mamba_n_heads": 8,
-            "mamba_d_head": 12,
-            "mamba_n_groups": 2,
-            "mamba_d_state": 20,
-            "mamba_d_conv": 4,
-            "mamba_expand": 2,
-            "mamba_chunk_size": 256,
-            "mamba_conv_bias": True,
-            "mamba_proj_bias": False,
+            "layer_types": [f"{kind}_attention" for kind in ["linear"] * 3 + ["full"] * 2 + ["linear"] * 3],
+            "mlp_layer_types": ["dense", "sparse", "dense", "sparse", "sparse", "dense", "sparse", "dense"],
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 28,
+            "shared_expert_intermediate_size": 36,
+            "router_aux_loss_coef": 0.03,
+            "attention_position_encoding": "rope",
+            "position_encoding": "rope",
+            "state_size": 20,
+            "state_num_heads": 4,
+            "state_head_dim": 12,
+            "state_num_groups": 2,
+            "state_gated": False,
+            "state_dt_bias": True,
+            "conv_kernel": 4,
+            "chunk_size": 256,
+            "length_scaling_base": None,
+            "rotary_table_precision": "fp32",
+        },
+    ),
+    "granitemoehybrid with experts": (
+        "jamba with experts",
+        f"{_OWN} attention_position_encoding=rope layer_pattern=MEMEME*EMEMEME*E state_num_heads=8 "
+        "moe_aux_loss_coeff=0.03 tie_embeddings=false",
+        _GRANITE
+        | {
+            "intermediate_size": 28,
+            "shared_intermediate_size": 36,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 3,
+            "router_aux_loss_coef": 0.03,
         },
     ),
     "reference": (
@@ -139,11 +183,11 @@ BY_HAND: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("format", BY_HAND)
-def test_what_an_export_says_by_hand(format: str) -> None:
-    variant, changes, wanted = BY_HAND[format]
+@pytest.mark.parametrize("model", BY_HAND)
+def test_what_an_export_says_by_hand(model: str) -> None:
+    variant, changes, wanted = BY_HAND[model]
     recipe = load(variant, changes)
-    assert hf_config(recipe, format) == wanted
+    assert hf_config(recipe, model.split()[0]) == wanted
     assert hf_config(recipe, "megatron") == {}
 
 
@@ -151,14 +195,18 @@ def test_what_an_export_says_by_hand(format: str) -> None:
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One of each format that has a config.json. Copy them before changing them."""
     folder, made = tmp_path_factory.mktemp("configs"), {}
-    models = {"transxssm": "transxssm", "llama": "llama3", "granitemoehybrid": "jamba"}
-    for format, model in (
-        *((format, ARCHITECTURES[name]) for format, name in models.items()),
-        ("reference", REFERENCE),
-    ):
-        (folder / format).mkdir()
-        run, made[format] = make_run(folder / format, model), folder / format / "out"
-        words = ["convert", "export", str(run), str(made[format]), "--layout", format, "--no-verify"]
+    models = {
+        "transxssm": ARCHITECTURES["transxssm"],
+        "llama": ARCHITECTURES["llama3"],
+        "granitemoehybrid": ARCHITECTURES["jamba"],
+        "reference": REFERENCE,
+        "transxssm with experts": EXPERT_ARCHITECTURES["experts"],
+        "granitemoehybrid with experts": EXPERT_ARCHITECTURES["jamba_experts"],
+    }
+    for name, model in models.items():
+        (folder / name).mkdir()
+        run, made[name] = make_run(folder / name, model), folder / name / "out"
+        words = ["convert", "export", str(run), str(made[name]), "--layout", name.split()[0], "--no-verify"]
         assert main(words) == 0
     return made
 
@@ -167,9 +215,9 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def copied(exports: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
     """A copy of an export, whose config.json gets other values."""
 
-    def copy(format: str, **values: Any) -> Path:
-        folder = tmp_path / f"{format}{len(list(tmp_path.iterdir()))}"
-        shutil.copytree(exports[format], folder)
+    def copy(model: str, **values: Any) -> Path:
+        folder = tmp_path / f"{model}{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(exports[model], folder)
         config = json.loads((folder / "config.json").read_text()) | values
         (folder / "config.json").write_text(json.dumps(config))
         return folder
@@ -177,10 +225,10 @@ def copied(exports: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
     return copy
 
 
-@pytest.mark.parametrize("format", BY_HAND)
-def test_every_field_that_matters_is_compared(copied: Any, format: str) -> None:
+@pytest.mark.parametrize("model", BY_HAND)
+def test_every_field_that_matters_is_compared(copied: Any, model: str) -> None:
     """Whatever else it says is refused: by name, or by the class, where no such model can be."""
-    folder = copied(format)
+    folder, format = copied(model), model.split()[0]
     config = json.loads((folder / "config.json").read_text())
     fields = read_config(folder, config, format)
     if format == "granitemoehybrid":
@@ -188,16 +236,19 @@ def test_every_field_that_matters_is_compared(copied: Any, format: str) -> None:
         unread = [fields.pop("position_embedding_type"), fields.pop("rope_parameters")]
         assert unread == [None, None]
     least = {"transxssm": 20, "llama": 13, "granitemoehybrid": 23, "reference": 15}
-    assert len(fields) >= least[format]
+    about_experts = {"transxssm": 4, "granitemoehybrid": 2}
+    assert len(fields) >= least[format] + (about_experts[format] if model.endswith("with experts") else 0)
     for name, value in fields.items():
         with pytest.raises(UserError) as refused:
-            open_hf_folder(copied(format, **{name: another(name, value)}))
+            open_hf_folder(copied(model, **{name: another(name, value)}))
         assert f" has {name}=" in str(refused.value) or f"is no {format} configuration" in str(refused.value), name
 
 
 def another(name: str, value: Any) -> Any:
     if name in ("rope_parameters", "rope_scaling"):
         return {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}
+    if name == "mlp_layer_types":
+        return [{"dense": "sparse", "sparse": "dense"}[kind] for kind in value]
     if isinstance(value, bool):
         return not value
     if isinstance(value, list | tuple):
@@ -206,17 +257,22 @@ def another(name: str, value: Any) -> Any:
 
 
 def test_what_does_not_matter_may_differ(copied: Any) -> None:
-    for format in BY_HAND:
+    for model in BY_HAND:
         ignored = {"use_cache": False, "initializer_range": 0.5, "attention_dropout": 0.3, "torch_dtype": "bfloat16"}
         ignored |= {"eos_token_id": 7, "_name_or_path": "x", "temperature": 0.7, "some_switch": False, "a_list": []}
-        ignored |= {"chunk_size": 8} if format == "transxssm" else {"max_position_embeddings": 99}
-        open_hf_folder(copied(format, **ignored))
+        ignored |= {"chunk_size": 8} if model.startswith("transxssm") else {"max_position_embeddings": 99}
+        if model.endswith("with experts"):
+            ignored |= {"router_aux_loss_coef": 0.5, "output_router_logits": True}
+        elif model.startswith(("transxssm", "granite")):
+            # Without experts.
+            ignored |= {"num_experts_per_tok": 4}
+        open_hf_folder(copied(model, **ignored))
 
 
-@pytest.mark.parametrize("format", BY_HAND)
-def test_what_is_unknown_is_refused(copied: Any, format: str) -> None:
+@pytest.mark.parametrize("model", BY_HAND)
+def test_what_is_unknown_is_refused(copied: Any, model: str) -> None:
     with pytest.raises(UserError, match=r"config\.json has sliding_window=16, which is unknown here and may change"):
-        open_hf_folder(copied(format, sliding_window=16))
+        open_hf_folder(copied(model, sliding_window=16))
     for extra in ({"rope_type": "default", "partial_rotary_factor": 0.5}, {"rope_type": "linear", "factor": 2.0}):
         with pytest.raises(UserError, match="rope_"):
             open_hf_folder(copied("llama", rope_parameters=extra | {"rope_theta": 500.0}))

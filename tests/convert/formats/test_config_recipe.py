@@ -19,7 +19,7 @@ from megatron_txssm.recipe.recipe import Recipe
 from tests.convert.formats.test_config import BY_HAND
 from tests.convert.formats.test_mapping import load
 
-VARIANTS = {format: (variant, changes) for format, (variant, changes, _) in BY_HAND.items()}
+VARIANTS = {model: (variant, changes) for model, (variant, changes, _) in BY_HAND.items()}
 
 
 def made(folder: Path, format: str, config: dict[str, Any]) -> Recipe:
@@ -29,15 +29,18 @@ def made(folder: Path, format: str, config: dict[str, Any]) -> Recipe:
     return recipe
 
 
-@pytest.mark.parametrize("format", VARIANTS)
-def test_the_model_is_the_same(tmp_path: Path, format: str) -> None:
-    recipe = load(*VARIANTS[format])
+@pytest.mark.parametrize("model", VARIANTS)
+def test_the_model_is_the_same(tmp_path: Path, model: str) -> None:
+    recipe, format = load(*VARIANTS[model]), model.split()[0]
     found = made(tmp_path, format, hf_config(recipe, format))
     assert hf_config(found, format) == hf_config(recipe, format)
     assert found.layers == recipe.layers and found.data.vocab_size == recipe.data.vocab_size
     # Of an attention-only model nothing asks for it.
     if recipe.has_state_space:
         assert found.state_space == recipe.state_space
+    assert found.experts == recipe.experts
+    if recipe.has_experts:
+        assert found.model.moe_aux_loss_coeff == 0.03
     # Nothing of the recipe whose training it has: neither its corpus nor the corpus's weights.
     assert (found.data.corpus, found.data.weights) == (f"data/{tmp_path.name}", None)
     assert load_recipe_text(tmp_path, found.to_yaml()) == found
