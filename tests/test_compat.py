@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_txssm import compat
+from megatron_txssm import compat, compat_optimizers
 from megatron_txssm.checkpoint import compat_saves
 from tests.support.ranks import model_parallel, run_ranks
 
@@ -32,8 +32,10 @@ def test_requirements_pin_the_same_versions() -> None:
 
 
 def test_every_imported_name_exists() -> None:
-    tree = ast.parse(Path(compat.__file__).read_text())
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    nodes = [
+        node for file in (compat, compat_optimizers) for node in ast.walk(ast.parse(Path(file.__file__).read_text()))
+    ]
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
     names = [(node.module, alias.name) for node in imports for alias in node.names if "megatron." in str(node.module)]
     assert ("megatron.core.ssm.utils", "_split_tensor_factory") in names
     for module, name in names:

@@ -15,7 +15,6 @@ from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -29,7 +28,6 @@ from megatron.core.transformer.multi_token_prediction import (
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
-    MoETransformerLayer,
     TransformerLayer,
     TransformerLayerSubmodules,
 )
@@ -41,6 +39,7 @@ from megatron_txssm.compat import mend_megatron
 from megatron_txssm.errors import UserError
 from megatron_txssm.model.arguments import DEFAULTS, state_space_config
 from megatron_txssm.model.document_attention import isolating
+from megatron_txssm.model.experts import experts_layer
 from megatron_txssm.model.fp8_emulation import Float8SpecProvider, emulated_fp8
 from megatron_txssm.model.local_modules import TorchSpecProvider, backend_of
 from megatron_txssm.model.prediction import PredictionLayer
@@ -213,7 +212,7 @@ def _layer_specs(
     )
     found = {"attention_layer": attention_layer, "mlp_layer": mlp_layer}
     if config.num_moe_experts is not None:
-        found["moe_layer"] = _experts_layer(config, backend)
+        found["moe_layer"] = experts_layer(config, backend)
     if settings.state_space is not None:
         found["mamba_layer"] = ModuleSpec(
             module=MambaLayer,
@@ -225,33 +224,6 @@ def _layer_specs(
             ),
         )
     return found
-
-
-def _experts_layer(config: TransformerConfig, backend: BackendSpecProvider) -> ModuleSpec:
-    """Megatron's layer of experts. The norm is not fused: the router reads its output, too."""
-    # Megatron annotates this as a class, but accepts a function.
-    add_residual: Any = get_bias_dropout_add
-    # Grouped GEMMs are Transformer Engine's; the local backend computes one expert after another.
-    build = get_moe_module_spec_for_backend(
-        backend, num_experts=config.num_moe_experts, moe_grouped_gemm=backend.fuse_layernorm_and_linear()
-    )
-
-    def build_experts(*args: Any, **kwargs: Any) -> Any:
-        layer: Any = build(*args, **kwargs)
-        for weight in layer.experts.parameters():
-            # Their gradients and optimizer are apart from the other weights' even without expert parallelism, so that
-            # a checkpoint of one layout has the optimizers of every other.
-            weight.allreduce = False
-        return layer
-
-    return ModuleSpec(
-        module=MoETransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            pre_mlp_layernorm=backend.layer_norm(rms_norm=True),
-            mlp=build_experts,
-            mlp_bda=add_residual,
-        ),
-    )
 
 
 class _ByNumber:
