@@ -32,9 +32,8 @@ def test_requirements_pin_the_same_versions() -> None:
 
 
 def test_every_imported_name_exists() -> None:
-    nodes = [
-        node for file in (compat, compat_optimizers) for node in ast.walk(ast.parse(Path(file.__file__).read_text()))
-    ]
+    texts = [inspect.getsource(module) for module in (compat, compat_optimizers)]
+    nodes = [node for text in texts for node in ast.walk(ast.parse(text))]
     imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
     names = [(node.module, alias.name) for node in imports for alias in node.names if "megatron." in str(node.module)]
     assert ("megatron.core.ssm.utils", "_split_tensor_factory") in names
@@ -275,14 +274,14 @@ def load_balance() -> float:
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
     from megatron.training import global_vars
 
-    # Set without Megatron's checks.
-    vars(global_vars)["_GLOBAL_ARGS"] = SimpleNamespace(num_layers=4)
+    holder: Any = global_vars
+    holder._GLOBAL_ARGS = SimpleNamespace(num_layers=4, mtp_num_layers=None)
     compat.mend_megatron()
     with model_parallel(tensor=2, pipeline=2):
         tracker = MoEMetricsTracker()
         if parallel_state.is_pipeline_first_stage():
             part = torch.tensor(1.0 + parallel_state.get_tensor_model_parallel_rank())
-            group = parallel_state.get_tensor_and_context_parallel_group()
+            group: Any = parallel_state.get_tensor_and_context_parallel_group()
             tracker.record("load_balancing_loss", part, 2, 4, reduce_group=group)
         losses: dict[str, torch.Tensor] = {}
         tracker.report(

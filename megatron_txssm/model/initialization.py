@@ -80,7 +80,8 @@ def _draw(rule: Callable[[Tensor], Any], shard: ShardedTensor, seed: str) -> Ten
     """A parameter's shard, fp32, from a generator seeded by a text."""
     digest = hashlib.sha256(seed.encode()).digest()
     number = int.from_bytes(digest[:8], "big", signed=True)
-    shape, where = shard.global_shape[shard.prepend_axis_num :], shard.global_slice()[shard.prepend_axis_num :]
+    shape = shard.global_shape[shard.prepend_axis_num :]
+    where: Any = shard.global_slice()[shard.prepend_axis_num :]
     # Drawing in parts requires a rule whose use of the generator is known.
     normal = isinstance(rule, functools.partial) and rule.func is torch.nn.init.normal_
     large = len(shape) == 2 and shape[0] * shape[1] >= NUMBERS_PER_THREAD
