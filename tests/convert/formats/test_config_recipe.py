@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from megatron_txssm.architecture.parameters import ExpertSizes
 from megatron_txssm.cli.main import main
 from megatron_txssm.convert import importer
 from megatron_txssm.convert.formats.config import hf_config
 from megatron_txssm.convert.formats.config_check import check_config
 from megatron_txssm.convert.formats.config_recipe import recipe_of_config
+from megatron_txssm.convert.huggingface.folder import open_hf_folder
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
@@ -87,6 +89,61 @@ def test_a_stock_llama_needs_no_recipe(
     said = capsys.readouterr().out
     assert f"{out}/recipe.yaml: the model as config.json describes it" in said
     assert f"txssm pretrain {out}/recipe.yaml --set checkpoint.load_from={out}" in said
+
+
+def stock_granite(folder: Path, **settings: Any) -> GraniteMoeHybridForCausalLM:
+    """As transformers saves one with experts."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 77,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_attention_heads": 4,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 3,
+        "intermediate_size": 24,
+        "shared_intermediate_size": 40,
+        "router_aux_loss_coef": 0.07,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "attention_multiplier": 8**-0.5,
+    }
+    torch.manual_seed(0)
+    model = GraniteMoeHybridForCausalLM(GraniteMoeHybridConfig(**{**sizes, **settings}))
+    model.save_pretrained(folder)
+    return model
+
+
+def test_a_stock_granite_with_experts_needs_no_recipe(tmp_path: Path) -> None:
+    model = stock_granite(tmp_path)
+    opened = open_hf_folder(tmp_path)
+    assert opened.recipe.layers == "ME*E" and opened.recipe.model.moe_aux_loss_coeff == 0.07
+    assert opened.recipe.experts == ExpertSizes(num_experts=5, topk=3, ffn_hidden_size=24, shared_ffn_hidden_size=40)
+    tensors, ours = opened.read(opened.shapes), dict(model.named_parameters())
+    for megatron, name in (
+        ("router.weight", "block_sparse_moe.router.weight"),
+        ("experts.experts.linear_fc1.weight", "block_sparse_moe.experts.gate_up_proj"),
+        ("experts.experts.linear_fc2.weight", "block_sparse_moe.experts.down_proj"),
+        ("shared_experts.linear_fc1.weight", "shared_mlp.input_linear.weight"),
+    ):
+        assert torch.equal(tensors[f"decoder.layers.3.mlp.{megatron}"], ours[f"model.layers.1.{name}"]), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        # One expert has no use for a router.
+        ({"num_experts_per_tok": 1}, "moe_router_topk=1"),
+        ({"num_experts_per_tok": 6}, "moe_router_topk=6 is more than num_experts=5"),
+        ({"residual_multiplier": 0.5}, "has residual_multiplier=0.5, where recipe"),
+    ],
+)
+def test_other_granites_with_experts_are_refused(tmp_path: Path, settings: dict[str, Any], wanted: str) -> None:
+    stock_granite(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(UserError, match=wanted):
+        made(tmp_path, "granitemoehybrid", config | settings)
 
 
 @pytest.mark.parametrize(
