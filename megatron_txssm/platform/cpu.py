@@ -214,11 +214,11 @@ def _peak_memory_bytes() -> int:
 def _adapt_megatron() -> None:
     """Patches what Megatron itself rejects or cannot do without CUDA, apex and Transformer Engine."""
     import megatron.core.distributed.param_and_grad_buffer as param_and_grad_buffer
-    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
     import megatron.training.initialize as initialize
     import megatron.training.training as training
 
     from megatron_txssm.platform.adam import stand_in_for_fused_adam
+    from megatron_txssm.platform.token_exchange import adapt_token_exchange
 
     # pretrain() requires a GPU, and has no argument to allow none.
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
@@ -226,19 +226,11 @@ def _adapt_megatron() -> None:
     initialize._initialize_tp_communicators = _nothing
     stand_in_for_fused_adam()
     param_and_grad_buffer._coalescing_manager = coalesce_by_dtype
-    token_dispatcher.maybe_move_tensor_to_cpu = _counts_of_tokens
+    adapt_token_exchange()
     # Megatron warns that the CPU generator moved while it forked the GPU's: here they are the same.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
-
-
-def _counts_of_tokens(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Counts by which tokens are sent to experts, in the type that collectives take.
-
-    Megatron converts them while it moves them from a GPU, and leaves them as they are on a CPU.
-    """
-    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 @contextlib.contextmanager
