@@ -295,13 +295,13 @@ def load_balance() -> float:
     from megatron.training import global_vars
 
     # Set without Megatron's checks.
-    vars(global_vars)["_GLOBAL_ARGS"] = SimpleNamespace(num_layers=4)
+    setattr(global_vars, "_GLOBAL_ARGS", SimpleNamespace(num_layers=4))
     compat.mend_megatron()
     with model_parallel(tensor=2, pipeline=2):
         tracker = MoEMetricsTracker()
         if parallel_state.is_pipeline_first_stage():
             part = torch.tensor(1.0 + parallel_state.get_tensor_model_parallel_rank())
-            group = parallel_state.get_tensor_and_context_parallel_group()
+            group: Any = parallel_state.get_tensor_and_context_parallel_group()
             tracker.record("load_balancing_loss", part, 2, 4, reduce_group=group)
         losses: dict[str, torch.Tensor] = {}
         tracker.report(

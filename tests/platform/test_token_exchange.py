@@ -1,6 +1,7 @@
 """What experts exchange over gloo: counts, and unequal parts of tensor-parallel processes."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,9 +18,10 @@ def test_counts_of_tokens_are_numbers_that_collectives_take(one_process: None) -
     dist.all_to_all_single(received, sent, counts, counts)
     assert torch.equal(received, sent)
     # The others are computed with.
-    stays = torch.tensor([3])
+    stays: Any = torch.tensor([3])
+    nothing: Any = None
     assert token_dispatcher.maybe_move_tensor_to_cpu(stays, record_stream=True) is stays
-    assert token_dispatcher.maybe_move_tensor_to_cpu(None, as_numpy=True) is None
+    assert token_dispatcher.maybe_move_tensor_to_cpu(nothing, as_numpy=True) is None
 
 
 def gathered(sizes: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
