@@ -119,11 +119,17 @@ def _save_parameters_of_padded_buckets() -> None:
 
 
 def _load_optimizers_without_parameters() -> None:
-    """A pipeline stage without experts has an optimizer for them, whose empty state a checkpoint does not have."""
+    """A pipeline stage without experts has an optimizer for them, without a parameter.
+
+    A checkpoint lacks its empty state, which loading expects. If that is the first stage, the mixed-precision
+    optimizer's empty list of fp32 copies is saved in place of the other stages', and cannot be loaded there.
+    """
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
     for optimizer in (Float16OptimizerWithFloat16Params, FP32Optimizer):
         setattr(optimizer, "load_state_dict", _with_empty_state(optimizer.load_state_dict))
+    mixed_precision: Any = Float16OptimizerWithFloat16Params
+    mixed_precision.sharded_state_dict = _without_empty_copies(mixed_precision.sharded_state_dict)
 
 
 def _with_empty_state(load: Callable[..., None]) -> Callable[..., None]:
@@ -133,6 +139,17 @@ def _with_empty_state(load: Callable[..., None]) -> Callable[..., None]:
         if "optimizer" in state_dict:
             state_dict.setdefault("fp32_from_fp16_params", [])
         load(self, state_dict)
+
+    return wrapped
+
+
+def _without_empty_copies(save: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    @functools.wraps(save)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state_dict = save(self, *args, **kwargs)
+        if not any(state_dict["fp32_from_fp16_params"]):
+            del state_dict["fp32_from_fp16_params"]
+        return state_dict
 
     return wrapped
 

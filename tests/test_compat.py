@@ -54,7 +54,7 @@ def unmended(monkeypatch: pytest.MonkeyPatch):
     """Megatron as its wheel has it, whatever an earlier test mended."""
     import megatron.core.datasets.utils as utils
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+    from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
     from megatron.training import global_vars
@@ -67,6 +67,7 @@ def unmended(monkeypatch: pytest.MonkeyPatch):
         (Float16OptimizerWithFloat16Params, ("sharded_state_dict", "load_state_dict")),
         (FP32Optimizer, ("load_state_dict",)),
         (OptimizerParamScheduler, ("load_state_dict",)),
+        (ChainedOptimizer, ("_synchronize_steps",)),
         (MoEMetricsTracker, ("ensure_initialized",)),
     ):
         for name in names:
@@ -266,6 +267,26 @@ def test_the_helper_of_saves_ends_with_a_killed_rank(monkeypatch: pytest.MonkeyP
     finally:
         if helper.is_running():
             helper.kill()
+
+
+def test_the_steps_of_an_optimizer_without_parameters_are_counted(unmended) -> None:
+    """As Transformer Engine's Adam leaves them on a first stage without experts, and on another after loading these."""
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    def chained(*groups: dict[str, Any]) -> Any:
+        optimizer: Any = ChainedOptimizer.__new__(ChainedOptimizer)
+        inner = [SimpleNamespace(param_groups=[group]) for group in groups]
+        optimizer.chained_optimizers = [SimpleNamespace(optimizer=each) for each in inner]
+        return optimizer
+
+    first = {"params": [0], "step": 7}, {"params": []}
+    other = {"params": [0], "step": 7}, {"params": [1]}
+    untrained = {"params": [0]}, {"params": []}
+    assert chained(*first)._synchronize_steps() == 7 and "step" not in first[1]
+    compat.mend_megatron()
+    for groups, step in ((first, 7), (other, 7), (untrained, None)):
+        assert chained(*groups)._synchronize_steps() == step
+        assert [group.get("step") for group in groups] == [step, step]
 
 
 def load_balance() -> float:

@@ -214,12 +214,11 @@ def _peak_memory_bytes() -> int:
 def _adapt_megatron() -> None:
     """Patches what Megatron itself rejects or cannot do without CUDA, apex and Transformer Engine."""
     import megatron.core.distributed.param_and_grad_buffer as param_and_grad_buffer
-    import megatron.core.tensor_parallel.mappings as mappings
-    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
     import megatron.training.initialize as initialize
     import megatron.training.training as training
 
     from megatron_txssm.platform.adam import stand_in_for_fused_adam
+    from megatron_txssm.platform.token_exchange import adapt_token_exchange
 
     # pretrain() requires a GPU, and has no argument to allow none.
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
@@ -227,51 +226,11 @@ def _adapt_megatron() -> None:
     initialize._initialize_tp_communicators = _nothing
     stand_in_for_fused_adam()
     param_and_grad_buffer._coalescing_manager = coalesce_by_dtype
-    token_dispatcher.maybe_move_tensor_to_cpu = _counts_of_tokens
-    mappings._gather_along_first_dim = _for_uneven(gather_uneven, mappings._gather_along_first_dim)
-    mappings._reduce_scatter_along_first_dim = _for_uneven(
-        reduce_scatter_uneven, mappings._reduce_scatter_along_first_dim
-    )
+    adapt_token_exchange()
     # Megatron warns that the CPU generator moved while it forked the GPU's: here they are the same.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
-
-
-def _counts_of_tokens(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Counts by which tokens are sent to experts, in the type that collectives take.
-
-    Megatron converts them while it moves them from a GPU, and leaves them as they are on a CPU.
-    """
-    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-
-def _for_uneven(ours: Callable[..., torch.Tensor], even: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Megatron's collective; `ours` where it states the ranks' numbers of rows."""
-
-    @functools.wraps(even)
-    def collective(input_: torch.Tensor, group: Any, split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
-        if split_sizes is None or group.size() == 1:
-            return even(input_, group, None, use_global_buffer)
-        return ours(input_, group, [int(size) for size in split_sizes])
-
-    return collective
-
-
-def gather_uneven(own: torch.Tensor, group: torch.distributed.ProcessGroup, sizes: list[int]) -> torch.Tensor:
-    """All ranks' rows, `sizes[r]` of rank r: gloo's all_gather requires equal numbers, its all_to_all does not."""
-    whole = own.new_empty(sum(sizes), *own.shape[1:])
-    copies = own.repeat(group.size(), *[1] * (own.dim() - 1))
-    torch.distributed.all_to_all_single(whole, copies, sizes, [len(own)] * group.size(), group=group)
-    return whole
-
-
-def reduce_scatter_uneven(whole: torch.Tensor, group: torch.distributed.ProcessGroup, sizes: list[int]) -> torch.Tensor:
-    """The sum over the ranks of this rank's rows; rank r has `sizes[r]`."""
-    own = sizes[group.rank()]
-    parts = whole.new_empty(group.size() * own, *whole.shape[1:])
-    torch.distributed.all_to_all_single(parts, whole.contiguous(), [own] * group.size(), sizes, group=group)
-    return parts.unflatten(0, (group.size(), own)).sum(0)
 
 
 @contextlib.contextmanager

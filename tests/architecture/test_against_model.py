@@ -74,7 +74,7 @@ def test_every_parameter_is_counted(recipe: Recipe, model: Any) -> None:
     mixers = [module for module in model.modules() if isinstance(module, StateSpaceMixer)]
     padding = sum(mixer.padding for mixer in mixers) * recipe.model.hidden_size
     assert counted.total == sum(parameter.numel() for parameter in model.parameters()) - padding
-    experts = [module for module in model.modules() if isinstance(module, MoELayer)]
+    experts: list[Any] = [module for module in model.modules() if isinstance(module, MoELayer)]
     assert counted.experts == sum(parameter.numel() for layer in experts for parameter in layer.parameters())
     # All but the tokens' choice of each layer, of experts of one size.
     unused = [list(layer.experts.local_experts)[layer.config.moe_router_topk :] for layer in experts]

@@ -249,21 +249,6 @@ def test_tensors_of_several_dtypes_are_gathered_together(one_process, async_ops:
     assert all(torch.equal(tensor, wanted) for tensor, wanted in zip(tensors, expected, strict=True))
 
 
-def test_counts_of_tokens_are_numbers_that_collectives_take(one_process) -> None:
-    """Where Megatron moves them from a GPU, it makes numpy's of those by which tokens are sent."""
-    import torch.distributed as dist
-    from megatron.core.transformer.moe import token_dispatcher
-
-    counts = token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([3]), as_numpy=True)
-    sent, received = torch.arange(3.0), torch.zeros(3)
-    dist.all_to_all_single(received, sent, counts, counts)
-    assert torch.equal(received, sent)
-    # The others are computed with.
-    stays = torch.tensor([3])
-    assert token_dispatcher.maybe_move_tensor_to_cpu(stays, record_stream=True) is stays
-    assert token_dispatcher.maybe_move_tensor_to_cpu(None, as_numpy=True) is None
-
-
 def test_no_assert_does_anything() -> None:
     """Python's -O and PYTHONOPTIMIZE remove asserts together with the calls in them."""
     changing = {
