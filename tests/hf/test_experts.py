@@ -114,7 +114,8 @@ def test_the_routers_logits_and_their_load_balance_are_given_on_request() -> Non
     torch.testing.assert_close(asked.aux_loss.double(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(asked.loss, plain.loss + 0.5 * asked.aux_loss)
     # A mask counts whatever is not zero.
-    numbered = model(ids, attention_mask=mask * 3, labels=ids, output_router_logits=True)
+    numbers = mask * torch.arange(1, 41)
+    numbered = model(ids, attention_mask=numbers, labels=ids, output_router_logits=True)
     torch.testing.assert_close(numbered.aux_loss, asked.aux_loss)
     configured = tiny_model("experts", router_aux_loss_coef=0.5, output_router_logits=True)
     torch.testing.assert_close(configured(ids, attention_mask=mask, labels=ids).loss, asked.loss)

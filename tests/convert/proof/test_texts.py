@@ -8,7 +8,7 @@ import pytest
 
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
 from megatron_txssm.convert.proof import proof as proof_module
-from megatron_txssm.convert.proof.proof import Logits, prove_equal
+from megatron_txssm.convert.proof.proof import Logits, Tensors, prove_equal
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from tests.convert.trained import ARCHITECTURES, EXPERT_ARCHITECTURES
 from tests.convert.untrained import make_run
@@ -59,3 +59,11 @@ def test_a_model_with_experts_has_three_texts(
         assert found.logits.text == names[len(read) - 1]
     else:
         assert len(set(map(tuple, read))) == len(read), "no text twice"
+
+
+def test_other_tensors_have_no_second_chance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = open_checkpoint(make_run(tmp_path, EXPERT_ARCHITECTURES["experts"]))
+    calls: list[Any] = []
+    monkeypatch.setattr(proof_module, "compare_logits", lambda *arguments: calls.append(arguments) or (PASSED, ()))
+    monkeypatch.setattr(proof_module, "compare_tensors", lambda *arguments: Tensors(1, {"w": "differs by up to 1"}))
+    assert not prove_equal(saved, saved).passed and len(calls) == 1
