@@ -72,10 +72,10 @@ def prediction_shapes(sizes: ModelSizes) -> dict[str, Shape]:
     hidden = sizes.hidden_size
     shapes: dict[str, Shape] = {}
     for number, layers in enumerate(sizes.prediction_depths):
-        own = dict.fromkeys(("enorm.weight", "hnorm.weight", "final_layernorm.weight"), (hidden,))
-        own["eh_proj.weight"] = (hidden, 2 * hidden)
-        shapes |= {f"{PREDICTION}layers.{number}.{name}": shape for name, shape in own.items()}
-        shapes |= _layers(sizes, layers, f"{PREDICTION}layers.{number}.mtp_model_layer")
+        within = f"{PREDICTION}layers.{number}"
+        shapes |= {f"{within}.{norm}.weight": (hidden,) for norm in ("enorm", "hnorm", "final_layernorm")}
+        shapes[f"{within}.eh_proj.weight"] = (hidden, 2 * hidden)
+        shapes |= _layers(sizes, layers, f"{within}.mtp_model_layer")
     return shapes
 
 

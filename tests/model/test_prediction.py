@@ -1,6 +1,7 @@
 """What a prediction depth reads and is asked for: the next tokens of the same document, at any layout."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def rolled_on_this_rank(isolated: bool) -> tuple[Tensor, float]:
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(context_parallel_size=2)
-    group = parallel_state.get_context_parallel_group()
+    group: Any = parallel_state.get_context_parallel_group()
     own = Zigzag.of(group).own
     documents = PackedDocuments.from_position_ids(POSITIONS_BL) if isolated else None
     rolled, _ = roll_tokens(own(TOKENS_BL), cp_group=group, packed_seq_params=documents)
