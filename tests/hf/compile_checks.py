@@ -46,6 +46,7 @@ def check_aot_eager() -> None:
     check_rotation()
     check_training("transxssm", "aot_eager", **TWO_LAYERS)
     check_training("jamba", "aot_eager", **TWO_LAYERS)
+    check_training("experts", "aot_eager", **TWO_LAYERS, mlp_layer_types=["sparse", "dense"])
     check_packed_inference("jamba", "aot_eager", **TWO_LAYERS)
     check_decoding("jamba", **TWO_LAYERS)
     for variant in VARIANTS:
