@@ -34,10 +34,9 @@ def check_message(done: Done, code: int, *wanted: str) -> None:
         (["data.tokenizer_type=SentencePieceTokenizer", "data.tokenizer_model=/nowhere.model"], ["/nowhere.model"]),
         (["run_directory=/proc/txssm"], ["run_directory=/proc/txssm cannot be written", "state another"]),
         (["megatron.overlap_grad_reduc=true"], ["megatron.overlap_grad_reduc", "did you mean 'overlap_grad_reduce'?"]),
-        (
-            ["megatron.num_experts=4"],
-            ["megatron.num_experts=4 is refused: each layer has one dense FFN, no experts"],
-        ),
+        (["megatron.num_experts=4"], ["megatron.num_experts=4: set model.num_experts instead"]),
+        (["megatron.moe_z_loss_coeff=0.1"], ["moe_z_loss_coeff=0.1 is refused: it would change what experts compute"]),
+        (["model.layer_pattern=ME"], ["layer_pattern has layers of experts (E); state num_experts, such as 8"]),
         (["checkpoint.load_from=/nowhere"], ["checkpoint.load_from=/nowhere holds no checkpoint"]),
     ],
 )
