@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_txssm.checkpoint.former_checkpoint import FormerCheckpoints
+from megatron_txssm.checkpoint.steps import tracked
 from megatron_txssm.data.tokenizer.kept_tokenizer import tokenizer_source
 from megatron_txssm.recipe.changes import (
     ONE_MODEL_PARALLEL_RANK,
@@ -143,7 +144,9 @@ class FailedLoads(Listener):
             return proceed()
         # torch's CheckpointException is not an Exception.
         except (Exception, CheckpointException) as error:
-            folder = get_args().load
+            args = get_args()
+            # A fresh run starts from another's checkpoint (checkpoint.load_from).
+            folder = args.load if args.load and tracked(Path(args.load)) else args.pretrained_checkpoint or args.load
             raise RuntimeError(
                 f"the newest checkpoint in {folder} cannot be loaded ({first_cause(error)}); {_advice(folder, error)}"
             ) from error

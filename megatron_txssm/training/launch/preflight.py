@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+from megatron_txssm.architecture.layer_pattern import DEPTH
 from megatron_txssm.checkpoint.steps import (
     TRACKER,
     check_tracker,
@@ -23,6 +24,7 @@ from megatron_txssm.checkpoint.steps import (
 from megatron_txssm.data.tokenizer.kept_tokenizer import other_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.process_limits import check_open_files, check_shared_memory, check_temporary_folder
+from megatron_txssm.recipe.changes import without_prediction
 from megatron_txssm.recipe.corpus.tokenizer import read_tokenizer_facts
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe, with_paths
@@ -30,7 +32,10 @@ from megatron_txssm.recipe.sizes import checkpoint_bytes
 from megatron_txssm.recipe.validation.validate import check_tokenizer_file, validate
 
 # Fields of `model` that affect computation or initialisation, not a checkpoint's content.
-_FREE_AT_RESUME = ("chunk_size", "ssd_backend", "init_method_std", "rotary_table_precision")
+_FREE_AT_RESUME = (
+    *("chunk_size", "ssd_backend", "init_method_std", "rotary_table_precision"),
+    *("moe_aux_loss_coeff", "mtp_loss_scaling_factor"),
+)
 # Fields that lengthen a trained model's context.
 _FREE_AT_FINE_TUNING = (
     "model.rotary_base",
@@ -91,7 +96,10 @@ def check_checkpoint(recipe: Recipe) -> None:
     if source is not None and (made_by := Path(source) / "recipe.yaml").is_file():
         # Megatron drops weights that a smaller model has no place for, and cannot tell position encodings with the same
         # weights apart.
-        theirs, ours = (_architecture(each, _FREE_AT_FINE_TUNING) for each in (load_recipe(made_by), recipe))
+        saved = load_recipe(made_by)
+        # A model may leave prediction depths behind, but not find some where there are none.
+        saved = saved if recipe.prediction_depths else without_prediction(saved)
+        theirs, ours = (_architecture(each, _FREE_AT_FINE_TUNING) for each in (saved, recipe))
         if differences := _differences(theirs, ours):
             raise UserError(
                 f"checkpoint.load_from={source} holds another model ({differences}); use that model's recipe"
@@ -209,7 +217,7 @@ def _training_data(recipe: Recipe) -> Mapping[str, object]:
 def _architecture(recipe: Recipe, but: Collection[str] = ()) -> Mapping[str, object]:
     fields = {f"model.{name}": value for name, value in vars(recipe.model).items() if name not in _FREE_AT_RESUME}
     # Without the marks of pipeline stages, which any checkpoint may change.
-    fields["model.layer_pattern"] = recipe.layers
+    fields["model.layer_pattern"] = DEPTH.join([recipe.layers, *recipe.prediction_depths])
     fields["the embedding's rows (data.vocab_size, padded)"] = recipe.padded_vocab_size
     return {name: value for name, value in fields.items() if name not in but}
 

@@ -147,6 +147,22 @@ def test_load_from_must_hold_the_same_model_but_may_have_a_shorter_context(recip
         check_checkpoint(changed(fresh, position_encoding="a_t"))
 
 
+def test_prediction_depths_belong_to_the_model(recipe: Recipe, tmp_path: Path) -> None:
+    with_depths = changed(recipe, layer_pattern=f"{recipe.layers}/*-")
+    save(with_depths)
+    with pytest.raises(UserError, match=r"layer_pattern: .*/\*- there, [^/]* here"):
+        check_checkpoint(recipe)
+    check_checkpoint(changed(with_depths, mtp_loss_scaling_factor=0.3))
+    # A fresh run may do without them, but cannot start from a checkpoint that lacks its own.
+    here = dataclasses.replace(
+        recipe.checkpoint, directory=str(tmp_path / "new"), load_from=str(recipe.checkpoint_path)
+    )
+    for pattern in (recipe.layers, f"{recipe.layers}/*-"):
+        check_checkpoint(changed(dataclasses.replace(recipe, checkpoint=here), layer_pattern=pattern))
+    with pytest.raises(UserError, match=r"holds another model \(model.layer_pattern: .*/\*- there, .*/\*-/\*- here"):
+        check_checkpoint(changed(dataclasses.replace(recipe, checkpoint=here), layer_pattern=f"{recipe.layers}/*-/*-"))
+
+
 @pytest.mark.parametrize(("text", "step"), [("40", 40), ("0000\n", 0), ("release", 0)])
 def test_saved_step(recipe: Recipe, text: str, step: int) -> None:
     assert saved_step(recipe.checkpoint_path) is None
