@@ -169,6 +169,13 @@ def _log_load_balance_on_every_stage() -> None:
             self.metrics[name].reduce_group = parallel_state.get_tensor_and_context_parallel_group()
 
     setattr(MoEMetricsTracker, "ensure_initialized", ensure_all_layers)
+    count = MoEMetricsTracker._count_moe_layers
+
+    def count_once(num_layers: int | None, moe_layer_freq: Any, mtp_num_layers: int | None) -> int:
+        # The number of a hybrid model's layers of experts includes those of its depths; Megatron adds the depths.
+        return count(num_layers, moe_layer_freq, None)
+
+    setattr(MoEMetricsTracker, "_count_moe_layers", staticmethod(count_once))
 
 
 def _share_the_head_with_prediction_depths() -> None:

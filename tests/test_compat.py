@@ -296,18 +296,18 @@ def load_balance() -> float:
     from megatron.training import global_vars
 
     holder: Any = global_vars
-    holder._GLOBAL_ARGS = SimpleNamespace(num_layers=4, mtp_num_layers=None)
+    holder._GLOBAL_ARGS = SimpleNamespace(num_layers=4, mtp_num_layers=1)
     compat.mend_megatron()
     with model_parallel(tensor=2, pipeline=2):
         tracker = MoEMetricsTracker()
         if parallel_state.is_pipeline_first_stage():
             part = torch.tensor(1.0 + parallel_state.get_tensor_model_parallel_rank())
             group: Any = parallel_state.get_tensor_and_context_parallel_group()
-            tracker.record("load_balancing_loss", part, 2, 4, reduce_group=group)
+            tracker.record("load_balancing_loss", part, 2, 5, reduce_group=group)
         losses: dict[str, torch.Tensor] = {}
         tracker.report(
             1.0, 1, force_initialize=True, track_names="load_balancing_loss", num_layers=1, moe_layer_freq=1,
-            total_loss_dict=losses,
+            mtp_num_layers=1, total_loss_dict=losses,
         )  # fmt: skip
     return losses["load_balancing_loss"].item()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from megatron_txssm.architecture.layer_pattern import DEPTH
 from megatron_txssm.check.layouts import ONE_PROCESS, Layout, all_layouts, why_not
 from megatron_txssm.check.shrink import left_out, shrink
 from megatron_txssm.check.tokens import write_tokens
@@ -105,8 +106,9 @@ def bounds(precision: Precision) -> str:
 def described(recipe: Recipe, small: Recipe, precision: Precision) -> str:
     """One line on what is compared, and one on what is left out of the recipe."""
     model, training = small.model, small.training
+    layers = DEPTH.join([small.layers, *small.prediction_depths])
     lines = [
-        f"{recipe.name}, made small: {len(small.layers)} layers ({small.layers}), hidden_size {model.hidden_size}, "
+        f"{recipe.name}, made small: {len(small.layers)} layers ({layers}), hidden_size {model.hidden_size}, "
         f"{small.global_batch_size} samples of {training.seq_length} tokens, {training.train_iters} steps, {precision}"
     ]
     if entries := left_out(recipe):

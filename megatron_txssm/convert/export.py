@@ -55,7 +55,7 @@ def export(
     with complete_folder(out, planned.nbytes) as folder:
         with progress_bar("exporting", planned.nbytes, of_bytes=True) as advance:
             hashes = write_weights(planned, folder, max_file_bytes=int(max_file_gb * 1e9), advance=advance)
-        if recipe:
+        if recipe or saved.prediction_depths:
             (folder / "recipe.yaml").write_text(saved.recipe.to_yaml(), encoding="utf-8")
         else:
             shutil.copyfile(saved.checkpoints / "recipe.yaml", folder / "recipe.yaml")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.checkpoint.saved_model import open_checkpoint
+from megatron_txssm.recipe.loader import load_recipe
 from tests.support.tiny_run import Done, TinyRun, make_tiny_run, sets, txssm
 
 pytestmark = pytest.mark.slow
@@ -42,7 +43,7 @@ def test_conversions_leave_the_depths_out_and_say_so(run: TinyRun) -> None:
     exported, imported = run.folder / "exported", run.folder / "imported"
     said = _succeeds(txssm("convert", "export", str(run.run), str(exported)))
     assert "left out: multi-token prediction, 2 depths" in said
-    # recipe.yaml in the folder still states the depths.
+    assert load_recipe(exported / "recipe.yaml").prediction_depths == []
     _succeeds(txssm("convert", "import", str(exported), str(imported)))
     ours, back = open_checkpoint(run.run), open_checkpoint(imported)
     assert ours.prediction_depths == 2 and back.prediction_depths == 0
