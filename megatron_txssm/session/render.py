@@ -11,8 +11,7 @@ from megatron_txssm.recipe.settings.setting import argument
 _RECOMPUTE = {
     "none": [],
     "selective": ["--recompute-granularity", "selective"],
-    # A mixer and its FFN together: the input of every second layer is kept. Prediction depths need every layer's.
-    "full": ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers"],
+    "full": ["--recompute-granularity", "full", "--recompute-method", "uniform"],
 }
 
 
@@ -53,8 +52,10 @@ def _bf16_ends(layers: int, recipe: Recipe) -> list[str]:
 
 
 def _recompute(kind: str, recipe: Recipe) -> list[str]:
-    layers = ["1" if recipe.prediction_depths else "2"] if kind == "full" else []
-    return [*_RECOMPUTE[kind], *layers]
+    if kind != "full":
+        return _RECOMPUTE[kind]
+    # A mixer and its FFN together: the input of every second layer is kept. Prediction depths need every layer's.
+    return [*_RECOMPUTE[kind], "--recompute-num-layers", "1" if recipe.prediction_depths else "2"]
 
 
 def _wsd_shape(shape: str, recipe: Recipe) -> list[str]:
