@@ -1,0 +1,102 @@
+"""Lets Megatron train on fake tensors, which have shapes but no memory, as one rank of a world that does not exist."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._C._distributed_c10d import FakeWork  # pyright: ignore[reportAttributeAccessIssue]
+from torch.nn import Module
+
+from megatron_txssm.ops import tracing
+from megatron_txssm.planning.dry_run.watch import Watch
+
+# With start_megatron: processes that do not exist, and no look at values.
+MEGATRON_ARGUMENTS = (
+    "--fake-process-group",
+    "--no-initialization",
+    "--rerun-mode=disabled",
+    "--no-check-for-nan-in-loss-and-grad",
+)
+
+
+class FakeWatch(Watch):
+    """A watch that also answers what fake tensors cannot: collectives, and the value of a number."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            self._count(func, args)
+            return _done(func, args)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return _some_value(args[0].dtype)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _done(func: Any, args: tuple[Any, ...]) -> Any:
+    """What a collective returns: its output tensors as they are, and work that is done."""
+    work = FakeWork().boxed()
+    kinds = [str(kind.type) for kind in func._schema.returns]
+    return work if len(kinds) == 1 else tuple(work if "Work" in kind else args[0] for kind in kinds)
+
+
+def _some_value(dtype: torch.dtype) -> float | int | bool:
+    if dtype == torch.bool:
+        return False
+    return 1.0 if dtype.is_floating_point else 1
+
+
+@contextlib.contextmanager
+def on_fake_tensors() -> Iterator[None]:
+    """In this context, all tensors are fake, and modules and groups work with them."""
+    from megatron.core.optimizer import clip_grads
+
+    changed: list[tuple[Any, str, Any]] = [
+        (Module, "_apply", _apply_in_place),
+        (torch.distributed, "all_gather_object", _gather_own),
+        (torch.distributed, "broadcast_object_list", lambda *_, **__: None),
+        (clip_grads, "l2_norm_impl", _norm),
+        # Our operators take fake tensors for a compiler's, and a compiler gets other code.
+        (tracing, "_is_plain", lambda _: True),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in changed:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, replacement)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield
+
+
+def _apply_in_place(self: Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Module:
+    """Module._apply for moves and casts; torch's own swaps tensors, which the weak references to fakes forbid."""
+    for child in self.children() if recurse else ():
+        child._apply(fn)
+    for holder in (self._parameters, self._buffers):
+        for name, tensor in holder.items():
+            if tensor is None:
+                continue
+            with torch.no_grad():
+                made = fn(tensor)
+            if made.dtype != tensor.dtype:
+                holder[name] = _like(made, tensor)
+    return self
+
+
+def _like(made: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A cast parameter is one, with what Megatron has noted on it."""
+    if not isinstance(tensor, torch.nn.Parameter):
+        return made
+    parameter = torch.nn.Parameter(made, tensor.requires_grad)
+    parameter.__dict__.update(tensor.__dict__)
+    return parameter
+
+
+def _gather_own(object_list: list[Any], obj: Any, group: Any = None) -> None:
+    object_list[:] = [obj] * len(object_list)
+
+
+def _norm(_chunk: int, _flag: Any, lists: list[list[torch.Tensor]], _per_tensor: bool) -> tuple[torch.Tensor, None]:
+    """Megatron's own reads the norms of all tensors into a new one."""
+    return torch.stack([tensor.norm() for tensor in lists[0]]).norm(), None

@@ -1,0 +1,172 @@
+"""Builds the model, optimizer and schedule of one rank as Megatron does, and trains steps on tokens without meaning."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_txssm.planning.dry_run.watch import Watch, in_blocks
+from megatron_txssm.planning.usage import Usage
+
+
+class Rank:
+    """One rank's model, built under `watch` after `start_megatron`."""
+
+    def __init__(self, args: Any, watch: Watch, *, fake: bool):
+        from megatron.core.enums import ModelType
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.core.utils import get_model_config
+        from megatron.training import training
+        from megatron.training.argument_utils import hybrid_config_from_args, pretrain_cfg_container_from_args
+
+        from megatron_txssm.session.start import model_config
+
+        self.args, self.watch = args, watch
+        # The weights' values are drawn one by one.
+        config = hybrid_config_from_args(args) if fake else model_config(args)
+        self.models, self.optimizer, _ = training.setup_model_and_optimizer(
+            ModelType.encoder_or_decoder,
+            cfg_container=pretrain_cfg_container_from_args(args, config),
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
+        self._prepare(get_model_config(self.models[0]))
+
+    def _prepare(self, config: Any) -> None:
+        """As Megatron's train() does."""
+        from megatron.core.distributed import finalize_model_grads
+
+        config.grad_scale_func = self.optimizer.scale_loss
+        config.finalize_model_grads_func = finalize_model_grads
+        if self.args.overlap_grad_reduce:
+            one = len(self.models) == 1
+            config.no_sync_func = self.models[0].no_sync if one else [model.no_sync for model in self.models]
+            if self.args.align_grad_reduce:
+                starts = [model.start_grad_sync for model in self.models]
+                config.grad_sync_func = starts[0] if one else starts
+        if self.args.overlap_param_gather and self.args.align_param_gather:
+            starts = [model.start_param_sync for model in self.models]
+            config.param_sync_func = starts[0] if len(starts) == 1 else starts
+
+    def step(self, micro_batches: int) -> None:
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        from megatron_txssm.training.forward_step import forward_step
+
+        for model in self.models:
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        batches = [_batches(self.args) for _ in self.models]
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=batches if len(batches) > 1 else batches[0],
+            model=self.models,
+            num_microbatches=micro_batches,
+            seq_length=self.args.seq_length,
+            micro_batch_size=self.args.micro_batch_size,
+            decoder_seq_length=self.args.decoder_seq_length,
+            forward_only=False,
+        )
+        self.optimizer.step()
+
+    def usage(self, traffic: Counter[tuple[str, str]]) -> Usage:
+        weights = _bytes(parameter for model in self.models for parameter in model.parameters())
+        gradients = _bytes(buffer.grad_data for model in self.models for buffer in _buffers(model))
+        optimizer = _bytes(_optimizer_tensors(self.optimizer), besides=self._storages())
+        state = weights + gradients + optimizer
+        return Usage(weights, gradients, optimizer, self.watch.peak - state, dict(traffic))
+
+    def _storages(self) -> set[int]:
+        held = [parameter for model in self.models for parameter in model.parameters()]
+        held += [buffer.grad_data for model in self.models for buffer in _buffers(model)]
+        return {tensor.untyped_storage()._cdata for tensor in held}
+
+
+def used_by_steps(rank: Rank, micro_batches: int) -> Usage:
+    """Usage of a step of `micro_batches`, from two short steps.
+
+    Traffic grows evenly with the micro-batches; memory no longer grows once the pipeline is full. The optimizer makes
+    its moments in the first step.
+    """
+    stages = rank.args.pipeline_model_parallel_size
+    # Interleaving divides the micro-batches into groups of one per stage.
+    first = min(micro_batches, stages)
+    second = min(micro_batches, 2 * stages + (0 if rank.args.virtual_pipeline_model_parallel_size else 1))
+    rank.watch.forget_traffic()
+    rank.step(first)
+    before = rank.watch.traffic
+    rank.watch.forget_traffic()
+    rank.step(second)
+    after, traffic = rank.watch.traffic, Counter[tuple[str, str]]()
+    for key in before | after:
+        each = (after[key] - before[key]) // (second - first) if second > first else 0
+        traffic[key] = after[key] + (micro_batches - second) * each
+    return rank.usage(traffic)
+
+
+def group_names() -> dict[str, str]:
+    """Megatron's short names of process groups, by torch's."""
+    from megatron.core import parallel_state
+
+    shown = {
+        "tp": "TENSOR_MODEL_PARALLEL_GROUP",
+        "pp": "PIPELINE_MODEL_PARALLEL_GROUP",
+        "cp": "CONTEXT_PARALLEL_GROUP",
+        "ep": "EXPERT_MODEL_PARALLEL_GROUP",
+        "dp": "DATA_PARALLEL_GROUP",
+        "dp_cp": "DATA_PARALLEL_GROUP_WITH_CP",
+        "expert_dp": "EXPERT_DATA_PARALLEL_GROUP",
+        "embedding": "EMBEDDING_GROUP",
+        "mp": "MODEL_PARALLEL_GROUP",
+        "tp_cp": "TENSOR_AND_CONTEXT_PARALLEL_GROUP",
+        "tp_dp_cp": "TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP",
+        "tp_ep": "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP",
+        "tp_ep_pp": "EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP",
+    }
+    names: dict[str, str] = {}
+    for name, attribute in shown.items():
+        group = getattr(parallel_state, f"_{attribute}", None)
+        if isinstance(group, torch.distributed.ProcessGroup):
+            names.setdefault(group.group_name, name)
+    return names
+
+
+def _batches(args: Any) -> Iterator[dict[str, Tensor]]:
+    """Micro-batches; where documents are isolated, four to a sample."""
+    length = args.seq_length
+    while True:
+        shape = (args.micro_batch_size, length)
+        tokens = torch.zeros(shape, dtype=torch.long)
+        positions = torch.arange(length)
+        if args.isolate_documents:
+            positions = positions % -(-length // 4)
+        yield {
+            "tokens": tokens,
+            "labels": tokens.clone(),
+            "loss_mask": torch.ones(shape),
+            "position_ids": positions.expand(shape),
+        }
+
+
+def _buffers(model: Any) -> list[Any]:
+    return [*model.buffers, *model.expert_parallel_buffers]
+
+
+def _optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
+    """Master weights and moments of Megatron's optimizer, or of all that it chains."""
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(one, "optimizer", None)
+        if inner is None:
+            continue
+        for group in inner.param_groups:
+            yield from group["params"]
+        for state in inner.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _bytes(tensors: Iterator[Tensor], besides: set[int] = frozenset()) -> int:  # pyright: ignore[reportArgumentType]
+    """Of all storages that hold `tensors`, but for those `besides`."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(in_blocks(size) for key, size in storages.items() if key not in besides)
