@@ -4,9 +4,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._C._distributed_c10d import FakeWork  # pyright: ignore[reportAttributeAccessIssue]
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Module
 
 from megatron_txssm.ops import tracing
@@ -52,6 +53,10 @@ def _some_value(dtype: torch.dtype) -> float | int | bool:
 def on_fake_tensors() -> Iterator[None]:
     """In this context, all tensors are fake, and modules and groups work with them."""
     from megatron.core.optimizer import clip_grads
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    from megatron_txssm.model.documents import PackedDocuments
+    from megatron_txssm.training import forward_step
 
     changed: list[tuple[Any, str, Any]] = [
         (Module, "_apply", _apply_in_place),
@@ -60,6 +65,10 @@ def on_fake_tensors() -> Iterator[None]:
         (clip_grads, "l2_norm_impl", _norm),
         # Our operators take fake tensors for a compiler's, and a compiler gets other code.
         (tracing, "_is_plain", lambda _: True),
+        (MoEAlltoAllTokenDispatcher, "preprocess", _balanced(MoEAlltoAllTokenDispatcher.preprocess)),
+        (PackedDocuments, "segments", _segments),
+        # It looks at values to count FLOPs.
+        (forward_step, "count_documents", lambda *_: None),
     ]
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in changed:
@@ -95,6 +104,36 @@ def _like(made: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 def _gather_own(object_list: list[Any], obj: Any, group: Any = None) -> None:
     object_list[:] = [obj] * len(object_list)
+
+
+def _balanced(preprocess: Callable[..., Any]) -> Callable[..., Any]:
+    """The token dispatcher's plan where each expert gets as many tokens; the real one follows from values."""
+
+    def plan(self: Any, routing_map: torch.Tensor) -> Any:
+        preprocess(self, routing_map)
+        tokens, ranks = self.num_out_tokens, self.ep_size * self.tp_size
+        if ranks > 1:
+            self.input_splits = self.output_splits = np.full(self.ep_size, tokens // self.ep_size)
+            self.output_splits_tp = np.full(self.tp_size, tokens)
+        each = tokens // self.num_experts
+        self.num_global_tokens_per_local_expert = np.full((ranks, self.num_local_experts), each)
+        self.sort_input_by_local_experts = np.arange(self.num_experts * self.tp_size)
+        self.restore_output_by_local_experts = self.sort_input_by_local_experts
+        return np.full(self.num_local_experts, each * ranks)
+
+    return plan
+
+
+def _segments(self: Any, zigzag: Any) -> list[Any]:
+    """Of step.py's documents."""
+    from megatron_txssm.model.documents import _of_row
+    from megatron_txssm.planning.dry_run.step import document_positions
+
+    if zigzag not in self._segments:
+        rows, length = self.position_BL.shape
+        positions = document_positions(length)
+        self._segments[zigzag] = [s for row in range(rows) for s in _of_row(row, positions, zigzag)]
+    return self._segments[zigzag]
 
 
 def _norm(_chunk: int, _flag: Any, lists: list[list[torch.Tensor]], _per_tensor: bool) -> tuple[torch.Tensor, None]:

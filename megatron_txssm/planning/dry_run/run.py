@@ -1,4 +1,4 @@
-"""Runs a rank of a recipe's training on fake tensors in a process of its own: exact memory and traffic, without GPUs."""
+"""A rank of a recipe's training on fake tensors, in a process of its own: exact memory and traffic, without GPUs."""
 
 import json
 import os
@@ -24,6 +24,9 @@ _WITHOUT_DATA: Changes = {
     "megatron.mock_data": True,
     "checkpoint.save_interval": None,
 }
+# PYTHONSAFEPATH: a json.py in the current folder must not be imported.
+_ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+_ALONE |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 
 
 class DryRunFailed(Exception):
@@ -51,14 +54,7 @@ def run_rank(
     with tempfile.TemporaryDirectory(prefix="txssm-dry-run-") as name:
         folder = Path(name)
         task = write_task(recipe, folder, kernels=kernels, only_build=only_build, fake=True)
-        environment = os.environ | {
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-            # A json.py in the current folder must not be imported.
-            "PYTHONSAFEPATH": "1",
-            **{"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
-            **{"MASTER_ADDR": "localhost", "MASTER_PORT": "0"},
-        }
+        environment = os.environ | _ALONE | {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
         words = [sys.executable, "-m", WORKER, str(task)]
         done = subprocess.run(words, env=environment, capture_output=True, text=True, errors="replace", check=False)
         result = folder / f"result_{rank}.json"

@@ -1,6 +1,5 @@
 """Builds the model, optimizer and schedule of one rank as Megatron does, and trains steps on tokens without meaning."""
 
-import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -101,53 +100,60 @@ def used_by_steps(rank: Rank, micro_batches: int) -> Usage:
     rank.step(second)
     after, traffic = rank.watch.traffic, Counter[tuple[str, str]]()
     for key in before | after:
-        each = (after[key] - before[key]) // (second - first) if second > first else 0
+        # The first step may send more, once.
+        each = max(0, after[key] - before[key]) // max(1, second - first)
         traffic[key] = after[key] + (micro_batches - second) * each
     return rank.usage(traffic)
 
 
-def group_names() -> dict[str, str]:
-    """Megatron's short names of process groups, by torch's."""
+# Megatron's short names of process groups; where two have the same ranks, the first names both.
+GROUPS = {
+    "tp": "TENSOR_MODEL_PARALLEL_GROUP",
+    "pp": "PIPELINE_MODEL_PARALLEL_GROUP",
+    "cp": "CONTEXT_PARALLEL_GROUP",
+    "ep": "EXPERT_MODEL_PARALLEL_GROUP",
+    "dp": "DATA_PARALLEL_GROUP",
+    "dp_cp": "DATA_PARALLEL_GROUP_WITH_CP",
+    "expert_dp": "EXPERT_DATA_PARALLEL_GROUP",
+    "embedding": "EMBEDDING_GROUP",
+    "tp_ep": "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP",
+    "mp": "MODEL_PARALLEL_GROUP",
+    "tp_cp": "TENSOR_AND_CONTEXT_PARALLEL_GROUP",
+    "tp_dp_cp": "TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP",
+}
+
+
+def group_names() -> dict[tuple[int, ...], str]:
+    """Names of this rank's process groups, by their ranks."""
     from megatron.core import parallel_state
 
-    shown = {
-        "tp": "TENSOR_MODEL_PARALLEL_GROUP",
-        "pp": "PIPELINE_MODEL_PARALLEL_GROUP",
-        "cp": "CONTEXT_PARALLEL_GROUP",
-        "ep": "EXPERT_MODEL_PARALLEL_GROUP",
-        "dp": "DATA_PARALLEL_GROUP",
-        "dp_cp": "DATA_PARALLEL_GROUP_WITH_CP",
-        "expert_dp": "EXPERT_DATA_PARALLEL_GROUP",
-        "embedding": "EMBEDDING_GROUP",
-        "mp": "MODEL_PARALLEL_GROUP",
-        "tp_cp": "TENSOR_AND_CONTEXT_PARALLEL_GROUP",
-        "tp_dp_cp": "TENSOR_AND_DATA_PARALLEL_GROUP_WITH_CP",
-        "tp_ep": "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP",
-        "tp_ep_pp": "EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP",
-    }
-    names: dict[str, str] = {}
-    for name, attribute in shown.items():
+    names: dict[tuple[int, ...], str] = {}
+    for name, attribute in GROUPS.items():
         group = getattr(parallel_state, f"_{attribute}", None)
         if isinstance(group, torch.distributed.ProcessGroup):
-            names.setdefault(group.group_name, name)
+            names.setdefault(tuple(torch.distributed.get_process_group_ranks(group)), name)
     return names
 
 
 def _batches(args: Any) -> Iterator[dict[str, Tensor]]:
-    """Micro-batches; where documents are isolated, four to a sample."""
-    length = args.seq_length
+    """Micro-batches of zeros."""
+    shape = (args.micro_batch_size, args.seq_length)
     while True:
-        shape = (args.micro_batch_size, length)
         tokens = torch.zeros(shape, dtype=torch.long)
-        positions = torch.arange(length)
+        positions = torch.arange(args.seq_length)
         if args.isolate_documents:
-            positions = positions % -(-length // 4)
+            positions = torch.tensor(document_positions(args.seq_length))
         yield {
             "tokens": tokens,
             "labels": tokens.clone(),
             "loss_mask": torch.ones(shape),
             "position_ids": positions.expand(shape),
         }
+
+
+def document_positions(length: int) -> list[int]:
+    """Each token's position in its document, of four in a sample."""
+    return [position % -(-length // 4) for position in range(length)]
 
 
 def _buffers(model: Any) -> list[Any]:

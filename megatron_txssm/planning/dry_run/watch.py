@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 # As the CUDA allocator rounds.
 BLOCK = 512
+# Bytes of a norm, a loss or a flag, whose collectives are not counted.
+A_NUMBER = 8
 # torch's operators by the name under which their bytes are counted; barriers and the like have no tensor.
 COLLECTIVES = {
     "allreduce_": "all_reduce",
@@ -36,10 +38,10 @@ COLLECTIVES = {
 class Watch(TorchDispatchMode):
     """Live bytes and their peak, of all storages made while it is active, and traffic by (collective, group).
 
-    `names`: groups' names by torch's name of each. A storage counts in whole blocks, once, until it is freed.
+    `names`: groups' names by their ranks. A storage counts in whole blocks, once, until it is freed.
     """
 
-    def __init__(self, names: dict[str, str]):
+    def __init__(self, names: dict[tuple[int, ...], str]):
         super().__init__()
         self.live = self.peak = 0
         self.traffic: Counter[tuple[str, str]] = Counter()
@@ -75,10 +77,11 @@ class Watch(TorchDispatchMode):
     def _count(self, func: Any, args: tuple[Any, ...]) -> None:
         name = COLLECTIVES.get(func._schema.name.partition("::")[2])
         group = _group_of(args)
-        if name is None or group is None or group.size() == 1:
-            return
         largest = max((tensor.numel() * tensor.element_size() for tensor in tensors_in(args)), default=0)
-        self.traffic[name, self._names.get(group.group_name, "other")] += largest
+        if name is None or group is None or group.size() == 1 or largest <= A_NUMBER:
+            return
+        ranks = tuple(torch.distributed.get_process_group_ranks(group))
+        self.traffic[name, self._names.get(ranks, "world")] += largest
 
 
 def in_blocks(size: int) -> int:

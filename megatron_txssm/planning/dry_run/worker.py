@@ -2,9 +2,9 @@
 
     python -m megatron_txssm.planning.dry_run.worker TASK.json
 
-TASK is {"recipe": file, "result": file, "kernels": "gpu" or "local", "only_build": bool, "fake": bool}; the environment
-has torch's RANK and WORLD_SIZE. The result is {"usage": ...}, or {"refused": why} where Megatron or this project refuses
-the recipe. With "fake" false, the ranks exist and train on real tensors, which tests compare with fake ones.
+TASK is {"recipe": file, "result": file, "kernels": "gpu" or "local", "only_build": bool, "fake": bool}; torch's RANK and
+WORLD_SIZE come from the environment. The result is {"usage": ...}, or {"refused": why} where Megatron or this project
+refuses the recipe. With "fake" false, the ranks exist and train on real tensors, which tests compare with fake ones.
 """
 
 import contextlib
