@@ -10,16 +10,12 @@ from torch._C._distributed_c10d import FakeWork  # pyright: ignore[reportAttribu
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Module
 
-from megatron_txssm.ops import tracing
+from megatron_txssm.ops import ssd_blocks, tracing
 from megatron_txssm.planning.dry_run.watch import Watch
 
-# With start_megatron: processes that do not exist, and no look at values.
-MEGATRON_ARGUMENTS = (
-    "--fake-process-group",
-    "--no-initialization",
-    "--rerun-mode=disabled",
-    "--no-check-for-nan-in-loss-and-grad",
-)
+# Arguments for start_megatron. NaN is looked for, and steps are repeated, by reading values.
+FAKE_PROCESSES = ("--fake-process-group", "--no-initialization")
+WITHOUT_A_LOOK_AT_VALUES = ("--rerun-mode=disabled", "--no-check-for-nan-in-loss-and-grad")
 
 
 class FakeWatch(Watch):
@@ -75,6 +71,8 @@ def on_fake_tensors() -> Iterator[None]:
             stack.callback(setattr, owner, name, getattr(owner, name))
             setattr(owner, name, replacement)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        # Buffers kept from an earlier run are other fakes.
+        stack.callback(ssd_blocks._kept_scratch.__dict__.clear)
         yield
 
 

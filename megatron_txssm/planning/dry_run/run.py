@@ -1,11 +1,12 @@
-"""A rank of a recipe's training on fake tensors, in a process of its own: exact memory and traffic, without GPUs."""
+"""Ranks of a recipe's training on fake tensors, in a process of their own: memory and traffic without GPUs or peers."""
 
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,10 @@ from megatron_txssm.recipe.changes import WITHOUT_REPORTS, WITHOUT_TOKENIZER, WI
 from megatron_txssm.recipe.recipe import Recipe
 
 WORKER = "megatron_txssm.planning.dry_run.worker"
-# Kernels whose memory is counted: those of a GPU with Transformer Engine, or of local modules on a CPU.
+# Kernels whose memory is counted: a GPU's with Transformer Engine, or those of local modules on a CPU.
 Kernels = Literal["gpu", "local"]
-_WITHOUT_DATA: Changes = {
+# A dry run needs no data.
+WITHOUT_DATA: Changes = {
     **WITHOUT_TOKENS,
     **WITHOUT_TOKENIZER,
     **WITHOUT_REPORTS,
@@ -33,13 +35,29 @@ class DryRunFailed(Exception):
     """The process ended without a result; says how."""
 
 
+@dataclass(frozen=True)
+class RankOf:
+    """One rank of a recipe's training on `world_size` processes."""
+
+    recipe: Recipe
+    world_size: int
+    rank: int = 0
+
+    def task(self, folder: Path, kernels: Kernels, *, only_build: bool) -> dict[str, Any]:
+        """The worker's task, with its recipe in `folder`."""
+        file = folder / "recipe.yaml"
+        file.write_text(self.recipe.to_yaml(), encoding="utf-8")
+        words = {"recipe": str(file), "result": str(folder / "result.json"), "kernels": kernels}
+        return {**words, "world_size": self.world_size, "rank": self.rank, "only_build": only_build}
+
+
 def dry_run(recipe: Recipe, world_size: int, rank: int = 0, *, kernels: Kernels = "gpu") -> Usage:
     """What this rank of `world_size` needs; UserError if Megatron or this project refuses the recipe.
 
     The rank's own model, optimizer and pipeline schedule run as in a training, in about 20 seconds and one GiB.
     """
-    found = run_rank(changed(recipe, _WITHOUT_DATA), world_size, rank, kernels=kernels)
-    return usage_of(found["usage"])
+    found = run_ranks([RankOf(changed(recipe, WITHOUT_DATA), world_size, rank)], kernels=kernels)
+    return usage_of(found[0]["usage"])
 
 
 def usage_of(found: Mapping[str, Any]) -> Usage:
@@ -47,36 +65,35 @@ def usage_of(found: Mapping[str, Any]) -> Usage:
     return Usage(**{**found, "traffic": {(kind, group): size for kind, group, size in found["traffic"]}})
 
 
-def run_rank(
-    recipe: Recipe, world_size: int, rank: int, *, kernels: Kernels, only_build: bool = False
-) -> dict[str, Any]:
-    """The worker's result. UserError if it refuses the recipe; DryRunFailed if it ends in another way."""
+def run_ranks(ranks: Sequence[RankOf], *, kernels: Kernels, only_build: bool = False) -> list[dict[str, Any]]:
+    """The worker's results, of ranks one after another in one process.
+
+    UserError if it refuses a recipe; DryRunFailed if it ends in another way.
+    """
     with tempfile.TemporaryDirectory(prefix="txssm-dry-run-") as name:
-        folder = Path(name)
-        task = write_task(recipe, folder, kernels=kernels, only_build=only_build, fake=True)
-        environment = os.environ | _ALONE | {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        words = [sys.executable, "-m", WORKER, str(task)]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, errors="replace", check=False)
-        result = folder / f"result_{rank}.json"
-        if not result.exists():
-            raise DryRunFailed(_last_words(done.stderr) or f"the process ended with exit code {done.returncode}")
-        found = json.loads(result.read_text(encoding="utf-8"))
+        folders = [Path(name) / str(number) for number, _ in enumerate(ranks)]
+        tasks: list[dict[str, Any]] = []
+        for folder, rank in zip(folders, ranks, strict=True):
+            folder.mkdir()
+            tasks.append(rank.task(folder, kernels, only_build=only_build))
+        file = Path(name) / "tasks.json"
+        file.write_text(json.dumps(tasks), encoding="utf-8")
+        words = [sys.executable, "-m", WORKER, str(file)]
+        done = subprocess.run(words, env=os.environ | _ALONE, capture_output=True, text=True, errors="replace")
+        return [_result(Path(task["result"]), done) for task in tasks]
+
+
+def _result(file: Path, done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    if not file.exists():
+        raise DryRunFailed(_last_words(done.stderr) or f"the process ended with exit code {done.returncode}")
+    found = json.loads(file.read_text(encoding="utf-8"))
     if "refused" in found:
         raise UserError(found["refused"])
     return found
 
 
-def write_task(recipe: Recipe, folder: Path, *, kernels: Kernels, only_build: bool, fake: bool) -> Path:
-    """The worker's task file in `folder`, where each rank writes result_RANK.json."""
-    file, task = folder / "recipe.yaml", folder / "task.json"
-    file.write_text(recipe.to_yaml(), encoding="utf-8")
-    words = {"recipe": str(file), "result": str(folder / "result_{rank}.json"), "kernels": kernels}
-    task.write_text(json.dumps({**words, "only_build": only_build, "fake": fake}), encoding="utf-8")
-    return task
-
-
 def _last_words(stderr: str) -> str:
-    """The last line of a traceback, without torch's rank prefix."""
-    lines = [line.removeprefix("[rank0]:").strip() for line in stderr.splitlines()]
-    said = [line for line in lines if line]
-    return said[-1] if said else ""
+    """The last line of a traceback, without the rank that torch puts before it."""
+    said = [line.partition("]:")[2] if line.startswith("[rank") else line for line in stderr.splitlines()]
+    lines = [line.strip() for line in said if line.strip()]
+    return lines[-1] if lines else ""

@@ -1,10 +1,9 @@
-"""One rank of a dry run: builds a recipe's model as that rank of a world, trains two steps, writes what they used.
+"""Dry runs, one after another: each builds a recipe's model as one rank and writes what two steps of it used.
 
-    python -m megatron_txssm.planning.dry_run.worker TASK.json
+    python -m megatron_txssm.planning.dry_run.worker TASKS.json
 
-TASK is {"recipe": file, "result": file, "kernels": "gpu" or "local", "only_build": bool, "fake": bool}; torch's RANK and
-WORLD_SIZE come from the environment. The result is {"usage": ...}, or {"refused": why} where Megatron or this project
-refuses the recipe. With "fake" false, the ranks exist and train on real tensors, which tests compare with fake ones.
+TASKS are {"recipe": file, "result": file, "world_size": N, "rank": N, "kernels": "gpu" or "local", "only_build": bool}.
+A result is {"usage": ...}, or {"refused": why} where Megatron or this project refuses the recipe.
 """
 
 import contextlib
@@ -19,34 +18,52 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.slurm.environment import end_with_parent
 
 
-def main(task_file: str) -> None:
+def main(tasks_file: str) -> None:
     end_with_parent()
-    task = json.loads(Path(task_file).read_text(encoding="utf-8"))
-    try:
-        found = run(task)
-    except UserError as error:
-        found = {"refused": str(error)}
-    result = Path(task["result"].format(rank=os.environ["RANK"]))
-    # Written atomically: the parent may end this process at any time.
+    import torch
+
+    from megatron_txssm.platform import prepare_platform
+
+    prepare_platform()
+    from megatron_txssm.compat import forget_training
+
+    for task in json.loads(Path(tasks_file).read_text(encoding="utf-8")):
+        os.environ.update(RANK=str(task["rank"]), WORLD_SIZE=str(task["world_size"]))
+        try:
+            found = run(task)
+        except UserError as error:
+            found = {"refused": str(error)}
+        write(found, Path(task["result"]))
+        forget_training()
+        # The next task's world is another one.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def write(found: dict[str, Any], result: Path) -> None:
+    # Atomically: the parent may end this process at any time.
     part = result.with_suffix(".part")
     part.write_text(json.dumps(found), encoding="utf-8")
     part.replace(result)
 
 
-def run(task: dict[str, Any]) -> dict[str, Any]:
+def run(task: dict[str, Any], *, fake: bool = True) -> dict[str, Any]:
+    """A task's result. fake False: the ranks exist and train on real tensors, which tests compare with fake ones."""
     import torch
 
-    from megatron_txssm.platform import prepare_platform
     from megatron_txssm.recipe.loader import load_recipe
     from megatron_txssm.session.start import start_megatron
 
     torch.set_num_threads(1)
-    prepare_platform()
-    fake = task["fake"]
-    from megatron_txssm.planning.dry_run.fakes import MEGATRON_ARGUMENTS, FakeWatch, on_fake_tensors
+    from megatron_txssm.planning.dry_run.fakes import (
+        FAKE_PROCESSES,
+        WITHOUT_A_LOOK_AT_VALUES,
+        FakeWatch,
+        on_fake_tensors,
+    )
 
-    recipe = load_recipe(task["recipe"])
-    args = start_megatron(recipe, after=MEGATRON_ARGUMENTS if fake else MEGATRON_ARGUMENTS[2:], trains=False)
+    arguments = (*FAKE_PROCESSES, *WITHOUT_A_LOOK_AT_VALUES) if fake else WITHOUT_A_LOOK_AT_VALUES
+    args = start_megatron(load_recipe(task["recipe"]), after=arguments, trains=False)
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.training import training
 
@@ -54,8 +71,7 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
     from megatron_txssm.planning.dry_run.watch import Watch
 
     training.initialize_megatron()
-    names = group_names()
-    watch = FakeWatch(names) if fake else Watch(names)
+    watch = FakeWatch(group_names()) if fake else Watch(group_names())
     with contextlib.ExitStack() as stack:
         if task["kernels"] == "gpu":
             from megatron_txssm.planning.dry_run.gpu_kernels import as_on_a_gpu
