@@ -3,7 +3,9 @@
 import difflib
 import re
 import reprlib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -38,3 +40,11 @@ def shown(value: object) -> str:
     short = reprlib.Repr()
     short.maxstring = short.maxother = 80
     return short.repr(value)
+
+
+def described(error: Exception) -> str:
+    """An error of other software in one line, with the place where it was raised: an assertion may say nothing else."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    place = "/".join(Path(last.filename).parts[-3:])
+    said = f"{type(error).__name__}: {error}".strip().removesuffix(":").partition("\n")[0]
+    return f"{said} ({place}:{last.lineno}: {last.line})"

@@ -7,7 +7,7 @@ GB, TB, TERA = 10**9, 10**12, 10**12
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates are per second and per GPU; a link's is that of one direction. NVIDIA's data sheets, dense, SXM or as named.
+    """Rates are per second and GPU, dense, a link's in one direction; from NVIDIA's data sheets, SXM or as named.
 
     Attributes:
         name: as `txssm plan --gpu` takes it

@@ -16,6 +16,7 @@ from megatron_txssm.jobs.submission.record import git_commit, make_record
 from megatron_txssm.jobs.submission.request import Request
 from megatron_txssm.jobs.submission.submission import Submission, check_free
 from megatron_txssm.jobs.supervisor.settings import Settings
+from megatron_txssm.planning.check_build import check_build
 from megatron_txssm.recipe.corpus.tokenizer import NoCorpus
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
@@ -54,7 +55,8 @@ def submit(
         submit("transxssm_1.3b", nodes=4, gpus_per_node=8, time="24:00:00")
         submit("transxssm_320m", nodes=1, gpus_per_node=8, chain=True, limits=Limits(step_timeout=600))
 
-    First the recipe, the data and the checkpoint are checked, and Slurm validates the batch scripts. Then the resolved
+    First the recipe, the data and the checkpoint are checked, Slurm validates the batch scripts, and the model is built
+    once on fake tensors. Then the resolved
     recipe, the scripts and a copy of the code are written to the run folder, and the job is queued. It restarts by
     itself after its time limit, a preemption or a failure. The site's settings (slurm/env.sh, or the file that
     $TXSSM_ENV names) are loaded into this process's environment.
@@ -124,6 +126,7 @@ def plan_submission(request: Request, command: str) -> Submission | None:
     home = code.path if code else HOME
     scripts = _scripts(recipe, home, allocation, options, request)
     _check_cluster(recipe, scripts, request.dry_run)
+    check_build(recipe, allocation.world_size)
     if allocation.gpus_per_node and (costly := list(costly_defaults(options))):
         print(
             f"warning: this job does not ask for {', '.join(costly)}; unless the cluster sets it anyway, add "

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from megatron_txssm.errors import UserError
+from megatron_txssm.errors import UserError, described
 from megatron_txssm.platform import prepare_platform
 from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.megatron_arguments.section import of_gpus
@@ -94,7 +94,11 @@ def initialize_arguments(arguments: list[str]) -> "MegatronArguments":
     try:
         return parse_and_validate_args(extra_args_provider=add_transxssm_arguments)
     except (AssertionError, ValueError) as error:
-        raise UserError(f"Megatron refuses the arguments: {error}") from error
+        raise UserError(f"Megatron refuses the arguments: {_reason(error)}") from error
+
+
+def _reason(error: AssertionError | ValueError) -> str:
+    return str(error) or described(error)
 
 
 def model_config(args: "MegatronArguments") -> "HybridModelConfig":
@@ -135,7 +139,7 @@ def megatron_initialized(recipe: Recipe, world_size: int) -> "Iterator[MegatronA
         try:
             validate_args(args)
         except (AssertionError, ValueError) as error:
-            raise UserError(f"Megatron refuses the arguments: {error}") from error
+            raise UserError(f"Megatron refuses the arguments: {_reason(error)}") from error
         global_vars.set_args(args)
         global_vars.rebuild_tokenizer(args)
         yield args

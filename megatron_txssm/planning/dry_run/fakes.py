@@ -80,7 +80,8 @@ def _apply_in_place(self: Module, fn: Callable[[torch.Tensor], torch.Tensor], re
     """Module._apply for moves and casts; torch's own swaps tensors, which the weak references to fakes forbid."""
     for child in self.children() if recurse else ():
         child._apply(fn)
-    for holder in (self._parameters, self._buffers):
+    holders: tuple[dict[str, Any], ...] = (self._parameters, self._buffers)
+    for holder in holders:
         for name, tensor in holder.items():
             if tensor is None:
                 continue
@@ -96,7 +97,7 @@ def _like(made: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, torch.nn.Parameter):
         return made
     parameter = torch.nn.Parameter(made, tensor.requires_grad)
-    parameter.__dict__.update(tensor.__dict__)
+    vars(parameter).update(vars(tensor))
     return parameter
 
 

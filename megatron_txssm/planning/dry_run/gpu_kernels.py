@@ -157,10 +157,12 @@ def _decays_and_states(x: Tensor, B: Tensor, chunk_size: int) -> tuple[Tensor, .
     """What both directions of mamba-ssm 2.3.2's scan make first: the decays within chunks, their sizes, pair scores."""
     (b, length, h, p), (g, n) = x.shape, B.shape[2:]
     chunks = -(-length // chunk_size)
-    fp32 = {"dtype": torch.float32}
-    decays, steps = x.new_empty(b, h, chunks, chunk_size, **fp32), x.new_empty(b, h, chunks, chunk_size, **fp32)
-    states = x.new_empty(b, chunks, h, p, n, **fp32)
-    return decays, steps, states, x.new_empty(b, chunks, g, chunk_size, chunk_size, **fp32)
+    decays, steps = (_fp32(x, b, h, chunks, chunk_size) for _ in range(2))
+    return decays, steps, _fp32(x, b, chunks, h, p, n), _fp32(x, b, chunks, g, chunk_size, chunk_size)
+
+
+def _fp32(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(*shape, dtype=torch.float32)
 
 
 def _scan_forward(

@@ -32,7 +32,7 @@ _ALONE |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost
 
 
 class DryRunFailed(Exception):
-    """The process ended without a result; says how."""
+    """A dry run raised an error, or its process ended without a result; says how."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,15 @@ class RankOf:
 
 
 def dry_run(recipe: Recipe, world_size: int, rank: int = 0, *, kernels: Kernels = "gpu") -> Usage:
-    """What this rank of `world_size` needs; UserError if Megatron or this project refuses the recipe.
+    """What this rank of `world_size` needs.
 
-    The rank's own model, optimizer and pipeline schedule run as in a training, in about 20 seconds and one GiB.
+    UserError if Megatron or this project refuses the recipe, DryRunFailed if it does not train. The rank's own model,
+    optimizer and pipeline schedule run as in a training, in about 20 seconds and one GiB.
     """
-    found = run_ranks([RankOf(changed(recipe, WITHOUT_DATA), world_size, rank)], kernels=kernels)
-    return usage_of(found[0]["usage"])
+    [found] = run_ranks([RankOf(changed(recipe, WITHOUT_DATA), world_size, rank)], kernels=kernels)
+    if "failed" in found:
+        raise DryRunFailed(found["failed"])
+    return usage_of(found["usage"])
 
 
 def usage_of(found: Mapping[str, Any]) -> Usage:
@@ -68,7 +71,7 @@ def usage_of(found: Mapping[str, Any]) -> Usage:
 def run_ranks(ranks: Sequence[RankOf], *, kernels: Kernels, only_build: bool = False) -> list[dict[str, Any]]:
     """The worker's results, of ranks one after another in one process.
 
-    UserError if it refuses a recipe; DryRunFailed if it ends in another way.
+    UserError if it refuses a recipe; DryRunFailed if it ends without a result.
     """
     with tempfile.TemporaryDirectory(prefix="txssm-dry-run-") as name:
         folders = [Path(name) / str(number) for number, _ in enumerate(ranks)]

@@ -26,11 +26,13 @@ class Rank:
         self.args, self.watch = args, watch
         # The weights' values are drawn one by one.
         config = hybrid_config_from_args(args) if fake else model_config(args)
-        self.models, self.optimizer, _ = training.setup_model_and_optimizer(
+        self.models, optimizer, _ = training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder,
             cfg_container=pretrain_cfg_container_from_args(args, config),
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
+        assert optimizer is not None
+        self.optimizer = optimizer
         self._prepare(get_model_config(self.models[0]))
 
     def _prepare(self, config: Any) -> None:

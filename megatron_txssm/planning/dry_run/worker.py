@@ -3,7 +3,8 @@
     python -m megatron_txssm.planning.dry_run.worker TASKS.json
 
 TASKS are {"recipe": file, "result": file, "world_size": N, "rank": N, "kernels": "gpu" or "local", "only_build": bool}.
-A result is {"usage": ...}, or {"refused": why} where Megatron or this project refuses the recipe.
+A result is {"usage": ...}, or {} where only the model was built; {"refused": why} where this project or Megatron's
+parser refuses the recipe, {"failed": why} where something else in it raises.
 """
 
 import contextlib
@@ -11,10 +12,11 @@ import dataclasses
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.errors import UserError
+from megatron_txssm.errors import UserError, described
 from megatron_txssm.slurm.environment import end_with_parent
 
 
@@ -33,6 +35,9 @@ def main(tasks_file: str) -> None:
             found = run(task)
         except UserError as error:
             found = {"refused": str(error)}
+        except Exception as error:
+            traceback.print_exc()
+            found = {"failed": described(error)}
         write(found, Path(task["result"]))
         forget_training()
         # The next task's world is another one.

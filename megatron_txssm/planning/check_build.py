@@ -1,0 +1,51 @@
+"""Builds a recipe once before it is queued: what a worker would refuse after hours in the queue is refused now."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_txssm.errors import UserError, require_positive
+from megatron_txssm.planning.dry_run.run import WITHOUT_DATA, DryRunFailed, RankOf, run_ranks
+from megatron_txssm.recipe.changes import changed
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.sizes import data_parallel_size, smallest_world_size
+
+# Set to 0, in slurm/env.sh for example, it turns the check off.
+SWITCH = "TXSSM_CHECK_BUILD"
+
+
+def check_recipe(recipe: str | Path, *, overrides: Sequence[str] = (), gpus: int | None = None) -> int:
+    """Build a recipe once and say so; returns the exit code. gpus: processes; default: as few as its layout allows."""
+    loaded = load_recipe(recipe, overrides)
+    if gpus is not None:
+        require_positive(gpus=gpus)
+    world_size = gpus or smallest_world_size(loaded)
+    _build(loaded, world_size)
+    print(f"{loaded.name}: Megatron accepts and builds it, on {world_size} process{'es' if world_size > 1 else ''}")
+    return 0
+
+
+def check_build(recipe: Recipe, world_size: int) -> None:
+    """UserError if Megatron or this project refuses the recipe, its model, optimizer or schedule.
+
+    The first and last of `world_size` ranks are built on fake tensors, in a process of their own and in seconds. A
+    machine that cannot do this, for lack of memory for example, is no reason to refuse: a warning says so.
+    """
+    if os.environ.get(SWITCH) == "0":
+        return
+    print("building the model once, without memory or GPU ...", file=sys.stderr, flush=True)
+    try:
+        _build(recipe, world_size)
+    except DryRunFailed as error:
+        print(f"warning: not checked whether Megatron builds this recipe: {error}", file=sys.stderr)
+
+
+def _build(recipe: Recipe, world_size: int) -> None:
+    data_parallel_size(recipe, world_size)
+    recipe = changed(recipe, WITHOUT_DATA | {"checkpoint.save_interval": recipe.checkpoint.save_interval})
+    ranks = [RankOf(recipe, world_size, rank) for rank in sorted({0, world_size - 1})]
+    for found in run_ranks(ranks, kernels="local", only_build=True):
+        if "failed" in found:
+            raise UserError(f"Megatron does not build this recipe: {found['failed']}; change it, or set {SWITCH}=0")
