@@ -126,6 +126,16 @@ def test_flops_grow_with_the_length_only_through_attention() -> None:
     assert flops_per_token(llama.sizes, 8192) - flops_per_token(llama.sizes, 4096) == 6 * 4096 * 24 * 768
 
 
+def test_attention_of_the_depths_meets_documents_too() -> None:
+    """A mean document of 64 instead of 256 tokens, in the model's layer of attention and in those of two depths."""
+    changes = ["model.layer_pattern=M-*-/*-/*-", "training.seq_length=256"]
+    sizes = load_recipe("demo_cpu", changes).sizes
+    whole, divided = flops_per_token(sizes, 256), flops_per_token(sizes, 256, document_length=64)
+    width = sizes.num_attention_heads * sizes.kv_channels
+    assert whole - divided == 3 * 6 * (256 - 64) * width
+    assert flops_per_token(sizes, 256, document_length=256) == whole
+
+
 def test_flops_of_a_scan_count_the_causal_half_of_a_chunk() -> None:
     """By hand, for transxssm_320m's mixer: 12 heads of 64, state 128, 4 groups, chunks of 256; from 768 channels."""
     sizes = load_recipe("transxssm_320m").state_space
