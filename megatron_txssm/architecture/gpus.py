@@ -8,7 +8,9 @@ GB, TB, TERA = 10**9, 10**12, 10**12
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates are per second and per GPU; a link's is that of one direction. NVIDIA's data sheets, dense, SXM or as named.
+    """Rates are per second and per GPU; a link's is that of one direction.
+
+    NVIDIA's data sheets, without sparsity; SXM, or as named.
 
     Attributes:
         name: as `txssm plan --gpu` takes it

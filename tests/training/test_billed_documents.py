@@ -58,7 +58,7 @@ def billed(layouts: tuple[dict[str, int], ...]) -> list[tuple[float | None, floa
             # Documents of 3 and 5 tokens; of 4 and 4; …
             first = 3 + get_data_parallel_rank()
             positions_BL = torch.cat([torch.arange(first), torch.arange(8 - first)])[None]
-            batch = dict.fromkeys(forward_step.BATCH_KEYS, positions_BL)
+            batch: dict[str, torch.Tensor] = dict.fromkeys(forward_step.BATCH_KEYS, positions_BL)
             forward_step.forward_step(iter([batch]), Model())
             found.append(consume_seqlen_stats_in_iteration())
     return found
