@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_txssm.architecture.layer_pattern import check_pattern, in_stages, stages
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.schema import FIELDS
 from megatron_txssm.recipe.sizes import data_parallel_size, divisors
 from megatron_txssm.recipe.validation.expert_checks import check_expert_parallel, check_experts
 from megatron_txssm.recipe.validation.fp8_checks import check_fp8
@@ -145,6 +146,12 @@ def _check_stages(recipe: Recipe) -> None:
 def _check_prediction(recipe: Recipe) -> None:
     """Rejects what multi-token prediction would compute differently at another layout, or does not support."""
     if not recipe.prediction_depths:
+        weight, default = recipe.model.mtp_loss_scaling_factor, FIELDS["model"]["mtp_loss_scaling_factor"].default
+        if weight != default:
+            raise UserError(
+                f"mtp_loss_scaling_factor={weight:g} has no effect, as layer_pattern has no prediction depths; write "
+                f"/*- at its end for one, or leave mtp_loss_scaling_factor out (default: {default})"
+            )
         return
     tensor = recipe.parallel.tensor_model_parallel_size
     # The rows of each depth's projection.

@@ -187,6 +187,12 @@ OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
         ("demo_cpu", ["optimizer.wsd_decay_fraction=0.1"], "has no effect with decay_style=cosine"),
         (
             "demo_cpu",
+            ["model.mtp_loss_scaling_factor=0.3"],
+            "mtp_loss_scaling_factor=0.3 has no effect, as layer_pattern has no prediction depths; write /*- at its "
+            "end for one, or leave mtp_loss_scaling_factor out (default: 0.1)",
+        ),
+        (
+            "demo_cpu",
             ["optimizer.decay_style=WSD", "optimizer.wsd_decay_fraction=0.95"],
             "optimizer.warmup_fraction=0.1 and wsd_decay_fraction=0.95 add up to more than all steps",
         ),
