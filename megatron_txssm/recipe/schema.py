@@ -512,6 +512,7 @@ ALTERNATIVES: Alternatives = (
         ("data.corpus", "data.weights", "data.stages"),
         ("data.train", "data.validation"),
         ("data.blend", "data.split"),
+        ("megatron.mock_data",),
     ),
     (("data.weights",), ("data.stages",)),
 )

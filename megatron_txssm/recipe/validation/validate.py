@@ -258,10 +258,17 @@ def _check_data(recipe: Recipe) -> None:
         raise UserError(f"{' and '.join(sources)} exclude each other; state one")
     if not sources:
         raise UserError(
-            "data.corpus is missing: a directory made by `txssm data shard`; or state data.train, your own token files"
+            "data.corpus is missing: a directory made by `txssm data shard`; or state data.train, your own token "
+            "files, or set megatron.mock_data=true to train on made-up tokens"
         )
     _check_blend(recipe)
+    if mock and recipe.logging.eval_iters is None:
+        raise UserError(
+            "logging.eval_iters=null validates on all data, and megatron.mock_data has 200 million tokens; "
+            "set logging.eval_iters to a number of batches, such as 10"
+        )
     if mock:
+        _check_tokenizer(recipe)
         return
     if data.validation and not data.train:
         raise UserError(
@@ -282,6 +289,11 @@ def _check_data(recipe: Recipe) -> None:
         )
     if data.train and not data.validation and recipe.logging.eval_iters != 0:
         raise UserError("data.validation is missing; state it, or set logging.eval_iters=0")
+    _check_tokenizer(recipe)
+
+
+def _check_tokenizer(recipe: Recipe) -> None:
+    data = recipe.data
     if data.corpus is None and recipe.tokenizer_type != "NullTokenizer" and not data.tokenizer_model:
         raise UserError(f"data.tokenizer_model is missing for tokenizer_type={recipe.tokenizer_type}")
 
