@@ -23,6 +23,19 @@ def test_the_four_models_of_a_scale_are_of_one_size(scale: str, target: float) -
     assert all(abs(total / target - 1) <= 0.05 for total in totals)
 
 
+@pytest.mark.parametrize(("scale", "target"), [("7b", 7.4e9), ("70b", 69.3e9)])
+def test_the_large_models_are_of_llamas_size(scale: str, target: float) -> None:
+    """Llama 3 8B and 70B, less the words of its vocabulary that this tokenizer lacks."""
+    totals = [count_parameters(load_recipe(f"{name}_{scale}").sizes).total for name in ("transxssm", "llama3")]
+    assert max(totals) <= 1.01 * min(totals)
+    assert totals == pytest.approx([target] * 2, rel=0.01)
+
+
+def test_the_active_experts_of_7b_compute_as_much_as_a_model_of_1_3b() -> None:
+    count = count_parameters(load_recipe("transxssm_7b_moe").sizes)
+    assert 7e9 < count.total < 7.5e9 and 1.3e9 < count.active < 1.6e9
+
+
 def test_counts_of_a_model_small_enough_for_the_margin() -> None:
     recipe = load_recipe(
         "demo_cpu",
