@@ -131,6 +131,10 @@ def test_only_data_and_context_parallel_processes_share_experts() -> None:
     # One process, such as that of an evaluation.
     with pytest.raises(UserError, match=r"; set it to 1, or start a multiple of 4 processes$"):
         validate(sharing(4), world_size=1)
-    # As many as there are experts to share.
-    with pytest.raises(UserError, match=r"; set it to one of 1, 5, or start a multiple of 2 processes$"):
-        validate(sharing(2, "model.num_experts=10", "training.global_batch_tokens=5120"), world_size=5)
+    # Three cannot share ten experts.
+    with pytest.raises(UserError, match=r"; set it to 1, or start a multiple of 2 processes$"):
+        validate(sharing(2, "model.num_experts=10"), world_size=3)
+    # Whole copies of the model.
+    with pytest.raises(UserError, match=r"; set it to one of 1, 2, 4, or start a multiple of 6 processes$"):
+        validate(sharing(3, "parallel.context_parallel_size=2"), world_size=4)
+    validate(sharing(3, "parallel.context_parallel_size=2"), world_size=6)
