@@ -3,7 +3,8 @@
 
 Llama 3 runs with torch's fused attention and, for comparison with the paper, with materialised scores. All take turns:
 each turn is a process that trains a few steps on mock data; its first step warms up, and the median of all others
-counts.
+counts. Beside each ratio of times is that of the models' FLOPs (megatron_txssm/architecture/flops.py), which is the
+same for materialised scores.
 
 For CPUs; on a GPU, use `txssm check gpu --only speed`.
 
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.session.hooks import Call, Listener, listen
 
 MODELS = ("transxssm", "llama3", "llama3 materialised")
@@ -41,9 +43,24 @@ def main() -> None:
             for model in models:
                 steps[model] += in_a_process(model, length, args)
         medians = {model: statistics.median(seconds) for model, seconds in steps.items()}
-        ours = medians["transxssm"]
-        others = [f"{model} {seconds:.2f} s ({seconds / ours:.2f}x)" for model, seconds in medians.items()][1:]
-        print(f"{length:6d} tokens: transxssm {ours:.2f} s; {'; '.join(others)}", flush=True)
+        ours = medians.pop("transxssm")
+        print(f"{length:6d} tokens: transxssm {ours:.2f} s", flush=True)
+        by_flops = flops(MODELS[1], length, args) / flops(MODELS[0], length, args)
+        for model, seconds in medians.items():
+            print(f"    {model} {seconds:.2f} s: {comparison(seconds / ours, by_flops)}", flush=True)
+
+
+def comparison(ratio: float, by_flops: float) -> str:
+    verdict = "faster" if ratio > by_flops else "not faster"
+    return f"{ratio:.2f}x, {by_flops:.3f}x by FLOPs: {verdict} than FLOPs alone explain"
+
+
+def flops(model: str, length: int, args: argparse.Namespace) -> float:
+    """Model FLOPs of one step, forward and backward."""
+    from megatron_txssm.architecture.flops import flops_per_token
+
+    recipe = small_recipe(model, length, args)
+    return length * flops_per_token(recipe.sizes, length)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -81,14 +98,12 @@ def in_a_process(model: str, length: int, args: argparse.Namespace) -> list[floa
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def work(model: str, length: int, args: argparse.Namespace) -> None:
-    """Print the seconds of every step except the first."""
-    from megatron_txssm.check.tokens import write_tokens
+def small_recipe(model: str, length: int, args: argparse.Namespace) -> Recipe:
+    """The 320M recipe of a model, a third of it, on data in the current folder."""
     from megatron_txssm.recipe.loader import load_recipe
-    from megatron_txssm.training.pretrain import pretrain
 
     sizes = {
-        # Eight blocks of each model, a third.
+        # Eight blocks of each model.
         "model.layer_pattern": load_recipe(f"{model.split()[0]}_320m").layers[:16],
         "training.seq_length": length,
         "training.global_batch_tokens": length,
@@ -109,8 +124,16 @@ def work(model: str, length: int, args: argparse.Namespace) -> None:
         "megatron.overlap_grad_reduce": "null",
         "megatron.overlap_param_gather": "null",
     }
+    return load_recipe(f"{model.split()[0]}_320m", tuple(f"{name}={value}" for name, value in sizes.items()))
+
+
+def work(model: str, length: int, args: argparse.Namespace) -> None:
+    """Print the seconds of every step except the first."""
+    from megatron_txssm.check.tokens import write_tokens
+    from megatron_txssm.training.pretrain import pretrain
+
     write_tokens(Path("tokens"), args.vocab_size)
-    recipe = load_recipe(f"{model.split()[0]}_320m", tuple(f"{name}={value}" for name, value in sizes.items()))
+    recipe = small_recipe(model, length, args)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")
     if "materialised" in model:
         materialise_scores()

@@ -39,12 +39,20 @@ def stages(pattern: str) -> list[str]:
 def prediction_depths(pattern: str) -> list[str]:
     """The layers of each depth of multi-token prediction; all depths have the same. UserError as for `stages`."""
     _, *depths = _parts(pattern)
-    if any(not depth or BORDER in depth for depth in depths) or len(set(depths)) > 1:
-        raise UserError(
-            f"layer_pattern={pattern!r}: each {DEPTH} begins a prediction depth, and all depths have the same layers, "
-            f"without {BORDER}: write {DEPTH}{ATTENTION}{FFN}{DEPTH}{ATTENTION}{FFN} at the end for two"
+    if not all(depths):
+        mistake = f"no layers behind {DEPTH}; write those of a prediction depth, such as {DEPTH}{ATTENTION}{FFN}"
+    elif any(BORDER in depth for depth in depths):
+        mistake = (
+            f"{BORDER} behind {DEPTH}; prediction depths are all in the last pipeline stage: leave {BORDER} out there"
         )
-    return depths
+    elif len(set(depths)) > 1:
+        mistake = (
+            f"prediction depths with different layers ({', '.join(dict.fromkeys(depths))}); all have the same: "
+            f"write {DEPTH}{depths[0]} {len(depths)} times"
+        )
+    else:
+        return depths
+    raise UserError(f"layer_pattern={pattern!r} has {mistake}")
 
 
 def without_depths(pattern: str) -> str:

@@ -231,7 +231,7 @@ def _architecture(random: Random, layout: Changes) -> Changes:
         "rotary_interpolation_factor": interpolation,
         "rotary_table_precision": random.choice(("fp32", "fp64")),
         "tie_embeddings": random.random() < 0.5,
-        "mtp_loss_scaling_factor": random.choice((0.1, 1.0)),
+        "mtp_loss_scaling_factor": random.choice((0.1, 1.0)) if DEPTH in pattern else 0.1,
         "init_method_std": random.choice((0.05, 0.1, 0.2)),
     }
     return {f"model.{name}": value for name, value in changes.items()}

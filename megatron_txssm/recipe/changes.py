@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_txssm.architecture.layer_pattern import without_depths
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.schema import FIELDS
 
 # Dotted field -> value; fields outside of sections have no dot.
 Changes = dict[str, Any]
@@ -33,7 +34,8 @@ ONE_MODEL_PARALLEL_RANK: Changes = {
 
 def without_prediction(recipe: Recipe) -> Recipe:
     """The recipe of the model without multi-token prediction, whose depths only serve training."""
-    return changed(recipe, {"model.layer_pattern": without_depths(recipe.model.layer_pattern)})
+    pattern, weight = without_depths(recipe.model.layer_pattern), FIELDS["model"]["mtp_loss_scaling_factor"].default
+    return changed(recipe, {"model.layer_pattern": pattern, "model.mtp_loss_scaling_factor": weight})
 
 
 def changed(recipe: Recipe, changes: Changes) -> Recipe:

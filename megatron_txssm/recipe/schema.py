@@ -74,12 +74,6 @@ class Model:
         "--num-experts",
         default=None,
         at_least=2,
-        owns=(
-            "--moe-router-load-balancing-type",
-            "--moe-token-dispatcher-type",
-            "--moe-router-dtype",
-            "--moe-grouped-gemm",
-        ),
     )
     # With one expert per token, its probability after the softmax over the chosen is always 1, without a gradient.
     moe_router_topk: int = setting(
@@ -518,6 +512,7 @@ ALTERNATIVES: Alternatives = (
         ("data.corpus", "data.weights", "data.stages"),
         ("data.train", "data.validation"),
         ("data.blend", "data.split"),
+        ("megatron.mock_data",),
     ),
     (("data.weights",), ("data.stages",)),
 )

@@ -23,6 +23,19 @@ def test_the_four_models_of_a_scale_are_of_one_size(scale: str, target: float) -
     assert all(abs(total / target - 1) <= 0.05 for total in totals)
 
 
+@pytest.mark.parametrize(("scale", "target"), [("7b", 7.4e9), ("70b", 69.3e9)])
+def test_the_large_models_are_of_llamas_size(scale: str, target: float) -> None:
+    """Llama 3 8B and 70B, less the words of its vocabulary that this tokenizer lacks."""
+    totals = [count_parameters(load_recipe(f"{name}_{scale}").sizes).total for name in ("transxssm", "llama3")]
+    assert max(totals) <= 1.01 * min(totals)
+    assert totals == pytest.approx([target] * 2, rel=0.01)
+
+
+def test_the_active_experts_of_7b_compute_as_much_as_a_model_of_1_3b() -> None:
+    count = count_parameters(load_recipe("transxssm_7b_moe").sizes)
+    assert 7e9 < count.total < 7.5e9 and 1.3e9 < count.active < 1.6e9
+
+
 def test_counts_of_a_model_small_enough_for_the_margin() -> None:
     recipe = load_recipe(
         "demo_cpu",
@@ -124,6 +137,16 @@ def test_flops_grow_with_the_length_only_through_attention() -> None:
     assert flops_per_token(mamba.sizes, 4096) == flops_per_token(mamba.sizes, 65536)
     # 24 layers x 12 heads x 64 channels; 6 per token and position of the causal half, twice.
     assert flops_per_token(llama.sizes, 8192) - flops_per_token(llama.sizes, 4096) == 6 * 4096 * 24 * 768
+
+
+def test_attention_of_the_depths_meets_documents_too() -> None:
+    """A mean document of 64 instead of 256 tokens, in the model's layer of attention and in those of two depths."""
+    changes = ["model.layer_pattern=M-*-/*-/*-", "training.seq_length=256"]
+    sizes = load_recipe("demo_cpu", changes).sizes
+    whole, divided = flops_per_token(sizes, 256), flops_per_token(sizes, 256, document_length=64)
+    width = sizes.num_attention_heads * sizes.kv_channels
+    assert whole - divided == 3 * 6 * (256 - 64) * width
+    assert flops_per_token(sizes, 256, document_length=256) == whole
 
 
 def test_flops_of_a_scan_count_the_causal_half_of_a_chunk() -> None:

@@ -160,10 +160,24 @@ def test_prediction_depths(pattern: str, own: str, depths: list[str]) -> None:
     assert in_stages(pattern, 2) == "/".join([f"{own[: len(own) // 2]}|{own[len(own) // 2 :]}", *depths])
 
 
-@pytest.mark.parametrize("pattern", ["M-/", "M-//*-", "M-/*-/*", "M-/*-|M-", "M-/*-/"])
-def test_wrong_prediction_depths_are_answered(pattern: str) -> None:
-    with pytest.raises(UserError, match="each / begins a prediction depth, and all depths have the same layers"):
+@pytest.mark.parametrize(
+    ("pattern", "mistake"),
+    [
+        ("M-/", "no layers behind /; write those of a prediction depth, such as /*-"),
+        ("M-//*-", "no layers behind /; write those of a prediction depth, such as /*-"),
+        ("M-/*-/", "no layers behind /; write those of a prediction depth, such as /*-"),
+        ("M-/*-|M-", "| behind /; prediction depths are all in the last pipeline stage: leave | out there"),
+        ("M-/*|-/*|-", "| behind /; prediction depths are all in the last pipeline stage: leave | out there"),
+        (
+            "M-/*-/* / *-",
+            "prediction depths with different layers (*-, *); all have the same: write /*- 3 times",
+        ),
+    ],
+)
+def test_wrong_prediction_depths_are_answered(pattern: str, mistake: str) -> None:
+    with pytest.raises(UserError) as error:
         check_pattern(pattern)
+    assert str(error.value) == f"layer_pattern={pattern!r} has {mistake}"
 
 
 @pytest.mark.parametrize("pattern", ["-", "--", "E-/*-"])

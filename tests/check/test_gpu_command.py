@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_txssm.check.gpu import check, children, parts
+from megatron_txssm.check.gpu import check, children, parts, speed
 from megatron_txssm.check.gpu.bench import Bench
 from megatron_txssm.check.gpu.findings import Finding, compared
 from megatron_txssm.check.gpu.parts import PARTS, Part
@@ -233,3 +233,11 @@ def test_ctrl_c_ends_all_processes(tmp_path: Path) -> None:
     while any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in family):
         time.sleep(0.05)
     assert not list(tmp_path.glob("txssm-check-gpu-*"))
+
+
+@pytest.mark.parametrize(("device", "mfu"), [("NVIDIA H100 80GB HBM3", 0.25), ("NVIDIA T4", None)])
+def test_mfu_where_the_peak_is_known(device: str, mfu: float | None) -> None:
+    row = {"step_seconds": 1.0, "tokens_per_second": 989e12 / 4e9, "peak_memory_bytes": 2**30, "lm loss": 4.0}
+    figures = speed._figures({"rows": [row] * STEPS, "flops_per_token": 1e9, "device": device})
+    assert figures.get("MFU") == mfu
+    assert (", MFU 25.0%, 1.0 GiB" in speed._said(figures)) == (mfu is not None)

@@ -52,6 +52,14 @@ def test_a_foreign_recipe_names_no_code_and_no_files() -> None:
     assert args.flight_recorder_dump_path is None
 
 
+def test_what_only_serves_training_is_left_out() -> None:
+    """The depths with their loss's weight, and a validation on all data, of which there are none."""
+    recipe = for_one_process(
+        "model.layer_pattern=M-*-/*-", "model.mtp_loss_scaling_factor=0.3", "logging.eval_iters=null"
+    )
+    assert recipe.model == load_recipe("transxssm_1.3b", ["model.layer_pattern=M-*-"]).model
+
+
 def test_the_weights_of_an_fp8_run_load_in_fp32(tmp_path: Path) -> None:
     """As a conversion's proof loads them; FP8 itself goes with bf16 only."""
     words = ["data.tokenizer_type=NullTokenizer", "data.vocab_size=1000"]

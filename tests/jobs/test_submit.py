@@ -108,7 +108,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster
 
 MICRO = "training.micro_batch_size=1"
 # No data, no tokenizer: nothing but the model.
-FIELDS = ("megatron.mock_data=true", "data.corpus=null", "data.tokenizer_type=NullTokenizer", MICRO)
+FIELDS = ("megatron.mock_data=true", "logging.eval_iters=1", MICRO)
 LAYOUT = ("--nodes=2", "--nproc-per-node=2")
 
 

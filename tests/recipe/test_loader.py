@@ -171,6 +171,21 @@ def test_a_corpus_and_files_of_ones_own_replace_each_other(tmp_path: Path) -> No
     assert (data.corpus, data.weights, data.train) == (None, None, None)
 
 
+def test_mock_data_and_real_data_replace_each_other(tmp_path: Path) -> None:
+    write(tmp_path, "root", MINIMAL)
+    corpus = write(tmp_path, "corpus", "extends: root\ndata: {corpus: c, weights: {a: 2, b: 1}}\n")
+    path = write(tmp_path, "mock", "extends: corpus\nmegatron: {mock_data: true}\n")
+    for mock in (load_recipe(path), load_recipe(corpus, ["megatron.mock-data=true"])):
+        assert (mock.data.corpus, mock.data.weights) == (None, None)
+        assert load_recipe(write(tmp_path, "resolved", mock.to_yaml())) == mock
+    for fields in (["data.train=a", "data.validation=b"], ["data.blend=a", "data.split='9,1,0'"], ["data.corpus=c"]):
+        assert "mock_data" not in load_recipe(path, fields).megatron
+    # What is switched off replaces nothing.
+    assert load_recipe(corpus, ["megatron.mock_data=false"]).data.corpus == "c"
+    both = write(tmp_path, "both", "extends: root\ndata: {corpus: c}\nmegatron: {mock_data: true}\n")
+    assert "megatron.mock_data and data.corpus exclude each other; state one" in refusal(both)
+
+
 def test_weights_and_stages_replace_each_other(tmp_path: Path) -> None:
     write(tmp_path, "root", MINIMAL.replace("train: a/train, validation: a/validation", "corpus: c, weights: {a: 1}"))
     text = "extends: root\ndata: {stages: [{tokens: 512, weights: {a: 1}}, {weights: {a: 1, b: 3}}]}\n"

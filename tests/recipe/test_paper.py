@@ -2,7 +2,9 @@
 
 import pytest
 
+from megatron_txssm.architecture.parameters import count_parameters
 from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.validation.validate import validate
 from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_arguments
 
 OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
@@ -52,6 +54,42 @@ def test_training_takes_twenty_tokens_a_parameter(scale: str, tokens: float) -> 
     for architecture in ARCHITECTURES:
         training = load_recipe(f"{architecture}_{scale}").training
         assert (training.train_tokens, training.seq_length, training.precision) == (tokens, 4096, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("scale", "width", "heads", "blocks", "peak"), [("7b", 4096, 32, 32, 3e-4), ("70b", 8192, 64, 80, 1.5e-4)]
+)
+@pytest.mark.parametrize("architecture", ["transxssm", "llama3"])
+def test_the_large_models_have_llamas_sizes_and_schedule(
+    architecture: str, scale: str, width: int, heads: int, blocks: int, peak: float
+) -> None:
+    """arXiv:2407.21783, table 3; batch, warm-up and optimizer of arXiv:2307.09288, section 2.2."""
+    recipe = load_recipe(f"{architecture}_{scale}", OWN_DATA)
+    args = parse_megatron_arguments(megatron_arguments(recipe))
+    assert (args.hidden_size, args.num_attention_heads, args.num_query_groups) == (width, heads, 8)
+    assert (args.ffn_hidden_size, args.rotary_base, args.seq_length) == (3.5 * width, 500_000, 8192)
+    assert len(recipe.layers) == 2 * blocks and recipe.layers.count("*") == (
+        blocks if "llama" in architecture else blocks // 8
+    )
+    assert (args.lr, args.adam_beta2, args.weight_decay, args.clip_grad) == (peak, 0.95, 0.1, 1.0)
+    assert args.lr_warmup_fraction * args.train_iters == pytest.approx(2000, rel=0.001)
+    assert args.global_batch_size * args.seq_length == 2**22
+    tokens = 20 * count_parameters(recipe.sizes).total
+    assert recipe.training.train_tokens == pytest.approx(tokens, rel=0.01)
+
+
+# Nodes of eight GPUs, the fewest and many.
+@pytest.mark.parametrize(
+    ("name", "nodes"),
+    [
+        *((f"{architecture}_7b", count) for architecture in ("transxssm", "llama3") for count in (1, 128)),
+        *((f"{architecture}_70b", count) for architecture in ("transxssm", "llama3") for count in (4, 512)),
+        ("transxssm_7b_moe", 1),
+        ("transxssm_7b_moe", 32),
+    ],
+)
+def test_a_large_model_fits_whole_nodes(name: str, nodes: int) -> None:
+    validate(load_recipe(name), world_size=8 * nodes)
 
 
 def test_what_a_recipe_need_not_state_has_the_papers_value_or_megatrons() -> None:

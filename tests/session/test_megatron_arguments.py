@@ -33,7 +33,7 @@ def test_megatrons_parser_takes_every_recipe(name: str) -> None:
     assert args.min_lr == pytest.approx(0.1 * args.lr)
     assert args.bf16 is (recipe.training.precision == "bf16")
     assert not args.add_bias_linear and args.swiglu and args.normalization == "RMSNorm"
-    assert not args.untie_embeddings_and_output_weights
+    assert args.untie_embeddings_and_output_weights is not recipe.model.tie_embeddings
     assert (args.attention_dropout, args.hidden_dropout) == (0.0, 0.0)
     assert args.save == args.load == str(recipe.checkpoint_path)
 

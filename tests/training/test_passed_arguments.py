@@ -60,8 +60,6 @@ def test_a_run_with_many_of_them_and_mock_data(tiny: TinyRun) -> None:
         "parallel.recompute": "selective",
         "training.train_iters": 10,
         "checkpoint.save_interval": 10,
-        "data.train": None,
-        "data.validation": None,
         "data.tokenizer_type": None,
     }
     done = tiny.pretrain(fields=[f"{name}={json.dumps(value)}" for name, value in fields.items()])

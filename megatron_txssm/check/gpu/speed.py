@@ -5,14 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_txssm.architecture.gpus import gpu_of
 from megatron_txssm.check.gpu.bench import Bench
 from megatron_txssm.check.gpu.children import Child
 from megatron_txssm.check.gpu.findings import Finding, failed
 from megatron_txssm.check.gpu.trainings import LOCAL, SMALL_BATCH, SMALL_LENGTH, SMALL_VOCABULARY, VOCABULARY, Training
 from megatron_txssm.recipe.changes import Changes
 
-# Peak of dense bf16 in TFLOP/s, from NVIDIA's data sheets, by a part of the device's name.
-PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "L40S": 362}
 # The first steps compile, tune block sizes, and record the graph.
 WARM_UP, TIMED = 5, 6
 AS_A_GRAPH: Changes = {
@@ -122,9 +121,9 @@ def _figures(found: dict[str, Any]) -> dict[str, Any]:
         "step_seconds": [row["step_seconds"] for row in timed],
         "losses": [row["lm loss"] for row in rows],
     }
-    peak = next((peak for name, peak in PEAKS.items() if name in found["device"]), None)
-    if peak is not None:
-        figures["MFU"] = speed * found["flops_per_token"] / (peak * 1e12)
+    if (gpu := gpu_of(found["device"])) is not None:
+        # Of bf16's peak, in FP8 as well.
+        figures["MFU"] = speed * found["flops_per_token"] / gpu.bf16_flops
     return figures
 
 

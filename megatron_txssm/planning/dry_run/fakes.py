@@ -80,15 +80,14 @@ def _apply_in_place(self: Module, fn: Callable[[torch.Tensor], torch.Tensor], re
     """Module._apply for moves and casts; torch's own swaps tensors, which the weak references to fakes forbid."""
     for child in self.children() if recurse else ():
         child._apply(fn)
-    holders: tuple[dict[str, Any], ...] = (self._parameters, self._buffers)
-    for holder in holders:
+    for holder in (self._parameters, self._buffers):
         for name, tensor in holder.items():
             if tensor is None:
                 continue
             with torch.no_grad():
                 made = fn(tensor)
             if made.dtype != tensor.dtype:
-                holder[name] = _like(made, tensor)
+                setattr(self, name, _like(made, tensor))
     return self
 
 

@@ -119,7 +119,15 @@ REFUSED: dict[str, str] = {
         moe_upcycling_granularity
     """,
     "model.layer_pattern says which layers are experts (E)": "moe_layer_freq",
-    "experts are computed again by recompute_modules: [moe]": "moe_layer_recompute",
+    "every recipe with experts balances their load by aux_loss": "moe_router_load_balancing_type",
+    "every recipe with experts sends their tokens by alltoall, which drops none": "moe_token_dispatcher_type",
+    "every recipe with experts routes in fp32": "moe_router_dtype",
+    "experts are one grouped GEMM with transformer_impl: transformer_engine, and one GEMM each with local": """
+        moe_grouped_gemm
+    """,
+    "experts are computed again by parallel.recompute: selective with megatron.recompute_modules: [moe]": """
+        moe_layer_recompute
+    """,
     "it was not tried with the experts of these models, which get their tokens by all-to-all": """
         moe_enable_deepep moe_deepep_* moe_flex_* moe_hybridep_* moe_ncclep_* moe_permute_fusion_into_hybridep
         moe_paged_stash* moe_single_grouped_* moe_router_padding_* moe_routing_trace_* expert_tensor_parallel_*

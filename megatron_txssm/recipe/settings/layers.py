@@ -181,7 +181,7 @@ def merged(layers: Sequence[Layer], alternatives: Alternatives = ()) -> Merged:
     for layer in layers:
         for groups in alternatives:
             for stated in groups:
-                if _value(layer, stated[0]) is not None:
+                if _value(layer, stated[0]) not in (None, False):
                     for dotted in itertools.chain(*(group for group in groups if group is not stated)):
                         section, _, name = dotted.partition(".")
                         result.get(section, {}).pop(name, None)

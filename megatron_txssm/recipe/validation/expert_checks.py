@@ -1,12 +1,21 @@
 """Checks of a recipe's layers of experts. Each error gives name, value and remedy."""
 
+import math
+
 from megatron_txssm.architecture.layer_pattern import EXPERTS
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.schema import FIELDS
 from megatron_txssm.recipe.sizes import divisors
 
 # Without an effect if no layer is one of experts.
-_SIZES = ("num_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+_OF_EXPERTS = (
+    "num_experts",
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_aux_loss_coeff",
+)
 
 
 def check_experts(recipe: Recipe) -> None:
@@ -47,11 +56,12 @@ def check_experts(recipe: Recipe) -> None:
 
 
 def _check_no_experts(recipe: Recipe) -> None:
-    for name in _SIZES:
-        if (value := getattr(recipe.model, name)) is not None:
+    for name in _OF_EXPERTS:
+        value, default = getattr(recipe.model, name), FIELDS["model"][name].default
+        if value != default:
             raise UserError(
                 f"{name}={value} has no effect, as layer_pattern has no layer of experts; write {EXPERTS} for one, or "
-                f"leave {name} out"
+                f"leave {name} out{'' if default is None else f' (default: {default})'}"
             )
     if (size := recipe.parallel.expert_model_parallel_size) > 1:
         raise UserError(
@@ -61,9 +71,14 @@ def _check_no_experts(recipe: Recipe) -> None:
 
 def check_expert_parallel(recipe: Recipe, data_parallel: int) -> None:
     """UserError if this many copies of the model's layout cannot share the experts."""
-    size, context = recipe.parallel.expert_model_parallel_size, recipe.parallel.context_parallel_size
+    parallel = recipe.parallel
+    size, context = parallel.expert_model_parallel_size, parallel.context_parallel_size
     if data_parallel * context % size != 0:
+        common = math.gcd(data_parallel * context, recipe.model.num_experts or 1)
+        legal = list(map(str, divisors(common)))
+        copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
         raise UserError(
             f"expert_model_parallel_size={size} does not divide the {data_parallel} data-parallel x {context} "
-            f"context-parallel processes; use one of {', '.join(map(str, divisors(data_parallel * context)))}"
+            f"context-parallel processes; set it to {'' if len(legal) == 1 else 'one of '}{', '.join(legal)}, or start "
+            f"a multiple of {copy * math.lcm(context, size)} processes"
         )

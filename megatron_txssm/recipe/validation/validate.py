@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_txssm.architecture.layer_pattern import check_pattern, in_stages, stages
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.schema import FIELDS
 from megatron_txssm.recipe.sizes import data_parallel_size, divisors
 from megatron_txssm.recipe.validation.expert_checks import check_expert_parallel, check_experts
 from megatron_txssm.recipe.validation.fp8_checks import check_fp8
@@ -145,6 +146,12 @@ def _check_stages(recipe: Recipe) -> None:
 def _check_prediction(recipe: Recipe) -> None:
     """Rejects what multi-token prediction would compute differently at another layout, or does not support."""
     if not recipe.prediction_depths:
+        weight, default = recipe.model.mtp_loss_scaling_factor, FIELDS["model"]["mtp_loss_scaling_factor"].default
+        if weight != default:
+            raise UserError(
+                f"mtp_loss_scaling_factor={weight:g} has no effect, as layer_pattern has no prediction depths; write "
+                f"/*- at its end for one, or leave mtp_loss_scaling_factor out (default: {default})"
+            )
         return
     tensor = recipe.parallel.tensor_model_parallel_size
     # The rows of each depth's projection.
@@ -251,10 +258,17 @@ def _check_data(recipe: Recipe) -> None:
         raise UserError(f"{' and '.join(sources)} exclude each other; state one")
     if not sources:
         raise UserError(
-            "data.corpus is missing: a directory made by `txssm data shard`; or state data.train, your own token files"
+            "data.corpus is missing: a directory made by `txssm data shard`; or state data.train, your own token "
+            "files, or set megatron.mock_data=true to train on made-up tokens"
         )
     _check_blend(recipe)
+    if mock and recipe.logging.eval_iters is None:
+        raise UserError(
+            "logging.eval_iters=null validates on all data, and megatron.mock_data has 200 million tokens; "
+            "set logging.eval_iters to a number of batches, such as 10"
+        )
     if mock:
+        _check_tokenizer(recipe)
         return
     if data.validation and not data.train:
         raise UserError(
@@ -275,6 +289,11 @@ def _check_data(recipe: Recipe) -> None:
         )
     if data.train and not data.validation and recipe.logging.eval_iters != 0:
         raise UserError("data.validation is missing; state it, or set logging.eval_iters=0")
+    _check_tokenizer(recipe)
+
+
+def _check_tokenizer(recipe: Recipe) -> None:
+    data = recipe.data
     if data.corpus is None and recipe.tokenizer_type != "NullTokenizer" and not data.tokenizer_model:
         raise UserError(f"data.tokenizer_model is missing for tokenizer_type={recipe.tokenizer_type}")
 

@@ -85,12 +85,17 @@ class BarDisplay:
 
 
 def describe(metrics: MetricsLine) -> str:
-    """`loss 4.1234 | 12,345 tokens/s | 0.12 TFLOP/s per rank | lr 3.0e-04`, and the number of skipped steps, if any."""
+    """`loss 4.1234 | 12,345 tokens/s | 412 TFLOP/s per rank | MFU 41.7% | lr 3.0e-04`; skipped steps, if any.
+
+    Without MFU if the GPU's peak is not known. `not_in_bf16`: the run's precision is another than that of the peak.
+    """
     parts = [f"loss {metrics['lm loss']:.4f}"] if "lm loss" in metrics else []
     if metrics.get("skipped_steps"):
         parts.append(f"skipped {metrics['skipped_steps']} steps")
     parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
     parts.append(f"{metrics['model_tflops_per_second_per_rank']:.3g} TFLOP/s per rank")
+    if "mfu" in metrics:
+        parts.append(f"MFU {metrics['mfu']:.1%}{' of the bf16 peak' if metrics.get('not_in_bf16') else ''}")
     if metrics["learning_rate"] is not None:
         parts.append(f"lr {metrics['learning_rate']:.1e}")
     return " | ".join(parts)

@@ -10,6 +10,7 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.training import get_tensorboard_writer, get_wandb_writer
 
 from megatron_txssm.architecture.flops import flops_per_token
+from megatron_txssm.architecture.gpus import gpu_of
 from megatron_txssm.compat import get_args
 from megatron_txssm.metrics import MetricsLine, end_last_line
 from megatron_txssm.notify import notify
@@ -33,7 +34,9 @@ class TrainingMonitor(Listener):
     of an iteration counts.
 
     The learning rate is the one used by the step. Throughput is the mean since the last logged step over the time spent
-    in training steps, including data loading but not validations and saves.
+    in training steps, including data loading but not validations and saves. MFU (`mfu`) is the model FLOPs of the same
+    time as a fraction of the bf16 peak of all GPUs, in FP8 as well: two precisions' MFUs compare as their speeds do. It
+    is absent where the GPU's peak is not known.
     """
 
     def __init__(self, recipe: Recipe, terminal: TextIO):
@@ -47,6 +50,8 @@ class TrainingMonitor(Listener):
             recipe.logging.slow_throughput_fraction, self.metrics_file, self.args.rank, self.args.world_size
         )
         self.sizes = recipe.sizes
+        self.gpu = gpu_of(torch.cuda.get_device_name())
+        self.not_in_bf16 = recipe.training.precision != "bf16" or recipe.training.fp8 is not None
         self.balances_experts = recipe.has_experts and recipe.model.moe_aux_loss_coeff > 0
         # LOAD_BALANCE of the last step.
         self.load_balance: dict[str, torch.Tensor] = {}
@@ -152,6 +157,7 @@ class TrainingMonitor(Listener):
         self.skipped_steps += skipped
         seconds = max(self.interval_seconds, 1e-9)
         tokens_per_second = self.interval_tokens / seconds
+        flops_per_second = self.interval_flops / seconds / self.args.world_size
         metrics: MetricsLine = {
             "iteration": iteration,
             **losses,
@@ -160,11 +166,14 @@ class TrainingMonitor(Listener):
             "skipped": skipped,
             "consumed_tokens": self.args.consumed_train_samples * self.args.seq_length,
             "tokens_per_second": tokens_per_second,
-            "model_tflops_per_second_per_rank": self.interval_flops / seconds / 1e12 / self.args.world_size,
+            "model_tflops_per_second_per_rank": flops_per_second / 1e12,
             "peak_memory_bytes": torch.cuda.max_memory_allocated(),
             "step_seconds": self.step_seconds,
             "world_size": self.args.world_size,
         }
+        throughput = {"tokens-per-second": tokens_per_second}
+        if self.gpu is not None:
+            metrics["mfu"] = throughput["mfu"] = flops_per_second / self.gpu.bf16_flops
         changed = self.slow_run.after_step(iteration, self.batch_flops)
         if self.slow_run.verdict is not None:
             metrics["slow"] = self.slow_run.verdict.as_fields()
@@ -173,12 +182,14 @@ class TrainingMonitor(Listener):
             self._tell_of_slowness(iteration)
         if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
             self.interval_seconds, self.interval_tokens, self.interval_flops = 0.0, 0, 0.0
-            self._show(lambda display: display.step(metrics | {"skipped_steps": self.skipped_steps}))
+            shown = metrics | {"skipped_steps": self.skipped_steps, "not_in_bf16": self.not_in_bf16}
+            self._show(lambda display: display.step(shown))
             # Megatron's writers are on the last rank.
             if writer := get_tensorboard_writer():
-                writer.add_scalar("tokens-per-second", tokens_per_second, iteration)
+                for name, value in throughput.items():
+                    writer.add_scalar(name, value, iteration)
             if wandb := get_wandb_writer():
-                wandb.log({"tokens-per-second": tokens_per_second}, iteration)
+                wandb.log(throughput, iteration)
 
     def on_validation(self, data: str = "validation") -> None:
         """Report the losses of every validation (or test) set; several sets are named as in TensorBoard."""

@@ -65,6 +65,15 @@ FP8 = ("training.fp8=hybrid", "training.precision=bf16")
             )
             for name in ("num_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
         ),
+        *(
+            (
+                [f"model.{name}={value}"],
+                f"{name}={value} has no effect, as layer_pattern has no layer of experts; write E for one, or leave "
+                f"{name} out (default: {default})",
+                {f"model.{name}": default},
+            )
+            for name, value, default in (("moe_router_topk", 4, 2), ("moe_aux_loss_coeff", 0.3, 0.01))
+        ),
         (["model.num_experts=8"], "write E for one", {"model.layer_pattern": "ME"}),
         (
             ["parallel.expert_model_parallel_size=2"],
@@ -111,9 +120,21 @@ def test_only_data_and_context_parallel_processes_share_experts() -> None:
     # A tensor-parallel process has a part of every expert of its own.
     with pytest.raises(UserError, match="does not divide the 2 data-parallel x 1 context-parallel processes") as error:
         validate(sharing(4, *TENSOR_2), world_size=4)
-    assert str(error.value).startswith("expert_model_parallel_size=4 ") and "; use one of 1, 2" in str(error.value)
+    assert str(error.value).startswith("expert_model_parallel_size=4 ")
+    assert str(error.value).endswith("; set it to one of 1, 2, or start a multiple of 8 processes")
+    validate(sharing(4, *TENSOR_2), world_size=8)
     validate(sharing(2, *TENSOR_2), world_size=4)
-    with pytest.raises(UserError, match=r"divide the 3 data-parallel x 2 context-.*; use one of 1, 2, 3, 6$"):
+    with pytest.raises(UserError, match=r"divide the 3 data-parallel x 2 context-.*; set it to one of 1, 2, 3, 6, or"):
         validate(sharing(4, "parallel.context_parallel_size=2"), world_size=6)
     for size in (2, 3, 6):
         validate(sharing(size, "parallel.context_parallel_size=2"), world_size=6)
+    # One process, such as that of an evaluation.
+    with pytest.raises(UserError, match=r"; set it to 1, or start a multiple of 4 processes$"):
+        validate(sharing(4), world_size=1)
+    # Three cannot share ten experts.
+    with pytest.raises(UserError, match=r"; set it to 1, or start a multiple of 2 processes$"):
+        validate(sharing(2, "model.num_experts=10"), world_size=3)
+    # Whole copies of the model.
+    with pytest.raises(UserError, match=r"; set it to one of 1, 2, 4, or start a multiple of 6 processes$"):
+        validate(sharing(3, "parallel.context_parallel_size=2"), world_size=4)
+    validate(sharing(3, "parallel.context_parallel_size=2"), world_size=6)

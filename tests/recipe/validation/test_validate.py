@@ -187,11 +187,27 @@ OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
         ("demo_cpu", ["optimizer.wsd_decay_fraction=0.1"], "has no effect with decay_style=cosine"),
         (
             "demo_cpu",
+            ["model.mtp_loss_scaling_factor=0.3"],
+            "mtp_loss_scaling_factor=0.3 has no effect, as layer_pattern has no prediction depths; write /*- at its "
+            "end for one, or leave mtp_loss_scaling_factor out (default: 0.1)",
+        ),
+        (
+            "demo_cpu",
             ["optimizer.decay_style=WSD", "optimizer.wsd_decay_fraction=0.95"],
             "optimizer.warmup_fraction=0.1 and wsd_decay_fraction=0.95 add up to more than all steps",
         ),
         ("demo_cpu", ["data.train=null", "data.corpus=null"], "data.corpus is missing"),
-        ("transxssm_320m", ["megatron.mock_data=true"], "megatron.mock_data and data.corpus exclude each other"),
+        (
+            "demo_cpu",
+            ["megatron.mock_data=true"],
+            "logging.eval_iters=null validates on all data, and megatron.mock_data has 200 million tokens; set "
+            "logging.eval_iters to a number of batches, such as 10",
+        ),
+        (
+            "transxssm_320m",
+            ["megatron.mock_data=true", "data.tokenizer_type=HuggingFaceTokenizer"],
+            "data.tokenizer_model is missing for tokenizer_type=HuggingFaceTokenizer",
+        ),
         ("transxssm_320m", ["data.validation=a"], "data.validation needs data.train; a corpus has its own"),
         ("transxssm_320m", ["data.split='9,1,0'"], "data.split='9,1,0' needs data.blend; a corpus"),
         (
@@ -235,7 +251,8 @@ def test_a_test_set_of_a_few_batches_or_beside_an_evaluation() -> None:
     ("name", "overrides"),
     [
         ("demo_cpu", ["parallel.tensor_model_parallel_size=1"]),
-        ("demo_cpu", ["data.corpus=null", "data.weights=null", "megatron.mock_data=true"]),
+        ("demo_cpu", ["megatron.mock_data=true", "logging.eval_iters=10"]),
+        ("transxssm_320m", ["megatron.mock_data=true"]),
         ("demo_cpu", ["data.train=a", "data.validation=null", "data.tokenizer_model=b", "logging.eval_iters=0"]),
         ("transxssm_320m", ["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"]),
         ("transxssm_1.3b", ["parallel.tensor_model_parallel_size=8"]),

@@ -35,6 +35,14 @@ def test_one_line() -> None:
     assert describe(METRICS | {"learning_rate": None}) == "loss 4.1235 | 12,346 tokens/s | 0.123 TFLOP/s per rank"
 
 
+def test_mfu_where_the_peak_is_known() -> None:
+    known = METRICS | {"mfu": 0.41749, "learning_rate": None, "not_in_bf16": False}
+    line = "loss 4.1235 | 12,346 tokens/s | 0.123 TFLOP/s per rank | MFU 41.7%"
+    assert describe(known) == line
+    # FP8 has a higher peak, of which this would be less.
+    assert describe(known | {"not_in_bf16": True}) == f"{line} of the bf16 peak"
+
+
 def test_remaining_time_of_a_resumed_run(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal, clock = StringIO(), SimpleNamespace(now=0.0)
     monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=lambda: clock.now))

@@ -234,6 +234,33 @@ def test_throughput(megatron: FakeMegatron) -> None:
     assert megatron.loop.num_floating_point_operations(megatron.args, 8) == pytest.approx(tokens * flops)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (["training.precision=bf16"], "MFU {}%"),
+        (["training.precision=fp32"], "MFU {}% of the bf16 peak"),
+        (["training.precision=bf16", "training.fp8=hybrid"], "MFU {}% of the bf16 peak"),
+    ],
+)
+def test_mfu_is_of_the_bf16_peak_of_all_gpus(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, tmp_path: Path, fields: list[str], words: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    megatron = FakeMegatron(monkeypatch, clock, tmp_path, fields, log_interval=2)
+    # As fast as a third of an H100's 989 TFLOP/s; 4 ranks.
+    flops = 8 * 256 * flops_per_token(megatron.recipe.sizes, 256)
+    for iteration in (1, 2):
+        megatron.step(iteration, seconds=flops / 4 / (989e12 / 3))
+    assert [line["mfu"] for line in megatron.metrics] == pytest.approx([1 / 3] * 2)
+    assert f"| {words.format('33.3')} |" in megatron.terminal.getvalue()
+    assert ("mfu", pytest.approx(1 / 3), 2) in megatron.written
+
+
+def test_without_a_known_gpu_there_is_no_mfu(megatron: FakeMegatron) -> None:
+    megatron.step(1)
+    assert "mfu" not in megatron.metrics[0] and "MFU" not in megatron.terminal.getvalue()
+
+
 def test_attention_within_documents_is_billed_for_their_lengths(megatron: FakeMegatron) -> None:
     """8 samples of 256 tokens, whole in the first step; in the second each is documents of 192 and 64."""
     megatron.step(1, seconds=1.0, squares=8 * 256**2)
