@@ -52,13 +52,14 @@ def _swiglu(share: Share, tokens: int, channels: int) -> int:
 def _attention(share: Share, recompute: str) -> int:
     """Rotated queries and keys, values, output, and the logarithm of each row's sum.
 
-    Selective recomputation keeps the first three, whatever the kernel is, and drops the rest until the backward pass.
+    Selective recomputation only drops the last; its values are a view of the whole projection, which they keep.
     """
-    inputs = share.query + 2 * share.key
     width = 1 if share.fp8_attention else share.element
-    rows = share.tokens * share.heads * FP32
-    output = share.tokens * share.query * (1 if share.fp8 else share.element)
-    return share.tokens * inputs * width + rows * (recompute != "selective") + output
+    projected = share.query + 2 * share.key
+    output = share.query * _gemm_input(share)
+    if recompute == "selective":
+        return share.tokens * ((share.query + share.key + projected) * share.element + output)
+    return share.tokens * (projected * width + share.heads * FP32 + output)
 
 
 def _state_space(share: Share) -> int:

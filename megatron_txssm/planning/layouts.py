@@ -12,7 +12,8 @@ from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import divisors
 from megatron_txssm.recipe.validation.validate import validate
 
-RECOMPUTE = ("none", "selective", "full")
+# Not selective: Megatron then repeats core attention, of which flash attention keeps nothing worth repeating.
+RECOMPUTE = ("none", "full")
 # Samples. GEMMs gain little beyond 8 of the usual lengths; a larger one that the recipe states is considered, too.
 MICRO_BATCHES = (1, 2, 4, 8)
 

@@ -75,6 +75,7 @@ def layer_weights(share: Share, layer: str) -> Weights:
     return Weights(norm + matrices + per_head + convolution + gate, 0, per_head)
 
 
+@cache
 def stage_weights(share: Share, stage: Stage, *, whole: bool) -> Weights:
     """Parameters of a pipeline rank; `whole`: the pipeline has no other, so that embedding and head may be one."""
     found = Weights(0, 0, 0)
@@ -129,6 +130,7 @@ def _optimizer(share: Share, layout: Layout, weights: Weights) -> int:
     return dense + weights.experts * (2 * FP32 + masters) // expert_sharing
 
 
+@cache
 def _fp8_copies(share: Share, stage: Stage) -> int:
     """Each GEMM's weight in FP8, as it is and transposed."""
     found = 0
@@ -140,14 +142,15 @@ def _fp8_copies(share: Share, stage: Stage) -> int:
 
 def activations(share: Share, layout: Layout, stage: Stage, rank: int, micro_batches: int) -> int:
     """The peak of what a step allocates: all micro-batches in flight, and the worst moment of one of them."""
-    in_flight = chunks_in_flight(layout, rank, micro_batches)
+    in_flight = chunks_in_flight(layout.pipeline, layout.virtual, rank, micro_batches)
     kept_by_chunk = [_chunk(share, chunk, layout.recompute) for chunk in stage.chunks]
     held = sum(count * size for count, size in zip(in_flight, kept_by_chunk, strict=True))
-    return held + _worst_moment(share, layout, stage) + _kept_between_steps(share, stage) + _pipeline_buffers(
+    return held + _worst_moment(share, stage, layout.recompute) + _kept_between_steps(share, stage) + _pipeline_buffers(
         share, layout, rank
     )
 
 
+@cache
 def _chunk(share: Share, chunk: str, recompute: str) -> int:
     """What one virtual stage keeps of a micro-batch."""
     if recompute == "full":
@@ -156,11 +159,12 @@ def _chunk(share: Share, chunk: str, recompute: str) -> int:
     return sum(kept(share, layer, recompute) for layer in chunk)
 
 
-def _worst_moment(share: Share, layout: Layout, stage: Stage) -> int:
+@cache
+def _worst_moment(share: Share, stage: Stage, recompute: str) -> int:
     """The largest of: the loss, and the backward pass of a layer, recomputed before it or not."""
     kinds = set(stage.counts)
     moments = [beside_backward(share, layer) for layer in kinds]
-    if layout.recompute == "full":
+    if recompute == "full":
         moments = [
             sum(kept(share, layer, "none") for layer in chunk[start : start + RECOMPUTED_TOGETHER])
             + max(beside_backward(share, layer) for layer in chunk[start : start + RECOMPUTED_TOGETHER])
@@ -177,11 +181,12 @@ def _worst_moment(share: Share, layout: Layout, stage: Stage) -> int:
     return head_bytes(share) * (1 + depths) + extra + max(losses, worst)
 
 
+@cache
 def _kept_between_steps(share: Share, stage: Stage) -> int:
     """Placeholders of weight gradients, one of each shape, that Transformer Engine and Megatron keep; rotary tables."""
     shapes = {shape for layer in stage.counts for shape in gemm_weights(share, layer).values()}
-    tables = share.vocabulary * share.hidden if stage.embeds or stage.predicts else 0
-    placeholders = (sum(outputs * inputs for outputs, inputs in shapes) + tables) * share.element
+    head = share.vocabulary * share.hidden if stage.predicts else 0
+    placeholders = (sum(outputs * inputs for outputs, inputs in shapes) + head) * share.element
     return placeholders + 2 * share.seq_length * share.sizes.kv_channels * FP32
 
 

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from megatron_txssm.architecture.layer_pattern import in_stages, stages, without_depths
 from megatron_txssm.architecture.parameters import ModelSizes
@@ -140,9 +140,10 @@ def share_of(recipe: Recipe, layout: Layout) -> Share:
     )
 
 
-@dataclass(frozen=True)
+# Compared by identity, as Share is.
+@dataclass(frozen=True, eq=False)
 class Stage:
-    """What a pipeline rank holds: the layers of each of its virtual stages, and whether it has both ends.
+    """What a pipeline rank holds: the layers of each of its virtual stages, and whether it has an end of the model.
 
     Attributes:
         chunks: the layers of each virtual stage, one symbol each
@@ -160,29 +161,49 @@ class Stage:
         return Counter("".join(self.chunks))
 
 
-def pipeline_stages(recipe: Recipe, layout: Layout) -> tuple[Stage, ...]:
-    """The stages of the pipeline's ranks, in order."""
-    pipeline, virtual = layout.pipeline, layout.virtual
+@dataclass(frozen=True)
+class KindOfStage:
+    """Ranks that hold the same: the first of them, and how many there are."""
+
+    stage: Stage
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The pipeline's ranks, in order, and the kinds of them."""
+
+    of_rank: tuple[Stage, ...]
+    kinds: tuple[KindOfStage, ...]
+
+
+def pipeline_stages(recipe: Recipe, pipeline: int, virtual: int) -> Stages:
+    """What each rank of the pipeline holds; the layers must be divisible."""
     written = in_stages(without_depths(recipe.model.layer_pattern), pipeline * virtual)
     assert written is not None, "a legal layout divides the layers"
     parts = stages(written)
-    return tuple(
-        Stage(tuple(parts[rank::pipeline]), embeds=rank == 0, predicts=rank == pipeline - 1) for rank in range(pipeline)
-    )
+    by_content: dict[tuple[tuple[str, ...], bool, bool], Stage] = {}
+    of_rank: list[Stage] = []
+    for rank in range(pipeline):
+        content = (tuple(parts[rank::pipeline]), rank == 0, rank == pipeline - 1)
+        of_rank.append(by_content.setdefault(content, Stage(*content)))
+    kinds = [KindOfStage(stage, of_rank.index(stage), of_rank.count(stage)) for stage in by_content.values()]
+    return Stages(tuple(of_rank), tuple(kinds))
 
 
-def chunks_in_flight(layout: Layout, rank: int, micro_batches: int) -> list[int]:
+@cache
+def chunks_in_flight(pipeline: int, virtual: int, rank: int, micro_batches: int) -> tuple[int, ...]:
     """Of each virtual stage of a pipeline rank: for how many micro-batches its activations are kept at most at once.
 
     Megatron's schedules: 1F1B runs pipeline - rank micro-batches ahead; the interleaved one 2·(pipeline - rank - 1)
     chunks more than its virtual stages' first rounds (megatron.core.pipeline_parallel.schedules).
     """
-    pipeline, virtual = layout.pipeline, layout.virtual
     if virtual == 1:
-        return [min(micro_batches, pipeline - rank)]
+        return (min(micro_batches, pipeline - rank),)
     total = micro_batches * virtual
     ahead = min(total, (pipeline - rank - 1) * 2 + (virtual - 1) * pipeline + 1)
     counts = [0] * virtual
     for number in range(ahead):
         counts[number // pipeline % virtual] += 1
-    return counts
+    return tuple(counts)
