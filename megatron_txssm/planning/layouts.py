@@ -12,7 +12,8 @@ from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import divisors
 from megatron_txssm.recipe.validation.validate import validate
 
-# Not selective: Megatron then repeats core attention, of which flash attention keeps nothing worth repeating.
+# By falling memory and speed. Not selective: Megatron then repeats core attention, of which flash attention keeps
+# nothing worth repeating.
 RECOMPUTE = ("none", "full")
 # Samples. GEMMs gain little beyond 8 of the usual lengths; a larger one that the recipe states is considered, too.
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -112,6 +113,8 @@ class Refused:
 
 @dataclass(frozen=True)
 class Candidates:
+    """All layouts on some GPUs, legal and not."""
+
     legal: list[Layout]
     refused: list[Refused]
 
@@ -120,7 +123,9 @@ def candidates(recipe: Recipe, gpus: int, per_node: int, fixed: Mapping[str, Any
     """Every legal layout on `gpus` GPUs in nodes of `per_node`, and the refused ones.
 
     fixed: dotted layout fields with the value that they must have. An illegal division is refused as soon as one axis
-    contradicts the recipe, without what would be divided further.
+    contradicts the recipe, without what would be divided further. Sequence parallelism and ZeRO-1 need less memory and
+    send no more than their absence, so they are off only if fixed. Nothing is recomputed unless fixed: whether to is
+    no question of legality.
     """
     search = _Search(recipe, gpus, per_node, dict(fixed or {}))
     legal = list(search.layouts())
@@ -141,12 +146,13 @@ class _Search:
             for pipeline in self._pipeline(tensor):
                 for context in self._context(pipeline):
                     for expert in self._expert(context):
-                        for micro in self._micro_batch(expert):
-                            yield from self._free_choices(micro)
+                        yield from self._micro_batch(expert)
 
     def _tensor(self) -> Iterator[Layout]:
+        zero1 = self.fixed.get("parallel.use_distributed_optimizer", True)
+        recompute = self.fixed.get("parallel.recompute", RECOMPUTE[0])
         for size in self._sizes("parallel.tensor_model_parallel_size", divisors(self.gpus)):
-            layout = Layout(tensor=size)
+            layout = Layout(tensor=size, zero1=zero1, recompute=recompute)
             if self.gpus % size:
                 self._refuse(layout, f"{self.gpus} GPUs cannot be divided by tensor_model_parallel_size={size}")
             elif self.per_node % size:
@@ -199,16 +205,6 @@ class _Search:
         sizes = sorted({*MICRO_BATCHES, self.recipe.training.micro_batch_size})
         for size in self._sizes("training.micro_batch_size", [s for s in sizes if s == 1 or s <= samples]):
             yield from self._legal(replace(layout, micro_batch=size), self.gpus)
-
-    def _free_choices(self, layout: Layout) -> Iterator[Layout]:
-        """What no check refuses: the optimizer's shards, and what is recomputed.
-
-        ZeRO-1 needs less memory and sends no more than none, so it is off only where that is asked for; sequence
-        parallelism likewise.
-        """
-        for shards in self._sizes("parallel.use_distributed_optimizer", (True,)):
-            for recompute in self._sizes("parallel.recompute", RECOMPUTE):
-                yield replace(layout, zero1=shards, recompute=recompute)
 
     def _sizes(self, name: str, sizes: Any) -> Any:
         return (self.fixed[name],) if name in self.fixed else sizes

@@ -1,12 +1,12 @@
 """Ranks all layouts of a recipe on N GPUs by predicted tokens per second, among those that fit their memory."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from megatron_txssm.architecture.flops import flops_per_token
-from megatron_txssm.planning.layouts import Candidates, Layout, Refused, candidates
+from megatron_txssm.planning.layouts import RECOMPUTE, Layout, Refused, candidates
 from megatron_txssm.planning.memory import Memory, memory_of
 from megatron_txssm.planning.rates import Cluster
 from megatron_txssm.planning.share import Share, Stages, pipeline_stages, share_of
@@ -68,16 +68,24 @@ class Ranking:
 def rank_layouts(
     recipe: Recipe, gpus: int, cluster: Cluster, limit: float, fixed: Mapping[str, Any] | None = None
 ) -> Ranking:
-    """All layouts on `gpus` GPUs whose tensors may take `limit` bytes; `fixed`: fields that keep their values."""
-    found = candidates(recipe, gpus, cluster.per_node, fixed)
-    return _ranked(recipe, found, cluster, limit)
+    """All layouts on `gpus` GPUs whose tensors may take `limit` bytes; `fixed`: fields that keep their values.
 
-
-def _ranked(recipe: Recipe, found: Candidates, cluster: Cluster, limit: float) -> Ranking:
-    estimates = Estimates(recipe, cluster)
-    plans = sorted(map(estimates.plan, found.legal), key=lambda plan: plan.time.total)
-    fitting = [plan for plan in plans if plan.memory.peak <= limit]
-    too_large = [plan for plan in plans if plan.memory.peak > limit]
+    A layout with recomputation is only planned if it does not fit without, which is always faster.
+    """
+    fixed = fixed or {}
+    found, estimates = candidates(recipe, gpus, cluster.per_node, fixed), Estimates(recipe, cluster)
+    choices = (fixed["parallel.recompute"],) if "parallel.recompute" in fixed else RECOMPUTE
+    fitting: list[Plan] = []
+    too_large: list[Plan] = []
+    for layout in found.legal:
+        for recompute in choices:
+            plan = estimates.plan(replace(layout, recompute=recompute))
+            if plan.memory.peak <= limit:
+                fitting.append(plan)
+                break
+            too_large.append(plan)
+    for plans in (fitting, too_large):
+        plans.sort(key=lambda plan: plan.time.total)
     return Ranking(fitting, too_large, found.refused, limit)
 
 

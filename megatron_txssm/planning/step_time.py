@@ -3,6 +3,7 @@
 It is a step as one CUDA graph: nothing waits for the CPU. The rates and their sources are in rates.py.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +22,7 @@ from megatron_txssm.planning.rates import (
     group_shape,
 )
 from megatron_txssm.planning.share import Share, Stage, Stages
-from megatron_txssm.planning.traffic import Call, micro_batch_calls, step_calls
+from megatron_txssm.planning.traffic import Call, embedding_calls, head_calls, layer_calls, step_calls
 
 # Of each gradient's backward pass relative to its forward pass: dQ, dK, dV, and the scores and their gradient again.
 ATTENTION_BACKWARD = 2.5
@@ -190,15 +191,38 @@ def _passes(share: Share, cluster: Cluster, stage: Stage, recompute: str, tensor
     if stage.embeds:
         rows = cluster.memory_seconds(2 * share.tokens * share.hidden * share.element)
         forward, backward = forward + rows, backward + 2 * rows
-    calls = micro_batch_calls(share, stage, recompute)
-    ring_behind = stage.counts[ATTENTION] * sum(_attention_seconds(share, cluster)) if share.context > 1 else 0.0
-    return Passes(forward, backward, _exchange_seconds(share, cluster, calls, ring_behind, tensor_overlap))
+    return Passes(forward, backward, _exchange(share, cluster, stage, recompute, tensor_overlap))
 
 
-def _exchange_seconds(
-    share: Share, cluster: Cluster, calls: Iterable[Call], ring_behind: float, tensor_overlap: bool
+def _exchange(share: Share, cluster: Cluster, stage: Stage, recompute: str, tensor_overlap: bool) -> float:
+    """Seconds in which a micro-batch's kernels wait for collectives."""
+    if share.tensor == share.context == share.expert == 1:
+        return 0.0
+    total = 0.0
+    depths = Counter("".join(share.sizes.prediction_depths) if stage.predicts else "")
+    for layer, count in (stage.counts + depths).items():
+        forward, backward = _layer_exchange(share, cluster, layer, tensor_overlap)
+        total += count * (forward * (2 if recompute == "full" else 1) + backward)
+    for calls in ((embedding_calls(share),) if stage.embeds else ()) + ((head_calls(share),) if stage.predicts else ()):
+        total += _seconds(share, cluster, calls, tensor_overlap)
+    return total
+
+
+@cache
+def _layer_exchange(share: Share, cluster: Cluster, layer: str, tensor_overlap: bool) -> tuple[float, float]:
+    """Of one layer: forward, backward. Attention's ring runs behind its products."""
+    behind = _attention_seconds(share, cluster) if layer == ATTENTION else (0.0, 0.0)
+    forward, backward = layer_calls(share, layer)
+    return (
+        _seconds(share, cluster, forward, tensor_overlap, behind[0]),
+        _seconds(share, cluster, backward, tensor_overlap, behind[1]),
+    )
+
+
+def _seconds(
+    share: Share, cluster: Cluster, calls: Iterable[Call], tensor_overlap: bool, ring_behind: float = 0.0
 ) -> float:
-    """Time of a micro-batch's collectives; attention's ring runs behind `ring_behind` seconds of its products."""
+    """Time of a micro-batch's collectives."""
     total = ring = 0.0
     for call in calls:
         members, stride = group_shape(call.group, share.tensor, share.context, expert=share.expert)

@@ -30,14 +30,14 @@ def traffic_of(
 ) -> Mapping[tuple[str, str], int]:
     """(collective, group) -> bytes per step of pipeline rank `rank`."""
     found: Counter[tuple[str, str]] = Counter()
-    for call in (*micro_batch_calls(share, stage, layout.recompute), *transfer_calls(share, layout, rank)):
+    for call in (*_micro_batch_calls(share, stage, layout.recompute), *transfer_calls(share, layout, rank)):
         found[call.collective, call.group] += call.size * call.count * micro_batches
     for call in step_calls(share, layout, stage, stage_weights(share, stage, whole=layout.pipeline == 1)):
         found[call.collective, call.group] += call.size * call.count
     return dict(found)
 
 
-def micro_batch_calls(share: Share, stage: Stage, recompute: str) -> Iterator[Call]:
+def _micro_batch_calls(share: Share, stage: Stage, recompute: str) -> Iterator[Call]:
     """The calls of one micro-batch, forward and backward, but for the transfers between stages."""
     for layer, count in stage.counts.items():
         forward, backward = layer_calls(share, layer)
@@ -45,13 +45,13 @@ def micro_batch_calls(share: Share, stage: Stage, recompute: str) -> Iterator[Ca
         yield from (replace(call, count=call.count * count * repeats) for call in forward)
         yield from (replace(call, count=call.count * count) for call in backward)
     if stage.embeds:
-        yield from _embedding_calls(share)
+        yield from embedding_calls(share)
     if stage.predicts:
         for layers in share.sizes.prediction_depths:
             for layer in layers:
                 forward, backward = layer_calls(share, layer)
                 yield from (*forward, *backward)
-        yield from _head_calls(share, 1 + len(share.sizes.prediction_depths))
+        yield from head_calls(share)
 
 
 @cache
@@ -127,26 +127,28 @@ def _reversed(call: Call) -> Call:
     return replace(call, collective="reduce_scatter") if call.collective == "all_gather" else call
 
 
-def _embedding_calls(share: Share) -> Iterator[Call]:
-    if share.tensor > 1:
-        size = share.tokens * share.hidden * share.element
-        if share.sequence_parallel:
-            yield Call("reduce_scatter", "tp", size)
-            yield Call("all_gather", "tp", size)
-        else:
-            yield Call("all_reduce", "tp", size)
+@cache
+def embedding_calls(share: Share) -> tuple[Call, ...]:
+    """Of the embedding, for one micro-batch."""
+    if share.tensor == 1:
+        return ()
+    size = share.tokens * share.hidden * share.element
+    if share.sequence_parallel:
+        return Call("reduce_scatter", "tp", size), Call("all_gather", "tp", size)
+    return (Call("all_reduce", "tp", size),)
 
 
-def _head_calls(share: Share, heads: int) -> Iterator[Call]:
-    if share.tensor > 1:
-        size = share.tokens * share.hidden * share.element
-        if share.sequence_parallel:
-            yield Call("all_gather", "tp", size, 2 * heads)
-            yield Call("reduce_scatter", "tp", size, heads)
-        else:
-            yield Call("all_reduce", "tp", size, heads)
-        # The loss: each token's largest logit, its label's, and the sum.
-        yield Call("all_reduce", "tp", share.tokens * FP32, 3 * heads)
+@cache
+def head_calls(share: Share) -> tuple[Call, ...]:
+    """Of the LM head and its loss, and those of prediction depths, for one micro-batch."""
+    if share.tensor == 1:
+        return ()
+    heads, size = 1 + len(share.sizes.prediction_depths), share.tokens * share.hidden * share.element
+    # The loss: each token's largest logit, its label's, and the sum.
+    loss = Call("all_reduce", "tp", share.tokens * FP32, 3 * heads)
+    if share.sequence_parallel:
+        return Call("all_gather", "tp", size, 2 * heads), Call("reduce_scatter", "tp", size, heads), loss
+    return Call("all_reduce", "tp", size, heads), loss
 
 
 def transfer_calls(share: Share, layout: Layout, rank: int) -> Iterator[Call]:
