@@ -63,20 +63,50 @@ def _attention(share: Share, recompute: str) -> int:
 
 
 def _state_space(share: Share) -> int:
-    """The packed projection, rotated B and C, dt, and the output, which is the out-projection's input."""
+    """All between a state-space layer's projections, and the output, which is the out-projection's input."""
     state, width = share.sizes.state_space, share.element
     assert state is not None
-    packed, rotated = share.packed * width, 2 * share.groups * width
-    dt, output = share.state_heads * FP32, share.inner * _gemm_input(share)
+    output = share.tokens * share.inner * _gemm_input(share)
     if share.fused_scan:
-        turned = rotated if state.position_encoding == "rope" else 0
-        return share.tokens * (packed + turned + dt + output)
-    # The convolution's input and output, or B and C on their way to the scan; the scan's own output; dt twice, and its
-    # sums.
-    convolved = (share.inner + 2 * share.groups) * width if state.conv_sizes else rotated
-    scanned = share.inner * width
-    gate = 2 * share.inner * width if state.gated else 0
-    return share.tokens * (packed + convolved + scanned + gate + output + 4 * dt)
+        # The packed projection, rotated B and C, and dt.
+        turned = 2 * share.groups * width if state.position_encoding == "rope" else 0
+        return output + share.tokens * (share.packed * width + turned + share.state_heads * FP32)
+    inputs = _scan_inputs(share)
+    if share.context > 1 and share.state_context == "state_passing":
+        return output + inputs + _scan_kept(share) + _entering_states(share)
+    return output + inputs + _scan_kept(share)
+
+
+def _scan_inputs(share: Share) -> int:
+    """What the unfused scan's inputs come from: the projection, the convolution, and copies for other ranks."""
+    state, width = share.sizes.state_space, share.element
+    assert state is not None
+    scanned = share.inner + 2 * share.groups
+    if share.context == 1:
+        convolved = scanned if state.conv_sizes else 2 * share.groups
+        return share.tokens * (share.packed + convolved) * width
+    # Pieces or heads are copies, behind which only the gate keeps the projection. PyTorch convolves them: it keeps the
+    # tokens with their predecessors, the sum and its SiLU.
+    packed = share.packed if state.gated else 0
+    return share.tokens * (packed + scanned + (3 * scanned if state.conv_sizes else 0)) * width
+
+
+def _scan_kept(share: Share) -> int:
+    """mamba-ssm's scan keeps its output, and of dt the sum, the softplus, and the chunks' sums; a gate its input."""
+    state = share.sizes.state_space
+    assert state is not None
+    # A batch of one needs no copy to be in Megatron's order.
+    gate = share.inner if state.gated and share.samples > 1 else 0
+    return share.tokens * ((share.inner + gate) * share.element + 4 * share.state_heads * FP32)
+
+
+def _entering_states(share: Share) -> int:
+    """State passing, in fp32: C, what is read of the entering states, and the states of all pieces and before them."""
+    state = share.sizes.state_space
+    assert state is not None
+    of_piece = share.samples * share.inner * state.state_size * FP32
+    read = share.tokens * (share.inner + share.groups + 2 * share.state_heads) * FP32
+    return read + (4 * share.context + 1) * of_piece
 
 
 def _experts(share: Share) -> int:
