@@ -10,8 +10,6 @@ from megatron_txssm.architecture.layer_pattern import ATTENTION, EXPERTS, FFN, S
 from megatron_txssm.planning.share import Share
 
 FP32 = 4
-# Layers that full recomputation repeats together (session/render.py): a mixer and its FFN.
-RECOMPUTED_TOGETHER = 2
 
 
 @cache

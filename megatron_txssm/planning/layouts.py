@@ -155,7 +155,7 @@ class _Search:
             layout = Layout(tensor=size, zero1=zero1, recompute=recompute)
             if self.gpus % size:
                 self._refuse(layout, f"{self.gpus} GPUs cannot be divided by tensor_model_parallel_size={size}")
-            elif self.per_node % size:
+            elif self.gpus > self.per_node and self.per_node % size:
                 self._refuse(layout, f"tensor_model_parallel_size={size} does not stay within nodes of {self.per_node}")
             else:
                 stated = self.fixed.get("parallel.sequence_parallel", True)
@@ -179,8 +179,8 @@ class _Search:
         """One stage per rank, and every number of them that gives each the same number of layers."""
         if pipeline == 1 or layers % pipeline:
             return [1]
-        # A stage of one layer would separate a mixer from its FFN.
-        return [count for count in divisors(layers // pipeline) if layers > pipeline * count]
+        # Virtual stages of one layer would separate every mixer from its FFN.
+        return [count for count in divisors(layers // pipeline) if count == 1 or layers > pipeline * count]
 
     def _context(self, layout: Layout) -> Iterator[Layout]:
         left = self.gpus // (layout.tensor * layout.pipeline)

@@ -7,7 +7,6 @@ from functools import cache
 from megatron_txssm.architecture.layer_pattern import ATTENTION, EXPERTS, FFN, STATE_SPACE
 from megatron_txssm.planning.activations import (
     FP32,
-    RECOMPUTED_TOGETHER,
     beside_backward,
     head_bytes,
     kept,
@@ -155,8 +154,14 @@ def _chunk(share: Share, chunk: str, recompute: str) -> int:
     """What one virtual stage keeps of a micro-batch."""
     if recompute == "full":
         residual = share.own_tokens * share.hidden * share.element
-        return -(-len(chunk) // RECOMPUTED_TOGETHER) * residual
+        return len(_recomputed_together(share, chunk)) * residual
     return sum(kept(share, layer, recompute) for layer in chunk)
+
+
+def _recomputed_together(share: Share, chunk: str) -> list[str]:
+    """The layers that full recomputation repeats at once: a mixer and its FFN, or each alone (session/render.py)."""
+    size = 1 if share.sizes.prediction_depths else 2
+    return [chunk[start : start + size] for start in range(0, len(chunk), size)]
 
 
 @cache
@@ -166,10 +171,10 @@ def _worst_moment(share: Share, stage: Stage, recompute: str) -> int:
     moments = [beside_backward(share, layer) for layer in kinds]
     if recompute == "full":
         moments = [
-            sum(kept(share, layer, "none") for layer in chunk[start : start + RECOMPUTED_TOGETHER])
-            + max(beside_backward(share, layer) for layer in chunk[start : start + RECOMPUTED_TOGETHER])
+            sum(kept(share, layer, "none") for layer in together)
+            + max(beside_backward(share, layer) for layer in together)
             for chunk in stage.chunks
-            for start in range(0, len(chunk), RECOMPUTED_TOGETHER)
+            for together in _recomputed_together(share, chunk)
         ]
     worst = max(moments)
     if not stage.predicts:

@@ -37,7 +37,7 @@ def answer(
     if asked.fitting:
         return Answer(gpus, asked, "")
     if asked.smallest is None:
-        problem = f"no layout is legal on {gpus} GPUs: {_reason(asked)}"
+        problem = f"no layout is legal on {_counted(gpus)}: {_reason(asked)}"
         legal = next((n for n in _around(gpus) if candidates(recipe, n, cluster.per_node, fixed).legal), None)
         if legal is None:
             return Answer(gpus, asked, problem)
@@ -48,7 +48,7 @@ def answer(
     assert asked.smallest is not None
     needed = asked.smallest.memory.peak
     problem = (
-        f"nothing fits on {gpus} GPUs: {asked.smallest.layout.name} needs the least, {needed / 2**30:.1f} GiB of "
+        f"nothing fits on {_counted(gpus)}: {asked.smallest.layout.name} needs the least, {needed / 2**30:.1f} GiB of "
         f"{limit / 2**30:.1f}"
     )
     more = gpus * 2
@@ -62,6 +62,10 @@ def answer(
         needed = larger.smallest.memory.peak
         more *= 2
     return Answer(gpus, asked, problem)
+
+
+def _counted(gpus: int) -> str:
+    return f"{gpus:,} GPU{'s' if gpus > 1 else ''}"
 
 
 def _reason(ranking: Ranking) -> str:

@@ -1,12 +1,14 @@
 """`txssm plan`: the best layouts of a recipe on N GPUs, or how it scales."""
 
 import dataclasses
+import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_txssm.architecture.gpus import GPUS, Gpu
-from megatron_txssm.errors import UserError, nearest, require_positive
+from megatron_txssm.errors import UserError, require_positive
 from megatron_txssm.planning.layouts import LAYOUT_FIELDS
 from megatron_txssm.planning.nearest import Answer, answer
 from megatron_txssm.planning.overlay import write_overlay
@@ -15,6 +17,7 @@ from megatron_txssm.planning.report import Request, show_answer
 from megatron_txssm.planning.sweep import show_sweep
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.terminal import terminal_width
 
 GIB = 2**30
 
@@ -59,6 +62,9 @@ def plan(
     if gpus is None:
         raise UserError("--gpus is missing: how many to plan for, such as --gpus 64; or --sweep 8,64,512")
     found = answer(recipe, gpus, cluster, limit, fixed)
+    if found.problem:
+        print_wrapped(f"{found.problem}{_instead(found)}")
+        print()
     show_answer(Request(recipe, cluster, tokens, top), found)
     return _finish(found, recipe, name, stated, cluster, out)
 
@@ -67,19 +73,25 @@ def _finish(found: Answer, recipe: Recipe, name: str, stated: Sequence[str], clu
     """Write the overlay, or say why there is none."""
     best = found.ranking.best
     if found.problem:
-        print(f"\n{found.problem}{_instead(found)}")
-    elif out is not None and best is not None:
+        if out is not None:
+            print(f"\n{out} was not written, as this is not what was asked for")
+        return 1
+    if out is not None and best is not None:
         about = f"{best.layout.name} on {found.gpus} {cluster.gpu.name}, planned from {recipe.name}"
         write_overlay(out, name, recipe, best.layout, stated, about)
         print(f"\nwrote {out}: txssm pretrain {out}, or txssm submit {out}")
-    if found.problem and out is not None:
-        print(f"{out} was not written")
-    return 1 if found.problem else 0
+    return 0
+
+
+def print_wrapped(text: str) -> None:
+    """Print a sentence, in a terminal no wider than that."""
+    width = terminal_width(sys.stdout)
+    print(text if width is None else textwrap.fill(text, max(width, 20), break_on_hyphens=False))
 
 
 def _instead(found: Answer) -> str:
     if found.ranking.best is not None:
-        return f"; above is the plan for {found.gpus}, the nearest that works"
+        return f"; the nearest number that works is {found.gpus}:"
     if found.ranking.smallest is not None:
         return "; nor on more of them: use GPUs with more memory, or a smaller model or sequence"
     return ""
@@ -105,5 +117,5 @@ def _cluster(name: str, per_node: int | None, memory: float | None) -> Cluster:
 def _gpu(name: str) -> Gpu:
     known = {gpu.name: gpu for gpu in GPUS}
     if name not in known:
-        raise UserError(f"--gpu {name} is unknown{nearest(name, known)}; use one of {', '.join(known)}")
+        raise UserError(f"--gpu {name} is unknown; use one of {', '.join(known)}")
     return known[name]

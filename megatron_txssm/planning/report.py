@@ -119,7 +119,7 @@ def show_near_misses(ranking: Ranking, best: Plan) -> None:
     """Print faster layouts that do not fit, and the illegal ones that are most like the best."""
     faster = [plan for plan in ranking.too_large if plan.time.total < best.time.total]
     rows = [
-        (plan.layout.name, f"{(plan.memory.peak - ranking.limit) / GIB:.1f} GiB too large, {_gain(plan, best)}")
+        (plan.layout.name, f"{(plan.memory.peak - ranking.limit) / GIB:.2f} GiB too large, {_gain(plan, best)}")
         for plan in sorted(faster, key=lambda plan: plan.memory.peak)[:NEAR_MISSES]
     ]
     rows += _illegal(ranking, best.layout)
