@@ -25,7 +25,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "train a small TransXSSM on this machine: prepare real text, train, stop, resume, generate",
     ),
     "recipes": ("megatron_txssm.cli.recipes", "list the recipes, or show one with all its fields"),
-    "plan": ("megatron_txssm.cli.plan", "find the fastest parallel layout for N GPUs: memory, traffic, days, GPU-hours"),
+    "plan": (
+        "megatron_txssm.cli.plan",
+        "find the fastest parallel layout for N GPUs: memory, traffic, days, GPU-hours",
+    ),
     "data": ("megatron_txssm.cli.data", "make, check and inspect a corpus of token shards"),
     "pretrain": (
         "megatron_txssm.cli.pretrain",

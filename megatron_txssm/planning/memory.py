@@ -144,8 +144,11 @@ def activations(share: Share, layout: Layout, stage: Stage, rank: int, micro_bat
     in_flight = chunks_in_flight(layout.pipeline, layout.virtual, rank, micro_batches)
     kept_by_chunk = [_chunk(share, chunk, layout.recompute) for chunk in stage.chunks]
     held = sum(count * size for count, size in zip(in_flight, kept_by_chunk, strict=True))
-    return held + _worst_moment(share, stage, layout.recompute) + _kept_between_steps(share, stage) + _pipeline_buffers(
-        share, layout, rank
+    return (
+        held
+        + _worst_moment(share, stage, layout.recompute)
+        + _kept_between_steps(share, stage)
+        + _pipeline_buffers(share, layout, rank)
     )
 
 

@@ -26,9 +26,7 @@ class Answer:
     problem: str
 
 
-def answer(
-    recipe: Recipe, gpus: int, cluster: Cluster, limit: float, fixed: Mapping[str, Any] | None = None
-) -> Answer:
+def answer(recipe: Recipe, gpus: int, cluster: Cluster, limit: float, fixed: Mapping[str, Any] | None = None) -> Answer:
     """The ranking on `gpus` GPUs, or on the nearest number on which a layout is legal and fits.
 
     If none fits on any number of GPUs tried, the ranking for `gpus`, or its nearest legal number, has no fitting plan.

@@ -102,9 +102,7 @@ class Estimates:
         share, stages = self.share(layout), self.stages(layout)
         micro_batches = micro_batches_of(self.recipe, layout)
         # Later ranks of a kind keep fewer micro-batches.
-        peaks = {
-            kind.first: memory_of(share, layout, kind.stage, kind.first, micro_batches) for kind in stages.kinds
-        }
+        peaks = {kind.first: memory_of(share, layout, kind.stage, kind.first, micro_batches) for kind in stages.kinds}
         worst = max(peaks, key=lambda rank: peaks[rank].peak)
         time = step_time(share, self.cluster, layout, stages, micro_batches, self.overlaps)
         return Plan(self.recipe, layout, worst, peaks[worst], time, self.cluster.gpu.bf16_flops)

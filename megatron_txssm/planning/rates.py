@@ -25,7 +25,9 @@ ATTENTION_WIDE = Rate("flash attention with heads of 128 channels and more", 0.6
 SCAN_FORWARD = Rate("bytes that the scan seems to move per token and channel", 38, f"65,536 tokens, {_NOON}")
 SCAN_BACKWARD = Rate("likewise, backward", 154, f"65,536 tokens, {_NOON}")
 LAUNCH = Rate("seconds to start and end one GEMM", 2.5e-6, f"1,024 tokens, {_NOON}")
-SMALL = Rate("seconds of a layer's small kernels, a pass", 22e-6, "42 kernels a layer, docs/gpu-results; fitted to steps")
+SMALL = Rate(
+    "seconds of a layer's small kernels, a pass", 22e-6, "42 kernels a layer, docs/gpu-results; fitted to steps"
+)
 LINK = Rate("collectives, of a link's bandwidth", 0.8, "assumed; not measured by this project")
 LATENCY = Rate("seconds of a collective within a node", 12e-6, "assumed; not measured by this project")
 LATENCY_NETWORK = Rate("seconds of a collective between nodes", 30e-6, "assumed; not measured by this project")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from megatron_txssm.architecture.layer_pattern import ATTENTION, EXPERTS, FFN, STATE_SPACE
-from megatron_txssm.planning.layouts import Layout
 from megatron_txssm.planning.activations import FP32
+from megatron_txssm.planning.layouts import Layout
 from megatron_txssm.planning.memory import Weights, gemm_weights, stage_weights
 from megatron_txssm.planning.rates import (
     OVERLAP,

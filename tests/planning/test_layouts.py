@@ -96,9 +96,7 @@ def test_fixed_fields_keep_their_values() -> None:
 def test_a_refused_layout_has_its_reason() -> None:
     found = candidates(recipe(), 5, 8, {"parallel.tensor_model_parallel_size": 4})
     assert not found.legal
-    assert [refused.reason for refused in found.refused] == [
-        "5 GPUs cannot be divided by tensor_model_parallel_size=4"
-    ]
+    assert [refused.reason for refused in found.refused] == ["5 GPUs cannot be divided by tensor_model_parallel_size=4"]
 
 
 def test_the_reason_is_that_of_the_first_axis_which_contradicts() -> None:

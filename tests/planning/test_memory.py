@@ -93,9 +93,7 @@ def test_a_pipeline_divides_the_parameters_but_for_the_tied_embedding(pipeline: 
 def test_experts_are_divided_over_expert_parallelism_alone() -> None:
     recipe = load_recipe("transxssm_320m_moe")
     (stage,) = pipeline_stages(recipe, 1, 1).of_rank
-    one, eight = (
-        stage_weights(share_of(recipe, Layout(expert=size, data=8)), stage, whole=True) for size in (1, 8)
-    )
+    one, eight = (stage_weights(share_of(recipe, Layout(expert=size, data=8)), stage, whole=True) for size in (1, 8))
     assert one.experts == 8 * eight.experts
     assert one.dense == eight.dense
 

@@ -81,9 +81,7 @@ def test_five_gpus_with_four_tensor_parallel_ranks_become_four() -> None:
     found = answer(load_recipe("transxssm_1.3b"), 5, CLUSTER, LIMIT, fixed)
     assert found.gpus == 4
     assert found.ranking.best is not None and found.ranking.best.layout.tensor == 4
-    assert found.problem == (
-        "no layout is legal on 5 GPUs: 5 GPUs cannot be divided by tensor_model_parallel_size=4"
-    )
+    assert found.problem == ("no layout is legal on 5 GPUs: 5 GPUs cannot be divided by tensor_model_parallel_size=4")
 
 
 def test_small_gpus_need_more_of_them() -> None:

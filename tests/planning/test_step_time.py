@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 
 from megatron_txssm.architecture.gpus import GPUS, Gpu
+from megatron_txssm.home import HOME
 from megatron_txssm.planning.layouts import Layout, layout_of
 from megatron_txssm.planning.rates import RATES, Cluster, group_shape
 from megatron_txssm.planning.share import pipeline_stages, share_of
 from megatron_txssm.planning.step_time import Overlaps, StepTime, step_time
-from megatron_txssm.home import HOME
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 
@@ -87,7 +87,9 @@ def test_collectives_within_a_node_and_between_nodes() -> None:
     between = cluster.collective_seconds("all_gather", size, members=8, stride=8)
     assert between == pytest.approx(7 / 8 * size / (0.8 * 50e9), rel=0.01)
     # All GPUs of two nodes: eight adapters.
-    assert cluster.collective_seconds("all_gather", size, 16, 1) == pytest.approx(15 / 16 * size / (0.8 * 400e9), rel=0.01)
+    assert cluster.collective_seconds("all_gather", size, 16, 1) == pytest.approx(
+        15 / 16 * size / (0.8 * 400e9), rel=0.01
+    )
     # Half of what all 16 exchange stays within the node.
     assert cluster.collective_seconds("all_to_all", size, 16, 1) == pytest.approx(size / 2 / (0.8 * 50e9), rel=0.01)
     assert cluster.collective_seconds("all_gather", size, members=1, stride=1) == 0
