@@ -108,14 +108,13 @@ def _entering_states(share: Share) -> int:
 
 
 def _experts(share: Share) -> int:
-    """Norm, router, what is sent to experts, their GEMMs, and the shared expert."""
+    """Norm, router, what arrives at the experts, their GEMMs, and the shared expert."""
     normed = share.own_tokens * (share.hidden * share.element + FP32)
     experts = share.sizes.experts
     assert experts is not None
     router = share.own_tokens * experts.num_experts * FP32 * 3
-    sent = share.own_tokens * experts.topk * share.hidden * share.element
     received = share.routed * share.hidden * share.element
-    return normed + router + sent + received + _swiglu(share, share.routed, share.expert_ffn) + _shared_expert(share)
+    return normed + router + received + _swiglu(share, share.routed, share.expert_ffn) + _shared_expert(share)
 
 
 def _shared_expert(share: Share) -> int:

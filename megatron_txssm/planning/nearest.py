@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_txssm.planning.layouts import candidates
-from megatron_txssm.planning.ranking import Ranking, rank_layouts
+from megatron_txssm.planning.ranking import Ranking, least_memory, rank_layouts
 from megatron_txssm.planning.rates import Cluster
 from megatron_txssm.recipe.recipe import Recipe
 
-# More GPUs than that are not tried.
-MOST_GPUS = 65_536
+# How often the number of GPUs is doubled to find one on which something fits.
+DOUBLED = 6
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,14 @@ def answer(recipe: Recipe, gpus: int, cluster: Cluster, limit: float, fixed: Map
         f"nothing fits on {_counted(gpus)}: {asked.smallest.layout.name} needs the least, {needed / 2**30:.1f} GiB of "
         f"{limit / 2**30:.1f}"
     )
-    more = gpus * 2
-    while more <= min(MOST_GPUS, gpus * 64):
-        larger = rank_layouts(recipe, more, cluster, limit, fixed)
-        if larger.fitting:
-            return Answer(more, larger, problem)
-        if larger.smallest is None or larger.smallest.memory.peak >= needed:
+    for more in (gpus * 2**doubled for doubled in range(1, DOUBLED + 1)):
+        least = least_memory(recipe, more, cluster, fixed)
+        if least is not None and least <= limit:
+            return Answer(more, rank_layouts(recipe, more, cluster, limit, fixed), problem)
+        if least is None or least >= needed:
             # More GPUs than the recipe can use to divide its model.
             break
-        needed = larger.smallest.memory.peak
-        more *= 2
+        needed = least
     return Answer(gpus, asked, problem)
 
 

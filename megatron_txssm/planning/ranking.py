@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from megatron_txssm.architecture.flops import flops_per_token
@@ -14,6 +13,10 @@ from megatron_txssm.planning.step_time import Overlaps, StepTime, step_time
 from megatron_txssm.planning.traffic import traffic_of
 from megatron_txssm.planning.usage import Usage
 from megatron_txssm.recipe.recipe import Recipe
+
+
+# A layout that needs up to this many times the limit is a near miss.
+NEARLY = 1.5
 
 
 @dataclass(frozen=True)
@@ -47,22 +50,22 @@ class Plan:
 
 @dataclass(frozen=True)
 class Ranking:
-    """All layouts: those that fit, the fastest first; those that do not, likewise; and the illegal ones."""
+    """Layouts that fit, the fastest first; those that nearly fit, likewise; and the illegal ones.
+
+    Attributes:
+        smallest: of all legal layouts the one that needs the least memory; None if none is legal
+        limit: bytes that a GPU's tensors may take
+    """
 
     fitting: list[Plan]
     too_large: list[Plan]
     refused: list[Refused]
-    # Bytes that a GPU's tensors may take.
+    smallest: Plan | None
     limit: float
 
     @property
     def best(self) -> Plan | None:
         return self.fitting[0] if self.fitting else None
-
-    @cached_property
-    def smallest(self) -> Plan | None:
-        """Of all legal layouts the one that needs the least memory."""
-        return min(self.fitting + self.too_large, key=lambda plan: plan.memory.peak, default=None)
 
 
 def rank_layouts(
@@ -77,16 +80,30 @@ def rank_layouts(
     choices = (fixed["parallel.recompute"],) if "parallel.recompute" in fixed else RECOMPUTE
     fitting: list[Plan] = []
     too_large: list[Plan] = []
-    for layout in found.legal:
+    smallest: tuple[int, Layout] | None = None
+    for divided in found.legal:
         for recompute in choices:
-            plan = estimates.plan(replace(layout, recompute=recompute))
-            if plan.memory.peak <= limit:
-                fitting.append(plan)
+            layout = divided if recompute == divided.recompute else replace(divided, recompute=recompute)
+            worst, memory = estimates.memory(layout)
+            if smallest is None or memory.peak < smallest[0]:
+                smallest = memory.peak, layout
+            if memory.peak <= limit:
+                fitting.append(estimates.plan(layout, worst, memory))
                 break
-            too_large.append(plan)
+            if memory.peak <= NEARLY * limit:
+                too_large.append(estimates.plan(layout, worst, memory))
     for plans in (fitting, too_large):
         plans.sort(key=lambda plan: plan.time.total)
-    return Ranking(fitting, too_large, found.refused, limit)
+    least = None if smallest is None else estimates.plan(smallest[1])
+    return Ranking(fitting, too_large, found.refused, least, limit)
+
+
+def least_memory(recipe: Recipe, gpus: int, cluster: Cluster, fixed: Mapping[str, Any] | None = None) -> int | None:
+    """Bytes of a GPU in the legal layout that needs the least; None if none is legal."""
+    recompute = (fixed or {}).get("parallel.recompute", RECOMPUTE[-1])
+    found, estimates = candidates(recipe, gpus, cluster.per_node, fixed), Estimates(recipe, cluster)
+    layouts = (replace(layout, recompute=recompute) for layout in found.legal)
+    return min((estimates.memory(layout)[1].peak for layout in layouts), default=None)
 
 
 class Estimates:
@@ -98,14 +115,22 @@ class Estimates:
         self._shares: dict[tuple[Any, ...], Share] = {}
         self._stages: dict[tuple[int, int], Stages] = {}
 
-    def plan(self, layout: Layout) -> Plan:
+    def plan(self, layout: Layout, worst: int | None = None, memory: Memory | None = None) -> Plan:
+        """A layout's plan; `worst` and `memory`: what `memory` gave, if it was called before."""
+        if worst is None or memory is None:
+            worst, memory = self.memory(layout)
+        micro_batches = micro_batches_of(self.recipe, layout)
+        time = step_time(self.share(layout), self.cluster, layout, self.stages(layout), micro_batches, self.overlaps)
+        return Plan(self.recipe, layout, worst, memory, time, self.cluster.gpu.bf16_flops)
+
+    def memory(self, layout: Layout) -> tuple[int, Memory]:
+        """The pipeline rank with the largest peak, and its memory."""
         share, stages = self.share(layout), self.stages(layout)
         micro_batches = micro_batches_of(self.recipe, layout)
         # Later ranks of a kind keep fewer micro-batches.
         peaks = {kind.first: memory_of(share, layout, kind.stage, kind.first, micro_batches) for kind in stages.kinds}
         worst = max(peaks, key=lambda rank: peaks[rank].peak)
-        time = step_time(share, self.cluster, layout, stages, micro_batches, self.overlaps)
-        return Plan(self.recipe, layout, worst, peaks[worst], time, self.cluster.gpu.bf16_flops)
+        return worst, peaks[worst]
 
     def share(self, layout: Layout) -> Share:
         key = (layout.tensor, layout.sequence_parallel, layout.context, layout.expert, layout.state_context)

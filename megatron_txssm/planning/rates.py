@@ -110,7 +110,7 @@ def group_shape(
         return tensor, 1
     if group == "cp":
         return context, tensor
-    if group == "dp":
+    if group in ("dp", "dp_cp"):
         return data * context, tensor
     if group == "ep":
         return expert, tensor

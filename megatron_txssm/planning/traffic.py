@@ -162,7 +162,9 @@ def transfer_calls(share: Share, layout: Layout, rank: int) -> Iterator[Call]:
 def step_calls(share: Share, layout: Layout, stage: Stage, weights: Weights) -> Iterator[Call]:
     """The calls of a step besides its micro-batches: gradients and weights over data parallelism, a tied embedding."""
     sharing = layout.data * layout.context
-    groups = [("dp", weights.dense, sharing), ("expert_dp", weights.experts, sharing // layout.expert)]
+    # As Megatron names it: with context parallelism the group has both kinds of ranks.
+    data = "dp" if layout.context == 1 else "dp_cp"
+    groups = [(data, weights.dense, sharing), ("expert_dp", weights.experts, sharing // layout.expert)]
     for group, count, size in groups:
         if size == 1 or count == 0:
             continue

@@ -32,8 +32,8 @@ def test_tensor_parallelism_as_a_dry_run_counted_it() -> None:
 def test_context_parallelism_as_dry_runs_counted_it() -> None:
     passing = traffic("transxssm_1.3b", ["context_parallel_size=2"], gpus=2, rank=0, micro_batches=1)
     assert passing["all_gather", "cp"] == passing["reduce_scatter", "cp"] == pytest.approx(168.02, abs=0.01)
-    assert passing["reduce_scatter", "dp"] == pytest.approx(4982.64, abs=0.01)
-    assert passing["all_gather", "dp"] == pytest.approx(2491.33, abs=0.02)
+    assert passing["reduce_scatter", "dp_cp"] == pytest.approx(4982.64, abs=0.01)
+    assert passing["all_gather", "dp_cp"] == pytest.approx(2491.33, abs=0.02)
     changes = ["context_parallel_size=2", "state_context_parallel=all_to_all"]
     exchanged = traffic("transxssm_1.3b", changes, gpus=2, rank=0, micro_batches=1)
     assert exchanged["all_to_all", "cp"] == 2037
@@ -54,8 +54,8 @@ def test_all_axes_as_a_dry_run_counted_them() -> None:
         ("all_gather", "cp"): 88.01,
         ("reduce_scatter", "cp"): 88.01,
         ("send_recv", "pp"): 32,
-        ("reduce_scatter", "dp"): 672.19,
-        ("all_gather", "dp"): 336.10,
+        ("reduce_scatter", "dp_cp"): 672.19,
+        ("all_gather", "dp_cp"): 336.10,
         ("all_reduce", "embedding"): 98.25,
     }
     for key, expected in counted.items():
