@@ -25,6 +25,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "train a small TransXSSM on this machine: prepare real text, train, stop, resume, generate",
     ),
     "recipes": ("megatron_txssm.cli.recipes", "list the recipes, or show one with all its fields"),
+    "plan": (
+        "megatron_txssm.cli.plan",
+        "find the fastest parallel layout for N GPUs: memory, traffic, days, GPU-hours",
+    ),
     "data": ("megatron_txssm.cli.data", "make, check and inspect a corpus of token shards"),
     "pretrain": (
         "megatron_txssm.cli.pretrain",
@@ -98,7 +102,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 # Headings of the help, and the verbs beneath them.
 GROUPS = {
-    "train": ("demo", "recipes", "data", "pretrain", "check"),
+    "train": ("demo", "recipes", "plan", "data", "pretrain", "check"),
     "on a Slurm cluster": ("submit", "jobs", "logs", "cancel", "why"),
     "use what was trained": ("evaluate", "generate", "convert", "serve"),
 }

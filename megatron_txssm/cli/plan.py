@@ -1,0 +1,66 @@
+"""txssm plan: which parallel layout to train a recipe in, on how many GPUs, and what that needs."""
+
+import argparse
+from pathlib import Path
+
+from megatron_txssm.cli.parsing import Subparsers, add_set_option, add_verb
+
+EXAMPLES = (
+    "txssm plan transxssm_1.3b --gpus 64",
+    "txssm plan transxssm_1.3b --gpus 512 --gpu h200 --out planned.yaml",
+    "txssm plan transxssm_1.3b --gpus 16 --set parallel.tensor_model_parallel_size=4",
+    "txssm plan transxssm_1.3b --sweep 8,64,512,4096 --plot scaling.png",
+)
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    parser = add_verb(subparsers, "plan", EXAMPLES)
+    parser.add_argument("recipe", metavar="RECIPE", help="a name that `txssm recipes` lists, or a YAML file")
+    parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs to plan for")
+    parser.add_argument(
+        "--gpu", default="h100-sxm", metavar="NAME", help="kind of GPU: h100-sxm, h200, b200, … (default: h100-sxm)"
+    )
+    parser.add_argument("--nodes-of", type=int, metavar="G", help="GPUs of a node (default: usually 8)")
+    parser.add_argument(
+        "--gpu-memory", type=float, metavar="GIB", help="memory of a GPU (default: from its data sheet)"
+    )
+    parser.add_argument(
+        "--memory-fraction",
+        type=float,
+        default=0.92,
+        metavar="X",
+        help="what tensors may take of it; the rest is for NCCL and fragmentation (default: 0.92)",
+    )
+    parser.add_argument(
+        "--target-tokens", type=int, metavar="N", help="tokens to train on, for days and GPU-hours (default: RECIPE's)"
+    )
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="layouts to show (default: 5)")
+    add_set_option(parser)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the best layout as a recipe, FILE.yaml")
+    parser.add_argument(
+        "--sweep", type=_counts, default=(), metavar="N,N", help="show how the recipe scales to these numbers of GPUs"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the sweep, such as to scaling.png")
+
+
+def _counts(text: str) -> list[int]:
+    return [int(count) for count in text.split(",")]
+
+
+def run(args: argparse.Namespace) -> int:
+    from megatron_txssm.planning.plan import plan
+
+    return plan(
+        args.recipe,
+        gpus=args.gpus,
+        gpu=args.gpu,
+        nodes_of=args.nodes_of,
+        gpu_memory=args.gpu_memory,
+        memory_fraction=args.memory_fraction,
+        target_tokens=args.target_tokens,
+        top=args.top,
+        overrides=args.overrides,
+        out=args.out,
+        sweep=args.sweep,
+        plot=args.plot,
+    )

@@ -1,0 +1,121 @@
+"""`txssm plan`: the best layouts of a recipe on N GPUs, or how it scales."""
+
+import dataclasses
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.architecture.gpus import GPUS, Gpu
+from megatron_txssm.errors import UserError, require_positive
+from megatron_txssm.planning.layouts import LAYOUT_FIELDS
+from megatron_txssm.planning.nearest import Answer, answer
+from megatron_txssm.planning.overlay import write_overlay
+from megatron_txssm.planning.rates import Cluster
+from megatron_txssm.planning.report import Request, show_answer
+from megatron_txssm.planning.sweep import show_sweep
+from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.terminal import terminal_width
+
+GIB = 2**30
+
+
+def plan(
+    name: str,
+    *,
+    gpus: int | None,
+    gpu: str,
+    nodes_of: int | None = None,
+    gpu_memory: float | None = None,
+    memory_fraction: float = 0.92,
+    target_tokens: int | None = None,
+    top: int = 5,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+    sweep: Sequence[int] = (),
+    plot: Path | None = None,
+) -> int:
+    """Print the plan of a recipe and write the best layout to `out`; returns the exit code.
+
+    gpu_memory: GiB of a GPU instead of its data sheet's. memory_fraction: what tensors may take of it.
+    overrides: --set options; a layout field that one sets keeps that value.
+    Returns 1 if nothing meets the request and the nearest answer was printed.
+    """
+    require_positive(gpus=gpus, nodes_of=nodes_of, target_tokens=target_tokens, top=top)
+    if not 0 < memory_fraction <= 1:
+        raise UserError(f"--memory-fraction {memory_fraction:g} must be above 0 and at most 1, such as 0.92")
+    if gpu_memory is not None and gpu_memory <= 0:
+        raise UserError(f"--gpu-memory {gpu_memory:g} must be above 0 GiB")
+    recipe = load_recipe(name, overrides)
+    stated = [text.partition("=")[0].strip() for text in overrides]
+    fixed = _fixed(recipe, stated)
+    cluster = _cluster(gpu, nodes_of, gpu_memory)
+    limit = memory_fraction * cluster.gpu.memory_bytes
+    tokens = target_tokens or recipe.train_iters * recipe.training.global_batch_tokens
+    if sweep:
+        require_positive(sweep=min(sweep))
+        return show_sweep(recipe, cluster, limit, sorted(set(sweep)), fixed, plot)
+    if plot is not None:
+        raise UserError(f"--plot {plot} draws a sweep; add --sweep, such as --sweep 8,64,512")
+    if gpus is None:
+        raise UserError("--gpus is missing: how many to plan for, such as --gpus 64; or --sweep 8,64,512")
+    found = answer(recipe, gpus, cluster, limit, fixed)
+    if found.problem:
+        print_wrapped(f"{found.problem}{_instead(found)}")
+        print()
+    show_answer(Request(recipe, cluster, tokens, top), found)
+    return _finish(found, recipe, name, stated, cluster, out)
+
+
+def _finish(found: Answer, recipe: Recipe, name: str, stated: Sequence[str], cluster: Cluster, out: Path | None) -> int:
+    """Write the overlay, or say why there is none."""
+    best = found.ranking.best
+    if found.problem:
+        if out is not None:
+            print(f"\n{out} was not written, as this is not what was asked for")
+        return 1
+    if out is not None and best is not None:
+        about = f"{best.layout.name} on {found.gpus} {cluster.gpu.name}, planned from {recipe.name}"
+        write_overlay(out, name, recipe, best.layout, stated, about)
+        print(f"\nwrote {out}: txssm pretrain {out}, or txssm submit {out}")
+    return 0
+
+
+def print_wrapped(text: str) -> None:
+    """Print a sentence, in a terminal no wider than that."""
+    width = terminal_width(sys.stdout)
+    print(text if width is None else textwrap.fill(text, max(width, 20), break_on_hyphens=False))
+
+
+def _instead(found: Answer) -> str:
+    if found.ranking.best is not None:
+        return f"; the nearest number that works is {found.gpus}:"
+    if found.ranking.smallest is not None:
+        return "; nor on more of them: use GPUs with more memory, or a smaller model or sequence"
+    return ""
+
+
+def _fixed(recipe: Recipe, stated: Sequence[str]) -> dict[str, Any]:
+    """The layout fields that --set states, with their values."""
+    found = {}
+    for dotted in stated:
+        if dotted in LAYOUT_FIELDS:
+            section, _, field = dotted.partition(".")
+            found[dotted] = getattr(getattr(recipe, section), field)
+    return found
+
+
+def _cluster(name: str, per_node: int | None, memory: float | None) -> Cluster:
+    gpu = _gpu(name)
+    if memory is not None:
+        gpu = dataclasses.replace(gpu, memory_bytes=int(memory * GIB))
+    return Cluster(gpu, per_node or gpu.per_node)
+
+
+def _gpu(name: str) -> Gpu:
+    known = {gpu.name: gpu for gpu in GPUS}
+    if name not in known:
+        raise UserError(f"--gpu {name} is unknown; use one of {', '.join(known)}")
+    return known[name]

@@ -1,0 +1,149 @@
+"""Prints plans: the best layouts, memory and traffic of the best one by pipeline rank, and near misses."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from megatron_txssm.architecture.parameters import count_parameters
+from megatron_txssm.planning.layouts import Layout
+from megatron_txssm.planning.nearest import Answer
+from megatron_txssm.planning.ranking import Plan, Ranking, estimated_usage
+from megatron_txssm.planning.rates import Cluster
+from megatron_txssm.planning.share import pipeline_stages
+from megatron_txssm.planning.usage import Usage
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.terminal import print_table
+
+GIB, DAY, HOUR = 2**30, 86_400, 3_600
+NEAR_MISSES = 3
+
+# Usage of a pipeline rank of a recipe in a layout: the formulas', or that of a dry run.
+UsageOf = Callable[[Recipe, Layout, int], Usage]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for."""
+
+    recipe: Recipe
+    cluster: Cluster
+    # Tokens of the whole training.
+    tokens: int
+    # Plans to show.
+    top: int
+
+
+def show_answer(asked: Request, found: Answer, usage_of: UsageOf = estimated_usage) -> None:
+    """Print everything about an answer."""
+    recipe, cluster, ranking = asked.recipe, asked.cluster, found.ranking
+    count = count_parameters(recipe.sizes).total
+    print(f"{recipe.name}: {count / 1e6:,.0f}M parameters, {recipe.training.seq_length:,} tokens a sample,")
+    print(f"{recipe.global_batch_size:,} samples a step, {asked.tokens / 1e9:,.1f}B tokens in all;")
+    print(f"{found.gpus:,} {cluster.gpu.name} in nodes of {cluster.per_node}, {ranking.limit / GIB:.1f} GiB each")
+    plans = ranking.fitting[: asked.top]
+    if plans:
+        print(f"\n{len(ranking.fitting):,} layouts fit; the fastest:")
+    elif ranking.smallest is not None:
+        print("\nno layout fits; the one that needs the least memory:")
+        plans = [ranking.smallest]
+    else:
+        return
+    print_table(("layout", ">GiB", ">tokens/s", ">MFU", ">days", ">GPU-hours"), (_row(asked, plan) for plan in plans))
+    show_plan(plans[0], usage_of)
+    show_near_misses(ranking, plans[0])
+
+
+def _row(asked: Request, plan: Plan) -> tuple[str, ...]:
+    seconds = asked.tokens / plan.tokens_per_second
+    return (
+        plan.layout.name,
+        f"{plan.memory.peak / GIB:.1f}",
+        f"{plan.tokens_per_second:,.0f}",
+        f"{plan.mfu:.1%}",
+        f"{seconds / DAY:,.2f}",
+        f"{seconds / HOUR * plan.layout.gpus:,.0f}",
+    )
+
+
+def show_plan(plan: Plan, usage_of: UsageOf = estimated_usage) -> None:
+    """Print a plan's step by what its time goes to, its memory by kind and its traffic by group, for each stage."""
+    time = plan.time
+    parts = {
+        "kernels": time.compute,
+        "waiting for model parallelism": time.exchange,
+        "pipeline bubble": time.bubble,
+        "waiting for data parallelism": time.data,
+        "optimizer": time.optimizer,
+    }
+    print(f"\n{plan.layout.name}: {time.total:.3f} s a step")
+    for name, seconds in parts.items():
+        if seconds:
+            print(f"  {name:30} {seconds / time.total:6.1%}")
+    layout = plan.layout
+    kinds = pipeline_stages(plan.recipe, layout.pipeline, layout.virtual).kinds
+    usages = {_ranks(kind.first, kind.count, layout.pipeline): kind.first for kind in kinds}
+    measured = {name: usage_of(plan.recipe, layout, rank) for name, rank in usages.items()}
+    print("\nGiB a GPU:")
+    _show_memory(measured)
+    print("\nGiB a step and GPU, of each collective the largest tensor:")
+    _show_traffic(measured)
+
+
+def _ranks(first: int, count: int, pipeline: int) -> str:
+    """Such as `2 of 4`, or `1 and 5 like it`: the pipeline rank that is shown, and how many others hold the same."""
+    if pipeline == 1:
+        return "all"
+    return f"{first} of {pipeline}" + (f", {count - 1} alike" if count > 1 else "")
+
+
+def _show_memory(usages: Mapping[str, Usage]) -> None:
+    rows = (
+        (name, *(f"{size / GIB:.2f}" for size in (u.weights, u.gradients, u.optimizer, u.activations, u.peak)))
+        for name, u in usages.items()
+    )
+    print_table(("stage", ">weights", ">gradients", ">optimizer", ">activations", ">peak"), rows)
+
+
+def _show_traffic(usages: Mapping[str, Usage]) -> None:
+    groups = dict.fromkeys(group for usage in usages.values() for group in usage.traffic)
+    if not groups:
+        print("none")
+        return
+    rows = (
+        (group, collective, *(f"{usage.traffic.get((collective, group), 0) / GIB:.3f}" for usage in usages.values()))
+        for collective, group in sorted(groups, key=lambda key: (key[1], key[0]))
+    )
+    print_table(("group", "collective", *(f">{name}" for name in usages)), rows)
+
+
+def show_near_misses(ranking: Ranking, best: Plan) -> None:
+    """Print faster layouts that do not fit, and the illegal ones that are most like the best."""
+    faster = [plan for plan in ranking.too_large if plan.time.total < best.time.total]
+    rows = [
+        (plan.layout.name, f"{(plan.memory.peak - ranking.limit) / GIB:.2f} GiB too large, {_gain(plan, best)}")
+        for plan in sorted(faster, key=lambda plan: plan.memory.peak)[:NEAR_MISSES]
+    ]
+    rows += _illegal(ranking, best.layout)
+    if rows:
+        print("\nnear misses:")
+        print_table(("layout", "why not"), rows)
+
+
+def _gain(plan: Plan, best: Plan) -> str:
+    return f"{plan.tokens_per_second / best.tokens_per_second - 1:.1%} faster"
+
+
+def _illegal(ranking: Ranking, best: Layout) -> Iterable[tuple[str, str]]:
+    """The illegal layouts that differ least from the best, each reason once."""
+    reasons: dict[str, str] = {}
+    for refused in sorted(ranking.refused, key=lambda refused: _distance(refused.layout, best)):
+        # The same reason with other numbers is no news.
+        kind = "".join(filter(str.isalpha, refused.reason))
+        if kind not in reasons and len(reasons) < NEAR_MISSES:
+            reasons[kind] = ""
+            yield refused.layout.name, refused.reason
+
+
+def _distance(layout: Layout, best: Layout) -> int:
+    """In how many sizes two layouts differ."""
+    axes = ("tensor", "pipeline", "virtual", "context", "state_context", "expert", "micro_batch")
+    return sum(getattr(layout, axis) != getattr(best, axis) for axis in axes)

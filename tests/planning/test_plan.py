@@ -1,0 +1,125 @@
+"""`txssm plan`: what it prints, the overlay that it writes, and its errors."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_txssm.cli.main import main
+from megatron_txssm.planning.layouts import layout_of
+from megatron_txssm.recipe.loader import load_recipe
+
+
+def test_a_plan_shows_memory_traffic_speed_and_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "transxssm_1.3b", "--gpus", "16", "--set", "parallel.pipeline_model_parallel_size=4"]) == 0
+    text = capsys.readouterr().out
+    assert "1,306M parameters" in text
+    for head in ("tokens/s", "MFU", "GPU-hours", "weights", "activations", "near misses:", "pipeline bubble"):
+        assert head in text
+    # Every kind of stage, and the collectives between them.
+    assert "0 of 4" in text and "3 of 4" in text
+    assert "send_recv" in text and "embedding" in text
+
+
+def test_days_are_those_of_the_target(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "transxssm_1.3b", "--gpus", "8", "--top", "1"]
+    hours = []
+    for tokens in ("1000000000000", "2000000000000"):
+        assert main([*words, "--target-tokens", tokens]) == 0
+        row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("dp8"))
+        hours.append(float(row.split()[-1].replace(",", "")))
+    assert hours[1] == pytest.approx(2 * hours[0], rel=1e-3)
+
+
+def test_the_overlay_is_a_recipe_with_the_best_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "planned.yaml"
+    change = "training.global_batch_tokens=4194304"
+    assert main(["plan", "transxssm_1.3b", "--gpus", "64", "--set", change, "--top", "1", "--out", str(out)]) == 0
+    recipe = load_recipe(out)
+    best = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("dp64"))
+    assert layout_of(recipe, 64).name == best.split()[0]
+    assert recipe.training.global_batch_tokens == 4_194_304
+    assert recipe.model == load_recipe("transxssm_1.3b").model
+
+
+def test_an_overlay_of_a_file_names_it_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    base = tmp_path / "mine" / "base.yaml"
+    base.write_text("extends: transxssm_320m\nmegatron:\n  mock_data: true\ndata:\n  corpus: null\n  weights: null\n")
+    out = tmp_path / "planned.yaml"
+    assert main(["plan", str(base), "--gpus", "8", "--out", str(out)]) == 0
+    assert "extends: mine/base.yaml" in out.read_text()
+    assert load_recipe(out).megatron["mock_data"] is True
+
+
+def test_an_existing_file_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "mine.yaml"
+    out.write_text("extends: transxssm_320m\n")
+    assert main(["plan", "transxssm_320m", "--gpus", "8", "--out", str(out)]) == 2
+    assert f"error: {out} exists" in capsys.readouterr().err
+    assert out.read_text() == "extends: transxssm_320m\n"
+
+
+def test_an_impossible_request_gets_the_nearest_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "planned.yaml"
+    words = ["plan", "transxssm_1.3b", "--gpus", "5", "--set", "parallel.tensor_model_parallel_size=4"]
+    assert main([*words, "--out", str(out)]) == 1
+    text = capsys.readouterr().out
+    assert "5 GPUs cannot be divided by tensor_model_parallel_size=4; the nearest number that works is 4" in text
+    assert "tp4_sp" in text
+    assert not out.exists() and "was not written" in text
+
+
+def test_gpus_of_one_gigabyte(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "transxssm_1.3b", "--gpus", "8", "--gpu-memory", "1"]) == 1
+    assert "nothing fits on 8 GPUs" in capsys.readouterr().out
+    assert main(["plan", "transxssm_1.3b", "--gpus", "8", "--gpu-memory", "0.01"]) == 1
+    assert "use GPUs with more memory" in capsys.readouterr().out
+
+
+def test_a_faster_layout_that_does_not_fit_is_a_near_miss(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "transxssm_1.3b", "--gpus", "8", "--gpu-memory", "60"]) == 0
+    text = capsys.readouterr().out
+    # 69.6 GiB of the fastest layout, of 0.92 of 60.
+    assert "dp8_zero1_mb8" in text and "GiB too large" in text
+
+
+def test_sweep_shows_both_kinds_of_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "scaling.png"
+    assert main(["plan", "transxssm_320m", "--sweep", "64,8", "--plot", str(plot)]) == 0
+    text = capsys.readouterr().out
+    assert text.index("strong scaling") < text.index("weak scaling")
+    weak = text[text.index("weak scaling") :].splitlines()
+    # As many samples a GPU: 256 on 8, 2048 on 64.
+    assert weak[2].split()[:2] == ["8", "256"] and weak[3].split()[:2] == ["64", "2,048"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--gpus", "8", "--gpu", "h100"], "--gpu h100 is unknown; use one of a100-40"),
+        (["--gpus", "0"], "--gpus 0 must be at least 1"),
+        ([], "--gpus is missing"),
+        (["--gpus", "8", "--memory-fraction", "1.5"], "--memory-fraction 1.5"),
+        (["--gpus", "8", "--gpu-memory", "0"], "--gpu-memory 0"),
+        (["--gpus", "8", "--plot", "x.png"], "add --sweep"),
+        (["--sweep", "0,8"], "--sweep 0 must be at least 1"),
+        (["--gpus", "8", "--out", "plan.txt"], "must end in .yaml"),
+        (["--gpus", "8", "--set", "parallel.tensor_model_parallel_size=3"], "tensor_model_parallel_size=3"),
+        (["--sweep", "8", "--plot", "no/such/folder/x.png"], "cannot be written"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    words: list[str], wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "transxssm_1.3b", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert wanted in error
+
+
+def test_counts_that_are_no_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "transxssm_1.3b", "--sweep", "8,many"])
+    assert stop.value.code == 2
+    assert "8,many" in capsys.readouterr().err
