@@ -9,6 +9,7 @@ EXAMPLES = (
     "txssm plan transxssm_1.3b --gpus 64",
     "txssm plan transxssm_1.3b --gpus 512 --gpu h200 --out planned.yaml",
     "txssm plan transxssm_1.3b --gpus 16 --set parallel.tensor_model_parallel_size=4",
+    "txssm plan transxssm_70b --gpus 512 --layout tp8_sp_pp4_zero1_mb1",
     "txssm plan transxssm_1.3b --sweep 8,64,512,4096 --plot scaling.png",
 )
 
@@ -33,6 +34,16 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--target-tokens", type=int, metavar="N", help="tokens to train on, for days and GPU-hours (default: RECIPE's)"
+    )
+    parser.add_argument(
+        "--layout", metavar="NAME", help="plan this layout alone, such as tp2_sp_pp4_zero1_mb1, as plans name them"
+    )
+    parser.add_argument(
+        "--dry-runs",
+        type=int,
+        default=3,
+        metavar="K",
+        help="how many of the best to try: the real model on fake tensors, in half a minute (default: 3)",
     )
     parser.add_argument("--top", type=int, default=5, metavar="K", help="layouts to show (default: 5)")
     add_set_option(parser)
@@ -59,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         memory_fraction=args.memory_fraction,
         target_tokens=args.target_tokens,
         top=args.top,
+        layout=args.layout,
+        dry_runs=args.dry_runs,
         overrides=args.overrides,
         out=args.out,
         sweep=args.sweep,

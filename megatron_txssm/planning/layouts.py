@@ -80,6 +80,31 @@ class Layout:
 
 
 LAYOUT_FIELDS = tuple(Layout().changes)
+# Parts of a layout's name, and the field of the number after them.
+_SIZES = {"tp": "tensor", "pp": "pipeline", "vpp": "virtual", "cp": "context", "ep": "expert", "dp": "data"}
+_SIZES |= {"mb": "micro_batch"}
+_WORDS: dict[str, dict[str, Any]] = {
+    "sp": {"sequence_parallel": True},
+    "a2a": {"state_context": "all_to_all"},
+    "zero1": {"zero1": True},
+    "full": {"recompute": "full"},
+    "selective": {"recompute": "selective"},
+}
+
+
+def layout_named(name: str) -> Layout:
+    """The layout of a name such as tp2_sp_pp4_zero1_mb1, whose parts may come in any order; UserError otherwise."""
+    found: dict[str, Any] = {"zero1": False}
+    for part in name.split("_"):
+        axis = part.rstrip("0123456789")
+        if part in _WORDS:
+            found |= _WORDS[part]
+        elif axis in _SIZES and part != axis and int(part.removeprefix(axis)) > 0:
+            found[_SIZES[axis]] = int(part.removeprefix(axis))
+        else:
+            known = ", ".join([*(f"{axis}N" for axis in _SIZES), *_WORDS])
+            raise UserError(f"--layout {name}: {part!r} is no part of a layout; join some of {known} by _")
+    return Layout(**found)
 
 
 def layout_of(recipe: Recipe, gpus: int) -> Layout:

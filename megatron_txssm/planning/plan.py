@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_txssm.architecture.gpus import GPUS, Gpu
 from megatron_txssm.errors import UserError, require_positive
-from megatron_txssm.planning.layouts import LAYOUT_FIELDS
+from megatron_txssm.planning.layouts import LAYOUT_FIELDS, layout_named
 from megatron_txssm.planning.nearest import Answer, answer
 from megatron_txssm.planning.overlay import write_overlay
 from megatron_txssm.planning.rates import Cluster
@@ -32,6 +32,8 @@ def plan(
     memory_fraction: float = 0.92,
     target_tokens: int | None = None,
     top: int = 5,
+    layout: str | None = None,
+    dry_runs: int = 3,
     overrides: Sequence[str] = (),
     out: Path | None = None,
     sweep: Sequence[int] = (),
@@ -40,10 +42,13 @@ def plan(
     """Print the plan of a recipe and write the best layout to `out`; returns the exit code.
 
     gpu_memory: GiB of a GPU instead of its data sheet's. memory_fraction: what tensors may take of it.
+    layout: a name as the plan prints them: this layout alone. dry_runs: how many of the best are dry-run.
     overrides: --set options; a layout field that one sets keeps that value.
     Returns 1 if nothing meets the request and the nearest answer was printed.
     """
     require_positive(gpus=gpus, nodes_of=nodes_of, target_tokens=target_tokens, top=top)
+    if dry_runs < 0:
+        raise UserError(f"--dry-runs {dry_runs} must be at least 0")
     if not 0 < memory_fraction <= 1:
         raise UserError(f"--memory-fraction {memory_fraction:g} must be above 0 and at most 1, such as 0.92")
     if gpu_memory is not None and gpu_memory <= 0:
@@ -51,6 +56,8 @@ def plan(
     recipe = load_recipe(name, overrides)
     stated = [text.partition("=")[0].strip() for text in overrides]
     fixed = _fixed(recipe, stated)
+    if layout is not None:
+        fixed = layout_named(layout).changes | fixed
     cluster = _cluster(gpu, nodes_of, gpu_memory)
     limit = memory_fraction * cluster.gpu.memory_bytes
     tokens = target_tokens or recipe.train_iters * recipe.training.global_batch_tokens
@@ -65,18 +72,12 @@ def plan(
     if found.problem:
         print_wrapped(f"{found.problem}{_instead(found)}")
         print()
-    show_answer(Request(recipe, cluster, tokens, top), found)
-    return _finish(found, recipe, name, stated, cluster, out)
-
-
-def _finish(found: Answer, recipe: Recipe, name: str, stated: Sequence[str], cluster: Cluster, out: Path | None) -> int:
-    """Write the overlay, or say why there is none."""
-    best = found.ranking.best
-    if found.problem:
+    best = show_answer(Request(recipe, cluster, tokens, top), found, dry_runs)
+    if found.problem or best is None:
         if out is not None:
             print(f"\n{out} was not written, as this is not what was asked for")
         return 1
-    if out is not None and best is not None:
+    if out is not None:
         about = f"{best.layout.name} on {found.gpus} {cluster.gpu.name}, planned from {recipe.name}"
         write_overlay(out, name, recipe, best.layout, stated, about)
         print(f"\nwrote {out}: txssm pretrain {out}, or txssm submit {out}")

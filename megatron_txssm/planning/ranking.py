@@ -14,7 +14,6 @@ from megatron_txssm.planning.traffic import traffic_of
 from megatron_txssm.planning.usage import Usage
 from megatron_txssm.recipe.recipe import Recipe
 
-
 # A layout that needs up to this many times the limit is a near miss.
 NEARLY = 1.5
 

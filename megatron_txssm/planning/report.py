@@ -1,9 +1,10 @@
 """Prints plans: the best layouts, memory and traffic of the best one by pipeline rank, and near misses."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_txssm.architecture.parameters import count_parameters
+from megatron_txssm.planning import finalists
 from megatron_txssm.planning.layouts import Layout
 from megatron_txssm.planning.nearest import Answer
 from megatron_txssm.planning.ranking import Plan, Ranking, estimated_usage
@@ -32,8 +33,11 @@ class Request:
     top: int
 
 
-def show_answer(asked: Request, found: Answer, usage_of: UsageOf = estimated_usage) -> None:
-    """Print everything about an answer."""
+def show_answer(asked: Request, found: Answer, dry_runs: int) -> Plan | None:
+    """Print everything about an answer, with dry runs of the best `dry_runs` layouts.
+
+    Returns the best layout that fits, also by its dry run; None if there is none.
+    """
     recipe, cluster, ranking = asked.recipe, asked.cluster, found.ranking
     count = count_parameters(recipe.sizes).total
     print(f"{recipe.name}: {count / 1e6:,.0f}M parameters, {recipe.training.seq_length:,} tokens a sample,")
@@ -46,10 +50,31 @@ def show_answer(asked: Request, found: Answer, usage_of: UsageOf = estimated_usa
         print("\nno layout fits; the one that needs the least memory:")
         plans = [ranking.smallest]
     else:
-        return
+        return None
     print_table(("layout", ">GiB", ">tokens/s", ">MFU", ">days", ">GPU-hours"), (_row(asked, plan) for plan in plans))
-    show_plan(plans[0], usage_of)
+    runs = finalists.dry_runs(plans[:dry_runs])
+    best = show_dry_runs(runs, ranking.limit) if runs else ranking.best
+    show_plan(best or plans[0], finalists.Exact(runs))
     show_near_misses(ranking, plans[0])
+    return best
+
+
+def show_dry_runs(runs: Sequence[finalists.DryRun], limit: float) -> Plan | None:
+    """Print the peaks of dry runs beside the formulas'; returns the first plan that fits, None if none does."""
+    print("\ndry runs, the real model on fake tensors, GiB of the largest stage:")
+    rows: list[tuple[str, ...]] = []
+    fits: list[Plan] = []
+    for run in runs:
+        formula, peak = run.plan.memory.peak / GIB, run.peak
+        if peak is None:
+            rows.append((run.plan.layout.name, f"{formula:.1f}", "", f"failed: {run.failure}"))
+            continue
+        if peak <= limit:
+            fits.append(run.plan)
+        said = "fits" if peak <= limit else f"{(peak - limit) / GIB:.2f} GiB too large"
+        rows.append((run.plan.layout.name, f"{formula:.1f}", f"{peak / GIB:.2f}", said))
+    print_table(("layout", ">by formula", ">dry run", ""), rows)
+    return fits[0] if fits else None
 
 
 def _row(asked: Request, plan: Plan) -> tuple[str, ...]:

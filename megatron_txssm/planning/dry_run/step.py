@@ -1,7 +1,7 @@
 """Builds the model, optimizer and schedule of one rank as Megatron does, and trains steps on tokens without meaning."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class Rank:
         )
         self.optimizer.step()
 
-    def usage(self, traffic: Counter[tuple[str, str]]) -> Usage:
+    def usage(self, traffic: Mapping[tuple[str, str], int]) -> Usage:
         weights = _bytes(parameter for model in self.models for parameter in model.parameters())
         gradients = _bytes(buffer.grad_data for model in self.models for buffer in _buffers(model))
         optimizer = _bytes(_optimizer_tensors(self.optimizer), besides=self._storages())
@@ -92,20 +92,31 @@ def used_by_steps(rank: Rank, micro_batches: int) -> Usage:
     its moments in the first step.
     """
     stages = rank.args.pipeline_model_parallel_size
-    # Interleaving divides the micro-batches into groups of one per stage.
-    first = min(micro_batches, stages)
-    second = min(micro_batches, 2 * stages + (0 if rank.args.virtual_pipeline_model_parallel_size else 1))
-    rank.watch.forget_traffic()
-    rank.step(first)
-    before = rank.watch.traffic
-    rank.watch.forget_traffic()
-    rank.step(second)
-    after, traffic = rank.watch.traffic, Counter[tuple[str, str]]()
+    if rank.args.virtual_pipeline_model_parallel_size:
+        # Interleaving takes multiples of the stages, and of two of them to fill the pipeline.
+        first, second = stages, 2 * stages
+    else:
+        first, second = 1, stages + 1
+    first, second = min(first, micro_batches), min(second, micro_batches)
+    before, after = _traffic_of_a_step(rank, first), _traffic_of_a_step(rank, second)
+    traffic: dict[tuple[str, str], int] = {}
     for key in before | after:
         # The first step may send more, once.
         each = max(0, after[key] - before[key]) // max(1, second - first)
         traffic[key] = after[key] + (micro_batches - second) * each
     return rank.usage(traffic)
+
+
+def used_by_whole_steps(rank: Rank, micro_batches: int) -> Usage:
+    """The same without a shortcut."""
+    rank.step(micro_batches)
+    return rank.usage(_traffic_of_a_step(rank, micro_batches))
+
+
+def _traffic_of_a_step(rank: Rank, micro_batches: int) -> Counter[tuple[str, str]]:
+    rank.watch.forget_traffic()
+    rank.step(micro_batches)
+    return rank.watch.traffic
 
 
 # Megatron's short names of process groups; where two have the same ranks, the first names both.

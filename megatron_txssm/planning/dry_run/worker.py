@@ -72,7 +72,7 @@ def run(task: dict[str, Any], *, fake: bool = True) -> dict[str, Any]:
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.training import training
 
-    from megatron_txssm.planning.dry_run.step import Rank, group_names, used_by_steps
+    from megatron_txssm.planning.dry_run.step import Rank, group_names, used_by_steps, used_by_whole_steps
     from megatron_txssm.planning.dry_run.watch import Watch
 
     training.initialize_megatron()
@@ -88,7 +88,7 @@ def run(task: dict[str, Any], *, fake: bool = True) -> dict[str, Any]:
         rank = Rank(args, watch, fake=fake)
         if task["only_build"]:
             return {}
-        usage = used_by_steps(rank, get_num_microbatches())
+        usage = (used_by_steps if fake else used_by_whole_steps)(rank, get_num_microbatches())
     found = dataclasses.asdict(usage)
     return {"usage": found | {"traffic": [[*key, size] for key, size in usage.traffic.items()]}}
 
