@@ -98,7 +98,7 @@ def used_by_steps(rank: Rank, micro_batches: int) -> Usage:
     else:
         first, second = 1, stages + 1
     first, second = min(first, micro_batches), min(second, micro_batches)
-    before, after = _traffic_of_a_step(rank, first), _traffic_of_a_step(rank, second)
+    before, after = traffic_of_a_step(rank, first), traffic_of_a_step(rank, second)
     traffic: dict[tuple[str, str], int] = {}
     for key in before | after:
         # The first step may send more, once.
@@ -107,13 +107,7 @@ def used_by_steps(rank: Rank, micro_batches: int) -> Usage:
     return rank.usage(traffic)
 
 
-def used_by_whole_steps(rank: Rank, micro_batches: int) -> Usage:
-    """The same without a shortcut."""
-    rank.step(micro_batches)
-    return rank.usage(_traffic_of_a_step(rank, micro_batches))
-
-
-def _traffic_of_a_step(rank: Rank, micro_batches: int) -> Counter[tuple[str, str]]:
+def traffic_of_a_step(rank: Rank, micro_batches: int) -> Counter[tuple[str, str]]:
     rank.watch.forget_traffic()
     rank.step(micro_batches)
     return rank.watch.traffic

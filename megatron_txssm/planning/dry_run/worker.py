@@ -53,7 +53,11 @@ def write(found: dict[str, Any], result: Path) -> None:
 
 
 def run(task: dict[str, Any], *, fake: bool = True) -> dict[str, Any]:
-    """A task's result. fake False: the ranks exist and train on real tensors, which tests compare with fake ones."""
+    """A task's result.
+
+    fake False: the ranks exist and train on real tensors, which tests compare with fake ones; traffic is that of a step
+    of all micro-batches.
+    """
     import torch
 
     from megatron_txssm.recipe.loader import load_recipe
@@ -72,7 +76,7 @@ def run(task: dict[str, Any], *, fake: bool = True) -> dict[str, Any]:
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.training import training
 
-    from megatron_txssm.planning.dry_run.step import Rank, group_names, used_by_steps, used_by_whole_steps
+    from megatron_txssm.planning.dry_run.step import Rank, group_names, traffic_of_a_step, used_by_steps
     from megatron_txssm.planning.dry_run.watch import Watch
 
     training.initialize_megatron()
@@ -88,7 +92,9 @@ def run(task: dict[str, Any], *, fake: bool = True) -> dict[str, Any]:
         rank = Rank(args, watch, fake=fake)
         if task["only_build"]:
             return {}
-        usage = (used_by_steps if fake else used_by_whole_steps)(rank, get_num_microbatches())
+        usage = used_by_steps(rank, get_num_microbatches())
+        if not fake:
+            usage = dataclasses.replace(usage, traffic=traffic_of_a_step(rank, get_num_microbatches()))
     found = dataclasses.asdict(usage)
     return {"usage": found | {"traffic": [[*key, size] for key, size in usage.traffic.items()]}}
 
