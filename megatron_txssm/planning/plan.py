@@ -55,6 +55,9 @@ def plan(
     limit = memory_fraction * cluster.gpu.memory_bytes
     tokens = target_tokens or recipe.train_iters * recipe.training.global_batch_tokens
     if sweep:
+        for option, value in (("--gpus", gpus), ("--out", out)):
+            if value is not None:
+                raise UserError(f"{option} {value} has no effect on a sweep; leave it out, or --sweep")
         require_positive(sweep=min(sweep))
         return show_sweep(recipe, cluster, limit, sorted(set(sweep)), fixed, plot)
     if plot is not None:

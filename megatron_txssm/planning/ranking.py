@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_txssm.architecture.flops import flops_per_token
-from megatron_txssm.planning.layouts import RECOMPUTE, Layout, Refused, candidates
+from megatron_txssm.planning.layouts import RECOMPUTE, Layout, Refused, candidates, layout_of
 from megatron_txssm.planning.memory import Memory, memory_of
 from megatron_txssm.planning.rates import Cluster
 from megatron_txssm.planning.share import Share, Stages, pipeline_stages, share_of
@@ -13,7 +13,6 @@ from megatron_txssm.planning.step_time import Overlaps, StepTime, step_time
 from megatron_txssm.planning.traffic import traffic_of
 from megatron_txssm.planning.usage import Usage
 from megatron_txssm.recipe.recipe import Recipe
-
 
 # A layout that needs up to this many times the limit is a near miss.
 NEARLY = 1.5
@@ -160,16 +159,19 @@ def overlaps_of(recipe: Recipe) -> Overlaps:
     )
 
 
-def estimated_usage(recipe: Recipe, layout: Layout, rank: int) -> Usage:
-    """The formulas' memory and traffic of pipeline rank `rank`, for a recipe in this layout."""
-    share = share_of(recipe, layout)
-    stage = pipeline_stages(recipe, layout.pipeline, layout.virtual).of_rank[rank]
+def estimated_usage(recipe: Recipe, gpus: int, stage: int) -> Usage:
+    """The formulas' memory and traffic of a rank of pipeline stage `stage`, for a recipe in its own layout on `gpus`.
+
+    UserError if that is illegal.
+    """
+    layout = layout_of(recipe, gpus)
+    share, held = share_of(recipe, layout), pipeline_stages(recipe, layout.pipeline, layout.virtual).of_rank[stage]
     micro_batches = micro_batches_of(recipe, layout)
-    memory = memory_of(share, layout, stage, rank, micro_batches)
+    memory = memory_of(share, layout, held, stage, micro_batches)
     return Usage(
         weights=memory.weights,
         gradients=memory.gradients,
         optimizer=memory.optimizer,
         activations=memory.activations,
-        traffic=traffic_of(share, layout, stage, rank, micro_batches),
+        traffic=traffic_of(share, layout, held, stage, micro_batches),
     )
