@@ -108,6 +108,20 @@ def test_zero1_divides_the_optimizer_over_data_and_context() -> None:
     assert optimizer[False] == pytest.approx(8 * optimizer[True], abs=8)
 
 
+def test_the_peak_may_be_before_the_first_step() -> None:
+    # Short samples and many data-parallel ranks: activations and optimizer together are less than a copy of the
+    # weights.
+    recipe = load_recipe("transxssm_1.3b", ["training.seq_length=128", "training.micro_batch_size=1"])
+    usage = estimated_usage(recipe, 1024, 0)
+    assert usage.peak - DEVICE_BYTES == 2 * usage.weights + usage.gradients
+    without = load_recipe(
+        "transxssm_1.3b",
+        ["training.seq_length=128", "training.micro_batch_size=1", "parallel.use_distributed_optimizer=false"],
+    )
+    usage = estimated_usage(without, 1024, 0)
+    assert usage.activations < usage.weights
+
+
 def test_micro_batches_in_flight() -> None:
     # 1F1B: as many as stages follow, and its own; never more than there are.
     assert [chunks_in_flight(4, 1, rank, 8) for rank in range(4)] == [(4,), (3,), (2,), (1,)]
