@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.architecture.gpus import GPUS, Gpu
+from megatron_txssm.architecture.gpus import GIB, GPUS, Gpu
 from megatron_txssm.errors import UserError, require_positive
 from megatron_txssm.planning.layouts import LAYOUT_FIELDS
 from megatron_txssm.planning.nearest import Answer, answer
@@ -18,8 +18,6 @@ from megatron_txssm.planning.sweep import show_sweep
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.terminal import terminal_width
-
-GIB = 2**30
 
 
 def plan(

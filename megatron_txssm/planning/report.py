@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from megatron_txssm.architecture.gpus import GIB
 from megatron_txssm.architecture.parameters import count_parameters
 from megatron_txssm.planning.layouts import Layout
 from megatron_txssm.planning.nearest import Answer
@@ -13,7 +14,7 @@ from megatron_txssm.planning.usage import Usage
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.terminal import print_table
 
-GIB, DAY, HOUR = 2**30, 86_400, 3_600
+DAY, HOUR = 86_400, 3_600
 NEAR_MISSES = 3
 
 # From a recipe in its own layout, a number of GPUs and a pipeline stage: the formulas' usage, or that of a dry run.

@@ -22,9 +22,8 @@ class Share:
     Attributes:
         tokens: of a micro-batch on this context-parallel rank
         seq_length: of a whole sample
-        element: bytes of an activation
+        element: bytes of a weight or an activation
         fp8: whether the layers' GEMMs multiply in FP8
-        experts_per_rank: of each layer of experts
     """
 
     sizes: ModelSizes
@@ -38,7 +37,6 @@ class Share:
     element: int
     fp8: bool
     fp8_attention: bool
-    isolated: bool
 
     @cached_property
     def tokens(self) -> int:
@@ -136,7 +134,6 @@ def share_of(recipe: Recipe, layout: Layout) -> Share:
         element=2 if training.precision == "bf16" else 4,
         fp8=training.fp8 is not None,
         fp8_attention=training.fp8_attention,
-        isolated=recipe.data.isolate_documents,
     )
 
 
