@@ -24,6 +24,7 @@ class Share:
         seq_length: of a whole sample
         element: bytes of a weight or an activation
         fp8: whether the layers' GEMMs multiply in FP8
+        selective: Megatron's names of what selective recomputation repeats
     """
 
     sizes: ModelSizes
@@ -37,6 +38,7 @@ class Share:
     element: int
     fp8: bool
     fp8_attention: bool
+    selective: frozenset[str]
 
     @cached_property
     def tokens(self) -> int:
@@ -134,6 +136,7 @@ def share_of(recipe: Recipe, layout: Layout) -> Share:
         element=2 if training.precision == "bf16" else 4,
         fp8=training.fp8 is not None,
         fp8_attention=training.fp8_attention,
+        selective=frozenset(recipe.megatron.get("recompute_modules") or ("core_attn",)),
     )
 
 

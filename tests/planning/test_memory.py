@@ -8,6 +8,7 @@ from megatron_txssm.planning.layouts import Layout, layout_of
 from megatron_txssm.planning.memory import DEVICE_BYTES, memory_of, stage_weights
 from megatron_txssm.planning.ranking import estimated_usage
 from megatron_txssm.planning.share import chunks_in_flight, pipeline_stages, share_of
+from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.loader import load_recipe
 
 PARALLEL = {
@@ -106,6 +107,16 @@ def test_zero1_divides_the_optimizer_over_data_and_context() -> None:
         layout = Layout(data=4, context=2, zero1=zero1, micro_batch=2)
         optimizer[zero1] = memory_of(share_of(recipe, layout), layout, stage, 0, 1).optimizer
     assert optimizer[False] == pytest.approx(8 * optimizer[True], abs=8)
+
+
+def test_selective_recomputation_of_ffns() -> None:
+    recipe = load_recipe("transxssm_1.3b", ["parallel.recompute=selective", "megatron.recompute_modules=[mlp]"])
+    none, selective = (
+        estimated_usage(changed(recipe, {"parallel.recompute": kind}), 1, 0).activations
+        for kind in ("none", "selective")
+    )
+    # Of each of 24 FFNs: norm, gate and up, their product; 8192 tokens, and 4 bytes of each for the norm.
+    assert none - selective == 24 * 8192 * (2 * (2048 + 3 * 6016) + 4)
 
 
 def test_the_peak_may_be_before_the_first_step() -> None:
