@@ -129,7 +129,8 @@ def beside_backward(share: Share, layer: str) -> int:
     residual = share.own_tokens * share.hidden * share.element
     gathered = share.tokens * share.hidden * share.element if share.sequence_parallel else 0
     if layer == FFN:
-        return residual + gathered + share.tokens * 3 * share.ffn * share.element
+        # Gradients of the product, and of gate and up; the product itself is no longer needed then.
+        return residual + gathered + share.tokens * 2 * share.ffn * share.element
     if layer == ATTENTION:
         gradients = share.tokens * 2 * (share.query + 2 * share.key) * share.element
         return residual + gathered + gradients + share.tokens * share.query * (share.element + FP32)

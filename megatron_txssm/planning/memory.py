@@ -176,8 +176,10 @@ def _worst_moment(share: Share, stage: Stage, recompute: str) -> int:
     kinds = set(stage.counts)
     moments = [beside_backward(share, layer) for layer in kinds]
     if recompute == "full":
+        # The first layer's input is what was kept.
         moments = [
             sum(kept(share, layer, "none") for layer in together)
+            - share.own_tokens * share.hidden * share.element
             + max(beside_backward(share, layer) for layer in together)
             for chunk in stage.chunks
             for together in _recomputed_together(share, chunk)

@@ -4,6 +4,7 @@ import pytest
 
 from megatron_txssm.architecture.gpus import GIB
 from megatron_txssm.architecture.parameters import count_parameters
+from megatron_txssm.planning.activations import beside_backward, kept
 from megatron_txssm.planning.layouts import Layout, layout_of
 from megatron_txssm.planning.memory import DEVICE_BYTES, memory_of, stage_weights
 from megatron_txssm.planning.ranking import estimated_usage
@@ -117,6 +118,29 @@ def test_selective_recomputation_of_ffns() -> None:
     )
     # Of each of 24 FFNs: norm, gate and up, their product; 8192 tokens, and 4 bytes of each for the norm.
     assert none - selective == 24 * 8192 * (2 * (2048 + 3 * 6016) + 4)
+
+
+def test_what_backward_passes_need_beside_what_is_kept() -> None:
+    share = share_of(load_recipe("transxssm_1.3b"), Layout(micro_batch=2))
+    tokens, hidden, heads, groups, state, chunk = 8192, 2048, 32, 8, 128, 256
+    residual = tokens * hidden * 2
+    # Gradients of the output and of the packed projection (4128 rows); states of 32 chunks and their gradients in fp32
+    # or both in bf16; scores of chunks and their gradients; those of B and C, and dt five times, in fp32.
+    scan = tokens * (hidden + 4128) * 2
+    scan += tokens // chunk * hidden * state * (4 + 2 + 2)
+    scan += 2 * tokens * groups * chunk * 4
+    scan += tokens * (2 * groups * state + 5 * heads) * 4
+    assert beside_backward(share, "M") == residual + scan
+    # The output's gradient; those of Q, K, V and of their projection; dQ is summed in fp32.
+    assert beside_backward(share, "*") == residual + tokens * hidden * (2 * 3 * 2 + 2 + 4)
+    # Gradients of the product, and of gate and up, less the product.
+    assert beside_backward(share, "-") == residual + tokens * 2 * 6016 * 2
+
+
+def test_a_gate_keeps_a_copy_of_batches_above_one() -> None:
+    recipe = load_recipe("mamba2_1.3b")
+    one, two = (kept(share_of(recipe, Layout(micro_batch=size)), "M", "none") for size in (1, 2))
+    assert two - 2 * one == 8192 * 2048 * 2
 
 
 def test_the_peak_may_be_before_the_first_step() -> None:
