@@ -112,9 +112,7 @@ def chunk_seconds(share: Share, cluster: Cluster, chunk: str, recompute: str) ->
         count = chunk.count(layer)
         of_layer = layer_seconds(share, cluster, layer)
         forward, backward = forward + count * of_layer[0], backward + count * of_layer[1]
-        if recompute == "full":
-            again += count * of_layer[0]
-        elif recompute == "selective" and layer == FFN and "mlp" in share.selective:
+        if recompute == "full" or (recompute == "selective" and layer == FFN and "mlp" in share.selective):
             again += count * of_layer[0]
         elif recompute == "selective" and layer == ATTENTION and "core_attn" in share.selective:
             again += count * attention_seconds(share, cluster)[0]
