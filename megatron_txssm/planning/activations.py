@@ -23,6 +23,8 @@ def kept(share: Share, layer: str, recompute: str) -> int:
 def _beside_input(share: Share, layer: str, recompute: str) -> int:
     """What a layer keeps besides its input, which is the residual stream."""
     if layer == FFN:
+        if recompute == "selective" and "mlp" in share.selective:
+            return 0
         return _normed(share) + _swiglu(share, share.tokens, share.ffn)
     if layer == ATTENTION:
         return _normed(share) + _attention(share, recompute)
@@ -55,7 +57,7 @@ def _attention(share: Share, recompute: str) -> int:
     width = 1 if share.fp8_attention else share.element
     projected = share.query + 2 * share.key
     output = share.query * _gemm_input(share)
-    if recompute == "selective":
+    if recompute == "selective" and "core_attn" in share.selective:
         return share.tokens * ((share.query + share.key + projected) * share.element + output)
     return share.tokens * (projected * width + share.heads * FP32 + output)
 
@@ -127,7 +129,8 @@ def beside_backward(share: Share, layer: str) -> int:
     residual = share.own_tokens * share.hidden * share.element
     gathered = share.tokens * share.hidden * share.element if share.sequence_parallel else 0
     if layer == FFN:
-        return residual + gathered + share.tokens * 3 * share.ffn * share.element
+        # Gradients of the product, and of gate and up; the product itself is no longer needed then.
+        return residual + gathered + share.tokens * 2 * share.ffn * share.element
     if layer == ATTENTION:
         gradients = share.tokens * 2 * (share.query + 2 * share.key) * share.element
         return residual + gathered + gradients + share.tokens * share.query * (share.element + FP32)

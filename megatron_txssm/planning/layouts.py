@@ -12,9 +12,6 @@ from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import divisors
 from megatron_txssm.recipe.validation.validate import validate
 
-# By falling memory and speed. Not selective: Megatron then repeats core attention, of which flash attention keeps
-# nothing worth repeating.
-RECOMPUTE = ("none", "full")
 # Samples. GEMMs gain little beyond 8 of the usual lengths; a larger one that the recipe states is considered, too.
 MICRO_BATCHES = (1, 2, 4, 8)
 
@@ -175,11 +172,13 @@ class _Search:
 
     def _tensor(self) -> Iterator[Layout]:
         zero1 = self.fixed.get("parallel.use_distributed_optimizer", True)
-        recompute = self.fixed.get("parallel.recompute", RECOMPUTE[0])
+        recompute = self.fixed.get("parallel.recompute", "none")
         for size in self._sizes("parallel.tensor_model_parallel_size", divisors(self.gpus)):
             layout = Layout(tensor=size, zero1=zero1, recompute=recompute)
             if self.gpus % size:
                 self._refuse(layout, f"{self.gpus} GPUs cannot be divided by tensor_model_parallel_size={size}")
+            elif size == 1 and self.recipe.megatron.get("tp_comm_overlap"):
+                self._refuse(layout, "megatron.tp_comm_overlap=True needs tensor_model_parallel_size above 1")
             elif self.gpus > self.per_node and self.per_node % size:
                 self._refuse(layout, f"tensor_model_parallel_size={size} does not stay within nodes of {self.per_node}")
             else:

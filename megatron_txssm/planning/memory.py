@@ -112,11 +112,14 @@ def memory_of(share: Share, layout: Layout, stage: Stage, rank: int, micro_batch
     weights = stage_weights(share, stage, whole=layout.pipeline == 1)
     wide = weights.fp32 * (FP32 - share.element)
     quantized = _fp8_copies(share, stage) if share.fp8 else 0
+    plain, optimizer = weights.total * share.element + wide, _optimizer(share, layout, weights)
+    # Before the first step the distributed optimizer copies the weights to a buffer, beside that of the gradients.
+    building = plain - optimizer if layout.zero1 else 0
     return Memory(
-        weights=weights.total * share.element + wide + quantized,
+        weights=plain + quantized,
         gradients=weights.total * FP32,
-        optimizer=_optimizer(share, layout, weights),
-        activations=activations(share, layout, stage, rank, micro_batches) + DEVICE_BYTES,
+        optimizer=optimizer,
+        activations=max(activations(share, layout, stage, rank, micro_batches), building) + DEVICE_BYTES,
     )
 
 
@@ -173,8 +176,10 @@ def _worst_moment(share: Share, stage: Stage, recompute: str) -> int:
     kinds = set(stage.counts)
     moments = [beside_backward(share, layer) for layer in kinds]
     if recompute == "full":
+        # The first layer's input is what was kept.
         moments = [
             sum(kept(share, layer, "none") for layer in together)
+            - share.own_tokens * share.hidden * share.element
             + max(beside_backward(share, layer) for layer in together)
             for chunk in stage.chunks
             for together in _recomputed_together(share, chunk)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_txssm.architecture.gpus import GIB
 from megatron_txssm.planning.layouts import candidates
 from megatron_txssm.planning.ranking import Ranking, least_memory, rank_layouts
 from megatron_txssm.planning.rates import Cluster
@@ -46,8 +47,8 @@ def answer(recipe: Recipe, gpus: int, cluster: Cluster, limit: float, fixed: Map
     assert asked.smallest is not None
     needed = asked.smallest.memory.peak
     problem = (
-        f"nothing fits on {_counted(gpus)}: {asked.smallest.layout.name} needs the least, {needed / 2**30:.1f} GiB of "
-        f"{limit / 2**30:.1f}"
+        f"nothing fits on {_counted(gpus)}: {asked.smallest.layout.name} needs the least, {needed / GIB:.1f} GiB of "
+        f"{limit / GIB:.1f}"
     )
     for more in (gpus * 2**doubled for doubled in range(1, DOUBLED + 1)):
         least = least_memory(recipe, more, cluster, fixed)

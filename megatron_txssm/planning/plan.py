@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_txssm.architecture.gpus import GPUS, Gpu
+from megatron_txssm.architecture.gpus import GIB, GPUS, Gpu
 from megatron_txssm.errors import UserError, require_positive
 from megatron_txssm.planning.layouts import LAYOUT_FIELDS, layout_named
 from megatron_txssm.planning.nearest import Answer, answer
@@ -18,8 +18,6 @@ from megatron_txssm.planning.sweep import show_sweep
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.terminal import terminal_width
-
-GIB = 2**30
 
 
 def plan(
@@ -62,6 +60,9 @@ def plan(
     limit = memory_fraction * cluster.gpu.memory_bytes
     tokens = target_tokens or recipe.train_iters * recipe.training.global_batch_tokens
     if sweep:
+        for option, value in (("--gpus", gpus), ("--out", out)):
+            if value is not None:
+                raise UserError(f"{option} {value} has no effect on a sweep; leave it out, or --sweep")
         require_positive(sweep=min(sweep))
         return show_sweep(recipe, cluster, limit, sorted(set(sweep)), fixed, plot)
     if plot is not None:

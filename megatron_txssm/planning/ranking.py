@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_txssm.architecture.flops import flops_per_token
-from megatron_txssm.planning.layouts import RECOMPUTE, Layout, Refused, candidates
+from megatron_txssm.planning.layouts import Layout, Refused, candidates, layout_of
 from megatron_txssm.planning.memory import Memory, memory_of
 from megatron_txssm.planning.rates import Cluster
 from megatron_txssm.planning.share import Share, Stages, pipeline_stages, share_of
@@ -76,7 +76,7 @@ def rank_layouts(
     """
     fixed = fixed or {}
     found, estimates = candidates(recipe, gpus, cluster.per_node, fixed), Estimates(recipe, cluster)
-    choices = (fixed["parallel.recompute"],) if "parallel.recompute" in fixed else RECOMPUTE
+    choices = recompute_choices(recipe, fixed)
     fitting: list[Plan] = []
     too_large: list[Plan] = []
     smallest: tuple[int, Layout] | None = None
@@ -97,9 +97,20 @@ def rank_layouts(
     return Ranking(fitting, too_large, found.refused, least, limit)
 
 
+def recompute_choices(recipe: Recipe, fixed: Mapping[str, Any]) -> tuple[str, ...]:
+    """What may be recomputed, by falling memory and speed.
+
+    Selective only where the recipe states its modules: by default it repeats core attention, of which flash attention
+    keeps nothing worth repeating.
+    """
+    if "parallel.recompute" in fixed:
+        return (fixed["parallel.recompute"],)
+    return ("none", "selective", "full") if recipe.megatron.get("recompute_modules") else ("none", "full")
+
+
 def least_memory(recipe: Recipe, gpus: int, cluster: Cluster, fixed: Mapping[str, Any] | None = None) -> int | None:
     """Bytes of a GPU in the legal layout that needs the least; None if none is legal."""
-    recompute = (fixed or {}).get("parallel.recompute", RECOMPUTE[-1])
+    recompute = recompute_choices(recipe, fixed or {})[-1]
     found, estimates = candidates(recipe, gpus, cluster.per_node, fixed), Estimates(recipe, cluster)
     layouts = (replace(layout, recompute=recompute) for layout in found.legal)
     return min((estimates.memory(layout)[1].peak for layout in layouts), default=None)
@@ -159,16 +170,19 @@ def overlaps_of(recipe: Recipe) -> Overlaps:
     )
 
 
-def estimated_usage(recipe: Recipe, layout: Layout, rank: int) -> Usage:
-    """The formulas' memory and traffic of pipeline rank `rank`, for a recipe in this layout."""
-    share = share_of(recipe, layout)
-    stage = pipeline_stages(recipe, layout.pipeline, layout.virtual).of_rank[rank]
+def estimated_usage(recipe: Recipe, gpus: int, stage: int) -> Usage:
+    """The formulas' memory and traffic of a rank of pipeline stage `stage`, for a recipe in its own layout on `gpus`.
+
+    UserError if that is illegal.
+    """
+    layout = layout_of(recipe, gpus)
+    share, held = share_of(recipe, layout), pipeline_stages(recipe, layout.pipeline, layout.virtual).of_rank[stage]
     micro_batches = micro_batches_of(recipe, layout)
-    memory = memory_of(share, layout, stage, rank, micro_batches)
+    memory = memory_of(share, layout, held, stage, micro_batches)
     return Usage(
         weights=memory.weights,
         gradients=memory.gradients,
         optimizer=memory.optimizer,
         activations=memory.activations,
-        traffic=traffic_of(share, layout, stage, rank, micro_batches),
+        traffic=traffic_of(share, layout, held, stage, micro_batches),
     )

@@ -15,19 +15,25 @@ class Rate:
 
 
 _NOON = "2026-11-27-h100-noon.json"
-GEMM = Rate("large bf16 GEMMs, of the peak", 0.74, f"one H100, 64 sizes, {_NOON}; fitted to steps")
-GEMM_FP8 = Rate("large FP8 GEMMs with their casts, of the peak", 0.52, "2026-11-26-h100-afternoon.json: 46 of 312 ms")
-GEMM_BYTES = Rate("share of a GEMM's operands' time that its products do not hide", 0.4, f"the same 64 sizes, {_NOON}")
+GEMM = Rate("large bf16 GEMMs, of the peak", 0.74, "fitted to the five steps below; alone about 0.85")
+GEMM_FP8 = Rate(
+    "large FP8 GEMMs with their casts, of the peak", 0.52, "from 46 of 312 ms saved, 2026-11-26-h100-afternoon.json"
+)
+GEMM_BYTES = Rate(
+    "share of a GEMM's operands' time that its products do not hide",
+    0.4,
+    f"by hand, to a dozen of the GEMMs of {_NOON}",
+)
 MEMORY = Rate("memory-bound operators, of the bandwidth", 0.88, f"copies and sums of 128 MiB and more, {_NOON}")
 ADAM = Rate("the fused Adam, of the bandwidth", 0.76, f"2.54 of 3.35 TB/s, {_NOON}")
 ATTENTION = Rate("flash attention, of the peak", 0.44, "65,536 tokens, heads of 64 channels, 2026-11-27-h100.json")
-ATTENTION_WIDE = Rate("flash attention with heads of 128 channels and more", 0.6, "assumed; FlashAttention-3's paper")
+ATTENTION_WIDE = Rate(
+    "flash attention with heads of 128 channels and more", 0.6, "assumed; not measured by this project"
+)
 SCAN_FORWARD = Rate("bytes that the scan seems to move per token and channel", 38, f"65,536 tokens, {_NOON}")
 SCAN_BACKWARD = Rate("likewise, backward", 154, f"65,536 tokens, {_NOON}")
-LAUNCH = Rate("seconds to start and end one GEMM", 2.5e-6, f"1,024 tokens, {_NOON}")
-SMALL = Rate(
-    "seconds of a layer's small kernels, a pass", 22e-6, "42 kernels a layer, docs/gpu-results; fitted to steps"
-)
+LAUNCH = Rate("seconds to start and end one GEMM", 2.5e-6, f"by hand, likewise, {_NOON}")
+SMALL = Rate("seconds of a layer's small kernels, a pass", 22e-6, "fitted to the five steps below")
 LINK = Rate("collectives, of a link's bandwidth", 0.8, "assumed; not measured by this project")
 LATENCY = Rate("seconds of a collective within a node", 12e-6, "assumed; not measured by this project")
 LATENCY_NETWORK = Rate("seconds of a collective between nodes", 30e-6, "assumed; not measured by this project")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_txssm.architecture.gpus import GIB
 from megatron_txssm.architecture.parameters import count_parameters
 from megatron_txssm.planning import finalists
 from megatron_txssm.planning.layouts import Layout
@@ -14,11 +15,11 @@ from megatron_txssm.planning.usage import Usage
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.terminal import print_table
 
-GIB, DAY, HOUR = 2**30, 86_400, 3_600
+DAY, HOUR = 86_400, 3_600
 NEAR_MISSES = 3
 
-# Usage of a pipeline rank of a recipe in a layout: the formulas', or that of a dry run.
-UsageOf = Callable[[Recipe, Layout, int], Usage]
+# From a recipe in its own layout, a number of GPUs and a pipeline stage: the formulas' usage, or that of a dry run.
+UsageOf = Callable[[Recipe, int, int], Usage]
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,16 @@ def show_plan(plan: Plan, usage_of: UsageOf = estimated_usage) -> None:
             print(f"  {name:30} {seconds / time.total:6.1%}")
     layout = plan.layout
     kinds = pipeline_stages(plan.recipe, layout.pipeline, layout.virtual).kinds
-    usages = {_ranks(kind.first, kind.count, layout.pipeline): kind.first for kind in kinds}
-    measured = {name: usage_of(plan.recipe, layout, rank) for name, rank in usages.items()}
+    stages = {_stages(kind.first, kind.count, layout.pipeline): kind.first for kind in kinds}
+    usages = {name: usage_of(layout.of(plan.recipe), layout.gpus, stage) for name, stage in stages.items()}
     print("\nGiB a GPU:")
-    _show_memory(measured)
+    _show_memory(usages)
     print("\nGiB a step and GPU, of each collective the largest tensor:")
-    _show_traffic(measured)
+    _show_traffic(usages)
 
 
-def _ranks(first: int, count: int, pipeline: int) -> str:
-    """Such as `2 of 4`, or `1 and 5 like it`: the pipeline rank that is shown, and how many others hold the same."""
+def _stages(first: int, count: int, pipeline: int) -> str:
+    """Such as `1 of 8, 5 alike`: the pipeline's stage that is shown, and how many later ones hold the same."""
     if pipeline == 1:
         return "all"
     return f"{first} of {pipeline}" + (f", {count - 1} alike" if count > 1 else "")

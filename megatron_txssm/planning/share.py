@@ -22,9 +22,9 @@ class Share:
     Attributes:
         tokens: of a micro-batch on this context-parallel rank
         seq_length: of a whole sample
-        element: bytes of an activation
+        element: bytes of a weight or an activation
         fp8: whether the layers' GEMMs multiply in FP8
-        experts_per_rank: of each layer of experts
+        selective: Megatron's names of what selective recomputation repeats
     """
 
     sizes: ModelSizes
@@ -38,7 +38,7 @@ class Share:
     element: int
     fp8: bool
     fp8_attention: bool
-    isolated: bool
+    selective: frozenset[str]
 
     @cached_property
     def tokens(self) -> int:
@@ -136,7 +136,7 @@ def share_of(recipe: Recipe, layout: Layout) -> Share:
         element=2 if training.precision == "bf16" else 4,
         fp8=training.fp8 is not None,
         fp8_attention=training.fp8_attention,
-        isolated=recipe.data.isolate_documents,
+        selective=frozenset(recipe.megatron.get("recompute_modules") or ("core_attn",)),
     )
 
 

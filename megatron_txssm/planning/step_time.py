@@ -1,6 +1,6 @@
-"""Seconds of a training step by a roofline per operator, the pipeline's bubble, and collectives that are not hidden.
+"""Seconds of a training step: kernels, the pipeline's bubble, and collectives that are not hidden.
 
-It is a step as one CUDA graph: nothing waits for the CPU. The rates and their sources are in rates.py.
+It is a step as one CUDA graph: nothing waits for the CPU.
 """
 
 from collections import Counter
@@ -8,30 +8,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from megatron_txssm.architecture.layer_pattern import ATTENTION, EXPERTS, FFN, STATE_SPACE
+from megatron_txssm.architecture.layer_pattern import ATTENTION
 from megatron_txssm.planning.activations import FP32
+from megatron_txssm.planning.kernels import attention_seconds, chunk_seconds, head_seconds
 from megatron_txssm.planning.layouts import Layout
-from megatron_txssm.planning.memory import Weights, gemm_weights, stage_weights
-from megatron_txssm.planning.rates import (
-    OVERLAP,
-    SCAN_BACKWARD,
-    SCAN_FORWARD,
-    SMALL,
-    TENSOR_OVERLAP,
-    Cluster,
-    group_shape,
-)
+from megatron_txssm.planning.memory import Weights, stage_weights
+from megatron_txssm.planning.rates import OVERLAP, TENSOR_OVERLAP, Cluster, group_shape
 from megatron_txssm.planning.share import Share, Stage, Stages
 from megatron_txssm.planning.traffic import Call, embedding_calls, head_calls, layer_calls, step_calls
 
-# Of each gradient's backward pass relative to its forward pass: dQ, dK, dV, and the scores and their gradient again.
-ATTENTION_BACKWARD = 2.5
 # Bytes per parameter: Adam reads weight, gradient and two moments and writes all but the gradient; the gradient's norm
 # reads, its clipping reads and writes; the bf16 weight is written from the fp32 one.
 ADAM_BYTES, NORM_BYTES, COPY_BYTES = 28, 12, 6
-# Megatron's loss in fp32, bytes per logit: cast, maximum, difference, exponential, sum, quotient; backward product and
-# cast (megatron.core.tensor_parallel.cross_entropy).
-LOSS_BYTES = 52
 
 
 @dataclass(frozen=True)
@@ -51,110 +39,6 @@ class StepTime:
     @property
     def total(self) -> float:
         return self.compute + self.exchange + self.bubble + self.data + self.optimizer
-
-
-@cache
-def layer_seconds(share: Share, cluster: Cluster, layer: str) -> tuple[float, float]:
-    """Kernels of one layer for one micro-batch: forward, backward."""
-    forward, backward = _residual_seconds(share, cluster)
-    if layer == EXPERTS:
-        more = _expert_seconds(share, cluster)
-    else:
-        shapes = gemm_weights(share, layer).values()
-        products = sum(cluster.gemm_seconds(share.tokens, *shape, fp8=share.fp8) for shape in shapes)
-        # Weight gradients are added to fp32 buffers.
-        added = cluster.memory_seconds(2 * FP32 * sum(outputs * inputs for outputs, inputs in shapes))
-        inner_forward, inner_backward = _INNER[layer](share, cluster)
-        more = products + inner_forward, 2 * products + added + inner_backward
-    return forward + more[0], backward + more[1]
-
-
-def _residual_seconds(share: Share, cluster: Cluster) -> tuple[float, float]:
-    """The norm and the residual's addition, five reads or writes forward and six backward, and small kernels."""
-    one = cluster.memory_seconds(share.own_tokens * share.hidden * share.element)
-    return 5 * one + SMALL.value, 6 * one + SMALL.value
-
-
-def _swiglu_seconds(share: Share, cluster: Cluster) -> tuple[float, float]:
-    return _swiglu(cluster, share.tokens * share.ffn * share.element)
-
-
-def _swiglu(cluster: Cluster, product: int) -> tuple[float, float]:
-    """From the bytes of the product of both halves: reads two and writes one; backward reads three and writes two."""
-    return cluster.memory_seconds(3 * product), cluster.memory_seconds(5 * product)
-
-
-def _attention_seconds(share: Share, cluster: Cluster) -> tuple[float, float]:
-    """Rotation and flash attention over the causal half; pieces of a zigzag cost the same on every rank."""
-    flops = 4.0 * share.tokens * share.seq_length / 2 * share.query
-    products = cluster.attention_seconds(flops, share.sizes.kv_channels)
-    # Rotation of queries and keys, and the copy of the values.
-    moved = cluster.memory_seconds(2 * share.tokens * (share.query + 2 * share.key) * share.element)
-    return products + moved, ATTENTION_BACKWARD * products + 2 * moved
-
-
-def _scan_seconds(share: Share, cluster: Cluster) -> tuple[float, float]:
-    """Rotation, scan, and what variants have beside it, in which no GEMM of Transformer Engine takes part."""
-    state = share.sizes.state_space
-    assert state is not None
-    width = share.tokens * share.element
-    scanned = share.tokens * share.inner * state.state_size / 128
-    beside = 2 * width * (share.packed if state.conv_sizes or not share.fused_scan else 2 * share.groups)
-    beside += 4 * width * share.inner if state.gated else 0
-    # The copies of an exchange of heads, or reading the entering state.
-    beside += 4 * width * share.inner if share.context > 1 else 0
-    forward, backward = SCAN_FORWARD.value * scanned + beside, SCAN_BACKWARD.value * scanned + 2 * beside
-    return cluster.memory_seconds(forward), cluster.memory_seconds(backward)
-
-
-_INNER = {FFN: _swiglu_seconds, ATTENTION: _attention_seconds, STATE_SPACE: _scan_seconds}
-
-
-def _expert_seconds(share: Share, cluster: Cluster) -> tuple[float, float]:
-    """Router, permutations, grouped GEMMs, and the shared expert."""
-    experts = share.sizes.experts
-    assert experts is not None
-    each = max(1, share.routed // max(1, share.experts_per_rank))
-    shapes = gemm_weights(share, EXPERTS).values()
-    products = sum(cluster.gemm_seconds(each, *shape, fp8=share.fp8) for shape in shapes) * share.experts_per_rank
-    products += cluster.gemm_seconds(share.own_tokens, experts.num_experts, share.hidden)
-    # To the experts and back: a permutation at either end.
-    moved = cluster.memory_seconds(8 * share.routed * share.hidden * share.element)
-    forward, backward = _swiglu(cluster, share.routed * share.expert_ffn * share.element)
-    if share.shared_ffn:
-        for shape in ((2 * share.shared_ffn, share.hidden), (share.hidden, share.shared_ffn)):
-            products += cluster.gemm_seconds(share.tokens, *shape, fp8=share.fp8)
-        more = _swiglu(cluster, share.tokens * share.shared_ffn * share.element)
-        forward, backward = forward + more[0], backward + more[1]
-    added = cluster.memory_seconds(
-        2 * FP32 * share.experts_per_rank * sum(outputs * inputs for outputs, inputs in shapes)
-    )
-    return products + moved + forward, 2 * products + moved + backward + added
-
-
-@cache
-def head_seconds(share: Share, cluster: Cluster) -> tuple[float, float]:
-    """LM head and loss of one micro-batch; the head multiplies in bf16."""
-    product = cluster.gemm_seconds(share.tokens, share.vocabulary, share.hidden)
-    loss = cluster.memory_seconds(share.tokens * share.vocabulary * LOSS_BYTES)
-    # The head's gradient is a product in bf16, then added to the buffer.
-    added = cluster.memory_seconds(share.vocabulary * share.hidden * (2 * FP32 + 2 * share.element))
-    return product + loss / 2, 2 * product + loss / 2 + added
-
-
-@cache
-def _chunk_seconds(share: Share, cluster: Cluster, chunk: str, recompute: str) -> tuple[float, float]:
-    """Kernels of some layers for one micro-batch: forward, backward with what is recomputed."""
-    forward = backward = again = 0.0
-    for layer in set(chunk):
-        count = chunk.count(layer)
-        of_layer = layer_seconds(share, cluster, layer)
-        forward, backward = forward + count * of_layer[0], backward + count * of_layer[1]
-        if recompute == "full":
-            again += count * of_layer[0]
-        elif recompute == "selective" and layer == ATTENTION:
-            again += count * _attention_seconds(share, cluster)[0]
-    return forward, backward + again
 
 
 @dataclass(frozen=True)
@@ -182,11 +66,11 @@ class Passes:
 @cache
 def _passes(share: Share, cluster: Cluster, stage: Stage, recompute: str, tensor_overlap: bool) -> Passes:
     """Of a pipeline rank, without its transfers to other stages."""
-    forward, backward = _chunk_seconds(share, cluster, "".join(stage.chunks), recompute)
+    forward, backward = chunk_seconds(share, cluster, "".join(stage.chunks), recompute)
     if stage.predicts:
         heads = 1 + len(share.sizes.prediction_depths)
         head = head_seconds(share, cluster)
-        depths = _chunk_seconds(share, cluster, "".join(share.sizes.prediction_depths), "none")
+        depths = chunk_seconds(share, cluster, "".join(share.sizes.prediction_depths), "none")
         forward, backward = forward + heads * head[0] + depths[0], backward + heads * head[1] + depths[1]
     if stage.embeds:
         rows = cluster.memory_seconds(2 * share.tokens * share.hidden * share.element)
@@ -211,7 +95,7 @@ def _exchange(share: Share, cluster: Cluster, stage: Stage, recompute: str, tens
 @cache
 def _layer_exchange(share: Share, cluster: Cluster, layer: str, tensor_overlap: bool) -> tuple[float, float]:
     """Of one layer: forward, backward. Attention's ring runs behind its products."""
-    behind = _attention_seconds(share, cluster) if layer == ATTENTION else (0.0, 0.0)
+    behind = attention_seconds(share, cluster) if layer == ATTENTION else (0.0, 0.0)
     forward, backward = layer_calls(share, layer)
     return (
         _seconds(share, cluster, forward, tensor_overlap, behind[0]),

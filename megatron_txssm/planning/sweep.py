@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_txssm.architecture.gpus import GIB
 from megatron_txssm.errors import UserError
 from megatron_txssm.planning.ranking import Plan, rank_layouts
 from megatron_txssm.planning.rates import Cluster
@@ -76,7 +77,7 @@ def _row(point: Point, points: Sequence[Point]) -> tuple[str, ...]:
         f"{point.plan.tokens_per_second:,.0f}",
         f"{_efficiency(point, points):.0%}",
         f"{point.plan.mfu:.1%}",
-        f"{point.plan.memory.peak / 2**30:.1f}",
+        f"{point.plan.memory.peak / GIB:.1f}",
         point.plan.layout.name,
     )
 

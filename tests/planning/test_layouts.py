@@ -99,6 +99,11 @@ def test_a_refused_layout_has_its_reason() -> None:
     assert [refused.reason for refused in found.refused] == ["5 GPUs cannot be divided by tensor_model_parallel_size=4"]
 
 
+def test_overlap_of_tensor_parallelism_needs_some() -> None:
+    legal = candidates(load_recipe("transxssm_1.3b_tp2_h100"), 8, 8).legal
+    assert legal and all(layout.tensor > 1 for layout in legal)
+
+
 def test_the_reason_is_that_of_the_first_axis_which_contradicts() -> None:
     found = candidates(load_recipe("transxssm_320m"), 8, 8)
     # state_num_groups is 4; nothing is divided further.

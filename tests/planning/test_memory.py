@@ -4,10 +4,12 @@ import pytest
 
 from megatron_txssm.architecture.gpus import GIB
 from megatron_txssm.architecture.parameters import count_parameters
+from megatron_txssm.planning.activations import beside_backward, kept
 from megatron_txssm.planning.layouts import Layout, layout_of
 from megatron_txssm.planning.memory import DEVICE_BYTES, memory_of, stage_weights
 from megatron_txssm.planning.ranking import estimated_usage
 from megatron_txssm.planning.share import chunks_in_flight, pipeline_stages, share_of
+from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.loader import load_recipe
 
 PARALLEL = {
@@ -32,7 +34,7 @@ PARALLEL = {
 )
 def test_peaks_measured_on_one_h100(name: str, micro_batch: int, measured: float) -> None:
     recipe = load_recipe(name, [f"training.micro_batch_size={micro_batch}"])
-    usage = estimated_usage(recipe, layout_of(recipe, 1), 0)
+    usage = estimated_usage(recipe, 1, 0)
     # 0.4% when it was written; 3% is what the planner promises.
     assert usage.peak / GIB == pytest.approx(measured, rel=0.01)
 
@@ -106,6 +108,53 @@ def test_zero1_divides_the_optimizer_over_data_and_context() -> None:
         layout = Layout(data=4, context=2, zero1=zero1, micro_batch=2)
         optimizer[zero1] = memory_of(share_of(recipe, layout), layout, stage, 0, 1).optimizer
     assert optimizer[False] == pytest.approx(8 * optimizer[True], abs=8)
+
+
+def test_selective_recomputation_of_ffns() -> None:
+    recipe = load_recipe("transxssm_1.3b", ["parallel.recompute=selective", "megatron.recompute_modules=[mlp]"])
+    none, selective = (
+        estimated_usage(changed(recipe, {"parallel.recompute": kind}), 1, 0).activations
+        for kind in ("none", "selective")
+    )
+    # Of each of 24 FFNs: norm, gate and up, their product; 8192 tokens, and 4 bytes of each for the norm.
+    assert none - selective == 24 * 8192 * (2 * (2048 + 3 * 6016) + 4)
+
+
+def test_what_backward_passes_need_beside_what_is_kept() -> None:
+    share = share_of(load_recipe("transxssm_1.3b"), Layout(micro_batch=2))
+    tokens, hidden, heads, groups, state, chunk = 8192, 2048, 32, 8, 128, 256
+    residual = tokens * hidden * 2
+    # Gradients of the output and of the packed projection (4128 rows); states of 32 chunks and their gradients in fp32
+    # or both in bf16; scores of chunks and their gradients; those of B and C, and dt five times, in fp32.
+    scan = tokens * (hidden + 4128) * 2
+    scan += tokens // chunk * hidden * state * (4 + 2 + 2)
+    scan += 2 * tokens * groups * chunk * 4
+    scan += tokens * (2 * groups * state + 5 * heads) * 4
+    assert beside_backward(share, "M") == residual + scan
+    # The output's gradient; those of Q, K, V and of their projection; dQ is summed in fp32.
+    assert beside_backward(share, "*") == residual + tokens * hidden * (2 * 3 * 2 + 2 + 4)
+    # Gradients of the product, and of gate and up, less the product.
+    assert beside_backward(share, "-") == residual + tokens * 2 * 6016 * 2
+
+
+def test_a_gate_keeps_a_copy_of_batches_above_one() -> None:
+    recipe = load_recipe("mamba2_1.3b")
+    one, two = (kept(share_of(recipe, Layout(micro_batch=size)), "M", "none") for size in (1, 2))
+    assert two - 2 * one == 8192 * 2048 * 2
+
+
+def test_the_peak_may_be_before_the_first_step() -> None:
+    # Short samples and many data-parallel ranks: activations and optimizer together are less than a copy of the
+    # weights.
+    recipe = load_recipe("transxssm_1.3b", ["training.seq_length=128", "training.micro_batch_size=1"])
+    usage = estimated_usage(recipe, 1024, 0)
+    assert usage.peak - DEVICE_BYTES == 2 * usage.weights + usage.gradients
+    without = load_recipe(
+        "transxssm_1.3b",
+        ["training.seq_length=128", "training.micro_batch_size=1", "parallel.use_distributed_optimizer=false"],
+    )
+    usage = estimated_usage(without, 1024, 0)
+    assert usage.activations < usage.weights
 
 
 def test_micro_batches_in_flight() -> None:

@@ -104,6 +104,8 @@ def test_sweep_shows_both_kinds_of_scaling(tmp_path: Path, capsys: pytest.Captur
         (["--gpus", "8", "--gpu-memory", "0"], "--gpu-memory 0"),
         (["--gpus", "8", "--plot", "x.png"], "add --sweep"),
         (["--sweep", "0,8"], "--sweep 0 must be at least 1"),
+        (["--sweep", "8", "--gpus", "8"], "--gpus 8 has no effect on a sweep"),
+        (["--sweep", "8", "--out", "x.yaml"], "--out x.yaml has no effect on a sweep"),
         (["--gpus", "8", "--out", "plan.txt"], "must end in .yaml"),
         (["--gpus", "8", "--set", "parallel.tensor_model_parallel_size=3"], "tensor_model_parallel_size=3"),
         (["--sweep", "8", "--plot", "no/such/folder/x.png"], "cannot be written"),

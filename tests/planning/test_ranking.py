@@ -64,7 +64,7 @@ def test_the_worst_stage_is_the_one_with_the_largest_peak() -> None:
     recipe = load_recipe("transxssm_1.3b")
     layout = Layout(pipeline=4, data=2, micro_batch=2)
     plan = Estimates(recipe, CLUSTER).plan(layout)
-    peaks = [estimated_usage(recipe, layout, rank).peak for rank in range(4)]
+    peaks = [estimated_usage(layout.of(recipe), 8, rank).peak for rank in range(4)]
     assert peaks[plan.worst] == max(peaks) == plan.memory.peak
 
 
@@ -108,6 +108,6 @@ def test_traffic_grows_with_the_steps_micro_batches() -> None:
     recipe = load_recipe("transxssm_1.3b")
     layout = Layout(tensor=2, sequence_parallel=True, data=8, micro_batch=2)
     double = changed(recipe, {"training.global_batch_tokens": 2 * recipe.training.global_batch_tokens})
-    one, two = (estimated_usage(each, layout, 0).traffic for each in (recipe, double))
+    one, two = (estimated_usage(layout.of(each), 16, 0).traffic for each in (recipe, double))
     assert two["all_gather", "tp"] == 2 * one["all_gather", "tp"]
     assert two["reduce_scatter", "dp"] == one["reduce_scatter", "dp"]
