@@ -7,12 +7,10 @@ from dataclasses import dataclass
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.planning.dry_run.run import WITHOUT_DATA, DryRunFailed, RankOf, run_ranks, usage_of
-from megatron_txssm.planning.layouts import Layout
-from megatron_txssm.planning.ranking import Plan, estimated_usage
+from megatron_txssm.planning.ranking import Plan
 from megatron_txssm.planning.share import pipeline_stages
 from megatron_txssm.planning.usage import Usage
 from megatron_txssm.recipe.changes import changed
-from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.terminal import doing
 
 # Processes at once; each takes a core, and up to a few GiB.
@@ -31,19 +29,6 @@ class DryRun:
     def peak(self) -> int | None:
         """Bytes of the worst stage that was tried; None if it failed."""
         return max((usage.peak for usage in self.usages.values()), default=None)
-
-
-class Exact:
-    """Usages of the layouts that were dry-run, and the formulas' of all others."""
-
-    def __init__(self, runs: Sequence[DryRun]):
-        self.runs = {run.plan.layout: run for run in runs}
-
-    def __call__(self, recipe: Recipe, layout: Layout, rank: int) -> Usage:
-        run = self.runs.get(layout)
-        if run is None or rank not in run.usages:
-            return estimated_usage(recipe, layout, rank)
-        return run.usages[rank]
 
 
 def dry_runs(plans: Sequence[Plan]) -> list[DryRun]:

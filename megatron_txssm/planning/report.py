@@ -1,6 +1,6 @@
 """Prints plans: the best layouts, memory and traffic of the best one by pipeline rank, and near misses."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_txssm.architecture.gpus import GIB
@@ -17,9 +17,6 @@ from megatron_txssm.terminal import print_table
 
 DAY, HOUR = 86_400, 3_600
 NEAR_MISSES = 3
-
-# From a recipe in its own layout, a number of GPUs and a pipeline stage: the formulas' usage, or that of a dry run.
-UsageOf = Callable[[Recipe, int, int], Usage]
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,8 @@ def show_answer(asked: Request, found: Answer, dry_runs: int) -> Plan | None:
     print_table(("layout", ">GiB", ">tokens/s", ">MFU", ">days", ">GPU-hours"), (_row(asked, plan) for plan in plans))
     runs = finalists.dry_runs(plans[:dry_runs])
     best = show_dry_runs(runs, ranking.limit) if runs else ranking.best
-    show_plan(best or plans[0], finalists.Exact(runs))
+    shown = best or plans[0]
+    show_plan(shown, next((run.usages for run in runs if run.plan is shown), {}))
     show_near_misses(ranking, plans[0])
     return best
 
@@ -90,8 +88,11 @@ def _row(asked: Request, plan: Plan) -> tuple[str, ...]:
     )
 
 
-def show_plan(plan: Plan, usage_of: UsageOf = estimated_usage) -> None:
-    """Print a plan's step by what its time goes to, its memory by kind and its traffic by group, for each stage."""
+def show_plan(plan: Plan, dry_run: Mapping[int, Usage]) -> None:
+    """Print a plan's step by what its time goes to, its memory by kind and its traffic by group, for each stage.
+
+    dry_run: usages of stages that were tried; the formulas give those of the others.
+    """
     time = plan.time
     parts = {
         "kernels": time.compute,
@@ -107,8 +108,9 @@ def show_plan(plan: Plan, usage_of: UsageOf = estimated_usage) -> None:
     layout = plan.layout
     kinds = pipeline_stages(plan.recipe, layout.pipeline, layout.virtual).kinds
     stages = {_stages(kind.first, kind.count, layout.pipeline): kind.first for kind in kinds}
-    usages = {name: usage_of(layout.of(plan.recipe), layout.gpus, stage) for name, stage in stages.items()}
-    print("\nGiB a GPU:")
+    recipe = layout.of(plan.recipe)
+    usages = {name: dry_run.get(stage) or estimated_usage(recipe, layout.gpus, stage) for name, stage in stages.items()}
+    print(f"\nGiB a GPU, {'by dry run' if dry_run else 'by formula'}:")
     _show_memory(usages)
     print("\nGiB a step and GPU, of each collective the largest tensor:")
     _show_traffic(usages)

@@ -58,12 +58,20 @@ def as_on_a_gpu(args: Any) -> Iterator[None]:
 
 
 def _add_weight_gradient(args: Any) -> Any:
-    """Transformer Engine's GEMMs add in place; the LM head's, which is Megatron's own, does not (platform/)."""
+    """Transformer Engine's GEMMs add in place; the LM head's, which is Megatron's own, does not (platform/).
+
+    Transformer Engine keeps one placeholder of each weight's shape, which autograd takes for the gradient.
+    """
     from megatron_txssm.platform.gradient_accumulation import add_weight_gradient
 
+    placeholders: dict[torch.Size, Tensor] = {}
+
     def add(input_TK: Tensor, grad_output_TN: Tensor, main_grad_NK: Tensor) -> None:
-        if main_grad_NK.shape[0] * args.tensor_model_parallel_size == args.padded_vocab_size:
+        shape = main_grad_NK.shape
+        if shape[0] * args.tensor_model_parallel_size == args.padded_vocab_size:
             add_weight_gradient(input_TK, grad_output_TN, main_grad_NK)
+        elif shape not in placeholders:
+            placeholders[shape] = grad_output_TN.new_empty(shape)
 
     return add
 
@@ -208,26 +216,28 @@ class _Scan(torch.autograd.Function):
     """mamba-ssm's own autograd function, which also keeps y."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, chunk: int
+    ) -> tuple[Tensor, Tensor]:
         y, decays, state = _scan_forward(x, dt, A, B, C, chunk_size=chunk)
-        ctx.save_for_backward(y, x, dt, decays, A, B, C)
+        ctx.save_for_backward(y, x, dt, decays, A, B, C, D)
         ctx.chunk = chunk
         return y, state
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-        y, x, dt, _, A, B, C = ctx.saved_tensors
+        y, x, dt, _, A, B, C, D = ctx.saved_tensors
         dx, ddt, dB, dC = (t.new_empty(t.shape) for t in (x, dt, B, C))
         _, _, dA = _scan_backward(dy, x, dt, A, B, C, y, ctx.chunk)
-        return dx, ddt, dA, dB, dC, None
+        return dx, ddt, dA, dB, dC, None if D is None else torch.empty_like(D), None
 
 
 def _scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, chunk_size: int, **_: Any
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, chunk_size: int, D_H: Tensor | None = None, **_: Any
 ) -> tuple[Tensor, Tensor]:
     from megatron_txssm.ops.ssd_triton import rounded_chunk_size
 
-    return _Scan.apply(x, dt, A, B.to(x.dtype), C.to(x.dtype), rounded_chunk_size(chunk_size))
+    return _Scan.apply(x, dt, A, B.to(x.dtype), C.to(x.dtype), D_H, rounded_chunk_size(chunk_size))
 
 
 def _make_moments(self: Any, param: Tensor, group: dict[str, Any]) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from megatron_txssm.planning.dry_run.watch import Watch, in_blocks
+from megatron_txssm.planning.dry_run.watch import GroupNames, Watch, in_blocks
 from megatron_txssm.planning.usage import Usage
 
 
@@ -113,7 +114,7 @@ def traffic_of_a_step(rank: Rank, micro_batches: int) -> Counter[tuple[str, str]
     return rank.watch.traffic
 
 
-# Megatron's short names of process groups; where two have the same ranks, the first names both.
+# Megatron's short names of process groups.
 GROUPS = {
     "tp": "TENSOR_MODEL_PARALLEL_GROUP",
     "pp": "PIPELINE_MODEL_PARALLEL_GROUP",
@@ -130,16 +131,11 @@ GROUPS = {
 }
 
 
-def group_names() -> dict[tuple[int, ...], str]:
-    """Names of this rank's process groups, by their ranks."""
+def group_names() -> GroupNames:
     from megatron.core import parallel_state
 
-    names: dict[tuple[int, ...], str] = {}
-    for name, attribute in GROUPS.items():
-        group = getattr(parallel_state, f"_{attribute}", None)
-        if isinstance(group, torch.distributed.ProcessGroup):
-            names.setdefault(tuple(torch.distributed.get_process_group_ranks(group)), name)
-    return names
+    found = {name: getattr(parallel_state, f"_{attribute}", None) for name, attribute in GROUPS.items()}
+    return GroupNames({name: group for name, group in found.items() if isinstance(group, ProcessGroup)})
 
 
 def _batches(args: Any) -> Iterator[dict[str, Tensor]]:

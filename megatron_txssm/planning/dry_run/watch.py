@@ -35,13 +35,28 @@ COLLECTIVES = {
 }
 
 
+class GroupNames:
+    """Short names of this rank's process groups; a group that has none takes that of another with the same ranks."""
+
+    def __init__(self, groups: dict[str, ProcessGroup]):
+        self._exact = {group.group_name: name for name, group in reversed(groups.items())}
+        self._by_ranks = {_ranks_of(group): name for name, group in reversed(groups.items())}
+
+    def of(self, group: ProcessGroup) -> str:
+        return self._exact.get(group.group_name) or self._by_ranks.get(_ranks_of(group), "world")
+
+
+def _ranks_of(group: ProcessGroup) -> tuple[int, ...]:
+    return tuple(torch.distributed.get_process_group_ranks(group))
+
+
 class Watch(TorchDispatchMode):
     """Live bytes and their peak, of all storages made while it is active, and traffic by (collective, group).
 
-    `names`: groups' names by their ranks. A storage counts in whole blocks, once, until it is freed.
+    A storage counts in whole blocks, once, until it is freed.
     """
 
-    def __init__(self, names: dict[tuple[int, ...], str]):
+    def __init__(self, names: "GroupNames"):
         super().__init__()
         self.live = self.peak = 0
         self.traffic: Counter[tuple[str, str]] = Counter()
@@ -80,10 +95,8 @@ class Watch(TorchDispatchMode):
         largest = max((tensor.numel() * tensor.element_size() for tensor in tensors_in(args)), default=0)
         if name is None or group is None or group.size() == 1 or largest <= A_NUMBER:
             return
-        ranks = tuple(torch.distributed.get_process_group_ranks(group))
         # Megatron sends to the next stage in one of several groups.
-        where = "pp" if name == "send_recv" else self._names.get(ranks, "world")
-        self.traffic[name, where] += largest
+        self.traffic[name, "pp" if name == "send_recv" else self._names.of(group)] += largest
 
 
 def in_blocks(size: int) -> int:
