@@ -14,14 +14,19 @@ from megatron_txssm.recipe.settings.yaml_text import dump_yaml
 from megatron_txssm.recipe.validation.validate import validate
 
 
+def check_overlay(out: Path) -> None:
+    """UserError if no recipe can be written there."""
+    if out.suffix not in (".yaml", ".yml"):
+        raise UserError(f"--out {out} must end in .yaml, as recipes do")
+    check_absent(out)
+
+
 def write_overlay(out: Path, extends: str, recipe: Recipe, layout: Layout, stated: Sequence[str], about: str) -> None:
     """Write the layout to `out` as a recipe that extends `extends`, and load and check it.
 
     recipe: the planned recipe, with the dotted fields `stated` that --set changed, which the overlay repeats.
     about:  the overlay's description.
     """
-    if out.suffix not in (".yaml", ".yml"):
-        raise UserError(f"--out {out} must end in .yaml, as recipes do")
     fields = {name: _value(recipe, name) for name in stated} | layout.changes
     sections: dict[str, Any] = {}
     for dotted, value in fields.items():

@@ -11,7 +11,7 @@ from megatron_txssm.architecture.gpus import GIB, GPUS, Gpu
 from megatron_txssm.errors import UserError, require_positive
 from megatron_txssm.planning.layouts import LAYOUT_FIELDS, layout_named
 from megatron_txssm.planning.nearest import Answer, answer
-from megatron_txssm.planning.overlay import write_overlay
+from megatron_txssm.planning.overlay import check_overlay, write_overlay
 from megatron_txssm.planning.rates import Cluster
 from megatron_txssm.planning.report import Request, show_answer
 from megatron_txssm.planning.sweep import show_sweep
@@ -51,6 +51,8 @@ def plan(
         raise UserError(f"--memory-fraction {memory_fraction:g} must be above 0 and at most 1, such as 0.92")
     if gpu_memory is not None and gpu_memory <= 0:
         raise UserError(f"--gpu-memory {gpu_memory:g} must be above 0 GiB")
+    if out is not None:
+        check_overlay(out)
     recipe = load_recipe(name, overrides)
     stated = [text.partition("=")[0].strip() for text in overrides]
     fixed = _fixed(recipe, stated)

@@ -37,20 +37,22 @@ def show_answer(asked: Request, found: Answer, dry_runs: int) -> Plan | None:
     Returns the best layout that fits, also by its dry run; None if there is none.
     """
     recipe, cluster, ranking = asked.recipe, asked.cluster, found.ranking
-    count = count_parameters(recipe.sizes).total
-    print(f"{recipe.name}: {count / 1e6:,.0f}M parameters, {recipe.training.seq_length:,} tokens a sample,")
+    parameters = count_parameters(recipe.sizes).total
+    print(f"{recipe.name}: {parameters / 1e6:,.0f}M parameters, {recipe.training.seq_length:,} tokens a sample,")
     print(f"{recipe.global_batch_size:,} samples a step, {asked.tokens / 1e9:,.1f}B tokens in all;")
     print(f"{found.gpus:,} {cluster.gpu.name} in nodes of {cluster.per_node}, {ranking.limit / GIB:.1f} GiB each")
     plans = ranking.fitting[: asked.top]
     if plans:
-        print(f"\n{len(ranking.fitting):,} layouts fit; the fastest:")
+        print(
+            "\n1 layout fits:" if len(ranking.fitting) == 1 else f"\n{len(ranking.fitting):,} layouts fit; the fastest:"
+        )
     elif ranking.smallest is not None:
         print("\nno layout fits; the one that needs the least memory:")
         plans = [ranking.smallest]
     else:
         return None
     print_table(("layout", ">GiB", ">tokens/s", ">MFU", ">days", ">GPU-hours"), (_row(asked, plan) for plan in plans))
-    runs = finalists.dry_runs(plans[:dry_runs])
+    runs = finalists.dry_runs(ranking.fitting[: min(dry_runs, asked.top)])
     best = show_dry_runs(runs, ranking.limit) if runs else ranking.best
     shown = best or plans[0]
     show_plan(shown, next((run.usages for run in runs if run.plan is shown), {}))

@@ -8,9 +8,12 @@ from megatron_txssm.cli.main import main
 from megatron_txssm.planning.layouts import layout_of
 from megatron_txssm.recipe.loader import load_recipe
 
+# By formula alone.
+PLAN = ("plan", "--dry-runs", "0")
+
 
 def test_a_plan_shows_memory_traffic_speed_and_cost(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "transxssm_1.3b", "--gpus", "16", "--set", "parallel.pipeline_model_parallel_size=4"]) == 0
+    assert main([*PLAN, "transxssm_1.3b", "--gpus", "16", "--set", "parallel.pipeline_model_parallel_size=4"]) == 0
     text = capsys.readouterr().out
     assert "1,306M parameters" in text
     for head in ("tokens/s", "MFU", "GPU-hours", "weights", "activations", "near misses:", "pipeline bubble"):
@@ -21,7 +24,7 @@ def test_a_plan_shows_memory_traffic_speed_and_cost(capsys: pytest.CaptureFixtur
 
 
 def test_days_are_those_of_the_target(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", "transxssm_1.3b", "--gpus", "8", "--top", "1"]
+    words = [*PLAN, "transxssm_1.3b", "--gpus", "8", "--top", "1"]
     hours = []
     for tokens in ("1000000000000", "2000000000000"):
         assert main([*words, "--target-tokens", tokens]) == 0
@@ -33,7 +36,7 @@ def test_days_are_those_of_the_target(capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_overlay_is_a_recipe_with_the_best_layout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "planned.yaml"
     change = "training.global_batch_tokens=4194304"
-    assert main(["plan", "transxssm_1.3b", "--gpus", "64", "--set", change, "--top", "1", "--out", str(out)]) == 0
+    assert main([*PLAN, "transxssm_1.3b", "--gpus", "64", "--set", change, "--top", "1", "--out", str(out)]) == 0
     recipe = load_recipe(out)
     best = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("dp64"))
     assert layout_of(recipe, 64).name == best.split()[0]
@@ -46,7 +49,7 @@ def test_an_overlay_of_a_file_names_it_by_its_path(tmp_path: Path) -> None:
     base = tmp_path / "mine" / "base.yaml"
     base.write_text("extends: transxssm_320m\nmegatron:\n  mock_data: true\ndata:\n  corpus: null\n  weights: null\n")
     out = tmp_path / "planned.yaml"
-    assert main(["plan", str(base), "--gpus", "8", "--out", str(out)]) == 0
+    assert main([*PLAN, str(base), "--gpus", "8", "--out", str(out)]) == 0
     assert "extends: mine/base.yaml" in out.read_text()
     assert load_recipe(out).megatron["mock_data"] is True
 
@@ -54,14 +57,14 @@ def test_an_overlay_of_a_file_names_it_by_its_path(tmp_path: Path) -> None:
 def test_an_existing_file_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "mine.yaml"
     out.write_text("extends: transxssm_320m\n")
-    assert main(["plan", "transxssm_320m", "--gpus", "8", "--out", str(out)]) == 2
+    assert main([*PLAN, "transxssm_320m", "--gpus", "8", "--out", str(out)]) == 2
     assert f"error: {out} exists" in capsys.readouterr().err
     assert out.read_text() == "extends: transxssm_320m\n"
 
 
 def test_an_impossible_request_gets_the_nearest_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "planned.yaml"
-    words = ["plan", "transxssm_1.3b", "--gpus", "5", "--set", "parallel.tensor_model_parallel_size=4"]
+    words = [*PLAN, "transxssm_1.3b", "--gpus", "5", "--set", "parallel.tensor_model_parallel_size=4"]
     assert main([*words, "--out", str(out)]) == 1
     text = capsys.readouterr().out
     assert "5 GPUs cannot be divided by tensor_model_parallel_size=4; the nearest number that works is 4" in text
@@ -70,14 +73,14 @@ def test_an_impossible_request_gets_the_nearest_answer(tmp_path: Path, capsys: p
 
 
 def test_gpus_of_one_gigabyte(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "transxssm_1.3b", "--gpus", "8", "--gpu-memory", "1"]) == 1
+    assert main([*PLAN, "transxssm_1.3b", "--gpus", "8", "--gpu-memory", "1"]) == 1
     assert "nothing fits on 8 GPUs" in capsys.readouterr().out
-    assert main(["plan", "transxssm_1.3b", "--gpus", "8", "--gpu-memory", "0.01"]) == 1
+    assert main([*PLAN, "transxssm_1.3b", "--gpus", "8", "--gpu-memory", "0.01"]) == 1
     assert "use GPUs with more memory" in capsys.readouterr().out
 
 
 def test_a_faster_layout_that_does_not_fit_is_a_near_miss(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "transxssm_1.3b", "--gpus", "8", "--gpu-memory", "60"]) == 0
+    assert main([*PLAN, "transxssm_1.3b", "--gpus", "8", "--gpu-memory", "60"]) == 0
     text = capsys.readouterr().out
     # 69.6 GiB of the fastest layout, of 0.92 of 60.
     assert "dp8_zero1_mb8" in text and "GiB too large" in text
@@ -85,7 +88,7 @@ def test_a_faster_layout_that_does_not_fit_is_a_near_miss(capsys: pytest.Capture
 
 def test_sweep_shows_both_kinds_of_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "scaling.png"
-    assert main(["plan", "transxssm_320m", "--sweep", "64,8", "--plot", str(plot)]) == 0
+    assert main([*PLAN, "transxssm_320m", "--sweep", "64,8", "--plot", str(plot)]) == 0
     text = capsys.readouterr().out
     assert text.index("strong scaling") < text.index("weak scaling")
     weak = text[text.index("weak scaling") :].splitlines()
@@ -114,7 +117,7 @@ def test_sweep_shows_both_kinds_of_scaling(tmp_path: Path, capsys: pytest.Captur
 def test_mistakes_are_one_line_and_exit_code_2(
     words: list[str], wanted: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", "transxssm_1.3b", *words]) == 2
+    assert main([*PLAN, "transxssm_1.3b", *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert wanted in error
@@ -122,6 +125,26 @@ def test_mistakes_are_one_line_and_exit_code_2(
 
 def test_counts_that_are_no_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["plan", "transxssm_1.3b", "--sweep", "8,many"])
+        main([*PLAN, "transxssm_1.3b", "--sweep", "8,many"])
     assert stop.value.code == 2
     assert "8,many" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_best_layouts_are_tried(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--gpus", "8", "--top", "2", "--dry-runs", "2", "--set", "parallel.pipeline_model_parallel_size=2"]
+    assert main(["plan", "transxssm_320m", *words]) == 0
+    text = capsys.readouterr().out
+    tried = text.partition("dry runs")[2].partition("GiB a GPU, by dry run")[0]
+    rows = [line.split() for line in tried.splitlines() if line.endswith("fits")]
+    assert len(rows) == 2
+    for _, formula, exact, _ in rows:
+        assert float(formula) == pytest.approx(float(exact), rel=0.03)
+
+
+def test_one_layout_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["transxssm_320m", "--gpus", "8", "--layout", "tp2_sp_pp2_dp2_zero1_mb4"]
+    assert main([*PLAN, *words]) == 0
+    assert "1 layout fits" in (text := capsys.readouterr().out) and "tp2_sp_pp2_dp2_zero1_mb4:" in text
+    assert main([*PLAN, *words[:-1], "tp2_xx3"]) == 2
+    assert "'xx3' is no part of a layout" in capsys.readouterr().err

@@ -76,18 +76,35 @@ def _add_weight_gradient(args: Any) -> Any:
     return add
 
 
-def _attend(self: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    """[S, B, H, P], [S, B, G, P], [S, B, G, P] → [S, B, H·P]; packed documents are one call, too.
-
-    Under context parallelism, keys and values are gathered, where Transformer Engine passes them around a ring.
-    """
-    if self.zigzag.size > 1:
+def _attend(
+    self: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Any = None, **__: Any
+) -> Tensor:
+    """[S, B, H, P], [S, B, G, P], [S, B, G, P] → [S, B, H·P]; packed documents are one call, too."""
+    ring = self.zigzag.group if self.zigzag.size > 1 else None
+    if ring is not None and packed_seq_params is not None:
+        # As model/document_attention.py does.
         key, value = self.zigzag.gather_tokens(torch.stack([key, value], dim=2)).unbind(2)
+        ring = None
     # Transformer Engine copies what is not contiguous, which frees the projection that value is a part of.
-    return _Attention.apply(query, key, value.contiguous())
+    return _Attention.apply(query, key, value.contiguous(), ring)
 
 
-def _convolve(x_BLE: Tensor, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
+def _pass_around(ring: Any, block: Tensor, times: int) -> None:
+    """Each rank sends a block to the next, and receives one from the one before, into one of two buffers."""
+    ranks = torch.distributed.get_process_group_ranks(ring)
+    own = ring.rank()
+    buffers = [torch.empty_like(block) for _ in range(min(2, times))]
+    for turn in range(times):
+        torch.distributed.isend(block, ranks[(own + 1) % len(ranks)], group=ring)
+        torch.distributed.irecv(buffers[turn % 2], ranks[own - 1], group=ring)
+
+
+def _convolve(x_BLE: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "auto", **options: Any) -> Tensor:
+    if backend == "torch":
+        # Under context parallelism.
+        from megatron_txssm.ops.mamba2 import causal_convolution
+
+        return causal_convolution(x_BLE, weight, bias, backend=backend, **options)
     return _Convolution.apply(x_BLE, weight, bias)
 
 
@@ -119,18 +136,27 @@ class _Norm(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """Flash attention: keeps its inputs, its output and one number per head and token."""
+    """Flash attention: keeps its inputs, its output and one number per head and token.
+
+    Under context parallelism, keys and values go around the `ring` of ranks.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ring: Any) -> Tensor:
+        if ring is not None:
+            _pass_around(ring, torch.stack([key, value]), ring.size() - 1)
+        ctx.ring = ring
         out = query.new_empty(*query.shape[:2], query.shape[2] * query.shape[3])
         ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32))
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *_ = ctx.saved_tensors
-        return tuple(t.new_empty(t.shape) for t in (query, key, value))
+        if ctx.ring is not None:
+            # Keys and values, and their gradients, which go one step further, home.
+            _pass_around(ctx.ring, torch.stack([key, value]), 2 * (ctx.ring.size() - 1) + 1)
+        return *(t.new_empty(t.shape) for t in (query, key, value)), None
 
 
 class _GatedNorm(torch.autograd.Function):

@@ -95,8 +95,9 @@ class Watch(TorchDispatchMode):
         largest = max((tensor.numel() * tensor.element_size() for tensor in tensors_in(args)), default=0)
         if name is None or group is None or group.size() == 1 or largest <= A_NUMBER:
             return
+        where = self._names.of(group)
         # Megatron sends to the next stage in one of several groups.
-        self.traffic[name, "pp" if name == "send_recv" else self._names.of(group)] += largest
+        self.traffic[name, "pp" if name == "send_recv" and where != "cp" else where] += largest
 
 
 def in_blocks(size: int) -> int:
