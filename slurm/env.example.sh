@@ -8,6 +8,8 @@
 #export SBATCH_PARTITION=h100
 #export SBATCH_TIMELIMIT=24:00:00
 #export TXSSM_GPUS_PER_NODE=8
+# Where the login node cannot build a model on fake tensors (a core for ten seconds, 1 GiB): submit without this check.
+#export TXSSM_CHECK_BUILD=0
 # Further sbatch options for training jobs, without dashes: here all of a node's memory and cores, and exclusive use.
 #export TXSSM_SBATCH_OPTIONS="exclusive mem=0 cpus-per-task=12"
 

@@ -12,6 +12,7 @@ from collections import Counter
 from megatron_txssm.errors import UserError
 from megatron_txssm.planning.dry_run.run import DryRunFailed, dry_run
 from megatron_txssm.planning.layouts import candidates
+from megatron_txssm.planning.memory import DEVICE_BYTES
 from megatron_txssm.planning.ranking import estimated_usage
 from megatron_txssm.planning.usage import Usage
 from megatron_txssm.recipe.loader import load_recipe
@@ -47,7 +48,8 @@ def main() -> None:
             print(f"{where}: no dry run: {error}", flush=True)
             continue
         formula = estimated_usage(recipe, gpus, stage)
-        errors.append(formula.peak / exact.peak - 1)
+        # The dry run has nothing but tensors.
+        errors.append((formula.peak - DEVICE_BYTES) / exact.peak - 1)
         print(
             f"{where}: {exact.peak / GIB:6.2f} GiB, formula {errors[-1]:+.1%}; {_traffic(formula, exact)}", flush=True
         )

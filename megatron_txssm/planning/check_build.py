@@ -11,6 +11,7 @@ from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import data_parallel_size, smallest_world_size
+from megatron_txssm.terminal import doing
 
 # Set to 0, in slurm/env.sh for example, it turns the check off.
 SWITCH = "TXSSM_CHECK_BUILD"
@@ -22,7 +23,8 @@ def check_recipe(recipe: str | Path, *, overrides: Sequence[str] = (), gpus: int
     if gpus is not None:
         require_positive(gpus=gpus)
     world_size = gpus or smallest_world_size(loaded)
-    _build(loaded, world_size)
+    with doing("building the model once, on fake tensors"):
+        _build(loaded, world_size)
     print(f"{loaded.name}: Megatron accepts and builds it, on {world_size} process{'es' if world_size > 1 else ''}")
     return 0
 
@@ -35,9 +37,9 @@ def check_build(recipe: Recipe, world_size: int) -> None:
     """
     if os.environ.get(SWITCH) == "0":
         return
-    print("building the model once, without memory or GPU ...", file=sys.stderr, flush=True)
     try:
-        _build(recipe, world_size)
+        with doing("building the model once, on fake tensors"):
+            _build(recipe, world_size)
     except DryRunFailed as error:
         print(f"warning: not checked whether Megatron builds this recipe: {error}", file=sys.stderr)
 

@@ -95,6 +95,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster
     settings = tmp_path / "env.sh"
     settings.touch()
     monkeypatch.setenv("TXSSM_ENV", str(settings))
+    monkeypatch.setenv("TXSSM_CHECK_BUILD", "0")
     monkeypatch.setenv("PATH", f"{folder}:{before['PATH']}")
     (tmp_path / "home").mkdir()
     monkeypatch.chdir(tmp_path / "home")

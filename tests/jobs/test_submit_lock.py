@@ -55,7 +55,7 @@ def cluster(tmp_path: Path) -> Iterator[Path]:
 
 def start(cluster: Path) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("TXSSM_", "S"))}
-    environment |= {"PATH": f"{cluster}:{os.environ['PATH']}", "PYTHONPATH": str(HOME)}
+    environment |= {"TXSSM_CHECK_BUILD": "0", "PATH": f"{cluster}:{os.environ['PATH']}", "PYTHONPATH": str(HOME)}
     command = [sys.executable, "-m", "megatron_txssm.cli", "submit", "demo_cpu", "--nodes=1", "--nproc-per-node=2"]
     command += [f"--set={text}" for text in FIELDS]
     return subprocess.Popen(

@@ -47,3 +47,10 @@ def test_a_machine_that_cannot_build_warns(
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
     check_build.check_build(load_recipe("demo_cpu"), 2)
     assert "not checked whether Megatron builds this recipe" in capsys.readouterr().err
+
+
+def test_a_validation_over_all_data_is_no_mistake(switched_on: None) -> None:
+    """The demos' own; on made-up data, which the check uses, it would never end."""
+    recipe = load_recipe("demo_cpu")
+    assert recipe.logging.eval_iters is None
+    check_build.check_build(recipe, 2)

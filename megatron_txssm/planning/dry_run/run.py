@@ -24,6 +24,7 @@ WITHOUT_DATA: Changes = {
     **WITHOUT_TOKENIZER,
     **WITHOUT_REPORTS,
     "megatron.mock_data": True,
+    "logging.eval_iters": 0,
     "checkpoint.save_interval": None,
 }
 # PYTHONSAFEPATH: a json.py in the current folder must not be imported.
