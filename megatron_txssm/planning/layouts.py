@@ -90,18 +90,28 @@ _WORDS: dict[str, dict[str, Any]] = {
 
 
 def layout_named(name: str) -> Layout:
-    """The layout of a name such as tp2_sp_pp4_zero1_mb1, whose parts may come in any order; UserError otherwise."""
-    found: dict[str, Any] = {"zero1": False}
+    """The layout of a name such as tp2_sp_pp4_zero1_mb1, whose parts may come in any order; UserError otherwise.
+
+    `data` is 0 if the name does not state it.
+    """
+    found: dict[str, Any] = {}
     for part in name.split("_"):
-        axis = part.rstrip("0123456789")
-        if part in _WORDS:
-            found |= _WORDS[part]
-        elif axis in _SIZES and part != axis and int(part.removeprefix(axis)) > 0:
-            found[_SIZES[axis]] = int(part.removeprefix(axis))
-        else:
+        fields = _fields_of(part)
+        if fields is None:
             known = ", ".join([*(f"{axis}N" for axis in _SIZES), *_WORDS])
             raise UserError(f"--layout {name}: {part!r} is no part of a layout; join some of {known} by _")
-    return Layout(**found)
+        if found.keys() & fields.keys():
+            raise UserError(f"--layout {name} states with {part!r} what another part states; leave one out")
+        found |= fields
+    return Layout(**({"zero1": False, "data": 0} | found))
+
+
+def _fields_of(part: str) -> dict[str, Any] | None:
+    axis = part.rstrip("0123456789")
+    size = part.removeprefix(axis)
+    if axis in _SIZES and size and int(size) > 0:
+        return {_SIZES[axis]: int(size)}
+    return _WORDS.get(part)
 
 
 def layout_of(recipe: Recipe, gpus: int) -> Layout:

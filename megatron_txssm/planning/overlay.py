@@ -18,6 +18,8 @@ def check_overlay(out: Path) -> None:
     """UserError if no recipe can be written there."""
     if out.suffix not in (".yaml", ".yml"):
         raise UserError(f"--out {out} must end in .yaml, as recipes do")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: its folder does not exist; make it, or name another")
     check_absent(out)
 
 

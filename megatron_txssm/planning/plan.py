@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_txssm.architecture.gpus import GIB, GPUS, Gpu
 from megatron_txssm.errors import UserError, require_positive
-from megatron_txssm.planning.layouts import LAYOUT_FIELDS, layout_named
+from megatron_txssm.planning.layouts import LAYOUT_FIELDS, Layout, layout_named
 from megatron_txssm.planning.nearest import Answer, answer
 from megatron_txssm.planning.overlay import check_overlay, write_overlay
 from megatron_txssm.planning.rates import Cluster
@@ -57,7 +57,7 @@ def plan(
     stated = [text.partition("=")[0].strip() for text in overrides]
     fixed = _fixed(recipe, stated)
     if layout is not None:
-        fixed = layout_named(layout).changes | fixed
+        fixed = _named(layout, gpus).changes | fixed
     cluster = _cluster(gpu, nodes_of, gpu_memory)
     limit = memory_fraction * cluster.gpu.memory_bytes
     tokens = target_tokens or recipe.train_iters * recipe.training.global_batch_tokens
@@ -99,6 +99,14 @@ def _instead(found: Answer) -> str:
     if found.ranking.smallest is not None:
         return "; nor on more of them: use GPUs with more memory, or a smaller model or sequence"
     return ""
+
+
+def _named(name: str, gpus: int | None) -> Layout:
+    """The layout of this name; UserError if it is one of another number of GPUs."""
+    layout = layout_named(name)
+    if layout.data and gpus is not None and layout.gpus != gpus:
+        raise UserError(f"--layout {name} has {layout.gpus} GPUs, not --gpus {gpus}; leave dp{layout.data} out")
+    return layout
 
 
 def _fixed(recipe: Recipe, stated: Sequence[str]) -> dict[str, Any]:

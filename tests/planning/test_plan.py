@@ -148,3 +148,14 @@ def test_one_layout_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 layout fits" in (text := capsys.readouterr().out) and "tp2_sp_pp2_dp2_zero1_mb4:" in text
     assert main([*PLAN, *words[:-1], "tp2_xx3"]) == 2
     assert "'xx3' is no part of a layout" in capsys.readouterr().err
+    for wrong, said in (
+        ("tp2_tp4_mb1", "states with 'tp4' what another part"),
+        ("tp2_dp3_mb1", "has 6 GPUs, not --gpus 8"),
+    ):
+        assert main([*PLAN, *words[:-1], wrong]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "transxssm_320m", "--gpus", "8", "--out", str(tmp_path / "none" / "planned.yaml")]) == 2
+    assert "its folder does not exist" in capsys.readouterr().err

@@ -319,11 +319,11 @@ def _check_world_size(recipe: Recipe, world_size: int) -> None:
     check_expert_parallel(recipe, copies)
     micro, batch = recipe.training.micro_batch_size, recipe.global_batch_size
     if batch % (micro * copies) != 0:
+        sizes = ", ".join(map(str, divisors(batch // copies)))
+        fitting = f"use micro_batch_size of one of {sizes}" if batch % copies == 0 else "change global_batch_tokens"
         raise UserError(
             f"the global batch of {batch} samples (global_batch_tokens / seq_length) is not divisible by "
-            f"micro_batch_size={micro} x {copies} data-parallel processes; "
-            f"with {copies} of them use micro_batch_size of one of "
-            f"{', '.join(map(str, divisors(batch // copies))) if batch % copies == 0 else 'no value: change the batch'}"
+            f"micro_batch_size={micro} x {copies} data-parallel processes; with {copies} of them {fitting}"
         )
     pipeline = recipe.parallel.pipeline_model_parallel_size
     microbatches = batch // (micro * copies)

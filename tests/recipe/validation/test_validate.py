@@ -314,7 +314,7 @@ def test_the_number_of_processes_is_checked_where_it_is_known() -> None:
         validate(recipe, world_size=3)
     with pytest.raises(UserError, match="use micro_batch_size of one of 1, 2"):
         validate(recipe, world_size=8)
-    with pytest.raises(UserError, match="change the batch"):
+    with pytest.raises(UserError, match="change global_batch_tokens"):
         validate(recipe, world_size=6)
 
 
