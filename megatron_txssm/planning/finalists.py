@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.planning.dry_run.run import WITHOUT_DATA, DryRunFailed, RankOf, run_ranks, usage_of
+from megatron_txssm.planning.dry_run.run import FOR_A_STEP, DryRunFailed, RankOf, run_ranks, usage_of
 from megatron_txssm.planning.ranking import Plan
 from megatron_txssm.planning.share import pipeline_stages
 from megatron_txssm.planning.usage import Usage
@@ -45,7 +45,7 @@ def dry_runs(plans: Sequence[Plan]) -> list[DryRun]:
 
 def _dry_run(plan: Plan, all_stages: bool) -> DryRun:
     layout = plan.layout
-    recipe = changed(layout.of(plan.recipe), WITHOUT_DATA)
+    recipe = changed(layout.of(plan.recipe), FOR_A_STEP)
     # Ranks of one pipeline stage are consecutive: pipeline parallelism is Megatron's outermost.
     stride = layout.gpus // layout.pipeline
     kinds = pipeline_stages(plan.recipe, layout.pipeline, layout.virtual).kinds
