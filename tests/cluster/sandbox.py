@@ -148,6 +148,8 @@ def claim_sandbox() -> Sandbox:
             "PORT": str(18000 + 10 * number),
         }
         env = {name: value for name, value in os.environ.items() if not name.startswith(("TXSSM_", "SLURM", "SBATCH_"))}
+        # Every submission would build its model once; tests/planning/test_check_build.py does.
+        env["TXSSM_CHECK_BUILD"] = "0"
         env |= {f"TXSSM_SANDBOX_{name}": value for name, value in settings.items()}
         env |= {"SLURM_CONF": str(directory / "etc" / "slurm.conf"), "PATH": search_path()}
         sandbox = Sandbox(directory, env, claim)
