@@ -1,6 +1,7 @@
 """What a worker would refuse is refused before it is queued, in words."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -53,4 +54,11 @@ def test_a_validation_over_all_data_is_no_mistake(switched_on: None) -> None:
     """The demos' own; on made-up data, which the check uses, it would never end."""
     recipe = load_recipe("demo_cpu")
     assert recipe.logging.eval_iters is None
+    check_build.check_build(recipe, 2)
+
+
+def test_a_run_with_a_checkpoint_is_submitted_again(switched_on: None, tmp_path: Path) -> None:
+    recipe = load_recipe("demo_cpu", [f"run_directory={tmp_path}"])
+    recipe.checkpoint_path.mkdir(parents=True)
+    (recipe.checkpoint_path / "latest_checkpointed_iteration.txt").write_text("20")
     check_build.check_build(recipe, 2)

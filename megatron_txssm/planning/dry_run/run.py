@@ -33,6 +33,8 @@ WITHOUT_DATA: Changes = {
     "megatron.mock_data": True,
     "logging.eval_iters": 0,
     "checkpoint.save_interval": None,
+    "checkpoint.directory": None,
+    "checkpoint.load_from": None,
 }
 # The emulation of FP8 in local modules keeps far more than bf16 does, Transformer Engine's FP8 as much or less.
 FOR_A_STEP: Changes = WITHOUT_DATA | WITHOUT_FP8
@@ -56,7 +58,9 @@ class RankOf:
     def task(self, folder: Path, kernels: Kernels, *, only_build: bool) -> dict[str, Any]:
         """The worker's task, with its recipe in `folder`."""
         file = folder / "recipe.yaml"
-        file.write_text(self.recipe.to_yaml(), encoding="utf-8")
+        # A run directory of its own: the recipe's may have a checkpoint, which Megatron would load.
+        recipe = changed(self.recipe, {"run_directory": str(folder / "run")})
+        file.write_text(recipe.to_yaml(), encoding="utf-8")
         words = {"recipe": str(file), "result": str(folder / "result.json"), "kernels": kernels}
         return {**words, "world_size": self.world_size, "rank": self.rank, "only_build": only_build}
 
