@@ -23,8 +23,11 @@ def check_recipe(recipe: str | Path, *, overrides: Sequence[str] = (), gpus: int
     if gpus is not None:
         require_positive(gpus=gpus)
     world_size = gpus or smallest_world_size(loaded)
-    with doing("building the model once, on fake tensors"):
-        _build(loaded, world_size)
+    data_parallel_size(loaded, world_size)
+    try:
+        _build(loaded, world_size, "change it")
+    except DryRunFailed as error:
+        raise UserError(f"this machine cannot build {loaded.name}: {error}") from error
     print(f"{loaded.name}: Megatron accepts and builds it, on {world_size} process{'es' if world_size > 1 else ''}")
     return 0
 
@@ -38,16 +41,16 @@ def check_build(recipe: Recipe, world_size: int) -> None:
     if os.environ.get(SWITCH) == "0":
         return
     try:
-        with doing("building the model once, on fake tensors"):
-            _build(recipe, world_size)
+        _build(recipe, world_size, f"change it, or set {SWITCH}=0")
     except DryRunFailed as error:
         print(f"warning: not checked whether Megatron builds this recipe: {error}", file=sys.stderr)
 
 
-def _build(recipe: Recipe, world_size: int) -> None:
-    data_parallel_size(recipe, world_size)
+def _build(recipe: Recipe, world_size: int, remedy: str) -> None:
     recipe = changed(recipe, WITHOUT_DATA | {"checkpoint.save_interval": recipe.checkpoint.save_interval})
     ranks = [RankOf(recipe, world_size, rank) for rank in sorted({0, world_size - 1})]
-    for found in run_ranks(ranks, kernels="local", only_build=True):
+    with doing("building the model once, on fake tensors"):
+        results = run_ranks(ranks, kernels="local", only_build=True)
+    for found in results:
         if "failed" in found:
-            raise UserError(f"Megatron does not build this recipe: {found['failed']}; change it, or set {SWITCH}=0")
+            raise UserError(f"Megatron does not build this recipe: {found['failed']}; {remedy}")

@@ -77,8 +77,8 @@ def plan(
         print()
     best = show_answer(Request(recipe, cluster, tokens, top), found, dry_runs)
     if found.problem or best is None:
-        if out is not None:
-            print(f"\n{out} was not written, as this is not what was asked for")
+        why = "this is not what was asked for" if found.problem else "no dry run fits; --dry-runs 0 goes by formula"
+        print(f"\n{why}" if out is None else f"\n{out} was not written, as {why}")
         return 1
     if out is not None:
         about = f"{best.layout.name} on {found.gpus} {cluster.gpu.name}, planned from {recipe.name}"

@@ -1,6 +1,7 @@
 """What a worker would refuse is refused before it is queued, in words."""
 
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,16 @@ def test_a_machine_that_cannot_build_warns(
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
     check_build.check_build(load_recipe("demo_cpu"), 2)
     assert "not checked whether Megatron builds this recipe" in capsys.readouterr().err
+    with pytest.raises(UserError, match="this machine cannot build demo_cpu"):
+        check_build.check_recipe("demo_cpu")
+
+
+def test_nowhere_to_write_warns(
+    switched_on: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/full")
+    check_build.check_build(load_recipe("demo_cpu"), 2)
+    assert "warning: not checked whether Megatron builds this recipe: " in capsys.readouterr().err
 
 
 def test_a_validation_over_all_data_is_no_mistake(switched_on: None) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.cli.main import main
+from megatron_txssm.planning import finalists
+from megatron_txssm.planning.dry_run.run import DryRunFailed
 from megatron_txssm.planning.layouts import layout_of
 from megatron_txssm.recipe.loader import load_recipe
 
@@ -159,3 +161,17 @@ def test_one_layout_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "transxssm_320m", "--gpus", "8", "--out", str(tmp_path / "none" / "planned.yaml")]) == 2
     assert "its folder does not exist" in capsys.readouterr().err
+
+
+def test_without_a_dry_run_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise DryRunFailed("no memory")
+
+    monkeypatch.setattr(finalists, "run_ranks", fail)
+    out = tmp_path / "planned.yaml"
+    assert main(["plan", "transxssm_320m", "--gpus", "8", "--top", "1", "--out", str(out)]) == 1
+    text = capsys.readouterr().out
+    assert "failed: no memory" in text and "no dry run fits; --dry-runs 0 goes by formula" in text
+    assert not out.exists()

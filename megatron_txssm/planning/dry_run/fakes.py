@@ -46,6 +46,16 @@ def _some_value(dtype: torch.dtype) -> float | int | bool:
 
 
 @contextlib.contextmanager
+def replaced(attributes: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    """In this context, each (owner, name, replacement) of `attributes` is in place."""
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in attributes:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, replacement)
+        yield
+
+
+@contextlib.contextmanager
 def on_fake_tensors() -> Iterator[None]:
     """In this context, all tensors are fake, and modules and groups work with them."""
     from megatron.core.optimizer import clip_grads
@@ -66,10 +76,7 @@ def on_fake_tensors() -> Iterator[None]:
         # It looks at values to count FLOPs.
         (forward_step, "count_documents", lambda *_: None),
     ]
-    with contextlib.ExitStack() as stack:
-        for owner, name, replacement in changed:
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, replacement)
+    with replaced(changed), contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         # Buffers kept from an earlier run are other fakes.
         stack.callback(ssd_blocks._kept_scratch.__dict__.clear)

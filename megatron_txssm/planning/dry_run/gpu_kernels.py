@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_txssm.planning.dry_run.fakes import replaced
+
 
 @contextlib.contextmanager
 def as_on_a_gpu(args: Any) -> Iterator[None]:
@@ -21,7 +23,6 @@ def as_on_a_gpu(args: Any) -> Iterator[None]:
     from megatron.core.tensor_parallel import layers
     from megatron.core.transformer import attention
 
-    import megatron_txssm.ops.rotary as rotary
     import megatron_txssm.ops.ssd as ssd
     from megatron_txssm.model import local_modules, state_space_mixer
     from megatron_txssm.ops import ssd_fused_triton
@@ -38,7 +39,6 @@ def as_on_a_gpu(args: Any) -> Iterator[None]:
         (attention, "apply_rotary_pos_emb", lambda t, freqs, **_: _Rotation.apply(t, freqs)),
         (local_modules.RMSNorm, "forward", lambda self, x: _Norm.apply(x, self.weight)),
         (local_modules.ScaledDotProductAttention, "forward", _attend),
-        (rotary, "apply_rotary", lambda x, cos, sin, **_: _Rotation.apply(x, cos)),
         (state_space_mixer, "apply_rotary", lambda x, cos, sin, **_: _Rotation.apply(x, cos)),
         (state_space_mixer, "is_fused", lambda *_: True),
         (state_space_mixer, "has_scan_outside_autograd", lambda: True),
@@ -50,10 +50,7 @@ def as_on_a_gpu(args: Any) -> Iterator[None]:
         (ssd, "ssd_triton", _scan),
         (Adam, "_update", _make_moments),
     ]
-    with contextlib.ExitStack() as stack:
-        for owner, name, replacement in changed:
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, replacement)
+    with replaced(changed):
         yield
 
 

@@ -85,8 +85,15 @@ def usage_of(found: Mapping[str, Any]) -> Usage:
 def run_ranks(ranks: Sequence[RankOf], *, kernels: Kernels, only_build: bool = False) -> list[dict[str, Any]]:
     """The worker's results, of ranks one after another in one process.
 
-    UserError if it refuses a recipe; DryRunFailed if it ends without a result.
+    UserError if it refuses a recipe; DryRunFailed if it ends without a result, or no file can be written.
     """
+    try:
+        return _run(ranks, kernels, only_build)
+    except OSError as error:
+        raise DryRunFailed(str(error)) from error
+
+
+def _run(ranks: Sequence[RankOf], kernels: Kernels, only_build: bool) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="txssm-dry-run-") as name:
         folders = [Path(name) / str(number) for number, _ in enumerate(ranks)]
         tasks: list[dict[str, Any]] = []
