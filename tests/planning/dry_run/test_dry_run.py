@@ -121,7 +121,7 @@ def test_a_dry_run_needs_what_real_ranks_need(
         ours, theirs = faked[case.name, rank], real[case.name, rank]
         state = (ours.weights, ours.gradients, ours.optimizer)
         assert state == (theirs.weights, theirs.gradients, theirs.optimizer) and min(state) > 0
-        # gloo's threads hold a tensor until they have sent it, on a busy machine longer; nothing makes a real peak less.
+        # On a busy machine, gloo's threads hold what they send longer; nothing makes a real peak less.
         least = 0.99 if case.processes == 1 else 0.5
         assert least * theirs.activations <= ours.activations <= 1.01 * theirs.activations
         assert ours.traffic == theirs.traffic and bool(ours.traffic) == (case.processes > 1)
