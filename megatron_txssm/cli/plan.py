@@ -10,6 +10,8 @@ EXAMPLES = (
     "txssm plan transxssm_1.3b --gpus 512 --gpu h200 --out planned.yaml",
     "txssm plan transxssm_1.3b --gpus 16 --set parallel.tensor_model_parallel_size=4",
     "txssm plan transxssm_70b --gpus 512 --layout tp8_sp_pp4_zero1_mb1",
+    "txssm plan transxssm_1.3b --gpus 8 --calibrate rates.json",
+    "txssm plan transxssm_1.3b --gpus 64 --rates rates.json",
     "txssm plan transxssm_1.3b --sweep 8,64,512,4096 --plot scaling.png",
 )
 
@@ -18,9 +20,14 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "plan", EXAMPLES)
     parser.add_argument("recipe", metavar="RECIPE", help="a name that `txssm recipes` lists, or a YAML file")
     parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs to plan for")
+    parser.add_argument("--gpu", metavar="NAME", help="kind of GPU: h100-sxm, h200, b200, … (default: h100-sxm)")
     parser.add_argument(
-        "--gpu", default="h100-sxm", metavar="NAME", help="kind of GPU: h100-sxm, h200, b200, … (default: h100-sxm)"
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="train a few steps on N GPUs, or CPU cores, of this machine, and write how they differ from the formulas",
     )
+    parser.add_argument("--rates", type=Path, metavar="FILE", help="plan for the machine that --calibrate measured")
     parser.add_argument("--nodes-of", type=int, metavar="G", help="GPUs of a node (default: usually 8)")
     parser.add_argument(
         "--gpu-memory", type=float, metavar="GIB", help="memory of a GPU (default: from its data sheet)"
@@ -65,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
         args.recipe,
         gpus=args.gpus,
         gpu=args.gpu,
+        rates=args.rates,
+        calibrate=args.calibrate,
         nodes_of=args.nodes_of,
         gpu_memory=args.gpu_memory,
         memory_fraction=args.memory_fraction,

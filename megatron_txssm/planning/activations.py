@@ -85,10 +85,10 @@ def _scan_inputs(share: Share) -> int:
     if share.context == 1:
         convolved = scanned if state.conv_sizes else 2 * share.groups
         return share.tokens * (share.packed + convolved) * width
-    # Pieces or heads are copies, behind which only the gate keeps the projection. PyTorch convolves them: it keeps the
-    # tokens with their predecessors, the sum and its SiLU.
+    # Pieces or heads are copies, behind which only the gate keeps the projection. PyTorch convolves pieces: it keeps
+    # the tokens with their predecessors, and the sum, whose SiLU is what is copied.
     packed = share.packed if state.gated else 0
-    return share.tokens * (packed + scanned + (3 * scanned if state.conv_sizes else 0)) * width
+    return share.tokens * (packed + scanned * (3 if state.conv_sizes else 1)) * width
 
 
 def _scan_kept(share: Share) -> int:

@@ -13,6 +13,8 @@ ATTENTION_BACKWARD = 2.5
 # Megatron's loss in fp32, bytes per logit: cast, maximum, difference, exponential, sum, quotient; backward product and
 # cast (megatron.core.tensor_parallel.cross_entropy).
 LOSS_BYTES = 52
+# Names the final norm, LM head and loss among layers' symbols.
+HEAD = "head"
 
 
 @cache
@@ -28,7 +30,7 @@ def layer_seconds(share: Share, cluster: Cluster, layer: str) -> tuple[float, fl
         added = cluster.memory_seconds(2 * FP32 * sum(outputs * inputs for outputs, inputs in shapes))
         inner_forward, inner_backward = _INNER[layer](share, cluster)
         more = products + inner_forward, 2 * products + added + inner_backward
-    return forward + more[0], backward + more[1]
+    return cluster.corrections.corrected(layer, forward + more[0], backward + more[1])
 
 
 def _residual_seconds(share: Share, cluster: Cluster) -> tuple[float, float]:
@@ -101,7 +103,7 @@ def head_seconds(share: Share, cluster: Cluster) -> tuple[float, float]:
     loss = cluster.memory_seconds(share.tokens * share.vocabulary * LOSS_BYTES)
     # The head's gradient is a product in bf16, then added to the buffer.
     added = cluster.memory_seconds(share.vocabulary * share.hidden * (2 * FP32 + 2 * share.element))
-    return product + loss / 2, 2 * product + loss / 2 + added
+    return cluster.corrections.corrected(HEAD, product + loss / 2, 2 * product + loss / 2 + added)
 
 
 @cache

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_txssm.architecture.gpus import GIB, GPUS, Gpu
 from megatron_txssm.errors import UserError, require_positive
+from megatron_txssm.planning.corrections import UNCHANGED, read_calibration
 from megatron_txssm.planning.layouts import LAYOUT_FIELDS, Layout, layout_named
 from megatron_txssm.planning.nearest import Answer, answer
 from megatron_txssm.planning.overlay import check_overlay, write_overlay
@@ -19,12 +20,16 @@ from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.terminal import terminal_width
 
+DEFAULT_GPU = "h100-sxm"
+
 
 def plan(
     name: str,
     *,
     gpus: int | None,
-    gpu: str,
+    gpu: str | None = None,
+    rates: Path | None = None,
+    calibrate: Path | None = None,
     nodes_of: int | None = None,
     gpu_memory: float | None = None,
     memory_fraction: float = 0.92,
@@ -39,6 +44,8 @@ def plan(
 ) -> int:
     """Print the plan of a recipe and write the best layout to `out`; returns the exit code.
 
+    gpu: a name of architecture/gpus.py, by default the measured one of `rates`, otherwise h100-sxm.
+    rates: a file that `calibrate` wrote. calibrate: measure this machine with `gpus` processes, and only write this.
     gpu_memory: GiB of a GPU instead of its data sheet's. memory_fraction: what tensors may take of it.
     layout: a name as the plan prints them: this layout alone. dry_runs: how many of the best are dry-run.
     overrides: --set options; a layout field that one sets keeps that value.
@@ -54,11 +61,13 @@ def plan(
     if out is not None:
         check_overlay(out)
     recipe = load_recipe(name, overrides)
+    if calibrate is not None:
+        return _calibrate(recipe, gpus, calibrate)
     stated = [text.partition("=")[0].strip() for text in overrides]
     fixed = _fixed(recipe, stated)
     if layout is not None:
         fixed = _named(layout, gpus).changes | fixed
-    cluster = _cluster(gpu, nodes_of, gpu_memory)
+    cluster = _cluster(gpu, rates, nodes_of, gpu_memory)
     limit = memory_fraction * cluster.gpu.memory_bytes
     tokens = target_tokens or recipe.train_iters * recipe.training.global_batch_tokens
     if sweep:
@@ -119,11 +128,33 @@ def _fixed(recipe: Recipe, stated: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _cluster(name: str, per_node: int | None, memory: float | None) -> Cluster:
-    gpu = _gpu(name)
+def _calibrate(recipe: Recipe, processes: int | None, file: Path) -> int:
+    from megatron_txssm.planning.calibration.measure import calibrate
+
+    if processes is None:
+        raise UserError("--gpus is missing: how many of this machine to measure, such as --gpus 8")
+    if not file.absolute().parent.is_dir():
+        raise UserError(f"--calibrate {file}: its folder does not exist; make it, or name another")
+    calibration = calibrate(recipe, processes)
+    try:
+        calibration.write(file)
+    except OSError as error:
+        raise UserError(f"--calibrate {file} cannot be written: {error.strerror}; name another file") from error
+    print(f"\nwrote {file}: txssm plan {recipe.name} --rates {file} --gpus {processes}")
+    return 0
+
+
+def _cluster(name: str | None, rates: Path | None, per_node: int | None, memory: float | None) -> Cluster:
+    if rates is None:
+        gpu, corrections = _gpu(name or DEFAULT_GPU), UNCHANGED
+    else:
+        measured = read_calibration(rates)
+        gpu, corrections = measured.gpu, measured.corrections
+        if name not in (None, gpu.name):
+            raise UserError(f"--gpu {name}: --rates {rates} were measured on {gpu.name}; leave one of them out")
     if memory is not None:
         gpu = dataclasses.replace(gpu, memory_bytes=int(memory * GIB))
-    return Cluster(gpu, per_node or gpu.per_node)
+    return Cluster(gpu, per_node or gpu.per_node, corrections)
 
 
 def _gpu(name: str) -> Gpu:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_txssm.architecture.gpus import Gpu
+from megatron_txssm.planning.corrections import UNCHANGED, Corrections, Link
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,11 @@ RATES = (
 # Compared by identity, as Share is.
 @dataclass(frozen=True, eq=False)
 class Cluster:
-    """GPUs in nodes."""
+    """GPUs in nodes, and what they were measured to differ by from these rates."""
 
     gpu: Gpu
     per_node: int
+    corrections: Corrections = UNCHANGED
 
     def gemm_seconds(self, tokens: int, outputs: int, inputs: int, *, fp8: bool = False) -> float:
         """One product [tokens, inputs] · [inputs, outputs], or either of its gradients."""
@@ -94,17 +96,22 @@ class Cluster:
             return 0.0
         local = max(1, min(members, self.per_node // stride))
         inside = local == members
-        bandwidth = self.gpu.node_bandwidth
-        if not inside:
-            # Each of the group's GPUs of a node has its own adapter; a ring between nodes uses them all.
-            bandwidth = min(bandwidth, self.gpu.network_bandwidth * local)
-        share = (members - 1) / members
-        factor = {"all_reduce": 2 * share, "send_recv": 1.0, "broadcast": 1.0}.get(collective, share)
-        if collective == "all_to_all" and not inside:
+        factor, assumed = sent_bytes(collective, members), self.gpu.node_bandwidth * LINK.value
+        if inside:
+            link = self.corrections.links.get(collective, Link(LATENCY.value, assumed))
+            return factor * size / link.bandwidth + link.latency
+        # Each of the group's GPUs of a node has its own adapter; a ring between nodes uses them all.
+        bandwidth = min(assumed, self.gpu.network_bandwidth * local * LINK.value)
+        if collective == "all_to_all":
             # What leaves the node goes through this GPU's own adapter.
-            bandwidth, factor = self.gpu.network_bandwidth, (members - local) / members
-        latency = (LATENCY if inside else LATENCY_NETWORK).value
-        return factor * size / (bandwidth * LINK.value) + latency
+            bandwidth, factor = self.gpu.network_bandwidth * LINK.value, (members - local) / members
+        return factor * size / bandwidth + LATENCY_NETWORK.value
+
+
+def sent_bytes(collective: str, members: int) -> float:
+    """What each of `members` ranks in a ring sends, relative to the largest tensor."""
+    share = (members - 1) / members
+    return {"all_reduce": 2 * share, "send_recv": 1.0, "broadcast": 1.0}.get(collective, share)
 
 
 def group_shape(

@@ -102,6 +102,7 @@ def show_plan(plan: Plan, dry_run: Mapping[int, Usage]) -> None:
         "pipeline bubble": time.bubble,
         "waiting for data parallelism": time.data,
         "optimizer": time.optimizer,
+        "CPU between kernels": time.host,
     }
     print(f"\n{plan.layout.name}: {time.total:.3f} s a step")
     for name, seconds in parts.items():

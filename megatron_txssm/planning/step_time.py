@@ -35,10 +35,12 @@ class StepTime:
     # Data parallelism, as far as passes do not hide it.
     data: float
     optimizer: float
+    # Of the CPU, where it was measured: between layers, and between micro-batches.
+    host: float
 
     @property
     def total(self) -> float:
-        return self.compute + self.exchange + self.bubble + self.data + self.optimizer
+        return self.compute + self.exchange + self.bubble + self.data + self.optimizer + self.host
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ def step_time(
         bubble=(whole - slowest.total - transfers) / layout.virtual,
         data=max(data for data, _ in after),
         optimizer=max(optimizer for _, optimizer in after),
+        host=micro_batches * cluster.corrections.micro_batch + cluster.corrections.step,
     )
 
 
@@ -190,4 +193,5 @@ def _optimizer_seconds(cluster: Cluster, layout: Layout, weights: Weights) -> fl
     dense, experts = (sharing, max(1, sharing // layout.expert)) if layout.zero1 else (1, 1)
     shard = weights.dense / dense + weights.experts / experts
     zeroed = cluster.memory_seconds(weights.total * FP32)
-    return cluster.adam_seconds(shard * ADAM_BYTES) + cluster.memory_seconds(shard * (NORM_BYTES + COPY_BYTES)) + zeroed
+    adam = cluster.adam_seconds(shard * ADAM_BYTES) + cluster.memory_seconds(shard * (NORM_BYTES + COPY_BYTES))
+    return cluster.corrections.optimizer * (adam + zeroed)

@@ -1,0 +1,158 @@
+"""`txssm plan --calibrate`: how a step of this machine differs from the formulas, measured in one layout."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_txssm.architecture.gpus import Gpu, gpu_of
+from megatron_txssm.errors import UserError
+from megatron_txssm.planning.corrections import Calibration, Corrections, Link
+from megatron_txssm.planning.dry_run.run import WITHOUT_DATA
+from megatron_txssm.planning.kernels import HEAD, head_seconds, layer_seconds
+from megatron_txssm.planning.layouts import layout_of
+from megatron_txssm.planning.ranking import micro_batches_of, overlaps_of
+from megatron_txssm.planning.rates import Cluster
+from megatron_txssm.planning.share import pipeline_stages, share_of
+from megatron_txssm.planning.step_time import step_time
+from megatron_txssm.recipe.changes import ONE_MODEL_PARALLEL_RANK, Changes, changed, without_prediction
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.terminal import print_table
+
+WORKER = "megatron_txssm.planning.calibration.worker"
+# Of each layout; the first two are not counted.
+STEPS = 5
+MICRO_BATCHES = 2
+# Data parallelism alone, without a CUDA graph, which has no hooks.
+ONE_LAYOUT: Changes = {
+    **WITHOUT_DATA,
+    **ONE_MODEL_PARALLEL_RANK,
+    "parallel.recompute": "none",
+    "megatron.cuda_graph_impl": None,
+    "training.train_tokens": None,
+    "training.train_iters": 1000,
+}
+
+
+def calibrate(recipe: Recipe, processes: int) -> Calibration:
+    """Train a few steps of the recipe on `processes` of this machine: what differs from the formulas.
+
+    Prints measured and predicted seconds. UserError if the recipe cannot train here.
+    """
+    _check_machine(processes)
+    recipe = in_one_layout(recipe, processes)
+    print(f"{recipe.name}: {STEPS} steps of {MICRO_BATCHES} micro-batches on {processes} processes", flush=True)
+    [found] = timed_trainings([recipe], processes, parts=True)
+    gpu = _gpu(found, processes)
+    layout = layout_of(recipe, processes)
+    corrections = _corrections(recipe, Cluster(gpu, processes), found)
+    measured = f"{layout.name} of {recipe.name} on {processes} {gpu.name}: {_median(found['steps']):.3f} s a step"
+    return Calibration(gpu, measured, corrections)
+
+
+def _check_machine(processes: int) -> None:
+    import torch
+
+    gpus = torch.cuda.device_count()
+    here, kind = (gpus, "GPUs") if gpus else (len(os.sched_getaffinity(0)), "cores and no GPU")
+    if processes > here:
+        raise UserError(f"--gpus {processes}: this machine has {here} {kind}; measure at most as many")
+
+
+def in_one_layout(recipe: Recipe, processes: int) -> Recipe:
+    """The recipe for a few steps of `processes` data-parallel ranks."""
+    recipe = changed(without_prediction(recipe), ONE_LAYOUT)
+    training = recipe.training
+    tokens = processes * MICRO_BATCHES * training.micro_batch_size * training.seq_length
+    return changed(recipe, {"training.global_batch_tokens": tokens})
+
+
+def timed_trainings(recipes: Sequence[Recipe], processes: int, *, parts: bool = False) -> list[dict[str, Any]]:
+    """worker.py's results of each recipe, trained one after another on the same processes.
+
+    UserError if Megatron or this project refuses one, or one does not train here.
+    """
+    with tempfile.TemporaryDirectory(prefix="txssm-calibrate-") as name:
+        tasks: list[dict[str, Any]] = []
+        for number, recipe in enumerate(recipes):
+            folder = Path(name) / str(number)
+            folder.mkdir()
+            # A run directory of its own: the recipe's may have a checkpoint, which Megatron would load.
+            recipe = changed(recipe, {"run_directory": str(folder / "run")})
+            (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            files = {"recipe": str(folder / "recipe.yaml"), "result": str(folder / "result.json")}
+            tasks.append({**files, "steps": STEPS, "parts": parts})
+        file = Path(name) / "tasks.json"
+        file.write_text(json.dumps(tasks), encoding="utf-8")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        # PYTHONSAFEPATH: a json.py in the current folder must not be imported.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "TMPDIR": name}
+        done = subprocess.run(
+            [*launch, "-m", WORKER, str(file)], env=environment, capture_output=True, text=True, errors="replace"
+        )
+        return [_result(Path(task["result"]), done) for task in tasks]
+
+
+def _result(file: Path, done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    if not file.exists():
+        raise UserError(f"the recipe does not train here (exit code {done.returncode}):\n{done.stderr[-2000:]}")
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if "refused" in found:
+        raise UserError(found["refused"])
+    if "failed" in found:
+        raise UserError(f"the recipe does not train here: {found['failed']}")
+    return found
+
+
+def _median(seconds: Sequence[float]) -> float:
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def _gpu(found: Mapping[str, Any], processes: int) -> Gpu:
+    """The device; a CPU's core counts as a GPU with the rates that it reached."""
+    if found["device"] != "cpu":
+        gpu = gpu_of(found["device"])
+        if gpu is None:
+            raise UserError(f"{found['device']} is not in architecture/gpus.py; add its data sheet's figures")
+        return gpu
+    import psutil
+
+    link = max((link["bandwidth"] for link in found["links"].values()), default=found["bandwidth"])
+    memory = psutil.virtual_memory().total // processes
+    flops, bandwidth = found["flops"], found["bandwidth"]
+    return Gpu("cpu", "CPU", flops, None, memory, bandwidth, link, link, per_node=processes)
+
+
+def _corrections(recipe: Recipe, cluster: Cluster, found: Mapping[str, Any]) -> Corrections:
+    """Measured over predicted, part by part; prints both."""
+    layout = layout_of(recipe, cluster.per_node)
+    share, stages = share_of(recipe, layout), pipeline_stages(recipe, 1, 1)
+    passes: dict[str, tuple[float, float]] = {}
+    rows: list[tuple[str, ...]] = []
+    for part, measured in found["parts"].items():
+        predicted = head_seconds(share, cluster) if part == HEAD else layer_seconds(share, cluster, part)
+        passes[part] = (measured[0] / predicted[0], measured[1] / predicted[1])
+        for name, ours, theirs in zip(("forward", "backward"), measured, predicted, strict=True):
+            rows.append(_row(f"{part} {name}", ours, theirs))
+    links = {name: Link(**link) for name, link in found["links"].items()}
+    kernels = Corrections(passes=passes, links=links)
+    count, overlaps = micro_batches_of(recipe, layout), overlaps_of(recipe)
+    time = step_time(share, dataclasses.replace(cluster, corrections=kernels), layout, stages, count, overlaps)
+    rows.append(_row("optimizer", found["optimizer"], time.optimizer))
+    # The last backward pass hides some of data parallelism.
+    rest = max(0.0, _median(found["steps"]) - found["passes"] - found["optimizer"] - time.data)
+    for name, seconds in (("a micro-batch beside these", found["outside"]), ("rest of a step", rest)):
+        rows.append((name, f"{1000 * seconds:.2f}", "", ""))
+    print_table(("part", ">ms measured", ">by formula", ">ratio"), rows)
+    return dataclasses.replace(
+        kernels, optimizer=found["optimizer"] / time.optimizer, micro_batch=found["outside"], step=rest
+    )
+
+
+def _row(name: str, measured: float, predicted: float) -> tuple[str, ...]:
+    return name, f"{1000 * measured:.2f}", f"{1000 * predicted:.2f}", f"{measured / predicted:.2f}"
