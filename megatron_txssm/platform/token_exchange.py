@@ -13,10 +13,7 @@ def adapt_token_exchange() -> None:
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
     token_dispatcher.maybe_move_tensor_to_cpu = _counts_of_tokens
-    for name, adapt in (
-        ("_gather_along_first_dim", _with_unequal_parts),
-        ("_reduce_scatter_along_first_dim", _into_unequal_parts),
-    ):
+    for name, adapt in UNEQUAL_PARTS.items():
         setattr(mappings, name, adapt(getattr(mappings, name)))
 
 
@@ -57,3 +54,10 @@ def _into_unequal_parts(reduce_scatter: Callable[..., torch.Tensor]) -> Callable
         return total.split(input_split_sizes)[group.rank()].clone()
 
     return reduce_and_take
+
+
+# Functions of megatron.core.tensor_parallel.mappings.
+UNEQUAL_PARTS = {
+    "_gather_along_first_dim": _with_unequal_parts,
+    "_reduce_scatter_along_first_dim": _into_unequal_parts,
+}

@@ -7,6 +7,7 @@ Engine's, mamba-ssm's and our kernels do. Values mean nothing. FP8 is counted as
 # B=batch L=sequence H=heads P=head dim G=groups N=state S=sequence T=tokens K, N=channels
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from megatron_txssm.planning.dry_run.fakes import replaced
 def as_on_a_gpu(args: Any) -> Iterator[None]:
     """In this context, models are built and trained with the stand-ins; `args`: Megatron's, which it changes."""
     from megatron.core.fusions import fused_bias_swiglu
-    from megatron.core.tensor_parallel import layers
+    from megatron.core.tensor_parallel import layers, mappings
     from megatron.core.transformer import attention
 
     import megatron_txssm.ops.ssd as ssd
@@ -28,6 +29,7 @@ def as_on_a_gpu(args: Any) -> Iterator[None]:
     from megatron_txssm.ops import ssd_fused_triton
     from megatron_txssm.platform.adam import Adam
     from megatron_txssm.platform.gradient_accumulation import stand_in_for_apex
+    from megatron_txssm.platform.token_exchange import UNEQUAL_PARTS
 
     # Without a GPU, the platform has turned them off.
     args.bias_swiglu_fusion = args.gradient_accumulation_fusion = True
@@ -49,6 +51,8 @@ def as_on_a_gpu(args: Any) -> Iterator[None]:
         (ssd, "_chosen", lambda *_: "triton"),
         (ssd, "ssd_triton", _scan),
         (Adam, "_update", _make_moments),
+        # What the platform does in place of NCCL's gathers and reductions of unequal parts (token_exchange.py).
+        *((mappings, name, inspect.unwrap(getattr(mappings, name))) for name in UNEQUAL_PARTS),
     ]
     with replaced(changed):
         yield

@@ -92,7 +92,9 @@ class Watch(TorchDispatchMode):
     def _count(self, func: Any, args: tuple[Any, ...]) -> None:
         name = COLLECTIVES.get(func._schema.name.partition("::")[2])
         group = _group_of(args)
-        largest = max((tensor.numel() * tensor.element_size() for tensor in tensors_in(args)), default=0)
+        # A coalesced call has lists of tensors, and so has a gather into one.
+        sizes = [sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(arg)) for arg in args]
+        largest = max(sizes, default=0)
         if name is None or group is None or group.size() == 1 or largest <= A_NUMBER:
             return
         where = self._names.of(group)
