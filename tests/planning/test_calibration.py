@@ -79,7 +79,7 @@ def test_contradictory_options_are_refused(tmp_path: Path, capsys: pytest.Captur
 
 @pytest.mark.slow
 def test_calibrating_this_machine_and_planning_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = write_recipe(tmp_path / "tiny.yaml", run=tmp_path / "run")
+    recipe = write_recipe(tmp_path / "tiny.yaml", {"megatron.mock_data": True}, run=tmp_path / "run")
     rates = tmp_path / "rates.json"
     assert main(["plan", str(recipe), "--gpus", "2", "--calibrate", str(rates)]) == 0
     said = capsys.readouterr().out

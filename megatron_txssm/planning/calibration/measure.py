@@ -22,7 +22,7 @@ from megatron_txssm.planning.share import pipeline_stages, share_of
 from megatron_txssm.planning.step_time import step_time
 from megatron_txssm.recipe.changes import ONE_MODEL_PARALLEL_RANK, Changes, changed, without_prediction
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.terminal import print_table
+from megatron_txssm.terminal import doing, print_table
 
 WORKER = "megatron_txssm.planning.calibration.worker"
 # Of each layout; the first two are not counted.
@@ -47,7 +47,8 @@ def calibrate(recipe: Recipe, processes: int) -> Calibration:
     _check_machine(processes)
     recipe = in_one_layout(recipe, processes)
     print(f"{recipe.name}: {STEPS} steps of {MICRO_BATCHES} micro-batches on {processes} processes", flush=True)
-    [found] = timed_trainings([recipe], processes, parts=True)
+    with doing("training and measuring"):
+        [found] = timed_trainings([recipe], processes, parts=True)
     gpu = _gpu(found, processes)
     layout = layout_of(recipe, processes)
     corrections = _corrections(recipe, Cluster(gpu, processes), found)
@@ -58,7 +59,7 @@ def calibrate(recipe: Recipe, processes: int) -> Calibration:
 def _check_machine(processes: int) -> None:
     import torch
 
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     here, kind = (gpus, "GPUs") if gpus else (len(os.sched_getaffinity(0)), "cores and no GPU")
     if processes > here:
         raise UserError(f"--gpus {processes}: this machine has {here} {kind}; measure at most as many")
