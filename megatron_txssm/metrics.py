@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 # An object of metrics.jsonl, as training/watch/monitor.py writes it; earlier versions wrote fewer fields. A step has
 # "grad_norm", a validation has only its losses, by the names of its sets.
 type MetricsLine = dict[str, Any]
@@ -86,11 +88,13 @@ def _largest_iteration(text: bytes) -> int:
 def _line(line: bytes) -> MetricsLine | None:
     """None if it is not a JSON object. A line truncated by a kill may precede it on the same line."""
     for text in (line, line[max(0, line.rfind(b'{"iteration"')) :]):
-        try:
-            found = json.loads(text)
-        except ValueError:
-            continue
-        return found if isinstance(found, dict) else None
+        # orjson is five times as fast, but refuses NaN, as the loss of a skipped step may be.
+        for loads in (orjson.loads, json.loads):
+            try:
+                found = loads(text)
+            except ValueError:
+                continue
+            return found if isinstance(found, dict) else None
     return None
 
 
