@@ -40,6 +40,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "logs": ("megatron_txssm.cli.logs", "show the output of a run's job, or follow it"),
     "cancel": ("megatron_txssm.cli.cancel", "cancel a run's jobs; the trainer saves first"),
     "why": ("megatron_txssm.cli.why", "explain why a run's last attempt ended and what to do"),
+    "report": (
+        "megatron_txssm.cli.report",
+        "write one HTML page on some runs: curves, goodput, recipe differences, data",
+    ),
     "generate": ("megatron_txssm.cli.generate", "continue a prompt with a checkpoint or a Hugging Face model"),
     "convert": ("megatron_txssm.cli.convert", "convert checkpoints to Hugging Face models and back, with proof"),
     "evaluate": ("megatron_txssm.cli.evaluate", "compute the loss of a run's checkpoint on all validation data"),
@@ -104,6 +108,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 GROUPS = {
     "train": ("demo", "recipes", "plan", "data", "pretrain", "check"),
     "on a Slurm cluster": ("submit", "jobs", "logs", "cancel", "why"),
+    "look at runs": ("report",),
     "use what was trained": ("evaluate", "generate", "convert", "serve"),
 }
 
