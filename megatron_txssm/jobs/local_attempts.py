@@ -8,17 +8,17 @@ from pathlib import Path
 
 from megatron_txssm.jobs.attempts import Attempt
 from megatron_txssm.jobs.run_jobs import who_trains
-from megatron_txssm.metrics import last_step, metrics_lines
+from megatron_txssm.metrics import MetricsLine, last_step, metrics_lines
 from megatron_txssm.training.launch.ended import local_end
 
 
 @dataclass(frozen=True)
 class _Start:
-    """A line of metrics.jsonl by which a training says that it starts."""
+    """A line of metrics.jsonl that a training writes with its first step."""
 
     # Its bytes in the file.
     offset: int
-    # Seconds since the epoch.
+    # When its process began, in seconds since the epoch.
     time: float
     host: str
     world_size: int
@@ -27,7 +27,8 @@ class _Start:
 def local_attempts(run: Path) -> list[Attempt]:
     """One for every start in metrics.jsonl, in order; none for a run of an earlier version, which noted no starts.
 
-    Only the last one's end is recorded. An earlier one counts as ended with its last step (see goodput.py).
+    A start that did no step is not noted. Only the last one's end is recorded: an earlier one counts as ended with its
+    last step (see goodput.py).
     """
     metrics = run / "metrics.jsonl"
     starts = list(_starts(metrics))
@@ -68,15 +69,23 @@ def _last_step(metrics: Path, begin: int, end: int) -> int | None:
 
 
 def _starts(metrics: Path) -> Iterator[_Start]:
+    for offset, line in start_lines(metrics):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            host, size = line.get("environment", {}).get("host", ""), line["start"]["world_size"]
+            yield _Start(offset, float(line["began"]), str(host), int(size))
+
+
+def start_lines(metrics: Path) -> Iterator[tuple[int, MetricsLine]]:
+    """The lines by which trainings say how they started, each with its first byte's place in the file."""
     if not metrics.exists():
         return
     offset = 0
     with metrics.open("rb") as file:
         for row in file:
+            # Much faster than to parse every step.
             if b'"start"' in row:
-                with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                with contextlib.suppress(ValueError):
                     line = json.loads(row)
-                    start, about = line["start"], line.get("environment", {})
-                    size = int(start.get("world_size", 1))
-                    yield _Start(offset, float(line["time"]), str(about.get("host", "")), size)
+                    if isinstance(line, dict) and "start" in line:
+                        yield offset, line
             offset += len(row)

@@ -13,15 +13,16 @@ from typing import NamedTuple
 import numpy as np
 
 WIDTH, HEIGHT = 2000, 1000
-# Of all curves of a chart together, and of one.
+# Of all lines of a chart together, and of one.
 POINTS, MAX_POINTS = 3600, 900
-# From this many points on, the line is a running mean over a hundredth of them, and all values a band behind it.
-SMOOTH_FROM_POINTS = 200
-SMOOTHING_WINDOWS = 100
+# From this many points on, the line is a running mean over about their square root, and all values a band behind it.
+SMOOTH_FROM_POINTS = 100
+# With more, the dots would hide the line.
+MOST_DOTS = 60
 # Empty space above and below the curves, as a share of their height.
 _MARGIN = 0.05
 # On a logarithmic axis, which multiples of a power of ten get a tick: the first row with enough ticks is used.
-_LOG_TICKS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), tuple(np.arange(10, 100) / 10))
+_LOG_TICKS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8, 9))
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Curve:
     y: np.ndarray
     # Which of the page's colours.
     color: int = 0
-    # Few measurements, each drawn as a dot.
+    # Measurements apart from one another, each drawn as a dot.
     dots: bool = False
     # As in SMOOTH_FROM_POINTS.
     smooth: bool = True
@@ -55,6 +56,8 @@ class Drawn(NamedTuple):
     dots: str
     # Points per mean; 1 if the line shows every value.
     window: int
+    # The x of values that are not finite.
+    missing: list[float]
     # Lists of the same length: the buckets' mean x, mean y, least and greatest y.
     values: dict[str, list[float]]
 
@@ -106,7 +109,7 @@ def chart(
     def place_x(x: np.ndarray) -> np.ndarray:
         return WIDTH * (x - x_range[0]) / (x_range[1] - x_range[0])
 
-    count = max(60, min(MAX_POINTS, POINTS // len(curves)))
+    count = max(60, min(MAX_POINTS, POINTS // max(1, sum(not curve.dots for curve in curves))))
     values = log_ticks(low, high) if log else ticks(bottom, top, 5)
     y_ticks = [Tick(float(place_y(np.array(value))) / HEIGHT, short(value)) for value in values]
     x_ticks = [Tick(float(place_x(np.array(value))) / WIDTH, short(value)) for value in ticks(*x_range, 7)]
@@ -146,12 +149,13 @@ def buckets(x: np.ndarray, y: np.ndarray, x_range: tuple[float, float], count: i
 
 
 def running_mean(y: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the finite values within a window around each point, cut at both ends; NaN where the point is NaN."""
-    finite, half = np.isfinite(y), window // 2
+    """Mean of the finite values within a window around each point, narrower at both ends; NaN where the point is."""
+    finite, at = np.isfinite(y), np.arange(len(y))
     total = np.concatenate([[0.0], np.cumsum(np.where(finite, y, 0.0))])
     number = np.concatenate([[0], np.cumsum(finite)])
-    begin = np.maximum(np.arange(len(y)) - half, 0)
-    end = np.minimum(np.arange(len(y)) + half + 1, len(y))
+    # The same on both sides, so that the curve is not shifted.
+    half = np.minimum(window // 2, np.minimum(at, at[::-1]))
+    begin, end = at - half, at + half + 1
     return np.where(finite, (total[end] - total[begin]) / np.maximum(number[end] - number[begin], 1), math.nan)
 
 
@@ -159,7 +163,7 @@ def _draw(curve: Curve, count: int, x_range: tuple[float, float], place_x, place
     use = np.isfinite(curve.x) & (curve.x >= x_range[0]) & (curve.x <= x_range[1])
     x, y = curve.x[use], curve.y[use]
     found = buckets(x, y, x_range, count)
-    window = len(y) // SMOOTHING_WINDOWS | 1 if curve.smooth and len(y) >= SMOOTH_FROM_POINTS else 1
+    window = math.isqrt(len(y)) | 1 if curve.smooth and len(y) >= SMOOTH_FROM_POINTS else 1
     mean = buckets(x, running_mean(y, window), x_range, count).mean if window > 1 else found.mean
     at, line = place_x(found.x), _path(place_x(found.x), place_y(mean))
     varies = window > 1 or bool((found.high > found.low).any())
@@ -170,9 +174,10 @@ def _draw(curve: Curve, count: int, x_range: tuple[float, float], place_x, place
         line=line,
         band=_band(at, place_y(found.high), place_y(found.low)) if varies else "",
         dots="".join(f"M{x:.0f} {y:.0f}h0" for x, y in zip(at[keep], place_y(mean[keep]), strict=True))
-        if curve.dots or keep.sum() == 1
+        if keep.sum() == 1 or (curve.dots and keep.sum() <= MOST_DOTS)
         else "",
         window=window,
+        missing=x[~np.isfinite(y)].tolist(),
         values={name: [_rounded(value) for value in column[keep].tolist()] for name, column in values.items()},
     )
 
@@ -246,7 +251,9 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A number for an axis or a tile: 1500 as 1.5k, 2e9 as 2B."""
+    """A number for an axis or a tile: 1500 as 1.5k, 2e9 as 2B, 0.0003 as 3e-4."""
+    if 0 < abs(value) < 0.001:
+        return f"{value:.3g}".replace("e-0", "e-") if abs(value) < 0.0001 else f"{value * 1e4:.3g}e-4"
     for factor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= factor * 0.9995:
             return f"{value / factor:.4g}{suffix}"

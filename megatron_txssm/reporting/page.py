@@ -57,6 +57,8 @@ class Page(NamedTuple):
     # Two charts that differ in their x axis, and others.
     losses: Sequence[Chart]
     others: Sequence[Chart]
+    # How to read them.
+    legend: str
     differences: Table | None
     facts: Table
     environment: Table

@@ -111,11 +111,15 @@ def _page(runs: Sequence[_Run]) -> Page:
     facts = {label: model_facts(recipe) for label, recipe in recipes.items()}
     changes = differences(list(recipes.values()), but=_NAMES) if len(recipes) > 1 else {}
     rows = [(name, *map(_value, values)) for name, values in changes.items()]
-    over_tokens = _losses(runs, "tokens", by_tokens=True)
+    states = [run_state(run.folder, run.recipe, run.series, run.job_state).cells() for run in runs]
+    known = [name for name in states[0] if any(cells[name] for cells in states)]
+    losses = [found for by_tokens in (False, True) if (found := _losses(runs, by_tokens)) is not None]
+    others = [found for found in _other_charts(runs) if found is not None]
     return Page(
-        states=[run_state(run.folder, run.recipe, run.series, run.job_state).cells() for run in runs],
-        losses=[found for found in (_losses(runs, "steps", by_tokens=False), over_tokens) if found is not None],
-        others=[found for found in _other_charts(runs) if found is not None],
+        states=[{name: cells[name] for name in known} for cells in states],
+        losses=losses,
+        others=others,
+        legend=_legend([*losses, *others]),
         facts=_side_by_side("Model and training", facts),
         differences=Table("Fields that differ", ("field", *recipes), rows) if len(recipes) > 1 else None,
         environment=_side_by_side("Code, machines and versions", environments),
@@ -174,7 +178,21 @@ def _value(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _losses(runs: Sequence[_Run], x_name: str, *, by_tokens: bool) -> Chart | None:
+def _legend(charts: Sequence[Chart]) -> str:
+    """One line on what lines, bands, dots and dashes are, where there are any."""
+    curves = [each for found in charts for each in found.curves]
+    windows = sorted({each.window for each in curves} - {1})
+    parts = {
+        f"line: mean over {' or '.join(f'{window:,}' for window in windows)} steps": windows,
+        "band: all single steps": any(each.band for each in curves),
+        "dots: validation": any(each.curve.dots for each in curves),
+        "dashed: resumed": any(found.marks for found in charts),
+    }
+    said = "; ".join(text for text, is_there in parts.items() if is_there)
+    return f"{said[:1].upper()}{said[1:]}." if said else ""
+
+
+def _losses(runs: Sequence[_Run], by_tokens: bool) -> Chart | None:
     curves = []
     for index, run in enumerate(runs):
         series, several = run.series, len(runs) > 1
@@ -186,7 +204,9 @@ def _losses(runs: Sequence[_Run], x_name: str, *, by_tokens: bool) -> Chart | No
             label = f"{run.label} {name}" if several else name
             curves.append(Curve(label, at, found.loss, color if several else number % COLORS, dots=True, smooth=False))
     marks = () if by_tokens else _marks(runs)
-    return chart("Loss", curves, x_name=x_name, y_name="nats per token", log=True, marks=marks)
+    return chart(
+        "Loss", curves, x_name="tokens" if by_tokens else "steps", y_name="nats per token", log=True, marks=marks
+    )
 
 
 def _other_charts(runs: Sequence[_Run]) -> list[Chart | None]:

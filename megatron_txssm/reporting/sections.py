@@ -12,6 +12,7 @@ from megatron_txssm.data.corpus.blend import CorpusBlend, Stage, recipe_blend
 from megatron_txssm.data.corpus.shard import check_shard
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt
+from megatron_txssm.jobs.local_attempts import start_lines
 from megatron_txssm.metrics import MetricsLine, each_line
 from megatron_txssm.recipe.corpus.loader import load_corpus_recipe
 from megatron_txssm.recipe.corpus.schema import KEPT_RECIPE
@@ -65,7 +66,7 @@ def environment(run: Path, attempts: Sequence[Attempt]) -> dict[str, str]:
     """Name -> value of what the run folder records about code, machines and versions; a change in time is an arrow."""
     found: dict[str, list[str]] = {}
     submission = read_submission(run)
-    for start in _starts(run / "metrics.jsonl"):
+    for _, start in start_lines(run / "metrics.jsonl"):
         about = start.get("environment")
         for name, value in about.items() if isinstance(about, dict) else ():
             found.setdefault(name, []).append(str(value))
@@ -82,10 +83,6 @@ def environment(run: Path, attempts: Sequence[Attempt]) -> dict[str, str]:
         if value := submission.get(name):
             found[name.replace("_", " ")] = [str(value)]
     return {name: " → ".join(dict.fromkeys(values)) for name, values in found.items()}
-
-
-def _starts(metrics: Path) -> Iterator[MetricsLine]:
-    return (line for line in each_line(metrics) if "start" in line)
 
 
 def _preflight_facts(attempt: Attempt) -> dict[str, str]:
@@ -192,7 +189,7 @@ def _sources(directory: Path) -> dict[str, str]:
 def evaluations_table(run: Path) -> Table:
     """One row per validation set and call of `txssm evaluate`; of earlier versions, only the last call."""
     folder = run / "evaluation"
-    found = list(each_line(folder / "history.jsonl")) or list(each_line_of_json(folder / "validation.json"))
+    found = list(each_line(folder / "history.jsonl")) or _json_object(folder / "validation.json")
     rows = [
         (
             _number(line.get("step")),
@@ -220,14 +217,13 @@ def conversions_table(run: Path) -> Table:
     return Table("Conversions", (">step", "layout", "folder", "proof", "when"), rows)
 
 
-def each_line_of_json(file: Path) -> Iterator[MetricsLine]:
-    """The object in a JSON file, if there is one."""
+def _json_object(file: Path) -> list[MetricsLine]:
+    """The object in a JSON file; none if it is not there or holds something else."""
     try:
         found = json.loads(file.read_bytes())
     except (OSError, ValueError):
-        return
-    if isinstance(found, dict):
-        yield found
+        return []
+    return [found] if isinstance(found, dict) else []
 
 
 def when(seconds: Any) -> str:

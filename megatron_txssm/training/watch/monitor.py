@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+import psutil
 import torch
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 
@@ -20,6 +21,7 @@ from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.session.hooks import Call, Listener
 from megatron_txssm.training.validation_sets import of_each_set
 from megatron_txssm.training.watch.display import BarDisplay, PlainDisplay, make_display
+from megatron_txssm.training.watch.environment import environment
 from megatron_txssm.training.watch.stragglers import SlowRunWatch
 from megatron_txssm.training.watch.trackers import Trackers
 
@@ -186,7 +188,9 @@ class TrainingMonitor(Listener):
             metrics["slow"] = self.slow_run.verdict.as_fields()
         if not self.has_begun:
             # Together with the first step: growth of the file means that the run makes progress.
-            self._write({"iteration": iteration - 1, "start": self._start()})
+            began = round(psutil.Process().create_time(), 3)
+            about = {"start": self._start(), "began": began, "environment": environment()}
+            self._write({"iteration": iteration - 1, **about})
             self.has_begun = True
         self._write(metrics)
         if self.trackers is not None:
