@@ -203,10 +203,8 @@ def _losses(runs: Sequence[_Run], by_tokens: bool) -> Chart | None:
             at = np.interp(found.step, series.step, series.tokens) if by_tokens and len(series.step) else found.step
             label = f"{run.label} {name}" if several else name
             curves.append(Curve(label, at, found.loss, color if several else number % COLORS, dots=True, smooth=False))
-    marks = () if by_tokens else _marks(runs)
-    return chart(
-        "Loss", curves, x_name="tokens" if by_tokens else "steps", y_name="nats per token", log=True, marks=marks
-    )
+    x_name, marks = ("tokens", ()) if by_tokens else ("steps", _marks(runs))
+    return chart("Loss", curves, x_name=x_name, y_name="nats per token", log=True, marks=marks)
 
 
 def _other_charts(runs: Sequence[_Run]) -> list[Chart | None]:
