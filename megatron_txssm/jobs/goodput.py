@@ -118,20 +118,15 @@ def explain_goodput(run: Path, job_state: str | None) -> Iterator[tuple[str, str
     yield "time", f"in the queue {_shown(found.queue)}{start}"
 
 
-def job_states() -> dict[Path, str]:
-    """Run folder -> squeue's state of its training job; UserError if Slurm does not answer."""
-    jobs = [job for job in slurm.queue() if not job.is_over and job.script.stem == "pretrain"]
-    return {job.script.parent: job.state for job in jobs if (job.script.parent / "submission.json").is_file()}
-
-
 def print_goodput() -> int:
     """Print a table for `txssm jobs --goodput`: every run in runs/ and in the queue."""
     try:
-        states = job_states()
+        jobs = [job for job in slurm.queue() if not job.is_over and job.script.stem == "pretrain"]
     except UserError as error:
         # The runs' records do not depend on Slurm.
         print(f"warning: {error}; the wall time ends with the last attempt", file=sys.stderr)
-        states = {}
+        jobs = []
+    states = {job.script.parent: job.state for job in jobs if (job.script.parent / "submission.json").is_file()}
     here = {path.parent.resolve() for path in Path("runs").glob("*/metrics.jsonl")}
     here |= {path.parent.parent.parent.resolve() for path in Path("runs").glob("*/attempts/*/attempt.json")}
     rows = []

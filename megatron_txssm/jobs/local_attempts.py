@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_txssm.jobs.attempts import Attempt
-from megatron_txssm.jobs.run_jobs import who_trains
 from megatron_txssm.metrics import MetricsLine, last_step, metrics_lines
 from megatron_txssm.training.launch.ended import local_end
+from megatron_txssm.training.launch.run_lock import is_held
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def local_attempts(run: Path) -> list[Attempt]:
 def _set_end(attempt: Attempt, run: Path, metrics: Path) -> None:
     """How the last attempt ended; it stays open while its process lives."""
     end = local_end(run)
-    if end is not None and end["ended"] >= attempt.started:
-        attempt.ended, attempt.exit_code, attempt.detail = end["ended"], end["exit_code"], end["what"]
-    elif who_trains(run) is None:
+    if end is not None and end.ended >= attempt.started:
+        attempt.ended, attempt.exit_code, attempt.detail = end.ended, end.exit_code, end.what
+    elif not is_held(run):
         attempt.ended, attempt.detail = metrics.stat().st_mtime, "it was killed, or the machine went down"
 
 

@@ -13,10 +13,12 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.files import write_file_atomically
 from megatron_txssm.jobs.attempts import Attempt, find_run, load_run
 from megatron_txssm.jobs.goodput import Goodput, all_attempts, goodput, goodput_cells
+from megatron_txssm.jobs.run_jobs import jobs_of
 from megatron_txssm.recipe.changes import differences
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.reporting.charts import Chart, Curve, chart
 from megatron_txssm.reporting.page import COLORS, Page, RunPart, Share, render
+from megatron_txssm.reporting.runs import ask_queue
 from megatron_txssm.reporting.sections import (
     Table,
     attempts_table,
@@ -27,7 +29,8 @@ from megatron_txssm.reporting.sections import (
     model_facts,
 )
 from megatron_txssm.reporting.series import Series, read_series
-from megatron_txssm.reporting.state import queue_states, run_state
+from megatron_txssm.reporting.state import state_cells
+from megatron_txssm.slurm.client import Job
 from megatron_txssm.terminal import doing
 
 # Beginnings of attempts that a chart marks.
@@ -44,7 +47,8 @@ class _Run:
     label: str
     series: Series
     recipe: Recipe | None = None
-    job_state: str | None = None
+    # By the names of state.py.
+    cells: dict[str, str] = field(default_factory=dict)
     attempts: list[Attempt] = field(default_factory=list)
     goodput: Goodput | None = None
     problems: list[str] = field(default_factory=list)
@@ -76,9 +80,8 @@ def report(runs: Sequence[str | Path], *, out: str | Path | None = None) -> int:
     if page.suffix not in (".html", ".htm"):
         raise UserError(f"--out {page} does not end in .html; name an HTML file")
     with doing("reading the runs"):
-        states = queue_states()
-        labels = _labels(folders)
-        found = [_read(folder, label, states) for folder, label in zip(folders, labels, strict=True)]
+        queue, labels = ask_queue(folders), _labels(folders)
+        found = [_read(folder, label, queue) for folder, label in zip(folders, labels, strict=True)]
         content = render(_page(found)).encode(errors="replace")
     try:
         write_file_atomically(page, content)
@@ -96,12 +99,15 @@ def _labels(folders: Sequence[Path]) -> list[str]:
     ]
 
 
-def _read(folder: Path, label: str, states: Mapping[Path, str]) -> _Run:
-    run = _Run(folder, label, read_series(folder), job_state=states.get(folder.resolve()))
+def _read(folder: Path, label: str, queue: list[Job] | None) -> _Run:
+    run = _Run(folder, label, read_series(folder))
     run.recipe = run.tried(lambda: load_run(folder), None)
+    run.cells = run.tried(lambda: state_cells(folder, run.recipe, run.series, queue), {})
     run.attempts = run.tried(lambda: all_attempts(folder), [])
+    jobs = run.tried(lambda: jobs_of(folder, queue or []), [])
+    states = [job.state for job in jobs if job.script.stem == "pretrain"]
     if run.attempts:
-        run.goodput = run.tried(lambda: goodput(folder, run.job_state), None)
+        run.goodput = run.tried(lambda: goodput(folder, states[0] if states else None), None)
     return run
 
 
@@ -111,12 +117,11 @@ def _page(runs: Sequence[_Run]) -> Page:
     facts = {label: model_facts(recipe) for label, recipe in recipes.items()}
     changes = differences(list(recipes.values()), but=_NAMES) if len(recipes) > 1 else {}
     rows = [(name, *map(_value, values)) for name, values in changes.items()]
-    states = [run_state(run.folder, run.recipe, run.series, run.job_state).cells() for run in runs]
-    known = [name for name in states[0] if any(cells[name] for cells in states)]
+    known = dict.fromkeys(name for run in runs for name, text in run.cells.items() if text)
     losses = [found for by_tokens in (False, True) if (found := _losses(runs, by_tokens)) is not None]
     others = [found for found in _other_charts(runs) if found is not None]
     return Page(
-        states=[{name: cells[name] for name in known} for cells in states],
+        states=[{name: run.cells.get(name, "") for name in known} for run in runs],
         losses=losses,
         others=others,
         legend=_legend([*losses, *others]),

@@ -202,7 +202,7 @@ def test_runs_beside_one_another_show_what_differs(tmp_path: Path) -> None:
 def test_what_little_there_is_is_shown(tmp_path: Path, lines: list[dict[str, Any]]) -> None:
     run = make_run(tmp_path / "run", lines, {"data.corpus": str(tmp_path / "removed"), "megatron.mock_data": None})
     page = page_of(run, out=tmp_path / "page.html")
-    assert page.after("state") == ("stopped" if lines else "not started")
+    assert page.after("state") == ("failed" if lines else "not started")
     assert any(text.startswith("The data are not readable here: ") for text in page.texts)
     if not lines:
         assert "No step has been logged yet." in page.texts

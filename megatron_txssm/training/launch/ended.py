@@ -5,23 +5,12 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple
 
 from megatron_txssm.files import write_json
 from megatron_txssm.training.launch.run_lock import Holder, living_holder
 
 _NAME = "ended.json"
-
-
-class LocalEnd(TypedDict):
-    """The contents of ended.json."""
-
-    # Seconds since the epoch.
-    ended: float
-    exit_code: int
-    what: str
-    # The file of the rank that failed; empty if none did.
-    log: str
 
 
 def forget_local_end(run: Path) -> None:
@@ -37,13 +26,22 @@ def note_local_end(run: Path, code: int, what: str, log: str = "") -> None:
         write_json(run / _NAME, {"ended": time.time(), "exit_code": code, "what": what, "log": log})
 
 
+class LocalEnd(NamedTuple):
+    """How the last run in a folder ended."""
+
+    # Seconds since the epoch.
+    ended: float
+    exit_code: int
+    what: str
+    # Of the rank that failed; empty if none did.
+    log: str
+
+
 def local_end(run: Path) -> LocalEnd | None:
-    """What `note_local_end` wrote; None if it did not, as when the launcher was killed, or if it is not readable."""
+    """None if the run trains, was killed together with its launcher, or ran on Slurm only."""
     try:
-        found = json.loads((run / _NAME).read_bytes())
-        return LocalEnd(
-            ended=float(found["ended"]), exit_code=int(found["exit_code"]), what=str(found["what"]), log=found["log"]
-        )
+        end = json.loads((run / _NAME).read_bytes())
+        return LocalEnd(float(end["ended"]), int(end["exit_code"]), str(end["what"]), str(end["log"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -54,10 +52,10 @@ def explain_local_end(run: Path) -> Iterator[tuple[str, str]]:
         yield "training now", str(holder)
         return
     if (end := local_end(run)) is not None:
-        yield "ended", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(end["ended"]))
-        yield "exit code", str(end["exit_code"])
-        yield "details", end["what"]
-        yield "log", end["log"]
+        yield "ended", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(end.ended))
+        yield "exit code", str(end.exit_code)
+        yield "details", end.what
+        yield "log", end.log
     else:
         # The launcher was killed. The log written last has the most information.
         logs = sorted(run.glob("logs/rank_*.log"), key=lambda path: path.stat().st_mtime)
