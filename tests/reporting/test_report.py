@@ -124,8 +124,8 @@ def test_names_cannot_become_markup(tmp_path: Path) -> None:
     evil = '"><script>alert(1)</script>'
     lines: list[dict[str, Any]] = [start(1.0, host=evil, **{evil: "x"}), *steps(1, 3)]
     lines += [{"iteration": 3, f"validation-{evil} lm loss": 4.0}]
-    description = f"</title>{evil} {{{{ 7 * 7 }}}}\x07"
-    run = make_run(tmp_path / "<b onclick='x'>&", lines, {"name": evil, "description": description})
+    description = "</title>" + evil + " {{ 7 * 7 }}\x07"
+    run = make_run(tmp_path / "<b onclick='x'>&", lines, {"description": description})
     (run / "conversions.jsonl").write_text(json.dumps({"step": 3, "out": evil, "layout": evil, "proof": [evil]}))
     sets = {evil: {"loss": 1.0, "perplexity": math.e, "tokens": 5}}
     add_to = run / "evaluation" / "history.jsonl"
