@@ -36,8 +36,12 @@ for (const plot of document.querySelectorAll(".plot")) {
   function show(event) {
     const box = plot.getBoundingClientRect();
     const x = first + (last - first) * Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
-    // The pointer snaps to the curve that has a value nearest to it.
-    const found = data.curves.map((curve) => [curve, nearest(curve.x, x)]);
+    // Curves that begin later or have ended have no value here.
+    const near = (last - first) / 100;
+    const here = data.curves.filter(({ x: xs }) => x > xs[0] - near && x < xs[xs.length - 1] + near);
+    // The pointer snaps to the value that is nearest to it.
+    const found = here.map((curve) => [curve, nearest(curve.x, x)]);
+    if (!found.length) return;
     const at = found.map(([curve, index]) => curve.x[index]).reduce((a, b) => (Math.abs(b - x) < Math.abs(a - x) ? b : a));
     const share = (at - first) / (last - first);
     const title = document.createElement("div");
