@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -62,20 +61,6 @@ def each_line(metrics: Path, begin: int = 0, end: int | None = None) -> Iterator
         file.seek(begin)
         rows = file if end is None else file.read(max(0, end - begin)).splitlines()
         yield from (found for row in rows if (found := _line(row)) is not None)
-
-
-def values_by_step(metrics: Path, key: str) -> dict[int, float]:
-    """Step -> value of a key such as "lm loss", in order of steps; non-finite values are left out.
-
-    A resumed run may have repeated steps: the last line of a step counts.
-    """
-    last: dict[int, float] = {}
-    for line in each_line(metrics):
-        try:
-            last[int(line["iteration"])] = float(line[key])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return {step: value for step, value in sorted(last.items()) if math.isfinite(value)}
 
 
 def _largest_iteration(text: bytes) -> int:

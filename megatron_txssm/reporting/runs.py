@@ -16,7 +16,7 @@ from megatron_txssm.jobs.run_jobs import jobs_of
 from megatron_txssm.metrics import MetricsLine, metrics_tail
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm import client as slurm
-from megatron_txssm.terminal import print_table, progress_bar
+from megatron_txssm.terminal import compact, print_table, progress_bar
 from megatron_txssm.training.launch.ended import local_end
 from megatron_txssm.training.launch.preflight import is_finished
 from megatron_txssm.training.launch.run_lock import is_held
@@ -161,12 +161,3 @@ def _size(run: Path, deadline: float) -> str:
         if time.monotonic() > deadline:
             return f">{compact(total)}B"
     return f"{compact(total)}B"
-
-
-def compact(number: float) -> str:
-    """Three digits and a decimal prefix: 3.21M."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if abs(number) < 999.5:
-            return f"{number:.3g}{prefix}"
-        number /= 1000
-    return f"{number:.3g}P"

@@ -94,6 +94,7 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     from megatron_txssm.checkpoint.former_checkpoint import FormerCheckpoints
     from megatron_txssm.checkpoint.load import FailedLoads
     from megatron_txssm.training.forward_step import datasets_provider, forward_step
+    from megatron_txssm.training.watch.display import describe_run
     from megatron_txssm.training.watch.monitor import TrainingMonitor
     from megatron_txssm.training.watch.tracker_backends import tracking
 
@@ -103,6 +104,7 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
             emulated = f"FP8 ({args.fp8_recipe}) is emulated, since Transformer Engine is not installed"
             print(f"{emulated}: the same rounding, but no speedup", file=terminal, flush=True)
     monitor = TrainingMonitor(recipe, terminal)
+    monitor.say(describe_run(recipe, args.world_size))
     # In this order: SoundLoads reports unsound checkpoints in its own words.
     listen(SoundLoads(recipe, monitor.say))
     listen(FailedLoads())

@@ -67,14 +67,16 @@ class FakeMegatron:
             validation_set_names=None,
             multiple_validation_sets=True,
             virtual_pipeline_model_parallel_size=None,
+            data_parallel_size=4,
+            tensor_model_parallel_size=1,
+            context_parallel_size=1,
+            expert_model_parallel_size=1,
         )
         vars(self.args).update(changes)
         self.clock = clock
-        self.written: list[tuple[str, float, int]] = []
-        writer = SimpleNamespace(add_scalar=lambda *scalar: self.written.append(scalar))
+        # The trackers' events.
+        self.written: list[tuple[int, dict[str, Any]]] = []
         monkeypatch.setattr(monitor, "get_args", lambda: self.args)
-        monkeypatch.setattr(monitor, "get_tensorboard_writer", lambda: writer)
-        monkeypatch.setattr(monitor, "get_wandb_writer", lambda: None)
         loop: Any = training
         monkeypatch.setattr(loop, "training_log", self._training_log)
         monkeypatch.setattr(loop, "train_step", self._train_step)
@@ -96,6 +98,9 @@ class FakeMegatron:
         )
         self.terminal = StringIO()
         self.monitor = TrainingMonitor(self.recipe, self.terminal)
+        report: Any = lambda values, step: self.written.append((step, dict(values)))  # noqa: E731
+        trackers: Any = SimpleNamespace(log=report, log_step=report)
+        self.monitor.trackers = trackers
         listen(self.monitor)
 
     def _train_step(self, forward: Any, data: Any, model: Any, optimizer: Any, seconds: float) -> str:
@@ -162,7 +167,9 @@ class FakeMegatron:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.recipe.run_path / "metrics.jsonl").read_text().splitlines()]
+        """Without the line of the start."""
+        lines = [json.loads(line) for line in (self.recipe.run_path / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in lines if "start" not in line]
 
 
 def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -253,7 +260,7 @@ def test_mfu_is_of_the_bf16_peak_of_all_gpus(
         megatron.step(iteration, seconds=flops / 4 / (989e12 / 3))
     assert [line["mfu"] for line in megatron.metrics] == pytest.approx([1 / 3] * 2)
     assert f"| {words.format('33.3')} |" in megatron.terminal.getvalue()
-    assert ("mfu", pytest.approx(1 / 3), 2) in megatron.written
+    assert [(step, values["mfu"]) for step, values in megatron.written] == [(n, pytest.approx(1 / 3)) for n in (1, 2)]
 
 
 def test_without_a_known_gpu_there_is_no_mfu(megatron: FakeMegatron) -> None:
