@@ -16,7 +16,14 @@ from megatron.core.ssm.utils import _split_tensor_factory as split_tensor_factor
 
 from megatron_txssm.compat_optimizers import ParameterGroup, mend_optimizers
 
-__all__ = ["MegatronArguments", "forget_training", "get_args", "mend_megatron", "split_tensor_factory"]
+__all__ = [
+    "MegatronArguments",
+    "forget_training",
+    "get_args",
+    "mend_megatron",
+    "replace_tensorboard_writer",
+    "split_tensor_factory",
+]
 
 type MegatronArguments = argparse.Namespace
 
@@ -26,6 +33,13 @@ _mended = False
 def get_args() -> MegatronArguments:
     """Megatron's global arguments. Megatron's own function is untyped, and its variable starts as None."""
     return megatron.training.get_args()  # pyright: ignore[reportReturnType]
+
+
+def replace_tensorboard_writer(replace: Callable[[Any], Any]) -> None:
+    """Put `replace(Megatron's TensorBoard writer, or None)` in its place; None: Megatron reports to none."""
+    from megatron.training import global_vars
+
+    global_vars._GLOBAL_TENSORBOARD_WRITER = replace(global_vars.get_tensorboard_writer())
 
 
 def forget_training() -> None:

@@ -118,3 +118,11 @@ def write_json(path: Path, data: object, indent: int | None = 1) -> None:
     """Write JSON atomically; the same data gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file_atomically(path, (json.dumps(data, indent=indent, ensure_ascii=False) + "\n").encode())
+
+
+def append_json(path: Path, data: object) -> None:
+    """Append one line of JSON to a file, in one write: several processes may append at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(data, ensure_ascii=False) + "\n"
+    with path.open("ab", buffering=0) as stream:
+        stream.write(line.encode())

@@ -81,6 +81,15 @@ def _beside(widths: Sequence[int], width: int | None) -> int:
     return max(1, sum(total <= width for total in totals))
 
 
+def compact(number: float, giga: str = "G") -> str:
+    """Three digits and a decimal prefix: 3.21M; `giga`: for 10^9, "B" for parameters and tokens."""
+    for prefix in ("", "k", "M", giga, "T"):
+        if abs(number) < 999.5:
+            return f"{number:.3g}{prefix}"
+        number /= 1000
+    return f"{number:.3g}P"
+
+
 @contextmanager
 def progress_bar(what: str, total: int, *, of_bytes: bool = False) -> Iterator[Callable[[int], None]]:
     """Yields a function to call with each number of finished items of `total`; the bar appears after five seconds."""

@@ -27,7 +27,7 @@ def relative_files(*patterns: str) -> set[str]:
     return {str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)}
 
 
-MODULES = relative_files("megatron_txssm/**/*.py")
+MODULES = relative_files("megatron_txssm/**/*.py", "megatron_txssm/reporting/page.*")
 RESOURCES = relative_files("recipes/**/*.yaml", "slurm/*.sbatch", "slurm/entrypoint.sh", "slurm/env.example.sh")
 
 

@@ -1,4 +1,4 @@
-"""txssm logs: show the output of a run's newest job; with -f, follow it until the job is over."""
+"""txssm logs: show the output of a run, or of its newest job; with -f, follow it until it is over."""
 
 import argparse
 
@@ -20,13 +20,13 @@ def add_parser(subparsers: Subparsers) -> None:
         "-f",
         "--follow",
         action="store_true",
-        help="also print new output until the job has ended (Ctrl-C stops the printing, not the job)",
+        help="also print new output until the run or job has ended (Ctrl-C stops the printing, not the run)",
     )
     parser.add_argument(
         "--lines", type=int, default=40, metavar="N", help="number of existing lines to print (default: 40)"
     )
     parser.add_argument("--stage", default="pretrain", help="stage of a chain: pretrain (default), convert or evaluate")
-    parser.add_argument("--rank", type=int, metavar="R", help="show the log of this rank instead")
+    parser.add_argument("--rank", type=int, metavar="R", help="show this rank's log instead (without Slurm: rank 0's)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -35,11 +35,17 @@ VERBS: dict[str, tuple[str, str]] = {
         "pretrain a recipe, on this machine or under torchrun or srun",
     ),
     "check": ("megatron_txssm.cli.check", "verify that a recipe's parallel layouts compute the same as one process"),
+    "runs": ("megatron_txssm.cli.runs", "list runs: state, step, loss, throughput, time left, size on disk"),
+    "plot": ("megatron_txssm.cli.plot", "draw the curves of one or several runs"),
     "submit": ("megatron_txssm.cli.submit", "queue a recipe's pretraining on a Slurm cluster"),
-    "jobs": ("megatron_txssm.cli.jobs", "list your Slurm jobs and the progress of their runs"),
-    "logs": ("megatron_txssm.cli.logs", "show the output of a run's job, or follow it"),
+    "jobs": ("megatron_txssm.cli.jobs", "list your Slurm jobs and the progress of their runs (all runs: txssm runs)"),
+    "logs": ("megatron_txssm.cli.logs", "show a run's output, or follow it"),
     "cancel": ("megatron_txssm.cli.cancel", "cancel a run's jobs; the trainer saves first"),
     "why": ("megatron_txssm.cli.why", "explain why a run's last attempt ended and what to do"),
+    "report": (
+        "megatron_txssm.cli.report",
+        "write one HTML page on some runs: curves, goodput, recipe differences, data",
+    ),
     "generate": ("megatron_txssm.cli.generate", "continue a prompt with a checkpoint or a Hugging Face model"),
     "convert": ("megatron_txssm.cli.convert", "convert checkpoints to Hugging Face models and back, with proof"),
     "evaluate": ("megatron_txssm.cli.evaluate", "compute the loss of a run's checkpoint on all validation data"),
@@ -103,7 +109,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 # Headings of the help, and the verbs beneath them.
 GROUPS = {
     "train": ("demo", "recipes", "plan", "data", "pretrain", "check"),
-    "on a Slurm cluster": ("submit", "jobs", "logs", "cancel", "why"),
+    "look at runs": ("runs", "plot", "report", "logs", "why"),
+    "on a Slurm cluster": ("submit", "jobs", "cancel"),
     "use what was trained": ("evaluate", "generate", "convert", "serve"),
 }
 

@@ -1,7 +1,10 @@
 """Exports a checkpoint's weights as a Hugging Face folder, completely or not at all."""
 
+import contextlib
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +13,13 @@ from megatron_txssm.checkpoint.tensors import DTYPES
 from megatron_txssm.convert.conversion import conversion
 from megatron_txssm.convert.formats.format import FORMATS, Format, choose_format
 from megatron_txssm.errors import UserError
-from megatron_txssm.files import check_absent, complete_folder, file_sha256
+from megatron_txssm.files import append_json, check_absent, complete_folder, file_sha256
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.terminal import progress_bar
 
 if TYPE_CHECKING:
     from megatron_txssm.convert.huggingface.weights import Export
+    from megatron_txssm.convert.proof.proof import Proof
 
 
 @conversion
@@ -63,6 +67,7 @@ def export(
         proof = prove_export(saved, folder, hashes) if verify else None
         write_model_card(planned, folder, out.name, proof)
         _write_facts(planned, folder)
+    _note_conversion(planned, out, proof)
     what = f"step {saved.step}, layout {planned.format}, {planned.numel:,} parameters, {planned.nbytes:,} bytes"
     print(f"{out}: {what}")
     if depths := saved.prediction_depths:
@@ -87,3 +92,23 @@ def _write_facts(planned: "Export", folder: Path) -> None:
         "sha256": {str(file.relative_to(folder)): file_sha256(file) for file in files},
     }
     (folder / "export.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _note_conversion(planned: "Export", out: Path, proof: "Proof | None") -> None:
+    """Append to RUN/conversions.jsonl, for `txssm report`, if the checkpoints are in a run's folder that is writable.
+
+    The time is in seconds since the epoch; "proof" has the lines of its summary, none if it was not asked for.
+    """
+    run = planned.saved.checkpoints.parent
+    fact = {
+        "time": round(time.time(), 3),
+        "step": planned.saved.step,
+        "out": os.path.abspath(out),
+        "layout": planned.format,
+        "parameters": planned.numel,
+        "bytes": planned.nbytes,
+        "proof": [] if proof is None else list(proof.summary()),
+    }
+    if (run / "recipe.yaml").is_file():
+        with contextlib.suppress(OSError):
+            append_json(run / "conversions.jsonl", fact)

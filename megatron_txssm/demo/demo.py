@@ -83,19 +83,17 @@ def report(recipe: Recipe, corpus: "Corpus") -> None:
     import numpy as np
 
     from megatron_txssm.data.corpus.shard import read_tokens
-    from megatron_txssm.demo.loss_curve import VALIDATION_KEY, plot_loss_curve
     from megatron_txssm.demo.ngram import bigram_loss, unigram_loss
-    from megatron_txssm.metrics import values_by_step
+    from megatron_txssm.reporting.plot import plot_runs
+    from megatron_txssm.reporting.series import read_series
 
     train, validation = (
         np.concatenate([read_tokens(p) for subset in corpus.subsets.values() for p, _ in subset.shards(split)])
         for split in ("train", "validation")
     )
     vocab_size = corpus.tokenizer.vocab_size
-    metrics = recipe.run_path / "metrics.jsonl"
-    validation_losses = list(values_by_step(metrics, VALIDATION_KEY).values())
     losses = {
-        "TransXSSM": validation_losses[-1],
+        "TransXSSM": read_series(recipe.run_path).validation["validation"].loss[-1],
         "interpolated bigram": bigram_loss(train, validation, vocab_size),
         "unigram": unigram_loss(train, validation, vocab_size),
     }
@@ -103,7 +101,7 @@ def report(recipe: Recipe, corpus: "Corpus") -> None:
     for name, loss in losses.items():
         print(f"     {name:22} {loss:12.3f} {math.exp(loss):11.1f}")
     baselines = {name: loss for name, loss in losses.items() if name != "TransXSSM"}
-    curve = plot_loss_curve(metrics, recipe.run_path / "loss.png", baselines=baselines, title=recipe.name)
+    curve = plot_runs([recipe.run_path], recipe.run_path / "loss.png", baselines=baselines, title=recipe.name)
     print(f"     loss curve: {curve}")
 
 

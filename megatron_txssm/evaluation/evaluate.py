@@ -6,6 +6,7 @@ has one micro-batch. As in Megatron, a shard's last tokens that do not fill a sa
 
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -220,12 +221,14 @@ def _validation_sets(num_samples: list[Any], vp_stage: int | None = None, *, arg
 
 
 def report(recipe: Recipe, step: int, results: dict[str, SetLoss], terminal: TextIO) -> None:
-    """Write RUN/evaluation/validation.json and print it as a table."""
-    from megatron_txssm.files import write_json
+    """Write RUN/evaluation/validation.json, append it to history.jsonl beside it, and print it as a table."""
+    from megatron_txssm.files import append_json, write_json
 
     sets = {name: {"loss": loss, "perplexity": math.exp(loss), "tokens": n} for name, (loss, n) in results.items()}
     file = recipe.run_path / "validation.json"
-    write_json(file, {"name": recipe.name, "step": step, "checkpoint": recipe.checkpoint.load_from, "sets": sets})
+    found = {"name": recipe.name, "step": step, "checkpoint": recipe.checkpoint.load_from, "sets": sets}
+    write_json(file, found)
+    append_json(recipe.run_path / "history.jsonl", found | {"time": round(time.time(), 3)})
 
     rows = [(name, f"{loss:.4f}", f"{math.exp(loss):,.2f}", f"{tokens:,}") for name, (loss, tokens) in results.items()]
     print_table(("validation set", ">nats/token", ">perplexity", ">tokens"), rows, terminal)

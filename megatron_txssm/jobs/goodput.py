@@ -1,6 +1,7 @@
 """Goodput: the share of a run's time spent in steps that count, and the time lost to faults, the queue and starts.
 
-Computed from attempts/*/attempt.json and metrics.jsonl:
+Computed from attempts/*/attempt.json and metrics.jsonl. A run without Slurm has no attempt.json, but notes its starts
+in metrics.jsonl (local_attempts.py); its "queue" is the time in which it was stopped.
 
   wall           from the submission (from the first start if a later submission has overwritten it) to the end of the
                  last attempt, or to now while a job of the run is in the queue
@@ -29,6 +30,7 @@ from typing import NamedTuple
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt, attempts, job_ids
+from megatron_txssm.jobs.local_attempts import local_attempts
 from megatron_txssm.jobs.run_jobs import as_typed
 from megatron_txssm.metrics import MetricsLine, metrics_lines, metrics_tail
 from megatron_txssm.slurm import client as slurm
@@ -72,9 +74,14 @@ class Goodput:
         return max(0.0, self.wall - self.active - self.repeated - self.queue - self.start)
 
 
+def all_attempts(run: Path) -> list[Attempt]:
+    """A run's attempts, on Slurm or, if it has none, without it."""
+    return attempts(run) or local_attempts(run)
+
+
 def goodput(run: Path, job_state: str | None = None, now: float | None = None) -> Goodput | None:
     """A run's goodput so far; None before its first attempt. `job_state`: squeue's state of its job in the queue."""
-    found = attempts(run)
+    found = all_attempts(run)
     if not found:
         return None
     now = time.time() if now is None else now
@@ -120,7 +127,8 @@ def print_goodput() -> int:
         print(f"warning: {error}; the wall time ends with the last attempt", file=sys.stderr)
         jobs = []
     states = {job.script.parent: job.state for job in jobs if (job.script.parent / "submission.json").is_file()}
-    here = {path.parent.parent.parent.resolve() for path in Path("runs").glob("*/attempts/*/attempt.json")}
+    here = {path.parent.resolve() for path in Path("runs").glob("*/metrics.jsonl")}
+    here |= {path.parent.parent.parent.resolve() for path in Path("runs").glob("*/attempts/*/attempt.json")}
     rows = []
     for run in sorted(here | set(states)):
         try:
@@ -129,11 +137,11 @@ def print_goodput() -> int:
             print(f"warning: {error}", file=sys.stderr)
             continue
         if of_run is not None:
-            rows.append((as_typed(run), *_row(of_run)))
+            rows.append((as_typed(run), *goodput_cells(of_run).values()))
     if not rows:
         print("no run has started")
         return 0
-    print_table(("run", ">active", ">recovery", ">steps lost", ">in queue", ">wall", ">attempts"), rows)
+    print_table(("run", *(f">{name}" for name in goodput_cells(Goodput()))), rows)
     print(f"Typical in the field: {FIELD_ACTIVE:.0%} active, recovery (median) < {FIELD_RECOVERY_SECONDS // 60} min.")
     return 0
 
@@ -145,9 +153,16 @@ def slowness(metrics: Path) -> str:
     return f"{slow['fraction']:.0%} of its median throughput: {slow['reason']}" if slow else ""
 
 
-def _row(found: Goodput) -> tuple[str, ...]:
-    lost = f"{found.repeated_steps} of {found.steps}"
-    return _share(found), _recovery(found), lost, _shown(found.queue), _shown(found.wall), str(found.attempts)
+def goodput_cells(found: Goodput) -> dict[str, str]:
+    """Name -> text of the figures in a row of `txssm jobs --goodput`."""
+    return {
+        "active": _share(found),
+        "recovery": _recovery(found),
+        "steps lost": f"{found.repeated_steps} of {found.steps}",
+        "in queue": _shown(found.queue),
+        "wall": _shown(found.wall),
+        "attempts": str(found.attempts),
+    }
 
 
 def _share(found: Goodput) -> str:

@@ -1,13 +1,16 @@
-"""Shows the output of a run's newest job, and follows it until the job is over."""
+"""Shows the output of a run's newest job, or of a run on this machine, and follows it until it is over."""
 
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import find_run
 from megatron_txssm.slurm import client as slurm
 from megatron_txssm.slurm.submission import read_submission
+from megatron_txssm.training.launch.run_lock import is_held
 
 POLL_SECONDS = 1.0
 # Between two queries to slurmctld.
@@ -18,7 +21,7 @@ UNKNOWN = "in an unknown state"
 def show_logs(
     run: str | Path, *, follow: bool = False, lines: int = 40, stage: str = "pretrain", rank: int | None = None
 ) -> int:
-    """Print the end of the output of a run's newest job.
+    """Print the end of the output of a run's newest job; of a run that was not submitted, of rank 0.
 
     Args:
         run: a run folder, a name under runs/, or the number of a job
@@ -30,6 +33,8 @@ def show_logs(
     Returns the exit code, 0. UserError if there is no such run, job or file.
     """
     folder = find_run(run)
+    if not read_submission(folder).get("jobs"):
+        return _show_local(folder, lines, follow, stage, rank)
     job = Watched(_job(folder, stage))
     path = folder / "logs" / (f"{stage}-{job.number}.out" if rank is None else f"rank_{rank}.log")
     waited = False
@@ -41,7 +46,20 @@ def show_logs(
             print(f"{path} does not exist yet; {_pending(job, state)}", file=sys.stderr)
             waited = True
         time.sleep(POLL_SECONDS if state == "RUNNING" else ASK_SECONDS)
-    _show(path, lines, job if follow else None)
+    _show(path, lines, job.state if follow else None)
+    return 0
+
+
+def _show_local(folder: Path, lines: int, follow: bool, stage: str, rank: int | None) -> int:
+    """The same for a run that was not submitted: Slurm is not asked."""
+    if stage != "pretrain":
+        raise UserError(f"{folder} has no job of stage {stage!r}: it was not submitted to Slurm")
+    path = folder / "logs" / f"rank_{rank or 0}.log"
+    if not path.exists():
+        known = sorted(found.name for found in path.parent.glob("rank_*.log"))
+        there = f"it has {', '.join(known[:20])}" if known else "the run has not started"
+        raise UserError(f"{path} does not exist; {there}")
+    _show(path, lines, (lambda: "RUNNING" if is_held(folder) else None) if follow else None)
     return 0
 
 
@@ -65,13 +83,13 @@ class Watched:
         return next((found.state for found in jobs if found.job_id == self.number and not found.is_over), None)
 
 
-def _show(path: Path, lines: int, job: Watched | None) -> None:
-    """Print the last lines of a file, then everything appended until Slurm says that `job` is over."""
+def _show(path: Path, lines: int, state: Callable[[], str | None] | None) -> None:
+    """Print the last lines of a file, then everything appended until `state` is None."""
     with path.open(encoding="utf-8", errors="replace") as file:
-        sys.stdout.write("".join(file.readlines()[-lines:] if lines > 0 else []))
+        sys.stdout.write("".join(deque(file, max(0, lines))))
         sys.stdout.flush()
         asked = float("-inf")
-        over = job is None
+        over = state is None
         while True:
             if text := file.read():
                 sys.stdout.write(text)
@@ -80,17 +98,14 @@ def _show(path: Path, lines: int, job: Watched | None) -> None:
                 return
             else:
                 if time.monotonic() - asked > ASK_SECONDS:
-                    asked, over = time.monotonic(), job is None or job.state() is None
+                    asked, over = time.monotonic(), state is None or state() is None
                 time.sleep(POLL_SECONDS)
 
 
 def _job(folder: Path, stage: str) -> str:
     jobs = read_submission(folder).get("jobs", {})
     if stage not in jobs:
-        if not jobs and (log := folder / "logs" / "rank_0.log").exists():
-            raise UserError(f"{folder} was not submitted to Slurm; its log is {log}: tail -f {log}")
-        known = f"; it has {', '.join(jobs)}" if jobs else ""
-        raise UserError(f"{folder} has no job of stage {stage!r}{known}; submit one: txssm submit --help")
+        raise UserError(f"{folder} has no job of stage {stage!r}; it has {', '.join(jobs)}")
     return jobs[stage][-1]
 
 

@@ -14,7 +14,7 @@ from megatron_txssm.training.launch.run_lock import NAME, STALE_SECONDS, Holder,
 
 def jobs_of(run: Path, queue: list[Job]) -> list[Job]:
     """A run's unfinished jobs: of its last submission, of others from the same folder, and those queued by hand."""
-    folder, known = run.resolve(), _known_jobs(run)
+    folder, known = run.resolve(), known_jobs(run)
     return [job for job in queue if not job.is_over and _is_of(job, folder, known)]
 
 
@@ -27,7 +27,7 @@ def _is_of(job: Job, folder: Path, known: set[str]) -> bool:
     return job.job_id.partition("_")[0] in known and not (place / "submission.json").is_file()
 
 
-def _known_jobs(run: Path) -> set[str]:
+def known_jobs(run: Path) -> set[str]:
     """Job numbers of the last submission, the last attempt (its script may lie anywhere) and the present trainer."""
     known = set(job_ids(run))
     with contextlib.suppress(UserError):

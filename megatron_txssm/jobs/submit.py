@@ -12,7 +12,7 @@ from megatron_txssm.home import HOME
 from megatron_txssm.jobs.limits import DEFAULTS, Limits
 from megatron_txssm.jobs.submission.allocation import Allocation
 from megatron_txssm.jobs.submission.frozen_code import FrozenCode
-from megatron_txssm.jobs.submission.record import git_commit, make_record
+from megatron_txssm.jobs.submission.record import make_record
 from megatron_txssm.jobs.submission.request import Request
 from megatron_txssm.jobs.submission.submission import Submission, check_free
 from megatron_txssm.jobs.supervisor.settings import Settings
@@ -25,6 +25,7 @@ from megatron_txssm.slurm import client as slurm
 from megatron_txssm.slurm.batch_script import load_site_settings, render
 from megatron_txssm.slurm.sbatch_options import Options, costly_defaults
 from megatron_txssm.training.launch.preflight import check_checkpoint, check_room, check_run, is_finished, warnings
+from megatron_txssm.versions import git_commit
 
 if TYPE_CHECKING:
     from megatron_txssm.recipe.corpus.schema import CorpusRecipe

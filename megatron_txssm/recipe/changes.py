@@ -1,6 +1,7 @@
 """Typed replacement of recipe fields, and the changes shared by several packages."""
 
 import dataclasses
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from megatron_txssm.architecture.layer_pattern import without_depths
@@ -16,7 +17,11 @@ WITHOUT_FP8: Changes = {
     "training.fp8_attention": False,
     "training.first_last_layers_bf16": 0,
 }
-WITHOUT_REPORTS: Changes = {"logging.tensorboard": False, "logging.wandb_project": None}
+WITHOUT_REPORTS: Changes = {
+    "logging.tensorboard": False,
+    "logging.wandb_project": None,
+    "logging.mlflow_experiment": None,
+}
 # Every kind of data, and its mixture.
 WITHOUT_TOKENS: Changes = dict.fromkeys(
     f"data.{name}" for name in ("corpus", "weights", "stages", "train", "validation", "blend", "split")
@@ -55,3 +60,21 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
         **{name: dataclasses.replace(getattr(recipe, name), **fields) for name, fields in sections.items()},
         megatron={name: value for name, value in megatron.items() if value is not None},
     )
+
+
+def differences(recipes: Sequence[Recipe], but: Collection[str] = ()) -> dict[str, list[Any]]:
+    """Dotted field -> its value in each recipe, for the fields that differ, except those named in `but`."""
+    flat = [_flat(recipe) for recipe in recipes]
+    names = [name for name in dict.fromkeys(name for fields in flat for name in fields) if name not in but]
+    values = {name: [fields.get(name) for fields in flat] for name in names}
+    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+
+
+def _flat(recipe: Recipe) -> Changes:
+    """Dotted field -> value, of all fields."""
+    found: Changes = {}
+    for section, value in dataclasses.asdict(recipe).items():
+        found |= (
+            {f"{section}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {section: value}
+        )
+    return found

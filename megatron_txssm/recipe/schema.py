@@ -477,19 +477,26 @@ class Logging:
         below=1,
     )
     tensorboard: bool = setting(
-        "write TensorBoard files to tensorboard/ in the run directory; with W&B always",
+        "write TensorBoard files to tensorboard/ in the run directory",
         "--tensorboard-dir",
         default=True,
     )
     wandb_project: str | None = setting(
         "Weights & Biases project; a resumed run continues the same W&B run; null: no W&B",
-        "--wandb-project",
-        "--wandb-save-dir",
         default=None,
+        owns=("--wandb-project", "--wandb-save-dir"),
     )
     wandb_name: str | None = setting(
-        "the run's name in W&B; null: the recipe's name",
-        "--wandb-exp-name",
+        "the run's name in W&B and MLflow; null: the recipe's name",
+        default=None,
+        owns=("--wandb-exp-name",),
+    )
+    mlflow_experiment: str | None = setting(
+        "MLflow experiment; a resumed run continues the same MLflow run; null: no MLflow",
+        default=None,
+    )
+    mlflow_tracking_uri: str | None = setting(
+        "MLflow's server or database; null: $MLFLOW_TRACKING_URI, otherwise mlflow/mlflow.db in the run directory",
         default=None,
     )
 

@@ -79,20 +79,7 @@ def _validation_batches(count: int | None, recipe: Recipe) -> list[str]:
 
 
 def _tensorboard(on: bool, recipe: Recipe) -> list[str]:
-    # Megatron sends to W&B only what it writes to TensorBoard.
-    wanted = on or recipe.logging.wandb_project
-    return argument("--tensorboard-dir", str(recipe.run_path / "tensorboard") if wanted else None)
-
-
-def _wandb(project: str | None, recipe: Recipe) -> list[str]:
-    if project is None:
-        return []
-    name, folder = recipe.logging.wandb_name or recipe.name, recipe.run_path / "wandb"
-    return [
-        *argument("--wandb-project", project),
-        *argument("--wandb-exp-name", name),
-        *argument("--wandb-save-dir", folder),
-    ]
+    return argument("--tensorboard-dir", str(recipe.run_path / "tensorboard") if on else None)
 
 
 # Field -> function of (value, recipe) that returns words of Megatron's command line.
@@ -134,7 +121,4 @@ RENDERS: Mapping[str, Callable[[Any, Recipe], list[str]]] = {
     "logging.eval_interval": lambda steps, recipe: argument("--eval-interval", steps or recipe.train_iters + 1),
     "logging.eval_iters": _validation_batches,
     "logging.tensorboard": _tensorboard,
-    "logging.wandb_project": _wandb,
-    # Included in the project's arguments.
-    "logging.wandb_name": lambda _, recipe: [],
 }

@@ -94,16 +94,17 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     from megatron_txssm.checkpoint.former_checkpoint import FormerCheckpoints
     from megatron_txssm.checkpoint.load import FailedLoads
     from megatron_txssm.training.forward_step import datasets_provider, forward_step
+    from megatron_txssm.training.watch.display import describe_run
     from megatron_txssm.training.watch.monitor import TrainingMonitor
-    from megatron_txssm.training.watch.wandb_run import name_wandb_run
+    from megatron_txssm.training.watch.tracker_backends import tracking
 
     if args.rank == 0:
         keep_recipe(recipe, recipe.run_path)
         if args.fp8 and args.transformer_impl == "local":
             emulated = f"FP8 ({args.fp8_recipe}) is emulated, since Transformer Engine is not installed"
             print(f"{emulated}: the same rounding, but no speedup", file=terminal, flush=True)
-    name_wandb_run(recipe)
     monitor = TrainingMonitor(recipe, terminal)
+    monitor.say(describe_run(recipe, args.world_size))
     # In this order: SoundLoads reports unsound checkpoints in its own words.
     listen(SoundLoads(recipe, monitor.say))
     listen(FailedLoads())
@@ -113,12 +114,13 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     listen(monitor)
     try:
-        megatron_pretrain(
-            pretrain_cfg_container_from_args(args, model_config(args)),
-            datasets_provider,
-            ModelType.encoder_or_decoder,
-            forward_step,
-        )
+        with tracking(recipe, monitor.warn) as monitor.trackers:
+            megatron_pretrain(
+                pretrain_cfg_container_from_args(args, model_config(args)),
+                datasets_provider,
+                ModelType.encoder_or_decoder,
+                forward_step,
+            )
     except SystemExit as stop:  # Megatron's exit after an exit signal, interval or duration: all is saved
         # Its bare sys.exit() follows an error message.
         if stop.code in (SAME_AGAIN, NOT_THE_SAME):

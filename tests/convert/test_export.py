@@ -72,6 +72,20 @@ def test_several_files_and_their_index(run_folder: Path, tmp_path: Path) -> None
     assert index["metadata"]["total_size"] == sum(sizes.values()) == sum(tensor.nbytes for tensor in whole.values())
 
 
+def test_a_run_notes_what_was_exported_from_it(run_folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    shutil.copyfile(run / "checkpoints" / "recipe.yaml", run / "recipe.yaml")
+    export(run, tmp_path / "one", "--step", "1")
+    export(run, tmp_path / "two", "--layout", "megatron")
+    one, two = map(json.loads, (run / "conversions.jsonl").read_text().splitlines())
+    assert (one["step"], one["layout"], one["out"], one["proof"]) == (1, "transxssm", str(tmp_path / "one"), [])
+    assert (two["step"], two["layout"]) == (2, "megatron")
+    # What cannot be noted is exported all the same.
+    (run / "conversions.jsonl").unlink()
+    (run / "conversions.jsonl").mkdir()
+    export(run, tmp_path / "three")
+
+
 def test_what_lies_beside_the_weights(run_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     weights = export(run_folder, out)

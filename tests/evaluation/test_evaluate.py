@@ -70,7 +70,10 @@ def evaluated(run: Path, *words: str) -> dict[str, Any]:
     assert done.code == 0, done.stdout + done.stderr
     assert contents(run) == before and (run / "checkpoints").stat().st_mtime_ns == times
     assert "perplexity" in done.stdout and str(result) in done.stdout
-    return json.loads(result.read_text())
+    found = json.loads(result.read_text())
+    *_, last = map(json.loads, (run / "evaluation" / "history.jsonl").read_text().splitlines())
+    assert {name: last[name] for name in found} == found and last["time"] > 0
+    return found
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def test_fields_with_their_own_rendering() -> None:
         "parallel.virtual_pipeline_stages=3",
         "training.train_tokens=2_000_000",
         "checkpoint.load_from=elsewhere",
-        "logging.wandb_project=--odd",
+        "data.tokenizer_model=--odd",
         "data.train=[[0.25, a], [0.75, b]]",
     )
     assert (args.group_query_attention, args.num_query_groups) == (True, 4)
@@ -76,7 +76,7 @@ def test_fields_with_their_own_rendering() -> None:
     assert args.train_iters == 2
     assert args.pretrained_checkpoint == "elsewhere"
     # Text that looks like a flag stays text.
-    assert (args.wandb_project, args.wandb_exp_name) == ("--odd", "transxssm_320m")
+    assert args.tokenizer_model == "--odd"
     assert args.train_data_path == ["0.25", "a", "0.75", "b"]
 
 
@@ -88,8 +88,6 @@ def test_sequence_parallelism_needs_tensor_parallelism() -> None:
 def test_without_an_interval_nothing_is_saved() -> None:
     args = parsed("demo_cpu", "checkpoint.save_interval=null", "logging.tensorboard=false")
     assert args.save is args.load is args.tensorboard_dir is None
-    args = parsed("demo_cpu", "logging.wandb_project=trial", "logging.tensorboard=false")
-    assert args.tensorboard_dir == "runs/demo/tensorboard", "without it, Megatron sends nothing to W&B"
 
 
 def test_a_command_line_that_megatron_cannot_parse() -> None:

@@ -143,13 +143,26 @@ def test_why_of_a_run_that_was_killed(recipe: Recipe, capsys: pytest.CaptureFixt
     assert "last output    step 7 begins" in told
     assert "now            not running; the command that started it resumes it" in told
     assert "job" not in told
-    # Slurm's commands know what such a run offers instead.
-    assert main(["logs", str(recipe.run_path)]) == main(["cancel", str(recipe.run_path)]) == 2
-    logs_said, cancel_said = capsys.readouterr().err.splitlines()
-    assert logs_said.endswith(
-        f"was not submitted to Slurm; its log is {logs / 'rank_0.log'}: tail -f {logs / 'rank_0.log'}"
-    )
-    assert "was not submitted to Slurm; Ctrl-C in its terminal" in cancel_said
+    assert main(["cancel", str(recipe.run_path)]) == 2
+    assert "was not submitted to Slurm; Ctrl-C in its terminal" in capsys.readouterr().err
+
+
+def test_logs_of_a_run_on_this_machine(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Followed to the end of the run; Slurm is not asked, for it may not be there."""
+    monkeypatch.setattr("megatron_txssm.jobs.logs.slurm.queue", lambda: pytest.fail("asked Slurm"))
+    logs = recipe.run_path / "logs"
+    logs.mkdir(parents=True)
+    (recipe.run_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert main(["logs", str(recipe.run_path)]) == 2 and "the run has not started" in capsys.readouterr().err
+    (logs / "rank_0.log").write_text("one\ntwo\nthree\n")
+    (logs / "rank_1.log").write_text("other\n")
+    assert main(["logs", str(recipe.run_path), "-f", "--lines", "2"]) == 0
+    assert main(["logs", str(recipe.run_path), "--rank", "1"]) == main(["why", str(recipe.run_path)]) == 0
+    assert capsys.readouterr().out.startswith("two\nthree\nother\n")
+    assert main(["logs", str(recipe.run_path), "--rank", "7"]) == 2
+    assert "rank_7.log does not exist; it has rank_0.log, rank_1.log" in capsys.readouterr().err
 
 
 def test_why_of_a_run_that_trains(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import JsonObject
 from megatron_txssm.terminal import doing
+from megatron_txssm.versions import package_versions
 
 TOKENS, DECODED = 512, 32
 # Texts of which one must pass in a model with experts. Where a token's logits for two experts are equal up to rounding,
@@ -119,15 +120,7 @@ class Proof:
 
 def versions() -> dict[str, str]:
     """Versions of the packages compared; "none" for a package on Python's path that is not installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"megatron_txssm": __version__}
-    for name in ("megatron-core", "torch", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "none"
-    return found
+    return {"megatron_txssm": __version__, **package_versions(("megatron-core", "torch", "transformers"))}
 
 
 def compare_tensors(

@@ -11,7 +11,7 @@ from megatron_txssm.jobs.diagnosis.diagnosis import close, recorded
 from megatron_txssm.jobs.diagnosis.remedies import what_to_do
 from megatron_txssm.jobs.diagnosis.stages import end_of, last_words, other_stages
 from megatron_txssm.jobs.goodput import explain_goodput, slowness
-from megatron_txssm.jobs.run_jobs import jobs_of, seconds_since_step, who_trains
+from megatron_txssm.jobs.run_jobs import jobs_of, known_jobs, seconds_since_step, who_trains
 from megatron_txssm.metrics import current_step
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm import client as slurm
@@ -32,7 +32,7 @@ def explain(run: str | Path, *, every_attempt: bool = False) -> int:
     """
     folder = find_run(run)
     recipe, found = load_run(folder), attempts(folder)
-    queue, no_answer = _ask(folder, bool(found or job_ids(folder)))
+    queue, no_answer = _ask(folder, bool(found or known_jobs(folder) or any(folder.glob("*.sbatch"))))
     jobs = None if queue is None else [job for job in jobs_of(folder, queue) if not _is_other_stage(job, folder)]
     # An attempt without a recorded end may still run; otherwise it was killed before it could record one.
     last = found[-1] if found and recorded(found[-1]) is None else None
@@ -80,11 +80,13 @@ def _explain_now(
 
 
 def _ask(folder: Path, is_slurms: bool) -> tuple[list[slurm.Job] | None, str]:
-    """The queue; None and the reason if Slurm does not answer and the run was submitted to it."""
+    """The queue; None and the reason if Slurm does not answer. Not asked about a run that was not submitted to it."""
+    if not is_slurms:
+        return [], ""
     try:
         return slurm.queue(), ""
     except UserError as error:
-        return (None, str(error)) if is_slurms else ([], "")
+        return None, str(error)
 
 
 def _is_other_stage(job: slurm.Job, folder: Path) -> bool:

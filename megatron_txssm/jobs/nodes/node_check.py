@@ -5,7 +5,6 @@ Uses only the standard library, and modules that use no more: it must answer eve
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -20,9 +19,8 @@ from pathlib import Path
 from typing import TypedDict
 
 from megatron_txssm.jobs.nodes.gpu_check import check_gpus, limit
+from megatron_txssm.versions import package_versions
 
-# Packages whose versions must agree across nodes.
-PACKAGES = ("megatron-core", "torch", "triton", "transformer-engine", "mamba-ssm", "causal-conv1d", "numpy")
 # Caches that many processes write at once: on a network file system they cause stale handles and hangs.
 CACHES = {
     "TRITON_CACHE_DIR": "~/.triton/cache",
@@ -110,7 +108,7 @@ def report(check: NodeCheck) -> NodeReport:
         if (kind := _file_system(folder)).startswith(_NETWORK):
             warnings.append(f"{name}={folder} is on {kind}; set it to a folder on the node's own disk (slurm/env.sh)")
         _check_owner(name, folder, problems)
-    facts = {"recipe sha256": _sha256(check.recipe), "python": sys.version.split()[0], **_versions()}
+    facts = {"recipe sha256": _sha256(check.recipe), "python": sys.version.split()[0], **package_versions()}
     return {
         "node": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
         "problems": problems,
@@ -203,16 +201,6 @@ def _file_system(path: str) -> str:
         if (path + "/").startswith(mount.rstrip("/") + "/") and len(mount) >= len(best[0]):
             best = (mount, kind)
     return best[1]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "none"
-    return found
 
 
 def _sha256(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import subprocess
 from pathlib import Path
 
 from megatron_txssm import __version__
@@ -30,19 +29,6 @@ def make_record(
         "nproc_per_node": allocation.nproc_per_node,
         "gpus_per_node": allocation.gpus_per_node,
     }
-
-
-def git_commit(home: Path) -> str | None:
-    """The commit of the submitted code, with `+changes` if it has uncommitted ones; None outside a checkout."""
-    git = ["git", "-C", str(home)]
-    try:
-        # A package installed into an environment may lie in another project's repository.
-        subprocess.run([*git, "ls-files", "--error-unmatch", "megatron_txssm"], check=True, capture_output=True)
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{commit}+changes" if changes.strip() else commit
 
 
 def _utf8(text: str) -> str:

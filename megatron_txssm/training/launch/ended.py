@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_txssm.files import write_json
 from megatron_txssm.training.launch.run_lock import Holder, living_holder
@@ -25,18 +26,37 @@ def note_local_end(run: Path, code: int, what: str, log: str = "") -> None:
         write_json(run / _NAME, {"ended": time.time(), "exit_code": code, "what": what, "log": log})
 
 
+class LocalEnd(NamedTuple):
+    """How the last run in a folder ended."""
+
+    # Seconds since the epoch.
+    ended: float
+    exit_code: int
+    what: str
+    # Of the rank that failed; empty if none did.
+    log: str
+
+
+def local_end(run: Path) -> LocalEnd | None:
+    """None if the run trains, was killed together with its launcher, or ran on Slurm only."""
+    try:
+        end = json.loads((run / _NAME).read_bytes())
+        return LocalEnd(float(end["ended"]), int(end["exit_code"]), str(end["what"]), str(end["log"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def explain_local_end(run: Path) -> Iterator[tuple[str, str]]:
     """(name, text) of what is known about the last run in a folder; empty if there was none."""
     if (holder := living_holder(run, Holder.myself())) is not None:
         yield "training now", str(holder)
         return
-    try:
-        end = json.loads((run / _NAME).read_bytes())
-        yield "ended", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(end["ended"]))
-        yield "exit code", str(end["exit_code"])
-        yield "details", end["what"]
-        yield "log", end["log"]
-    except (OSError, ValueError, KeyError, TypeError):
+    if (end := local_end(run)) is not None:
+        yield "ended", time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(end.ended))
+        yield "exit code", str(end.exit_code)
+        yield "details", end.what
+        yield "log", end.log
+    else:
         # The launcher was killed. The log written last has the most information.
         logs = sorted(run.glob("logs/rank_*.log"), key=lambda path: path.stat().st_mtime)
         if logs:

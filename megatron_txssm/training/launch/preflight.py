@@ -1,6 +1,7 @@
 """Checks before a run starts: its layout, its files, the checkpoints that it would resume from."""
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -58,6 +59,7 @@ _LOADERS, _BATCHES_AHEAD, _BYTES_A_TOKEN = 2, 2, 8 + 8 + 4 + 8
 def check_run(recipe: Recipe, world_size: int) -> None:
     """UserError for the first problem that would stop a run of `world_size` processes; only reads, without torch."""
     validate(recipe, world_size=world_size)
+    check_trackers(recipe)
     # One reader per machine: the indices of a large corpus take gigabytes.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         check_files(recipe)
@@ -66,6 +68,14 @@ def check_run(recipe: Recipe, world_size: int) -> None:
         check_checkpoint(recipe)
         if not is_finished(recipe):
             check_room(recipe)
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """UserError if the package of a tracker is not installed."""
+    for name, package in (("wandb_project", "wandb"), ("mlflow_experiment", "mlflow")):
+        value = getattr(recipe.logging, name)
+        if value is not None and importlib.util.find_spec(package) is None:
+            raise UserError(f"logging.{name}={value} needs {package}: pip install {package}, or set it to null")
 
 
 def check_machine(recipe: Recipe, processes: int) -> None:

@@ -192,6 +192,21 @@ def living_holder(folder: Path, me: Holder, name: str = NAME) -> Holder | str | 
     return holder if _is_touched(file) else None
 
 
+def is_held(folder: Path) -> bool:
+    """Whether somebody seems to hold a folder; unlike `living_holder`, waits for no touch and does not need to write.
+
+    The process is looked up if it ran on this machine; elsewhere the last touch decides, by this machine's clock.
+    """
+    file, me = folder / NAME, Holder.myself()
+    try:
+        holder, known = Holder(**json.loads(file.read_bytes())), file.stat()
+    except (OSError, ValueError, TypeError):
+        return False
+    if (holder.boot, holder.pid_namespace) == (me.boot, me.pid_namespace):
+        return known.st_ino == holder.inode and holder.started_ticks == _started_ticks(holder.pid)
+    return time.time() - known.st_mtime < STALE_SECONDS
+
+
 def _folders(recipe: Recipe) -> list[Path]:
     """The folders that a run writes to: its own, and that of its checkpoints if outside."""
     folders = [recipe.run_path]

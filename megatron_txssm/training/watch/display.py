@@ -5,8 +5,11 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, TextIO
 
+from megatron_txssm.architecture.parameters import count_parameters
 from megatron_txssm.metrics import MetricsLine
-from megatron_txssm.terminal import beside_the_log, terminal_console
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.sizes import checkpoint_bytes, data_parallel_size
+from megatron_txssm.terminal import beside_the_log, compact, terminal_console
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -82,6 +85,31 @@ class BarDisplay:
 
     def close(self) -> None:
         self.progress.stop()
+
+
+def describe_run(recipe: Recipe, world_size: int) -> str:
+    """`1.31B parameters | 64 processes: TP 2, DP 32 | batch 2.1M tokens (512 x 4096) | 26B tokens in 12,398 steps | …`.
+
+    At its end the size of a checkpoint, if there are any. Of the layout, sizes of 1 are left out.
+    """
+    parallel, batch = recipe.parallel, recipe.training.global_batch_tokens
+    sizes = {
+        "TP": parallel.tensor_model_parallel_size,
+        "PP": parallel.pipeline_model_parallel_size,
+        "CP": parallel.context_parallel_size,
+        "EP": parallel.expert_model_parallel_size,
+    }
+    layout = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+    parts = [
+        f"{compact(count_parameters(recipe.sizes).total, 'B')} parameters",
+        f"{world_size} process{'es' if world_size > 1 else ''}: "
+        + ", ".join([*layout, f"DP {data_parallel_size(recipe, world_size)}"]),
+        f"batch {compact(batch, 'B')} tokens ({recipe.global_batch_size} x {recipe.training.seq_length})",
+        f"{compact(batch * recipe.train_iters, 'B')} tokens in {recipe.train_iters:,} steps",
+    ]
+    if recipe.checkpoint.save_interval is not None:
+        parts.append(f"checkpoint {compact(checkpoint_bytes(recipe))}B every {recipe.checkpoint.save_interval} steps")
+    return " | ".join(parts)
 
 
 def describe(metrics: MetricsLine) -> str:

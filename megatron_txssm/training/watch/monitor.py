@@ -1,13 +1,15 @@
 """Reports on a training: display, metrics.jsonl, throughput and learning rate in Megatron's logs."""
 
+import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from typing import TextIO
 
+import psutil
 import torch
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
-from megatron.training import get_tensorboard_writer, get_wandb_writer
 
 from megatron_txssm.architecture.flops import flops_per_token
 from megatron_txssm.architecture.gpus import gpu_of
@@ -19,7 +21,9 @@ from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.session.hooks import Call, Listener
 from megatron_txssm.training.validation_sets import of_each_set
 from megatron_txssm.training.watch.display import BarDisplay, PlainDisplay, make_display
+from megatron_txssm.training.watch.environment import environment
 from megatron_txssm.training.watch.stragglers import SlowRunWatch
+from megatron_txssm.training.watch.trackers import Trackers
 
 # Megatron's name: 1 if the experts of a layer have equally many tokens, the mean over the layers of experts.
 LOAD_BALANCE = "load_balancing_loss"
@@ -41,6 +45,9 @@ class TrainingMonitor(Listener):
 
     def __init__(self, recipe: Recipe, terminal: TextIO):
         self.args = get_args()
+        self.terminal = terminal
+        # On the last rank.
+        self.trackers: Trackers | None = None
         self.metrics_file = recipe.run_path / "metrics.jsonl"
         self.display: PlainDisplay | BarDisplay | None = None
         if self.args.rank == 0:
@@ -65,6 +72,8 @@ class TrainingMonitor(Listener):
         self.interval_seconds, self.interval_tokens, self.interval_flops = 0.0, 0, 0.0
         self.skipped_steps = 0
         self.iteration: int | None = None
+        # Whether metrics.jsonl says how this attempt started.
+        self.has_begun = False
         self.first_step_note = first_step_note(recipe)
         # Their ids, one per virtual pipeline stage. The iterators themselves must end with Megatron's loop: their
         # processes ignore SIGTERM, so this one would wait for them forever.
@@ -168,28 +177,36 @@ class TrainingMonitor(Listener):
             "tokens_per_second": tokens_per_second,
             "model_tflops_per_second_per_rank": flops_per_second / 1e12,
             "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+            "step_flops": self.batch_flops,
             "step_seconds": self.step_seconds,
             "world_size": self.args.world_size,
         }
-        throughput = {"tokens-per-second": tokens_per_second}
         if self.gpu is not None:
-            metrics["mfu"] = throughput["mfu"] = flops_per_second / self.gpu.bf16_flops
+            metrics["mfu"] = flops_per_second / self.gpu.bf16_flops
         changed = self.slow_run.after_step(iteration, self.batch_flops)
         if self.slow_run.verdict is not None:
             metrics["slow"] = self.slow_run.verdict.as_fields()
+        if not self.has_begun:
+            # Together with the first step: growth of the file means that the run makes progress.
+            began = round(psutil.Process().create_time(), 3)
+            about = {"start": self._start(), "began": began, "environment": environment()}
+            self._write({"iteration": iteration - 1, **about})
+            self.has_begun = True
         self._write(metrics)
+        if self.trackers is not None:
+            self.trackers.log_step(metrics, iteration)
         if changed:
             self._tell_of_slowness(iteration)
         if iteration % self.args.log_interval == 0 or iteration == self.args.train_iters:
             self.interval_seconds, self.interval_tokens, self.interval_flops = 0.0, 0, 0.0
             shown = metrics | {"skipped_steps": self.skipped_steps, "not_in_bf16": self.not_in_bf16}
             self._show(lambda display: display.step(shown))
-            # Megatron's writers are on the last rank.
-            if writer := get_tensorboard_writer():
-                for name, value in throughput.items():
-                    writer.add_scalar(name, value, iteration)
-            if wandb := get_wandb_writer():
-                wandb.log(throughput, iteration)
+
+    def _start(self) -> dict[str, int]:
+        """The layout and length of this attempt."""
+        names = ("world_size", "data_parallel_size", "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        further = ("context_parallel_size", "expert_model_parallel_size", "global_batch_size", "train_iters")
+        return {name: getattr(self.args, name) for name in (*names, *further)}
 
     def on_validation(self, data: str = "validation") -> None:
         """Report the losses of every validation (or test) set; several sets are named as in TensorBoard."""
@@ -207,6 +224,8 @@ class TrainingMonitor(Listener):
         iteration = self.args.iteration if self.iteration is None else self.iteration
         if losses:
             self._write({"iteration": iteration, **losses})
+            if self.trackers is not None:
+                self.trackers.log(losses, iteration)
             words = " | ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
             self._show(lambda display: display.note(f"iteration {iteration} | {words}"))
 
@@ -215,6 +234,15 @@ class TrainingMonitor(Listener):
         if self.args.rank == 0:
             print(text, flush=True)
             self._show(lambda display: display.note(text))
+
+    def warn(self, text: str) -> None:
+        """The same on any rank; called in the trackers' threads."""
+        if self.args.rank == 0:
+            self.say(text)
+            return
+        for file in (sys.stdout, self.terminal):
+            with contextlib.suppress(OSError):
+                print(text, file=file, flush=True)
 
     def _tell_of_slowness(self, iteration: int) -> None:
         """On rank 0, once when the run becomes slow and once when it recovers."""

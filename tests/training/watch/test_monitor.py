@@ -67,14 +67,16 @@ class FakeMegatron:
             validation_set_names=None,
             multiple_validation_sets=True,
             virtual_pipeline_model_parallel_size=None,
+            data_parallel_size=4,
+            tensor_model_parallel_size=1,
+            context_parallel_size=1,
+            expert_model_parallel_size=1,
         )
         vars(self.args).update(changes)
         self.clock = clock
-        self.written: list[tuple[str, float, int]] = []
-        writer = SimpleNamespace(add_scalar=lambda *scalar: self.written.append(scalar))
+        # The trackers' events.
+        self.written: list[tuple[int, dict[str, Any]]] = []
         monkeypatch.setattr(monitor, "get_args", lambda: self.args)
-        monkeypatch.setattr(monitor, "get_tensorboard_writer", lambda: writer)
-        monkeypatch.setattr(monitor, "get_wandb_writer", lambda: None)
         loop: Any = training
         monkeypatch.setattr(loop, "training_log", self._training_log)
         monkeypatch.setattr(loop, "train_step", self._train_step)
@@ -96,6 +98,9 @@ class FakeMegatron:
         )
         self.terminal = StringIO()
         self.monitor = TrainingMonitor(self.recipe, self.terminal)
+        report: Any = lambda values, step: self.written.append((step, dict(values)))  # noqa: E731
+        trackers: Any = SimpleNamespace(log=report, log_step=report)
+        self.monitor.trackers = trackers
         listen(self.monitor)
 
     def _train_step(self, forward: Any, data: Any, model: Any, optimizer: Any, seconds: float) -> str:
@@ -162,7 +167,9 @@ class FakeMegatron:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.recipe.run_path / "metrics.jsonl").read_text().splitlines()]
+        """Without the line of the start."""
+        lines = [json.loads(line) for line in (self.recipe.run_path / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in lines if "start" not in line]
 
 
 def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -253,7 +260,7 @@ def test_mfu_is_of_the_bf16_peak_of_all_gpus(
         megatron.step(iteration, seconds=flops / 4 / (989e12 / 3))
     assert [line["mfu"] for line in megatron.metrics] == pytest.approx([1 / 3] * 2)
     assert f"| {words.format('33.3')} |" in megatron.terminal.getvalue()
-    assert ("mfu", pytest.approx(1 / 3), 2) in megatron.written
+    assert [(step, values["mfu"]) for step, values in megatron.written] == [(n, pytest.approx(1 / 3)) for n in (1, 2)]
 
 
 def test_without_a_known_gpu_there_is_no_mfu(megatron: FakeMegatron) -> None:
@@ -290,7 +297,7 @@ def test_lines_come_at_the_interval_and_at_the_end(
     assert megatron.metrics[3]["tokens_per_second"] == pytest.approx(8 * 256 * 4 / 8)
     assert megatron.metrics[5]["tokens_per_second"] == pytest.approx(8 * 256 * 2 / 4)
     assert len(megatron.metrics) == 6
-    assert [(name, step) for name, _, step in megatron.written] == [("tokens-per-second", 4), ("tokens-per-second", 6)]
+    assert [step for step, _ in megatron.written] == [1, 2, 3, 4, 5, 6]
 
 
 def test_other_ranks_are_silent(monkeypatch: pytest.MonkeyPatch, clock: Clock, tmp_path: Path) -> None:
@@ -410,7 +417,7 @@ def test_a_line_that_a_kill_cut_off_does_not_spoil_the_next(
             FakeMegatron(monkeypatch, clock, tmp_path).step(2)
         *_, last = file.read_text().splitlines()
         assert json.loads(last)["lm loss"] == 4.0
-        assert file.read_text().count("\n") == before.count("\n") + 1 + (not before.endswith("\n") and before != "")
+        assert file.read_text().count("\n") == before.count("\n") + 2 + (not before.endswith("\n") and before != "")
 
 
 def test_a_training_outlives_its_terminal(megatron: FakeMegatron, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,91 @@
+"""The attempts of a run without Slurm, which has no attempt.json: from the starts in metrics.jsonl, and ended.json."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_txssm.jobs.attempts import Attempt
+from megatron_txssm.metrics import MetricsLine, last_step, metrics_lines
+from megatron_txssm.training.launch.ended import local_end
+from megatron_txssm.training.launch.run_lock import is_held
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A line of metrics.jsonl that a training writes with its first step."""
+
+    # Its bytes in the file.
+    offset: int
+    # When its process began, in seconds since the epoch.
+    time: float
+    host: str
+    world_size: int
+
+
+def local_attempts(run: Path) -> list[Attempt]:
+    """One for every start in metrics.jsonl, in order; none for a run of an earlier version, which noted no starts.
+
+    A start that did no step is not noted. Only the last one's end is recorded: an earlier one counts as ended with its
+    last step (see goodput.py).
+    """
+    metrics = run / "metrics.jsonl"
+    starts = list(_starts(metrics))
+    found = []
+    for number, (start, after) in enumerate(zip(starts, [*starts[1:], None], strict=False), 1):
+        done_before = found[-1].last_step if found else None
+        attempt = Attempt(
+            folder=run / "attempts" / f"{number:04d}",
+            job_id="",
+            nodes=[start.host],
+            nproc_per_node=start.world_size,
+            started=start.time,
+            metrics_offset=start.offset,
+            done_before=done_before or 0,
+        )
+        if after is not None:
+            attempt.ended = after.time
+            attempt.last_step = _last_step(metrics, start.offset, after.offset)
+        else:
+            attempt.last_step = last_step(metrics, start.offset)
+            _set_end(attempt, run, metrics)
+        found.append(attempt)
+    return found
+
+
+def _set_end(attempt: Attempt, run: Path, metrics: Path) -> None:
+    """How the last attempt ended; it stays open while its process lives."""
+    end = local_end(run)
+    if end is not None and end.ended >= attempt.started:
+        attempt.ended, attempt.exit_code, attempt.detail = end.ended, end.exit_code, end.what
+    elif not is_held(run):
+        attempt.ended, attempt.detail = metrics.stat().st_mtime, "it was killed, or the machine went down"
+
+
+def _last_step(metrics: Path, begin: int, end: int) -> int | None:
+    steps = [line["iteration"] for line in metrics_lines(metrics, begin, end) if "grad_norm" in line]
+    return max(steps, default=None)
+
+
+def _starts(metrics: Path) -> Iterator[_Start]:
+    for offset, line in start_lines(metrics):
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            host, size = line.get("environment", {}).get("host", ""), line["start"]["world_size"]
+            yield _Start(offset, float(line["began"]), str(host), int(size))
+
+
+def start_lines(metrics: Path) -> Iterator[tuple[int, MetricsLine]]:
+    """The lines by which trainings say how they started, each with its first byte's place in the file."""
+    if not metrics.exists():
+        return
+    offset = 0
+    with metrics.open("rb") as file:
+        for row in file:
+            # Much faster than to parse every step.
+            if b'"start"' in row:
+                with contextlib.suppress(ValueError):
+                    line = json.loads(row)
+                    if isinstance(line, dict) and "start" in line:
+                        yield offset, line
+            offset += len(row)
