@@ -1,0 +1,34 @@
+"""Checks of the steps to skip and of the spike guard."""
+
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.settings.setting import step_numbers
+
+
+def check_skip_steps(recipe: Recipe) -> None:
+    """UserError if a step is not one of the training, or if none is left."""
+    for entry in recipe.data.skip_steps or ():
+        # Before `recipe.skip_steps` writes out a range.
+        if step_numbers(entry)[-1] > recipe.train_iters:
+            raise UserError(
+                f"data.skip_steps: {entry} is beyond the last step, {recipe.train_iters}; use 1 to {recipe.train_iters}"
+            )
+    if len(recipe.skip_steps) == recipe.train_iters:
+        raise UserError(f"data.skip_steps leaves none of the {recipe.train_iters} steps to train on; leave some out")
+
+
+def check_guard(recipe: Recipe) -> None:
+    """UserError if the spike guard could not act as stated."""
+    guard = recipe.guard
+    if guard.spike_action is None:
+        return
+    if guard.spike_window >= recipe.train_iters:
+        raise UserError(
+            f"guard.spike_window={guard.spike_window} leaves none of the {recipe.train_iters} steps to judge; use a "
+            "smaller one, or set guard.spike_action=null"
+        )
+    if guard.spike_action == "rewind" and recipe.checkpoint.save_interval is None:
+        raise UserError(
+            "guard.spike_action=rewind goes back to a checkpoint, and checkpoint.save_interval=null saves none; set "
+            "save_interval, or guard.spike_action=skip"
+        )
