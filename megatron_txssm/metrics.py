@@ -65,11 +65,13 @@ def each_line(metrics: Path, begin: int = 0, end: int | None = None) -> Iterator
 def values_by_step(metrics: Path, key: str) -> dict[int, float]:
     """Step -> value of a key such as "lm loss", in order of steps; non-finite values are left out.
 
-    A resumed run may have repeated steps: the last line of a step counts.
+    A resumed run may have repeated steps: the last line of a step counts. A step that was not trained on has no loss.
     """
     last: dict[int, float] = {}
     for line in each_line(metrics):
         try:
+            if "grad_norm" in line:
+                last.pop(int(line["iteration"]), None)
             last[int(line["iteration"])] = float(line[key])
         except (ValueError, KeyError, TypeError):
             continue

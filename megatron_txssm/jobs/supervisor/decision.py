@@ -117,7 +117,7 @@ def _same_nan(attempt: Attempt, before: list[Attempt]) -> str | None:
 
 
 def idle_attempts(before: list[Attempt], job_id: str) -> int:
-    """A job's consecutive last attempts without progress; preemptions, requeues, full disks and rewinds do not count."""
+    """A job's last attempts in a row without progress, except preemptions, requeues, full disks and rewinds."""
     count = 0
     for attempt in reversed(before):
         if attempt.job_id != job_id or attempt.came_further:
