@@ -164,7 +164,7 @@ def test_one_spike_too_many_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_pa
     # Done again after a restart, it counts once; and those before the last steps no more.
     assert not run.step(9, loss=100.0)
     assert not run.step(10, loss=100.0)
-    with pytest.raises(Diverged, match="more than 2 spikes .* within 8 steps"):
+    with pytest.raises(Diverged, match=r"more than 2 spikes .* within 8 steps"):
         run.step(11, loss=100.0)
     assert [spike.action for spike in read_spikes(run.recipe.run_path)] == ["skip", "skip", "stop"]
     assert not run.step(18, loss=100.0)
