@@ -6,15 +6,18 @@ from megatron_txssm.recipe.settings.setting import step_numbers
 
 
 def check_skip_steps(recipe: Recipe) -> None:
-    """UserError if a step is not one of the training, or if none is left."""
+    """UserError if a step is not one of the training, or is its first."""
     for entry in recipe.data.skip_steps or ():
         # Before `recipe.skip_steps` writes out a range.
         if step_numbers(entry)[-1] > recipe.train_iters:
             raise UserError(
                 f"data.skip_steps: {entry} is beyond the last step, {recipe.train_iters}; use 1 to {recipe.train_iters}"
             )
-    if len(recipe.skip_steps) == recipe.train_iters:
-        raise UserError(f"data.skip_steps leaves none of the {recipe.train_iters} steps to train on; leave some out")
+    if 1 in recipe.skip_steps:
+        raise UserError(
+            "data.skip_steps has step 1, but a run cannot resume from a checkpoint from before the optimizer's first "
+            "update; leave it out, or set another training.seed"
+        )
 
 
 def check_guard(recipe: Recipe) -> None:

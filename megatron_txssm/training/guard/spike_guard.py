@@ -161,7 +161,8 @@ def go_back(recipe: Recipe, spike: Spike) -> Spike:
 
     # A checkpoint that is still being written may be the one.
     training.maybe_finalize_async_save(blocking=True)
-    first, folder = max(1, spike.step - recipe.guard.rewind_steps), recipe.checkpoint_path
+    # Before its first update, an optimizer has no state that a checkpoint could be resumed from.
+    first, folder = max(2, spike.step - recipe.guard.rewind_steps), recipe.checkpoint_path
 
     def choose() -> Step | None:
         steps = _earlier(folder, spike.step)

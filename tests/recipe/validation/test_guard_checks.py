@@ -29,7 +29,7 @@ def test_a_malformed_step_is_refused(entry: str) -> None:
         (["data.skip_steps=5"], "must be a list of steps and of ranges"),
         (["data.skip_steps=[321]"], "321 is beyond the last step, 320"),
         (["data.skip_steps=['5-999999999999999']"], "5-999999999999999 is beyond the last step, 320"),
-        (["data.skip_steps=['1-320']"], "leaves none of the 320 steps to train on"),
+        (["data.skip_steps=['1-3']"], "data.skip_steps has step 1"),
         (["megatron.iterations_to_skip=[5]"], "data.skip_steps"),
         (["guard.spike_action=stop"], "must be one of skip, rewind or null"),
         (["guard.spike_z_score=0"], "must be above 0"),

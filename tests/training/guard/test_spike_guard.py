@@ -208,3 +208,10 @@ def test_a_rewind_goes_to_the_checkpoint_before_the_steps_it_jumps_over(
     assert (spike.action, spike.back_to, spike.jumped) == ("rewind", back_to, range(jumped[0], jumped[1] + 1))
     assert steps.saved_step(folder) == (back_to or None)
     assert run.waited == 1, "an asynchronous save is completed before"
+
+
+def test_a_rewind_never_jumps_over_the_first_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = Loop(monkeypatch, tmp_path / "run", "guard.spike_action=rewind", "guard.rewind_steps=100")
+    run.fill()
+    with pytest.raises(Rewind, match="jumped over steps 2 to 9"):
+        run.step(9, loss=9.5)
