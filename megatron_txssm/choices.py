@@ -35,5 +35,8 @@ EncoderChoice = Literal["auto", "reference"]
 # What happens to bytes that are not UTF-8, as bytes.decode names it.
 DecodeErrors = Literal["strict", "ignore", "replace"]
 
+# What happens at a spike of the loss or of the gradient norm.
+SpikeAction = Literal["skip", "rewind"]
+
 # How much of a checkpoint is checked before a load: all files, some, sizes only.
 Verify = Literal[True, "sample", False]

@@ -23,6 +23,8 @@ class Cause(StrEnum):
     REFUSED = auto()
     DISK_FULL = auto()
     NAN = auto()
+    REWIND = auto()
+    DIVERGED = auto()
     BAD_GPU = auto()
     NODE_FILE_SYSTEM = auto()
     OUT_OF_MEMORY = auto()

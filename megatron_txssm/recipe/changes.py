@@ -17,10 +17,13 @@ WITHOUT_FP8: Changes = {
     "training.fp8_attention": False,
     "training.first_last_layers_bf16": 0,
 }
+# Nor what concerns single steps of the whole training.
 WITHOUT_REPORTS: Changes = {
     "logging.tensorboard": False,
     "logging.wandb_project": None,
     "logging.mlflow_experiment": None,
+    "guard.spike_action": None,
+    "data.skip_steps": None,
 }
 # Every kind of data, and its mixture.
 WITHOUT_TOKENS: Changes = dict.fromkeys(

@@ -13,8 +13,9 @@ from megatron_txssm.architecture.layer_pattern import (
     repeated_part,
 )
 from megatron_txssm.errors import UserError
-from megatron_txssm.recipe.schema import SECTIONS
 
+# Of a complete recipe.
+_SECTIONS = {"model", "parallel", "training", "optimizer", "data", "checkpoint", "logging"}
 # Of recipes that did not state it.
 _DEFAULT = "SSSSSSSA"
 _NUM_LAYERS = "model.num_layers"
@@ -25,7 +26,7 @@ _MOST = 1000
 def translated(data: dict[str, Any]) -> dict[str, Any]:
     """A file's content; if it is a complete recipe as earlier runs kept it with their checkpoints, in today's terms."""
     model, training = data.get("model"), data.get("training")
-    if not set(SECTIONS) <= set(data) or not isinstance(model, dict) or not isinstance(training, dict):
+    if not set(data) >= _SECTIONS or not isinstance(model, dict) or not isinstance(training, dict):
         return data
     pattern = _written_out(model.get("layer_pattern", _DEFAULT), model.get("num_layers"))
     if pattern is None:

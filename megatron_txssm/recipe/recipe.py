@@ -15,9 +15,9 @@ from megatron_txssm.choices import TokenizerType
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.corpus.tokenizer import read_tokenizer_facts, tokenizer_model
 from megatron_txssm.recipe.megatron_arguments.section import passing
-from megatron_txssm.recipe.schema import Checkpoint, Data, Logging, Model, Optimizer, Parallel, Training
+from megatron_txssm.recipe.schema import Checkpoint, Data, Guard, Logging, Model, Optimizer, Parallel, Training
 from megatron_txssm.recipe.settings.paths import each_path, escaped, frozen
-from megatron_txssm.recipe.settings.setting import section_fields, setting
+from megatron_txssm.recipe.settings.setting import section_fields, setting, step_numbers
 from megatron_txssm.recipe.settings.yaml_text import dump_yaml
 
 
@@ -34,6 +34,7 @@ class Recipe:
     optimizer: Optimizer
     data: Data
     checkpoint: Checkpoint
+    guard: Guard = field(default_factory=Guard)
     logging: Logging
     # Other Megatron arguments, by their names in Megatron's namespace.
     megatron: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +71,11 @@ class Recipe:
         lengths = [stage["tokens"] or 0 for stage in (self.data.stages or ())[:-1]]
         stated = [max(1, round(tokens / self.training.global_batch_tokens)) for tokens in lengths]
         return (*stated, self.train_iters - sum(stated))
+
+    @property
+    def skip_steps(self) -> frozenset[int]:
+        """The steps of `data.skip_steps`, one by one."""
+        return frozenset(number for entry in self.data.skip_steps or () for number in step_numbers(entry))
 
     @property
     def cache_path(self) -> str | None:

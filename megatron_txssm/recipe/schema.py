@@ -20,6 +20,7 @@ from megatron_txssm.choices import (
     Recompute,
     RopeScaling,
     RotaryTablePrecision,
+    SpikeAction,
     SsdBackend,
     TokenizerType,
     TransformerImpl,
@@ -27,7 +28,7 @@ from megatron_txssm.choices import (
     WsdDecayShape,
 )
 from megatron_txssm.recipe.settings.layers import Alternatives
-from megatron_txssm.recipe.settings.setting import Blend, Stages, Weights, setting, table
+from megatron_txssm.recipe.settings.setting import Blend, Stages, Steps, Weights, setting, table
 
 # These define TransXSSM and its baselines (arXiv:2506.09507, section 3 and appendix B.1), and make checkpoints loadable
 # at every parallel layout. Recipes cannot change them.
@@ -413,6 +414,11 @@ class Data:
         default=False,
         owns=("--reset-position-ids", "--reset-attention-mask", "--dataloader-inter-document-masking"),
     )
+    skip_steps: Steps | None = setting(
+        "steps whose batches are read, but not trained on: numbers from 1, and ranges such as 1200-1210",
+        default=None,
+        owns=("--iterations-to-skip",),
+    )
     cache_path: str | None = setting(
         "folder of Megatron's shuffled indices; null: with the data, or in the run directory if that is read-only",
         "--data-cache-path",
@@ -449,6 +455,29 @@ class Checkpoint:
         "files checked against their checksums before a load: true: all, sample: all sizes, some contents; "
         "false: sizes only, and saves have no checksums",
         default=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """Spikes: steps whose loss or gradient norm is far above that of the steps before."""
+
+    spike_action: SpikeAction | None = setting(
+        "at a spike, skip the step's update, or rewind to a checkpoint and jump over the steps before the spike, too; "
+        "null: train on",
+        default=None,
+    )
+    spike_z_score: float = setting(
+        "a spike is this many standard deviations above the mean of the window", default=6.0, above=0
+    )
+    spike_window: int = setting(
+        "last trained steps that mean and deviation are taken over; the first so many are not judged",
+        default=128,
+        at_least=8,
+    )
+    rewind_steps: int = setting("steps before a spike that a rewind jumps over together with it", default=8, at_least=1)
+    max_spikes: int = setting(
+        "spikes within spike_window steps that are acted on; one more ends the run as diverged", default=8, at_least=1
     )
 
 
@@ -508,6 +537,7 @@ SECTIONS: dict[str, type] = {
     "optimizer": Optimizer,
     "data": Data,
     "checkpoint": Checkpoint,
+    "guard": Guard,
     "logging": Logging,
 }
 

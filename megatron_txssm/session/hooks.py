@@ -21,7 +21,10 @@ FUNCTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     # -> iteration, FLOPs so far.
     "load": ("load_checkpoint", ("ddp_model", "optimizer", "opt_param_scheduler")),
     # Forward, backward, and the step of optimizer and schedule.
-    "step": ("train_step", ("optimizer",)),
+    "step": (
+        "train_step",
+        ("data_iterator", "optimizer", "opt_param_scheduler", "forward_backward_func", "iteration"),
+    ),
     # -> FLOPs of one global batch.
     "flops": ("num_floating_point_operations", ("args", "batch_size", "seqlen_squared_sum_in_batch")),
     # After each step.

@@ -94,6 +94,8 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     from megatron_txssm.checkpoint.former_checkpoint import FormerCheckpoints
     from megatron_txssm.checkpoint.load import FailedLoads
     from megatron_txssm.training.forward_step import datasets_provider, forward_step
+    from megatron_txssm.training.guard.skipped_steps import SkippedSteps
+    from megatron_txssm.training.guard.spike_guard import SpikeGuard
     from megatron_txssm.training.watch.display import describe_run
     from megatron_txssm.training.watch.monitor import TrainingMonitor
     from megatron_txssm.training.watch.tracker_backends import tracking
@@ -113,6 +115,9 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     # Megatron's handler saves and stops on SIGTERM, which clusters send; let Ctrl-C do the same.
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     listen(monitor)
+    listen(SkippedSteps(recipe))
+    if recipe.guard.spike_action is not None:
+        listen(SpikeGuard(recipe, monitor.say))
     try:
         with tracking(recipe, monitor.warn) as monitor.trackers:
             megatron_pretrain(

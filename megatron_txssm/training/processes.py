@@ -17,6 +17,7 @@ from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import smallest_world_size
 from megatron_txssm.slurm.environment import adopt_slurm_step, is_worker
+from megatron_txssm.training.guard.spikes import REWIND
 from megatron_txssm.training.launch.ended import forget_local_end, note_local_end
 from megatron_txssm.training.launch.preflight import (
     check_machine,
@@ -82,11 +83,16 @@ def launch(recipe: Recipe, nproc: int | None, command: list[str], *, port: int |
     print(f"{recipe.name}: {nproc} process{'es' if nproc > 1 else ''}, run directory {recipe.run_path}", flush=True)
     for warning in warnings(recipe):
         print(f"warning: {warning}", flush=True)
-    return _launch_workers(recipe, nproc, command, port or 0)
+    while (code := _launch_workers(recipe, nproc, command, port or 0)) is None:
+        print(f"{recipe.name}: starting again, as the spike guard went back", flush=True)
+    return code
 
 
-def _launch_workers(recipe: Recipe, nproc: int, command: list[str], port: int) -> int:
-    """Port 0: the rendezvous binds a free port itself, because one chosen here could be taken before."""
+def _launch_workers(recipe: Recipe, nproc: int, command: list[str], port: int) -> int | None:
+    """The exit code; None if the workers must be started again.
+
+    Port 0: the rendezvous binds a free port itself, because one chosen here could be taken before.
+    """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -116,7 +122,10 @@ def _launch_workers(recipe: Recipe, nproc: int, command: list[str], port: int) -
         except RendezvousConnectionError as error:
             raise UserError(f"no TCP port for the processes' rendezvous (--port {port}): {error.__cause__}") from None
         except ChildFailedError as failures:
-            if stop.received is None or not _ended_by_signal(failures):
+            went_back = _message(failures).startswith(f"{REWIND}: ")
+            if went_back and stop.received is None:
+                return None
+            if not went_back and (stop.received is None or not _ended_by_signal(failures)):
                 return _explain(failures, recipe)
     if stop.received is None:
         note_local_end(recipe.run_path, 0, "its processes ended without an error")
@@ -139,20 +148,25 @@ def _ended_by_signal(failures: "ChildFailedError") -> bool:
 def _explain(failures: "ChildFailedError", recipe: Recipe) -> int:
     """Report once what ended the run; 2 for a user error, 1 for a failure."""
     rank, failure = failures.get_first_failure()
-    message = failure.message
-    if isinstance(message, dict):
-        message = message.get("message", "")
-    kind, _, text = str(message).partition(": ")
+    message = _message(failures)
+    kind, _, text = message.partition(": ")
     if kind == UserError.__name__:
         note_local_end(recipe.run_path, 2, text)
         raise UserError(text)
     # Without an error file, the message is only torch's advice on how to create one.
-    if "pytorch.org" in str(message):
+    if "pytorch.org" in message:
         message = "it ended without an error message"
     log = recipe.run_path / "logs" / f"rank_{rank}.log"
     note_local_end(recipe.run_path, 1, f"rank {rank} failed (exit code {failure.exitcode}): {message}", str(log))
     print(f"error: rank {rank} failed (exit code {failure.exitcode}): {message}\nIts log: {log}", file=sys.stderr)
     return 1
+
+
+def _message(failures: "ChildFailedError") -> str:
+    """What the first rank to fail reported."""
+    _, failure = failures.get_first_failure()
+    message = failure.message
+    return str(message.get("message", "") if isinstance(message, dict) else message)
 
 
 class _StopSignals:

@@ -35,7 +35,7 @@ def test_what_would_end_the_same_way_may_not(tmp_path: Path, cause: str) -> None
     assert refusal(ended(tmp_path, cause), [], max_requeues=10) == "another attempt would end the same way"
 
 
-@pytest.mark.parametrize("cause", sorted(RETRIED - OF_A_NODE - {"nan"}))
+@pytest.mark.parametrize("cause", sorted(RETRIED - OF_A_NODE - {"nan", "rewind"}))
 @pytest.mark.parametrize("last_step", [None, 9, 10])
 def test_what_came_no_further_may_not(tmp_path: Path, cause: str, last_step: int | None) -> None:
     why_not = refusal(ended(tmp_path, cause, last_step=last_step), [], max_requeues=10)
@@ -101,7 +101,7 @@ def test_idle_attempts_in_a_row(tmp_path: Path) -> None:
     assert idle_attempts([*idle[:2], further], "21") == 0
     assert idle_attempts([*idle[:2], further, idle[2]], "21") == 1
     # These had no chance.
-    taken = [ended(tmp_path, cause, 10, last_step=10) for cause in ("preempted", "requeued", "disk_full")]
+    taken = [ended(tmp_path, cause, 10, last_step=10) for cause in ("preempted", "requeued", "disk_full", "rewind")]
     assert idle_attempts([*taken, idle[0], *taken, idle[1], *taken], "21") == 2
     # Of a job before this one: whoever submitted it again wants another try.
     assert idle_attempts([*idle, other], "21") == 0
@@ -151,6 +151,15 @@ def test_a_node_that_is_blamed_twice_is_left_out(tmp_path: Path, last_step: int)
     assert decide(again, [other], 10, 0, NODES) == Decision("requeue")
     memory = ended(tmp_path, "out_of_memory", 1, node="n2")
     assert decide(again, [memory], 10, 0, NODES) == Decision("requeue")
+
+
+@pytest.mark.parametrize("last_step", [9, 20])
+def test_a_rewind_of_the_spike_guard_restarts_at_once(tmp_path: Path, last_step: int) -> None:
+    back = ended(tmp_path, "rewind", 6, last_step=last_step)
+    before = [ended(tmp_path, "failed", number, last_step=10) for number in range(1, 6)]
+    assert decide(back, before, 0, 0, NODES) == Decision("restart")
+    # A node is gone.
+    assert decide(back, before, 0, 0, ["n1"]) == Decision("requeue")
 
 
 def test_a_lost_node_of_a_job_with_spare_ones(tmp_path: Path) -> None:

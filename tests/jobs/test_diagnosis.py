@@ -19,6 +19,7 @@ from megatron_txssm.jobs.diagnosis.diagnosis import Diagnosis, close, diagnose, 
 from megatron_txssm.jobs.nodes.node_preflight import find_problems
 from megatron_txssm.jobs.supervisor.decision import RETRIED
 from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.training.guard.spike_guard import Diverged, Rewind
 from tests.jobs.some_attempt import some_attempt
 from tests.training.watch.some_dump import entry, write_dump
 
@@ -353,6 +354,14 @@ def test_a_result_that_is_not_finite_names_its_origin(attempt: Attempt, say: Say
         say(rank, FloatingPointError(error))
     found = diagnose(attempt, finished=False, output="")
     assert (found.cause, found.rank, found.node) == (cause, 2, "n2")
+
+
+@pytest.mark.parametrize("error", [Rewind, Diverged])
+def test_the_spike_guard_blames_no_rank(attempt: Attempt, say: Say, error: type[Exception]) -> None:
+    for rank in range(4):
+        say(rank, error("spike at step 40: loss 9 (z-score 8.0)"))
+    found = diagnose(attempt, finished=False, output=KILLED_WORKER)
+    assert found == Diagnosis(error.__name__.lower(), "spike at step 40: loss 9 (z-score 8.0)")
 
 
 def test_a_certain_cause_explains_what_else_fails(attempt: Attempt, say: Say) -> None:

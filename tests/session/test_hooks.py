@@ -25,9 +25,11 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[Log]:
         happened.append(("save", iteration, model, optimizer, flops, non_persistent_ckpt))
         return f"saved {iteration}"
 
-    def train_step(data: Any, optimizer: Any) -> str:
-        happened.append(("step", data, optimizer))
-        if data is None:
+    def train_step(
+        data_iterator: Any, optimizer: Any, opt_param_scheduler: Any, forward_backward_func: Any, iteration: int
+    ) -> str:
+        happened.append(("step", data_iterator, optimizer))
+        if data_iterator is None:
             raise StopIteration("no data")
         return "stepped"
 
@@ -140,9 +142,9 @@ def test_an_exception_is_what_it_was_and_ends_the_call(log: Log) -> None:
             log.append(("after", result))
 
     listen(Steps())
-    assert loop.train_step("tokens", "o") == "stepped"
+    assert loop.train_step("tokens", "o", "s", "f", 0) == "stepped"
     with pytest.raises(StopIteration, match="no data") as caught:
-        loop.train_step(None, "o")
+        loop.train_step(None, "o", "s", "f", 1)
     assert log == [("before", "o"), ("step", "tokens", "o"), ("after", "stepped"), ("before", "o"), ("step", None, "o")]
     frames = [frame.name for frame in traceback.extract_tb(caught.tb)][1:]
     assert frames == ["tell_listeners", "proceed", "train_step"]

@@ -132,6 +132,24 @@ def test_a_crash_is_one_message_with_rank_and_log(
     assert output.out == f"demo_cpu: 2 processes, run directory {recipe.run_path}\n"
 
 
+WENT_BACK = """
+[ -e $RUN/$RANK ] && exit 0
+touch $RUN/$RANK
+echo '{"message": {"message": "Rewind: spike at step 9", "extraInfo": {"timestamp": "1"}}}' > $TORCHELASTIC_ERROR_FILE
+exit 1
+"""
+
+
+def test_workers_that_the_spike_guard_sent_back_start_again(
+    launch: Callable[..., int], recipe: Recipe, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(WENT_BACK) == 0
+    output = capfd.readouterr()
+    assert output.out.count("starting again, as the spike guard went back") == 1
+    assert output.err == ""
+    assert json.loads((recipe.run_path / "ended.json").read_bytes())["exit_code"] == 0
+
+
 def test_why_of_a_run_that_was_killed(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     logs = recipe.run_path / "logs"
     logs.mkdir(parents=True)

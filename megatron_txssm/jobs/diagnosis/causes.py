@@ -4,6 +4,7 @@ import re
 from typing import NamedTuple
 
 from megatron_txssm.jobs.cause import Cause
+from megatron_txssm.training.guard.spikes import DIVERGED, REWIND
 
 
 class Meaning(NamedTuple):
@@ -52,6 +53,11 @@ CAUSES: dict[Cause, Meaning] = {
     Cause.NAN: Meaning(
         "the loss, a gradient or a weight became NaN or infinite",
         "lower optimizer.learning_rate, or go back to an older checkpoint; a faulty GPU may also be the cause",
+    ),
+    Cause.REWIND: Meaning("the spike guard went back to a checkpoint", "nothing: the run continues from there"),
+    Cause.DIVERGED: Meaning(
+        "the loss or the gradient norm spiked too often",
+        "lower optimizer.learning_rate, or look at the documents of the spikes; guard.max_spikes is the limit",
     ),
     Cause.BAD_GPU: Meaning(
         "a GPU is faulty",
@@ -120,6 +126,8 @@ _WORDS: tuple[tuple[Cause, re.Pattern[str]], ...] = (
             r"|\[Errno (?:107|108|19|6|112)\] [^:'\"]+: ['\"]/"
         ),
     ),
+    (Cause.REWIND, re.compile(rf"^{REWIND}\b")),
+    (Cause.DIVERGED, re.compile(rf"^{DIVERGED}\b")),
     # Finite when computed again: the GPU is at fault.
     (Cause.BAD_GPU, re.compile(r"^FloatingPointError\b.*came out differently")),
     # Earlier versions raise a RuntimeError.

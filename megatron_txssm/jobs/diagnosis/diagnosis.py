@@ -196,6 +196,9 @@ def _failure(attempt: Attempt, output: str) -> Diagnosis:
 
 
 def _of(attempt: Attempt, cause: Cause, failure: Failure) -> Diagnosis:
+    if cause in (Cause.REWIND, Cause.DIVERGED):
+        # All ranks decided so.
+        return Diagnosis(cause, failure.text.partition(": ")[2])
     if origin := suspect(failure.text):
         return Diagnosis(cause, failure.text, *origin)
     return Diagnosis(cause, failure.text, failure.rank, failure.node or attempt.node_of(failure.rank))

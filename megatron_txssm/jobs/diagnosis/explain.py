@@ -16,6 +16,7 @@ from megatron_txssm.metrics import current_step
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm import client as slurm
 from megatron_txssm.slurm.waiting import what_it_waits_for
+from megatron_txssm.training.guard.spike_documents import explain_spikes
 from megatron_txssm.training.launch.ended import explain_local_end
 from megatron_txssm.training.launch.preflight import is_finished, saved_step
 from megatron_txssm.training.watch.collective_trace import explain_hang
@@ -53,6 +54,7 @@ def explain(run: str | Path, *, every_attempt: bool = False) -> int:
         print(f"{folder}: no attempt has ended yet")
         if jobs == []:
             _print("last output", _last_words(folder))
+    _explain_spikes(folder, recipe)
     for stage in other_stages(folder, recipe, queue):
         _print(stage.name, stage.state)
         _print("  output", str(stage.output or ""))
@@ -139,9 +141,15 @@ def _explain_local_run(folder: Path, recipe: Recipe, known: list[tuple[str, str]
         _print(name, text)
     _print("last step", f"{current_step(folder / 'metrics.jsonl') or 0} of {recipe.train_iters}")
     _print("checkpoint", _newest(recipe, saved_step(recipe.checkpoint_path)))
+    _explain_spikes(folder, recipe)
     # If the run trains, the first line has said so.
     _print("now", "" if known[0][0] == "training now" else _local_state(recipe))
     return 0
+
+
+def _explain_spikes(folder: Path, recipe: Recipe) -> None:
+    for name, text in explain_spikes(folder, recipe):
+        _print(name, text)
 
 
 def _newest(recipe: Recipe, saved: int | None) -> str:

@@ -21,12 +21,13 @@ RETRIED = {
     Cause.NODE_FILE_SYSTEM,
     Cause.BAD_GPU,
     Cause.NAN,
+    Cause.REWIND,
     Cause.SUPERVISOR_KILLED,
     Cause.SRUN_KILLED,
     Cause.UNKNOWN,
 }
 # Not failures: a long run may have hundreds of them.
-ROUTINE = {Cause.TIME_LIMIT, Cause.TIME_LIMIT_HIT, Cause.STOPPED, Cause.PREEMPTED}
+ROUTINE = {Cause.TIME_LIMIT, Cause.TIME_LIMIT_HIT, Cause.STOPPED, Cause.PREEMPTED, Cause.REWIND}
 # Causes that may lie in a node: retried even if the attempt did no new step, since other nodes may be better.
 _OF_A_NODE = {
     *(Cause.KILLED, Cause.CONNECTION_LOST, Cause.HUNG, Cause.NODE_FAILURE, Cause.NODE_FILE_SYSTEM, Cause.BAD_GPU),
@@ -76,10 +77,11 @@ def decide(attempt: Attempt, before: list[Attempt], max_requeues: int, restarts:
     if why_not := refusal(attempt, before, max_requeues):
         return Decision("end", why_not)
     leave_out = nodes_to_leave_out(attempt, before)
-    may_restart = restarts > 0 and attempt.cause not in _NEEDS_A_REQUEUE
+    went_back = attempt.cause == Cause.REWIND
+    may_restart = went_back or (restarts > 0 and attempt.cause not in _NEEDS_A_REQUEUE)
     enough = len(set(nodes) - set(leave_out)) >= len(attempt.nodes)
     # Without progress, a restart on the same nodes would most likely fail the same way.
-    if may_restart and enough and (attempt.came_further or leave_out):
+    if may_restart and enough and (attempt.came_further or leave_out or went_back):
         return Decision("restart", leave_out=leave_out)
     return Decision("requeue", leave_out=leave_out)
 
@@ -88,6 +90,9 @@ def refusal(attempt: Attempt, before: list[Attempt], max_requeues: int) -> str |
     """Why the trainer must not be started again after an attempt; None if it may."""
     if attempt.cause not in RETRIED:
         return "another attempt would end the same way"
+    if attempt.cause == Cause.REWIND:
+        # The guard itself limits them.
+        return None
     if attempt.cause == Cause.NAN:
         return _same_nan(attempt, before)
     if not attempt.came_further:
@@ -112,12 +117,12 @@ def _same_nan(attempt: Attempt, before: list[Attempt]) -> str | None:
 
 
 def idle_attempts(before: list[Attempt], job_id: str) -> int:
-    """A job's consecutive last attempts without progress, not counting preemptions, requeues and full disks."""
+    """A job's last attempts in a row without progress, except preemptions, requeues, full disks and rewinds."""
     count = 0
     for attempt in reversed(before):
         if attempt.job_id != job_id or attempt.came_further:
             break
-        count += attempt.cause not in (Cause.PREEMPTED, Cause.REQUEUED, Cause.DISK_FULL)
+        count += attempt.cause not in (Cause.PREEMPTED, Cause.REQUEUED, Cause.DISK_FULL, Cause.REWIND)
     return count
 
 

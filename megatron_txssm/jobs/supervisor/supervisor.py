@@ -122,7 +122,7 @@ class Supervisor:
             if decision.do != "restart":
                 wait_for_notifications()
                 requeue(self.job_id, decision.leave_out, decision.take_back, hold=decision.do == "hold")
-            restarts -= 1
+            restarts -= diagnosis.cause != Cause.REWIND
             self.nodes = [node for node in self.nodes if node not in decision.leave_out]
 
     def _close_last_attempt(self) -> None:

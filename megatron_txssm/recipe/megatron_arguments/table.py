@@ -35,7 +35,7 @@ PASSES: dict[str, str] = {
         start_weight_decay:float end_weight_decay:float weight_decay_incr_style:constant|linear|cosine
     """,
     "when a run stops, skips or validates": """
-        exit_interval:int exit_duration_in_mins:int exit_signal_handler_for_dataloader iterations_to_skip:int+
+        exit_interval:int exit_duration_in_mins:int exit_signal_handler_for_dataloader
         skip_train start_eval_at_iter:int eval_global_batch_size:int eval_micro_batch_size:int
     """,
     "checks while training": """

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass
@@ -26,6 +27,8 @@ class Stage(TypedDict):
 
 
 Stages = tuple[Stage, ...]
+# Steps from 1, and ranges of them such as "1200-1210".
+Steps = tuple[int | str, ...]
 # A list of strings.
 Words = tuple[str, ...]
 
@@ -37,6 +40,7 @@ _NAMES: dict[Any, str] = {
     Blend: "a path prefix, or a list of [weight, path prefix]",
     Weights: "a mapping of subsets to weights",
     Stages: "a list of stages, each {tokens: N, weights: {subset: weight}}, the last without tokens",
+    Steps: 'a list of steps and of ranges such as "1200-1210"',
     Words: "a list of strings",
 }
 
@@ -241,6 +245,24 @@ def _as_stages(value: object, mistake: ValueError) -> Stages:
     return tuple(stages)
 
 
+def _as_steps(value: object, mistake: ValueError) -> Steps:
+    if not isinstance(value, list):
+        raise mistake
+    for entry in value:
+        if isinstance(entry, bool) or not isinstance(entry, int | str):
+            raise mistake
+        if not step_numbers(entry):
+            raise ValueError(f"must have steps from 1 and ranges such as 1200-1210, not {shown(entry)}")
+    return tuple(value)
+
+
+def step_numbers(entry: int | str) -> range:
+    """The steps of an entry of `Steps`; empty if it is malformed."""
+    numbers = re.fullmatch(r" *(\d{1,15}) *(?:- *(\d{1,15}) *)?", str(entry), re.ASCII)
+    first = int(numbers[1]) if numbers else 0
+    return range(first, int(numbers[2] or first) + 1) if numbers and first else range(0)
+
+
 def _as_words(value: object, mistake: ValueError) -> Words:
     if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
         raise mistake
@@ -251,5 +273,6 @@ _COMPOUND: dict[Any, Callable[[object, ValueError], object]] = {
     Blend: _as_blend,
     Weights: _as_weights,
     Stages: _as_stages,
+    Steps: _as_steps,
     Words: _as_words,
 }

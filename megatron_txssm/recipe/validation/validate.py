@@ -12,6 +12,7 @@ from megatron_txssm.recipe.schema import FIELDS
 from megatron_txssm.recipe.sizes import data_parallel_size, divisors
 from megatron_txssm.recipe.validation.expert_checks import check_expert_parallel, check_experts
 from megatron_txssm.recipe.validation.fp8_checks import check_fp8
+from megatron_txssm.recipe.validation.guard_checks import check_guard, check_skip_steps
 
 
 def validate(recipe: Recipe, world_size: int | None = None, *, source: Path | None = None) -> None:
@@ -346,5 +347,7 @@ _CHECKS = (
     check_fp8,
     _check_gpu_options,
     _check_schedule,
+    check_skip_steps,
+    check_guard,
     _check_data,
 )

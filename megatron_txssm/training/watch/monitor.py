@@ -19,6 +19,7 @@ from megatron_txssm.notify import notify
 from megatron_txssm.ops.ssd_triton import why_unavailable
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.session.hooks import Call, Listener
+from megatron_txssm.training.guard.skipped_steps import StepResult, is_read_only
 from megatron_txssm.training.validation_sets import of_each_set
 from megatron_txssm.training.watch.display import BarDisplay, PlainDisplay, make_display
 from megatron_txssm.training.watch.environment import environment
@@ -71,6 +72,8 @@ class TrainingMonitor(Listener):
         self.step_seconds = 0.0
         self.interval_seconds, self.interval_tokens, self.interval_flops = 0.0, 0, 0.0
         self.skipped_steps = 0
+        # Whether the last step only read its batches.
+        self.read_only = False
         self.iteration: int | None = None
         # Whether metrics.jsonl says how this attempt started.
         self.has_begun = False
@@ -92,7 +95,8 @@ class TrainingMonitor(Listener):
         self.slow_run.begin_step()
         self.step_began = time.perf_counter()
 
-    def after_step(self, call: Call, result: object) -> None:
+    def after_step(self, call: Call, result: StepResult) -> None:
+        self.read_only = is_read_only(result)
         self.step_seconds = time.perf_counter() - self.step_began
         self.slow_run.end_step(self.step_seconds)
         self.interval_seconds += self.step_seconds
@@ -104,6 +108,9 @@ class TrainingMonitor(Listener):
         The sum of squared lengths covers the isolated documents of the batch on all ranks, as counted in
         `forward_step`; None if samples are not divided.
         """
+        if self.read_only:
+            self.batch_tokens, self.batch_flops = 0, 0.0
+            return 0.0
         seq_length, squares = call.args.seq_length, call.seqlen_squared_sum_in_batch
         self.batch_tokens = call.batch_size * seq_length
         document_length = seq_length if squares is None else squares / self.batch_tokens

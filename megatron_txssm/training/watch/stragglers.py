@@ -80,11 +80,11 @@ class SlowRunWatch:
 
 
 def earlier_throughput(metrics_file: Path, world_size: int) -> list[float]:
-    """FLOP/s per rank of the last steps in metrics.jsonl with the same world size, except slow ones."""
+    """FLOP/s per rank of the last steps in metrics.jsonl with the same world size, except slow and skipped ones."""
     return [
         line["model_tflops_per_second_per_rank"] * 1e12
         for line in metrics_tail(metrics_file)
-        if line.get("world_size") == world_size and "slow" not in line
+        if line.get("world_size") == world_size and "slow" not in line and line.get("grad_norm") is not None
     ]
 
 

@@ -103,11 +103,14 @@ class FakeMegatron:
         self.monitor.trackers = trackers
         listen(self.monitor)
 
-    def _train_step(self, forward: Any, data: Any, model: Any, optimizer: Any, seconds: float) -> str:
+    def _train_step(
+        self, data_iterator: Any, optimizer: Any, opt_param_scheduler: Any, forward_backward_func: Any, iteration: int,
+        seconds: float, grad_norm: float | None,
+    ) -> tuple[Any, ...]:  # fmt: skip
         self.clock.now += seconds
         # As Megatron's scheduler does at the end of a step.
         optimizer.param_groups[0]["lr"] += 1e-4
-        return "stepped"
+        return {}, int(grad_norm is None), False, False, 0, grad_norm, None, 0
 
     def _training_log(
         self, loss_dict: Any, total_loss_dict: Any, learning_rate: float | None, iteration: int, loss_scale: float,
@@ -133,12 +136,14 @@ class FakeMegatron:
     def step(
         self, iteration: int, loss: Any = 4.0, seconds: float = 2.0, skipped: bool = False, squares: float | None = None
     ) -> None:
-        assert self.loop.train_step(None, None, None, self.optimizer, seconds=seconds) == "stepped"
+        # Without a loss, the step only read its batches.
+        norm = None if loss is None else 0.5
+        self.loop.train_step(None, self.optimizer, None, None, iteration - 1, seconds=seconds, grad_norm=norm)
         self.args.consumed_train_samples += self.args.global_batch_size
         self.loop.num_floating_point_operations(
             self.args, self.args.global_batch_size, seqlen_squared_sum_in_batch=squares, total_real_tokens_in_batch=None
         )
-        losses = {"lm loss": torch.as_tensor(loss)}
+        losses = {} if loss is None else {"lm loss": torch.as_tensor(loss)}
         rate = self.optimizer.param_groups[0]["lr"]
         # Megatron's own call: most by position.
         logged = self.loop.training_log(
@@ -149,7 +154,7 @@ class FakeMegatron:
             1.0,
             False,
             int(skipped),
-            torch.tensor(0.5),
+            None if norm is None else torch.tensor(norm),
             None,
             None,
             0,
@@ -179,6 +184,20 @@ def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.fixture
 def megatron(monkeypatch: pytest.MonkeyPatch, clock: Clock, tmp_path: Path) -> FakeMegatron:
     return FakeMegatron(monkeypatch, clock, tmp_path)
+
+
+def test_a_step_that_only_reads_counts_no_tokens(megatron: FakeMegatron) -> None:
+    megatron.args.log_interval = 3
+    megatron.step(1)
+    megatron.step(2, loss=None, skipped=True, seconds=0.0)
+    megatron.step(3)
+    _, jumped, last = megatron.metrics
+    assert "lm loss" not in jumped and jumped["skipped"] and jumped["grad_norm"] is None
+    assert jumped["consumed_tokens"] == 2 * 8 * 256
+    # Two batches in two steps of 2 s.
+    assert last["tokens_per_second"] == pytest.approx(8 * 256 / 2.0)
+    assert last["model_tflops_per_second_per_rank"] > 0
+    assert "skipped 1 steps" in megatron.terminal.getvalue()
 
 
 def test_losses_are_kept_exactly(megatron: FakeMegatron) -> None:
