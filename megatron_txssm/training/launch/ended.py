@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_txssm.files import write_json
-from megatron_txssm.training.launch.run_lock import Holder, living_holder
+from megatron_txssm.holders import Holder, living_holder
 
 _NAME = "ended.json"
 
