@@ -6,12 +6,13 @@ A checkpoint (torch_dist) stores tensors in chunks, as the ranks held them; read
 import os
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_txssm.checkpoint.checksums import verify_files, wrong_sizes
 from megatron_txssm.checkpoint.former_checkpoint import with_present_names
+from megatron_txssm.checkpoint.reading import Reading
 from megatron_txssm.checkpoint.steps import TRACKER, check_tracker, tracked
 from megatron_txssm.checkpoint.tensors import (
     EMBEDDING,
@@ -50,6 +51,8 @@ class SavedModel:
     option: str = "--step"
     # Depths of multi-token prediction, which the files have and this model does not.
     prediction_depths: int = 0
+    # Keeps the checkpoint from being removed.
+    reading: Reading | None = field(default=None, repr=False, compare=False)
 
     def dtype(self, name: str) -> "torch.dtype":
         return self.entries[name].properties.dtype
@@ -110,6 +113,7 @@ def open_checkpoint(
     described = f"{made_by} describes" if recipe is None else f"recipe {recipe.name} describes"
     recipe = recipe or load_recipe(made_by)
     step, folder = step_folder(checkpoints, step, option)
+    reading = Reading(folder)
     shapes = model_shapes(recipe)
     index = with_present_names(_read_index(folder, option), shapes, recipe.layers)
     entries = _weights(index)
@@ -119,9 +123,8 @@ def open_checkpoint(
         raise UserError(f"{folder} is not the model that {described}: {fault}; {_another(option)}")
     verify_files(folder, recipe.checkpoint.verify, turn=step)
     depths = len(recipe.prediction_depths)
-    return SavedModel(
-        checkpoints, folder, step, without_prediction(recipe), shapes, entries, index, option, prediction_depths=depths
-    )
+    made = (checkpoints, folder, step, without_prediction(recipe), shapes, entries, index, option)
+    return SavedModel(*made, prediction_depths=depths, reading=reading)
 
 
 def _another(option: str) -> str:

@@ -15,6 +15,7 @@ from megatron_txssm.checkpoint.steps import (
     find_newest,
     folder_bytes,
     going_back,
+    interrupted_removals,
     interrupted_saves,
     lost_step,
     saved_step,
@@ -187,8 +188,8 @@ def check_room(recipe: Recipe) -> None:
     needed, folder = checkpoint_bytes(recipe), recipe.checkpoint_path.absolute()
     there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     disk = shutil.disk_usage(there)
-    # The remains of interrupted saves are removed when the run starts.
-    reclaimed = sum(map(folder_bytes, interrupted_saves(folder)))
+    # The remains of interrupted saves and removals are removed when the run starts.
+    reclaimed = sum(map(folder_bytes, [*interrupted_saves(folder), *interrupted_removals(folder)]))
     # disk.total is 0 on file systems without a disk, such as /proc.
     if disk.total and disk.free + reclaimed < needed:
         raise UserError(
