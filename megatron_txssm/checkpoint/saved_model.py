@@ -3,6 +3,7 @@
 A checkpoint (torch_dist) stores tensors in chunks, as the ranks held them; reading joins them.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -51,18 +52,29 @@ class SavedModel:
     option: str = "--step"
     # Depths of multi-token prediction, which the files have and this model does not.
     prediction_depths: int = 0
+    # Whether the files have the names of versions that built GPTModel (former_checkpoint.py).
+    has_former_names: bool = False
     # Keeps the checkpoint from being removed.
     reading: Reading | None = field(default=None, repr=False, compare=False)
 
     def dtype(self, name: str) -> "torch.dtype":
         return self.entries[name].properties.dtype
 
-    def read(self, names: Iterable[str]) -> NamedTensors:
-        """Name -> whole tensor, without vocabulary padding; UserError if a file is damaged."""
+    def nbytes(self, name: str) -> int:
+        """Size of a tensor, with vocabulary padding."""
+        return math.prod(self.entries[name].size) * self.dtype(name).itemsize
+
+    def read_whole(self, names: Iterable[str]) -> NamedTensors:
+        """Name -> tensor, with vocabulary padding; also those of prediction depths. UserError if a file is damaged."""
         import torch
 
         tensors = {name: torch.empty(self.entries[name].size, dtype=self.dtype(name)) for name in names}
         _load(self.folder, self.index, tensors, self.option)
+        return tensors
+
+    def read(self, names: Iterable[str]) -> NamedTensors:
+        """Name -> tensor, without vocabulary padding; UserError if a file is damaged."""
+        tensors = self.read_whole(names)
         rows = {name: self.shapes[name][0] for name in tensors}
         return {name: t if len(t) == rows[name] else t[: rows[name]].clone() for name, t in tensors.items()}
 
@@ -115,7 +127,8 @@ def open_checkpoint(
     step, folder = step_folder(checkpoints, step, option)
     reading = Reading(folder)
     shapes = model_shapes(recipe)
-    index = with_present_names(_read_index(folder, option), shapes, recipe.layers)
+    as_saved = _read_index(folder, option)
+    index = with_present_names(as_saved, shapes, recipe.layers)
     entries = _weights(index)
     _check_files(folder, index, entries, option)
     found = {name: _without_padding(recipe, name, entry) for name, entry in entries.items()}
@@ -124,7 +137,7 @@ def open_checkpoint(
     verify_files(folder, recipe.checkpoint.verify, turn=step)
     depths = len(recipe.prediction_depths)
     made = (checkpoints, folder, step, without_prediction(recipe), shapes, entries, index, option)
-    return SavedModel(*made, prediction_depths=depths, reading=reading)
+    return SavedModel(*made, prediction_depths=depths, has_former_names=index is not as_saved, reading=reading)
 
 
 def _another(option: str) -> str:

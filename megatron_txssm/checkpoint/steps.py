@@ -19,6 +19,8 @@ from megatron_txssm.errors import UserError
 TRACKER = "latest_checkpointed_iteration.txt"
 # torch_dist's index, and the file that Megatron writes after it.
 INDEX, FORMAT = ".metadata", "metadata.json"
+# What a merge consists of (merging.py): weights without optimizer state.
+MERGE = "merge.json"
 # The beginning of the name of a checkpoint that is being removed.
 REMOVED = "removed_"
 

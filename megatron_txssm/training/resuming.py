@@ -124,7 +124,7 @@ def _checked(step: Step | None, verify: bool | str, say: Callable[[str], None]) 
 
 
 def _remove_remains(checkpoints: Path, say: Callable[[str], None]) -> None:
-    """Remove the remains of interrupted saves and removals: nobody can load them, and they take the next one's space."""
+    """Remove the remains of interrupted saves and removals: nobody can load them, but they take space."""
 
     def remove() -> None:
         for what, folders in (("save", interrupted_saves(checkpoints)), ("removal", interrupted_removals(checkpoints))):

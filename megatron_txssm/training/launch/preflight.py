@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_txssm.architecture.layer_pattern import DEPTH
 from megatron_txssm.checkpoint.steps import (
+    MERGE,
     TRACKER,
     check_tracker,
     damage,
@@ -108,8 +109,13 @@ def check_checkpoint(recipe: Recipe) -> None:
     folder = recipe.checkpoint_path
     if recipe.checkpoint.save_interval is None:
         return
-    # The newest whole checkpoint, if any.
-    if find_newest(folder).step is None or not (folder / "recipe.yaml").is_file():
+    newest = find_newest(folder).step
+    if newest is not None and (newest.folder / MERGE).is_file():
+        raise UserError(
+            f"{newest.folder} is a merge, without the optimizer state that a run resumes from; to train on from its "
+            f"weights, set checkpoint.load_from={folder} and another run_directory"
+        )
+    if newest is None or not (folder / "recipe.yaml").is_file():
         return
     saved = load_recipe(folder / "recipe.yaml")
     if differences := _differences(_architecture(saved), _architecture(recipe)):
