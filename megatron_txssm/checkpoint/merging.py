@@ -8,12 +8,11 @@ from typing import Literal
 
 from megatron_txssm import __version__
 from megatron_txssm.checkpoint.merge_weights import DECAYS, ema_weights, mean_weights, wsd_weights
-from megatron_txssm.checkpoint.saved_model import SavedModel, find_checkpoints, open_checkpoint
+from megatron_txssm.checkpoint.saved_model import SavedModel, find_checkpoints, open_checkpoint, recipe_beside
 from megatron_txssm.checkpoint.steps import MERGE, Step, candidates, write_tracker
 from megatron_txssm.choices import WsdDecayShape
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import check_absent, complete_folder, unwound_by_signals, write_json
-from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm.environment import adopt_slurm_step
 from megatron_txssm.terminal import doing, print_table, progress_bar
@@ -50,14 +49,14 @@ def merge(
     out = Path(out) if out else home / "merged" / f"{shape}_{chosen[0]}_to_{chosen[-1]}"
     replaced = overwrite and out.exists()
     _check_is_merge(out) if replaced else check_absent(out)
+    recipe = recipe_beside(checkpoints)
+    decay_shape = decay_shape or recipe.optimizer.wsd_decay_shape
+    weights = _weights(chosen, shape, decay_shape, ema_decay)
     with doing("verifying the checkpoints"):
         parts = [open_checkpoint(checkpoints, step, "--steps") for step in chosen]
     _check_alike(parts)
-    recipe = load_recipe(checkpoints / "recipe.yaml")
-    decay_shape = decay_shape or recipe.optimizer.wsd_decay_shape
     if shape == "wsd" and (note := _decays_already(recipe, chosen[-1])):
         print(f"note: {note}")
-    weights = _weights(chosen, shape, decay_shape, ema_decay)
     settings = {"wsd": {"decay_shape": decay_shape}, "ema": {"ema_decay": ema_decay}}.get(shape, {})
     what = {"shape": shape, **settings, "run": recipe.name, "version": __version__}
     _write(out, parts, weights, recipe, what, replaced=replaced)

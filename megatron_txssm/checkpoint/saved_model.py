@@ -117,13 +117,8 @@ def open_checkpoint(
     """
     checkpoints = find_checkpoints(path)
     made_by = checkpoints / "recipe.yaml"
-    if recipe is None and not made_by.is_file():
-        raise UserError(
-            f"{checkpoints} has no recipe.yaml, which `txssm pretrain` writes and stock Megatron-LM does not: copy the "
-            "recipe that trained it there; `txssm convert export` takes it as --recipe"
-        )
     described = f"{made_by} describes" if recipe is None else f"recipe {recipe.name} describes"
-    recipe = recipe or load_recipe(made_by)
+    recipe = recipe or recipe_beside(checkpoints)
     step, folder = step_folder(checkpoints, step, option)
     reading = Reading(folder)
     shapes = model_shapes(recipe)
@@ -138,6 +133,17 @@ def open_checkpoint(
     depths = len(recipe.prediction_depths)
     made = (checkpoints, folder, step, without_prediction(recipe), shapes, entries, index, option)
     return SavedModel(*made, prediction_depths=depths, has_former_names=index is not as_saved, reading=reading)
+
+
+def recipe_beside(checkpoints: Path) -> Recipe:
+    """The recipe of the run that saved these checkpoints; UserError without one."""
+    made_by = checkpoints / "recipe.yaml"
+    if not made_by.is_file():
+        raise UserError(
+            f"{checkpoints} has no recipe.yaml, which `txssm pretrain` writes and stock Megatron-LM does not: copy the "
+            "recipe that trained it there; `txssm convert export` takes it as --recipe"
+        )
+    return load_recipe(made_by)
 
 
 def _another(option: str) -> str:
