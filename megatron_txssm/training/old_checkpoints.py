@@ -25,8 +25,10 @@ def removing_old_checkpoints(recipe: Recipe, rank: int, say: Callable[[str], Non
     with listening(removal):
         try:
             yield
-        finally:
+        except SystemExit:  # Megatron's exit after a signal
             removal.end()
+            raise
+        removal.end()
 
 
 @dataclass

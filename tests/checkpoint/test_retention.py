@@ -72,8 +72,12 @@ def test_newer_ones_than_the_trackers_stay(checkpoints: Path) -> None:
     assert steps_in(checkpoints) == [30, 40, 50, 60]
 
 
-def test_a_checkpoint_stays_as_long_as_it_is_read(checkpoints: Path) -> None:
-    with Reading(step(checkpoints, 20)):
+def test_a_checkpoint_stays_as_long_as_it_is_read(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (10, 30, 40, 50):
+        shutil.rmtree(step(checkpoints, number))
+    with Reading(step(checkpoints, 20)), monkeypatch.context() as patched:
+        # Its files are in their place at any moment.
+        patched.setattr(retention, "_put_aside", lambda folder: pytest.fail(f"{folder} is renamed"))
         said = list(remove_old(checkpoints, 1))
         assert steps_in(checkpoints) == [20, 60]
         assert len(said) == 1 and f"is kept as long as it is read (process {os.getpid()} on" in said[0]
