@@ -19,8 +19,9 @@ from megatron_txssm.checkpoint.saved_model import SavedModel
 from megatron_txssm.checkpoint.steps import FORMAT
 from megatron_txssm.errors import UserError
 
-# Of the entries that are not tensors, what a model needs: arguments of the run; scales of FP8.
-_COMMON, _OF_MODULES = "common_state", "_extra_state"
+# Of the entries that are not tensors, those that Megatron may ask for when it loads weights: arguments of the run, and
+# by their ending, scales of FP8.
+_COMMON, _OF_MODULES = ("common_state", "rerun_state_machine_state"), "_extra_state"
 
 
 def write_mean(
@@ -68,7 +69,7 @@ class _MeanPlanner(DefaultSavePlanner):
         tensors = {n: torch.empty(1, dtype=last.dtype(n)).expand(last.entries[n].size) for n in sorted(last.entries)}
         others = [n for n, kind in last.index.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata)]
         names = (name.partition("/")[0] for name in others)
-        wanted = [name for name, of in zip(others, names, strict=True) if of == _COMMON or of.endswith(_OF_MODULES)]
+        wanted = [name for name, of in zip(others, names, strict=True) if of in _COMMON or of.endswith(_OF_MODULES)]
         return {**tensors, **dict.fromkeys(wanted, b"")}
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:

@@ -44,6 +44,7 @@ def save_step(checkpoints: Path, step: int, tensors: dict[str, torch.Tensor]) ->
         "common_state/shard_0_1": ["of step", step],
         "decoder.layers.0.mixer.out_proj._extra_state/shard_0_1": io.BytesIO(b"scales"),
         "rng_state/shard_0.0_1.1": [1, 2, 3],
+        "rerun_state_machine_state/shard_0_1": ["not running"],
         f"optimizer.state.exp_avg.{WEIGHT}": torch.zeros(3),
     }
     save({**tensors, **others}, storage_writer=FileSystemWriter(folder), no_dist=True)
@@ -111,6 +112,7 @@ def test_it_is_the_weighted_mean(run: Path, capsys: pytest.CaptureFixture[str]) 
     entries = open_checkpoint(out).index.state_dict_metadata
     assert {name.partition("/")[0] for name in entries.keys() - merged.keys()} == {
         "common_state",
+        "rerun_state_machine_state",
         "decoder.layers.0.mixer.out_proj._extra_state",
     }
     assert open_checkpoint(out).step == 300
