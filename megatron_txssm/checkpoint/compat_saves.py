@@ -106,7 +106,7 @@ def write_and_tell(
         del module.open
     said = relay.said
     if errors:
-        said = _what_the_file_system_said(errors[0])
+        said = what_the_file_system_said(errors[0])
     elif isinstance(said, dict):
         first = next((result for of_file in said.values() for result in of_file), None)
         if first is not None:
@@ -124,7 +124,7 @@ class _Relay:
         self.said = said
 
 
-def _what_the_file_system_said(error: BaseException) -> Exception:
+def what_the_file_system_said(error: BaseException) -> Exception:
     """The original error: torch's archive writer raises another one on closing, which hides it."""
     for cause in _causes(error):
         if isinstance(cause, OSError):

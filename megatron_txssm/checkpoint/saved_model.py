@@ -3,15 +3,17 @@
 A checkpoint (torch_dist) stores tensors in chunks, as the ranks held them; reading joins them.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_txssm.checkpoint.checksums import verify_files, wrong_sizes
 from megatron_txssm.checkpoint.former_checkpoint import with_present_names
+from megatron_txssm.checkpoint.reading import Reading
 from megatron_txssm.checkpoint.steps import TRACKER, check_tracker, tracked
 from megatron_txssm.checkpoint.tensors import (
     EMBEDDING,
@@ -50,16 +52,29 @@ class SavedModel:
     option: str = "--step"
     # Depths of multi-token prediction, which the files have and this model does not.
     prediction_depths: int = 0
+    # Whether the files have the names of versions that built GPTModel (former_checkpoint.py).
+    has_former_names: bool = False
+    # Keeps the checkpoint from being removed.
+    reading: Reading | None = field(default=None, repr=False, compare=False)
 
     def dtype(self, name: str) -> "torch.dtype":
         return self.entries[name].properties.dtype
 
-    def read(self, names: Iterable[str]) -> NamedTensors:
-        """Name -> whole tensor, without vocabulary padding; UserError if a file is damaged."""
+    def nbytes(self, name: str) -> int:
+        """Size of a tensor, with vocabulary padding."""
+        return math.prod(self.entries[name].size) * self.dtype(name).itemsize
+
+    def read_whole(self, names: Iterable[str]) -> NamedTensors:
+        """Name -> tensor, with vocabulary padding; also those of prediction depths. UserError if a file is damaged."""
         import torch
 
         tensors = {name: torch.empty(self.entries[name].size, dtype=self.dtype(name)) for name in names}
         _load(self.folder, self.index, tensors, self.option)
+        return tensors
+
+    def read(self, names: Iterable[str]) -> NamedTensors:
+        """Name -> tensor, without vocabulary padding; UserError if a file is damaged."""
+        tensors = self.read_whole(names)
         rows = {name: self.shapes[name][0] for name in tensors}
         return {name: t if len(t) == rows[name] else t[: rows[name]].clone() for name, t in tensors.items()}
 
@@ -102,16 +117,13 @@ def open_checkpoint(
     """
     checkpoints = find_checkpoints(path)
     made_by = checkpoints / "recipe.yaml"
-    if recipe is None and not made_by.is_file():
-        raise UserError(
-            f"{checkpoints} has no recipe.yaml, which `txssm pretrain` writes and stock Megatron-LM does not: copy the "
-            "recipe that trained it there; `txssm convert export` takes it as --recipe"
-        )
     described = f"{made_by} describes" if recipe is None else f"recipe {recipe.name} describes"
-    recipe = recipe or load_recipe(made_by)
+    recipe = recipe or recipe_beside(checkpoints)
     step, folder = step_folder(checkpoints, step, option)
+    reading = Reading(folder)
     shapes = model_shapes(recipe)
-    index = with_present_names(_read_index(folder, option), shapes, recipe.layers)
+    as_saved = _read_index(folder, option)
+    index = with_present_names(as_saved, shapes, recipe.layers)
     entries = _weights(index)
     _check_files(folder, index, entries, option)
     found = {name: _without_padding(recipe, name, entry) for name, entry in entries.items()}
@@ -119,9 +131,19 @@ def open_checkpoint(
         raise UserError(f"{folder} is not the model that {described}: {fault}; {_another(option)}")
     verify_files(folder, recipe.checkpoint.verify, turn=step)
     depths = len(recipe.prediction_depths)
-    return SavedModel(
-        checkpoints, folder, step, without_prediction(recipe), shapes, entries, index, option, prediction_depths=depths
-    )
+    made = (checkpoints, folder, step, without_prediction(recipe), shapes, entries, index, option)
+    return SavedModel(*made, prediction_depths=depths, has_former_names=index is not as_saved, reading=reading)
+
+
+def recipe_beside(checkpoints: Path) -> Recipe:
+    """The recipe of the run that saved these checkpoints; UserError without one."""
+    made_by = checkpoints / "recipe.yaml"
+    if not made_by.is_file():
+        raise UserError(
+            f"{checkpoints} has no recipe.yaml, which `txssm pretrain` writes and stock Megatron-LM does not: copy the "
+            "recipe that trained it there; `txssm convert export` takes it as --recipe"
+        )
+    return load_recipe(made_by)
 
 
 def _another(option: str) -> str:

@@ -2,6 +2,7 @@
 
 CHECKPOINTS/latest_checkpointed_iteration.txt   the tracker: the step of the newest, or `release`
 CHECKPOINTS/iter_0000020/                       a step: *.distcp, then .metadata, metadata.json, checksums.json
+CHECKPOINTS/removed_iter_0000020_<token>/       a step whose files are being deleted (retention.py)
 """
 
 import contextlib
@@ -18,6 +19,10 @@ from megatron_txssm.errors import UserError
 TRACKER = "latest_checkpointed_iteration.txt"
 # torch_dist's index, and the file that Megatron writes after it.
 INDEX, FORMAT = ".metadata", "metadata.json"
+# What a merge consists of (merging.py): weights without optimizer state.
+MERGE = "merge.json"
+# The beginning of the name of a checkpoint that is being removed.
+REMOVED = "removed_"
 
 
 @dataclass(frozen=True)
@@ -209,6 +214,11 @@ def interrupted_saves(checkpoints: Path) -> list[Path]:
         and not (folder / FORMAT).exists()
         and all(name.endswith((".distcp", ".tmp")) or name in (INDEX, CHECKSUMS) for name in os.listdir(folder))
     ]
+
+
+def interrupted_removals(checkpoints: Path) -> list[Path]:
+    """Checkpoints whose removal was not finished."""
+    return sorted(checkpoints.glob(f"{REMOVED}iter_*")) if os.path.isdir(checkpoints) else []
 
 
 def _named(checkpoints: Path) -> str | None:

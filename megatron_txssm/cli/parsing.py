@@ -49,6 +49,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("megatron_txssm.cli.generate", "continue a prompt with a checkpoint or a Hugging Face model"),
     "convert": ("megatron_txssm.cli.convert", "convert checkpoints to Hugging Face models and back, with proof"),
     "evaluate": ("megatron_txssm.cli.evaluate", "compute the loss of a run's checkpoint on all validation data"),
+    "merge": ("megatron_txssm.cli.merge", "average checkpoints of a run into a model of its own"),
     "serve": ("megatron_txssm.cli.serve", "answer OpenAI-style requests with a Hugging Face model"),
 }
 
@@ -111,7 +112,7 @@ GROUPS = {
     "train": ("demo", "recipes", "plan", "data", "pretrain", "check"),
     "look at runs": ("runs", "plot", "report", "logs", "why"),
     "on a Slurm cluster": ("submit", "jobs", "cancel"),
-    "use what was trained": ("evaluate", "generate", "convert", "serve"),
+    "use what was trained": ("evaluate", "merge", "generate", "convert", "serve"),
 }
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_txssm.holders import is_held
 from megatron_txssm.jobs.attempts import Attempt
 from megatron_txssm.metrics import MetricsLine, last_step, metrics_lines
 from megatron_txssm.training.launch.ended import local_end
-from megatron_txssm.training.launch.run_lock import is_held
 
 
 @dataclass(frozen=True)

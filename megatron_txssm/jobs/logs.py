@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.holders import is_held
 from megatron_txssm.jobs.attempts import find_run
 from megatron_txssm.slurm import client as slurm
 from megatron_txssm.slurm.submission import read_submission
-from megatron_txssm.training.launch.run_lock import is_held
 
 POLL_SECONDS = 1.0
 # Between two queries to slurmctld.

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.holders import NAME, STALE_SECONDS, Holder, living_holder
 from megatron_txssm.jobs.attempts import attempts, job_ids
 from megatron_txssm.slurm.client import Job, NoAnswer, queue
-from megatron_txssm.training.launch.run_lock import NAME, STALE_SECONDS, Holder, living_holder
 
 
 def jobs_of(run: Path, queue: list[Job]) -> list[Job]:

@@ -445,6 +445,17 @@ class Checkpoint:
         at_least=1,
         owns=("--persistent-save-interval",),
     )
+    keep_last: int | None = setting(
+        "how many of the newest checkpoints are kept: older ones are removed after a save; null: all",
+        default=None,
+        at_least=1,
+        owns=("--save-retain-interval",),
+    )
+    keep_every: int | None = setting(
+        "steps between older checkpoints that are kept as well; needs keep_last; null: none",
+        default=None,
+        at_least=1,
+    )
     load_from: str | None = setting(
         "checkpoint directory whose weights a fresh run starts from, at step 0",
         "--pretrained-checkpoint",

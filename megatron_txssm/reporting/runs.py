@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_txssm.errors import UserError, shown
+from megatron_txssm.holders import is_held
 from megatron_txssm.jobs.attempts import attempts, load_run
 from megatron_txssm.jobs.cause import Cause
 from megatron_txssm.jobs.goodput import slowness
@@ -19,7 +20,6 @@ from megatron_txssm.slurm import client as slurm
 from megatron_txssm.terminal import compact, print_table, progress_bar
 from megatron_txssm.training.launch.ended import local_end
 from megatron_txssm.training.launch.preflight import is_finished
-from megatron_txssm.training.launch.run_lock import is_held
 
 # One of them makes a folder a run.
 _MARKS = ("recipe.yaml", "metrics.jsonl", "submission.json")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_txssm.holders import is_held
 from megatron_txssm.metrics import metrics_tail
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.reporting.charts import short
 from megatron_txssm.reporting.runs import progress, state
 from megatron_txssm.reporting.series import Series
 from megatron_txssm.slurm.client import Job
-from megatron_txssm.training.launch.run_lock import is_held
 
 
 def state_cells(run: Path, recipe: Recipe | None, series: Series, queue: list[Job] | None) -> dict[str, str]:

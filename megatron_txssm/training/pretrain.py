@@ -20,6 +20,7 @@ from megatron_txssm.slurm.environment import attempt_folder, end_process, end_wi
 from megatron_txssm.training.launch.preflight import check_machine, check_run, is_finished, make_run_directory
 from megatron_txssm.training.launch.run_lock import RunLock
 from megatron_txssm.training.not_finite import NOT_THE_SAME, SAME_AGAIN, explain_not_finite
+from megatron_txssm.training.old_checkpoints import removing_old_checkpoints
 from megatron_txssm.training.resuming import SoundLoads
 from megatron_txssm.training.saving import explain_full_disk, keep_recipe, prepare_saves
 from megatron_txssm.training.watch.flight_recorder import dump_when_asked, prepare_recorder
@@ -119,7 +120,10 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     if recipe.guard.spike_action is not None:
         listen(SpikeGuard(recipe, monitor.say))
     try:
-        with tracking(recipe, monitor.warn) as monitor.trackers:
+        with (
+            removing_old_checkpoints(recipe, args.rank, monitor.say),
+            tracking(recipe, monitor.warn) as monitor.trackers,
+        ):
             megatron_pretrain(
                 pretrain_cfg_container_from_args(args, model_config(args)),
                 datasets_provider,

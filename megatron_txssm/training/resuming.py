@@ -1,17 +1,20 @@
 """Resumes a run from the newest checkpoint that is whole and finite, and reports skipped ones."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_txssm.checkpoint.checksums import DamagedCheckpoint
 from megatron_txssm.checkpoint.fallback import SoundSteps, find_damage, from_rank_0, note_without_checksums
+from megatron_txssm.checkpoint.reading import Reading
 from megatron_txssm.checkpoint.steps import (
     Newest,
     Step,
     folder_bytes,
     going_back,
+    interrupted_removals,
     interrupted_saves,
     remove_step,
     saved_step,
@@ -44,11 +47,11 @@ class SoundLoads(Listener):
 
         ours, options, verify = self.recipe.checkpoint_path, get_args(), self.recipe.checkpoint.verify
         if options.load != str(ours) or options.ckpt_step:
-            _check(_chosen(options), verify, self.say)
-            return proceed()
+            with _checked(_chosen(options), verify, self.say):
+                return proceed()
         steps = SoundSteps(ours, verify)
         before = from_rank_0(lambda: saved_step(ours))
-        _remove_interrupted_saves(ours, self.say)
+        _remove_remains(ours, self.say)
         at_start = {name: getattr(options, name, None) for name in _SET_BY_A_LOAD}
         while (newest := steps.find_next()).step is not None:
             _go_back(steps, newest, before, self.say)
@@ -60,9 +63,9 @@ class SoundLoads(Listener):
             # Loading adds to num_steps.
             call.opt_param_scheduler.num_steps = 0
         source = self.recipe.checkpoint.load_from
-        if source is not None:
-            _check(from_rank_0(lambda: tracked(Path(source))), verify, self.say)
-        return proceed()
+        other = None if source is None else from_rank_0(lambda: tracked(Path(source)))
+        with _checked(other, verify, self.say):
+            return proceed()
 
 
 def _go_back(steps: SoundSteps, newest: Newest, before: int | None, say: Callable[[str], None]) -> None:
@@ -103,22 +106,31 @@ def tracked_anything(folder: str) -> bool:
     return from_rank_0(lambda: saved_step(Path(folder))) is not None
 
 
-def _check(step: Step | None, verify: bool | str, say: Callable[[str], None]) -> None:
+@contextlib.contextmanager
+def _checked(step: Step | None, verify: bool | str, say: Callable[[str], None]) -> Iterator[None]:
+    """For the duration of a load of another run's checkpoint, which that run may want to remove."""
+    import torch.distributed
+
     if step is None:
+        yield
         return
-    if why := find_damage(step, verify):
-        raise DamagedCheckpoint(f"{step.folder} is damaged ({why}); copy it again, or name another")
-    if note := from_rank_0(lambda: note_without_checksums(step, verify)):
-        say(f"note: {note}")
+    # Rank 0 looks first, so that no rank reads without the mark.
+    with Reading(step.folder) if torch.distributed.get_rank() == 0 else contextlib.nullcontext():
+        if why := find_damage(step, verify):
+            raise DamagedCheckpoint(f"{step.folder} is damaged ({why}); copy it again, or name another")
+        if note := from_rank_0(lambda: note_without_checksums(step, verify)):
+            say(f"note: {note}")
+        yield
 
 
-def _remove_interrupted_saves(checkpoints: Path, say: Callable[[str], None]) -> None:
-    """Remove the remains of interrupted saves, which cannot be loaded and take the space of the next save."""
+def _remove_remains(checkpoints: Path, say: Callable[[str], None]) -> None:
+    """Remove the remains of interrupted saves and removals: nobody can load them, but they take space."""
 
     def remove() -> None:
-        for folder in interrupted_saves(checkpoints):
-            size = folder_bytes(folder)
-            remove_step(folder)
-            say(f"note: removed {folder} ({size:,} bytes), the remains of an interrupted save")
+        for what, folders in (("save", interrupted_saves(checkpoints)), ("removal", interrupted_removals(checkpoints))):
+            for folder in folders:
+                size = folder_bytes(folder)
+                remove_step(folder)
+                say(f"note: removed {folder} ({size:,} bytes), the remains of an interrupted {what}")
 
     from_rank_0(remove)

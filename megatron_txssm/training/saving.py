@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import signal
@@ -27,12 +28,18 @@ def prepare_saves(recipe: Recipe, rank: int, say: Callable[[str], None]) -> None
     hashed = recipe.checkpoint.verify is not False
     end_save_helpers_with_rank()
     tell_failed_writes(hashed=hashed)
-    seal_checkpoints(hashed=hashed, sealed=lambda folder, size: warn_without_room(recipe, size, say))
+    seal_checkpoints(hashed=hashed, sealed=functools.partial(_sealed, recipe, say))
     listen(GuardedSaves(recipe, rank))
     if recipe.checkpoint.save_interval is not None and rank == 0:
         with contextlib.suppress(UserError):
             newest = find_newest(recipe.checkpoint_path).step
             warn_without_room(recipe, folder_bytes(newest.folder) if newest else 0, say)
+
+
+def _sealed(recipe: Recipe, say: Callable[[str], None], folder: Path, size: int) -> None:
+    # Otherwise room is made first (old_checkpoints.py).
+    if recipe.checkpoint.keep_last is None:
+        warn_without_room(recipe, size, say)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megatron_txssm import holders
 from megatron_txssm.cli.main import main
 from megatron_txssm.errors import UserError
 from megatron_txssm.home import HOME
@@ -131,7 +132,7 @@ def test_a_killed_submission_blocks_nobody(cluster: Path) -> None:
 
 
 def test_a_submission_that_died_on_another_machine(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(holders, "STALE_SECONDS", 0.5)
     theirs = Holder.myself().__dict__ | {"boot": "another", "host": "login2"}
     (recipe.run_path / NAME).write_text(json.dumps(theirs))
     with SubmitLock(recipe):
@@ -142,7 +143,7 @@ def test_one_that_lives_on_another_machine(recipe: Recipe, monkeypatch: pytest.M
     theirs = Holder.myself().__dict__ | {"boot": "another", "host": "login2"}
     lock = recipe.run_path / NAME
     lock.write_text(json.dumps(theirs))
-    monkeypatch.setattr(run_lock, "_is_touched", lambda file: file == lock)
+    monkeypatch.setattr(holders, "is_touched", lambda file: file == lock)
     with pytest.raises(UserError, match=r"another txssm submit \(process \d+ on login2, .*remove .*submitting.json"):
         with SubmitLock(recipe):
             pass

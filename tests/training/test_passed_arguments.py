@@ -37,7 +37,6 @@ PASSED = {
     "log_throughput": True,
     "log_progress": True,
     "timing_log_level": 2,
-    "save_retain_interval": 10,
     "dist_ckpt_strictness": "raise_all",
     "ckpt_assume_constant_structure": True,
 }

@@ -54,6 +54,8 @@ class Training:
             "data.split": "100,0,0",
             "training.train_tokens": None,
             "checkpoint.save_interval": None,
+            "checkpoint.keep_last": None,
+            "checkpoint.keep_every": None,
             "logging.log_interval": 1,
             "logging.eval_iters": 0,
             "logging.eval_interval": None,

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from megatron_txssm.errors import UserError
-from megatron_txssm.training.launch.run_lock import RunLock, living_holder
+from megatron_txssm.holders import living_holder
+from megatron_txssm.training.launch.run_lock import RunLock
 
 NAME = "submitting.json"
 

@@ -48,7 +48,7 @@ PASSES: dict[str, str] = {
         null_tokenizer_eod_id:int trust_remote_code
     """,
     "checkpoints": """
-        save_retain_interval:int async_save async_strategy:nvrx|mcore async_ckpt_cpu_priority:int
+        async_save async_strategy:nvrx|mcore async_ckpt_cpu_priority:int
         async_ckpt_io_priority:int async_ckpt_use_cpu_shm dist_ckpt_workers:int ckpt_fully_parallel_save:off
         ckpt_fully_parallel_load ckpt_fully_parallel_load_exchange_algo:broadcast|gather_rounds|gather_object
         ckpt_fully_parallel_save_process_group:dp|ep_dp ckpt_fully_parallel_load_process_group:dp|ep_dp

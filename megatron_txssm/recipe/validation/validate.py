@@ -251,6 +251,22 @@ def _check_schedule(recipe: Recipe) -> None:
         )
 
 
+def _check_retention(recipe: Recipe) -> None:
+    checkpoint = recipe.checkpoint
+    if checkpoint.keep_every is None:
+        return
+    if checkpoint.keep_last is None:
+        raise UserError(
+            f"checkpoint.keep_every={checkpoint.keep_every} has no effect without keep_last, and all checkpoints are "
+            "kept; set checkpoint.keep_last, such as 2, or leave it out"
+        )
+    if checkpoint.save_interval is not None:
+        interval = checkpoint.save_interval
+        _check_divisible(
+            "checkpoint.keep_every", checkpoint.keep_every, "save_interval", interval, f"use a multiple of {interval}"
+        )
+
+
 def _check_data(recipe: Recipe) -> None:
     data = recipe.data
     mock = recipe.megatron.get("mock_data")
@@ -349,5 +365,6 @@ _CHECKS = (
     _check_schedule,
     check_skip_steps,
     check_guard,
+    _check_retention,
     _check_data,
 )

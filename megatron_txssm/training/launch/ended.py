@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_txssm.files import write_json
-from megatron_txssm.training.launch.run_lock import Holder, living_holder
+from megatron_txssm.holders import Holder, living_holder
 
 _NAME = "ended.json"
 

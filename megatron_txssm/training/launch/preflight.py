@@ -10,12 +10,14 @@ from pathlib import Path
 
 from megatron_txssm.architecture.layer_pattern import DEPTH
 from megatron_txssm.checkpoint.steps import (
+    MERGE,
     TRACKER,
     check_tracker,
     damage,
     find_newest,
     folder_bytes,
     going_back,
+    interrupted_removals,
     interrupted_saves,
     lost_step,
     saved_step,
@@ -117,8 +119,13 @@ def check_checkpoint(recipe: Recipe) -> None:
     folder = recipe.checkpoint_path
     if recipe.checkpoint.save_interval is None:
         return
-    # The newest whole checkpoint, if any.
-    if find_newest(folder).step is None or not (folder / "recipe.yaml").is_file():
+    newest = find_newest(folder).step
+    if newest is not None and (newest.folder / MERGE).is_file():
+        raise UserError(
+            f"{newest.folder} is a merge, without the optimizer state that a run resumes from; to train on from its "
+            f"weights, set checkpoint.load_from={folder} and another run_directory"
+        )
+    if newest is None or not (folder / "recipe.yaml").is_file():
         return
     saved = load_recipe(folder / "recipe.yaml")
     if differences := _differences(_architecture(saved), _architecture(recipe)):
@@ -197,8 +204,8 @@ def check_room(recipe: Recipe) -> None:
     needed, folder = checkpoint_bytes(recipe), recipe.checkpoint_path.absolute()
     there = next(parent for parent in (folder, *folder.parents) if os.path.exists(parent))
     disk = shutil.disk_usage(there)
-    # The remains of interrupted saves are removed when the run starts.
-    reclaimed = sum(map(folder_bytes, interrupted_saves(folder)))
+    # The remains of interrupted saves and removals are removed when the run starts.
+    reclaimed = sum(map(folder_bytes, [*interrupted_saves(folder), *interrupted_removals(folder)]))
     # disk.total is 0 on file systems without a disk, such as /proc.
     if disk.total and disk.free + reclaimed < needed:
         raise UserError(

@@ -184,6 +184,12 @@ OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
             "make_vocab_size_divisible_by=3 is not divisible by tensor_model_parallel_size=2; use a multiple of 2",
         ),
         ("demo_cpu", ["optimizer.decay_style=WSD"], "decay_style=WSD needs optimizer.wsd_decay_fraction"),
+        ("demo_cpu", ["checkpoint.keep_every=320"], "keep_every=320 has no effect without keep_last"),
+        (
+            "demo_cpu",
+            ["checkpoint.keep_last=2", "checkpoint.keep_every=200"],
+            "keep_every=200 is not divisible by save_interval=160; use a multiple of 160",
+        ),
         ("demo_cpu", ["optimizer.wsd_decay_fraction=0.1"], "has no effect with decay_style=cosine"),
         (
             "demo_cpu",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_txssm import holders
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
@@ -64,7 +65,7 @@ def test_a_holder_that_was_killed_is_waited_for(recipe: Recipe, monkeypatch: pyt
 
     with pytest.raises(UserError, match="in use by another run"):
         check_not_running(recipe)
-    monkeypatch.setattr(run_lock, "_is_killed", is_killed)
+    monkeypatch.setattr(holders, "_is_killed", is_killed)
     check_not_running(recipe)
     assert set(looks) == {holder.pid}
 
@@ -73,13 +74,13 @@ def test_what_was_killed_shows_it() -> None:
     code = "import time; print('ready', flush=True); time.sleep(600)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-    assert not run_lock._is_killed(process.pid)
+    assert not holders._is_killed(process.pid)
     process.kill()
     # It has ended, and is kept for its parent.
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert run_lock._is_killed(process.pid)
+    assert holders._is_killed(process.pid)
     process.wait()
-    assert not run_lock._is_killed(process.pid)
+    assert not holders._is_killed(process.pid)
 
 
 def test_it_is_held_for_as_long_as_the_run(recipe: Recipe) -> None:
@@ -114,7 +115,7 @@ def test_a_killed_process_holds_nothing(recipe: Recipe) -> None:
 
 
 def test_a_copy_of_a_folder_in_use_is_nobodys(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(holders, "STALE_SECONDS", 0.5)
     with RunLock(recipe):
         shutil.copytree(recipe.run_path, tmp_path / "copy")
         with RunLock(load_recipe("demo_cpu", [f"run_directory={tmp_path}/copy"])):
@@ -142,7 +143,7 @@ def test_a_later_process_of_the_same_number_holds_nothing(recipe: Recipe) -> Non
 
 
 def test_on_another_node_a_sign_of_life_counts(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "STALE_SECONDS", 60.0)
+    monkeypatch.setattr(holders, "STALE_SECONDS", 60.0)
     file = recipe.run_path / NAME
     leave(recipe.run_path)
     ended = threading.Event()
@@ -163,7 +164,7 @@ def test_on_another_node_a_sign_of_life_counts(recipe: Recipe, monkeypatch: pyte
 
 @pytest.mark.parametrize("text", [None, "", '{"host": "node7"', "[]"])
 def test_without_a_sign_of_life_it_is_taken(recipe: Recipe, text: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(holders, "STALE_SECONDS", 0.5)
     leave(recipe.run_path)
     if text is not None:
         (recipe.run_path / NAME).write_text(text)
@@ -173,10 +174,10 @@ def test_without_a_sign_of_life_it_is_taken(recipe: Recipe, text: str | None, mo
 
 
 def test_what_nobody_has_touched_for_long_is_taken_at_once(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock.time, "sleep", lambda seconds: pytest.fail("it waits"))
+    monkeypatch.setattr(holders.time, "sleep", lambda seconds: pytest.fail("it waits"))
     leave(recipe.run_path)
     file = recipe.run_path / NAME
-    long_ago = file.stat().st_mtime - run_lock.DEAD_SECONDS - 60
+    long_ago = file.stat().st_mtime - holders.DEAD_SECONDS - 60
     os.utime(file, (long_ago, long_ago))
     check_not_running(recipe)
     with RunLock(recipe):
@@ -186,18 +187,18 @@ def test_what_nobody_has_touched_for_long_is_taken_at_once(recipe: Recipe, monke
 def test_a_requeued_job_takes_it_from_its_earlier_start_at_once(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_lock, "STALE_SECONDS", float("inf"))
+    monkeypatch.setattr(holders, "STALE_SECONDS", float("inf"))
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     leave(recipe.run_path, job_id="17", restarts=0)
     with RunLock(recipe) as lock:
-        assert run_lock._token(recipe.run_path / NAME) == lock.me.token
+        assert holders.token_of(recipe.run_path / NAME) == lock.me.token
 
 
 def test_the_holder_touches_its_file(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.05)
     with RunLock(recipe):
-        assert run_lock._is_touched(recipe.run_path / NAME)
+        assert holders.is_touched(recipe.run_path / NAME)
 
 
 def test_what_another_has_taken_is_not_removed(recipe: Recipe) -> None:
