@@ -162,8 +162,8 @@ def _advice(folder: str, error: BaseException) -> str:
         return f"{damage}; to go back, write an older step into {folder}/latest_checkpointed_iteration.txt"
     if "OptimizerParamScheduler" in str(error):
         return (
-            "it was trained under another schedule: set megatron.override_opt_param_scheduler=true to go on under this "
-            "recipe's, or megatron.use_checkpoint_opt_param_scheduler=true to keep the checkpoint's"
+            "it was trained under another schedule: set optimizer.schedule_at_resume=recipe to continue under this "
+            "recipe's, or state the checkpoint's"
         )
     return "its files are all there and of full length, so look first at what changed since it was saved"
 

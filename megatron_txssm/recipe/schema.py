@@ -20,6 +20,7 @@ from megatron_txssm.choices import (
     Recompute,
     RopeScaling,
     RotaryTablePrecision,
+    ScheduleAtResume,
     SsdBackend,
     TokenizerType,
     TransformerImpl,
@@ -315,6 +316,7 @@ class Optimizer:
         "--min-lr",
         default=0.1,
         at_least=0,
+        at_most=1,
     )
     adam_beta1: float = setting("decay of the gradient's mean", "--adam-beta1", default=0.9, at_least=0, below=1)
     adam_beta2: float = setting("decay of the gradient's square", "--adam-beta2", default=0.999, at_least=0, below=1)
@@ -345,6 +347,13 @@ class Optimizer:
         "how WSD lowers the learning rate",
         "--lr-wsd-decay-style",
         default="exponential",
+    )
+    schedule_at_resume: ScheduleAtResume = setting(
+        "recipe: a resume continues under this recipe's length, batch, learning rate, decay and Adam settings; "
+        "unchanged: it is refused if the checkpoint was trained under others",
+        "--override-opt-param-scheduler",
+        default="unchanged",
+        owns=("--use-checkpoint-opt-param-scheduler",),
     )
 
 

@@ -30,6 +30,7 @@ from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe, with_paths
 from megatron_txssm.recipe.sizes import checkpoint_bytes
 from megatron_txssm.recipe.validation.validate import check_tokenizer_file, validate
+from megatron_txssm.training.launch.schedule import check_schedule, differences, schedule_warnings
 
 # Fields of `model` that affect computation or initialisation, not a checkpoint's content.
 _FREE_AT_RESUME = (
@@ -43,13 +44,6 @@ _FREE_AT_FINE_TUNING = (
     "model.rotary_interpolation_factor",
     "model.length_scaling_base",
 )
-# Includes Adam's settings: without a switch, Megatron would silently use the checkpoint's.
-_SCHEDULE = (
-    *("learning_rate", "min_learning_rate_ratio", "weight_decay", "warmup_fraction", "decay_style"),
-    *("wsd_decay_fraction", "wsd_decay_shape", "adam_beta1", "adam_beta2", "adam_eps"),
-)
-# Megatron's arguments: use the recipe's schedule, or the checkpoint's.
-_SCHEDULE_SWITCHES = ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")
 # Megatron's data loader: processes, batches prefetched by each, and bytes per token in a batch: the token, its label,
 # its loss weight and its position.
 _LOADERS, _BATCHES_AHEAD, _BYTES_A_TOKEN = 2, 2, 8 + 8 + 4 + 8
@@ -100,20 +94,18 @@ def check_checkpoint(recipe: Recipe) -> None:
         # A model may leave prediction depths behind, but not find some where there are none.
         saved = saved if recipe.prediction_depths else without_prediction(saved)
         theirs, ours = (_architecture(each, _FREE_AT_FINE_TUNING) for each in (saved, recipe))
-        if differences := _differences(theirs, ours):
-            raise UserError(
-                f"checkpoint.load_from={source} holds another model ({differences}); use that model's recipe"
-            )
+        if found := differences(theirs, ours):
+            raise UserError(f"checkpoint.load_from={source} holds another model ({found}); use that model's recipe")
     folder = recipe.checkpoint_path
     if recipe.checkpoint.save_interval is None:
         return
-    # The newest whole checkpoint, if any.
-    if find_newest(folder).step is None or not (folder / "recipe.yaml").is_file():
+    newest = find_newest(folder).step
+    if newest is None or not (folder / "recipe.yaml").is_file():
         return
     saved = load_recipe(folder / "recipe.yaml")
-    if differences := _differences(_architecture(saved), _architecture(recipe)):
+    if found := differences(_architecture(saved), _architecture(recipe)):
         raise UserError(
-            f"{folder} holds checkpoints of another model ({differences}); "
+            f"{folder} holds checkpoints of another model ({found}); "
             "use another run_directory or checkpoint.directory, or remove it"
         )
     if other := other_tokenizer(recipe, folder):
@@ -121,14 +113,7 @@ def check_checkpoint(recipe: Recipe) -> None:
             f"{folder} holds checkpoints of a model with another tokenizer ({other}); "
             "use a corpus with that tokenizer, or another run_directory"
         )
-    # Megatron rejects another schedule unless told which one to use.
-    told = any(recipe.megatron.get(key) for key in _SCHEDULE_SWITCHES)
-    if not told and (differences := _differences(_schedule(saved), _schedule(recipe))):
-        raise UserError(
-            f"{folder} was trained under another schedule ({differences}); "
-            f"set megatron.{_SCHEDULE_SWITCHES[0]}=true to continue under the new one, "
-            f"or megatron.{_SCHEDULE_SWITCHES[1]}=true to keep the old one"
-        )
+    check_schedule(recipe, saved, newest, folder)
 
 
 def check_source(source: Path) -> None:
@@ -146,9 +131,13 @@ def check_source(source: Path) -> None:
 def warnings(recipe: Recipe) -> Iterator[str]:
     """Things that a run may do, but that its user probably does not want."""
     if recipe.checkpoint.save_interval is not None:
+        folder = recipe.checkpoint_path
         with contextlib.suppress(UserError):
-            if lost := going_back(find_newest(recipe.checkpoint_path), saved_step(recipe.checkpoint_path)):
+            newest = find_newest(folder)
+            if lost := going_back(newest, saved_step(folder)):
                 yield lost
+            if newest.step is not None and (folder / "recipe.yaml").is_file():
+                yield from schedule_warnings(recipe, load_recipe(folder / "recipe.yaml"), newest.step)
     if changes := changed_data(recipe):
         yield f"this run continues on different data than its checkpoint was trained on ({changes})"
     source = recipe.checkpoint.load_from
@@ -206,7 +195,7 @@ def changed_data(recipe: Recipe) -> str:
     if recipe.checkpoint.save_interval is None or not saved_step(recipe.checkpoint_path) or not made_by.is_file():
         return ""
     theirs, ours = (with_paths(each, os.path.abspath) for each in (load_recipe(made_by), recipe))
-    return _differences(_training_data(theirs), _training_data(ours))
+    return differences(_training_data(theirs), _training_data(ours))
 
 
 def _training_data(recipe: Recipe) -> Mapping[str, object]:
@@ -220,20 +209,6 @@ def _architecture(recipe: Recipe, but: Collection[str] = ()) -> Mapping[str, obj
     fields["model.layer_pattern"] = DEPTH.join([recipe.layers, *recipe.prediction_depths])
     fields["the embedding's rows (data.vocab_size, padded)"] = recipe.padded_vocab_size
     return {name: value for name, value in fields.items() if name not in but}
-
-
-def _schedule(recipe: Recipe) -> Mapping[str, object]:
-    """The values saved by Megatron's OptimizerParamScheduler."""
-    return {
-        "training.train_iters": recipe.train_iters,
-        "training.global_batch_tokens": recipe.training.global_batch_tokens,
-        # The schedule counts samples.
-        "samples a step (global_batch_tokens / training.seq_length)": recipe.global_batch_size,
-    } | {f"optimizer.{name}": getattr(recipe.optimizer, name) for name in _SCHEDULE}
-
-
-def _differences(theirs: Mapping[str, object], ours: Mapping[str, object]) -> str:
-    return "; ".join(f"{name}: {theirs[name]} there, {ours[name]} here" for name in ours if theirs[name] != ours[name])
 
 
 def make_run_directory(recipe: Recipe) -> None:
