@@ -12,7 +12,6 @@ from megatron_txssm.recipe.schema import FIELDS
 from megatron_txssm.recipe.sizes import data_parallel_size, divisors
 from megatron_txssm.recipe.validation.expert_checks import check_expert_parallel, check_experts
 from megatron_txssm.recipe.validation.fp8_checks import check_fp8
-from megatron_txssm.recipe.validation.schedule_checks import check_schedule
 
 
 def validate(recipe: Recipe, world_size: int | None = None, *, source: Path | None = None) -> None:
@@ -232,6 +231,30 @@ def _check_length(recipe: Recipe) -> None:
     )
 
 
+def _check_schedule(recipe: Recipe) -> None:
+    optimizer, share = recipe.optimizer, recipe.optimizer.wsd_decay_fraction
+    if optimizer.decay_style == "WSD" and share is None:
+        raise UserError(
+            "optimizer.decay_style=WSD needs optimizer.wsd_decay_fraction, the final fraction of the steps, such as "
+            "0.1, in which the learning rate falls"
+        )
+    if optimizer.decay_style != "WSD" and share is not None:
+        raise UserError(
+            f"optimizer.wsd_decay_fraction={share:g} has no effect with decay_style={optimizer.decay_style}; "
+            "set optimizer.decay_style=WSD, or leave it out"
+        )
+    end = recipe.megatron.get("lr_decay_iters")
+    if share is not None and end is not None:
+        raise UserError(
+            f"megatron.lr_decay_iters={end} contradicts decay_style=WSD, which decays until the last step; leave it out"
+        )
+    if share is not None and share + optimizer.warmup_fraction > 1:
+        raise UserError(
+            f"optimizer.warmup_fraction={optimizer.warmup_fraction:g} and wsd_decay_fraction={share:g} add up to more "
+            "than all steps; make one smaller"
+        )
+
+
 def _check_data(recipe: Recipe) -> None:
     data = recipe.data
     mock = recipe.megatron.get("mock_data")
@@ -327,6 +350,6 @@ _CHECKS = (
     _check_length,
     check_fp8,
     _check_gpu_options,
-    check_schedule,
+    _check_schedule,
     _check_data,
 )
