@@ -24,15 +24,16 @@ def check_schedule(recipe: Recipe, saved: Recipe, step: Step, folder: Path) -> N
 
     saved: the recipe of the checkpoint in `folder`.
     """
-    changes = changed_schedule(saved, recipe)
-    if step.number > recipe.train_iters and not recipe.megatron.get("skip_train"):
+    if not (changes := changed_schedule(saved, recipe)) or recipe.megatron.get("skip_train"):
+        return
+    if step.number > recipe.train_iters:
         before = [str(older.number) for older in reversed(whole_steps(folder)) if older.number < recipe.train_iters]
-        back = f", or go back: echo STEP > {shlex.quote(str(folder / TRACKER))}, a STEP of {', '.join(before)}"
+        back = f", or go back to {' or '.join(before)}: echo STEP > {shlex.quote(str(folder / TRACKER))}"
         raise UserError(
             f"{_stated_length(recipe)} ends before step {step.number}, which {folder} holds; "
             f"train longer{back if before else ''}"
         )
-    if changes and recipe.optimizer.schedule_at_resume == "unchanged":
+    if recipe.optimizer.schedule_at_resume == "unchanged":
         raise UserError(
             f"{folder} was trained under another schedule ({changes}); set optimizer.schedule_at_resume=recipe to "
             f"continue from step {step.number} under this one, or use {folder / 'recipe.yaml'} to keep the old one"
