@@ -42,6 +42,7 @@ WEIGHTS_ONLY: Changes = {
     "megatron.mock_data": True,
     "checkpoint.directory": None,
     "checkpoint.load_from": None,
+    "checkpoint.branch_from": None,
 }
 
 

@@ -454,6 +454,13 @@ class Checkpoint:
         default=None,
         path=True,
     )
+    branch_from: str | None = setting(
+        "a step of another run (RUN/checkpoints/iter_0000100) that a fresh run continues, with optimizer and place in "
+        "the data",
+        "--pretrained-checkpoint",
+        default=None,
+        path=True,
+    )
     verify: Verify = setting(
         "files checked against their checksums before a load: true: all, sample: all sizes, some contents; "
         "false: sizes only, and saves have no checksums",
@@ -524,4 +531,5 @@ ALTERNATIVES: Alternatives = (
         ("megatron.mock_data",),
     ),
     (("data.weights",), ("data.stages",)),
+    (("checkpoint.load_from",), ("checkpoint.branch_from",)),
 )

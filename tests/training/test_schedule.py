@@ -45,6 +45,8 @@ RUNS: dict[str, tuple[str | Changes, ...]] = {
     "long": (LONG | until(6),),
     "branch": ("long", BRANCH),
     "branch_resumed": ("long", BRANCH | until(8), BRANCH),
+    # In a folder of its own.
+    "branched": (BRANCH | {"checkpoint.branch_from": "long/checkpoints/iter_0000006"} | until(8), BRANCH),
     # Samples of half the length, so twice as many a step.
     "other_batch": (
         COSINE | lasting(2),
@@ -80,6 +82,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
 
 def _write_recipe(path: Path, made: TinyRun, changes: Changes, run: Path) -> Path:
     data = ((1.0, str(made.folder / "data")),)
+    if branch := changes.get("checkpoint.branch_from"):
+        changes = changes | {"checkpoint.branch_from": str(run.parent / branch)}
     return write_recipe(path, {"data.train": data, "data.tokenizer_type": "NullTokenizer", **changes}, run=run)
 
 
@@ -104,6 +108,12 @@ def test_a_long_run_branches_off_to_its_decay(seen: dict[str, Seen]) -> None:
     falls = [LOW + (PEAK - LOW) * (1 - done / 3) for done in range(3)]
     assert list(seen["branch"].rates.values()) == pytest.approx([PEAK] * 6 + falls, rel=1e-12)
     assert [seen["branch"].losses[step] for step in range(1, 7)] == list(seen["long"].losses.values())
+
+
+def test_a_branch_in_another_folder_is_the_same_bit_for_bit(seen: dict[str, Seen]) -> None:
+    last = range(7, 10)
+    assert seen["branched"].losses == {step: seen["branch"].losses[step] for step in last}
+    assert seen["branched"].rates == {step: seen["branch"].rates[step] for step in last}
 
 
 def test_longer_at_another_rate_and_batch_it_reaches_its_end(seen: dict[str, Seen]) -> None:

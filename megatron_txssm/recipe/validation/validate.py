@@ -255,6 +255,15 @@ def _check_schedule(recipe: Recipe) -> None:
         )
 
 
+def _check_sources(recipe: Recipe) -> None:
+    checkpoint = recipe.checkpoint
+    if checkpoint.load_from is not None and checkpoint.branch_from is not None:
+        raise UserError(
+            f"checkpoint.load_from={checkpoint.load_from} and branch_from={checkpoint.branch_from} exclude each other; "
+            "state one"
+        )
+
+
 def _check_data(recipe: Recipe) -> None:
     data = recipe.data
     mock = recipe.megatron.get("mock_data")
@@ -351,5 +360,6 @@ _CHECKS = (
     check_fp8,
     _check_gpu_options,
     _check_schedule,
+    _check_sources,
     _check_data,
 )

@@ -10,6 +10,8 @@ from pathlib import Path
 from megatron_txssm.architecture.layer_pattern import DEPTH
 from megatron_txssm.checkpoint.steps import (
     TRACKER,
+    Step,
+    branch_step,
     check_tracker,
     damage,
     find_newest,
@@ -96,13 +98,10 @@ def check_checkpoint(recipe: Recipe) -> None:
         theirs, ours = (_architecture(each, _FREE_AT_FINE_TUNING) for each in (saved, recipe))
         if found := differences(theirs, ours):
             raise UserError(f"checkpoint.load_from={source} holds another model ({found}); use that model's recipe")
-    folder = recipe.checkpoint_path
-    if recipe.checkpoint.save_interval is None:
+    step = continued_step(recipe)
+    if step is None or (saved := recipe_of(step)) is None:
         return
-    newest = find_newest(folder).step
-    if newest is None or not (folder / "recipe.yaml").is_file():
-        return
-    saved = load_recipe(folder / "recipe.yaml")
+    folder = step.folder.parent
     if found := differences(_architecture(saved), _architecture(recipe)):
         raise UserError(
             f"{folder} holds checkpoints of another model ({found}); "
@@ -113,7 +112,23 @@ def check_checkpoint(recipe: Recipe) -> None:
             f"{folder} holds checkpoints of a model with another tokenizer ({other}); "
             "use a corpus with that tokenizer, or another run_directory"
         )
-    check_schedule(recipe, saved, newest, folder)
+    check_schedule(recipe, saved, step)
+
+
+def continued_step(recipe: Recipe) -> Step | None:
+    """The checkpoint that the run continues, its own or another run's; None if it begins at step 0.
+
+    UserError if there are some, but none is whole.
+    """
+    own = None if recipe.checkpoint.save_interval is None else find_newest(recipe.checkpoint_path).step
+    branch = recipe.checkpoint.branch_from
+    return branch_step(Path(branch)) if own is None and branch is not None else own
+
+
+def recipe_of(step: Step) -> Recipe | None:
+    """The recipe by which a checkpoint was trained; None if it is not known."""
+    file = step.folder.parent / "recipe.yaml"
+    return load_recipe(file) if file.is_file() else None
 
 
 def check_source(source: Path) -> None:
@@ -131,13 +146,12 @@ def check_source(source: Path) -> None:
 def warnings(recipe: Recipe) -> Iterator[str]:
     """Things that a run may do, but that its user probably does not want."""
     if recipe.checkpoint.save_interval is not None:
-        folder = recipe.checkpoint_path
         with contextlib.suppress(UserError):
-            newest = find_newest(folder)
-            if lost := going_back(newest, saved_step(folder)):
+            if lost := going_back(find_newest(recipe.checkpoint_path), saved_step(recipe.checkpoint_path)):
                 yield lost
-            if newest.step is not None and (folder / "recipe.yaml").is_file():
-                yield from schedule_warnings(recipe, load_recipe(folder / "recipe.yaml"), newest.step)
+    with contextlib.suppress(UserError):
+        if (step := continued_step(recipe)) is not None and (saved := recipe_of(step)) is not None:
+            yield from schedule_warnings(recipe, saved, step)
     if changes := changed_data(recipe):
         yield f"this run continues on different data than its checkpoint was trained on ({changes})"
     source = recipe.checkpoint.load_from
@@ -191,10 +205,12 @@ def changed_data(recipe: Recipe) -> str:
 
     A sample's position in the data follows from its number: with other data, documents may repeat or never come.
     """
-    made_by = recipe.checkpoint_path / "recipe.yaml"
-    if recipe.checkpoint.save_interval is None or not saved_step(recipe.checkpoint_path) or not made_by.is_file():
+    step = None
+    with contextlib.suppress(UserError):
+        step = continued_step(recipe)
+    if step is None or step.number == 0 or (saved := recipe_of(step)) is None:
         return ""
-    theirs, ours = (with_paths(each, os.path.abspath) for each in (load_recipe(made_by), recipe))
+    theirs, ours = (with_paths(each, os.path.abspath) for each in (saved, recipe))
     return differences(_training_data(theirs), _training_data(ours))
 
 

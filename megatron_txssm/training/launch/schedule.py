@@ -19,25 +19,38 @@ _OF_MEGATRON = (
 )
 
 
-def check_schedule(recipe: Recipe, saved: Recipe, step: Step, folder: Path) -> None:
-    """UserError if the run would resume `step` beyond its own end, or unasked under another schedule.
+def check_schedule(recipe: Recipe, saved: Recipe, step: Step) -> None:
+    """UserError if the run would continue `step` beyond its own end, or unasked under another schedule.
 
-    saved: the recipe of the checkpoint in `folder`.
+    saved: the checkpoint's recipe.
     """
-    if not (changes := changed_schedule(saved, recipe)) or recipe.megatron.get("skip_train"):
+    folder = step.folder.parent
+    own, changes = folder == recipe.checkpoint_path, changed_schedule(saved, recipe)
+    if (own and not changes) or recipe.megatron.get("skip_train"):
         return
-    if step.number > recipe.train_iters:
-        before = [str(older.number) for older in reversed(whole_steps(folder)) if older.number < recipe.train_iters]
-        back = f", or go back to {' or '.join(before)}: echo STEP > {shlex.quote(str(folder / TRACKER))}"
+    # At its own last step, a run is finished.
+    if step.number >= recipe.train_iters + own:
         raise UserError(
-            f"{_stated_length(recipe)} ends before step {step.number}, which {folder} holds; "
-            f"train longer{back if before else ''}"
+            f"{_stated_length(recipe)} ends before step {step.number + 1}, the first after the checkpoint "
+            f"{step.folder}; train longer{_or_go_back(recipe, folder)}"
         )
-    if recipe.optimizer.schedule_at_resume == "unchanged":
+    if changes and recipe.optimizer.schedule_at_resume == "unchanged":
         raise UserError(
             f"{folder} was trained under another schedule ({changes}); set optimizer.schedule_at_resume=recipe to "
-            f"continue from step {step.number} under this one, or use {folder / 'recipe.yaml'} to keep the old one"
+            f"continue from step {step.number} under this one, or state the old one ({folder / 'recipe.yaml'})"
         )
+
+
+def _or_go_back(recipe: Recipe, folder: Path) -> str:
+    earlier = [step for step in reversed(whole_steps(folder)) if step.number < recipe.train_iters]
+    if not earlier:
+        return ""
+    if folder != recipe.checkpoint_path:
+        return f", or set checkpoint.branch_from to {' or '.join(step.folder.name for step in earlier)}"
+    return (
+        f", or go back to {' or '.join(str(step.number) for step in earlier)}: "
+        f"echo STEP > {shlex.quote(str(folder / TRACKER))}"
+    )
 
 
 def schedule_warnings(recipe: Recipe, saved: Recipe, step: Step) -> Iterator[str]:
