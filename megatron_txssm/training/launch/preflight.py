@@ -1,6 +1,7 @@
 """Checks before a run starts: its layout, its files, the checkpoints that it would resume from."""
 
 import contextlib
+import math
 import os
 import shutil
 import tempfile
@@ -152,6 +153,11 @@ def warnings(recipe: Recipe) -> Iterator[str]:
     with contextlib.suppress(UserError):
         if (step := continued_step(recipe)) is not None and (saved := recipe_of(step)) is not None:
             yield from schedule_warnings(recipe, saved, step)
+            if again := reordered_subsets(saved, recipe):
+                yield (
+                    f"with this length, {', '.join(again)} is read another number of times, and therefore in another "
+                    "order: some samples appear again, some never"
+                )
     if changes := changed_data(recipe):
         yield f"this run continues on different data than its checkpoint was trained on ({changes})"
     source = recipe.checkpoint.load_from
@@ -212,6 +218,17 @@ def changed_data(recipe: Recipe) -> str:
         return ""
     theirs, ours = (with_paths(each, os.path.abspath) for each in (saved, recipe))
     return differences(_training_data(theirs), _training_data(ours))
+
+
+def reordered_subsets(saved: Recipe, recipe: Recipe) -> list[str]:
+    """Subsets that the two recipes read in another order: Megatron shuffles by the number of epochs."""
+    from megatron_txssm.data.corpus.blend import recipe_blend
+
+    if saved.data.corpus is None or recipe.data.corpus is None:
+        return []
+    blends = map(recipe_blend, (saved, recipe))
+    before, now = ({each.subset: math.ceil(each.epochs) for each in blend.shares(blend.average)} for blend in blends)
+    return [name for name in now if before.get(name, now[name]) != now[name]]
 
 
 def _training_data(recipe: Recipe) -> Mapping[str, object]:
