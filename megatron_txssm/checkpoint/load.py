@@ -161,7 +161,9 @@ def _advice(folder: str, error: BaseException) -> str:
 
     if damage := damage_of_newest(Path(folder)):
         return f"{damage}; to go back, write an older step into {folder}/latest_checkpointed_iteration.txt"
-    if "OptimizerParamScheduler" in str(error):
+    # Megatron looks parameter groups up by their learning rates, in a tuple with others.
+    unknown_group = isinstance(error, KeyError) and any(isinstance(key, tuple) for key in error.args)
+    if unknown_group or "OptimizerParamScheduler" in str(error):
         return (
             "it was trained under another schedule: set optimizer.schedule_at_resume=recipe to continue under this "
             "recipe's, or state the checkpoint's"
