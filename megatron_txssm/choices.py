@@ -26,6 +26,8 @@ Fp8Format = Literal["hybrid", "e4m3"]
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
 WsdDecayShape = Literal["exponential", "linear", "cosine", "minus_sqrt"]
+# If a checkpoint was trained under another schedule: refuse to resume, or continue under the recipe's.
+ScheduleAtResume = Literal["unchanged", "recipe"]
 
 # Megatron's tokenizer classes: those that a corpus may have, and the one that reads no text.
 CorpusTokenizerType = Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"]

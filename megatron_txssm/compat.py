@@ -63,7 +63,7 @@ def mend_megatron() -> None:
     _use_compiled_dataset_helpers()
     mend_optimizers()
     _resume_under_another_schedule()
-    _decay_weights_from_the_first_step()
+    _continue_schedules()
     _log_load_balance_on_every_stage()
     _share_the_head_with_prediction_depths()
 
@@ -77,53 +77,25 @@ def _use_compiled_dataset_helpers() -> None:
 
 
 def _resume_under_another_schedule() -> None:
-    """Megatron refuses to resume with another learning rate, regardless of its switches.
+    """Under --override-opt-param-scheduler, a run resumes with another learning rate or other settings of Adam.
 
-    It matches saved parameter groups to the run's by their learning rates, and the saved settings replace the run's.
-    Here groups that differ only in their rates are matched, and the switches work: --override-opt-param-scheduler keeps
-    all settings of this run, --use-checkpoint-opt-param-scheduler takes all of the checkpoint's, including Adam's betas
-    and epsilon.
+    Megatron refuses it regardless: it matches saved parameter groups to the run's by their learning rates, and the
+    saved settings replace the run's. Here groups that differ only in their rates are matched, and keep this run's.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
     for optimizer in (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer):
-        setattr(optimizer, "load_state_dict", _with_one_schedule(optimizer.load_state_dict))
-    _count_steps_by_this_runs_batch()
+        setattr(optimizer, "load_state_dict", _with_this_runs_settings(optimizer.load_state_dict))
 
 
-def _count_steps_by_this_runs_batch() -> None:
-    """Under --override-opt-param-scheduler, step n has the rate of this run's step n.
-
-    Megatron's schedule counts samples: after steps with fewer samples, the run would end before its schedule does.
-    """
-    from megatron.training import training
-
-    load = training.load_checkpoint
-
-    @functools.wraps(load)
-    def load_and_count(model: Any, optimizer: Any, opt_param_scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-        loaded = load(model, optimizer, opt_param_scheduler, *args, **kwargs)
-        if get_args().override_opt_param_scheduler and opt_param_scheduler is not None and loaded[0]:
-            opt_param_scheduler.num_steps = loaded[0] * get_args().global_batch_size
-            opt_param_scheduler.step(0)
-        return loaded
-
-    training.load_checkpoint = load_and_count
-
-
-def _with_one_schedule(load: Callable[..., None]) -> Callable[..., None]:
+def _with_this_runs_settings(load: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(load)
     def wrapped(self: Any, state_dict: dict[str, Any]) -> None:
-        ours_holds, theirs_holds = (
-            get_args().override_opt_param_scheduler,
-            get_args().use_checkpoint_opt_param_scheduler,
-        )
-        if (ours_holds or theirs_holds) and not self.is_stub_optimizer:
+        if get_args().override_opt_param_scheduler and not self.is_stub_optimizer:
             saved = state_dict.get("optimizer", state_dict)["param_groups"]
             for ours, theirs in _pairs_of_groups(self.optimizer.param_groups, saved):
-                target, source = (theirs, ours) if ours_holds else (ours, theirs)
-                target.update({key: value for key, value in source.items() if key not in ("params", "step")})
+                theirs.update({key: value for key, value in ours.items() if key not in ("params", "step")})
         load(self, state_dict)
 
     return wrapped
@@ -149,17 +121,32 @@ def _pairs_of_groups(
         yield from zip(*(sorted(side, key=lambda group: group["max_lr"]) for side in pair), strict=False)
 
 
-def _decay_weights_from_the_first_step() -> None:
-    """The first step after a resume uses this run's weight decay, even under the checkpoint's schedule."""
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+def _continue_schedules() -> None:
+    """The first step after a resume has this run's weight decay, and its number in steps of this run's batch.
 
-    load = OptimizerParamScheduler.load_state_dict
+    Megatron's schedule counts samples: after steps with fewer samples, the run would end before its schedule does.
+    """
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.training import checkpointing
+
+    load, check = OptimizerParamScheduler.load_state_dict, checkpointing.check_checkpoint_args
+    saved_batch = 0
+
+    # Called before the schedule is loaded.
+    @functools.wraps(check)
+    def check_and_note(checkpoint_args: MegatronArguments, *args: Any, **kwargs: Any) -> None:
+        nonlocal saved_batch
+        check(checkpoint_args, *args, **kwargs)
+        saved_batch = checkpoint_args.global_batch_size
 
     @functools.wraps(load)
     def load_and_set(self: Any, state_dict: dict[str, Any]) -> None:
         load(self, state_dict)
+        if saved_batch:
+            self.num_steps = self.num_steps // saved_batch * get_args().global_batch_size
         self.step(0)
 
+    setattr(checkpointing, "check_checkpoint_args", check_and_note)
     setattr(OptimizerParamScheduler, "load_state_dict", load_and_set)
 
 

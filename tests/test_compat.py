@@ -57,16 +57,16 @@ def unmended(monkeypatch: pytest.MonkeyPatch):
     from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
-    from megatron.training import global_vars
+    from megatron.training import checkpointing, global_vars
 
     monkeypatch.setattr(compat, "_mended", False)
-    switches = {"override_opt_param_scheduler": False, "use_checkpoint_opt_param_scheduler": False}
-    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", SimpleNamespace(**switches))
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", SimpleNamespace(override_opt_param_scheduler=False))
     for owner, names in (
         (DistributedOptimizer, ("load_state_dict", "sharded_param_state_fully_reshardable")),
         (Float16OptimizerWithFloat16Params, ("sharded_state_dict", "load_state_dict")),
         (FP32Optimizer, ("load_state_dict",)),
         (OptimizerParamScheduler, ("load_state_dict",)),
+        (checkpointing, ("check_checkpoint_args",)),
         (ChainedOptimizer, ("_synchronize_steps",)),
         (MoEMetricsTracker, ("ensure_initialized",)),
     ):

@@ -214,6 +214,7 @@ def _without_surroundings(recipe: Recipe, tokens: Path) -> Changes:
         "checkpoint.directory": None,
         "checkpoint.save_interval": None,
         "checkpoint.load_from": None,
+        "checkpoint.branch_from": None,
         "logging.log_interval": 1,
         "logging.eval_interval": None,
         "logging.eval_iters": 0,

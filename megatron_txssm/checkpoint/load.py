@@ -42,6 +42,7 @@ WEIGHTS_ONLY: Changes = {
     "megatron.mock_data": True,
     "checkpoint.directory": None,
     "checkpoint.load_from": None,
+    "checkpoint.branch_from": None,
 }
 
 
@@ -160,10 +161,12 @@ def _advice(folder: str, error: BaseException) -> str:
 
     if damage := damage_of_newest(Path(folder)):
         return f"{damage}; to go back, write an older step into {folder}/latest_checkpointed_iteration.txt"
-    if "OptimizerParamScheduler" in str(error):
+    # Megatron looks parameter groups up by their learning rates, in a tuple with others.
+    unknown_group = isinstance(error, KeyError) and any(isinstance(key, tuple) for key in error.args)
+    if unknown_group or "OptimizerParamScheduler" in str(error):
         return (
-            "it was trained under another schedule: set megatron.override_opt_param_scheduler=true to go on under this "
-            "recipe's, or megatron.use_checkpoint_opt_param_scheduler=true to keep the checkpoint's"
+            "it was trained under another schedule: set optimizer.schedule_at_resume=recipe to continue under this "
+            "recipe's, or state the checkpoint's"
         )
     return "its files are all there and of full length, so look first at what changed since it was saved"
 

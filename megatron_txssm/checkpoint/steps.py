@@ -67,6 +67,23 @@ def tracked(checkpoints: Path) -> Step | None:
     return Step(number, checkpoints / ("release" if is_release else f"iter_{number:07d}"))
 
 
+def branch_step(folder: Path) -> Step:
+    """The step that checkpoint.branch_from names; UserError if it is none, or visibly damaged."""
+    number = folder.name.removeprefix("iter_")
+    if folder.name == number or not number.isdecimal():
+        raise UserError(
+            f"checkpoint.branch_from={folder} is not a step of a run, such as runs/NAME/checkpoints/iter_0000100; "
+            "checkpoint.load_from takes weights alone, from a checkpoint directory"
+        )
+    if why := damage(folder):
+        others = ", ".join(step.folder.name for step in reversed(whole_steps(folder.parent)))
+        raise UserError(
+            f"checkpoint.branch_from={folder}: {lost_step(Step(int(number), folder), why)}; put it back"
+            + (f", or name another step ({others})" if others else "")
+        )
+    return Step(int(number), folder)
+
+
 def saved_step(checkpoints: Path) -> int | None:
     """The step of the newest checkpoint, by its tracker; by the folders if the tracker is invalid."""
     try:

@@ -53,7 +53,7 @@ def import_weights(
 
 def _as_yaml(recipe: Recipe) -> str:
     """The recipe without the folders of the original training, which do not apply to this checkpoint."""
-    checkpoint = replace(recipe.checkpoint, directory=None, load_from=None)
+    checkpoint = replace(recipe.checkpoint, directory=None, load_from=None, branch_from=None)
     return replace(recipe, run_directory=None, checkpoint=checkpoint).to_yaml()
 
 

@@ -79,6 +79,7 @@ def evaluation_recipe(run: Path, overrides: Sequence[str]) -> Recipe:
         "checkpoint.save_interval": None,
         # Preflight compares the model with the checkpoint's.
         "checkpoint.load_from": str(checkpoints),
+        "checkpoint.branch_from": None,
         # Virtual stages need several micro-batches per step, but here a step has one.
         "parallel.virtual_pipeline_stages": None,
         "logging.eval_iters": None,

@@ -62,15 +62,19 @@ def show_recipes() -> int:
 
 def show_fields() -> int:
     """Print a table of all fields of a recipe, with their Megatron arguments; returns the exit code."""
-    rows = []
-    for name, section in {"": table(Recipe), **FIELDS}.items():
-        for field in section.values():
-            rules = field.setting
-            # As one would write it in a recipe.
-            default = "required" if field.required else json.dumps(field.default).strip('"')
-            kind = " | ".join(field.choices) or field.type_name
-            dotted = f"{name}.{field.name}".lstrip(".")
-            rows.append((dotted, default, kind, rules.explanation, " ".join(rules.flags)))
+    rows = [row for name in ("", *FIELDS) for row in field_rows(name)]
     rows.append(("megatron.*", "", "any", "any other Megatron argument, by its name or flag", "that argument"))
     print_table(("field", "default", "type", "meaning", "Megatron argument"), rows)
     return 0
+
+
+def field_rows(section: str) -> list[tuple[str, str, str, str, str]]:
+    """Name, default, type, meaning and Megatron argument of a section's fields; "": those outside of sections."""
+    rows = []
+    for field in (FIELDS.get(section) or table(Recipe)).values():
+        rules = field.setting
+        # As one would write it in a recipe.
+        default = "required" if field.required else json.dumps(field.default).strip('"')
+        kind = " | ".join(field.choices) or field.type_name
+        rows.append((f"{section}.{field.name}".lstrip("."), default, kind, rules.explanation, " ".join(rules.flags)))
+    return rows

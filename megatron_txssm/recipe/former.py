@@ -1,4 +1,8 @@
-"""Recipes of versions in which a layer was a mixer and its FFN: S or A, repeated over `model.num_layers`."""
+"""Recipes of earlier versions.
+
+Their layers were a mixer and its FFN: S or A, repeated over `model.num_layers`. Megatron's switches said which schedule
+holds at a resume.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,14 +23,31 @@ _SECTIONS = {"model", "parallel", "training", "optimizer", "data", "checkpoint",
 # Of recipes that did not state it.
 _DEFAULT = "SSSSSSSA"
 _NUM_LAYERS = "model.num_layers"
+_SWITCHES = {"override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"}
 # Beyond it, a number of layers is a mistake.
 _MOST = 1000
 
 
 def translated(data: dict[str, Any]) -> dict[str, Any]:
     """A file's content; if it is a complete recipe as earlier runs kept it with their checkpoints, in today's terms."""
-    model, training = data.get("model"), data.get("training")
-    if not set(data) >= _SECTIONS or not isinstance(model, dict) or not isinstance(training, dict):
+    if not set(data) >= _SECTIONS:
+        return data
+    return _with_present_layers(_with_schedule_at_resume(data))
+
+
+def _with_schedule_at_resume(data: dict[str, Any]) -> dict[str, Any]:
+    megatron, optimizer = data.get("megatron"), data["optimizer"]
+    if not isinstance(megatron, dict) or not isinstance(optimizer, dict) or not _SWITCHES & set(megatron):
+        return data
+    # The other switch has no successor: it kept the checkpoint's schedule, whatever the recipe stated.
+    holds = {"schedule_at_resume": "recipe"} if megatron.get("override_opt_param_scheduler") else {}
+    rest = {name: value for name, value in megatron.items() if name not in _SWITCHES}
+    return data | {"optimizer": optimizer | holds, "megatron": rest}
+
+
+def _with_present_layers(data: dict[str, Any]) -> dict[str, Any]:
+    model, training = data["model"], data["training"]
+    if not isinstance(model, dict) or not isinstance(training, dict):
         return data
     pattern = _written_out(model.get("layer_pattern", _DEFAULT), model.get("num_layers"))
     if pattern is None:

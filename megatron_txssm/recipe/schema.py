@@ -20,6 +20,7 @@ from megatron_txssm.choices import (
     Recompute,
     RopeScaling,
     RotaryTablePrecision,
+    ScheduleAtResume,
     SpikeAction,
     SsdBackend,
     TokenizerType,
@@ -316,6 +317,7 @@ class Optimizer:
         "--min-lr",
         default=0.1,
         at_least=0,
+        at_most=1,
     )
     adam_beta1: float = setting("decay of the gradient's mean", "--adam-beta1", default=0.9, at_least=0, below=1)
     adam_beta2: float = setting("decay of the gradient's square", "--adam-beta2", default=0.999, at_least=0, below=1)
@@ -346,6 +348,13 @@ class Optimizer:
         "how WSD lowers the learning rate",
         "--lr-wsd-decay-style",
         default="exponential",
+    )
+    schedule_at_resume: ScheduleAtResume = setting(
+        "recipe: a resume continues under this recipe's length, batch, learning rate, decay and Adam settings; "
+        "unchanged: it is refused if the checkpoint was trained under others",
+        "--override-opt-param-scheduler",
+        default="unchanged",
+        owns=("--use-checkpoint-opt-param-scheduler",),
     )
 
 
@@ -462,6 +471,13 @@ class Checkpoint:
         default=None,
         path=True,
     )
+    branch_from: str | None = setting(
+        "a step of another run (RUN/checkpoints/iter_0000100) that a fresh run continues, with optimizer and place in "
+        "the data",
+        "--pretrained-checkpoint",
+        default=None,
+        path=True,
+    )
     verify: Verify = setting(
         "files checked against their checksums before a load: true: all, sample: all sizes, some contents; "
         "false: sizes only, and saves have no checksums",
@@ -563,4 +579,5 @@ ALTERNATIVES: Alternatives = (
         ("megatron.mock_data",),
     ),
     (("data.weights",), ("data.stages",)),
+    (("checkpoint.load_from",), ("checkpoint.branch_from",)),
 )

@@ -109,6 +109,7 @@ RENDERS: Mapping[str, Callable[[Any, Recipe], list[str]]] = {
     ),
     "optimizer.wsd_decay_fraction": lambda _, recipe: argument("--lr-wsd-decay-iters", recipe.wsd_decay_iters),
     "optimizer.wsd_decay_shape": _wsd_shape,
+    "optimizer.schedule_at_resume": lambda holds, _: argument("--override-opt-param-scheduler", holds == "recipe"),
     "data.corpus": lambda corpus, recipe: [] if corpus is None else corpus_arguments(recipe),
     # Included in the corpus's arguments.
     "data.weights": lambda _, recipe: [],

@@ -75,7 +75,7 @@ def way_back(recipe: Recipe) -> str:
     if step is None:
         return "No checkpoint has finite weights; start again with a lower optimizer.learning_rate"
     command = f"{_start(recipe)} --set optimizer.learning_rate={recipe.optimizer.learning_rate / 2:g}"
-    command += " --set megatron.override_opt_param_scheduler=true"
+    command += " --set optimizer.schedule_at_resume=recipe"
     if step.number != newest:
         command = f"echo {step.number} > {shlex.quote(str(folder.absolute() / TRACKER))} && {command}"
     return (

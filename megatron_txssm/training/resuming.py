@@ -12,6 +12,7 @@ from megatron_txssm.checkpoint.reading import Reading
 from megatron_txssm.checkpoint.steps import (
     Newest,
     Step,
+    branch_step,
     folder_bytes,
     going_back,
     interrupted_removals,
@@ -34,8 +35,9 @@ _SET_BY_A_LOAD = ("consumed_train_samples", "skipped_train_samples", "consumed_v
 class SoundLoads(Listener):
     """Lets Megatron load a checkpoint only if its files are whole, and continue only from finite weights.
 
-    If the newest of the run's own checkpoints is unsound, an older one is used, and `say` reports it on rank 0.
-    DamagedCheckpoint if none is left, or if checkpoint.load_from or megatron.ckpt_step selects a damaged one.
+    If the newest of the run's own checkpoints is unsound, an older one is used, and `say` reports it on rank 0. A run
+    that has none continues checkpoint.branch_from, if stated. DamagedCheckpoint if none is left, or if the checkpoint
+    selected by load_from, branch_from or megatron.ckpt_step is damaged.
     """
 
     recipe: Recipe
@@ -43,13 +45,23 @@ class SoundLoads(Listener):
 
     def around_load(self, call: Call, proceed: Callable[[], object]) -> object:
         from megatron_txssm.compat import get_args
+
+        options, checkpoint = get_args(), self.recipe.checkpoint
+        own = options.load == str(self.recipe.checkpoint_path) and not options.ckpt_step
+        if own and (loaded := self._load_own(call, proceed)):
+            return loaded
+        source = None if options.ckpt_step else checkpoint.branch_from
+        branch = None if source is None else branch_step(Path(source))
+        with _checked(branch or _chosen(options), checkpoint.verify, self.say):
+            return proceed() if branch is None else _load_step(branch, proceed)
+
+    def _load_own(self, call: Call, proceed: Callable[[], object]) -> object:
+        """Load the run's newest sound checkpoint; None if it has never had any."""
+        from megatron_txssm.compat import get_args
         from megatron_txssm.training.finite import first_not_finite
 
-        ours, options, verify = self.recipe.checkpoint_path, get_args(), self.recipe.checkpoint.verify
-        if options.load != str(ours) or options.ckpt_step:
-            with _checked(_chosen(options), verify, self.say):
-                return proceed()
-        steps = SoundSteps(ours, verify)
+        ours, options = self.recipe.checkpoint_path, get_args()
+        steps = SoundSteps(ours, self.recipe.checkpoint.verify)
         before = from_rank_0(lambda: saved_step(ours))
         _remove_remains(ours, self.say)
         at_start = {name: getattr(options, name, None) for name in _SET_BY_A_LOAD}
@@ -62,10 +74,7 @@ class SoundLoads(Listener):
             vars(options).update(at_start)
             # Loading adds to num_steps.
             call.opt_param_scheduler.num_steps = 0
-        source = self.recipe.checkpoint.load_from
-        other = None if source is None else from_rank_0(lambda: tracked(Path(source)))
-        with _checked(other, verify, self.say):
-            return proceed()
+        return None
 
 
 def _go_back(steps: SoundSteps, newest: Newest, before: int | None, say: Callable[[str], None]) -> None:
@@ -82,14 +91,14 @@ def _load_step(step: Step, load: Callable[[], object]) -> object:
     from megatron_txssm.compat import get_args
 
     options = get_args()
-    pretrained = options.pretrained_checkpoint
+    ours, pretrained = options.load, options.pretrained_checkpoint
     # Megatron would load the pretrained checkpoint if the tracker is not visible yet.
-    options.ckpt_step, options.pretrained_checkpoint = step.number or None, None
+    options.load, options.ckpt_step, options.pretrained_checkpoint = str(step.folder.parent), step.number or None, None
     try:
         with tracker_naming(step.number, release=step.folder.name == "release"):
             return load()
     finally:
-        options.ckpt_step, options.pretrained_checkpoint = None, pretrained
+        options.load, options.ckpt_step, options.pretrained_checkpoint = ours, None, pretrained
 
 
 def _chosen(options: "MegatronArguments") -> Step | None:

@@ -1,12 +1,22 @@
 """What a checkpoint's recipe becomes where one process without a GPU loads it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
-from megatron_txssm.checkpoint.load import WEIGHTS_ONLY, checkpoint_recipe, load_options, one_process_recipe
+import pytest
+
+from megatron_txssm.checkpoint.load import (
+    WEIGHTS_ONLY,
+    FailedLoads,
+    checkpoint_recipe,
+    load_options,
+    one_process_recipe,
+)
 from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_arguments
+from megatron_txssm.session.hooks import Call
 
 CLUSTER = (
     "parallel.tensor_model_parallel_size=4",
@@ -76,3 +86,21 @@ def test_a_prompt_is_read_as_the_corpus_was() -> None:
         args = parse_megatron_arguments([*megatron_arguments(recipe), *load_options(Path("there"), step)])
         assert args.tokenizer_hf_no_include_special_tokens
         assert (args.load, args.ckpt_step, args.no_load_optim) == ("there", expected, True)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError((None, 0.002, 0.0002)), AssertionError("OptimizerParamScheduler: class input value 0.002 and …")]
+)
+def test_a_step_of_another_schedule_is_answered_with_the_field(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As where the newest checkpoint is damaged, and the one before was trained under the schedule of before.
+    options = SimpleNamespace(load=str(tmp_path), pretrained_checkpoint=None)
+    monkeypatch.setattr("megatron_txssm.compat.get_args", lambda: options)
+    monkeypatch.setattr("megatron_txssm.checkpoint.saved_model.damage_of_newest", lambda folder: "")
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(RuntimeError, match=r"set optimizer\.schedule_at_resume=recipe to continue"):
+        FailedLoads().around_load(Call(), fail)

@@ -285,7 +285,7 @@ def test_nan_names_the_sound_steps_and_the_commands(
     why = told(capsys, "why", "demo")
     assert f"the last sound step is 20; to go back to step 10: echo 10 > {tracker}" in why
     rate = f"{recipe.optimizer.learning_rate / 2:g}"
-    changes = f"--set optimizer.learning_rate={rate} --set megatron.override_opt_param_scheduler=true"
+    changes = f"--set optimizer.learning_rate={rate} --set optimizer.schedule_at_resume=recipe"
     assert f"cd /home/somebody && {COMMAND} {changes}" in why
     # A trainer that has looked for them knows better.
     said = "The last sound checkpoint is that of step 10: its weights were read and are finite. To go on from it: …"

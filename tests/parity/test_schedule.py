@@ -1,4 +1,4 @@
-"""A resume under another schedule, at every layout and optimizer: one switch takes this run's, the other the saved."""
+"""A resume under another schedule, at every layout and optimizer: with the switch, this run's holds."""
 
 import pytest
 import torch
@@ -27,10 +27,8 @@ LAYOUTS = {
     "fp32": SAVED_BY,
     "bf16": "",
 }
-NEW_SCHEDULE = "--lr 2e-3 --min-lr 2e-4 --weight-decay 0.5 --adam-beta2 0.5 --adam-eps 1e-3 --lr-decay-style linear"
 ENDS = {
     "undisturbed": "",
-    "use_checkpoint": f"--use-checkpoint-opt-param-scheduler {NEW_SCHEDULE}",
     "twice_the_rate": "--override-opt-param-scheduler --lr 2e-3 --min-lr 2e-4",
 }
 
@@ -68,12 +66,6 @@ def weights(case: Case, step: int, optimizer: str) -> torch.Tensor:
     load(tensors, storage_reader=reader, no_dist=True)
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     return torch.cat([tensor.flatten() for tensor in tensors.values()])
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_the_checkpoints_schedule_holds(runs, optimizer):
-    ours, expected = runs[optimizer, "use_checkpoint"], runs[optimizer, "undisturbed"]
-    assert torch.equal(weights(ours, END, optimizer), weights(expected, END, optimizer))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -42,6 +42,20 @@ def test_layers_in_bf16_were_pairs() -> None:
 
 
 @pytest.mark.parametrize(
+    ("switches", "holds"),
+    [
+        ({"override_opt_param_scheduler": True}, {"schedule_at_resume": "recipe"}),
+        ({"override_opt_param_scheduler": False}, {}),
+        ({"use_checkpoint_opt_param_scheduler": True}, {}),
+    ],
+)
+def test_switches_of_the_schedule_were_megatrons(switches: dict[str, bool], holds: dict[str, str]) -> None:
+    kept = complete({"layer_pattern": "M-*-"}) | {"optimizer": {"learning_rate": 1}, "megatron": {"manual_gc": True}}
+    with_switches = kept | {"megatron": kept["megatron"] | switches}
+    assert translated(with_switches) == kept | {"optimizer": kept["optimizer"] | holds}
+
+
+@pytest.mark.parametrize(
     "data",
     [
         # Of this version.

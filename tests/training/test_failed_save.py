@@ -69,7 +69,7 @@ def test_a_failed_save_ends_at_once_and_the_command_goes_on(begun: TinyRun) -> N
 def test_a_gradient_that_is_not_finite_leaves_the_last_checkpoint_the_newest(begun: TinyRun) -> None:
     # Megatron would save one of which every resume repeats the step and ends, whatever the learning rate.
     saved = steps(begun)[-1]
-    done = begun.pretrain(fields=["optimizer.learning_rate=1e30", "megatron.override_opt_param_scheduler=true"])
+    done = begun.pretrain(fields=["optimizer.learning_rate=1e30", "optimizer.schedule_at_resume=recipe"])
     assert done.code == 1, done
     assert f"the loss or a gradient of step {saved + 2} is NaN or infinite" in done.stderr
     assert "FloatingPointError" in done.stderr

@@ -59,7 +59,7 @@ def go_back(detail: str, recipe: Recipe, run: Path) -> str:
         return detail[said:]
     newest = saved_step(recipe.checkpoint_path)
     rate = recipe.optimizer.learning_rate / 2
-    changes = (f"--set optimizer.learning_rate={rate:g}", "--set megatron.override_opt_param_scheduler=true")
+    changes = (f"--set optimizer.learning_rate={rate:g}", "--set optimizer.schedule_at_resume=recipe")
     lower = f"try a lower rate, from there or an older step: {submit_again(run, *changes)}"
     if newest is None:
         return f"there is no checkpoint; {lower.replace('from there or an older step', 'from the beginning')}"

@@ -35,6 +35,7 @@ WITHOUT_DATA: Changes = {
     "checkpoint.save_interval": None,
     "checkpoint.directory": None,
     "checkpoint.load_from": None,
+    "checkpoint.branch_from": None,
 }
 # The emulation of FP8 in local modules keeps far more than bf16 does, Transformer Engine's FP8 as much or less.
 FOR_A_STEP: Changes = WITHOUT_DATA | WITHOUT_FP8

@@ -31,8 +31,8 @@ PASSES: dict[str, str] = {
         fp8_amax_history_len:int fp8_amax_compute_algo:most_recent|max
     """,
     "learning rate and weight decay": """
-        lr_decay_iters:int lr_warmup_init:float override_opt_param_scheduler use_checkpoint_opt_param_scheduler
-        start_weight_decay:float end_weight_decay:float weight_decay_incr_style:constant|linear|cosine
+        lr_decay_iters:int lr_warmup_init:float start_weight_decay:float end_weight_decay:float
+        weight_decay_incr_style:constant|linear|cosine
     """,
     "when a run stops, skips or validates": """
         exit_interval:int exit_duration_in_mins:int exit_signal_handler_for_dataloader

@@ -56,6 +56,7 @@ class Setting:
     # Other Megatron arguments for the same setting, which a recipe's `megatron:` section may not use either.
     owns: tuple[str, ...] = ()
     at_least: float | None = None
+    at_most: float | None = None
     above: float | None = None
     below: float | None = None
     # Raises UserError for a value with a mistake of its own.
@@ -166,6 +167,8 @@ def convert(value: object, field: Field) -> Any:
     rules = field.setting
     if rules.at_least is not None and converted < rules.at_least:
         raise ValueError(f"must be at least {rules.at_least:g}")
+    if rules.at_most is not None and converted > rules.at_most:
+        raise ValueError(f"must be at most {rules.at_most:g}")
     if rules.above is not None and converted <= rules.above:
         raise ValueError(f"must be above {rules.above:g}")
     if rules.below is not None and converted >= rules.below:

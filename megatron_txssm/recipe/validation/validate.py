@@ -244,6 +244,11 @@ def _check_schedule(recipe: Recipe) -> None:
             f"optimizer.wsd_decay_fraction={share:g} has no effect with decay_style={optimizer.decay_style}; "
             "set optimizer.decay_style=WSD, or leave it out"
         )
+    end = recipe.megatron.get("lr_decay_iters")
+    if share is not None and end is not None:
+        raise UserError(
+            f"megatron.lr_decay_iters={end} contradicts decay_style=WSD, which decays until the last step; leave it out"
+        )
     if share is not None and share + optimizer.warmup_fraction > 1:
         raise UserError(
             f"optimizer.warmup_fraction={optimizer.warmup_fraction:g} and wsd_decay_fraction={share:g} add up to more "
@@ -264,6 +269,15 @@ def _check_retention(recipe: Recipe) -> None:
         interval = checkpoint.save_interval
         _check_divisible(
             "checkpoint.keep_every", checkpoint.keep_every, "save_interval", interval, f"use a multiple of {interval}"
+        )
+
+
+def _check_sources(recipe: Recipe) -> None:
+    checkpoint = recipe.checkpoint
+    if checkpoint.load_from is not None and checkpoint.branch_from is not None:
+        raise UserError(
+            f"checkpoint.load_from={checkpoint.load_from} and branch_from={checkpoint.branch_from} exclude each other; "
+            "state one"
         )
 
 
@@ -366,5 +380,6 @@ _CHECKS = (
     check_skip_steps,
     check_guard,
     _check_retention,
+    _check_sources,
     _check_data,
 )

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import math
 import os
 import shutil
 import tempfile
@@ -12,6 +13,8 @@ from megatron_txssm.architecture.layer_pattern import DEPTH
 from megatron_txssm.checkpoint.steps import (
     MERGE,
     TRACKER,
+    Step,
+    branch_step,
     check_tracker,
     damage,
     find_newest,
@@ -33,6 +36,7 @@ from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe, with_paths
 from megatron_txssm.recipe.sizes import checkpoint_bytes
 from megatron_txssm.recipe.validation.validate import check_tokenizer_file, validate
+from megatron_txssm.training.launch.schedule import check_schedule, differences, schedule_warnings
 
 # Fields of `model` that affect computation or initialisation, not a checkpoint's content.
 _FREE_AT_RESUME = (
@@ -46,13 +50,6 @@ _FREE_AT_FINE_TUNING = (
     "model.rotary_interpolation_factor",
     "model.length_scaling_base",
 )
-# Includes Adam's settings: without a switch, Megatron would silently use the checkpoint's.
-_SCHEDULE = (
-    *("learning_rate", "min_learning_rate_ratio", "weight_decay", "warmup_fraction", "decay_style"),
-    *("wsd_decay_fraction", "wsd_decay_shape", "adam_beta1", "adam_beta2", "adam_eps"),
-)
-# Megatron's arguments: use the recipe's schedule, or the checkpoint's.
-_SCHEDULE_SWITCHES = ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")
 # Megatron's data loader: processes, batches prefetched by each, and bytes per token in a batch: the token, its label,
 # its loss weight and its position.
 _LOADERS, _BATCHES_AHEAD, _BYTES_A_TOKEN = 2, 2, 8 + 8 + 4 + 8
@@ -112,25 +109,22 @@ def check_checkpoint(recipe: Recipe) -> None:
         # A model may leave prediction depths behind, but not find some where there are none.
         saved = saved if recipe.prediction_depths else without_prediction(saved)
         theirs, ours = (_architecture(each, _FREE_AT_FINE_TUNING) for each in (saved, recipe))
-        if differences := _differences(theirs, ours):
-            raise UserError(
-                f"checkpoint.load_from={source} holds another model ({differences}); use that model's recipe"
-            )
-    folder = recipe.checkpoint_path
-    if recipe.checkpoint.save_interval is None:
+        if found := differences(theirs, ours):
+            raise UserError(f"checkpoint.load_from={source} holds another model ({found}); use that model's recipe")
+    step = continued_step(recipe)
+    if step is None:
         return
-    newest = find_newest(folder).step
-    if newest is not None and (newest.folder / MERGE).is_file():
+    folder = step.folder.parent
+    if (step.folder / MERGE).is_file():
         raise UserError(
-            f"{newest.folder} is a merge, without the optimizer state that a run resumes from; to train on from its "
+            f"{step.folder} is a merge, without the optimizer state that a run resumes from; to train on from its "
             f"weights, set checkpoint.load_from={folder} and another run_directory"
         )
-    if newest is None or not (folder / "recipe.yaml").is_file():
+    if (saved := recipe_of(step)) is None:
         return
-    saved = load_recipe(folder / "recipe.yaml")
-    if differences := _differences(_architecture(saved), _architecture(recipe)):
+    if found := differences(_architecture(saved), _architecture(recipe)):
         raise UserError(
-            f"{folder} holds checkpoints of another model ({differences}); "
+            f"{folder} holds checkpoints of another model ({found}); "
             "use another run_directory or checkpoint.directory, or remove it"
         )
     if other := other_tokenizer(recipe, folder):
@@ -138,14 +132,23 @@ def check_checkpoint(recipe: Recipe) -> None:
             f"{folder} holds checkpoints of a model with another tokenizer ({other}); "
             "use a corpus with that tokenizer, or another run_directory"
         )
-    # Megatron rejects another schedule unless told which one to use.
-    told = any(recipe.megatron.get(key) for key in _SCHEDULE_SWITCHES)
-    if not told and (differences := _differences(_schedule(saved), _schedule(recipe))):
-        raise UserError(
-            f"{folder} was trained under another schedule ({differences}); "
-            f"set megatron.{_SCHEDULE_SWITCHES[0]}=true to continue under the new one, "
-            f"or megatron.{_SCHEDULE_SWITCHES[1]}=true to keep the old one"
-        )
+    check_schedule(recipe, saved, step)
+
+
+def continued_step(recipe: Recipe) -> Step | None:
+    """The checkpoint that the run continues, its own or another run's; None if it begins at step 0.
+
+    UserError if there are some, but none is whole.
+    """
+    own = None if recipe.checkpoint.save_interval is None else find_newest(recipe.checkpoint_path).step
+    branch = recipe.checkpoint.branch_from
+    return branch_step(Path(branch)) if own is None and branch is not None else own
+
+
+def recipe_of(step: Step) -> Recipe | None:
+    """The recipe by which a checkpoint was trained; None if it is not known."""
+    file = step.folder.parent / "recipe.yaml"
+    return load_recipe(file) if file.is_file() else None
 
 
 def check_source(source: Path) -> None:
@@ -166,6 +169,14 @@ def warnings(recipe: Recipe) -> Iterator[str]:
         with contextlib.suppress(UserError):
             if lost := going_back(find_newest(recipe.checkpoint_path), saved_step(recipe.checkpoint_path)):
                 yield lost
+    with contextlib.suppress(UserError):
+        if (step := continued_step(recipe)) is not None and (saved := recipe_of(step)) is not None:
+            yield from schedule_warnings(recipe, saved, step)
+            if again := reordered_subsets(saved, recipe):
+                yield (
+                    f"with this length, {', '.join(again)} is read another number of times, and therefore in another "
+                    "order: some samples appear again, some never"
+                )
     if changes := changed_data(recipe):
         yield f"this run continues on different data than its checkpoint was trained on ({changes})"
     source = recipe.checkpoint.load_from
@@ -219,11 +230,24 @@ def changed_data(recipe: Recipe) -> str:
 
     A sample's position in the data follows from its number: with other data, documents may repeat or never come.
     """
-    made_by = recipe.checkpoint_path / "recipe.yaml"
-    if recipe.checkpoint.save_interval is None or not saved_step(recipe.checkpoint_path) or not made_by.is_file():
+    step = None
+    with contextlib.suppress(UserError):
+        step = continued_step(recipe)
+    if step is None or step.number == 0 or (saved := recipe_of(step)) is None:
         return ""
-    theirs, ours = (with_paths(each, os.path.abspath) for each in (load_recipe(made_by), recipe))
-    return _differences(_training_data(theirs), _training_data(ours))
+    theirs, ours = (with_paths(each, os.path.abspath) for each in (saved, recipe))
+    return differences(_training_data(theirs), _training_data(ours))
+
+
+def reordered_subsets(saved: Recipe, recipe: Recipe) -> list[str]:
+    """Subsets that the two recipes read in another order: Megatron shuffles by the number of epochs."""
+    from megatron_txssm.data.corpus.blend import recipe_blend
+
+    if saved.data.corpus is None or recipe.data.corpus is None:
+        return []
+    blends = map(recipe_blend, (saved, recipe))
+    before, now = ({each.subset: math.ceil(each.epochs) for each in blend.shares(blend.average)} for blend in blends)
+    return [name for name in now if before.get(name, now[name]) != now[name]]
 
 
 def _training_data(recipe: Recipe) -> Mapping[str, object]:
@@ -237,20 +261,6 @@ def _architecture(recipe: Recipe, but: Collection[str] = ()) -> Mapping[str, obj
     fields["model.layer_pattern"] = DEPTH.join([recipe.layers, *recipe.prediction_depths])
     fields["the embedding's rows (data.vocab_size, padded)"] = recipe.padded_vocab_size
     return {name: value for name, value in fields.items() if name not in but}
-
-
-def _schedule(recipe: Recipe) -> Mapping[str, object]:
-    """The values saved by Megatron's OptimizerParamScheduler."""
-    return {
-        "training.train_iters": recipe.train_iters,
-        "training.global_batch_tokens": recipe.training.global_batch_tokens,
-        # The schedule counts samples.
-        "samples a step (global_batch_tokens / training.seq_length)": recipe.global_batch_size,
-    } | {f"optimizer.{name}": getattr(recipe.optimizer, name) for name in _SCHEDULE}
-
-
-def _differences(theirs: Mapping[str, object], ours: Mapping[str, object]) -> str:
-    return "; ".join(f"{name}: {theirs[name]} there, {ours[name]} here" for name in ours if theirs[name] != ours[name])
 
 
 def make_run_directory(recipe: Recipe) -> None:

@@ -100,28 +100,6 @@ def test_another_vocabulary_is_named(recipe: Recipe) -> None:
         check_checkpoint(larger)
 
 
-@pytest.mark.parametrize(
-    ("section", "field", "value"),
-    [
-        ("training", "train_iters", 7),
-        ("optimizer", "learning_rate", 0.5),
-        ("optimizer", "decay_style", "linear"),
-        ("optimizer", "wsd_decay_shape", "linear"),
-        ("optimizer", "adam_beta2", 0.5),
-    ],
-)
-def test_another_schedule_is_named_with_the_remedy(recipe: Recipe, section: str, field: str, value: object) -> None:
-    save(recipe)
-    old = getattr(recipe, section)
-    other = dataclasses.replace(recipe, **{section: dataclasses.replace(old, **{field: value})})
-    with pytest.raises(UserError) as error:
-        check_checkpoint(other)
-    assert f"({section}.{field}: {getattr(old, field)} there, {value} here)" in str(error.value)
-    for switch in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"):
-        assert f"megatron.{switch}=true" in str(error.value)
-        check_checkpoint(dataclasses.replace(other, megatron={switch: True}))
-
-
 def test_a_run_that_neither_saves_nor_resumes_looks_at_no_checkpoint(recipe: Recipe) -> None:
     save(recipe)
     other = changed(recipe, state_size=6)

@@ -95,3 +95,13 @@ def test_a_resume_with_samples_of_another_length_is_explained(file: Path) -> Non
     wanted = rf"another schedule \(samples a step .*training.seq_length\): {samples} there, {samples // 2} here"
     with pytest.raises(UserError, match=wanted):
         check_run(longer, 1)
+
+
+def test_a_length_that_puts_the_samples_in_another_order_is_told(file: Path) -> None:
+    fields = ["checkpoint.save_interval=5", "optimizer.schedule_at_resume=recipe", "optimizer.warmup_fraction=0"]
+    # An epoch is somewhat less than three steps.
+    save(load_recipe(file, [*fields, "training.train_iters=1"]))
+    for steps, told in ((2, []), (20, ["with this length, a is read another number of times"])):
+        schedule, *others = warnings(load_recipe(file, [*fields, f"training.train_iters={steps}"]))
+        assert f"training.train_iters: 1 there, {steps} here" in schedule
+        assert [warning.partition(", and therefore")[0] for warning in others] == told
