@@ -25,6 +25,10 @@ TransformerImpl = Literal["local", "transformer_engine"]
 Fp8Format = Literal["hybrid", "e4m3"]
 Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
+OptimizerName = Literal["adam", "muon"]
+MuonScaleMode = Literal["spectral", "unit_rms_norm", "shape_scaling"]
+MuonTpMode = Literal["duplicated", "distributed"]
+MuonMatmulPrecision = Literal["medium", "high"]
 WsdDecayShape = Literal["exponential", "linear", "cosine", "minus_sqrt"]
 
 # Megatron's tokenizer classes: those that a corpus may have, and the one that reads no text.

@@ -34,6 +34,7 @@ PASSES: dict[str, str] = {
         lr_decay_iters:int lr_warmup_init:float override_opt_param_scheduler use_checkpoint_opt_param_scheduler
         start_weight_decay:float end_weight_decay:float weight_decay_incr_style:constant|linear|cosine
     """,
+    "Muon (optimizer.name: muon)": "muon_coefficient_type:simple|quintic|polar_express|cans|aol|deepseekv4",
     "when a run stops, skips or validates": """
         exit_interval:int exit_duration_in_mins:int exit_signal_handler_for_dataloader iterations_to_skip:int+
         skip_train start_eval_at_iter:int eval_global_batch_size:int eval_micro_batch_size:int
@@ -147,10 +148,11 @@ REFUSED: dict[str, str] = {
     "the schedule counts steps: set optimizer.warmup_fraction, or lr_decay_iters here": """
         lr_decay_samples lr_wsd_decay_samples warmup
     """,
-    "the optimizer of a recipe is AdamW, with one learning rate for all weights": """
-        optimizer sgd_momentum muon_* lion_* no_weight_decay_cond_type decoupled_lr decoupled_min_lr freeze_all_layers
+    "optimizer.name is adam or muon, and there is one learning rate for all weights": """
+        sgd_momentum muon_scalar_optimizer lion_* no_weight_decay_cond_type decoupled_lr decoupled_min_lr freeze_all_layers
         optimizer_cuda_graph
     """,
+    "each component of a packed projection (Q, K, V; z, x, B, C, dt) is a matrix of its own": "muon_split_qkv",
     "it only affects fp16; a recipe trains in bf16 or fp32": """
         loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis fp16_lm_cross_entropy
     """,

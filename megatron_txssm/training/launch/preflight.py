@@ -47,6 +47,7 @@ _FREE_AT_FINE_TUNING = (
 _SCHEDULE = (
     *("learning_rate", "min_learning_rate_ratio", "weight_decay", "warmup_fraction", "decay_style"),
     *("wsd_decay_fraction", "wsd_decay_shape", "adam_beta1", "adam_beta2", "adam_eps"),
+    *("muon_momentum", "muon_nesterov", "muon_num_ns_steps", "muon_scale_mode", "muon_extra_scale_factor"),
 )
 # Megatron's arguments: use the recipe's schedule, or the checkpoint's.
 _SCHEDULE_SWITCHES = ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")
@@ -120,6 +121,12 @@ def check_checkpoint(recipe: Recipe) -> None:
         raise UserError(
             f"{folder} holds checkpoints of a model with another tokenizer ({other}); "
             "use a corpus with that tokenizer, or another run_directory"
+        )
+    theirs, ours = saved.optimizer.name, recipe.optimizer.name
+    if theirs != ours:
+        raise UserError(
+            f"{folder} holds the state of optimizer.name={theirs}, not of {ours}; set optimizer.name={theirs}, or start "
+            f"another run_directory from its weights with checkpoint.load_from={folder}"
         )
     # Megatron rejects another schedule unless told which one to use.
     told = any(recipe.megatron.get(key) for key in _SCHEDULE_SWITCHES)
