@@ -149,8 +149,8 @@ REFUSED: dict[str, str] = {
         lr_decay_samples lr_wsd_decay_samples warmup
     """,
     "optimizer.name is adam or muon, and there is one learning rate for all weights": """
-        sgd_momentum muon_scalar_optimizer lion_* no_weight_decay_cond_type decoupled_lr decoupled_min_lr freeze_all_layers
-        optimizer_cuda_graph
+        sgd_momentum muon_scalar_optimizer lion_* no_weight_decay_cond_type decoupled_lr decoupled_min_lr
+        freeze_all_layers optimizer_cuda_graph
     """,
     "each component of a packed projection (Q, K, V; z, x, B, C, dt) is a matrix of its own": "muon_split_qkv",
     "it only affects fp16; a recipe trains in bf16 or fp32": """

@@ -10,6 +10,8 @@ _OF_DISTRIBUTED_OPTIMIZERS = (
     *("optimizer_cpu_offload", "ddp_reduce_scatter_with_fp32_accumulation"),
 )
 
+_OF_MUON = {name: field for name, field in FIELDS["optimizer"].items() if name.startswith("muon_")}
+
 
 def check_muon(recipe: Recipe) -> None:
     """UserError for the first setting that would be dropped without Muon, or that Muon would fail on."""
@@ -30,13 +32,11 @@ def check_muon(recipe: Recipe) -> None:
 
 
 def _check_no_muon(recipe: Recipe) -> None:
-    stated = {
-        f"optimizer.{name}": getattr(recipe.optimizer, name)
-        for name, field in FIELDS["optimizer"].items()
-        if name.startswith("muon_") and getattr(recipe.optimizer, name) != field.default
-    }
-    stated |= {f"megatron.{name}": value for name, value in recipe.megatron.items() if name.startswith("muon_") and value}
-    for name, value in stated.items():
-        raise UserError(
-            f"{name}={shown(value)} has no effect with optimizer.name=adam; set optimizer.name=muon, or leave it out"
-        )
+    fields = {f"optimizer.{name}": (getattr(recipe.optimizer, name), field.default) for name, field in _OF_MUON.items()}
+    entries = {"megatron.muon_coefficient_type": (recipe.megatron.get("muon_coefficient_type"), None)}
+    for name, (value, default) in (fields | entries).items():
+        if value != default:
+            raise UserError(
+                f"{name}={shown(value)} has no effect with optimizer.name=adam; set optimizer.name=muon, or "
+                "leave it out"
+            )

@@ -125,8 +125,8 @@ def check_checkpoint(recipe: Recipe) -> None:
     theirs, ours = saved.optimizer.name, recipe.optimizer.name
     if theirs != ours:
         raise UserError(
-            f"{folder} holds the state of optimizer.name={theirs}, not of {ours}; set optimizer.name={theirs}, or start "
-            f"another run_directory from its weights with checkpoint.load_from={folder}"
+            f"{folder} holds the state of optimizer.name={theirs}, not of {ours}; set optimizer.name={theirs}, or "
+            f"start in another run_directory from its weights: checkpoint.load_from={folder}"
         )
     # Megatron rejects another schedule unless told which one to use.
     told = any(recipe.megatron.get(key) for key in _SCHEDULE_SWITCHES)
