@@ -136,7 +136,7 @@ def _optimizer(share: Share, layout: Layout, weights: Weights) -> int:
     masters = 0 if share.element == FP32 else FP32
     sharing = layout.data * layout.context if layout.zero1 else 1
     expert_sharing = max(1, layout.data * layout.context // layout.expert) if layout.zero1 else 1
-    saved = FP32 if share.muon else 0
+    saved = FP32 if share.muon_steps else 0
     dense = weights.dense * (2 * FP32 + masters) - weights.fp32 * masters - weights.matrices * saved
     return dense // sharing + weights.experts * (2 * FP32 + masters - saved) // expert_sharing
 
