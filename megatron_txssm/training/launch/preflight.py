@@ -43,11 +43,10 @@ _FREE_AT_FINE_TUNING = (
     "model.rotary_interpolation_factor",
     "model.length_scaling_base",
 )
-# Includes Adam's settings: without a switch, Megatron would silently use the checkpoint's.
+# Includes settings saved with the optimizer's state: without a switch, Megatron would silently use the checkpoint's.
 _SCHEDULE = (
     *("learning_rate", "min_learning_rate_ratio", "weight_decay", "warmup_fraction", "decay_style"),
-    *("wsd_decay_fraction", "wsd_decay_shape", "adam_beta1", "adam_beta2", "adam_eps"),
-    *("muon_momentum", "muon_nesterov", "muon_num_ns_steps", "muon_scale_mode", "muon_extra_scale_factor"),
+    *("wsd_decay_fraction", "wsd_decay_shape", "adam_beta1", "adam_beta2", "adam_eps", "muon_momentum"),
 )
 # Megatron's arguments: use the recipe's schedule, or the checkpoint's.
 _SCHEDULE_SWITCHES = ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")
@@ -123,7 +122,7 @@ def check_checkpoint(recipe: Recipe) -> None:
             "use a corpus with that tokenizer, or another run_directory"
         )
     theirs, ours = saved.optimizer.name, recipe.optimizer.name
-    if theirs != ours:
+    if theirs != ours and not recipe.megatron.get("no_load_optim"):
         raise UserError(
             f"{folder} holds the state of optimizer.name={theirs}, not of {ours}; set optimizer.name={theirs}, or "
             f"start in another run_directory from its weights: checkpoint.load_from={folder}"
