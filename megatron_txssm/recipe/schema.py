@@ -15,6 +15,7 @@ from megatron_txssm.choices import (
     DecayStyle,
     Fp8Format,
     Fp8Recipe,
+    MuonCoefficientType,
     MuonMatmulPrecision,
     MuonScaleMode,
     MuonTpMode,
@@ -337,6 +338,12 @@ class Optimizer:
     )
     muon_num_ns_steps: int = setting(
         "of Muon: Newton-Schulz steps of the orthogonalization", "--muon-num-ns-steps", default=5, at_least=1
+    )
+    muon_coefficient_type: MuonCoefficientType = setting(
+        "of Muon: coefficients of the steps, as emerging_optimizers names them; they are made for 1, 5, 8, 5, 4 and 10 "
+        "steps",
+        "--muon-coefficient-type",
+        default="quintic",
     )
     muon_scale_mode: MuonScaleMode = setting(
         "of Muon: an update is multiplied by √max(rows, columns); by √(rows/columns); or by that, but at least 1",

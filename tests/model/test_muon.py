@@ -71,13 +71,14 @@ def a_step(variant: str) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         # As Megatron's schedule does.
         group["weight_decay"] = WEIGHT_DECAY * group["wd_mult"]
     generator = torch.Generator().manual_seed(1)
-    before = {}
+    before, gradients = {}, {}
     for name, parameter in model.named_parameters():
         before[name] = parameter.detach().clone()
-        setattr(parameter, "main_grad", torch.randn(parameter.shape, generator=generator))
+        gradients[name] = torch.randn(parameter.shape, generator=generator)
+        setattr(parameter, "main_grad", gradients[name].clone())
     optimizer.step()
     for name, parameter in model.named_parameters():
-        yield name, before[name], parameter.main_grad, parameter.detach()
+        yield name, before[name], gradients[name], parameter.detach()
 
 
 @pytest.mark.parametrize("variant", ["rope", "conv1d_d"])

@@ -34,7 +34,6 @@ PASSES: dict[str, str] = {
         lr_decay_iters:int lr_warmup_init:float override_opt_param_scheduler use_checkpoint_opt_param_scheduler
         start_weight_decay:float end_weight_decay:float weight_decay_incr_style:constant|linear|cosine
     """,
-    "Muon (optimizer.name: muon)": "muon_coefficient_type:simple|quintic|polar_express|cans|aol|deepseekv4",
     "when a run stops, skips or validates": """
         exit_interval:int exit_duration_in_mins:int exit_signal_handler_for_dataloader iterations_to_skip:int+
         skip_train start_eval_at_iter:int eval_global_batch_size:int eval_micro_batch_size:int

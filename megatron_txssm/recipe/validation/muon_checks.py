@@ -32,11 +32,9 @@ def check_muon(recipe: Recipe) -> None:
 
 
 def _check_no_muon(recipe: Recipe) -> None:
-    fields = {f"optimizer.{name}": (getattr(recipe.optimizer, name), field.default) for name, field in _OF_MUON.items()}
-    entries = {"megatron.muon_coefficient_type": (recipe.megatron.get("muon_coefficient_type"), None)}
-    for name, (value, default) in (fields | entries).items():
-        if value != default:
+    for name, field in _OF_MUON.items():
+        if (value := getattr(recipe.optimizer, name)) != field.default:
             raise UserError(
-                f"{name}={shown(value)} has no effect with optimizer.name=adam; set optimizer.name=muon, or "
+                f"optimizer.{name}={shown(value)} has no effect with optimizer.name=adam; set optimizer.name=muon, or "
                 "leave it out"
             )

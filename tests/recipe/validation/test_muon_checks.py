@@ -23,13 +23,12 @@ def recipe(changes: Changes) -> Recipe:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("optimizer.muon_momentum", 0.9), ("optimizer.muon_nesterov", False), ("megatron.muon_coefficient_type", "aol")],
+    ("field", "value"), [("muon_momentum", 0.9), ("muon_nesterov", False), ("muon_coefficient_type", "aol")]
 )
 def test_settings_of_muon_need_muon(field: str, value: object) -> None:
-    said = refusal({field: value})
-    assert said.startswith(f"{field}={value!r} has no effect") and "set optimizer.name=muon" in said
-    validate(recipe(MUON | {field: value}))
+    said = refusal({f"optimizer.{field}": value})
+    assert said.startswith(f"optimizer.{field}={value!r} has no effect") and "set optimizer.name=muon" in said
+    validate(recipe(MUON | {f"optimizer.{field}": value}))
 
 
 def test_no_distributed_optimizer() -> None:
@@ -49,7 +48,7 @@ def test_arguments() -> None:
     words = " ".join(megatron_arguments(recipe(MUON | {"optimizer.muon_nesterov": False})))
     assert "--optimizer muon --" in words
     assert (
-        "--muon-momentum 0.95 --muon-num-ns-steps 5 --muon-scale-mode spectral --muon-extra-scale-factor 0.2 "
-        "--muon-fp32-matmul-prec medium --muon-tp-mode duplicated" in words
+        "--muon-momentum 0.95 --muon-num-ns-steps 5 --muon-coefficient-type quintic --muon-scale-mode spectral "
+        "--muon-extra-scale-factor 0.2 --muon-fp32-matmul-prec medium --muon-tp-mode duplicated" in words
     )
     assert "--muon" not in " ".join(megatron_arguments(recipe({})))
