@@ -27,7 +27,7 @@ MUON = """
 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.1 --moe-token-dispatcher-type alltoall
 --moe-router-dtype fp32 --lr 3e-3
 """
-# In bf16, each optimizer of a chain sums up the norm to clip by in its own order.
+# In bf16, rounding makes the norm to clip by another one in another layout.
 KINDS = {"fp32": "--muon-fp32-matmul-prec high", "bf16": "--bf16 --clip-grad 0"}
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 LAYOUTS = {
@@ -38,7 +38,11 @@ LAYOUTS = {
     "pp2": (2, "--pipeline-model-parallel-size 2 --hybrid-layer-pattern M-*|ME-"),
     "ep2": (2, "--expert-model-parallel-size 2"),
 }
-LAYOUTS_OF = {"fp32": ("tp2", "tp2_distributed", "pp2", "ep2"), "bf16": ("tp2", "pp2")}
+LAYOUTS_OF = {"fp32": ("tp2", "tp2_distributed", "pp2", "ep2"), "bf16": ("tp2",)}
+# What a first layout saves goes on in a second.
+CONTINUED = [("fp32", layout, layout) for layout in ("tp2", "pp2", "ep2")] + [("bf16", "tp2", "tp2")]
+RESHARDED = [("fp32", layout, ONE_PROCESS) for layout in ("tp2", "pp2", "ep2")] + [("bf16", "tp2", ONE_PROCESS)]
+RESHARDED += [("fp32", ONE_PROCESS, layout) for layout in ("tp2", "pp2")]
 CASES = [(kind, layout) for kind, layouts in LAYOUTS_OF.items() for layout in layouts]
 MIDDLE, END = 2, 4
 STEPS = range(1, END + 1)
@@ -59,10 +63,9 @@ def runs(tmp_path_factory):
         for layout in (ONE_PROCESS, *layouts):
             save = f"--save {root / kind / layout / 'checkpoint'} --save-interval {MIDDLE}"
             undisturbed[kind, layout] = case(kind, layout, layout, save)
-        for layout in layouts:
-            for first, rest in ((layout, layout), (layout, ONE_PROCESS), (ONE_PROCESS, layout)):
-                read = f"--load {root / kind / first / 'checkpoint'} --ckpt-step {MIDDLE}"
-                resumed[kind, first, rest] = case(kind, f"{first}_to_{rest}", rest, read)
+    for kind, first, rest in CONTINUED + RESHARDED:
+        read = f"--load {root / kind / first / 'checkpoint'} --ckpt-step {MIDDLE}"
+        resumed[kind, first, rest] = case(kind, f"{first}_to_{rest}", rest, read)
     for cases in (undisturbed, resumed):
         for world_size in (1, 2):
             run_cases(world_size, [case for key, case in cases.items() if LAYOUTS[key[-1]][0] == world_size], data)
@@ -77,7 +80,7 @@ def assert_same(case: Case, reference: Case, steps: range, kind: str) -> None:
     print(f"loss {loss_error:.1e}, gradient {gradient_error:.1e} ({where})")
     # bf16 rounds to 8 bits, at other places in another layout.
     assert loss_error <= (5e-3 if kind == "bf16" else 1e-6)
-    assert gradient_error <= (0.3 if kind == "bf16" else 1e-4), where
+    assert gradient_error <= (0.3 if kind == "bf16" else 1e-5), where
 
 
 def saved(case: Case) -> dict[str, torch.Tensor]:
@@ -112,14 +115,12 @@ def test_saved_weights_and_momenta_equal_one_process(runs, layout):
         assert (ours[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
 
 
-@pytest.mark.parametrize(("kind", "layout"), CASES)
-def test_a_run_goes_on_bit_for_bit_at_its_own_layout(runs, kind, layout):
+@pytest.mark.parametrize(("kind", "layout", "same"), CONTINUED)
+def test_a_run_goes_on_bit_for_bit_at_its_own_layout(runs, kind, layout, same):
     losses = runs[kind, layout].losses()
-    assert runs[kind, layout, layout].losses() == {step: losses[step] for step in range(MIDDLE + 1, END + 1)}
+    assert runs[kind, layout, same].losses() == {step: losses[step] for step in range(MIDDLE + 1, END + 1)}
 
 
-@pytest.mark.parametrize("to_one_process", [False, True])
-@pytest.mark.parametrize(("kind", "layout"), CASES)
-def test_a_run_saved_at_one_layout_goes_on_at_another(runs, kind, layout, to_one_process):
-    first, rest = (layout, ONE_PROCESS) if to_one_process else (ONE_PROCESS, layout)
+@pytest.mark.parametrize(("kind", "first", "rest"), RESHARDED)
+def test_a_run_saved_at_one_layout_goes_on_at_another(runs, kind, first, rest):
     assert_same(runs[kind, first, rest], runs[kind, ONE_PROCESS], range(MIDDLE + 1, END + 1), kind)
