@@ -171,7 +171,9 @@ def _count_steps_of_optimizers_without_parameters() -> None:
         if step is not None:
             for each in self.chained_optimizers:
                 for group in each.optimizer.param_groups:
-                    group["step"] = step
+                    # Muon counts no steps.
+                    if "momentum" not in group:
+                        group["step"] = step
         return step
 
     optimizer._synchronize_steps = synchronize_all

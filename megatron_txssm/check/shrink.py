@@ -197,6 +197,7 @@ def _training(recipe: Recipe, nproc: int, steps: int) -> Changes:
         "optimizer.wsd_decay_fraction": None,
         # Otherwise Adam's first step moves weights whose gradient is pure rounding by a full learning rate.
         "optimizer.adam_eps": max(recipe.optimizer.adam_eps, 1e-3),
+        **({"optimizer.muon_fp32_matmul_prec": "high"} if recipe.optimizer.name == "muon" else {}),
     }
 
 

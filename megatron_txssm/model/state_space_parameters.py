@@ -88,6 +88,9 @@ class StateSpaceParameters(MegatronModule):
             **common,
         )
         self.in_proj.weight.partition_sizes = [*self.in_proj_sizes.values(), self.padding]
+        # Megatron's Muon orthogonalizes each component of its packed projection of Q, K and V, and so of this one.
+        self.in_proj.weight.is_qkv = True
+        self.in_proj.weight.qkv_split_shapes = [size for size in self.in_proj.weight.partition_sizes if size]
         with torch.no_grad():
             self.in_proj.weight[rows:] = 0
         self.out_proj = build_module(

@@ -156,8 +156,8 @@ def candidates(recipe: Recipe, gpus: int, per_node: int, fixed: Mapping[str, Any
 
     fixed: dotted layout fields with the value that they must have. An illegal division is refused as soon as one axis
     contradicts the recipe, without what would be divided further. Sequence parallelism and ZeRO-1 need less memory and
-    send no more than their absence, so they are off only if fixed. Nothing is recomputed unless fixed: whether to is
-    no question of legality.
+    send no more than their absence, so they are off only if fixed; Muon has no ZeRO-1. Nothing is recomputed unless
+    fixed: whether to is no question of legality.
     """
     search = _Search(recipe, gpus, per_node, dict(fixed or {}))
     legal = list(search.layouts())
@@ -181,7 +181,7 @@ class _Search:
                         yield from self._micro_batch(expert)
 
     def _tensor(self) -> Iterator[Layout]:
-        zero1 = self.fixed.get("parallel.use_distributed_optimizer", True)
+        zero1 = self.fixed.get("parallel.use_distributed_optimizer", self.recipe.optimizer.name != "muon")
         recompute = self.fixed.get("parallel.recompute", "none")
         for size in self._sizes("parallel.tensor_model_parallel_size", divisors(self.gpus)):
             layout = Layout(tensor=size, zero1=zero1, recompute=recompute)

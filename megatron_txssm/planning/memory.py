@@ -28,12 +28,19 @@ class Weights:
     experts: int
     # Of `dense`: A_log, dt_bias and D, which are fp32 in every precision.
     fp32: int
+    # Of `dense`: what Muon would update, as it would all of the experts'.
+    matrices: int
 
     def __add__(self, other: "Weights") -> "Weights":
-        return Weights(self.dense + other.dense, self.experts + other.experts, self.fp32 + other.fp32)
+        return Weights(
+            self.dense + other.dense,
+            self.experts + other.experts,
+            self.fp32 + other.fp32,
+            self.matrices + other.matrices,
+        )
 
     def __mul__(self, count: int) -> "Weights":
-        return Weights(self.dense * count, self.experts * count, self.fp32 * count)
+        return Weights(self.dense * count, self.experts * count, self.fp32 * count, self.matrices * count)
 
     @property
     def total(self) -> int:
@@ -63,34 +70,35 @@ def layer_weights(share: Share, layer: str) -> Weights:
         experts = share.sizes.experts
         assert experts is not None
         always = (experts.num_experts + 3 * share.shared_ffn) * share.hidden
-        return Weights(norm + always, share.experts_per_rank * matrices, 0)
+        return Weights(norm + always, share.experts_per_rank * matrices, 0, always)
     if layer != STATE_SPACE:
-        return Weights(norm + matrices, 0, 0)
+        return Weights(norm + matrices, 0, 0, matrices)
     state = share.sizes.state_space
     assert state is not None
     per_head = share.state_heads * (1 + state.dt_bias + bool(state.conv_sizes))
     convolution = sum(state.conv_sizes.values()) // share.tensor * (state.conv_kernel + 1)
     gate = share.inner if state.gated else 0
-    return Weights(norm + matrices + per_head + convolution + gate, 0, per_head)
+    return Weights(norm + matrices + per_head + convolution + gate, 0, per_head, matrices)
 
 
 @cache
 def stage_weights(share: Share, stage: Stage, *, whole: bool) -> Weights:
     """Parameters of a pipeline rank; `whole`: the pipeline has no other, so that embedding and head may be one."""
-    found = Weights(0, 0, 0)
+    found = Weights(0, 0, 0, 0)
     for layer, count in stage.counts.items():
         found += layer_weights(share, layer) * count
     table, sizes = share.vocabulary * share.hidden, share.sizes
     tables = stage.embeds + (stage.predicts and not (whole and sizes.tie_embeddings))
     if stage.predicts:
-        found += Weights(share.hidden, 0, 0)
+        found += Weights(share.hidden, 0, 0, 0)
         for depth in sizes.prediction_depths:
-            found += Weights(2 * share.hidden**2 // share.tensor + 3 * share.hidden, 0, 0)
+            projection = 2 * share.hidden**2 // share.tensor
+            found += Weights(projection + 3 * share.hidden, 0, 0, projection)
             for layer in depth:
                 found += layer_weights(share, layer)
         # Depths read the embedding, which untied models then have twice.
         tables += bool(sizes.prediction_depths) and not stage.embeds and not sizes.tie_embeddings
-    return found + Weights(tables * table, 0, 0)
+    return found + Weights(tables * table, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -124,12 +132,13 @@ def memory_of(share: Share, layout: Layout, stage: Stage, rank: int, micro_batch
 
 
 def _optimizer(share: Share, layout: Layout, weights: Weights) -> int:
-    """Two moments, and a master copy unless the weights are fp32 themselves; this rank's shard of them."""
+    """Two moments, of Muon one, and a master copy unless the weights are fp32 themselves; this rank's shard of them."""
     masters = 0 if share.element == FP32 else FP32
     sharing = layout.data * layout.context if layout.zero1 else 1
     expert_sharing = max(1, layout.data * layout.context // layout.expert) if layout.zero1 else 1
-    dense = (weights.dense * (2 * FP32 + masters) - weights.fp32 * masters) // sharing
-    return dense + weights.experts * (2 * FP32 + masters) // expert_sharing
+    saved = FP32 if share.muon_steps else 0
+    dense = weights.dense * (2 * FP32 + masters) - weights.fp32 * masters - weights.matrices * saved
+    return dense // sharing + weights.experts * (2 * FP32 + masters - saved) // expert_sharing
 
 
 @cache

@@ -24,6 +24,7 @@ class Share:
         seq_length: of a whole sample
         element: bytes of a weight or an activation
         fp8: whether the layers' GEMMs multiply in FP8
+        muon_steps: Newton-Schulz steps of Muon, which updates the matrices; 0: AdamW does
         selective: Megatron's names of what selective recomputation repeats
     """
 
@@ -38,6 +39,7 @@ class Share:
     element: int
     fp8: bool
     fp8_attention: bool
+    muon_steps: int
     selective: frozenset[str]
 
     @cached_property
@@ -136,6 +138,7 @@ def share_of(recipe: Recipe, layout: Layout) -> Share:
         element=2 if training.precision == "bf16" else 4,
         fp8=training.fp8 is not None,
         fp8_attention=training.fp8_attention,
+        muon_steps=recipe.optimizer.muon_num_ns_steps if recipe.optimizer.name == "muon" else 0,
         selective=frozenset(recipe.megatron.get("recompute_modules") or ("core_attn",)),
     )
 

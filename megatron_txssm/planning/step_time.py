@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from megatron_txssm.architecture.layer_pattern import ATTENTION
+from megatron_txssm.architecture.layer_pattern import ATTENTION, EXPERTS
 from megatron_txssm.planning.activations import FP32
 from megatron_txssm.planning.kernels import attention_seconds, chunk_seconds, head_seconds
 from megatron_txssm.planning.layouts import Layout
-from megatron_txssm.planning.memory import Weights, stage_weights
+from megatron_txssm.planning.memory import Weights, gemm_weights, stage_weights
 from megatron_txssm.planning.rates import OVERLAP, TENSOR_OVERLAP, Cluster, group_shape
 from megatron_txssm.planning.share import Share, Stage, Stages
 from megatron_txssm.planning.traffic import Call, embedding_calls, head_calls, layer_calls, step_calls
@@ -184,7 +184,8 @@ def _after_passes(
             gradients += seconds
     gradients -= OVERLAP.value * passes.backward if overlaps.gradients else 0.0
     gathered -= OVERLAP.value * passes.forward if overlaps.weights else 0.0
-    return max(0.0, gradients) + max(0.0, gathered) + tied, _optimizer_seconds(cluster, layout, weights)
+    updating = _optimizer_seconds(cluster, layout, weights) + _newton_schulz_seconds(share, cluster, stage)
+    return max(0.0, gradients) + max(0.0, gathered) + tied, updating
 
 
 def _optimizer_seconds(cluster: Cluster, layout: Layout, weights: Weights) -> float:
@@ -195,3 +196,19 @@ def _optimizer_seconds(cluster: Cluster, layout: Layout, weights: Weights) -> fl
     zeroed = cluster.memory_seconds(weights.total * FP32)
     adam = cluster.adam_seconds(shard * ADAM_BYTES) + cluster.memory_seconds(shard * (NORM_BYTES + COPY_BYTES))
     return cluster.corrections.optimizer * (adam + zeroed)
+
+
+def _newton_schulz_seconds(share: Share, cluster: Cluster, stage: Stage) -> float:
+    """Muon's products: each step has X·Xᵀ, its square, and their sum times X, of whole matrices on every rank.
+
+    Those of a packed projection count as one; prediction depths, routers and shared experts are left out.
+    """
+    total = 0.0
+    for layer, count in stage.counts.items() if share.muon_steps else ():
+        for name, (outputs, inputs) in gemm_weights(share, layer).items():
+            row_parallel = name in ("fc2", "proj", "out_proj")
+            whole = (outputs, inputs * share.tensor) if row_parallel else (outputs * share.tensor, inputs)
+            short, long = sorted(whole)
+            step = 2 * cluster.gemm_seconds(short, short, long) + cluster.gemm_seconds(short, short, short)
+            total += share.muon_steps * step * count * (share.experts_per_rank if layer == EXPERTS else 1)
+    return total

@@ -15,6 +15,11 @@ from megatron_txssm.choices import (
     DecayStyle,
     Fp8Format,
     Fp8Recipe,
+    MuonCoefficientType,
+    MuonMatmulPrecision,
+    MuonScaleMode,
+    MuonTpMode,
+    OptimizerName,
     PositionEncoding,
     Precision,
     Recompute,
@@ -309,8 +314,14 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW and its schedule."""
+    """AdamW, or Muon for matrices and AdamW for all else; their schedule."""
 
+    name: OptimizerName = setting(
+        "of matrices: AdamW, or Muon; vectors, embeddings and LM head always have AdamW",
+        "--optimizer",
+        default="adam",
+        refused={"adamw": "is called adam; its weight decay is decoupled"},
+    )
     learning_rate: float = setting("peak", "--lr", above=0)
     min_learning_rate_ratio: float = setting(
         "final learning rate, as a fraction of the peak",
@@ -322,6 +333,46 @@ class Optimizer:
     adam_beta1: float = setting("decay of the gradient's mean", "--adam-beta1", default=0.9, at_least=0, below=1)
     adam_beta2: float = setting("decay of the gradient's square", "--adam-beta2", default=0.999, at_least=0, below=1)
     adam_eps: float = setting("added to the root of the square", "--adam-eps", default=1e-8, above=0)
+    muon_momentum: float = setting(
+        "of Muon: decay of the gradient's mean", "--muon-momentum", default=0.95, at_least=0, below=1
+    )
+    muon_nesterov: bool = setting(
+        "of Muon: orthogonalize the mean one step ahead (Nesterov)", "--muon-nesterov", default=True
+    )
+    muon_num_ns_steps: int = setting(
+        "of Muon: Newton-Schulz steps of the orthogonalization", "--muon-num-ns-steps", default=5, at_least=1
+    )
+    muon_coefficient_type: MuonCoefficientType = setting(
+        "of Muon: coefficients of the steps, as emerging_optimizers names them; they are made for 1, 5, 8, 5, 4 and 10 "
+        "steps",
+        "--muon-coefficient-type",
+        default="quintic",
+    )
+    muon_scale_mode: MuonScaleMode = setting(
+        "of Muon: an update is multiplied by √max(rows, columns); by √(rows/columns); or by that, but at least 1",
+        "--muon-scale-mode",
+        default="spectral",
+    )
+    muon_extra_scale_factor: float = setting(
+        "of Muon: also multiplies its updates; with spectral, 0.2 makes them as large as AdamW's (arXiv:2502.16982)",
+        "--muon-extra-scale-factor",
+        default=0.2,
+        above=0,
+    )
+    muon_fp32_matmul_prec: MuonMatmulPrecision = setting(
+        "of Muon: Newton-Schulz in bf16 (medium), or in TF32 or fp32 (high)",
+        "--muon-fp32-matmul-prec",
+        default="medium",
+    )
+    muon_tp_mode: MuonTpMode = setting(
+        "of Muon: each tensor-parallel process orthogonalizes whole matrices, or they share the products",
+        "--muon-tp-mode",
+        default="duplicated",
+        refused={
+            "blockwise": "orthogonalizes each tensor-parallel process's rows apart, so that the trained model depends "
+            "on the layout; use duplicated or distributed"
+        },
+    )
     weight_decay: float = setting("decoupled; none on norms", "--weight-decay", default=0.01, at_least=0)
     clip_grad: float = setting("maximum global gradient norm; 0: no clipping", "--clip-grad", default=1.0, at_least=0)
     warmup_fraction: float = setting(

@@ -11,10 +11,14 @@ from megatron_txssm.recipe.recipe import Recipe
 def checkpoint_bytes(recipe: Recipe) -> int:
     """Size of one checkpoint: weights in the model's precision, Adam's two moments and the optimizer's weights in fp32.
 
+    Muon has one moment of each matrix; the state-space layers' few vectors are taken for matrices, too.
+
     Random states, tokens and the index are not counted; they take megabytes.
     """
     weight = 2 if recipe.training.precision == "bf16" else 4
-    return (weight + 12) * count_parameters(recipe.sizes).total
+    count = count_parameters(recipe.sizes)
+    matrices = count.total - count.embedding - count.output - count.norms if recipe.optimizer.name == "muon" else 0
+    return (weight + 12) * count.total - 4 * matrices
 
 
 def smallest_world_size(recipe: Recipe) -> int:

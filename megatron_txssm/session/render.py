@@ -6,6 +6,7 @@ from typing import Any
 from megatron_txssm.architecture.layer_pattern import in_stages
 from megatron_txssm.data.corpus.blend import corpus_arguments
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.schema import FIELDS
 from megatron_txssm.recipe.settings.setting import argument
 
 _RECOMPUTE = {
@@ -38,6 +39,11 @@ def _experts(count: int | None, recipe: Recipe) -> list[str]:
 def _of_experts(flag: str) -> Callable[[Any, Recipe], list[str]]:
     """A flag that Megatron accepts only with experts, or ignores without them."""
     return lambda value, recipe: argument(flag, value if recipe.has_experts else None)
+
+
+def _of_muon(flag: str) -> Callable[[Any, Recipe], list[str]]:
+    """A flag that Megatron ignores with another optimizer."""
+    return lambda value, recipe: argument(flag, value if recipe.optimizer.name == "muon" else None)
 
 
 def _sequence_parallel(on: bool, recipe: Recipe) -> list[str]:
@@ -107,6 +113,11 @@ RENDERS: Mapping[str, Callable[[Any, Recipe], list[str]]] = {
     "optimizer.min_learning_rate_ratio": lambda ratio, recipe: argument(
         "--min-lr", f"{ratio * recipe.optimizer.learning_rate:.12g}"
     ),
+    **{
+        f"optimizer.{name}": _of_muon(*field.setting.flags)
+        for name, field in FIELDS["optimizer"].items()
+        if name.startswith("muon_")
+    },
     "optimizer.wsd_decay_fraction": lambda _, recipe: argument("--lr-wsd-decay-iters", recipe.wsd_decay_iters),
     "optimizer.wsd_decay_shape": _wsd_shape,
     "optimizer.schedule_at_resume": lambda holds, _: argument("--override-opt-param-scheduler", holds == "recipe"),

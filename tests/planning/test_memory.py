@@ -11,6 +11,7 @@ from megatron_txssm.planning.ranking import estimated_usage
 from megatron_txssm.planning.share import chunks_in_flight, pipeline_stages, share_of
 from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.sizes import checkpoint_bytes
 
 PARALLEL = {
     "tp": "tensor_model_parallel_size",
@@ -108,6 +109,17 @@ def test_zero1_divides_the_optimizer_over_data_and_context() -> None:
         layout = Layout(data=4, context=2, zero1=zero1, micro_batch=2)
         optimizer[zero1] = memory_of(share_of(recipe, layout), layout, stage, 0, 1).optimizer
     assert optimizer[False] == pytest.approx(8 * optimizer[True], abs=8)
+
+
+@pytest.mark.parametrize("name", ["llama3_320m", "transxssm_320m_moe"])
+def test_muon_has_one_moment_of_each_matrix(name: str) -> None:
+    recipe = load_recipe(name, ["parallel.use_distributed_optimizer=false", "megatron.overlap_param_gather=null"])
+    by_muon = changed(recipe, {"optimizer.name": "muon"})
+    adam, muon = (estimated_usage(each, 8, 0).optimizer for each in (recipe, by_muon))
+    count = count_parameters(recipe.sizes)
+    # In bf16: an fp32 copy and two moments. Vectors are less than a thousandth of state-space layers.
+    assert adam - muon == pytest.approx(4 * (count.total - count.embedding - count.output - count.norms), rel=1e-3)
+    assert checkpoint_bytes(recipe) - checkpoint_bytes(by_muon) == pytest.approx(adam - muon, rel=1e-3)
 
 
 def test_selective_recomputation_of_ffns() -> None:

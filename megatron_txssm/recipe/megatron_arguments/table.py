@@ -147,10 +147,11 @@ REFUSED: dict[str, str] = {
     "the schedule counts steps: set optimizer.warmup_fraction, or lr_decay_iters here": """
         lr_decay_samples lr_wsd_decay_samples warmup
     """,
-    "the optimizer of a recipe is AdamW, with one learning rate for all weights": """
-        optimizer sgd_momentum muon_* lion_* no_weight_decay_cond_type decoupled_lr decoupled_min_lr freeze_all_layers
-        optimizer_cuda_graph
+    "optimizer.name is adam or muon, and there is one learning rate for all weights": """
+        sgd_momentum muon_scalar_optimizer lion_* no_weight_decay_cond_type decoupled_lr decoupled_min_lr
+        freeze_all_layers optimizer_cuda_graph
     """,
+    "each component of a packed projection (Q, K, V; z, x, B, C, dt) is a matrix of its own": "muon_split_qkv",
     "it only affects fp16; a recipe trains in bf16 or fp32": """
         loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis fp16_lm_cross_entropy
     """,

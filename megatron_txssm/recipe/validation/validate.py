@@ -13,6 +13,7 @@ from megatron_txssm.recipe.sizes import data_parallel_size, divisors
 from megatron_txssm.recipe.validation.expert_checks import check_expert_parallel, check_experts
 from megatron_txssm.recipe.validation.fp8_checks import check_fp8
 from megatron_txssm.recipe.validation.guard_checks import check_guard, check_skip_steps
+from megatron_txssm.recipe.validation.muon_checks import check_muon
 
 
 def validate(recipe: Recipe, world_size: int | None = None, *, source: Path | None = None) -> None:
@@ -375,6 +376,7 @@ _CHECKS = (
     _check_other_parallel,
     _check_length,
     check_fp8,
+    check_muon,
     _check_gpu_options,
     _check_schedule,
     check_skip_steps,

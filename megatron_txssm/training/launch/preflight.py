@@ -132,6 +132,12 @@ def check_checkpoint(recipe: Recipe) -> None:
             f"{folder} holds checkpoints of a model with another tokenizer ({other}); "
             "use a corpus with that tokenizer, or another run_directory"
         )
+    theirs, ours = saved.optimizer.name, recipe.optimizer.name
+    if theirs != ours and not recipe.megatron.get("no_load_optim"):
+        raise UserError(
+            f"{folder} holds the state of optimizer.name={theirs}, not of {ours}; set optimizer.name={theirs}, or "
+            f"start in another run_directory from its weights: checkpoint.load_from={folder}"
+        )
     check_schedule(recipe, saved, step)
 
 

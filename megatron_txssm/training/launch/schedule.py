@@ -8,10 +8,10 @@ from megatron_txssm.checkpoint.steps import TRACKER, Step, whole_steps
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
 
-# Includes Adam's settings: Megatron would silently use the checkpoint's.
+# Includes the optimizer's settings: Megatron would silently use the checkpoint's.
 _OF_OPTIMIZER = (
     *("learning_rate", "min_learning_rate_ratio", "weight_decay", "warmup_fraction", "decay_style"),
-    *("wsd_decay_fraction", "wsd_decay_shape", "adam_beta1", "adam_beta2", "adam_eps"),
+    *("wsd_decay_fraction", "wsd_decay_shape", "adam_beta1", "adam_beta2", "adam_eps", "muon_momentum"),
 )
 _OF_MEGATRON = (
     *("lr_decay_iters", "lr_warmup_init"),

@@ -100,6 +100,18 @@ def test_another_vocabulary_is_named(recipe: Recipe) -> None:
         check_checkpoint(larger)
 
 
+def test_the_state_of_another_optimizer_is_not_taken(recipe: Recipe) -> None:
+    save(recipe)
+    other = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, name="muon"))
+    with pytest.raises(UserError) as error:
+        check_checkpoint(other)
+    assert f"{recipe.checkpoint_path} holds the state of optimizer.name=adam, not of muon" in str(error.value)
+    assert f"checkpoint.load_from={recipe.checkpoint_path}" in str(error.value)
+    check_checkpoint(dataclasses.replace(other, megatron={"no_load_optim": True}))
+    source = dataclasses.replace(other.checkpoint, directory="elsewhere", load_from=str(recipe.checkpoint_path))
+    check_checkpoint(dataclasses.replace(other, checkpoint=source))
+
+
 def test_a_run_that_neither_saves_nor_resumes_looks_at_no_checkpoint(recipe: Recipe) -> None:
     save(recipe)
     other = changed(recipe, state_size=6)

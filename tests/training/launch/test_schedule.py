@@ -39,6 +39,7 @@ CHANGES = {
     "optimizer.decay_style": ("cosine", "linear"),
     "optimizer.wsd_decay_shape": ("exponential", "linear"),
     "optimizer.adam_beta2": (0.95, 0.5),
+    "optimizer.muon_momentum": (0.95, 0.5),
     "megatron.lr_decay_iters": (None, 100),
     "megatron.lr_warmup_init": (None, 1e-4),
 }
