@@ -42,14 +42,17 @@ def list_runs(folder: str | Path = "runs") -> int:
     if not found:
         print(f"no runs in {top}")
         return 0
-    queue, deadline, rows = ask_queue(found), time.monotonic() + SIZE_SECONDS, []
+    queue, rows, spent = ask_queue(found), [], 0.0
     with progress_bar("reading runs", len(found)) as advance:
-        for run in found:
-            name = str(run if run == top else run.relative_to(top))
-            rows.append((name, *_row(run, queue), _size(run, deadline)))
+        for count, run in enumerate(found, 1):
+            *row, note = _row(run, queue)
+            # What small runs leave of their share of the time, the later ones have.
+            began = time.monotonic()
+            size = _size(run, began + SIZE_SECONDS * count / len(found) - spent)
+            spent += time.monotonic() - began
+            rows.append((str(run if run == top else run.relative_to(top)), *row, size, note))
             advance(1)
-    columns = ("run", "state", ">step", ">loss", ">tokens/s", ">time left", ">size", "note")
-    print_table(columns, [(*row[:6], row[7], row[6]) for row in rows])
+    print_table(("run", "state", ">step", ">loss", ">tokens/s", ">time left", ">size", "note"), rows)
     if any(row[1] == "failed" for row in rows):
         print("`txssm why RUN` explains why a run ended.")
     return 0

@@ -103,7 +103,7 @@ def first_loss(story: Story, load_from: Path, run: Path) -> float:
     fields = [f"checkpoint.load_from={load_from}", f"run_directory={run}", "training.train_iters=1"]
     done = txssm("pretrain", str(story.model.recipe), *sets([*fields, "checkpoint.save_interval=1"]))
     assert done.code == 0, done.stderr
-    [entry] = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    [_, entry] = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     assert entry["iteration"] == 1
     return entry["lm loss"]
 

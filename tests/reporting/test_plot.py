@@ -1,6 +1,7 @@
 """Pictures of runs: what is drawn, and that the same metrics give the same bytes."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_of_many_points_no_spike_is_lost():
 
 def test_mistakes_are_user_errors(tmp_path):
     run = a_run(tmp_path / "run", 3)
-    for mistake, options in (
+    mistakes: list[tuple[str, dict[str, Any]]] = [
         ("has no step yet", {"runs": [tmp_path]}),
         ("--over x: use one of steps, tokens, flops", {"over": "x"}),
         ("--panel y: use one of loss, ", {"panels": ["y"]}),
@@ -69,7 +70,8 @@ def test_mistakes_are_user_errors(tmp_path):
         ("has no FLOPs", {"over": "flops"}),
         ("ends in .png, .svg, .pdf", {"picture": tmp_path / "x.jpg"}),
         ("cannot be written", {"picture": run / "metrics.jsonl" / "x.png"}),
-    ):
+    ]
+    for mistake, options in mistakes:
         with pytest.raises(UserError, match=mistake):
             plot_runs(**{"runs": [run], "picture": tmp_path / "x.png"} | options)
     assert not (tmp_path / "x.png").exists()
