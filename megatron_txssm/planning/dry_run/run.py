@@ -25,17 +25,11 @@ from megatron_txssm.recipe.recipe import Recipe
 WORKER = "megatron_txssm.planning.dry_run.worker"
 # Kernels whose memory is counted: a GPU's with Transformer Engine, or those of local modules on a CPU.
 Kernels = Literal["gpu", "local"]
+# Nothing is read of a run's folder or written to it.
+WITHOUT_RUN: Changes = WITHOUT_REPORTS | {"checkpoint.directory": None, "checkpoint.load_from": None}
+MOCK_DATA: Changes = WITHOUT_TOKENS | WITHOUT_TOKENIZER | {"megatron.mock_data": True, "logging.eval_iters": 0}
 # A dry run needs no data.
-WITHOUT_DATA: Changes = {
-    **WITHOUT_TOKENS,
-    **WITHOUT_TOKENIZER,
-    **WITHOUT_REPORTS,
-    "megatron.mock_data": True,
-    "logging.eval_iters": 0,
-    "checkpoint.save_interval": None,
-    "checkpoint.directory": None,
-    "checkpoint.load_from": None,
-}
+WITHOUT_DATA: Changes = WITHOUT_RUN | MOCK_DATA | {"checkpoint.save_interval": None}
 # The emulation of FP8 in local modules keeps far more than bf16 does, Transformer Engine's FP8 as much or less.
 FOR_A_STEP: Changes = WITHOUT_DATA | WITHOUT_FP8
 # PYTHONSAFEPATH: a json.py in the current folder must not be imported.
