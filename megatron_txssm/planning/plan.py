@@ -69,7 +69,7 @@ def plan(
         if fixed:
             raise UserError(f"--layout {layout} and --set {next(iter(fixed))} state the same field; leave one out")
         fixed = _named(layout, gpus, sweep).changes
-    cluster = _cluster(gpu, nodes_of, gpu_memory)
+    cluster = cluster_of(gpu, nodes_of, gpu_memory)
     _check_fp8(recipe, cluster)
     limit = memory_fraction * cluster.gpu.memory_bytes
     tokens = target_tokens or recipe.train_iters * recipe.training.global_batch_tokens
@@ -133,7 +133,8 @@ def _fixed(recipe: Recipe, stated: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _cluster(name: str, per_node: int | None, memory: float | None) -> Cluster:
+def cluster_of(name: str, per_node: int | None = None, memory: float | None = None) -> Cluster:
+    """GPUs of this kind in nodes of `per_node` (default: usual ones); memory: GiB instead of the data sheet's."""
     gpu = _gpu(name)
     if memory is not None:
         gpu = dataclasses.replace(gpu, memory_bytes=int(memory * GIB))

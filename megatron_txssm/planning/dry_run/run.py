@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -103,11 +104,19 @@ def _run(ranks: Sequence[RankOf], kernels: Kernels, only_build: bool) -> list[di
 
 def _result(file: Path, done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     if not file.exists():
-        raise DryRunFailed(_last_words(done.stderr) or f"the process ended with exit code {done.returncode}")
+        raise DryRunFailed(_ending(done))
     found = json.loads(file.read_text(encoding="utf-8"))
     if "refused" in found:
         raise UserError(found["refused"])
     return found
+
+
+def _ending(done: subprocess.CompletedProcess[str]) -> str:
+    if done.returncode < 0:
+        # What it printed before says nothing about that.
+        name = signal.Signals(-done.returncode).name
+        return f"{name} ended its process" + ("; is memory short?" if name in ("SIGKILL", "SIGBUS") else "")
+    return _last_words(done.stderr) or f"its process ended with exit code {done.returncode}"
 
 
 def _last_words(stderr: str) -> str:
