@@ -37,7 +37,7 @@ def check_recipe(recipe: str | Path, *, overrides: Sequence[str] = (), gpus: int
 
 
 def check_build(recipe: Recipe, world_size: int) -> None:
-    """UserError if Megatron or this project refuses the recipe, its model, optimizer, schedule or dataset configuration.
+    """UserError if Megatron or this project refuses the recipe, its model, optimizer, schedule or datasets.
 
     The first and last of `world_size` ranks are built on fake tensors, in a process of their own and in seconds. A
     machine that cannot do this, for lack of memory for example, is no reason to refuse: a warning says so.
