@@ -17,7 +17,7 @@ from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import smallest_world_size
 
 # Token files, which need not be there, and a tokenizer of vocab_size tokens.
-DATA = ("data.corpus=null", "data.blend=[[1, a]]", "data.tokenizer_type=NullTokenizer")
+DATA = ("data.corpus=null", "data.blend=[[1, a]]", "data.tokenizer_type=NullTokenizer", "logging.eval_iters=1")
 REFUSED = {
     # Megatron's assertions, of which two have no message.
     ("megatron.overlap_param_gather=true", "parallel.use_distributed_optimizer=false"): (
