@@ -62,7 +62,10 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def _counts(text: str) -> list[int]:
-    return [int(count) for count in text.split(",")]
+    try:
+        return [int(count) for count in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers joined by commas, such as 8,64,512") from None
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_txssm.errors import UserError, require_positive
-from megatron_txssm.planning.dry_run.run import WITHOUT_DATA, DryRunFailed, RankOf, run_ranks
+from megatron_txssm.planning.dry_run.run import MOCK_DATA, WITHOUT_RUN, DryRunFailed, RankOf, run_ranks
 from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import data_parallel_size, smallest_world_size
+from megatron_txssm.recipe.validation.validate import check_tokenizer_file
 from megatron_txssm.terminal import doing
+from megatron_txssm.training.launch.preflight import number_of_shards
 
 # Set to 0, in slurm/env.sh for example, it turns the check off.
 SWITCH = "TXSSM_CHECK_BUILD"
@@ -29,11 +31,13 @@ def check_recipe(recipe: str | Path, *, overrides: Sequence[str] = (), gpus: int
     except DryRunFailed as error:
         raise UserError(f"this machine cannot build {loaded.name}: {error}") from error
     print(f"{loaded.name}: Megatron accepts and builds it, on {world_size} process{'es' if world_size > 1 else ''}")
+    if absent := _absent_data(loaded):
+        print(f"not checked, as its data are not here: {absent}")
     return 0
 
 
 def check_build(recipe: Recipe, world_size: int) -> None:
-    """UserError if Megatron or this project refuses the recipe, its model, optimizer or schedule.
+    """UserError if Megatron or this project refuses the recipe, its model, optimizer, schedule or datasets.
 
     The first and last of `world_size` ranks are built on fake tensors, in a process of their own and in seconds. A
     machine that cannot do this, for lack of memory for example, is no reason to refuse: a warning says so.
@@ -47,10 +51,25 @@ def check_build(recipe: Recipe, world_size: int) -> None:
 
 
 def _build(recipe: Recipe, world_size: int, remedy: str) -> None:
-    recipe = changed(recipe, WITHOUT_DATA | {"checkpoint.save_interval": recipe.checkpoint.save_interval})
+    recipe = buildable(recipe)
     ranks = [RankOf(recipe, world_size, rank) for rank in sorted({0, world_size - 1})]
     with doing("building the model once, on fake tensors"):
         results = run_ranks(ranks, kernels="local", only_build=True)
     for found in results:
         if "failed" in found:
             raise UserError(f"Megatron does not build this recipe: {found['failed']}; {remedy}")
+
+
+def buildable(recipe: Recipe) -> Recipe:
+    """The recipe apart from its run's folder and, where they are not here, its data."""
+    return changed(recipe, WITHOUT_RUN | MOCK_DATA if _absent_data(recipe) else WITHOUT_RUN)
+
+
+def _absent_data(recipe: Recipe) -> str:
+    """Why Megatron's datasets cannot be configured here; empty if they can. Token files need not be there for that."""
+    try:
+        number_of_shards(recipe)
+        check_tokenizer_file(recipe)
+    except UserError as error:
+        return str(error)
+    return ""

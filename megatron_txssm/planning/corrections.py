@@ -71,7 +71,8 @@ def read_calibration(file: Path) -> Calibration:
         found = json.loads(file.read_text(encoding="utf-8"))
         if found["version"] != VERSION:
             raise UserError(f"--rates {file}: version {found['version']}, not {VERSION}; make it again by --calibrate")
-        return Calibration(Gpu(**found["gpu"]), found["measured"], _corrections(found["corrections"]))
+        gpu = Gpu(**found["gpu"] | {"capability": tuple(found["gpu"]["capability"])})
+        return Calibration(gpu, found["measured"], _corrections(found["corrections"]))
     except (OSError, UnicodeDecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"--rates {file} is not a file made by `txssm plan --calibrate`: {error!r}") from error
 

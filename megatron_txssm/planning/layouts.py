@@ -1,6 +1,6 @@
 """All parallel layouts of a recipe on N GPUs, and why each other one is illegal."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,7 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.changes import ONE_MODEL_PARALLEL_RANK, Changes, changed
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import divisors
-from megatron_txssm.recipe.validation.validate import validate
+from megatron_txssm.recipe.validation.validate import check_world_size, validate
 
 # Samples. GEMMs gain little beyond 8 of the usual lengths; a larger one that the recipe states is considered, too.
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -164,6 +164,11 @@ def candidates(recipe: Recipe, gpus: int, per_node: int, fixed: Mapping[str, Any
     return Candidates(legal, search.refused)
 
 
+def is_legal(recipe: Recipe, gpus: int, per_node: int, fixed: Mapping[str, Any] | None = None) -> bool:
+    """Whether `candidates` has a legal layout."""
+    return next(_Search(recipe, gpus, per_node, dict(fixed or {})).layouts(), None) is not None
+
+
 class _Search:
     """One axis after another, each checked by the recipe's own validation before the next is divided."""
 
@@ -223,6 +228,10 @@ class _Search:
                 self._refuse(replace(layout, context=size), f"{left} GPUs cannot be divided by context {size}")
                 continue
             divided = replace(layout, context=size, data=left // size)
+            if self.recipe.global_batch_size % divided.data:
+                # Nothing that would divide it further changes that; this only states the reason.
+                yield from self._legal(divided, self.gpus, check_world_size)
+                continue
             methods = CONTEXT_PARALLEL_METHODS if size > 1 and self.recipe.has_state_space else ("state_passing",)
             for method in self._sizes("parallel.state_context_parallel", methods):
                 yield from self._legal(replace(divided, state_context=method))
@@ -237,16 +246,22 @@ class _Search:
     def _micro_batch(self, layout: Layout) -> Iterator[Layout]:
         samples = self.recipe.global_batch_size // layout.data
         sizes = sorted({*MICRO_BATCHES, self.recipe.training.micro_batch_size})
+        check = validate
         for size in self._sizes("training.micro_batch_size", [s for s in sizes if s == 1 or s <= samples]):
-            yield from self._legal(replace(layout, micro_batch=size), self.gpus)
+            for legal in self._legal(replace(layout, micro_batch=size), self.gpus, check):
+                # More samples contradict nothing else.
+                check = check_world_size
+                yield legal
 
     def _sizes(self, name: str, sizes: Any) -> Any:
         return (self.fixed[name],) if name in self.fixed else sizes
 
-    def _legal(self, layout: Layout, world_size: int | None = None) -> Iterator[Layout]:
+    def _legal(
+        self, layout: Layout, world_size: int | None = None, check: Callable[..., None] = validate
+    ) -> Iterator[Layout]:
         """The layout if the recipe can have it, otherwise nothing, and the reason among the refused."""
         try:
-            validate(changed(self.undivided, layout.changes), world_size)
+            check(changed(self.undivided, layout.changes), world_size)
         except UserError as error:
             self._refuse(layout, str(error))
         else:

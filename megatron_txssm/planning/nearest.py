@@ -1,17 +1,20 @@
 """The nearest answer to a request that no layout meets: another number of GPUs, or the least memory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_txssm.architecture.gpus import GIB
-from megatron_txssm.planning.layouts import candidates
+from megatron_txssm.planning.layouts import is_legal
 from megatron_txssm.planning.ranking import Ranking, least_memory, rank_layouts
 from megatron_txssm.planning.rates import Cluster
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.sizes import divisors
 
 # How often the number of GPUs is doubled to find one on which something fits.
 DOUBLED = 6
+# How many numbers of GPUs near an impossible one are tried.
+NEAR = 32
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def answer(recipe: Recipe, gpus: int, cluster: Cluster, limit: float, fixed: Map
         return Answer(gpus, asked, "")
     if asked.smallest is None:
         problem = f"no layout is legal on {_counted(gpus)}: {_reason(asked)}"
-        legal = next((n for n in _around(gpus) if candidates(recipe, n, cluster.per_node, fixed).legal), None)
+        legal = next((n for n in _near(recipe, gpus, cluster) if is_legal(recipe, n, cluster.per_node, fixed)), None)
         if legal is None:
             return Answer(gpus, asked, problem)
         asked = rank_layouts(recipe, legal, cluster, limit, fixed)
@@ -70,7 +73,13 @@ def _reason(ranking: Ranking) -> str:
     return ranking.refused[0].reason if ranking.refused else "there is none to try"
 
 
-def _around(count: int) -> Iterator[int]:
-    """Numbers near `count`, the nearest first, the lower of two before the higher."""
-    for distance in range(1, max(count, 64)):
-        yield from (number for number in (count - distance, count + distance) if number > 0)
+def _near(recipe: Recipe, count: int, cluster: Cluster) -> Iterable[int]:
+    """Numbers near `count`, the nearest first, the lower of two before the higher, of which one may have a layout."""
+    sizes = {1}
+    # Tensor, pipeline and data parallelism; context parallelism takes powers of two of the usual lengths.
+    copies = divisors(recipe.global_batch_size)
+    contexts = divisors(recipe.training.seq_length)
+    for axis in (range(1, cluster.per_node + 1), range(1, len(recipe.layers) + 1), copies, contexts):
+        steps = tuple(axis)
+        sizes = {size * step for size in sizes for step in steps if size * step <= 2 * count}
+    return sorted(sizes, key=lambda size: (abs(size - count), size))[:NEAR]

@@ -8,19 +8,24 @@ from typing import Any
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import check_absent, write_file_atomically
 from megatron_txssm.planning.layouts import Layout
+from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.loader import find_recipe, load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.settings.yaml_text import dump_yaml
 from megatron_txssm.recipe.validation.validate import validate
 
 
-def check_overlay(out: Path) -> None:
-    """UserError if no recipe can be written there."""
+def check_overlay(out: Path, recipe: Recipe) -> None:
+    """UserError if no recipe that extends `recipe` can be written there."""
     if out.suffix not in (".yaml", ".yml"):
         raise UserError(f"--out {out} must end in .yaml, as recipes do")
-    if not out.absolute().parent.is_dir():
+    folder = out.absolute().parent
+    if not folder.is_dir():
         raise UserError(f"--out {out}: its folder does not exist; make it, or name another")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--out {out}: its folder cannot be written; name another")
     check_absent(out)
+    validate(changed(recipe, {"name": out.stem}))
 
 
 def write_overlay(out: Path, extends: str, recipe: Recipe, layout: Layout, stated: Sequence[str], about: str) -> None:
@@ -39,7 +44,10 @@ def write_overlay(out: Path, extends: str, recipe: Recipe, layout: Layout, state
             sections[section] = value
     text = dump_yaml({"extends": _extended(extends, out), "description": about, **sections})
     check_absent(out)
-    write_file_atomically(out, text.encode())
+    try:
+        write_file_atomically(out, text.encode())
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}; name another, or make room") from None
     validate(load_recipe(out), layout.gpus)
 
 

@@ -1,6 +1,7 @@
 """`txssm plan`: the best layouts of a recipe on N GPUs, or how it scales."""
 
 import dataclasses
+import math
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -18,9 +19,13 @@ from megatron_txssm.planning.report import Request, show_answer
 from megatron_txssm.planning.sweep import show_sweep
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.validation.fp8_checks import check_fp8_on
 from megatron_txssm.terminal import terminal_width
 
 DEFAULT_GPU = "h100-sxm"
+MOST_GPUS = 1_000_000
+# A cluster that is not there yet has every kernel.
+NEW_CUDNN = (9, 24, 0)
 
 
 def plan(
@@ -52,22 +57,28 @@ def plan(
     Returns 1 if nothing meets the request and the nearest answer was printed.
     """
     require_positive(gpus=gpus, nodes_of=nodes_of, target_tokens=target_tokens, top=top)
+    for number in (gpus or 0, *sweep):
+        if number > MOST_GPUS:
+            raise UserError(f"{number:,} GPUs are more than any cluster has; plan for at most {MOST_GPUS:,}")
     if dry_runs < 0:
         raise UserError(f"--dry-runs {dry_runs} must be at least 0")
     if not 0 < memory_fraction <= 1:
         raise UserError(f"--memory-fraction {memory_fraction:g} must be above 0 and at most 1, such as 0.92")
-    if gpu_memory is not None and gpu_memory <= 0:
-        raise UserError(f"--gpu-memory {gpu_memory:g} must be above 0 GiB")
-    if out is not None:
-        check_overlay(out)
+    if gpu_memory is not None and not 0 < gpu_memory < math.inf:
+        raise UserError(f"--gpu-memory {gpu_memory:g} must be a number of GiB above 0, such as 80")
     recipe = load_recipe(name, overrides)
     if calibrate is not None:
         return _calibrate(recipe, gpus, calibrate)
+    if out is not None:
+        check_overlay(out, recipe)
     stated = [text.partition("=")[0].strip() for text in overrides]
     fixed = _fixed(recipe, stated)
     if layout is not None:
-        fixed = _named(layout, gpus).changes | fixed
-    cluster = _cluster(gpu, rates, nodes_of, gpu_memory)
+        if fixed:
+            raise UserError(f"--layout {layout} and --set {next(iter(fixed))} state the same field; leave one out")
+        fixed = _named(layout, gpus, sweep).changes
+    cluster = cluster_of(gpu, nodes_of, gpu_memory, rates)
+    _check_fp8(recipe, cluster)
     limit = memory_fraction * cluster.gpu.memory_bytes
     tokens = target_tokens or recipe.train_iters * recipe.training.global_batch_tokens
     if sweep:
@@ -110,9 +121,11 @@ def _instead(found: Answer) -> str:
     return ""
 
 
-def _named(name: str, gpus: int | None) -> Layout:
+def _named(name: str, gpus: int | None, sweep: Sequence[int]) -> Layout:
     """The layout of this name; UserError if it is one of another number of GPUs."""
     layout = layout_named(name)
+    if layout.data and sweep:
+        raise UserError(f"--layout {name} states the GPUs that --sweep varies; leave dp{layout.data} out")
     if layout.data and gpus is not None and layout.gpus != gpus:
         raise UserError(f"--layout {name} has {layout.gpus} GPUs, not --gpus {gpus}; leave dp{layout.data} out")
     return layout
@@ -144,7 +157,13 @@ def _calibrate(recipe: Recipe, processes: int | None, file: Path) -> int:
     return 0
 
 
-def _cluster(name: str | None, rates: Path | None, per_node: int | None, memory: float | None) -> Cluster:
+def cluster_of(
+    name: str | None, per_node: int | None = None, memory: float | None = None, rates: Path | None = None
+) -> Cluster:
+    """GPUs of this kind in nodes of `per_node` (default: usual ones); memory: GiB instead of the data sheet's.
+
+    rates: those of the machine that this file describes.
+    """
     if rates is None:
         gpu, corrections = _gpu(name or DEFAULT_GPU), UNCHANGED
     else:
@@ -155,6 +174,14 @@ def _cluster(name: str | None, rates: Path | None, per_node: int | None, memory:
     if memory is not None:
         gpu = dataclasses.replace(gpu, memory_bytes=int(memory * GIB))
     return Cluster(gpu, per_node or gpu.per_node, corrections)
+
+
+def _check_fp8(recipe: Recipe, cluster: Cluster) -> None:
+    """UserError if the GPU does not support the recipe's FP8 settings."""
+    try:
+        check_fp8_on(recipe, cluster.gpu.capability, NEW_CUDNN)
+    except UserError as error:
+        raise UserError(f"--gpu {cluster.gpu.name}: {error}; or name another --gpu") from None
 
 
 def _gpu(name: str) -> Gpu:

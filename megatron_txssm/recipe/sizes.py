@@ -50,4 +50,7 @@ def data_parallel_size(recipe: Recipe, world_size: int) -> int:
 
 def divisors(*numbers: int) -> Iterator[int]:
     """The common divisors of `numbers`, ascending."""
-    return (d for d in range(1, min(numbers) + 1) if all(n % d == 0 for n in numbers))
+    common = math.gcd(*numbers)
+    lower = [d for d in range(1, math.isqrt(common) + 1) if common % d == 0]
+    yield from lower
+    yield from (common // d for d in reversed(lower) if d * d != common)

@@ -3,7 +3,7 @@
 B=batch  L=sequence length
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,16 @@ def datasets_provider(num_samples: list[Any], vp_stage: int | None = None) -> li
     validations of the training; ours read the same samples each time, so the set does not depend on the training's
     length. Every pipeline stage and tensor-parallel rank reads its own batches, in the same order.
     """
+    train, validation, test = dataset_builder(num_samples).build()
+    return [train, fixed_validation(validation, get_args()), test]
+
+
+# Tells Megatron that every rank may call the provider.
+datasets_provider.is_distributed = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def dataset_builder(num_samples: Sequence[Any]) -> BlendedMegatronDatasetBuilder:
+    """The builder of `datasets_provider`, which has not read any token file; UserError if the recipe contradicts it."""
     args = get_args()
     if num_samples[1] is not None:
         num_samples = [num_samples[0], samples_of_one_validation(args), num_samples[2]]
@@ -66,15 +76,8 @@ def datasets_provider(num_samples: list[Any], vp_stage: int | None = None) -> li
     )
     if args.blend_stages is None:
         kind = MockGPTDataset if args.mock_data else GPTDataset
-        builder = BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config)
-    else:
-        builder = StagedDatasetBuilder(args.blend_stages, num_samples, lambda: True, config)
-    train, validation, test = builder.build()
-    return [train, fixed_validation(validation, args), test]
-
-
-# Tells Megatron that every rank may call the provider.
-datasets_provider.is_distributed = True  # pyright: ignore[reportFunctionMemberAccess]
+        return BlendedMegatronDatasetBuilder(kind, list(num_samples), lambda: True, config)
+    return StagedDatasetBuilder(args.blend_stages, num_samples, lambda: True, config)
 
 
 def checked_tokenizer() -> Any:

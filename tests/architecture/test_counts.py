@@ -36,6 +36,12 @@ def test_the_active_experts_of_7b_compute_as_much_as_a_model_of_1_3b() -> None:
     assert 7e9 < count.total < 7.5e9 and 1.3e9 < count.active < 1.6e9
 
 
+def test_the_model_of_52b_has_jambas_size() -> None:
+    """52B parameters, 12B active (arXiv:2403.19887), of which its mixers and vocabulary have 2B more."""
+    count = count_parameters(load_recipe("transxssm_52b_moe").sizes)
+    assert 49e9 < count.total < 53e9 and 10e9 < count.active < 12e9
+
+
 def test_counts_of_a_model_small_enough_for_the_margin() -> None:
     recipe = load_recipe(
         "demo_cpu",

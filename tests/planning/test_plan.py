@@ -1,15 +1,18 @@
 """`txssm plan`: what it prints, the overlay that it writes, and its errors."""
 
+import errno
 from pathlib import Path
 
 import pytest
 
+from megatron_txssm.architecture.gpus import GPUS
 from megatron_txssm.cli.main import main
-from megatron_txssm.planning import finalists
+from megatron_txssm.planning import finalists, overlay
 from megatron_txssm.planning.dry_run.run import DryRunFailed
 from megatron_txssm.planning.layouts import layout_of
 from megatron_txssm.recipe.loader import load_recipe
 
+PLANNER = Path(__file__).parents[2] / "docs" / "planner.md"
 # By formula alone.
 PLAN = ("plan", "--dry-runs", "0")
 
@@ -75,10 +78,34 @@ def test_an_impossible_request_gets_the_nearest_answer(tmp_path: Path, capsys: p
 
 
 def test_gpus_of_one_gigabyte(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*PLAN, "transxssm_1.3b", "--gpus", "8", "--gpu-memory", "1"]) == 1
+    words = ["transxssm_1.3b", "--gpus", "8", "--set", "parallel.context_parallel_size=1", "--gpu-memory"]
+    assert main([*PLAN, *words, "1"]) == 1
     assert "nothing fits on 8 GPUs" in capsys.readouterr().out
-    assert main([*PLAN, "transxssm_1.3b", "--gpus", "8", "--gpu-memory", "0.01"]) == 1
+    assert main([*PLAN, *words, "0.01"]) == 1
     assert "use GPUs with more memory" in capsys.readouterr().out
+
+
+def test_the_nearest_of_numbers_that_are_far_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["transxssm_1.3b", "--gpus", "100001", "--layout", "tp8_sp_pp48_zero1_mb1"]
+    assert main([*PLAN, *words]) == 1
+    assert "the nearest number that works is 98304" in capsys.readouterr().out
+
+
+def test_a_disk_that_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(overlay, "write_file_atomically", full)
+    out = tmp_path / "planned.yaml"
+    assert main([*PLAN, "transxssm_320m", "--gpus", "8", "--out", str(out)]) == 2
+    assert f"error: --out {out} cannot be written: No space left on device" in capsys.readouterr().err
+
+
+def test_the_documentation_lists_every_gpu() -> None:
+    row = next(line for line in PLANNER.read_text().splitlines() if line.startswith("| `--gpu NAME`"))
+    assert row.partition("): ")[2].rstrip(" |") == ", ".join(gpu.name for gpu in GPUS)
 
 
 def test_a_faster_layout_that_does_not_fit_is_a_near_miss(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +117,7 @@ def test_a_faster_layout_that_does_not_fit_is_a_near_miss(capsys: pytest.Capture
 
 def test_sweep_shows_both_kinds_of_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "scaling.png"
-    assert main([*PLAN, "transxssm_320m", "--sweep", "64,8", "--plot", str(plot)]) == 0
+    assert main([*PLAN, "transxssm_320m", "--sweep", "64,8", "--layout", "zero1_mb4", "--plot", str(plot)]) == 0
     text = capsys.readouterr().out
     assert text.index("strong scaling") < text.index("weak scaling")
     weak = text[text.index("weak scaling") :].splitlines()
@@ -107,6 +134,12 @@ def test_sweep_shows_both_kinds_of_scaling(tmp_path: Path, capsys: pytest.Captur
         ([], "--gpus is missing"),
         (["--gpus", "8", "--memory-fraction", "1.5"], "--memory-fraction 1.5"),
         (["--gpus", "8", "--gpu-memory", "0"], "--gpu-memory 0"),
+        (["--gpus", "8", "--gpu-memory", "nan"], "--gpu-memory nan"),
+        (["--gpus", "1000000000"], "1,000,000,000 GPUs are more than any cluster has"),
+        (["--gpus", "8", "--layout", "tp2_mb1", "--set", "parallel.recompute=full"], "state the same field"),
+        (["--sweep", "8,16", "--layout", "tp2_dp4_mb1"], "leave dp4 out"),
+        (["--gpus", "8", "--gpu", "a100-80", "--set", "training.fp8=hybrid"], "--gpu a100-80: training.fp8_recipe"),
+        (["--gpus", "8", "--out", "no name.yaml"], "name='no name' must be letters"),
         (["--gpus", "8", "--plot", "x.png"], "add --sweep"),
         (["--sweep", "0,8"], "--sweep 0 must be at least 1"),
         (["--sweep", "8", "--gpus", "8"], "--gpus 8 has no effect on a sweep"),
@@ -134,7 +167,16 @@ def test_counts_that_are_no_numbers(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_the_best_layouts_are_tried(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--gpus", "8", "--top", "2", "--dry-runs", "2", "--set", "parallel.pipeline_model_parallel_size=2"]
+    changes = ["parallel.pipeline_model_parallel_size=2", "model.layer_pattern=M-*-M-*-"]
+    words = [
+        "--gpus",
+        "8",
+        "--top",
+        "2",
+        "--dry-runs",
+        "2",
+        *(word for change in changes for word in ("--set", change)),
+    ]
     assert main(["plan", "transxssm_320m", *words]) == 0
     text = capsys.readouterr().out
     tried = text.partition("dry runs")[2].partition("GiB a GPU, by dry run")[0]

@@ -86,6 +86,8 @@ def test_the_large_models_have_llamas_sizes_and_schedule(
         *((f"{architecture}_70b", count) for architecture in ("transxssm", "llama3") for count in (4, 512)),
         ("transxssm_7b_moe", 1),
         ("transxssm_7b_moe", 32),
+        ("transxssm_52b_moe", 4),
+        ("transxssm_52b_moe", 128),
     ],
 )
 def test_a_large_model_fits_whole_nodes(name: str, nodes: int) -> None:

@@ -126,7 +126,7 @@ def _gpu(found: Mapping[str, Any], processes: int) -> Gpu:
     link = max((link["bandwidth"] for link in found["links"].values()), default=found["bandwidth"])
     memory = psutil.virtual_memory().total // processes
     flops, bandwidth = found["flops"], found["bandwidth"]
-    return Gpu("cpu", "CPU", flops, None, memory, bandwidth, link, link, per_node=processes)
+    return Gpu("cpu", "CPU", (0, 0), flops, None, memory, bandwidth, link, link, per_node=processes)
 
 
 def _corrections(recipe: Recipe, cluster: Cluster, found: Mapping[str, Any]) -> Corrections:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,18 +26,13 @@ from megatron_txssm.recipe.recipe import Recipe
 WORKER = "megatron_txssm.planning.dry_run.worker"
 # Kernels whose memory is counted: a GPU's with Transformer Engine, or those of local modules on a CPU.
 Kernels = Literal["gpu", "local"]
+# Nothing is read of a run's folder or written to it.
+WITHOUT_RUN: Changes = WITHOUT_REPORTS | dict.fromkeys(
+    f"checkpoint.{name}" for name in ("directory", "load_from", "branch_from", "keep_last", "keep_every")
+)
+MOCK_DATA: Changes = WITHOUT_TOKENS | WITHOUT_TOKENIZER | {"megatron.mock_data": True, "logging.eval_iters": 0}
 # A dry run needs no data.
-WITHOUT_DATA: Changes = {
-    **WITHOUT_TOKENS,
-    **WITHOUT_TOKENIZER,
-    **WITHOUT_REPORTS,
-    "megatron.mock_data": True,
-    "logging.eval_iters": 0,
-    "checkpoint.save_interval": None,
-    "checkpoint.directory": None,
-    "checkpoint.load_from": None,
-    "checkpoint.branch_from": None,
-}
+WITHOUT_DATA: Changes = WITHOUT_RUN | MOCK_DATA | {"checkpoint.save_interval": None}
 # The emulation of FP8 in local modules keeps far more than bf16 does, Transformer Engine's FP8 as much or less.
 FOR_A_STEP: Changes = WITHOUT_DATA | WITHOUT_FP8
 # PYTHONSAFEPATH: a json.py in the current folder must not be imported.
@@ -110,11 +106,19 @@ def _run(ranks: Sequence[RankOf], kernels: Kernels, only_build: bool) -> list[di
 
 def _result(file: Path, done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     if not file.exists():
-        raise DryRunFailed(_last_words(done.stderr) or f"the process ended with exit code {done.returncode}")
+        raise DryRunFailed(_ending(done))
     found = json.loads(file.read_text(encoding="utf-8"))
     if "refused" in found:
         raise UserError(found["refused"])
     return found
+
+
+def _ending(done: subprocess.CompletedProcess[str]) -> str:
+    if done.returncode < 0:
+        # What it printed before says nothing about that.
+        name = signal.Signals(-done.returncode).name
+        return f"{name} ended its process" + ("; is memory short?" if name in ("SIGKILL", "SIGBUS") else "")
+    return _last_words(done.stderr) or f"its process ended with exit code {done.returncode}"
 
 
 def _last_words(stderr: str) -> str:

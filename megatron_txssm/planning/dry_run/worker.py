@@ -3,7 +3,7 @@
     python -m megatron_txssm.planning.dry_run.worker TASKS.json
 
 TASKS are {"recipe": file, "result": file, "world_size": N, "rank": N, "kernels": "gpu" or "local", "only_build": bool}.
-A result is {"usage": ...}, or {} where only the model was built; {"refused": why} where this project or Megatron's
+A result is {"usage": ...}, or {} where all was only built; {"refused": why} where this project or Megatron's
 parser refuses the recipe, {"failed": why} where something else in it raises.
 """
 
@@ -78,6 +78,7 @@ def run(task: dict[str, Any], *, fake: bool = True) -> dict[str, Any]:
 
     from megatron_txssm.planning.dry_run.step import Rank, group_names, traffic_of_a_step, used_by_steps
     from megatron_txssm.planning.dry_run.watch import Watch
+    from megatron_txssm.training.forward_step import dataset_builder
 
     training.initialize_megatron()
     watch = FakeWatch(group_names()) if fake else Watch(group_names())
@@ -91,6 +92,7 @@ def run(task: dict[str, Any], *, fake: bool = True) -> dict[str, Any]:
         stack.enter_context(watch)
         rank = Rank(args, watch, fake=fake)
         if task["only_build"]:
+            dataset_builder(training.get_train_valid_test_num_samples())
             return {}
         usage = used_by_steps(rank, get_num_microbatches())
         if not fake:

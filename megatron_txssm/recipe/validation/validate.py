@@ -25,7 +25,7 @@ def validate(recipe: Recipe, world_size: int | None = None, *, source: Path | No
         for check in _CHECKS:
             check(recipe)
         if world_size is not None:
-            _check_world_size(recipe, world_size)
+            check_world_size(recipe, world_size)
     except UserError as error:
         if source is None:
             raise
@@ -121,8 +121,7 @@ def _check_tensor_parallel(recipe: Recipe) -> None:
 
 
 def _short_list(value: int) -> str:
-    # Not `divisors`, which would take a millisecond of each check.
-    return f"use one of {', '.join(str(d) for d in range(1, min(value, 64) + 1) if value % d == 0)}"
+    return f"use one of {', '.join(str(d) for d in divisors(value) if d <= 64)}"
 
 
 def _check_stages(recipe: Recipe) -> None:
@@ -346,7 +345,8 @@ def _check_blend(recipe: Recipe) -> None:
         )
 
 
-def _check_world_size(recipe: Recipe, world_size: int) -> None:
+def check_world_size(recipe: Recipe, world_size: int) -> None:
+    """UserError if so many processes do not divide into the recipe's layout and batch."""
     copies = data_parallel_size(recipe, world_size)
     check_expert_parallel(recipe, copies)
     micro, batch = recipe.training.micro_batch_size, recipe.global_batch_size
