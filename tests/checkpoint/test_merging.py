@@ -149,7 +149,7 @@ def test_bf16_is_averaged_in_fp32(run: Path) -> None:
     merge(run, run / "out", last=3)
     merged = dict(read_weights(run / "out" / "checkpoints" / "iter_0000300"))
     for name, tensor in merged.items():
-        exact = sum(tensors_of(step, torch.bfloat16)[name].double() for step in STEPS) / 3
+        exact = torch.stack([tensors_of(step, torch.bfloat16)[name].double() for step in STEPS]).mean(dim=0)
         assert torch.equal(tensor, exact.to(torch.float32).to(torch.bfloat16)) or torch.allclose(
             tensor.double(), exact, rtol=2**-8, atol=1e-6
         )

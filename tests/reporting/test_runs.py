@@ -7,12 +7,13 @@ import time
 import pytest
 
 from megatron_txssm.cli.main import main
+from megatron_txssm.holders import is_held
 from megatron_txssm.jobs.cause import Cause
 from megatron_txssm.reporting import runs
 from megatron_txssm.reporting.runs import progress
 from megatron_txssm.terminal import compact
 from megatron_txssm.training.launch.ended import note_local_end
-from megatron_txssm.training.launch.run_lock import RunLock, is_held
+from megatron_txssm.training.launch.run_lock import RunLock
 from tests.jobs.some_attempt import some_attempt
 from tests.support.recipes import write_recipe
 

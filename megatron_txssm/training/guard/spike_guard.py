@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -173,7 +174,7 @@ def go_back(recipe: Recipe, spike: Spike) -> Spike:
 
     chosen = from_rank_0(choose)
     back_to = 0 if chosen is None else chosen.number
-    return Spike(**vars(spike) | {"jumped_from": max(first, back_to + 1), "back_to": back_to})
+    return replace(spike, jumped_from=max(first, back_to + 1), back_to=back_to)
 
 
 def _earlier(folder: Path, step: int) -> list[Step]:

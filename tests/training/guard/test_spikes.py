@@ -1,6 +1,6 @@
 """RUN/spikes.jsonl: what is read is what was recorded, whatever a kill left."""
 
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_txssm.training.guard.spikes import FILE, Spike, read_spikes, record_spike
@@ -15,9 +15,9 @@ def test_a_spike_in_words() -> None:
         "spike at step 40: loss NaN or infinite, gradient norm 3.5 (z-score 7.0); went back to the checkpoint of step "
         "20 and jumped over steps 37 to 40"
     )
-    start = Spike(**asdict(REWIND) | {"back_to": 0})
+    start = replace(REWIND, back_to=0)
     assert "went back to the start and jumped over" in str(start)
-    assert str(Spike(**asdict(SKIP) | {"action": "stop"})).endswith("; ended the run as diverged")
+    assert str(replace(SKIP, action="stop")).endswith("; ended the run as diverged")
 
 
 def test_only_a_rewind_jumps_over_steps() -> None:
@@ -27,7 +27,7 @@ def test_only_a_rewind_jumps_over_steps() -> None:
 
 def test_the_last_line_of_a_step_counts(tmp_path: Path) -> None:
     assert read_spikes(tmp_path) == []
-    again = Spike(**asdict(SKIP) | {"loss": 8.0})
+    again = replace(SKIP, loss=8.0)
     for spike in (REWIND, SKIP, again):
         record_spike(tmp_path, spike)
     assert read_spikes(tmp_path) == [again, REWIND]
