@@ -92,8 +92,10 @@ def _expert_calls(share: Share) -> tuple[tuple[Call, ...], tuple[Call, ...]]:
         calls += [Call("all_to_all", "ep", sent * width, 2), Call("all_to_all", "ep", sent * FP32)]
     backward = list(calls)
     if share.tensor > 1:
-        calls += [Call("all_gather", "tp", share.routed * width), Call("reduce_scatter", "tp", share.routed * width)]
-        backward += calls[-2:]
+        # Tokens come with their probabilities, and results are summed in the probabilities' precision.
+        gathered, summed = share.routed * (width + FP32), share.routed * share.hidden * FP32
+        calls += [Call("all_gather", "tp", gathered), Call("reduce_scatter", "tp", summed)]
+        backward += [Call("all_gather", "tp", summed), Call("reduce_scatter", "tp", gathered)]
     if share.shared_ffn:
         forward_tensor, backward_tensor = _tensor_calls(share)
         calls, backward = [*calls, *forward_tensor], [*backward, *backward_tensor]

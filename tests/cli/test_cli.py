@@ -209,7 +209,7 @@ def documented_commands() -> list[str]:
     lines = []
     for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         for block in page.read_text(encoding="utf-8").split("```")[1::2]:
-            lines += block.splitlines()
+            lines += block.replace("\\\n", " ").splitlines()
     for verb in VERBS:
         (verbs,) = (action.choices for action in build_parser(verb)._actions if action.dest == "verb")
         assert isinstance(verbs, dict)

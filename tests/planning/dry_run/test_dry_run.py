@@ -86,25 +86,26 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Usage]:
-    """By case and rank: what real ranks used, of which the fewest that a case needs take part in it."""
-    cases = sorted(CASES, key=lambda case: case.processes, reverse=True)
-    folders = [tmp_path_factory.mktemp(case.name) for case in cases]
-    tasks = [
-        RankOf(case.recipe, case.processes).task(folder, "local", only_build=False)
-        for case, folder in zip(cases, folders, strict=True)
-    ]
-    file = folders[0] / "tasks.json"
-    file.write_text(json.dumps(tasks))
-    script = Path(__file__).with_name("real_ranks.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cases[0].processes}"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, str(script), str(file)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    """By case and rank: what real ranks used."""
     found: dict[tuple[str, int], Usage] = {}
-    for case, folder in zip(cases, folders, strict=True):
-        for rank in case.ranks:
-            result = json.loads((folder / f"real_{rank}.json").read_text())
-            found[case.name, rank] = usage_of(result["usage"])
+    for processes in (1, 2, 4):
+        cases = [case for case in CASES if case.processes == processes]
+        folders = [tmp_path_factory.mktemp(case.name) for case in cases]
+        tasks = [
+            RankOf(case.recipe, processes).task(folder, "local", only_build=False)
+            for case, folder in zip(cases, folders, strict=True)
+        ]
+        file = folders[0] / "tasks.json"
+        file.write_text(json.dumps(tasks))
+        script = Path(__file__).with_name("real_ranks.py")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*launch, str(script), str(file)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        for case, folder in zip(cases, folders, strict=True):
+            for rank in case.ranks:
+                result = json.loads((folder / f"real_{rank}.json").read_text())
+                found[case.name, rank] = usage_of(result["usage"])
     return found
 
 

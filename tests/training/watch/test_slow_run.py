@@ -47,7 +47,8 @@ class SlowRun:
     def steps(self) -> list[dict[str, Any]]:
         path = self.tiny.run / "metrics.jsonl"
         # Its last line may be half written.
-        return [json.loads(line) for line in path.read_text().splitlines(keepends=True)[:-1]] if path.exists() else []
+        lines = path.read_text().splitlines(keepends=True)[:-1] if path.exists() else []
+        return [line for line in map(json.loads, lines) if "step_seconds" in line]
 
     def wait_until(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The last step, when it is so."""
