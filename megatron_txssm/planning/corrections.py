@@ -23,18 +23,29 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Line:
+    """Measured seconds: `fixed`, and `factor` times those by formula."""
+
+    factor: float = 1.0
+    fixed: float = 0.0
+
+    def at(self, predicted: float) -> float:
+        return self.fixed + self.factor * predicted
+
+
+@dataclass(frozen=True)
 class Corrections:
-    """Measured over predicted; those of a machine that was not measured change nothing.
+    """How measured seconds follow from predicted ones; those of a machine that was not measured are equal.
 
     Attributes:
-        passes: layer symbol, or "head" -> factors of its kernels' forward and backward seconds
+        passes: layer symbol, or "head" -> its forward and its backward pass
         optimizer: factor of the optimizer's seconds
         micro_batch: seconds of a micro-batch outside of layers and LM head
         step: seconds of a step outside of micro-batches, collectives and optimizer
         links: collective -> its link within a node
     """
 
-    passes: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    passes: Mapping[str, tuple[Line, Line]] = field(default_factory=dict)
     optimizer: float = 1.0
     micro_batch: float = 0.0
     step: float = 0.0
@@ -42,8 +53,8 @@ class Corrections:
 
     def corrected(self, part: str, forward: float, backward: float) -> tuple[float, float]:
         """Seconds of a layer's or the head's kernels."""
-        of_forward, of_backward = self.passes.get(part, (1.0, 1.0))
-        return of_forward * forward, of_backward * backward
+        of_forward, of_backward = self.passes.get(part, (Line(), Line()))
+        return of_forward.at(forward), of_backward.at(backward)
 
 
 UNCHANGED = Corrections()
@@ -78,6 +89,6 @@ def read_calibration(file: Path) -> Calibration:
 
 
 def _corrections(found: dict[str, Any]) -> Corrections:
-    passes = {part: (float(forward), float(backward)) for part, (forward, backward) in found["passes"].items()}
+    passes = {part: (Line(**forward), Line(**backward)) for part, (forward, backward) in found["passes"].items()}
     links = {collective: Link(**link) for collective, link in found["links"].items()}
     return Corrections(**{**found, "passes": passes, "links": links})

@@ -9,7 +9,8 @@ import pytest
 from megatron_txssm.architecture.gpus import GPUS
 from megatron_txssm.cli.main import main
 from megatron_txssm.errors import UserError
-from megatron_txssm.planning.corrections import Calibration, Corrections, Link, read_calibration
+from megatron_txssm.planning.calibration.measure import line_through
+from megatron_txssm.planning.corrections import Calibration, Corrections, Line, Link, read_calibration
 from megatron_txssm.planning.layouts import Layout
 from megatron_txssm.planning.ranking import Estimates
 from megatron_txssm.planning.rates import Cluster
@@ -19,7 +20,7 @@ from tests.support.recipes import write_recipe
 
 H100 = next(gpu for gpu in GPUS if gpu.name == "h100-sxm")
 SLOW = Corrections(
-    passes={"M": (2.0, 3.0), "-": (2.0, 3.0), "*": (2.0, 3.0), "head": (2.0, 3.0)},
+    passes={part: (Line(2.0), Line(3.0, fixed=0.1)) for part in ("M", "-", "*", "head")},
     optimizer=5.0,
     micro_batch=0.25,
     step=0.5,
@@ -34,12 +35,21 @@ def timed(corrections: Corrections, *, gpus: int = 1) -> StepTime:
 
 def test_corrections_change_each_part_of_a_step() -> None:
     bare, slow = timed(Corrections()), timed(SLOW)
+    # Eight micro-batches of 48 layers and the head, each with its fixed part.
+    factors = slow.compute - 8 * 49 * 0.1
     # Two backward passes to a forward pass, more or less; the embedding, a hundredth, keeps its time.
-    assert 2.4 * bare.compute < slow.compute < 3 * bare.compute
+    assert 2.4 * bare.compute < factors < 3 * bare.compute
     assert slow.optimizer == pytest.approx(5 * bare.optimizer)
     # Eight micro-batches of four samples of 4,096 tokens.
     assert (bare.host, slow.host) == (0, 8 * 0.25 + 0.5)
     assert slow.total == pytest.approx(slow.compute + slow.optimizer + slow.host)
+
+
+def test_the_line_through_two_measurements() -> None:
+    line = line_through([1.0, 2.0], [5.0, 8.0])
+    assert line == Line(3.0, 2.0) and line.at(4.0) == 14.0
+    # Noise must not make a part free, or faster the more it has to do.
+    assert line_through([1.0, 2.0], [5.0, 4.0]) == line_through([1.0, 2.0], [5.0, 11.0]) == Line(5.0)
 
 
 def test_measured_links_are_those_within_a_node() -> None:
@@ -86,7 +96,7 @@ def test_calibrating_this_machine_and_planning_for_it(tmp_path: Path, capsys: py
     assert "backward" in said and f"--rates {rates}" in said
     found = read_calibration(rates)
     assert set(found.corrections.passes) == {"M", "-", "*", "head"}
-    assert all(factor > 0 for factors in found.corrections.passes.values() for factor in factors)
+    assert all(line.factor > 0 and line.fixed >= 0 for lines in found.corrections.passes.values() for line in lines)
     assert set(found.corrections.links) == {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"}
     assert found.gpu.name == "cpu" and "dp2" in found.measured
     # A core has far less than a GPU, and far more than nothing.

@@ -6,20 +6,19 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_txssm.architecture.gpus import Gpu, gpu_of
 from megatron_txssm.errors import UserError
-from megatron_txssm.planning.corrections import Calibration, Corrections, Link
+from megatron_txssm.planning.corrections import Calibration, Corrections, Line, Link
 from megatron_txssm.planning.dry_run.run import WITHOUT_DATA
 from megatron_txssm.planning.kernels import HEAD, head_seconds, layer_seconds
 from megatron_txssm.planning.layouts import layout_of
-from megatron_txssm.planning.ranking import micro_batches_of, overlaps_of
+from megatron_txssm.planning.ranking import Estimates
 from megatron_txssm.planning.rates import Cluster
-from megatron_txssm.planning.share import pipeline_stages, share_of
-from megatron_txssm.planning.step_time import step_time
+from megatron_txssm.planning.share import share_of
 from megatron_txssm.recipe.changes import ONE_MODEL_PARALLEL_RANK, Changes, changed, without_prediction
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.terminal import doing, print_table
@@ -45,14 +44,17 @@ def calibrate(recipe: Recipe, processes: int) -> Calibration:
     Prints measured and predicted seconds. UserError if the recipe cannot train here.
     """
     _check_machine(processes)
-    recipe = in_one_layout(recipe, processes)
-    print(f"{recipe.name}: {STEPS} steps of {MICRO_BATCHES} micro-batches on {processes} processes", flush=True)
+    recipes = [in_one_layout(recipe, processes, samples=count * recipe.training.micro_batch_size) for count in (1, 2)]
+    print(
+        f"{recipe.name}: {STEPS} steps of {MICRO_BATCHES} micro-batches, of two sizes, on {processes} processes",
+        flush=True,
+    )
     with doing("training and measuring"):
-        [found] = timed_trainings([recipe], processes, parts=True)
-    gpu = _gpu(found, processes)
-    layout = layout_of(recipe, processes)
-    corrections = _corrections(recipe, Cluster(gpu, processes), found)
-    measured = f"{layout.name} of {recipe.name} on {processes} {gpu.name}: {_median(found['steps']):.3f} s a step"
+        found = timed_trainings(recipes, processes, parts=True)
+    gpu = _gpu(found[0], processes)
+    corrections = _corrections(recipes, Cluster(gpu, processes), found)
+    layout = layout_of(recipes[0], processes)
+    measured = f"{layout.name} of {recipe.name} on {processes} {gpu.name}: {_median(found[0]['steps']):.3f} s a step"
     return Calibration(gpu, measured, corrections)
 
 
@@ -65,12 +67,11 @@ def _check_machine(processes: int) -> None:
         raise UserError(f"--gpus {processes}: this machine has {here} {kind}; measure at most as many")
 
 
-def in_one_layout(recipe: Recipe, processes: int) -> Recipe:
-    """The recipe for a few steps of `processes` data-parallel ranks."""
+def in_one_layout(recipe: Recipe, processes: int, samples: int) -> Recipe:
+    """The recipe for a few steps of `processes` data-parallel ranks, with so many samples a micro-batch."""
     recipe = changed(without_prediction(recipe), ONE_LAYOUT)
-    training = recipe.training
-    tokens = processes * MICRO_BATCHES * training.micro_batch_size * training.seq_length
-    return changed(recipe, {"training.global_batch_tokens": tokens})
+    tokens = processes * MICRO_BATCHES * samples * recipe.training.seq_length
+    return changed(recipe, {"training.micro_batch_size": samples, "training.global_batch_tokens": tokens})
 
 
 def timed_trainings(recipes: Sequence[Recipe], processes: int, *, parts: bool = False) -> list[dict[str, Any]]:
@@ -129,31 +130,56 @@ def _gpu(found: Mapping[str, Any], processes: int) -> Gpu:
     return Gpu("cpu", "CPU", (0, 0), flops, None, memory, bandwidth, link, link, per_node=processes)
 
 
-def _corrections(recipe: Recipe, cluster: Cluster, found: Mapping[str, Any]) -> Corrections:
-    """Measured over predicted, part by part; prints both."""
-    layout = layout_of(recipe, cluster.per_node)
-    share, stages = share_of(recipe, layout), pipeline_stages(recipe, 1, 1)
-    passes: dict[str, tuple[float, float]] = {}
+def _corrections(recipes: Sequence[Recipe], cluster: Cluster, results: Sequence[Mapping[str, Any]]) -> Corrections:
+    """What follows from a training with small and one with large micro-batches; prints measured and predicted seconds.
+
+    Whatever is not a layer's is that of the small ones.
+    """
+    passes: dict[str, tuple[Line, Line]] = {}
     rows: list[tuple[str, ...]] = []
-    for part, measured in found["parts"].items():
-        predicted = head_seconds(share, cluster) if part == HEAD else layer_seconds(share, cluster, part)
-        passes[part] = (measured[0] / predicted[0], measured[1] / predicted[1])
-        for name, ours, theirs in zip(("forward", "backward"), measured, predicted, strict=True):
-            rows.append(_row(f"{part} {name}", ours, theirs))
-    links = {name: Link(**link) for name, link in found["links"].items()}
-    kernels = Corrections(passes=passes, links=links)
-    count, overlaps = micro_batches_of(recipe, layout), overlaps_of(recipe)
-    time = step_time(share, dataclasses.replace(cluster, corrections=kernels), layout, stages, count, overlaps)
-    rows.append(_row("optimizer", found["optimizer"], time.optimizer))
+    predicted = [_predicted(recipe, cluster, results[0]["parts"]) for recipe in recipes]
+    for part in results[0]["parts"]:
+        lines: list[Line] = []
+        for number, name in enumerate(("forward", "backward")):
+            measured = [result["parts"][part][number] for result in results]
+            formula = [seconds[part][number] for seconds in predicted]
+            lines.append(line_through(formula, measured))
+            rows.append(_row(f"{part} {name}", measured[0], formula[0], lines[-1]))
+        passes[part] = (lines[0], lines[1])
+    recipe, found = recipes[0], results[0]
+    layout = layout_of(recipe, cluster.per_node)
+    kernels = Corrections(passes=passes, links={name: Link(**link) for name, link in found["links"].items()})
+    estimates = Estimates(recipe, dataclasses.replace(cluster, corrections=kernels))
+    time = estimates.plan(layout).time
+    optimizer = Line(found["optimizer"] / time.optimizer)
+    rows.append(_row("optimizer", found["optimizer"], time.optimizer, optimizer))
     # The last backward pass hides some of data parallelism.
     rest = max(0.0, _median(found["steps"]) - found["passes"] - found["optimizer"] - time.data)
     for name, seconds in (("a micro-batch beside these", found["outside"]), ("rest of a step", rest)):
-        rows.append((name, f"{1000 * seconds:.2f}", "", ""))
-    print_table(("part", ">ms measured", ">by formula", ">ratio"), rows)
-    return dataclasses.replace(
-        kernels, optimizer=found["optimizer"] / time.optimizer, micro_batch=found["outside"], step=rest
+        rows.append((name, f"{1000 * seconds:.2f}", "", "", ""))
+    print_table(("part", ">ms measured", ">by formula", ">factor", ">ms fixed"), rows)
+    return dataclasses.replace(kernels, optimizer=optimizer.factor, micro_batch=found["outside"], step=rest)
+
+
+def _predicted(recipe: Recipe, cluster: Cluster, parts: Iterable[str]) -> dict[str, tuple[float, float]]:
+    """By formula: seconds of each part forward and backward."""
+    share = share_of(recipe, layout_of(recipe, cluster.per_node))
+    return {
+        part: head_seconds(share, cluster) if part == HEAD else layer_seconds(share, cluster, part) for part in parts
+    }
+
+
+def line_through(predicted: Sequence[float], measured: Sequence[float]) -> Line:
+    """The line through two points; through the first and the origin if it would fall, or begin below zero."""
+    factor = (measured[1] - measured[0]) / (predicted[1] - predicted[0])
+    fixed = measured[0] - factor * predicted[0]
+    return Line(factor, fixed) if factor > 0 and fixed >= 0 else Line(measured[0] / predicted[0])
+
+
+def _row(name: str, measured: float, predicted: float, line: Line) -> tuple[str, ...]:
+    return (
+        name,
+        *(f"{1000 * seconds:.2f}" for seconds in (measured, predicted)),
+        f"{line.factor:.2f}",
+        f"{1000 * line.fixed:.2f}",
     )
-
-
-def _row(name: str, measured: float, predicted: float) -> tuple[str, ...]:
-    return name, f"{1000 * measured:.2f}", f"{1000 * predicted:.2f}", f"{measured / predicted:.2f}"
