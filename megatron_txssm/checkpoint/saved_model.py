@@ -69,7 +69,13 @@ class SavedModel:
         import torch
 
         tensors = {name: torch.empty(self.entries[name].size, dtype=self.dtype(name)) for name in names}
-        _load(self.folder, self.index, tensors, self.option)
+        try:
+            _load(self.folder, self.index, tensors, self.option)
+        except UserError:
+            # torch's exception keeps this object alive.
+            if self.reading is not None:
+                self.reading.end()
+            raise
         return tensors
 
     def read(self, names: Iterable[str]) -> NamedTensors:

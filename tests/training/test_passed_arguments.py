@@ -25,7 +25,6 @@ PASSED = {
     "start_weight_decay": 0.01,
     "end_weight_decay": 0.02,
     "weight_decay_incr_style": "cosine",
-    "iterations_to_skip": [2],
     "eval_micro_batch_size": 1,
     "num_workers": 1,
     "num_dataset_builder_threads": 2,
@@ -60,12 +59,13 @@ def test_a_run_with_many_of_them_and_mock_data(tiny: TinyRun) -> None:
         "training.train_iters": 10,
         "checkpoint.save_interval": 10,
         "data.tokenizer_type": None,
+        "data.skip_steps": [2],
     }
     done = tiny.pretrain(fields=[f"{name}={json.dumps(value)}" for name, value in fields.items()])
     assert done.code == 0, done.stdout + done.stderr
     steps = [json.loads(line) for line in (tiny.run / "metrics.jsonl").read_text().splitlines()]
     rates = {step["iteration"]: step["learning_rate"] for step in steps if "learning_rate" in step}
-    # Two steps of warm-up, four at the peak, four down to nothing; the one that is skipped delays them by one.
-    expected = {1: 1e-5, 3: (1e-5 + 1e-3) / 2} | dict.fromkeys(range(4, 9), 1e-3) | {9: 0.75e-3, 10: 0.5e-3}
+    # Two steps of warm-up, four at the peak, four down to nothing; the one that is skipped delays none.
+    expected = {1: 1e-5, 2: (1e-5 + 1e-3) / 2} | dict.fromkeys(range(3, 8), 1e-3) | {8: 0.75e-3, 9: 0.5e-3, 10: 0.25e-3}
     assert rates == pytest.approx(expected)
     assert (tiny.checkpoints / "iter_0000010" / ".metadata").is_file()
