@@ -90,7 +90,8 @@ def _write_recipe(path: Path, made: TinyRun, changes: Changes, run: Path) -> Pat
 def _read(run: Path) -> Seen:
     lines: list[dict[str, Any]] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "learning_rate" in line]
-    return Seen(*({line["iteration"]: line.get(key) for line in steps} for key in ("lm loss", "learning_rate")))
+    losses = {line["iteration"]: line.get("lm loss") for line in steps}
+    return Seen(losses, {line["iteration"]: line["learning_rate"] for line in steps})
 
 
 def test_wsd_is_constant_then_falls(seen: dict[str, Seen]) -> None:
