@@ -24,7 +24,7 @@ from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.terminal import doing, print_table
 
 WORKER = "megatron_txssm.planning.calibration.worker"
-# Of each layout; the first two are not counted.
+# Of each training, after the worker's WARM_UP.
 STEPS = 5
 MICRO_BATCHES = 2
 # Data parallelism alone, without a CUDA graph, which has no hooks.
