@@ -62,6 +62,21 @@ def test_all_axes_as_a_dry_run_counted_them() -> None:
         assert found[key] == pytest.approx(expected, abs=0.01), key
 
 
+def test_experts_under_tensor_parallelism_as_a_dry_run_counted_them() -> None:
+    changes = [
+        *("tensor_model_parallel_size=2", "sequence_parallel=true", "expert_model_parallel_size=2"),
+        "use_distributed_optimizer=true",
+    ]
+    changes = [*(f"parallel.{change}" for change in changes), "training.micro_batch_size=2"]
+    recipe = load_recipe("transxssm_320m_moe", changes)
+    layout = layout_of(recipe, 4)
+    [stage] = pipeline_stages(recipe, 1, 1).of_rank
+    found = traffic_of(share_of(recipe, layout), layout, stage, 0, micro_batches=64)
+    # Results are summed in fp32: a reduction forward and a gather backward have twice the bytes.
+    counted = {("all_gather", "tp"): 334272, ("reduce_scatter", "tp"): 296640, ("all_to_all", "ep"): 147648}
+    assert {key: found[key] / MIB for key in counted} == counted
+
+
 def test_transfers_between_stages() -> None:
     changes = ["pipeline_model_parallel_size=4"]
     # 16 MiB·2 of activations for each of 8 micro-batches: received and sent, forward and backward.
