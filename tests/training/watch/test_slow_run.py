@@ -1,4 +1,8 @@
-"""A run that becomes slow says so, and names the rank for which the others wait: two real ranks over gloo."""
+"""A run that becomes slow says so, and names the rank for which the others wait: two real ranks over gloo.
+
+Its steps are mostly sleep, more of it when they are slow and none when they are fast again: other load of the machine,
+however it changes, decides nothing.
+"""
 
 import contextlib
 import json
@@ -9,15 +13,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
 
 from megatron_txssm.jobs.goodput import slowness
+from megatron_txssm.training.watch.throughput import MIN_SAMPLES
 from tests.support.tiny_run import ENVIRONMENT, TinyRun
 
 PATIENCE = 600  # seconds
+# Of sleep in a step, many times the step itself.
+USUAL, SLOW = 0.5, 2.5
 FIELDS = (
     "training.train_iters=1000000",
     "logging.eval_iters=0",
@@ -34,6 +40,7 @@ class SlowRun:
         worker = [str(Path(__file__).parent / "slow_worker.py"), str(tiny.recipe)]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *worker]
         self.said = tiny.folder / "said"
+        self.sleep(USUAL, USUAL)
         with self.said.open("w") as output:
             self.process = subprocess.Popen(
                 [*command, *(word for field in FIELDS for word in ("--set", field))],
@@ -58,15 +65,10 @@ class SlowRun:
             time.sleep(0.1)
         return steps[-1]
 
-    def slow_down(self, *ranks: int) -> None:
-        """By so much that no other load of this machine compares with it."""
-        seconds = max(0.1, 5 * median(step["step_seconds"] for step in self.steps))
-        for rank in ranks:
-            (self.tiny.folder / f"slow_{rank}").write_text(str(seconds))
-
-    def speed_up(self) -> None:
-        for path in self.tiny.folder.glob("slow_?"):
-            path.unlink()
+    def sleep(self, *seconds: float) -> None:
+        """From now on for so long in each step, rank by rank."""
+        for rank, wanted in enumerate(seconds):
+            (self.tiny.folder / f"slow_{rank}").write_text(str(wanted))
 
 
 @pytest.fixture(scope="module")
@@ -82,17 +84,17 @@ def slow_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.slow
 def test_the_rank_that_the_others_wait_for_is_named(slow_run: SlowRun) -> None:
-    slow_run.wait_until(lambda step: step["iteration"] >= 200)
+    slow_run.wait_until(lambda step: step["iteration"] >= 2 * (MIN_SAMPLES + 2))
     for slow in (1, 0):
-        slow_run.slow_down(slow)
+        slow_run.sleep(*(SLOW if rank == slow else USUAL for rank in range(2)))
         found = slow_run.wait_until(lambda step, slow=slow: step.get("slow", {}).get("ranks") == [slow])["slow"]
         assert found["fraction"] < 0.7
         assert found["reason"].startswith(f"the others wait for rank {slow} on {os.uname().nodename} (")
         assert found["nodes"] == [os.uname().nodename]
         assert f"rank {slow} on" in slowness(slow_run.tiny.run / "metrics.jsonl")
-        slow_run.speed_up()
     # Which of them it is told of first, other load of this machine may decide.
     assert "of its median throughput: the others wait for rank " in slow_run.said.read_text()
+    slow_run.sleep(0, 0)
     slow_run.wait_until(lambda step: "slow" not in step)
     assert slowness(slow_run.tiny.run / "metrics.jsonl") == ""
     slow_run.wait_until(lambda _: "throughput is back near its median" in slow_run.said.read_text())
@@ -100,8 +102,7 @@ def test_the_rank_that_the_others_wait_for_is_named(slow_run: SlowRun) -> None:
 
 @pytest.mark.slow
 def test_where_all_are_slow_none_is_named(slow_run: SlowRun) -> None:
-    slow_run.wait_until(lambda step: step["iteration"] >= 200)
-    slow_run.slow_down(0, 1)
+    slow_run.wait_until(lambda step: step["iteration"] >= 2 * (MIN_SAMPLES + 2))
+    slow_run.sleep(SLOW, SLOW)
     found = slow_run.wait_until(lambda step: "slow" in step and step["slow"]["ranks"] == [])["slow"]
     assert "no rank stands out" in found["reason"]
-    slow_run.speed_up()
