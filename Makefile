@@ -18,8 +18,8 @@ demo: env  ## train a small TransXSSM on this machine's CPU, tensor-parallel, an
 test: env  ## run all tests but those of tests/cluster: make test ARGS="-k rope"
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/cluster $(ARGS)
 
-test-slurm: env  ## run the tests on two simulated Slurm clusters: needs root and Debian's slurm-wlm and munge
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/cluster $(ARGS)
+test-slurm: env  ## run the tests on three simulated Slurm clusters: needs root and Debian's slurm-wlm and munge
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/cluster $(ARGS)
 
 test-te: env  ## run tests/te against Transformer Engine, compiled for this machine's CPU: needs g++ and 1 GB
 	tools/build_te_cpu

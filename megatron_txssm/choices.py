@@ -17,6 +17,10 @@ SSD_BACKENDS: tuple[SsdBackend, ...] = get_args(SsdBackend)
 ContextParallelMethod = Literal["state_passing", "all_to_all"]
 CONTEXT_PARALLEL_METHODS: tuple[ContextParallelMethod, ...] = get_args(ContextParallelMethod)
 
+# What the layers leave out, against the paper's: their residual connections, or the norms before them.
+Ablation = Literal["no_residual", "no_norm"]
+ABLATIONS: tuple[Ablation, ...] = get_args(Ablation)
+
 RopeScaling = Literal["none", "linear"]
 RotaryTablePrecision = Literal["fp32", "fp64"]
 Recompute = Literal["none", "selective", "full"]

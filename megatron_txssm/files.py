@@ -120,6 +120,16 @@ def write_json(path: Path, data: object, indent: int | None = 1) -> None:
     write_file_atomically(path, (json.dumps(data, indent=indent, ensure_ascii=False) + "\n").encode())
 
 
+def write_results(path: Path, data: object) -> None:
+    """`write_json` for what a user waits for: UserError if the disk does not take it."""
+    try:
+        write_json(path, data)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}; make room, or use a folder in which you may write"
+        ) from None
+
+
 def append_json(path: Path, data: object) -> None:
     """Append one line of JSON to a file, in one write: several processes may append at once."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -15,6 +16,11 @@ import orjson
 type MetricsLine = dict[str, Any]
 
 _NUMBER = re.compile(rb" ?(\d{1,15})\b")
+
+
+def perplexity(loss: float) -> float:
+    """exp of nats per token; infinity for the loss of a diverged model, beyond what a float holds."""
+    return math.exp(loss) if loss < 709 else math.inf
 
 
 def last_step(metrics: Path, offset: int = 0) -> int | None:

@@ -4,6 +4,7 @@
 #   entrypoint.sh shard EXECUTOR          one element of a job array of `txssm data shard --slurm`
 #   entrypoint.sh convert RUN OUT
 #   entrypoint.sh evaluate RUN
+#   entrypoint.sh harness RUN --data FOLDER
 set -euo pipefail
 
 stage=$1
@@ -78,9 +79,10 @@ case $stage in
   pretrain) supervise "$@" ;;
   shard) step "$step_python" -m megatron_txssm.data.sharding.array_task "$@" ;;
   convert) step "$step_python" -m megatron_txssm.cli convert export "$@" ;;
-  evaluate) step "$step_python" -m megatron_txssm.cli evaluate "$@" ;;
+  evaluate) step "$step_python" -m megatron_txssm.cli eval loss "$@" ;;
+  harness) step "$step_python" -m megatron_txssm.cli eval harness "$@" ;;
   *)
-    echo "entrypoint.sh: unknown stage '$stage'; use pretrain, shard, convert or evaluate" >&2
+    echo "entrypoint.sh: unknown stage '$stage'; use pretrain, shard, convert, evaluate or harness" >&2
     exit 2
     ;;
 esac

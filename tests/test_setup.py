@@ -166,13 +166,9 @@ def test_packages_come_from_the_lock_with_hashes_and_nothing_else(ready: Checkou
 
 def test_a_second_run_returns_at_once(ready: Checkout):
     calls = len(ready.uv_calls())
-    begin = time.perf_counter()
     done = ready.bootstrap()
-    seconds = time.perf_counter() - begin
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert len(ready.uv_calls()) == calls
-    # 0.05 s on an idle machine; the bound leaves room for a loaded one and is far below any installation.
-    assert seconds < 5.0
 
 
 @pytest.mark.parametrize("changed", ["requirements.lock", "pyproject.toml"])

@@ -45,6 +45,10 @@ class ModelSizes:
     experts: ExpertSizes | None = None
     # The layers of each depth of multi-token prediction.
     prediction_depths: tuple[str, ...] = ()
+    # muP's factor of the logits, which changes no count; 1 without muP.
+    logits_multiplier: float = 1.0
+    # Whether each layer has a norm before it.
+    pre_norms: bool = True
 
     @property
     def attention_weights(self) -> int:
@@ -125,7 +129,7 @@ def count_parameters(sizes: ModelSizes) -> ParameterCount:
         attention=layers.count(ATTENTION) * sizes.attention_weights,
         ffn=layers.count(FFN) * sizes.ffn_weights,
         experts=expert_layers * sizes.expert_weights,
-        norms=(len(layers) + 1 + 3 * depths) * sizes.hidden_size,
+        norms=(len(layers) * sizes.pre_norms + 1 + 3 * depths) * sizes.hidden_size,
         prediction=depths * sizes.prediction_weights,
         inactive=expert_layers * (sizes.expert_weights - sizes.active_expert_weights),
     )

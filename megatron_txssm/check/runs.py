@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
+from megatron_txssm.process_tree import signal_descendants
 from megatron_txssm.recipe.recipe import Recipe
 
 # The module that each rank runs.
@@ -169,10 +170,8 @@ def _note_failure(run: Run, code: int, log: str) -> None:
 def _kill(process: subprocess.Popen) -> None:
     """Kill the launcher and its workers, if they are still running."""
     if process.poll() is None:
-        launcher = psutil.Process(process.pid)
-        for member in [*launcher.children(recursive=True), launcher]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
+        signal_descendants(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
 
 

@@ -69,7 +69,7 @@ def _model(recipe: Recipe, nproc: int) -> Changes:
         heads = query_groups * min(model.num_attention_heads // model.num_query_groups, 4)
     else:
         heads = _smaller(model.num_attention_heads, nproc, at_least=4)
-    hidden_size = _smaller(model.hidden_size, 1, at_least=48)
+    hidden_size, base = _smaller(model.hidden_size, 1, at_least=48), model.mup_base_hidden_size
     changes = {
         "layer_pattern": _layers(recipe, nproc),
         "hidden_size": hidden_size,
@@ -80,6 +80,8 @@ def _model(recipe: Recipe, nproc: int) -> Changes:
         "kv_channels": _smaller(recipe.kv_channels, 2, at_least=8),
         # Initial activations are as large as in the wide model.
         "init_method_std": model.init_method_std * math.sqrt(model.hidden_size / hidden_size),
+        # As many times as wide as the base.
+        "mup_base_hidden_size": base and max(1, round(base * hidden_size / model.hidden_size)),
         **_state_space(recipe, nproc),
     }
     return {f"model.{name}": value for name, value in changes.items()}

@@ -1,7 +1,7 @@
 """Loads a trained model into one process, from a checkpoint saved at any layout."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,13 +56,15 @@ class LoadedModel:
     iteration: int
 
 
-def checkpoint_recipe(checkpoint: Path, changes: Changes, file: Path | None = None) -> Recipe:
-    """The recipe in `file`, or in a checkpoint directory, with changes, for one process.
+def checkpoint_recipe(
+    checkpoint: Path, changes: Changes, file: Path | None = None, overrides: Sequence[str] = ()
+) -> Recipe:
+    """The recipe in `file`, or in a checkpoint directory, with the user's `overrides` and changes, for one process.
 
     It needs no data, and uses the tokenizer beside the checkpoints.
     """
     file = file or checkpoint / "recipe.yaml"
-    recipe = changed(load_recipe(file), changes)
+    recipe = changed(load_recipe(file, overrides), changes)
     source = tokenizer_source(recipe, checkpoint)
     tokenizer: Changes = dict(WITHOUT_TOKENIZER)
     if source is not None:
@@ -97,8 +99,13 @@ def load_model(
     Megatron must not be initialised yet. `changes` are applied to the recipe, which is in `recipe_file` or beside the
     checkpoints. `saved_model.open_checkpoint` reports the faults of a checkpoint.
     """
-    recipe = checkpoint_recipe(checkpoint, changes or {}, recipe_file)
-    model = build_model(recipe, load_options(checkpoint, step))
+    _be_the_only_rank()
+    return load_weights(checkpoint_recipe(checkpoint, changes or {}, recipe_file), checkpoint, step)
+
+
+def load_weights(recipe: Recipe, checkpoint: Path, step: int | None) -> LoadedModel:
+    """Load a checkpoint into the model of a recipe, on the rank that the environment gives."""
+    model = build_rank(recipe, load_options(checkpoint, step))
     from megatron.training import get_tokenizer, training
 
     with listening(FailedLoads(), FormerCheckpoints()):
@@ -109,19 +116,32 @@ def load_model(
 def load_options(checkpoint: Path, step: int | None) -> list[str]:
     """Megatron's arguments that load only the weights of a step (None: the newest)."""
     options = ["--no-load-optim", "--no-load-rng", f"--load={checkpoint}"]
-    # Texts of a corpus have no special tokens around them, so prompts have none, whatever the tokenizer would add.
-    options += ["--tokenizer-hf-no-include-special-tokens"]
+    options += plain_texts()
     # A `release` is step 0, which Megatron finds by itself.
     return [*options, f"--ckpt-step={step}"] if step else options
 
 
-def build_model(recipe: Recipe, options: list[str]) -> Any:
-    """Initialise Megatron in this process, the only one, and build a recipe's HybridModel with uninitialised weights.
+def plain_texts() -> list[str]:
+    """Megatron's arguments for a tokenizer that adds no special tokens to a text, as texts of a corpus have none."""
+    return ["--tokenizer-hf-no-include-special-tokens"]
 
-    `options`: Megatron arguments after the recipe's own.
+
+def build_model(recipe: Recipe, options: list[str], *, initialize: bool = False) -> Any:
+    """Initialise Megatron in this process, the only one, and build a recipe's HybridModel.
+
+    options: Megatron arguments after the recipe's own. initialize: give the weights values, as a new training does.
     """
+    _be_the_only_rank()
+    return build_rank(recipe, options, initialize=initialize)
+
+
+def _be_the_only_rank() -> None:
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="0")
-    args = start_megatron(recipe, after=[*options, "--no-initialization"])
+
+
+def build_rank(recipe: Recipe, options: list[str], *, initialize: bool = False) -> Any:
+    """The same on the rank that the environment gives."""
+    args = start_megatron(recipe, after=options if initialize else [*options, "--no-initialization"])
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import training
     from megatron.training.argument_utils import hybrid_config_from_args

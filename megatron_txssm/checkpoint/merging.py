@@ -29,19 +29,20 @@ def merge(
     last: int | None = None,
     shape: Shape = "mean",
     decay_shape: WsdDecayShape | None = None,
-    ema_decay: float = 0.8,
+    ema_decay: float | None = None,
     overwrite: bool = False,
 ) -> int:
     """Write the weighted mean of a run's checkpoints to the new run folder `out`; returns the exit code.
 
     run: a run's folder, or its checkpoints. out: None: RUN/merged/SHAPE_FIRST_to_LAST. Either `steps`, or the `last`
     so many checkpoints. shape: merge_weights.py; for "wsd", the shape of the decay (None: the recipe's), for "ema" the
-    factor for each interval between checkpoints. overwrite: replace an earlier merge. Of several tasks of a Slurm step,
-    only the first does it. UserError if these checkpoints cannot be merged.
+    factor for each interval between checkpoints (None: 0.8). overwrite: replace an earlier merge. Of several tasks of
+    a Slurm step, only the first does it. UserError if these checkpoints cannot be merged.
     """
     adopt_slurm_step()
     if os.environ.get("RANK", "0") != "0":
         return 0
+    _check_used(shape, decay_shape, ema_decay)
     run = Path(run)
     checkpoints = find_checkpoints(run)
     chosen = _chosen(checkpoints, steps, last)
@@ -49,8 +50,11 @@ def merge(
     out = Path(out) if out else home / "merged" / f"{shape}_{chosen[0]}_to_{chosen[-1]}"
     replaced = overwrite and out.exists()
     _check_is_merge(out) if replaced else check_absent(out)
+    if out.resolve().is_relative_to(checkpoints.resolve()):
+        raise UserError(f"--out {out} is inside {checkpoints}, where runs remove old checkpoints; name another")
     recipe = recipe_beside(checkpoints)
     decay_shape = decay_shape or recipe.optimizer.wsd_decay_shape
+    ema_decay = 0.8 if ema_decay is None else ema_decay
     weights = _weights(chosen, shape, decay_shape, ema_decay)
     with doing("verifying the checkpoints"):
         parts = [open_checkpoint(checkpoints, step, "--steps") for step in chosen]
@@ -62,6 +66,12 @@ def merge(
     _write(out, parts, weights, recipe, what, replaced=replaced)
     _report(out, parts, weights)
     return 0
+
+
+def _check_used(shape: Shape, decay_shape: WsdDecayShape | None, ema_decay: float | None) -> None:
+    for of, option, value in (("wsd", "--decay-shape", decay_shape), ("ema", "--ema-decay", ema_decay)):
+        if value is not None and shape != of:
+            raise UserError(f"{option} {value} has no effect with --shape {shape}; use --shape {of}, or leave it out")
 
 
 def _chosen(checkpoints: Path, steps: Sequence[int], last: int | None) -> list[int]:
@@ -163,4 +173,4 @@ def _report(out: Path, parts: Sequence[SavedModel], weights: Sequence[float]) ->
     print_table((">step", ">weight"), rows)
     size = sum(parts[-1].nbytes(name) for name in parts[-1].entries)
     print(f"{out}: the mean of {len(parts)} checkpoints, {size:,} bytes, without optimizer state")
-    print(f"loss: txssm evaluate {out}; to train on from it: --set checkpoint.load_from={out / 'checkpoints'}")
+    print(f"loss: txssm eval loss {out}; to train on from it: --set checkpoint.load_from={out / 'checkpoints'}")

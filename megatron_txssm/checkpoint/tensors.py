@@ -89,6 +89,7 @@ def _layers(sizes: ModelSizes, layers: str, within: str) -> dict[str, Shape]:
         f"{within}.layers.{number}.{name}": shape
         for number, layer in enumerate(layers)
         for name, shape in parts[layer].items()
+        if sizes.pre_norms or not name.endswith("layer_norm_weight")
     }
 
 

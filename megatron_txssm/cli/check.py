@@ -36,7 +36,17 @@ COMMANDS = {
 }
 
 # The parts in check/gpu/parts.py, which is imported only when needed.
-GPU_PARTS = ("environment", "kernels", "trainings", "bandwidth", "speed", "scan", "decoding", "long")
+GPU_PARTS = (
+    "environment",
+    "kernels",
+    "trainings",
+    "variants",
+    "bandwidth",
+    "speed",
+    "scan",
+    "decoding",
+    "long",
+)
 
 
 def add_parser(subparsers: Subparsers) -> None:

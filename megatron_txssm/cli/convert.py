@@ -27,6 +27,7 @@ COMMANDS = {
             "txssm convert import exports/demo imported/demo",
             "txssm convert import downloads/some-llama imported/llama",
             "txssm convert import downloads/some-llama imported/llama --recipe my_llama.yaml",
+            "txssm convert import downloads/some-llama imported/hybrid --as transxssm",
         ),
     ),
     "verify": (
@@ -78,6 +79,12 @@ def _add_import(command: argparse.ArgumentParser) -> None:
         metavar="RECIPE",
         help="recipe of the model and its training (default: the folder's recipe.yaml, otherwise its config.json)",
     )
+    command.add_argument(
+        "--as",
+        dest="as_architecture",
+        choices=("transxssm",),
+        help="begin a TransXSSM from a Transformer's weights: seven of eight attention layers become state-space ones",
+    )
     command.add_argument("--no-verify", action="store_true", help="skip the proof (verification.json)")
 
 
@@ -96,6 +103,6 @@ def run(args: argparse.Namespace) -> int:
         return verify(args.a, args.b, step=args.step, step_b=args.step_b, proof_file=args.json)
     common = {"recipe": args.recipe, "verify": not args.no_verify}
     if args.command == "import":
-        return import_weights(args.folder, args.out, **common)
+        return import_weights(args.folder, args.out, as_transxssm=args.as_architecture == "transxssm", **common)
     options = {"format": args.layout, "dtype": args.dtype, "step": args.step, "max_file_gb": args.max_file_gb}
     return export(args.checkpoint, args.out, **options, **common)

@@ -25,7 +25,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--lines", type=int, default=40, metavar="N", help="number of existing lines to print (default: 40)"
     )
-    parser.add_argument("--stage", default="pretrain", help="stage of a chain: pretrain (default), convert or evaluate")
+    parser.add_argument(
+        "--stage", default="pretrain", help="stage of a chain: pretrain (default), convert, evaluate, harness"
+    )
     parser.add_argument("--rank", type=int, metavar="R", help="show this rank's log instead (without Slurm: rank 0's)")
 
 

@@ -11,7 +11,7 @@ EXAMPLES = (
     "txssm merge runs/demo --last 3",
     "txssm merge runs/transxssm_1.3b --steps 18000,19000,20000 --shape wsd --decay-shape minus_sqrt",
     "txssm merge runs/transxssm_1.3b --last 10 --shape ema --ema-decay 0.7 --out runs/merged_1.3b",
-    "txssm evaluate runs/demo/merged/mean_160_to_320",
+    "txssm eval loss runs/demo/merged/mean_160_to_320",
 )
 
 
@@ -33,7 +33,6 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--ema-decay",
         type=float,
-        default=0.8,
         metavar="D",
         help="of ema: the weight of a checkpoint, relative to that of the next (default: 0.8)",
     )

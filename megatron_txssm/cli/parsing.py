@@ -37,6 +37,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "check": ("megatron_txssm.cli.check", "verify that a recipe's parallel layouts compute the same as one process"),
     "runs": ("megatron_txssm.cli.runs", "list runs: state, step, loss, throughput, time left, size on disk"),
     "plot": ("megatron_txssm.cli.plot", "draw the curves of one or several runs"),
+    "study": (
+        "megatron_txssm.cli.study",
+        "train several models alike, with several seeds, and compare them: tables of the paper",
+    ),
+    "bench": ("megatron_txssm.cli.bench", "compare the speed and memory of the paper's four models: its figure 4"),
     "submit": ("megatron_txssm.cli.submit", "queue a recipe's pretraining on a Slurm cluster"),
     "jobs": ("megatron_txssm.cli.jobs", "list your Slurm jobs and the progress of their runs (all runs: txssm runs)"),
     "logs": ("megatron_txssm.cli.logs", "show a run's output, or follow it"),
@@ -48,7 +53,8 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "generate": ("megatron_txssm.cli.generate", "continue a prompt with a checkpoint or a Hugging Face model"),
     "convert": ("megatron_txssm.cli.convert", "convert checkpoints to Hugging Face models and back, with proof"),
-    "evaluate": ("megatron_txssm.cli.evaluate", "compute the loss of a run's checkpoint on all validation data"),
+    "eval": ("megatron_txssm.cli.eval", "measure a trained model: validation loss, benchmarks"),
+    "evaluate": ("megatron_txssm.cli.evaluate", "the former name of `txssm eval loss`"),
     "merge": ("megatron_txssm.cli.merge", "average checkpoints of a run into a model of its own"),
     "serve": ("megatron_txssm.cli.serve", "answer OpenAI-style requests with a Hugging Face model"),
 }
@@ -107,12 +113,40 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_set_option(parser)
 
 
+def add_tasks_option(parser: argparse.ArgumentParser, default: Sequence[str] | None, described: str) -> None:
+    """Add --tasks, as a list of words; `described`: its default, for the help."""
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=default,
+        metavar="TASK",
+        help=f"suites (paper, ruler), tasks, groups and tags of lm_eval, or YAML files of tasks (default: {described})",
+    )
+
+
+def add_allocation_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add the options of a Slurm job; `required`: whether --nodes must be stated."""
+    parser.add_argument("--nodes", type=int, required=required, metavar="N", help="number of nodes")
+    parser.add_argument(
+        "--gpus-per-node", type=int, metavar="G", help="GPUs per node, one process each (default: $TXSSM_GPUS_PER_NODE)"
+    )
+    parser.add_argument("--nproc-per-node", type=int, metavar="P", help="processes per node, for nodes without GPUs")
+    parser.add_argument(
+        "--time", metavar="LIMIT", help="time limit, such as 24:00:00; a training requeues itself and continues"
+    )
+    parser.add_argument("--partition", metavar="NAME", help="partition (default: $SBATCH_PARTITION, or the cluster's)")
+    parser.add_argument("--account", metavar="NAME", help="account (default: $SBATCH_ACCOUNT, or the user's)")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="any other sbatch option: exclusive, mem=0, …"
+    )
+
+
 # Headings of the help, and the verbs beneath them.
 GROUPS = {
-    "train": ("demo", "recipes", "plan", "data", "pretrain", "check"),
+    "train": ("demo", "recipes", "plan", "data", "pretrain", "study", "bench", "check"),
     "look at runs": ("runs", "plot", "report", "logs", "why"),
     "on a Slurm cluster": ("submit", "jobs", "cancel"),
-    "use what was trained": ("evaluate", "merge", "generate", "convert", "serve"),
+    "use what was trained": ("eval", "evaluate", "merge", "generate", "convert", "serve"),
 }
 
 

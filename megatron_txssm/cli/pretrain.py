@@ -3,6 +3,7 @@
 import argparse
 
 from megatron_txssm.cli.parsing import Subparsers, add_run_options, add_verb
+from megatron_txssm.evaluation.harness.in_training import train_and_score
 from megatron_txssm.training.processes import pretrain
 
 EXAMPLES = (
@@ -20,4 +21,4 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return pretrain(args.recipe, overrides=args.overrides, nproc=args.nproc, port=args.port)
+    return pretrain(args.recipe, work=train_and_score, overrides=args.overrides, nproc=args.nproc, port=args.port)

@@ -35,9 +35,10 @@ def run(args: argparse.Namespace) -> int:
     if args.gpus is not None and not args.check:
         raise UserError(f"--gpus {args.gpus} goes with --check")
     if args.recipe is not None and args.check:
+        from megatron_txssm.evaluation.harness.stated import check_stated_tasks
         from megatron_txssm.planning.check_build import check_recipe
 
-        return check_recipe(args.recipe, overrides=args.overrides, gpus=args.gpus)
+        return check_recipe(args.recipe, overrides=args.overrides, gpus=args.gpus, check=check_stated_tasks)
     if args.recipe is not None:
         return show_recipe(args.recipe, overrides=args.overrides, megatron_args=args.megatron_args)
     if args.overrides or args.megatron_args or args.check:

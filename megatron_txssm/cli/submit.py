@@ -4,7 +4,8 @@ import argparse
 import shlex
 import sys
 
-from megatron_txssm.cli.parsing import Subparsers, add_verb
+from megatron_txssm.cli.parsing import Subparsers, add_allocation_options, add_set_option, add_verb
+from megatron_txssm.evaluation.harness.stated import check_stated_tasks
 from megatron_txssm.jobs.limits import LIMIT_OPTIONS, Limits
 from megatron_txssm.jobs.submit import submit
 
@@ -20,28 +21,16 @@ EXAMPLES = (
 def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "submit", EXAMPLES)
     parser.add_argument("recipe", help="a name that `txssm recipes` lists, or a YAML file")
-    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="number of nodes to train on")
+    add_allocation_options(parser, required=True)
     parser.add_argument(
         "--spare", type=int, default=0, metavar="N", help="additional nodes, which replace nodes that fail"
     )
-    parser.add_argument(
-        "--gpus-per-node", type=int, metavar="G", help="GPUs per node, one process each (default: $TXSSM_GPUS_PER_NODE)"
-    )
-    parser.add_argument("--nproc-per-node", type=int, metavar="P", help="processes per node, for nodes without GPUs")
-    parser.add_argument(
-        "--time", metavar="LIMIT", help="time limit, such as 24:00:00; the job requeues itself and continues"
-    )
-    parser.add_argument("--partition", metavar="NAME", help="partition (default: $SBATCH_PARTITION, or the cluster's)")
-    parser.add_argument("--account", metavar="NAME", help="account (default: $SBATCH_ACCOUNT, or the user's)")
-    parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="any other sbatch option: exclusive, mem=0, …"
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change a field of the recipe"
-    )
+    add_set_option(parser)
     parser.add_argument("--after", action="append", default=[], metavar="JOB", help="start only if this job succeeds")
     parser.add_argument(
-        "--chain", action="store_true", help="shard the corpus, pretrain, convert and evaluate, each as its own job"
+        "--chain",
+        action="store_true",
+        help="shard the corpus, pretrain, convert and evaluate, each as its own job, then score evaluation.tasks",
     )
     parser.add_argument(
         "--corpus",
@@ -80,4 +69,5 @@ def run(args: argparse.Namespace) -> int:
         freeze_code=args.freeze_code,
         limits=Limits.parsed(vars(args)),
         command=shlex.join(["txssm", *sys.argv[1:]]),
+        check=check_stated_tasks,
     )

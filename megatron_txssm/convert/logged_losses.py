@@ -8,7 +8,7 @@ from megatron_txssm.metrics import each_line
 
 
 def losses_at(run: Path, step: int) -> dict[str, float]:
-    """Nats per token, for training and each validation set: from `txssm evaluate`, otherwise the newest recorded."""
+    """Nats per token, for training and each validation set: from `txssm eval loss`, otherwise the newest recorded."""
     logged = _newest(run / "metrics.jsonl", step)
     losses = {"training loss": logged.pop("lm loss")[1]} if "lm loss" in logged else {}
     if evaluated := _evaluated(run / "evaluation" / "validation.json", step):
@@ -35,7 +35,7 @@ def _newest(metrics: Path, step: int) -> dict[str, tuple[int, float]]:
 
 
 def _evaluated(file: Path, step: int) -> dict[str, Any]:
-    """The results of `txssm evaluate`, if it was run at this step."""
+    """The results of `txssm eval loss`, if it was run at this step."""
     try:
         found = json.loads(file.read_bytes())
         return found["sets"] if found["step"] == step else {}

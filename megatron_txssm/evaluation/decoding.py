@@ -11,6 +11,8 @@ from megatron_txssm.evaluation.sampling import Sampling
 if TYPE_CHECKING:
     import torch
 
+    from megatron_txssm.checkpoint.load import LoadedModel
+
 
 class Decoder(Protocol):
     """A model that continues one text."""
@@ -30,21 +32,21 @@ class Decoder(Protocol):
 
 
 class MegatronDecoder:
-    """A checkpoint of a step (None: the newest), in Megatron's own model.
+    """A loaded checkpoint, in Megatron's own model.
 
-    `capacity`: maximum number of tokens, of prompt and answer together.
+    `capacity`: maximum number of tokens of a text, of prompt and answer together.
     """
 
-    def __init__(self, checkpoints: Path, capacity: int, step: int | None = None):
-        from megatron_txssm.checkpoint.load import load_model
-
-        loaded = load_model(checkpoints, step=step)
-        # Megatron may only be imported from here on.
-        from megatron.core.inference.contexts.static_context import StaticInferenceContext
-
+    def __init__(self, loaded: "LoadedModel", checkpoints: Path, capacity: int):
         self.model, self.tokenizer, self.vocab_size = loaded.model, loaded.tokenizer, loaded.recipe.data.vocab_size
         self.description = f"step {loaded.iteration} of {checkpoints}"
         self.eod = loaded.tokenizer.eod
+        self.begin(capacity)
+
+    def begin(self, capacity: int) -> None:
+        """Begin a new text."""
+        from megatron.core.inference.contexts.static_context import StaticInferenceContext
+
         self.context = StaticInferenceContext(max_batch_size=1, max_sequence_length=capacity)
 
     def encode(self, text: str) -> list[int]:
@@ -85,9 +87,14 @@ class HfDecoder:
             raise
         except Exception as error:  # the hub, transformers and safetensors raise many kinds
             raise UserError(f"{name} cannot be loaded: {str(error).strip().partition(chr(10))[0]}") from None
-        self.text = HfText(model.to(device).eval())
+        self.model = model.to(device).eval()
+        self.begin()
         self.description = f"{name}: {type(model).__name__}, {model.num_parameters():,} parameters"
         self.eod = self.tokenizer.eos_token_id
+
+    def begin(self) -> None:
+        """Begin a new text."""
+        self.text = HfText(self.model)
 
     def encode(self, text: str) -> list[int]:
         # Special tokens as the tokenizer adds them: an export's adds none, other models may need theirs.

@@ -5,14 +5,14 @@ import re
 import sys
 import tempfile
 import time
-import traceback
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
 from megatron_txssm.checkpoint.saved_model import how_to_make, open_checkpoint
 from megatron_txssm.convert.huggingface.folder import is_hf_folder
-from megatron_txssm.errors import UserError, readable
+from megatron_txssm.errors import UserError
 from megatron_txssm.evaluation.sampling import Sampling
 from megatron_txssm.terminal import doing
 
@@ -76,37 +76,31 @@ def _check_not_empty(prompt: str | TextIO) -> None:
 
 def _by_megatron(request: Request) -> int:
     """Send Megatron's output to a log, which is kept only after a failure."""
-    from megatron_txssm.session.output import output_redirected
+    from megatron_txssm.session.output import run_redirected
 
     handle, name = tempfile.mkstemp(prefix="txssm-generate-", suffix=".log")
     os.close(handle)
     log = Path(name)
-    failure: Exception | None = None
-    with output_redirected(log) as terminal:
-        try:
-            write(request, terminal)
-        except (UserError, BrokenPipeError, KeyboardInterrupt):
+    code = 0
+    try:
+        code = run_redirected(log, partial(write, request))
+    finally:
+        if code == 0:
             log.unlink()
-            raise
-        except Exception as error:
-            traceback.print_exc()
-            failure = error
-    if failure is not None:
-        print(readable(f"error: {type(failure).__name__}: {failure}\nIts log: {log}"), file=sys.stderr)
-        return 1
-    log.unlink()
-    return 0
+    return code
 
 
 def write(request: Request, terminal: TextIO) -> int:
     """Load the model, and write the prompt and its continuation to `terminal`, piece by piece."""
+    from megatron_txssm.checkpoint.load import load_model
     from megatron_txssm.evaluation.decoding import HfDecoder, MegatronDecoder, generate_tokens
 
     prompt = request.prompt
     with doing(f"loading {request.model}", terminal):
         if isinstance(request.model, Path):
+            loaded = load_model(request.model, step=request.step)
             # A token has at least one byte.
-            decoder = MegatronDecoder(request.model, len(prompt.encode()) + request.max_new_tokens, request.step)
+            decoder = MegatronDecoder(loaded, request.model, len(prompt.encode()) + request.max_new_tokens)
         else:
             decoder = HfDecoder(request.model)
     try:

@@ -9,7 +9,8 @@ RUN/metrics.jsonl                 one line per step; its growth shows that the r
 RUN/running.json                  the process that trains there now (run_lock.py)
 RUN/ended.json                    how a run without Slurm ended (ended.py)
 RUN/conversions.jsonl             one line per folder that `txssm convert export` made of it
-RUN/evaluation/history.jsonl      one line per `txssm evaluate`
+RUN/evaluation/history.jsonl      one line per `txssm eval loss`
+RUN/evaluation/harness/           a folder per `txssm eval harness`, and its line in history.jsonl
 RUN/attempts/0002/                the second start of the trainer: restarted, requeued or submitted again
   attempt.json                    nodes, first and last step, how it ended
   preflight.json                  the nodes' reports

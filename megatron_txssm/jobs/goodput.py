@@ -1,7 +1,7 @@
 """Goodput: the share of a run's time spent in steps that count, and the time lost to faults, the queue and starts.
 
-Computed from attempts/*/attempt.json and metrics.jsonl. A run without Slurm has no attempt.json, but notes its starts
-in metrics.jsonl (local_attempts.py); its "queue" is the time in which it was stopped.
+Computed from attempts/*/attempt.json and metrics.jsonl. A start without Slurm has no attempt.json, but is noted in
+metrics.jsonl (local_attempts.py); the "queue" before it is the time in which the run was stopped.
 
   wall           from the submission (from the first start if a later submission has overwritten it) to the end of the
                  last attempt, or to now while a job of the run is in the queue
@@ -19,6 +19,7 @@ in metrics.jsonl (local_attempts.py); its "queue" is the time in which it was st
 import contextlib
 import datetime
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -75,8 +76,9 @@ class Goodput:
 
 
 def all_attempts(run: Path) -> list[Attempt]:
-    """A run's attempts, on Slurm or, if it has none, without it."""
-    return attempts(run) or local_attempts(run)
+    """A run's attempts, on Slurm and without it, in order."""
+    on_slurm = attempts(run)
+    return sorted([*on_slurm, *local_attempts(run, on_slurm)], key=lambda attempt: attempt.started)
 
 
 def goodput(run: Path, job_state: str | None = None, now: float | None = None) -> Goodput | None:
@@ -195,7 +197,15 @@ def _steps(run: Path, found: list[Attempt]) -> list[list[_Step]]:
     """The steps of each attempt."""
     bounds = [*(attempt.metrics_offset for attempt in found), None]
     lines = (metrics_lines(run / "metrics.jsonl", begin or 0, end) for begin, end in itertools.pairwise(bounds))
-    return [_of_attempt([line for line in of_attempt if "grad_norm" in line]) for of_attempt in lines]
+    return [_of_attempt(list(filter(_is_step, of_attempt))) for of_attempt in lines]
+
+
+def _is_step(line: MetricsLine) -> bool:
+    """Whether it is a step's line, with numbers where they belong: others may have written to the file."""
+    numbers = (
+        line.get(name, 0) for name in ("iteration", "time", "step_seconds", "consumed_tokens", "tokens_per_second")
+    )
+    return "grad_norm" in line and all(isinstance(each, int | float) and math.isfinite(each) for each in numbers)
 
 
 def _of_attempt(lines: Sequence[MetricsLine]) -> list[_Step]:

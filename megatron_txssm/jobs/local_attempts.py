@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,17 +24,22 @@ class _Start:
     world_size: int
 
 
-def local_attempts(run: Path) -> list[Attempt]:
-    """One for every start in metrics.jsonl, in order; none for a run of an earlier version, which noted no starts.
+def local_attempts(run: Path, on_slurm: Sequence[Attempt] = ()) -> list[Attempt]:
+    """One for every start in metrics.jsonl that is not of an attempt `on_slurm`, in order.
 
-    A start that did no step is not noted. Only the last one's end is recorded: an earlier one counts as ended with its
-    last step (see goodput.py).
+    None for a run of an earlier version, which noted no starts. A start that did no step is not noted. Only the last
+    one's end is recorded: an earlier one counts as ended with its last step (see goodput.py).
     """
     metrics = run / "metrics.jsonl"
     starts = list(_starts(metrics))
-    found = []
-    for number, (start, after) in enumerate(zip(starts, [*starts[1:], None], strict=False), 1):
-        done_before = found[-1].last_step if found else None
+    for attempt in on_slurm:
+        if (own := next((start for start in starts if _is_of(start, attempt)), None)) is not None:
+            starts.remove(own)
+    beginnings = sorted(
+        [(start.offset, start.time) for start in starts] + [(a.metrics_offset, a.started) for a in on_slurm]
+    )
+    found: list[Attempt] = []
+    for number, start in enumerate(starts, 1 + len(on_slurm)):
         attempt = Attempt(
             folder=run / "attempts" / f"{number:04d}",
             job_id="",
@@ -42,16 +47,22 @@ def local_attempts(run: Path) -> list[Attempt]:
             nproc_per_node=start.world_size,
             started=start.time,
             metrics_offset=start.offset,
-            done_before=done_before or 0,
+            done_before=(found[-1].last_step if found else None) or 0,
         )
+        after = next((later for later in beginnings if later > (start.offset, start.time)), None)
         if after is not None:
-            attempt.ended = after.time
-            attempt.last_step = _last_step(metrics, start.offset, after.offset)
+            offset, attempt.ended = after
+            attempt.last_step = _last_step(metrics, start.offset, offset)
         else:
             attempt.last_step = last_step(metrics, start.offset)
             _set_end(attempt, run, metrics)
         found.append(attempt)
     return found
+
+
+def _is_of(start: _Start, attempt: Attempt) -> bool:
+    """Whether a start may be that of an attempt on Slurm: of these, the first is."""
+    return start.offset >= attempt.metrics_offset and (attempt.ended is None or start.time <= attempt.ended)
 
 
 def _set_end(attempt: Attempt, run: Path, metrics: Path) -> None:
@@ -64,8 +75,8 @@ def _set_end(attempt: Attempt, run: Path, metrics: Path) -> None:
 
 
 def _last_step(metrics: Path, begin: int, end: int) -> int | None:
-    steps = [line["iteration"] for line in metrics_lines(metrics, begin, end) if "grad_norm" in line]
-    return max(steps, default=None)
+    steps = (line.get("iteration") for line in metrics_lines(metrics, begin, end) if "grad_norm" in line)
+    return max((step for step in steps if isinstance(step, int)), default=None)
 
 
 def _starts(metrics: Path) -> Iterator[_Start]:

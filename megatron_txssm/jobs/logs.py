@@ -27,7 +27,7 @@ def show_logs(
         run: a run folder, a name under runs/, or the number of a job
         follow: also print new output until the job is over; wait for the file if it does not exist yet
         lines: how many of the existing lines to print
-        stage: of a chain: pretrain, convert or evaluate
+        stage: of a chain: pretrain, convert, evaluate or harness
         rank: print the log of this rank instead
 
     Returns the exit code, 0. UserError if there is no such run, job or file.

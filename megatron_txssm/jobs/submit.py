@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from megatron_txssm.planning.check_build import check_build
 from megatron_txssm.recipe.corpus.tokenizer import NoCorpus
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
+from megatron_txssm.recipe.validation.evaluation_checks import check_task_files
 from megatron_txssm.recipe.validation.validate import validate
 from megatron_txssm.slurm import client as slurm
 from megatron_txssm.slurm.batch_script import load_site_settings, render
@@ -50,6 +51,7 @@ def submit(
     freeze_code: bool = True,
     limits: Limits = DEFAULTS,
     command: str | None = None,
+    check: Callable[[Recipe], None] | None = None,
 ) -> int:
     """Queue a recipe's pretraining on the Slurm cluster of this machine.
 
@@ -74,12 +76,14 @@ def submit(
         sbatch: other long options of sbatch without the dashes, such as "exclusive" or "mem=0"
         overrides: recipe fields to change, such as "training.train_iters=20"
         after: numbers of jobs that must succeed before this one starts
-        chain: shard the corpus, pretrain, convert and evaluate, each as its own job
+        chain: shard the corpus, pretrain, convert and evaluate, each as its own job, then score evaluation.tasks
         corpus: the corpus recipe that `chain` shards; default: the one whose output is the recipe's data.corpus
         dry_run: check, and print the batch scripts; write and queue nothing
         freeze_code: run a copy of the code in the run folder; if false, each start runs the checkout as it is then
         limits: timeouts in seconds, and numbers of restarts and requeues
         command: the command that submits the run again; default: `txssm submit` with these arguments
+        check: raises UserError for a recipe that must not be queued; the command line's is
+            `evaluation.harness.stated.check_stated_tasks`
 
     Returns the exit code, 0, also if the run is already finished. UserError names the first problem; nothing is written
     or queued then.
@@ -104,18 +108,20 @@ def submit(
     )
     request.check()
     load_site_settings()
-    submission = plan_submission(request, command or request.command)
+    submission = plan_submission(request, command or request.command, check)
     if submission is None:
         return 0
     return submission.show() if dry_run else submission.submit()
 
 
-def plan_submission(request: Request, command: str) -> Submission | None:
+def plan_submission(request: Request, command: str, check: Callable[[Recipe], None] | None = None) -> Submission | None:
     """The checked submission; None if the run is finished. UserError names the first problem."""
     options, allocation = request.sbatch_options, request.allocation
     recipe = load_recipe(request.recipe, request.overrides)
     corpus = _corpus_to_shard(recipe, request.corpus) if request.chain else None
     _check_recipe(recipe, corpus, allocation, request.dry_run)
+    if request.chain:
+        check_task_files(recipe)
     if is_finished(recipe) and not request.chain:
         print(f"{recipe.name}: already finished; {recipe.checkpoint_path} holds step {recipe.train_iters}")
         return None
@@ -127,6 +133,8 @@ def plan_submission(request: Request, command: str) -> Submission | None:
     home = code.path if code else HOME
     scripts = _scripts(recipe, home, allocation, options, request)
     _check_cluster(recipe, scripts, request.dry_run)
+    if check is not None:
+        check(recipe)
     check_build(recipe, allocation.world_size)
     if allocation.gpus_per_node and (costly := list(costly_defaults(options))):
         print(
@@ -184,7 +192,10 @@ def _scripts(recipe: Recipe, home: Path, allocation: Allocation, options: Option
                 f"{run / 'export'} exists; --chain would write the converted model there: move or remove it"
             )
         scripts["convert"] = script("convert", {}, str(run), f"{run}/export")
-        scripts["evaluate"] = script("evaluate", replace(allocation, spare=0).options, str(run))
+        one_each = replace(allocation, spare=0).options
+        scripts["evaluate"] = script("evaluate", one_each, str(run))
+        if recipe.evaluation.tasks:
+            scripts["harness"] = script("harness", one_each, str(run), "--trust-recipe")
     return scripts
 
 

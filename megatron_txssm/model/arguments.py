@@ -4,7 +4,7 @@ from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
-from megatron_txssm.choices import CONTEXT_PARALLEL_METHODS, POSITION_ENCODINGS, SSD_BACKENDS
+from megatron_txssm.choices import ABLATIONS, CONTEXT_PARALLEL_METHODS, POSITION_ENCODINGS, SSD_BACKENDS
 
 # Used where Megatron was started without our arguments (stock pretrain_hybrid.py --spec).
 DEFAULTS: dict[str, Any] = {
@@ -17,6 +17,7 @@ DEFAULTS: dict[str, Any] = {
     "rotary_table_precision": "fp32",
     "state_context_parallel": "state_passing",
     "isolate_documents": False,
+    "ablation": None,
 }
 
 
@@ -33,10 +34,12 @@ def add_transxssm_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--state-context-parallel", choices=CONTEXT_PARALLEL_METHODS, help="what state-space layers exchange"
     )
+    group.add_argument("--ablation", choices=ABLATIONS, help="layers without residual connections, or without norms")
     group.add_argument("--isolate-documents", action="store_true", help="neither attention nor state crosses documents")
     # A field of Megatron's TransformerConfig, which Megatron fills from arguments of the same name.
     group.add_argument("--fp8-dot-product-attention", action="store_true", help="FP8 in core attention (needs FP8)")
     group.add_argument("--blend-stages", help="JSON of a training blend that changes (recipes: data.stages)")
+    group.add_argument("--recall-pairs", type=int, nargs="+", help="train on associative recall (data.recall_pairs)")
     parser.set_defaults(**DEFAULTS)
     return parser
 

@@ -51,14 +51,28 @@ def initialize_by_name(model: Any, seed: int) -> None:
 
 
 def _rules(model: Any) -> dict[str, Callable[[Tensor], Any]]:
-    """Parameter name suffix -> init function; parameters not listed (norms: ones) stay as built."""
+    """Parameter name suffix -> init function; parameters not listed (norms: ones) stay as built.
+
+    Under muP (arXiv:2203.03466, table 8), Megatron's functions divide by √m, where m = hidden_size over the base's.
+    A random matrix of standard deviation σ gives outputs of √n·σ from n inputs; an update of Adam, whose entries agree
+    with the inputs, gives n times its learning rate. So every matrix that sums over n ~ m channels needs σ ~ 1/√m and a
+    learning rate ~ 1/m: all components of the in-projection, the out-projection, Q, K, V, FFN, experts and router. What
+    sums over a fixed number has neither: C·B over the state, Q·K over a head's channels (1/√d stays), the convolution
+    over its taps; nor do A_log, dt_bias, D and norms, with one number per head or channel. Embedding and LM head keep
+    both, and the logits are divided by m.
+
+    B, C and router have few outputs, which table 8 would start at σ ~ 1/m. But C·B would then start at 1/m of the
+    base's, near zero, where neither has a gradient; with 1/√m it starts alike at all widths, and stays so
+    (tools/check_mup.py).
+    """
     config = model.config
     rules = {
         "linear_proj.weight": config.output_layer_init_method,
         "linear_fc2.weight": config.output_layer_init_method,
         "out_proj.weight": config.output_layer_init_method,
         "word_embeddings.weight": config.embedding_init_method,
-        "output_layer.weight": config.init_method,
+        # As wide a range at every width under muP, whose factor of the logits keeps them small.
+        "output_layer.weight": config.embedding_init_method if config.use_mup else config.init_method,
         "linear_qkv.weight": config.init_method,
         "linear_fc1.weight": config.init_method,
         "router.weight": config.init_method,

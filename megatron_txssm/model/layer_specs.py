@@ -35,6 +35,7 @@ from megatron.training import get_args
 
 from megatron_txssm.architecture.layer_pattern import STATE_SPACE, layers, prediction_depths
 from megatron_txssm.architecture.state_space_config import StateSpaceConfig
+from megatron_txssm.choices import Ablation
 from megatron_txssm.compat import mend_megatron
 from megatron_txssm.errors import UserError
 from megatron_txssm.model.arguments import DEFAULTS, state_space_config
@@ -98,6 +99,7 @@ class LayerSettings:
     # None if the model has no state-space layer.
     state_space: StateSpaceConfig | None
     rotary: UnifiedRotaryEmbedding
+    ablation: Ablation | None = None
 
     @classmethod
     def of_arguments(cls) -> "LayerSettings":
@@ -122,7 +124,7 @@ class LayerSettings:
             interpolation_factor=args.rotary_seq_len_interpolation_factor or 1.0,
             table_precision=getattr(args, "rotary_table_precision", DEFAULTS["rotary_table_precision"]),
         )
-        return cls(state_space, rotary)
+        return cls(state_space, rotary, getattr(args, "ablation", DEFAULTS["ablation"]))
 
 
 class TransXSSMStack(HybridStack):
@@ -188,6 +190,11 @@ def _layer_specs(
     norm = IdentityOp if fused else backend.layer_norm(rms_norm=True, has_residual=True)
     # Megatron annotates this as a class, but accepts a function.
     add_residual: Any = get_bias_dropout_add
+    if settings.ablation == "no_residual":
+        add_residual = _without_residual
+    elif settings.ablation == "no_norm":
+        # The recipe is refused with Transformer Engine, whose norms are parts of linear layers.
+        norm = IdentityOp
 
     def saved_as(norm_name: str, linear: str) -> dict[str, str]:
         return {} if fused else {f"{norm_name}.": f"{linear}.layer_norm_"}
@@ -224,6 +231,11 @@ def _layer_specs(
             ),
         )
     return found
+
+
+def _without_residual(training: bool, fused: bool) -> Any:
+    """For `get_bias_dropout_add`: the layer's output alone. Our layers have neither biases nor dropout."""
+    return lambda output_and_bias, residual, prob: output_and_bias[0]
 
 
 class _ByNumber:

@@ -115,8 +115,7 @@ class StateSpaceMixer(StateSpaceParameters):
         x_BLE, BC_BLE = xBC_BLE.split([of_x, of_BC], dim=-1)
         x_BLHP = x_BLE.unflatten(-1, (-1, state_space.head_dim))
         B_BLGN, C_BLGN = self._rotate(BC_BLE, offset, documents)
-        dt_BLH = dt_BLH.float()
-        dt_BLH = F.softplus(dt_BLH if self.dt_bias is None else dt_BLH + self.dt_bias)
+        dt_BLH = self.step_sizes(dt_BLH)
         A_H = -torch.exp(self.A_log)
 
         if x_BLHP.shape[1] == 1 and cache.state_BHPN is not None:
@@ -150,6 +149,11 @@ class StateSpaceMixer(StateSpaceParameters):
                 backend=state_space.ssd_backend,
             )
         return y_LBE, StateSpaceCache(state_BHPN, history_BEK)
+
+    def step_sizes(self, dt_BLH: Tensor) -> Tensor:
+        """dt in fp32, after bias and softplus."""
+        dt_BLH = dt_BLH.float()
+        return F.softplus(dt_BLH if self.dt_bias is None else dt_BLH + self.dt_bias)
 
     def _rotate(self, BC_BLE: Tensor, offset: int, documents: PackedDocuments | None) -> tuple[Tensor, Tensor]:
         """B and C, rotated together by Unified RoPE (eq. 2, 3), C scaled as in appendix A; [B, L, G, N] each."""

@@ -118,6 +118,8 @@ class StateSpaceParameters(MegatronModule):
             self.conv1d_bias = self._parameter(channels)
             for parameter in (self.conv1d_weight, self.conv1d_bias):
                 setattr(parameter, "partition_sizes", list(self.conv_sizes.values()))
+            # Megatron's muP divides the learning rate of everything else that has several dimensions by the width.
+            setattr(self.conv1d_weight, "is_embedding_parameter", True)
         if self.state_space.gated:
             self.norm_weight = self._parameter(sizes["x"])
         if self.config.perform_initialization:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_txssm.errors import UserError, require_positive
@@ -11,6 +11,7 @@ from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import data_parallel_size, smallest_world_size
+from megatron_txssm.recipe.validation.evaluation_checks import check_task_files
 from megatron_txssm.recipe.validation.validate import check_tokenizer_file
 from megatron_txssm.terminal import doing
 from megatron_txssm.training.launch.preflight import number_of_shards
@@ -19,13 +20,25 @@ from megatron_txssm.training.launch.preflight import number_of_shards
 SWITCH = "TXSSM_CHECK_BUILD"
 
 
-def check_recipe(recipe: str | Path, *, overrides: Sequence[str] = (), gpus: int | None = None) -> int:
-    """Build a recipe once and say so; returns the exit code. gpus: processes; default: as few as its layout allows."""
+def check_recipe(
+    recipe: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    gpus: int | None = None,
+    check: Callable[[Recipe], None] | None = None,
+) -> int:
+    """Build a recipe once and say so; returns the exit code.
+
+    gpus: processes; default: as few as its layout allows. check: as for `jobs.submit.submit`.
+    """
     loaded = load_recipe(recipe, overrides)
     if gpus is not None:
         require_positive(gpus=gpus)
     world_size = gpus or smallest_world_size(loaded)
     data_parallel_size(loaded, world_size)
+    check_task_files(loaded)
+    if check is not None:
+        check(loaded)
     try:
         _build(loaded, world_size, "change it")
     except DryRunFailed as error:

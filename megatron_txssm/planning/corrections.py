@@ -43,6 +43,7 @@ class Corrections:
         micro_batch: seconds of a micro-batch outside of layers and LM head
         step: seconds of a step outside of micro-batches, collectives and optimizer
         links: collective -> its link within a node
+        alone: how much faster a process computes while all others wait: 1, but for processes that share a core
     """
 
     passes: Mapping[str, tuple[Line, Line]] = field(default_factory=dict)
@@ -50,11 +51,16 @@ class Corrections:
     micro_batch: float = 0.0
     step: float = 0.0
     links: Mapping[str, Link] = field(default_factory=dict)
+    alone: float = 1.0
 
     def corrected(self, part: str, forward: float, backward: float) -> tuple[float, float]:
         """Seconds of a layer's or the head's kernels."""
         of_forward, of_backward = self.passes.get(part, (Line(), Line()))
         return of_forward.at(forward), of_backward.at(backward)
+
+    def waiting(self, processes: int) -> float:
+        """What waiting costs: 1, or 0 for processes that share a core, of which the others get a waiting one's part."""
+        return (processes / min(self.alone, processes) - 1) / (processes - 1) if processes > 1 else 1.0
 
 
 UNCHANGED = Corrections()

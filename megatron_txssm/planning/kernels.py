@@ -65,10 +65,14 @@ def _scan_seconds(share: Share, cluster: Cluster) -> tuple[float, float]:
     scanned = share.tokens * share.inner * state.state_size / 128
     beside = 2 * width * (share.packed if state.conv_sizes or not share.fused_scan else 2 * share.groups)
     beside += 4 * width * share.inner if state.gated else 0
-    # The copies of an exchange of heads, or reading the entering state.
-    beside += 4 * width * share.inner if share.context > 1 else 0
+    read = 0.0
+    if share.context > 1:
+        # The copies of an exchange of heads, or reading the entering state.
+        beside += 4 * width * share.inner
+        if share.state_context == "state_passing":
+            read = cluster.gemm_seconds(share.tokens, share.inner, state.state_size)
     forward, backward = SCAN_FORWARD.value * scanned + beside, SCAN_BACKWARD.value * scanned + 2 * beside
-    return cluster.memory_seconds(forward), cluster.memory_seconds(backward)
+    return cluster.memory_seconds(forward) + read, cluster.memory_seconds(backward) + 2 * read
 
 
 _INNER = {FFN: _swiglu_seconds, ATTENTION: attention_seconds, STATE_SPACE: _scan_seconds}

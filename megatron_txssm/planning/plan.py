@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_txssm.architecture.gpus import GIB, GPUS, Gpu
 from megatron_txssm.errors import UserError, require_positive
+from megatron_txssm.files import unwound_by_signals
 from megatron_txssm.planning.corrections import UNCHANGED, read_calibration
 from megatron_txssm.planning.layouts import LAYOUT_FIELDS, Layout, layout_named
 from megatron_txssm.planning.nearest import Answer, answer
@@ -28,6 +29,7 @@ MOST_GPUS = 1_000_000
 NEW_CUDNN = (9, 24, 0)
 
 
+@unwound_by_signals()
 def plan(
     name: str,
     *,

@@ -1,5 +1,6 @@
 """How much of its data sheet a GPU reaches, each figure with its source; docs/planner.md has the same table."""
 
+import math
 from dataclasses import dataclass
 
 from megatron_txssm.architecture.gpus import Gpu
@@ -37,7 +38,9 @@ LAUNCH = Rate("seconds to start and end one GEMM", 2.5e-6, f"by hand, likewise, 
 SMALL = Rate("seconds of a layer's small kernels, a pass", 22e-6, "fitted to the five steps below")
 LINK = Rate("collectives, of a link's bandwidth", 0.8, "assumed; not measured by this project")
 LATENCY = Rate("seconds of a collective within a node", 12e-6, "assumed; not measured by this project")
-LATENCY_NETWORK = Rate("seconds of a collective between nodes", 30e-6, "assumed; not measured by this project")
+LATENCY_NETWORK = Rate(
+    "seconds of a collective between nodes, for each doubling of them", 30e-6, "assumed; not measured by this project"
+)
 OVERLAP = Rate("share of the passes that can hide data parallelism's collectives", 0.9, "assumed")
 TENSOR_OVERLAP = Rate("share of tensor parallelism's that tp_comm_overlap hides", 0.5, "assumed")
 RATES = (
@@ -105,7 +108,7 @@ class Cluster:
         if collective == "all_to_all":
             # What leaves the node goes through this GPU's own adapter.
             bandwidth, factor = self.gpu.network_bandwidth * LINK.value, (members - local) / members
-        return factor * size / bandwidth + LATENCY_NETWORK.value
+        return factor * size / bandwidth + LATENCY_NETWORK.value * math.log2(members / local)
 
 
 def sent_bytes(collective: str, members: int) -> float:

@@ -144,7 +144,7 @@ def step_time(
         compute=micro_batches * (slowest.forward + slowest.backward),
         exchange=micro_batches * (slowest.exchange + transfers),
         # (p - 1) / (m·v) of the passes if all stages are equal.
-        bubble=(whole - slowest.total - transfers) / layout.virtual,
+        bubble=cluster.corrections.waiting(layout.pipeline) * (whole - slowest.total - transfers) / layout.virtual,
         data=max(data for data, _ in after),
         optimizer=max(optimizer for _, optimizer in after),
         host=micro_batches * cluster.corrections.micro_batch + cluster.corrections.step,
@@ -176,7 +176,7 @@ def _after_passes(
             call.group, layout.tensor, layout.context, layout.data, layout.expert, layout.pipeline
         )
         seconds = cluster.collective_seconds(call.collective, call.size, members, stride)
-        if call.group == "embedding":
+        if call.group in ("embedding", "tp"):
             tied += seconds
         elif call.collective == "all_gather":
             gathered += seconds

@@ -1,7 +1,7 @@
 """Bytes that a pipeline rank's collectives carry in a step, by collective and group.
 
 Of each call the largest tensor counts: of an all-gather the gathered one, of a reduce-scatter the one before it.
-Not counted: norms' gradients, gradient norms, losses and the experts' token counts, which are a few thousand bytes.
+Not counted: gradient norms, losses and the experts' token counts, which are a few thousand bytes.
 """
 
 from collections import Counter
@@ -121,8 +121,13 @@ def _state_calls(share: Share) -> tuple[Call, ...]:
         # Each piece's state, and its decay beside each of its rows.
         of_piece = share.samples * share.state_heads * (state.head_dim * state.state_size + 1)
         return (*calls, Call("all_gather", "cp", 2 * share.context * of_piece * FP32))
-    channels = share.tokens * (2 * share.inner + 2 * share.groups) * share.element
-    return (*calls, Call("all_to_all", "cp", channels), Call("all_to_all", "cp", share.tokens * share.state_heads * 4))
+    width = share.tokens * share.element
+    exchanged = (
+        Call("all_to_all", "cp", width * share.inner, 2),
+        Call("all_to_all", "cp", width * share.groups, 2),
+        Call("all_to_all", "cp", share.tokens * share.state_heads * FP32),
+    )
+    return (*calls, *exchanged)
 
 
 def _reversed(call: Call) -> Call:
@@ -162,7 +167,9 @@ def transfer_calls(share: Share, layout: Layout, rank: int) -> Iterator[Call]:
 
 
 def step_calls(share: Share, layout: Layout, stage: Stage, weights: Weights) -> Iterator[Call]:
-    """The calls of a step besides its micro-batches: gradients and weights over data parallelism, a tied embedding."""
+    """The calls of a step besides its micro-batches: gradients and weights over data parallelism, a tied embedding,
+    and under sequence parallelism the gradients of what tensor-parallel ranks have whole: norms and routers.
+    """
     sharing = layout.data * layout.context
     # As Megatron names it: with context parallelism the group has both kinds of ranks.
     data = "dp" if layout.context == 1 else "dp_cp"
@@ -175,5 +182,9 @@ def step_calls(share: Share, layout: Layout, stage: Stage, weights: Weights) -> 
             yield Call("all_gather", group, count * share.element)
         else:
             yield Call("all_reduce", group, count * FP32)
+    if share.sequence_parallel and share.tensor > 1:
+        experts = share.sizes.experts.num_experts if share.sizes.experts else 0
+        rows = stage.counts.total() + stage.counts[EXPERTS] * experts + stage.predicts
+        yield Call("all_reduce", "tp", rows * share.hidden * FP32)
     if layout.pipeline > 1 and share.sizes.tie_embeddings and (stage.embeds or stage.predicts):
         yield Call("all_reduce", "embedding", share.vocabulary * share.hidden * FP32)

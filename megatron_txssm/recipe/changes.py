@@ -23,11 +23,13 @@ WITHOUT_REPORTS: Changes = {
     "logging.wandb_project": None,
     "logging.mlflow_experiment": None,
     "guard.spike_action": None,
+    "evaluation.tasks": None,
+    "evaluation.interval": None,
     "data.skip_steps": None,
 }
 # Every kind of data, and its mixture.
 WITHOUT_TOKENS: Changes = dict.fromkeys(
-    f"data.{name}" for name in ("corpus", "weights", "stages", "train", "validation", "blend", "split")
+    f"data.{name}" for name in ("corpus", "weights", "stages", "train", "validation", "blend", "split", "recall_pairs")
 )
 WITHOUT_TOKENIZER: Changes = {"data.tokenizer_type": "NullTokenizer", "data.tokenizer_model": None}
 ONE_MODEL_PARALLEL_RANK: Changes = {

@@ -15,7 +15,17 @@ from megatron_txssm.choices import TokenizerType
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.corpus.tokenizer import read_tokenizer_facts, tokenizer_model
 from megatron_txssm.recipe.megatron_arguments.section import passing
-from megatron_txssm.recipe.schema import Checkpoint, Data, Guard, Logging, Model, Optimizer, Parallel, Training
+from megatron_txssm.recipe.schema import (
+    Checkpoint,
+    Data,
+    Evaluation,
+    Guard,
+    Logging,
+    Model,
+    Optimizer,
+    Parallel,
+    Training,
+)
 from megatron_txssm.recipe.settings.paths import each_path, escaped, frozen
 from megatron_txssm.recipe.settings.setting import section_fields, setting, step_numbers
 from megatron_txssm.recipe.settings.yaml_text import dump_yaml
@@ -35,6 +45,7 @@ class Recipe:
     data: Data
     checkpoint: Checkpoint
     guard: Guard = field(default_factory=Guard)
+    evaluation: Evaluation = field(default_factory=Evaluation)
     logging: Logging
     # Other Megatron arguments, by their names in Megatron's namespace.
     megatron: dict[str, Any] = field(default_factory=dict)
@@ -97,9 +108,9 @@ class Recipe:
             return self.data.tokenizer_type
         if self.data.corpus is not None:
             return read_tokenizer_facts(Path(self.data.corpus)).type
-        # Mock data needs no tokenizer.
-        mock = self.megatron.get("mock_data") and self.data.tokenizer_model is None
-        return "NullTokenizer" if mock else "HuggingFaceTokenizer"
+        # Made-up data need no tokenizer.
+        made_up = (self.data.recall_pairs or self.megatron.get("mock_data")) and self.data.tokenizer_model is None
+        return "NullTokenizer" if made_up else "HuggingFaceTokenizer"
 
     @property
     def tokenizer_model(self) -> str | None:
@@ -192,7 +203,7 @@ class Recipe:
 
     @property
     def sizes(self) -> ModelSizes:
-        """The sizes that determine parameters and FLOPs."""
+        """The sizes that determine parameters, FLOPs and conversion."""
         model = self.model
         return ModelSizes(
             layers=self.layers,
@@ -206,6 +217,8 @@ class Recipe:
             state_space=self.state_space,
             experts=self.experts,
             prediction_depths=tuple(self.prediction_depths),
+            logits_multiplier=(model.mup_base_hidden_size or model.hidden_size) / model.hidden_size,
+            pre_norms=model.ablation != "no_norm",
         )
 
     def to_yaml(self) -> str:
@@ -241,5 +254,6 @@ def with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
         **changed(recipe),
         data=dataclasses.replace(recipe.data, **data),
         checkpoint=dataclasses.replace(recipe.checkpoint, **changed(recipe.checkpoint)),
+        evaluation=dataclasses.replace(recipe.evaluation, **changed(recipe.evaluation)),
         megatron={k: each_path(v, change) if known[k].kind == "path" else v for k, v in recipe.megatron.items()},
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron_txssm.architecture.layer_pattern import check_pattern
 from megatron_txssm.choices import (
+    Ablation,
     AttentionPositionEncoding,
     ContextParallelMethod,
     DecayStyle,
@@ -34,7 +35,7 @@ from megatron_txssm.choices import (
     WsdDecayShape,
 )
 from megatron_txssm.recipe.settings.layers import Alternatives
-from megatron_txssm.recipe.settings.setting import Blend, Stages, Steps, Weights, setting, table
+from megatron_txssm.recipe.settings.setting import Blend, Counts, Stages, Steps, Weights, Words, setting, table
 
 # These define TransXSSM and its baselines (arXiv:2506.09507, section 3 and appendix B.1), and make checkpoints loadable
 # at every parallel layout. Recipes cannot change them.
@@ -190,8 +191,22 @@ class Model:
         default=True,
     )
     norm_epsilon: float = setting("added under RMSNorm's root", "--norm-epsilon", default=1e-5, above=0)
+    ablation: Ablation | None = setting(
+        "for `txssm study stability`: layers without residual connections, or without the norms before them; such "
+        "models train and are evaluated, but have no Hugging Face format; null: with both",
+        "--ablation",
+        default=None,
+    )
     init_method_std: float = setting(
         "standard deviation of initial weights", "--init-method-std", default=0.02, above=0
+    )
+    mup_base_hidden_size: int | None = setting(
+        "muP: hidden_size of the narrower model that learning rate and init_method_std were chosen for; null: no muP",
+        "--use-mup",
+        "--mup-base-hidden-size",
+        default=None,
+        at_least=1,
+        owns=("--mup-base-head-dim", "--mup-attn-scale-power"),
     )
 
 
@@ -443,8 +458,15 @@ class Data:
         path=True,
     )
     split: str | None = setting("shares of train, validation and test in blend: 99,1,0", "--split", default=None)
+    recall_pairs: Counts | None = setting(
+        "made-up samples instead, of multi-query associative recall (arXiv:2312.04927): their numbers of key-value "
+        "pairs, in turn; loss and accuracy are of the answers",
+        "--recall-pairs",
+        default=None,
+    )
     tokenizer_type: TokenizerType | None = setting(
-        "Megatron's tokenizer class; null: the corpus's, otherwise HuggingFaceTokenizer, for mock data NullTokenizer",
+        "Megatron's tokenizer class; null: the corpus's, otherwise HuggingFaceTokenizer, for made-up data "
+        "NullTokenizer",
         "--tokenizer-type",
         default=None,
     )
@@ -477,7 +499,7 @@ class Data:
     skip_steps: Steps | None = setting(
         "steps whose batches are read, but not trained on: numbers from 1, and ranges such as 1200-1210",
         default=None,
-        owns=("--iterations-to-skip",),
+        owns=("--iterations-to-skip", "--result-rejected-tracker-filename"),
     )
     cache_path: str | None = setting(
         "folder of Megatron's shuffled indices; null: with the data, or in the run directory if that is read-only",
@@ -560,6 +582,31 @@ class Guard:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Scores on tasks of EleutherAI's lm-evaluation-harness, at validations and after the training."""
+
+    tasks: Words | None = setting(
+        "suites, tasks, groups and tags of lm_eval, and YAML files of tasks, as of `txssm eval harness`; null: none",
+        default=None,
+        path=True,
+    )
+    interval: int | None = setting(
+        "steps between scores in the training, a multiple of logging.eval_interval; null: none there, only by "
+        "`txssm submit --chain` and `txssm eval harness RUN`",
+        default=None,
+        at_least=1,
+    )
+    data: str | None = setting(
+        "folder with data sets, which `txssm eval fetch` fills; null: as lm_eval finds them", default=None, path=True
+    )
+    num_fewshot: int | None = setting(
+        "examples in each prompt; null: as the suite states, otherwise the task", default=None, at_least=0
+    )
+    limit: int | None = setting("only the first so many questions of each task; null: all", default=None, at_least=1)
+    batch_size: int = setting("texts in a batch, for each data-parallel process", default=8, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Logging:
     """Reports and their intervals."""
 
@@ -616,6 +663,7 @@ SECTIONS: dict[str, type] = {
     "data": Data,
     "checkpoint": Checkpoint,
     "guard": Guard,
+    "evaluation": Evaluation,
     "logging": Logging,
 }
 
@@ -627,6 +675,7 @@ ALTERNATIVES: Alternatives = (
         ("data.corpus", "data.weights", "data.stages"),
         ("data.train", "data.validation"),
         ("data.blend", "data.split"),
+        ("data.recall_pairs",),
         ("megatron.mock_data",),
     ),
     (("data.weights",), ("data.stages",)),

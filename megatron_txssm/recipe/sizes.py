@@ -1,10 +1,11 @@
-"""A recipe's requirements: number of processes, bytes per checkpoint."""
+"""A recipe's requirements, number of processes and bytes per checkpoint; models of equal size."""
 
 import math
 from collections.abc import Iterator
 
 from megatron_txssm.architecture.parameters import count_parameters
 from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.recipe import Recipe
 
 
@@ -54,3 +55,15 @@ def divisors(*numbers: int) -> Iterator[int]:
     lower = [d for d in range(1, math.isqrt(common) + 1) if common % d == 0]
     yield from lower
     yield from (common // d for d in reversed(lower) if d * d != common)
+
+
+def of_equal_size(recipe: Recipe, other: Recipe, multiple: int = 8) -> Recipe:
+    """The recipe with the FFN, of a `multiple` of channels, that brings it nearest to the other's parameters."""
+
+    def parameters(channels: int) -> int:
+        return count_parameters(changed(recipe, {"model.ffn_hidden_size": channels}).sizes).total
+
+    wanted = count_parameters(other.sizes).total
+    fewest = parameters(multiple)
+    more = round((wanted - fewest) / (parameters(2 * multiple) - fewest))
+    return changed(recipe, {"model.ffn_hidden_size": multiple * max(1, 1 + more)})

@@ -149,7 +149,10 @@ def buckets(x: np.ndarray, y: np.ndarray, x_range: tuple[float, float], count: i
 
 
 def running_mean(y: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the finite values within a window around each point, narrower at both ends; NaN where the point is."""
+    """Mean of the finite values within an odd window around each point, narrower at both ends; float64 [N].
+
+    NaN where the point itself is not finite.
+    """
     finite, at = np.isfinite(y), np.arange(len(y))
     total = np.concatenate([[0.0], np.cumsum(np.where(finite, y, 0.0))])
     number = np.concatenate([[0], np.cumsum(finite)])

@@ -43,6 +43,7 @@ class RunPart(NamedTuple):
     data: Sequence[str]
     tables: Sequence[Table]
     evaluations: Table
+    benchmarks: Table
     conversions: Table
     # What could not be read.
     problems: Sequence[str]

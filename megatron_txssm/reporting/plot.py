@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import write_file_atomically
+from megatron_txssm.reporting.charts import running_mean
 from megatron_txssm.reporting.series import Series, read_series
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ def plot_runs(
     """
     path = Path(picture)
     _check(path, panels, over, smooth)
+    if len({Path(run).resolve() for run in runs}) < len(runs):
+        raise UserError("a run is named twice; name each once")
     found = {name: read_series(run) for name, run in zip(_names(runs), runs, strict=True)}
     for run, series in zip(runs, found.values(), strict=True):
         if not len(series.step) and not series.validation:
@@ -89,7 +92,7 @@ def plot_runs(
     all_axes[-1].set_xlabel(OVER[over][1])
     if title:
         all_axes[0].set_title(title, loc="left", fontsize=11)
-    _write(figure, path)
+    write_figure(figure, path)
     return path
 
 
@@ -128,18 +131,18 @@ def _draw(
 def _draw_steps(
     axes: "Axes", x: np.ndarray, values: np.ndarray, smooth: int | None, label: str, colour: str
 ) -> list[float]:
-    shown = []
+    shown = [np.nanmin(values), np.nanmax(values)]
     window = smooth or (len(x) // SMOOTHING_WINDOWS if len(x) >= SMOOTH_FROM_STEPS else 1)
     if window > 1:
         # Odd, so that the window is symmetric.
         window |= 1
         axes.plot(*_extremes(x, values), color=colour, alpha=0.25, linewidth=0.8)
         # The first steps' losses and single spikes may leave the panel, so that the rest can be seen.
-        shown += list(np.nanpercentile(values, (0.5, 99.5)))
+        shown = list(np.nanpercentile(values, (0.5, 99.5)))
         values = running_mean(values, window)
         label = f"{label}{', ' if label else ''}mean over {window} steps"
     axes.plot(*_extremes(x, values), color=colour, linewidth=1.6, label=label)
-    return [*shown, np.nanmin(values), np.nanmax(values)]
+    return shown
 
 
 def _draw_validation(axes: "Axes", series: Series, x: np.ndarray, name: str, colour: str) -> list[float]:
@@ -180,7 +183,8 @@ def _finish(axes: "Axes", label: str, over: str, shown: list[float]) -> None:
         axes.text(0.5, 0.5, "no values in metrics.jsonl", transform=axes.transAxes, ha="center", color="0.4")
 
 
-def _write(figure: "Figure", path: Path) -> None:
+def write_figure(figure: "Figure", path: Path) -> None:
+    """Write a PNG, SVG or PDF file, by the name; the same figure gives the same bytes. UserError if that fails."""
     from matplotlib import rc_context
 
     content = io.BytesIO()
@@ -193,20 +197,6 @@ def _write(figure: "Figure", path: Path) -> None:
         write_file_atomically(path, content.getvalue())
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}; name another file") from None
-
-
-def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over `window` values around each, an odd number, without NaNs; [N].
-
-    The window is cut off at both ends: the curve is neither shifted nor shortened.
-    """
-    valid = np.isfinite(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(valid, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(valid)])
-    index, half = np.arange(len(values)), window // 2
-    first, end = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
-    count = counts[end] - counts[first]
-    return np.where(count > 0, (sums[end] - sums[first]) / np.maximum(count, 1), np.nan)
 
 
 def _extremes(x: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

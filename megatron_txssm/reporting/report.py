@@ -22,6 +22,7 @@ from megatron_txssm.reporting.runs import ask_queue
 from megatron_txssm.reporting.sections import (
     Table,
     attempts_table,
+    benchmarks_table,
     conversions_table,
     environment,
     evaluations_table,
@@ -147,6 +148,7 @@ def _part(run: _Run, color: int) -> RunPart:
         data=data,
         tables=tables,
         evaluations=evaluations_table(run.folder),
+        benchmarks=benchmarks_table(run.folder),
         conversions=conversions_table(run.folder),
         problems=run.problems,
     )

@@ -60,15 +60,26 @@ def list_runs(folder: str | Path = "runs") -> int:
 
 def run_folders(top: Path, depth: int = _DEPTH) -> Iterator[Path]:
     """The runs in a folder and its folders; a run's own folders are not searched."""
-    if any((top / mark).exists() for mark in _MARKS):
+    marks = [mark for mark in _MARKS if (top / mark).exists()]
+    if marks == ["recipe.yaml"]:
+        # A run that has not begun, or a recipe beside the runs that it made.
+        yield from list(_inner_runs(top, depth)) or [top]
+    elif marks:
         yield top
-    elif depth > 0:
+    else:
+        yield from _inner_runs(top, depth)
+
+
+def _inner_runs(top: Path, depth: int) -> Iterator[Path]:
+    if depth > 0:
         try:
             inner = [Path(entry) for entry in os.scandir(top) if entry.is_dir(follow_symlinks=depth == _DEPTH)]
         except OSError:
             return
+        # Beside checkpoints lies the recipe that made them.
         for folder in inner:
-            yield from run_folders(folder, depth - 1)
+            if folder.name != "checkpoints":
+                yield from run_folders(folder, depth - 1)
 
 
 class Progress(NamedTuple):

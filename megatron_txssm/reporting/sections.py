@@ -1,4 +1,4 @@
-"""What a report shows besides curves, as plain tables: attempts, environment, data, evaluations, conversions."""
+"""A report's plain tables: attempts, environment, data, evaluations, benchmarks, conversions."""
 
 import json
 import time
@@ -126,6 +126,9 @@ def lineage(recipe: Recipe) -> tuple[list[str], list[Table]]:
     if data.corpus is not None:
         blend = recipe_blend(recipe)
         return [*said, *_corpus_facts(blend)], _corpus_tables(blend)
+    if data.recall_pairs:
+        pairs = ", ".join(map(str, data.recall_pairs))
+        return [*said, f"It trains on made-up samples of associative recall with {pairs} pairs."], []
     rows = [
         (split, prefix, f"{weight:g}", *_shard_facts(prefix))
         for split, blend in (("training", data.train), ("validation", data.validation), ("both", data.blend))
@@ -187,7 +190,7 @@ def _sources(directory: Path) -> dict[str, str]:
 
 
 def evaluations_table(run: Path) -> Table:
-    """One row per validation set and call of `txssm evaluate`; of earlier versions, only the last call."""
+    """One row per validation set and call of `txssm eval loss`; of earlier versions, only the last call."""
     folder = run / "evaluation"
     found = list(each_line(folder / "history.jsonl")) or _json_object(folder / "validation.json")
     rows = [
@@ -206,6 +209,31 @@ def evaluations_table(run: Path) -> Table:
     return Table("Evaluations", (">step", "set", ">nats/token", ">perplexity", ">tokens", "when"), rows)
 
 
+def benchmarks_table(run: Path) -> Table:
+    """One row per task, metric and call of `txssm eval harness`."""
+    rows = []
+    for line in each_line(run / "evaluation" / "harness" / "history.jsonl"):
+        step, limited = _object(line, "model").get("step"), _object(line, "settings").get("limit") is not None
+        shown, tasks = line.get("shown"), _object(line, "tasks")
+        # Without the parts of groups, such as the 57 of MMLU.
+        for name in map(str, shown if isinstance(shown, list) else ()):
+            task = _object(tasks, name)
+            metrics = _object(task, "metrics")
+            rows += [
+                (
+                    _number(step),
+                    f"{name} (--limit)" if limited else name,
+                    _number(task.get("num_fewshot")),
+                    metric.removesuffix(",none"),
+                    _fixed(_object(metrics, metric).get("value")),
+                    _fixed(_object(metrics, metric).get("stderr")),
+                    when(line.get("time")),
+                )
+                for metric in metrics
+            ]
+    return Table("Benchmarks", (">step", "task", ">examples", "metric", ">value", ">stderr", "when"), rows)
+
+
 def conversions_table(run: Path) -> Table:
     """One row per `txssm convert export` from the run."""
     rows = []
@@ -215,6 +243,12 @@ def conversions_table(run: Path) -> Table:
         layout, out = str(line.get("layout", "")), str(line.get("out", ""))
         rows.append((_number(line.get("step")), layout, out, cut(proven) or "not verified", when(line.get("time"))))
     return Table("Conversions", (">step", "layout", "folder", "proof", "when"), rows)
+
+
+def _object(line: MetricsLine, name: str) -> MetricsLine:
+    """The object of that name in another; empty if it is something else."""
+    found = line.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _json_object(file: Path) -> list[MetricsLine]:

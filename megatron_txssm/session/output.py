@@ -2,10 +2,13 @@
 
 import os
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
+
+from megatron_txssm.errors import UserError, readable
 
 
 def redirect_output(log_file: Path) -> TextIO:
@@ -38,3 +41,23 @@ def output_redirected(log_file: Path) -> Iterator[TextIO]:
             for number, descriptor in enumerate(descriptors, start=1):
                 os.dup2(descriptor, number)
                 os.close(descriptor)
+
+
+def run_redirected(log_file: Path, work: Callable[[TextIO], object]) -> int:
+    """Do `work` with the terminal, and all other output in `log_file`; returns the exit code.
+
+    An error that is no user's goes to the log, and is named on stderr.
+    """
+    failure: Exception | None = None
+    with output_redirected(log_file) as terminal:
+        try:
+            work(terminal)
+        except (UserError, BrokenPipeError):
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            failure = error
+    if failure is None:
+        return 0
+    print(readable(f"error: {type(failure).__name__}: {failure}\nIts log: {log_file}"), file=sys.stderr)
+    return 1

@@ -46,6 +46,11 @@ def _of_muon(flag: str) -> Callable[[Any, Recipe], list[str]]:
     return lambda value, recipe: argument(flag, value if recipe.optimizer.name == "muon" else None)
 
 
+def _mup(base: int | None, recipe: Recipe) -> list[str]:
+    # The power of 1/√d: a wider model has more attention heads, not wider ones.
+    return [] if base is None else ["--use-mup", "--mup-base-hidden-size", str(base), "--mup-attn-scale-power", "0.5"]
+
+
 def _sequence_parallel(on: bool, recipe: Recipe) -> list[str]:
     return argument("--sequence-parallel", on and recipe.parallel.tensor_model_parallel_size > 1)
 
@@ -88,6 +93,16 @@ def _tensorboard(on: bool, recipe: Recipe) -> list[str]:
     return argument("--tensorboard-dir", str(recipe.run_path / "tensorboard") if on else None)
 
 
+def _recall(pairs: tuple[int, ...] | None, recipe: Recipe) -> list[str]:
+    if pairs is None:
+        return []
+    words = ["--recall-pairs", *map(str, pairs)]
+    if recipe.logging.eval_iters is None:
+        words += ["--validation-set-names", *(f"{each}_pairs" for each in pairs)]
+    # Every answer has equal weight, however many of them a micro-batch has.
+    return [*words, "--calculate-per-token-loss"]
+
+
 # Field -> function of (value, recipe) that returns words of Megatron's command line.
 RENDERS: Mapping[str, Callable[[Any, Recipe], list[str]]] = {
     "model.layer_pattern": _layer_pattern,
@@ -101,6 +116,7 @@ RENDERS: Mapping[str, Callable[[Any, Recipe], list[str]]] = {
     "model.num_query_groups": _query_groups,
     "model.state_dt_bias": lambda biased, _: argument("--state-space-no-dt-bias", not biased),
     "model.tie_embeddings": lambda tied, _: argument("--untie-embeddings-and-output-weights", not tied),
+    "model.mup_base_hidden_size": _mup,
     # Included in the pattern.
     "parallel.virtual_pipeline_stages": lambda stages, _: [],
     "parallel.sequence_parallel": _sequence_parallel,
@@ -125,6 +141,7 @@ RENDERS: Mapping[str, Callable[[Any, Recipe], list[str]]] = {
     # Included in the corpus's arguments.
     "data.weights": lambda _, recipe: [],
     "data.stages": lambda _, recipe: [],
+    "data.recall_pairs": _recall,
     "data.tokenizer_type": lambda _, recipe: argument("--tokenizer-type", recipe.tokenizer_type),
     "data.tokenizer_model": lambda _, recipe: argument("--tokenizer-model", recipe.tokenizer_model),
     "data.vocab_size": _vocabulary,

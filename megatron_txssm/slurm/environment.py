@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.process_tree import signal_descendants
 from megatron_txssm.slurm.hostlist import expand
 
 # Above the ports of the usual services, and the first port of Linux's outgoing connections
@@ -104,11 +105,7 @@ def end_process(code: int) -> NoReturn:
     At exit, Python would wait for every helper, forever: Megatron's, with which a save collects its results, ends only
     on request, and after an exception there is no request.
     """
-    import psutil
-
-    for helper in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            helper.kill()
+    signal_descendants(os.getpid(), signal.SIGKILL)
     for stream in (sys.stdout, sys.stderr):
         # The disk may be full, or the terminal closed.
         with contextlib.suppress(OSError, ValueError):

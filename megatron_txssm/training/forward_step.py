@@ -22,6 +22,7 @@ from megatron_txssm.compat import get_args
 from megatron_txssm.errors import UserError
 from megatron_txssm.model.context_parallel import Zigzag
 from megatron_txssm.model.documents import PackedDocuments
+from megatron_txssm.training.recall import ACCURACY, answers, recall_datasets
 from megatron_txssm.training.staged_blend import StagedDatasetBuilder
 from megatron_txssm.training.validation_sets import fixed_validation, samples_of_one_validation
 
@@ -38,6 +39,8 @@ def datasets_provider(num_samples: list[Any], vp_stage: int | None = None) -> li
     validations of the training; ours read the same samples each time, so the set does not depend on the training's
     length. Every pipeline stage and tensor-parallel rank reads its own batches, in the same order.
     """
+    if get_args().recall_pairs:
+        return recall_datasets(num_samples, get_args())
     train, validation, test = dataset_builder(num_samples).build()
     return [train, fixed_validation(validation, get_args()), test]
 
@@ -119,6 +122,9 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Module) -> t
         documents = packed_documents(batch["position_ids"])
         count_documents(batch["position_ids"], model)
     tokens, labels, loss_mask, position_ids = (on_this_rank(batch[key]) for key in BATCH_KEYS)
+    if get_args().recall_pairs and not model.training:
+        logits = model(tokens, position_ids, None, packed_seq_params=documents, runtime_gather_output=True)
+        return logits, partial(answers_function, loss_mask, labels)
     # Only the losses of prediction depths need the mask here.
     output = model(tokens, position_ids, None, labels=labels, loss_mask=loss_mask, packed_seq_params=documents)
     return output, partial(loss_function, loss_mask)
@@ -155,3 +161,10 @@ def loss_function(loss_mask_BL: Tensor, losses_BL: Tensor) -> Loss:
     loss = torch.sum(losses_BL.view(-1).float() * mask)
     num_tokens = mask.sum().detach().to(torch.int)
     return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.float()])}
+
+
+def answers_function(loss_mask_BL: Tensor, labels_BL: Tensor, logits_BLV: Tensor) -> Loss:
+    """The loss of a micro-batch of associative recall from its logits, and the share of right answers."""
+    losses_BL, right = answers(logits_BLV, labels_BL, loss_mask_BL)
+    loss, num_tokens, reported = loss_function(loss_mask_BL, losses_BL)
+    return loss, num_tokens, reported | {ACCURACY: right}

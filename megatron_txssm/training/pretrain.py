@@ -5,15 +5,15 @@ import faulthandler
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.process_limits import allow_open_files
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.session.arguments import whole_validation_arguments
-from megatron_txssm.session.hooks import listen, listening
+from megatron_txssm.session.hooks import Listener, listen, listening
 from megatron_txssm.session.output import redirect_output
 from megatron_txssm.session.start import model_config, start_megatron
 from megatron_txssm.slurm.environment import attempt_folder, end_process, end_with_launcher
@@ -24,6 +24,9 @@ from megatron_txssm.training.old_checkpoints import removing_old_checkpoints
 from megatron_txssm.training.resuming import SoundLoads
 from megatron_txssm.training.saving import explain_full_disk, keep_recipe, prepare_saves
 from megatron_txssm.training.watch.flight_recorder import dump_when_asked, prepare_recorder
+
+if TYPE_CHECKING:
+    from megatron_txssm.training.watch.monitor import TrainingMonitor
 
 
 def run_worker(recipe: Recipe, work: Callable[[Recipe, TextIO], None] | None = None) -> int:
@@ -83,10 +86,20 @@ def _report(error: BaseException, terminal: TextIO, log: Path | None = None) -> 
 
 
 @listening()
-def pretrain(recipe: Recipe, terminal: TextIO) -> None:
-    """Initialise Megatron from the recipe and run its loop to the end."""
+def pretrain(
+    recipe: Recipe,
+    terminal: TextIO,
+    *,
+    after: Sequence[str] = (),
+    listeners: Sequence[Callable[["TrainingMonitor"], Listener]] = (),
+) -> None:
+    """Initialise Megatron from the recipe and run its loop to the end.
+
+    after: Megatron's arguments after the recipe's own; listeners: make further listeners to the loop.
+    """
     # Placed first, so that entries of the recipe's `megatron:` section override them.
-    args = start_megatron(recipe, before=whole_validation_arguments(recipe, int(os.environ["WORLD_SIZE"])))
+    before = whole_validation_arguments(recipe, int(os.environ["WORLD_SIZE"]))
+    args = start_megatron(recipe, before=before, after=after)
     import torch.distributed
     from megatron.core.enums import ModelType
     from megatron.training import pretrain as megatron_pretrain
@@ -117,6 +130,8 @@ def pretrain(recipe: Recipe, terminal: TextIO) -> None:
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     listen(monitor)
     listen(SkippedSteps(recipe))
+    for make in listeners:
+        listen(make(monitor))
     if recipe.guard.spike_action is not None:
         listen(SpikeGuard(recipe, monitor.say))
     try:

@@ -6,13 +6,14 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.process_limits import allow_open_files
+from megatron_txssm.process_tree import signal_descendants
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import smallest_world_size
@@ -34,21 +35,27 @@ if TYPE_CHECKING:
 
 
 def pretrain(
-    recipe: str | Path, *, overrides: Sequence[str] = (), nproc: int | None = None, port: int | None = None
+    recipe: str | Path,
+    *,
+    work: Callable[[Recipe, TextIO], None] | None = None,
+    overrides: Sequence[str] = (),
+    nproc: int | None = None,
+    port: int | None = None,
 ) -> int:
     """Train a recipe, from its newest checkpoint if there is one; returns the exit code.
 
-    recipe: a name listed by `txssm recipes`, or a YAML file; overrides: changed fields, as "a.b=c". Under torchrun and
-    srun this process is one of the workers; otherwise it starts `nproc` workers on this machine (None: as few as the
-    layout needs), which meet at TCP `port` (None: any free port). UserError if the recipe, its data or its checkpoint
-    are wrong.
+    recipe: a name listed by `txssm recipes`, or a YAML file; work: what a worker does with it (None: it trains, as
+    `evaluation.harness.in_training.train_and_score` does, but without scores of evaluation.tasks);
+    overrides: changed fields, as "a.b=c". Under torchrun and srun this process is one of the workers; otherwise it
+    starts `nproc` workers on this machine (None: as few as the layout needs), which meet at TCP `port` (None: any free
+    port). UserError if the recipe, its data or its checkpoint are wrong.
     """
     checked = load_recipe(str(recipe), overrides)
     adopt_slurm_step()
     if is_worker():
         from megatron_txssm.training.pretrain import run_worker
 
-        return run_worker(checked)
+        return run_worker(checked, work)
     return launch(checked, nproc, worker_command("pretrain", str(recipe), overrides=overrides), port=port)
 
 
@@ -57,10 +64,10 @@ def worker_command(verb: str, *words: str, overrides: Sequence[str]) -> list[str
     return [verb, *words, *(word for text in overrides for word in ("--set", text))]
 
 
-def launch(recipe: Recipe, nproc: int | None, command: list[str], *, port: int | None = None) -> int:
+def launch(recipe: Recipe, nproc: int | None, command: list[str], *, port: int | None = None, resumes: str = "") -> int:
     """Run `txssm COMMAND` in `nproc` processes of this machine (None: as few as the layout needs) and wait.
 
-    Returns the exit code.
+    Returns the exit code. `resumes`: from where the same command resumes, if not from a checkpoint.
 
     All checks come before anything is written or started. On Ctrl-C or SIGTERM, the workers finish their step, save and
     stop.
@@ -83,12 +90,12 @@ def launch(recipe: Recipe, nproc: int | None, command: list[str], *, port: int |
     print(f"{recipe.name}: {nproc} process{'es' if nproc > 1 else ''}, run directory {recipe.run_path}", flush=True)
     for warning in warnings(recipe):
         print(f"warning: {warning}", flush=True)
-    while (code := _launch_workers(recipe, nproc, command, port or 0)) is None:
+    while (code := _launch_workers(recipe, nproc, command, port or 0, resumes)) is None:
         print(f"{recipe.name}: starting again, as the spike guard went back", flush=True)
     return code
 
 
-def _launch_workers(recipe: Recipe, nproc: int, command: list[str], port: int) -> int | None:
+def _launch_workers(recipe: Recipe, nproc: int, command: list[str], port: int, resumes: str) -> int | None:
     """The exit code; None if the workers must be started again.
 
     Port 0: the rendezvous binds a free port itself, because one chosen here could be taken before.
@@ -132,10 +139,12 @@ def _launch_workers(recipe: Recipe, nproc: int, command: list[str], port: int) -
         return 0
     note_local_end(recipe.run_path, 128 + stop.received, f"it was told to stop ({signal.Signals(stop.received).name})")
     step = None if recipe.checkpoint.save_interval is None else saved_step(recipe.checkpoint_path)
-    if step is None:
-        print("stopped; there is no checkpoint to resume from")
+    if step is not None:
+        resumes = f"{recipe.checkpoint_path} holds step {step}"
+    if resumes:
+        print(f"stopped; {resumes}, from which the same command resumes")
     else:
-        print(f"stopped; {recipe.checkpoint_path} holds step {step}, from which the same command resumes")
+        print("stopped; there is no checkpoint to resume from")
     return 128 + stop.received
 
 
@@ -189,18 +198,14 @@ class _StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        import psutil
-
         if self.received is None:
             self.received = number
             # After a hang-up the terminal is gone.
             with contextlib.suppress(OSError):
                 print("\nstopping after this step and saving (press Ctrl-C again to stop at once)", flush=True)
-            for worker in psutil.Process().children():
-                worker.terminate()
+            signal_descendants(os.getpid(), signal.SIGTERM, recursive=False)
             return
-        for process in psutil.Process().children(recursive=True):
-            process.kill()
+        signal_descendants(os.getpid(), signal.SIGKILL)
 
 
 def _check_port(port: int) -> None:

@@ -49,6 +49,7 @@ VARIANTS = [
     *((name, []) for name in ARCHITECTURES),
     ("transxssm_320m", ["model.state_gated=true"]),
     ("transxssm_320m", ["model.tie_embeddings=false"]),
+    ("transxssm_320m", ["model.layer_pattern=M-*-", "model.ablation=no_norm"]),
     ("jamba_320m", ["model.state_gated=false", "model.tie_embeddings=false"]),
     ("transxssm_320m", ["model.layer_pattern=M-*-M-/*M-/*M-"]),
     ("transxssm_320m", ["model.position_encoding=a_t", "model.layer_pattern=M-*-M-*-", "model.state_dt_bias=false"]),

@@ -9,17 +9,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
 import pytest
 
-from megatron_txssm.check.gpu import check, children, parts, speed
+from megatron_txssm.check.gpu import check, children, parts, speed, trainings, variants
 from megatron_txssm.check.gpu.bench import Bench
 from megatron_txssm.check.gpu.findings import Finding, compared
 from megatron_txssm.check.gpu.parts import PARTS, Part
 from megatron_txssm.check.gpu.speed import PAIRS
-from megatron_txssm.check.gpu.trainings import AGREEMENTS, STEPS, WAVES, Agreement, Training
+from megatron_txssm.check.gpu.trainings import STEPS, Agreement, Training
 from megatron_txssm.cli.check import GPU_PARTS
 from megatron_txssm.cli.main import main
 from megatron_txssm.recipe.validation.validate import validate
@@ -56,15 +57,17 @@ def test_the_parts_of_the_help_are_those_that_there_are() -> None:
     assert tuple(part.name for part in PARTS) == GPU_PARTS
 
 
-def test_what_is_compared_is_trained() -> None:
-    names = {training.name for wave in WAVES for training in wave}
-    for agreement in AGREEMENTS:
+SMALL = [training for table in (trainings, variants) for wave in table.WAVES for training in wave]
+
+
+@pytest.mark.parametrize("table", [trainings, variants])
+def test_what_is_compared_is_trained(table: ModuleType) -> None:
+    names = {training.name for wave in table.WAVES for training in wave}
+    for agreement in table.AGREEMENTS:
         assert {agreement.training, agreement.reference} <= names
 
 
-@pytest.mark.parametrize(
-    "training", [*(t for wave in WAVES for t in wave), *(t for p in PAIRS for t in p.trainings)], ids=lambda t: t.name
-)
+@pytest.mark.parametrize("training", [*SMALL, *(t for p in PAIRS for t in p.trainings)], ids=lambda t: t.name)
 def test_each_training_is_a_valid_recipe(training: Training, tmp_path: Path) -> None:
     validate(training.changed_recipe(tmp_path, tmp_path / "tokens"), world_size=1)
 

@@ -207,3 +207,10 @@ def test_a_printed_command_repeats_what_was_drawn() -> None:
         # An entry that is null says nothing.
         assert changed(shrink(again, TOKENS, **sizes), {}) == wanted
         assert repeated.layout == ["recipe"] and repeated.precision == "fp64"
+
+
+def test_under_mup_it_is_as_much_wider_than_its_base() -> None:
+    recipe = load_recipe("transxssm_320m", ["model.mup_base_hidden_size=256"])
+    small = shrink(recipe, TOKENS, nproc=2, steps=2)
+    assert small.sizes.logits_multiplier == recipe.sizes.logits_multiplier == 1 / 3
+    assert shrink(small, TOKENS, nproc=2, steps=2) == small

@@ -77,7 +77,7 @@ def test_a_former_checkpoint_evaluates_as_it_did(run: Path):
     data = run.parent / "data"
     write_shard(documents(), data, 64, 63)
     fields = (f"data.train={data}", f"data.validation={data}", "megatron.mock_data=null")
-    done = txssm("evaluate", str(run), *sets(fields))
+    done = txssm("eval", "loss", str(run), *sets(fields))
     assert done.code == 0, done.stderr
     (found,) = json.loads((run / "evaluation/validation.json").read_text())["sets"].values()
     # As above.

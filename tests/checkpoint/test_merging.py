@@ -97,7 +97,7 @@ def test_weights_that_fall_into_the_past() -> None:
 def test_it_is_the_weighted_mean(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert merge(run, steps=[300, 100], shape="ema", ema_decay=0.25) == 0
     out = run / "merged" / "ema_100_to_300"
-    assert f"txssm evaluate {out}" in capsys.readouterr().out
+    assert f"txssm eval loss {out}" in capsys.readouterr().out
     place = out / "checkpoints" / "iter_0000300"
     verify_files(place, True)
     merged = dict(read_weights(place))
@@ -166,6 +166,8 @@ def test_an_earlier_merge_is_replaced_when_told_and_nothing_else(run: Path) -> N
     assert not (out / "evaluation").exists(), "it was of the other model"
     with pytest.raises(UserError, match="is no merge, which --overwrite could replace"):
         merge(run, run / "checkpoints", last=2, overwrite=True)
+    with pytest.raises(UserError, match="where runs remove old checkpoints"):
+        merge(run, run / "checkpoints" / "iter_0000100" / "out", last=2)
     assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "out"]
 
 
@@ -219,6 +221,8 @@ def test_a_broken_part_is_refused(run: Path, harm: Any, why: str) -> None:
         ({}, "state either --steps"),
         ({"last": 2, "steps": [100, 200]}, "state either --steps"),
         ({"last": 2, "shape": "median"}, "--shape median is unknown"),
+        ({"last": 2, "ema_decay": 0.5}, "--ema-decay 0.5 has no effect with --shape mean"),
+        ({"last": 2, "shape": "ema", "decay_shape": "linear"}, "--decay-shape linear has no effect with --shape ema"),
     ],
 )
 def test_a_wrong_choice_is_refused(run: Path, words: Any, why: str) -> None:

@@ -60,11 +60,11 @@ EXPECTED = {
     "txssm pre": ["pretrain"],
     "txssm data tra": ["trace", "train-tokenizer"],
     "txssm pretrain demo_cpu --np": ["--nproc"],
-    "txssm pretrain llama3_3": ["llama3_320m"],
+    "txssm pretrain llama3_3": ["llama3_320m", "llama3_320m_gqa"],
     "txssm recipes my": ["my_recipe.yaml"],
     "txssm data shard smo": ["smollm_corpus"],
     "txssm why mi": ["mine"],
-    "txssm evaluate runs/": ["runs/mine/"],
+    "txssm eval loss runs/": ["runs/mine/"],
     "txssm pretrain demo_cpu --set optimizer.learn": ["optimizer.learning_rate="],
     "txssm convert export runs/mine out --layout ll": ["llama"],
 }

@@ -1,9 +1,15 @@
 """Faults drawn at random over one run, which ends with the losses of an undisturbed one, bit for bit.
 
+It saves asynchronously and keeps two checkpoints. Its report has the goodput that the logs show by hand.
+
 pytest tests/cluster/test_drill.py --faults 40 --drill-seed 7
 """
 
+import datetime
+import itertools
+import json
 import random
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +17,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_txssm.metrics import MetricsLine, metrics_lines
 from tests.cluster.sandbox import Sandbox
-from tests.cluster.training_job import SAVE_INTERVAL, TrainingJob, write_data
+from tests.cluster.training_job import SAVE_INTERVAL, TrainingJob, txssm, write_data
 
 NODES = ["n1", "n2", "n3"]
 # The farthest step behind a resume at which a fault comes.
@@ -20,6 +27,8 @@ MAX_STEPS = 15
 # slurmctld is away for so long.
 AWAY_SECONDS = 15
 LOOK_SECONDS = 5
+KEEP_LAST = 2
+SAVES = ["--set", f"checkpoint.keep_last={KEEP_LAST}", "--set", "megatron.async_save=true"]
 
 
 def kill_worker(job: TrainingJob, draw: random.Random) -> None:
@@ -126,6 +135,35 @@ def strike(job: TrainingJob, fault: Callable[[TrainingJob, random.Random], None]
     return f"{job.attempts()[attempts - 1].cause}, {time.monotonic() - began:5.1f} s to the next new step"
 
 
+def goodput_by_hand(run: Path) -> tuple[float, float]:
+    """The active share and the median recovery in seconds, from the times in the run's files alone."""
+    records = [json.loads(path.read_bytes()) for path in sorted(run.glob("attempts/*/attempt.json"))]
+    steps = [line for line in metrics_lines(run / "metrics.jsonl") if "grad_norm" in line]
+    submitted = json.loads((run / "submission.json").read_bytes())["submitted"]
+    wall = records[-1]["ended"] - datetime.datetime.fromisoformat(submitted).timestamp()
+    last_of_each = {line["iteration"]: line["step_seconds"] for line in steps}
+    # Each new farthest step, and when it was done.
+    new = [
+        line["time"] for line, before in zip(steps, farthest_before(steps), strict=True) if line["iteration"] > before
+    ]
+    recoveries: dict[float, float] = {}
+    for record, after in itertools.pairwise(records):
+        end = record["ended"]
+        if record["exit_code"] is None and not record["hang"] and not record["told_to_stop"]:
+            # The supervisor died, too: with its last step.
+            times = (line["time"] for line in steps if record["started"] < line["time"] < after["started"])
+            end = min(end, max(times, default=end))
+        recovered = min((at for at in new if at > after["started"]), default=None)
+        if recovered is not None:
+            recoveries.setdefault(recovered, recovered - end)
+    return sum(last_of_each.values()) / wall, statistics.median(recoveries.values())
+
+
+def farthest_before(steps: list[MetricsLine]) -> Iterator[int]:
+    """The highest step before each line."""
+    return itertools.accumulate([0, *(line["iteration"] for line in steps[:-1])], max)
+
+
 @pytest.fixture
 def whole_again(sandbox: Sandbox) -> Iterator[None]:
     yield
@@ -150,7 +188,7 @@ def test_faults_at_random(
     undisturbed.wait_over()
 
     job = TrainingJob(sandbox, tmp_path / "job", data)
-    job.submit("--set", iterations, "--step-timeout", "60", "--save-timeout", "60", "--max-requeues", "1000")
+    job.submit("--set", iterations, *SAVES, "--step-timeout", "60", "--save-timeout", "60", "--max-requeues", "1000")
     done = 0
     for fault in drawn:
         # Behind the last fault: a fault in each start would keep any run from its end.
@@ -162,3 +200,10 @@ def test_faults_at_random(
     assert dict(job.steps()) == dict(undisturbed.steps())
     report(f"seed {seed}, {count} faults, {len(job.attempts())} attempts, {len(job.steps())} steps for {iterations}")
     report(job.why())
+    assert len(list((job.run / "checkpoints").glob("iter_*"))) == KEEP_LAST
+    share, recovery = goodput_by_hand(job.run)
+    report(f"by hand: active {share:.1%}, recovery {recovery:.1f} s")
+    made = txssm(sandbox, "report", str(job.run))
+    assert made.returncode == 0, made.stderr
+    page = (job.run / "report.html").read_text()
+    assert f"{share:.1%}" in page and f"{datetime.timedelta(seconds=round(recovery))} (" in page

@@ -87,7 +87,7 @@ def test_megatron_and_transformers_continue_a_text_alike(story: Story) -> None:
 
 def test_the_evaluation_without_expert_parallelism_is_what_the_run_logged(story: Story) -> None:
     [*_, last] = map(json.loads, (story.run / "metrics.jsonl").read_text().splitlines())
-    succeeded(txssm("evaluate", str(story.run), *sets(["parallel.expert_model_parallel_size=1"])))
+    succeeded(txssm("eval", "loss", str(story.run), *sets(["parallel.expert_model_parallel_size=1"])))
     found = json.loads((story.run / "evaluation" / "validation.json").read_text())
     assert found["sets"]["web"]["loss"] == pytest.approx(last["validation lm loss"], abs=1e-6)
 

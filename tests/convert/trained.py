@@ -39,7 +39,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "transxssm": {"layer_pattern": "M-M-M-*-", "length_scaling_base": 100},
     # Twice as wide inside.
     "mamba2": {"layer_pattern": "M-M-M-M-", "state_num_heads": 8, **_MAMBA2},
-    "jamba": {"layer_pattern": "M-*-M-*-", **_MAMBA2},
+    # Under muP, twice as wide as its base.
+    "jamba": {"layer_pattern": "M-*-M-*-", "mup_base_hidden_size": 16, **_MAMBA2},
     # Heads wider than hidden_size / num_attention_heads; and sizes that no state-space layer could have.
     "llama3": {"layer_pattern": "*-*-*-*-", "kv_channels": 16, "state_head_dim": 64},
 }

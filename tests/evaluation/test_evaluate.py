@@ -1,4 +1,4 @@
-"""txssm evaluate: the loss that the run itself logged, at any layout, and the run as it was."""
+"""txssm eval loss: the loss that the run itself logged, at any layout, and the run as it was."""
 
 import hashlib
 import json
@@ -6,11 +6,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from megatron_txssm.cli.main import main
 from megatron_txssm.evaluation import evaluate as evaluate_command
-from megatron_txssm.evaluation.evaluate import evaluation_recipe
+from megatron_txssm.evaluation.evaluate import by_parts, evaluation_recipe
 from megatron_txssm.session.arguments import megatron_arguments
 from tests.data.corpus_fixture import make_corpus, make_recipe, random_documents
 from tests.support.tiny_run import txssm
@@ -66,7 +68,7 @@ def evaluated(run: Path, *words: str) -> dict[str, Any]:
     before, times = contents(run), (run / "checkpoints").stat().st_mtime_ns
     result = run / "evaluation" / "validation.json"
     result.unlink(missing_ok=True)
-    done = txssm("evaluate", str(run), *words)
+    done = txssm("eval", "loss", str(run), *words)
     assert done.code == 0, done.stdout + done.stderr
     assert contents(run) == before and (run / "checkpoints").stat().st_mtime_ns == times
     assert "perplexity" in done.stdout and str(result) in done.stdout
@@ -80,7 +82,12 @@ def evaluated(run: Path, *words: str) -> dict[str, Any]:
 # At DP=2 the 21 samples of web are divided unevenly; with a stage on each rank, micro-batches are passed on.
 @pytest.mark.parametrize(
     "words",
-    [[], [*sets(*DP2), "--nproc", "2"], sets(*PP2), sets(*DP2, *FOR_GPUS)],
+    [
+        [],
+        [*sets(*DP2), "--nproc", "2", "--by-position", "4"],
+        [*sets(*PP2), "--by-position", "2"],
+        sets(*DP2, *FOR_GPUS),
+    ],
     ids=["as trained", "DP2", "PP2 and a virtual stage", "without the GPU that trained it"],
 )
 def test_it_equals_what_the_run_logged(run_folder: Path, words: list[str]) -> None:
@@ -91,7 +98,35 @@ def test_it_equals_what_the_run_logged(run_folder: Path, words: list[str]) -> No
         found = result["sets"][name]
         assert found["loss"] == pytest.approx(loss, abs=1e-6)
         assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+        # Every sample is whole, so each part has as many tokens.
+        parts = found.get("by_position", [])
+        assert len(parts) == (int(words[-1]) if "--by-position" in words else 0)
+        assert not parts or (np.mean(parts) == pytest.approx(loss, abs=1e-6) and len(set(parts)) == len(parts))
     assert {name: found["tokens"] for name, found in result["sets"].items()} == expected_tokens(run_folder)
+
+
+def test_the_loss_of_each_part_of_the_samples() -> None:
+    losses_BL = torch.arange(12.0).view(2, 6)
+    mask_BL = torch.tensor([[1.0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]])
+    assert by_parts(losses_BL, mask_BL, 3).tolist() == [[0 + 1 + 7, 2 + 3 + 8 + 9, 4 + 10 + 11], [3, 4, 3]]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--by-position", "3"], "--by-position 3 does not divide training.seq_length=32"),
+        (["--by-position", "0"], "--by-position 0 does not divide"),
+        (
+            ["--by-position", "2", *sets(*DP2, "parallel.context_parallel_size=2")],
+            "add --set parallel.context_parallel_size=1",
+        ),
+    ],
+)
+def test_parts_that_there_are_not(
+    run_folder: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "loss", str(run_folder), *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 def expected_tokens(run: Path) -> dict[str, int]:
@@ -134,9 +169,9 @@ def test_a_step_is_passed_on(
 ) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(evaluate_command, "launch", lambda recipe, nproc, command, port: started.append(command) or 0)
-    for options in ([], ["--step", "3"]):
-        assert main(["evaluate", str(run_folder), *options]) == 0
-    assert started == [["evaluate", str(run_folder)], ["evaluate", str(run_folder), "--step", "3"]]
+    for verb, options in ((["eval", "loss"], []), (["evaluate"], ["--step", "3"])):
+        assert main([*verb, str(run_folder), *options]) == 0
+    assert started == [["eval", "loss", str(run_folder)], ["eval", "loss", str(run_folder), "--step", "3"]]
     for step, words in ((None, []), (3, ["--ckpt-step=3"])):
         with monkeypatch.context() as two_workers:
             two_workers.setenv("WORLD_SIZE", "2")
@@ -144,23 +179,27 @@ def test_a_step_is_passed_on(
         assert f"--load={run_folder / 'checkpoints'}" in arguments
         assert [word for word in arguments if word.startswith("--ckpt-step")] == words
     wanted = "has no step 2, which --step 2 names; use --step with one of 3"
-    refused(["evaluate", str(run_folder), "--step", "2"], wanted, capsys)
+    refused(["eval", "loss", str(run_folder), "--step", "2"], wanted, capsys)
 
 
 @pytest.mark.slow
 def test_a_checkpoints_folder_is_no_run(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    refused(["evaluate", str(run_folder / "checkpoints")], f"name the run's own folder, such as {run_folder}", capsys)
+    refused(
+        ["eval", "loss", str(run_folder / "checkpoints")], f"name the run's own folder, such as {run_folder}", capsys
+    )
 
 
 @pytest.mark.slow
 def test_another_model_is_refused(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(
-        ["evaluate", str(run_folder), *sets("model.layer_pattern=M-M-")], "layer_pattern: M-*- there, M-M- here", capsys
+        ["eval", "loss", str(run_folder), *sets("model.layer_pattern=M-M-")],
+        "layer_pattern: M-*- there, M-M- here",
+        capsys,
     )
 
 
 def test_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    refused(["evaluate", str(tmp_path)], f"{tmp_path} holds no checkpoint; name a run's folder", capsys)
+    refused(["eval", "loss", str(tmp_path)], f"{tmp_path} holds no checkpoint; name a run's folder", capsys)
     assert not list(tmp_path.iterdir())
 
 
@@ -170,12 +209,12 @@ def test_without_validation_data(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("3")
     recipe.rename(run / "recipe.yaml")
-    refused(["evaluate", str(run)], f"{run} has no validation data", capsys)
+    refused(["eval", "loss", str(run)], f"{run} has no validation data", capsys)
     prefix = tmp_path / "corpus/web/00000.train"
     words = sets(
         "data.corpus=null", f"data.blend={prefix}", "data.split='100,0,0'", "data.tokenizer_type=NullTokenizer"
     )
-    refused(["evaluate", str(run), *words], "name token files with --set data.train=PREFIX", capsys)
+    refused(["eval", "loss", str(run), *words], "name token files with --set data.train=PREFIX", capsys)
     assert not (run / "evaluation").exists()
 
 

@@ -21,6 +21,11 @@ def do_steps(run: Path, first: int, last: int, at: float, seconds: float = 10.0,
             file.write(json.dumps(line | fields) + "\n")
 
 
+def note_start(run: Path, began: float) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"iteration": 0, "start": {"world_size": 2}, "began": began}) + "\n")
+
+
 def attempt(run: Path, number: int, started: float, ended: float | None, **fields: Any) -> None:
     metrics = run / "metrics.jsonl"
     offset = metrics.stat().st_size if metrics.exists() else 0
@@ -87,6 +92,36 @@ def test_attempts_that_came_no_further_are_part_of_one_recovery(run: Path) -> No
     # From the end of the first, at 100, to step 6 at 420.
     assert found.recoveries == [320]
     assert found.wall == 500
+
+
+def test_a_run_that_went_on_without_slurm(run: Path) -> None:
+    submitted(run, 0)
+    attempt(run, 1, 10, 100)
+    note_start(run, 12)
+    do_steps(run, 1, 5, 60)
+    note_start(run, 200)
+    do_steps(run, 6, 7, 230)
+    found = goodput(run)
+    assert found is not None
+    # 10 before the first attempt, and 100 in which the run was stopped; killed, it ended with its last step.
+    assert (found.attempts, found.wall, found.active, found.queue, found.recoveries) == (2, 240, 70, 110, [130])
+    # And back on Slurm.
+    attempt(run, 2, 300, 400)
+    do_steps(run, 8, 9, 330)
+    found = goodput(run)
+    assert found is not None
+    assert (found.attempts, found.wall, found.active, found.queue, found.recoveries) == (3, 400, 90, 170, [130, 90])
+
+
+def test_lines_without_numbers_are_left_out(run: Path) -> None:
+    attempt(run, 1, 0, 100)
+    do_steps(run, 1, 2, 50)
+    mistakes: list[dict[str, Any]]
+    mistakes = [{"iteration": "x"}, {"time": None}, {"step_seconds": float("nan")}, {"consumed_tokens": "x"}]
+    for wrong in mistakes:
+        do_steps(run, 3, 3, 70, **wrong)
+    found = goodput(run)
+    assert found is not None and (found.steps, found.active) == (2, 20)
 
 
 def test_a_step_that_was_done_twice_counts_as_it_was_done_last(run: Path) -> None:

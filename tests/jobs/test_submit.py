@@ -14,6 +14,7 @@ import pytest
 
 from megatron_txssm.cli.main import main
 from megatron_txssm.errors import UserError
+from megatron_txssm.evaluation.harness import tasks as harness_tasks
 from megatron_txssm.home import HOME
 from megatron_txssm.jobs import submit
 from megatron_txssm.jobs.limits import Limits
@@ -535,7 +536,7 @@ def test_the_command_that_submits_again_what_python_submitted(
     )
     assert all(getattr(request, each.name) != each.default for each in fields(Request))
     asked = []
-    monkeypatch.setattr(submit, "plan_submission", lambda request, command: asked.append(request))
+    monkeypatch.setattr(submit, "plan_submission", lambda request, *_: asked.append(request))
     assert main(shlex.split(request.command)[1:]) == 0
     assert asked == [request]
 
@@ -575,6 +576,43 @@ def test_a_chain_is_queued_one_after_the_other(cluster: Cluster, corpus: tuple[s
     assert "#SBATCH --nodes=2\n" in evaluate and "#SBATCH --ntasks-per-node=2\n" in evaluate
     # One core is enough.
     assert "#SBATCH --nodes=1\n" in (run / "convert.sbatch").read_text()
+
+
+def test_a_chain_ends_with_the_tasks_of_the_recipe(cluster: Cluster, corpus: tuple[str, ...]) -> None:
+    assert submit_chain(corpus, "--set", "evaluation.tasks=[piqa]", "--set", "evaluation.limit=5") == 0
+    run = Path.cwd() / "runs" / "demo"
+    assert [Path(words[-1]).stem for words in cluster.queued][-2:] == ["evaluate", "harness"]
+    assert cluster.queued[-1][1:-1] == ["--dependency=afterok:103"]
+    harness = (run / "harness.sbatch").read_text()
+    assert f"\nset -- {run} --trust-recipe\n" in harness and "#SBATCH --ntasks-per-node=2\n" in harness
+
+
+@pytest.mark.parametrize(
+    ("tasks", "reason"),
+    [
+        ("[piqa, my.yaml]", "evaluation.tasks: my.yaml: no such file"),
+        ("[piqa, a b]", "evaluation.data=no sets: no such folder; `txssm eval fetch 'no sets' --tasks piqa 'a b'`"),
+    ],
+)
+def test_tasks_that_the_last_job_would_not_find(
+    cluster: Cluster, corpus: tuple[str, ...], capsys: pytest.CaptureFixture[str], tasks: str, reason: str
+) -> None:
+    code = submit_chain(corpus, "--set", f"evaluation.tasks={tasks}", "--set", "evaluation.data=no sets")
+    assert_refused(cluster, capsys, code, reason)
+
+
+def test_tasks_that_lm_eval_does_not_have(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `task_manager` says it, which would take seconds."""
+
+    def refuse(names: list[str]) -> None:
+        assert names == ["piqq"]
+        raise UserError("--tasks piqq: lm_eval has no such task")
+
+    monkeypatch.setattr(harness_tasks, "task_manager", refuse)
+    code = submit_demo(fields=("evaluation.tasks=[paper, piqq, my.yaml]",))
+    assert_refused(cluster, capsys, code, "evaluation.tasks piqq: lm_eval has no such task")
 
 
 @pytest.mark.parametrize("number", [2, 3])

@@ -2,6 +2,7 @@
 
 import warnings
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from megatron_txssm.model.self_attention import UnifiedRotarySelfAttention
 from megatron_txssm.model.state_space_mixer import StateSpaceMixer
 from megatron_txssm.ops import ssd_triton
 from megatron_txssm.ops.unified_rope import UnifiedRotaryEmbedding
+from megatron_txssm.recipe.changes import Changes, changed
+from tests.support.built_model import build_model
 from tests.support.ranks import model_parallel, run_ranks
+from tests.support.recipes import TINY
 from tests.support.tiny_model import (
     HIDDEN,
     VOCABULARY,
@@ -231,3 +235,31 @@ def test_the_model_decodes_as_it_reads(one_process: None, encoding: str) -> None
             logits = model(tokens[:, start:end], positions[:, start:end], None, inference_context=context)
             context.sequence_len_offset = end
             assert relative_error(logits[:, -1], whole[:, end - 1]) <= 1e-5, end
+
+
+def parts(layer: Any) -> tuple[Any, Any]:
+    """A layer's norm, and its mixer or FFN."""
+    if isinstance(layer, MambaLayer):
+        return layer.norm, layer.mixer
+    if isinstance(layer.self_attention, IdentityOp):
+        return layer.pre_mlp_layernorm, layer.mlp
+    return layer.input_layernorm, partial(layer.self_attention, attention_mask=None)
+
+
+@pytest.mark.parametrize("ablation", [None, "no_residual", "no_norm"])
+def test_layers_leave_out_residuals_or_norms(
+    one_process: None, monkeypatch: pytest.MonkeyPatch, ablation: str | None
+) -> None:
+    changes: Changes = {"megatron.mock_data": True, "model.ablation": ablation}
+    model = build_model(changed(TINY, changes), monkeypatch)
+    perturb(model)
+    x_LBD = torch.randn(8, 2, TINY.model.hidden_size, generator=torch.Generator().manual_seed(1))
+    for layer in model.decoder.layers:
+        norm, inner = parts(layer)
+        assert isinstance(norm, IdentityOp) is (ablation == "no_norm")
+        wanted, _ = inner(norm(x_LBD))
+        found = layer(x_LBD, attention_mask=None)
+        # Attention layers also return a context.
+        found = found[0] if isinstance(found, tuple) else found
+        assert relative_error(found, wanted if ablation == "no_residual" else x_LBD + wanted) < 1e-6
+    assert not isinstance(model.decoder.final_norm, IdentityOp)

@@ -1,5 +1,6 @@
 """Cases of a small model, by Megatron's own arguments, run and compared as megatron_txssm.check does."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,12 @@ class Case(Run):
         return {"arguments": [*words, *(["--use-distributed-optimizer"] if self.distributed_optimizer else [])]}
 
 
-def run_cases(world_size: int, cases: list[Case], data_prefix: Path) -> None:
-    """Run `cases` one after another on `world_size` gloo processes."""
+def run_cases(world_size: int, cases: list[Case], data_prefix: Path, after: Sequence[Task] = ()) -> None:
+    """Run `cases`, and `after` them other tasks, one after another on `world_size` gloo processes."""
     for case in cases:
         case.out.mkdir(parents=True, exist_ok=True)
     tasks: list[Task] = [(_run, {"case": replace(case, data_prefix=data_prefix)}) for case in cases]
-    run_tasks(world_size, tasks, cases[0].out / "ranks")
+    run_tasks(world_size, [*tasks, *after], cases[0].out / "ranks")
 
 
 def _run(case: Case) -> None:

@@ -41,11 +41,13 @@ LAYOUTS = {
 IN_BF16 = ("ep2", "pp2_late")
 LAYOUTS_OF = {
     "fp32": tuple(name for name in LAYOUTS if name != ONE_PROCESS),
-    "fp32_plain": ("ep2", "cp2_ep2", "tp2_sp", "pp2_late", "pp2_early", "tp2_ep2"),
+    "fp32_plain": ("ep2", "pp2_late", "tp2_ep2"),
     "bf16": IN_BF16,
     "bf16_plain": IN_BF16,
 }
 CASES = [(kind, layout) for kind, layouts in LAYOUTS_OF.items() for layout in layouts]
+# A plain optimizer's checkpoint has a state for each weight, whatever the precision.
+CHANGED = [(kind, layout) for kind, layout in CASES if kind != "bf16_plain"]
 MIDDLE, END = 2, 4
 STEPS = range(1, END + 1)
 
@@ -67,7 +69,8 @@ def runs(tmp_path_factory):
             save = f"--save {root / kind / layout / 'checkpoint'} --save-interval {MIDDLE}"
             undisturbed[kind, layout] = case(kind, layout, layout, save)
         for layout in layouts:
-            for first, rest in ((layout, layout), (layout, ONE_PROCESS), (ONE_PROCESS, layout)):
+            changed = [(layout, ONE_PROCESS), (ONE_PROCESS, layout)] if (kind, layout) in CHANGED else []
+            for first, rest in [(layout, layout), *changed]:
                 load = f"--load {root / kind / first / 'checkpoint'} --ckpt-step {MIDDLE}"
                 resumed[kind, first, rest] = case(kind, f"{first}_to_{rest}", rest, load)
     for cases in (undisturbed, resumed):
@@ -102,7 +105,7 @@ def test_a_run_goes_on_bit_for_bit_at_its_own_layout(runs, kind, layout):
 
 
 @pytest.mark.parametrize("to_one_process", [False, True])
-@pytest.mark.parametrize(("kind", "layout"), CASES)
+@pytest.mark.parametrize(("kind", "layout"), CHANGED)
 def test_a_run_saved_at_one_layout_goes_on_at_another(runs, kind, layout, to_one_process):
     first, rest = (layout, ONE_PROCESS) if to_one_process else (ONE_PROCESS, layout)
     case, reference = runs[kind, first, rest], runs[kind, ONE_PROCESS]

@@ -11,6 +11,8 @@ VARIANTS = {
     # C is scaled by the position in a document.
     "rope_documents": "--position-encoding rope --isolate-documents --length-scaling-base 8",
     "conv1d_d_documents": "--position-encoding conv1d_d --isolate-documents",
+    # A learning rate of its own for each of several groups of parameters.
+    "mup": "--position-encoding conv1d_d --use-mup --mup-base-hidden-size 16 --mup-attn-scale-power 0.5",
 }
 LAYOUTS = {
     "tp2": (2, "--tensor-model-parallel-size 2"),
@@ -37,6 +39,7 @@ LAYOUTS_OF = {
     "a_t": ("tp2_sp", "cp2", "full_recompute"),
     "rope_documents": ("tp2_sp", "pp2_vpp2", "cp2", "cp2_all_to_all", "cp4", "cp2_pp2", "full_recompute"),
     "conv1d_d_documents": ("cp2", "cp2_all_to_all", "cp4", "cp2_tp2_sp"),
+    "mup": ("tp2_sp", "pp2", "dp2_zero1"),
 }
 # A run that a first layout saves in the middle goes on in a second; this variant has the most packed tensors.
 RESHARDED = "conv1d_d"
@@ -45,8 +48,9 @@ CONTINUED_BY = {
     "pp2": PP2,
     "dp2_zero1": "",
 }
-# The checkpoint is saved after step 2, so that the optimizer's state is in it, too.
-START, MIDDLE, END = 2, 5, 7
+# The first checkpoint is saved after a step, so that the optimizer's state is in it, too; a step's gradient shows the
+# state that the step before used.
+START, MIDDLE, END = 1, 2, 4
 STEPS = range(START + 1, END + 1)
 
 
@@ -67,6 +71,7 @@ def runs(tmp_path_factory):
 
     starts = [case(variant, "start", saved(variant, "start", START)) for variant in VARIANTS]
     cases = {(variant, "one_process"): (1, resumed(variant, "one_process", "")) for variant in VARIANTS}
+    cases["mup", "undisturbed"] = (1, case("mup", "undisturbed", ""))
     cases |= {
         (variant, layout): (world_size, resumed(variant, layout, arguments))
         for variant, layouts in LAYOUTS_OF.items()
@@ -107,3 +112,8 @@ def test_a_run_saved_at_one_layout_goes_on_at_another(runs, layout):
     assert max(abs(losses[step] - expected[step]) for step in steps) <= 1e-6
     gradient_error, where = worst_gradient(case, reference, steps)
     assert gradient_error <= 1e-5, where
+
+
+def test_a_run_under_mup_goes_on_bit_for_bit(runs):
+    losses = runs["mup", "undisturbed"].losses()
+    assert runs["mup", "one_process"].losses() == {step: losses[step] for step in STEPS}

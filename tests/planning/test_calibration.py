@@ -25,6 +25,7 @@ SLOW = Corrections(
     micro_batch=0.25,
     step=0.5,
     links={"reduce_scatter": Link(1.0, 1e15), "all_gather": Link(2.0, 1e15)},
+    alone=1.25,
 )
 
 
@@ -58,6 +59,21 @@ def test_measured_links_are_those_within_a_node() -> None:
     for collective, stride in (("all_reduce", 1), ("all_gather", 8)):
         elsewhere = Cluster(H100, 8).collective_seconds(collective, 1e9, 8, stride)
         assert cluster.collective_seconds(collective, 1e9, 8, stride) == elsewhere < 0.1
+
+
+def test_processes_that_share_a_core_lose_less_by_waiting() -> None:
+    separate, shared, partly = (Corrections(alone=factor) for factor in (1.0, 4.0, 2.0))
+    assert separate.waiting(4) == 1 and shared.waiting(4) == 0
+    # While one of two waits, the other has all of what both had.
+    assert shared.waiting(2) == partly.waiting(2) == 0
+    assert Corrections(alone=1.6).waiting(2) == pytest.approx(0.25)
+
+    recipe = load_recipe("transxssm_320m", ["training.global_batch_tokens=131072"])
+    waits = [
+        Estimates(recipe, Cluster(H100, 8, corrections)).plan(Layout(pipeline=2, micro_batch=4)).time.bubble
+        for corrections in (separate, Corrections(alone=1.6), shared)
+    ]
+    assert waits == [pytest.approx(share * waits[0]) for share in (1, 0.25, 0)] and waits[0] > 0
 
 
 def test_a_file_holds_all_of_a_calibration(tmp_path: Path) -> None:
@@ -98,7 +114,7 @@ def test_calibrating_this_machine_and_planning_for_it(tmp_path: Path, capsys: py
     assert set(found.corrections.passes) == {"M", "-", "*", "head"}
     assert all(line.factor > 0 and line.fixed >= 0 for lines in found.corrections.passes.values() for line in lines)
     assert set(found.corrections.links) == {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv"}
-    assert found.gpu.name == "cpu" and "dp2" in found.measured
+    assert found.gpu.name == "cpu" and "dp2" in found.measured and found.corrections.alone >= 1
     # A core has far less than a GPU, and far more than nothing.
     assert 1e8 < found.gpu.bf16_flops < 1e13 and 1e8 < found.gpu.memory_bandwidth < 1e12
     assert main(["plan", str(recipe), "--gpus", "2", "--rates", str(rates), "--dry-runs", "0"]) == 0

@@ -1,6 +1,13 @@
 """`txssm plan`: what it prints, the overlay that it writes, and its errors."""
 
 import errno
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from concurrent.futures import thread as futures_thread
 from pathlib import Path
 
 import pytest
@@ -217,3 +224,20 @@ def test_without_a_dry_run_nothing_is_written(
     text = capsys.readouterr().out
     assert "failed: no memory" in text and "no dry run fits; --dry-runs 0 goes by formula" in text
     assert not out.exists()
+
+
+def test_sigterm_leaves_no_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert Path(command[-1]).is_relative_to(tmp_path)
+        # Not while the pool still starts this thread, which it would not wait for: a real dry run takes seconds.
+        while threading.current_thread() not in futures_thread._threads_queues:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(subprocess, "run", ended)
+    with pytest.raises(SystemExit) as ending:
+        main(["plan", "transxssm_320m", "--gpus", "8", "--dry-runs", "1"])
+    assert ending.value.code == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())

@@ -94,6 +94,10 @@ def test_collectives_within_a_node_and_between_nodes() -> None:
     assert cluster.collective_seconds("all_to_all", size, 16, 1) == pytest.approx(size / 2 / (0.8 * 50e9), rel=0.01)
     assert cluster.collective_seconds("all_gather", size, members=1, stride=1) == 0
 
+    # 8 and 64 nodes: three and six doublings.
+    far, farther = (cluster.collective_seconds("all_gather", 1, members=nodes, stride=8) for nodes in (8, 64))
+    assert farther == pytest.approx(2 * far, rel=1e-3)
+
 
 def test_groups_of_megatrons_order_of_ranks() -> None:
     shapes = {

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_txssm.planning.layouts import Layout, layout_of
 from megatron_txssm.planning.share import pipeline_stages, share_of
-from megatron_txssm.planning.traffic import traffic_of
+from megatron_txssm.planning.traffic import layer_calls, traffic_of
 from megatron_txssm.recipe.loader import load_recipe
 
 MIB = 2**20
@@ -38,6 +38,14 @@ def test_context_parallelism_as_dry_runs_counted_it() -> None:
     exchanged = traffic("transxssm_1.3b", changes, gpus=2, rank=0, micro_batches=1)
     assert exchanged["all_to_all", "cp"] == 2037
     assert ("all_gather", "cp") not in exchanged
+
+
+def test_an_exchange_of_heads_is_five_calls_a_pass() -> None:
+    changes = ["parallel.context_parallel_size=2", "parallel.state_context_parallel=all_to_all"]
+    recipe = load_recipe("transxssm_1.3b", changes)
+    forward, backward = layer_calls(share_of(recipe, layout_of(recipe, 2)), "M")
+    # x and y, B and C, dt.
+    assert sum(call.count for call in forward) == sum(call.count for call in backward) == 5
 
 
 def test_all_axes_as_a_dry_run_counted_them() -> None:
@@ -75,6 +83,23 @@ def test_experts_under_tensor_parallelism_as_a_dry_run_counted_them() -> None:
     # Results are summed in fp32: a reduction forward and a gather backward have twice the bytes.
     counted = {("all_gather", "tp"): 334272, ("reduce_scatter", "tp"): 296640, ("all_to_all", "ep"): 147648}
     assert {key: found[key] / MIB for key in counted} == counted
+
+
+def test_gradients_of_norms_and_routers_as_dry_runs_counted_them() -> None:
+    stages = {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 4, "sequence_parallel": "true"}
+    changes = [f"{name}={value}" for name, value in stages.items()]
+    # In fp32: 40 norms of 8,192 channels, nothing of the loss.
+    assert traffic("llama3_70b", changes, 64, 1, 1)["all_reduce", "tp"] * MIB == 1310720
+    changes = [
+        *("tensor_model_parallel_size=2", "sequence_parallel=true", "expert_model_parallel_size=2"),
+        "use_distributed_optimizer=true",
+    ]
+    # 49 norms and 24 routers of 32 experts; the loss of 64 micro-batches of 4,096 tokens.
+    routers = traffic("transxssm_320m_moe", changes, 4, 0, 64)["all_reduce", "tp"] * MIB
+    assert (
+        routers
+        == (49 + 24 * 32) * 768 * 4 + 64 * 3 * 4096 * 4 * load_recipe("transxssm_320m_moe").training.micro_batch_size
+    )
 
 
 def test_transfers_between_stages() -> None:

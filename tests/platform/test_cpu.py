@@ -177,6 +177,7 @@ def test_devices_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_streams_and_events() -> None:
     side, main = torch.cuda.Stream(), torch.cuda.current_stream()
     side.wait_stream(main)
+    began = time.monotonic()
     with torch.cuda.stream(side), side:
         start = side.record_event()
         start.record()
@@ -186,7 +187,7 @@ def test_streams_and_events() -> None:
     main.wait_event(end)
     torch.cuda.synchronize()
     assert end.query() and main.query()
-    assert 20 <= start.elapsed_time(end) < 2000
+    assert 20 <= start.elapsed_time(end) <= 1e3 * (time.monotonic() - began)
     torch.cuda.nvtx.range_push("step")
     torch.cuda.nvtx.range_pop()
     assert not torch.cuda.is_current_stream_capturing()

@@ -3,55 +3,84 @@
 import pytest
 
 from megatron_txssm.architecture.parameters import count_parameters
+from megatron_txssm.recipe.changes import changed, differences
 from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.recipe.paper import LAYERS, POSITIONS, TABLE_4, stated_fields
 from megatron_txssm.recipe.validation.validate import validate
 from megatron_txssm.session.arguments import megatron_arguments, parse_megatron_arguments
 
 OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
-ARCHITECTURES = ("transxssm", "llama3", "mamba2", "jamba")
-# Width, heads, peak learning rate, tokens per step.
-SCALES = {"320m": (768, 12, 3e-4, 2**20), "1.3b": (2048, 32, 2e-4, 2**21)}
-# Layers, mixer of the state-space layers, attention's position encoding, gate of a state-space layer.
-KINDS = {
-    "transxssm": ("M-M-M-M-M-M-M-*-" * 3, "rope", "rope", False),
-    "llama3": ("*-" * 24, None, "rope", None),
-    "mamba2": ("M-" * 24, "conv1d_d", None, True),
-    "jamba": ("M-M-M-M-M-M-M-*-" * 3, "conv1d_d", "none", True),
+EVERY_MODEL = [(architecture, scale) for scale in TABLE_4 for architecture in LAYERS]
+# The baselines after the literature, and the paper's model of the same scale that each stands beside.
+AFTER_THE_LITERATURE = {
+    "mamba2_320m_no_ffn": "mamba2_320m",
+    "jamba_320m_offset4": "jamba_320m",
+    "llama3_320m_gqa": "llama3_320m",
 }
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_model_of_the_paper_trains_by_its_numbers(architecture: str, scale: str) -> None:
+@pytest.mark.parametrize(("architecture", "scale"), EVERY_MODEL)
+def test_a_model_of_the_paper_has_its_numbers(architecture: str, scale: str) -> None:
+    recipe = load_recipe(f"{architecture}_{scale}")
+    assert differences([recipe, changed(recipe, stated_fields(architecture, scale))]) == {}
+    assert recipe.layers == LAYERS[architecture]
+    # SmolLM-Corpus, as SmolLM-1 weighs its subsets.
+    assert recipe.data.weights == {"fineweb-edu-dedup": 0.75, "cosmopedia-v2": 0.16, "python-edu": 0.09}
+
+
+@pytest.mark.parametrize(("architecture", "scale"), EVERY_MODEL)
+def test_megatron_trains_a_model_of_the_paper_by_its_numbers(architecture: str, scale: str) -> None:
     recipe = load_recipe(f"{architecture}_{scale}", OWN_DATA)
     args = parse_megatron_arguments(megatron_arguments(recipe))
-    width, heads, peak, batch_tokens = SCALES[scale]
-    assert (args.hidden_size, args.num_attention_heads) == (width, heads)
+    table = TABLE_4[scale]
+    peak = table["optimizer.learning_rate"]
+    assert (args.hidden_size, args.num_attention_heads) == (
+        table["model.hidden_size"],
+        table["model.num_attention_heads"],
+    )
     assert args.lr == peak and args.min_lr == pytest.approx(peak / 10)
-    assert args.global_batch_size * args.seq_length == batch_tokens
+    assert args.global_batch_size * args.seq_length == table["training.global_batch_tokens"]
     assert (args.lr_warmup_fraction, args.lr_decay_style, args.lr_decay_iters) == (0.1, "cosine", None)
     assert (args.optimizer, args.adam_beta1, args.adam_beta2) == ("adam", 0.9, 0.999)
     assert (args.weight_decay, args.clip_grad) == (0.01, 1.0)
     assert args.normalization == "RMSNorm" and not args.add_bias_linear and args.swiglu
-    pattern, encoding, attention_encoding, gated = KINDS[architecture]
-    assert args.hybrid_layer_pattern == pattern
-    if "M" in pattern:
+    assert args.hybrid_layer_pattern == LAYERS[architecture]
+    positions = POSITIONS[architecture]
+    if "M" in LAYERS[architecture]:
         assert (args.mamba_state_dim, args.ssd_chunk_size, args.mamba_head_dim) == (128, 256, 64)
-        assert (args.position_encoding, args.state_space_gated) == (encoding, gated)
-    if "*" in pattern:
-        assert args.position_embedding_type == attention_encoding
-    # GPT-NeoX-20B's tokens, and SmolLM-Corpus as SmolLM-1 weighs its subsets.
+        assert args.position_encoding == positions["model.position_encoding"]
+        assert args.state_space_gated is positions["model.state_gated"]
+    if "*" in LAYERS[architecture]:
+        assert args.position_embedding_type == positions["model.attention_position_encoding"]
+    # GPT-NeoX-20B's tokens.
     assert args.vocab_size == 50277
-    assert load_recipe(f"{architecture}_{scale}").data.weights == {
-        "fineweb-edu-dedup": 0.75,
-        "cosmopedia-v2": 0.16,
-        "python-edu": 0.09,
-    }
+
+
+@pytest.mark.parametrize(("name", "beside"), AFTER_THE_LITERATURE.items())
+def test_a_baseline_after_the_literature_trains_as_the_one_beside_it(name: str, beside: str) -> None:
+    recipe, other = load_recipe(name), load_recipe(beside)
+    found = differences([recipe, other], but=("name", "description"))
+    assert found and all(field.startswith("model.") for field in found)
+    sizes = [count_parameters(each.sizes).total for each in (recipe, other)]
+    assert max(sizes) <= 1.02 * min(sizes)
+
+
+def test_the_baselines_after_the_literature_are_what_they_are_called() -> None:
+    mamba, jamba, llama = map(load_recipe, AFTER_THE_LITERATURE)
+    # Expand 2, one group, no FFN (arXiv:2405.21060, section 7 and figure 6).
+    assert set(mamba.layers) == {"M"} and mamba.state_space is not None
+    assert mamba.state_space.num_heads * mamba.state_space.head_dim == 2 * mamba.model.hidden_size
+    assert (mamba.state_space.num_groups, mamba.state_space.gated) == (1, True)
+    assert [index % 8 for index, mixer in enumerate(jamba.blocks) if mixer == "*"] == [4, 4, 4]
+    assert (llama.model.rotary_base, llama.model.num_attention_heads) == (
+        500_000,
+        4 * (llama.model.num_query_groups or 0),
+    )
 
 
 @pytest.mark.parametrize(("scale", "tokens"), [("320m", 6.4e9), ("1.3b", 26e9)])
 def test_training_takes_twenty_tokens_a_parameter(scale: str, tokens: float) -> None:
-    for architecture in ARCHITECTURES:
+    for architecture in LAYERS:
         training = load_recipe(f"{architecture}_{scale}").training
         assert (training.train_tokens, training.seq_length, training.precision) == (tokens, 4096, "bf16")
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.reporting import plot
-from megatron_txssm.reporting.plot import plot_runs, running_mean
+from megatron_txssm.reporting.plot import plot_runs
 
 
 def a_run(folder, steps):
@@ -33,7 +33,7 @@ def test_a_picture_comes_out_and_is_the_same_each_time(tmp_path, name, steps):
 
 def test_every_run_is_in_every_panel_over_what_was_asked(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plot, "_write", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plot, "write_figure", lambda figure, path: drawn.append(figure))
     runs = [a_run(tmp_path / "short", 20), a_run(tmp_path / "long", 100)]
     plot_runs(runs, tmp_path / "x.png", panels=["loss", "throughput"], over="tokens", smooth=5)
     loss, throughput = drawn[0].axes
@@ -46,10 +46,6 @@ def test_every_run_is_in_every_panel_over_what_was_asked(tmp_path, monkeypatch):
     # The first steps' losses of 8 and 4 are outside.
     assert 5.0 < loss.get_ylim()[1] < 8.0
     assert throughput.texts[0].get_text() == "no values in metrics.jsonl"
-
-
-def test_the_mean_is_neither_shifted_nor_cut_and_leaves_out_nan():
-    assert running_mean(np.array([1.0, 2.0, 6.0, np.nan]), 3).tolist() == [1.5, 3.0, 4.0, 6.0]
 
 
 def test_of_many_points_no_spike_is_lost():
@@ -68,6 +64,7 @@ def test_mistakes_are_user_errors(tmp_path):
         ("--panel y: use one of loss, ", {"panels": ["y"]}),
         ("--smooth 0 must be at least 1", {"smooth": 0}),
         ("has no FLOPs", {"over": "flops"}),
+        ("named twice", {"runs": [run, tmp_path / "x" / ".." / "run"]}),
         ("ends in .png, .svg, .pdf", {"picture": tmp_path / "x.jpg"}),
         ("cannot be written", {"picture": run / "metrics.jsonl" / "x.png"}),
     ]

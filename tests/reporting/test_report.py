@@ -131,13 +131,18 @@ def test_names_cannot_become_markup(tmp_path: Path) -> None:
     add_to = run / "evaluation" / "history.jsonl"
     add_to.parent.mkdir()
     add_to.write_text(json.dumps({"step": 3, "sets": sets}))
+    (add_to.parent / "harness").mkdir()
+    found = {evil: {"metrics": {f"{evil},none": {"value": 0.25, "stderr": None}}, "num_fewshot": 5}, "part": {}}
+    benchmarks = {"model": {"step": 3}, "settings": {"limit": 9}, "shown": [evil], "tasks": found}
+    (add_to.parent / "harness" / "history.jsonl").write_text(json.dumps(benchmarks))
     page = page_of(run, out=tmp_path / "page.html")
     assert not [tag for tag, attributes in page.elements if "onclick" in attributes]
     scripts = [attributes for tag, attributes in page.elements if tag == "script"]
     assert [found for found in scripts if found.get("type") != "application/json"] == [{}]
     assert page.open == []
     text = " ".join(page.texts)
-    assert text.count(evil) >= 5 and "{{ 7 * 7 }}" in text and "\\x07" in text
+    assert text.count(evil) >= 7 and f"{evil} (--limit)" in text and "0.2500" in text
+    assert "{{ 7 * 7 }}" in text and "\\x07" in text
 
 
 def test_nothing_is_loaded_and_only_our_script_may_run(tmp_path: Path) -> None:

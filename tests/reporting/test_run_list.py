@@ -93,6 +93,14 @@ def test_the_pace_is_the_last_attempts(tmp_path):
     assert progress(run) == (5, None, None, 3.0, 102.0)
 
 
+def test_a_recipe_beside_the_runs_that_it_made_is_no_run(tmp_path, capsys):
+    a_run(tmp_path / "study" / "first", 5)
+    checkpoints = a_run(tmp_path / "study" / "second") / "checkpoints"
+    for folder in (tmp_path / "study", checkpoints):
+        write_recipe(folder / "recipe.yaml", run=folder / "first")
+    assert rows(capsys, str(tmp_path)).keys() - {"`txssm"} == {"study/first", "study/second"}
+
+
 def test_where_there_is_nothing(tmp_path, capsys):
     assert main(["runs", str(tmp_path)]) == 0 and "no runs in" in capsys.readouterr().out
     assert main(["runs", str(tmp_path / "none")]) == 2 and "is not a folder" in capsys.readouterr().err

@@ -60,7 +60,7 @@ def run_script(script: str, tmp_path: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def test_there_are_the_stages() -> None:
-    assert STAGES == ["convert", "evaluate", "pretrain", "shard"]
+    assert STAGES == ["convert", "evaluate", "harness", "pretrain", "shard"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -302,7 +302,7 @@ def test_the_job_imports_the_code_beside_its_script(entrypoint: Path, tmp_path: 
 def test_an_unknown_stage_is_refused(entrypoint: Path) -> None:
     done = run_entrypoint(entrypoint, "train")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "unknown stage 'train'; use pretrain, shard, convert or evaluate" in done.stderr
+    assert "unknown stage 'train'; use pretrain, shard, convert, evaluate or harness" in done.stderr
 
 
 def test_a_killed_stage_waits_for_slurmctld(entrypoint: Path) -> None:

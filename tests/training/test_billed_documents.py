@@ -51,7 +51,7 @@ LAYOUTS = (
 
 def billed(layouts: tuple[dict[str, int], ...]) -> list[tuple[float | None, float | None]]:
     """What Megatron's loop is told of a step: of each data-parallel rank, one micro-batch of documents of its own."""
-    forward_step.get_args = lambda: SimpleNamespace(isolate_documents=True)
+    forward_step.get_args = lambda: SimpleNamespace(isolate_documents=True, recall_pairs=None)
     found: list[tuple[float | None, float | None]] = []
     for layout in layouts:
         with model_parallel(**layout):

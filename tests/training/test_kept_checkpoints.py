@@ -27,7 +27,7 @@ def interrupt_a_removal(checkpoints: Path) -> None:
 
 
 def evaluate(run: Path) -> None:
-    """A task: a worker of `txssm evaluate`."""
+    """A task: a worker of `txssm eval loss`."""
     from megatron_txssm.evaluation.evaluate import evaluate_as_worker, evaluation_recipe
     from megatron_txssm.training.launch.preflight import make_run_directory
 

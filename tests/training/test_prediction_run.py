@@ -62,7 +62,7 @@ def test_the_model_writes_without_its_depths(run: TinyRun) -> None:
 def test_the_evaluated_loss_is_the_models_own(run: TinyRun) -> None:
     losses = []
     for fields in ([], ["model.layer_pattern=M-*-"]):
-        _succeeds(txssm("evaluate", str(run.run), *sets(fields)))
+        _succeeds(txssm("eval", "loss", str(run.run), *sets(fields)))
         found = json.loads((run.run / "evaluation" / "validation.json").read_text())
         assert found["step"] == 6
         losses += [of_set["loss"] for of_set in found["sets"].values()]

@@ -1,4 +1,7 @@
-"""Processes of `txssm check gpu`: each has a log, a result and a time limit, and ends with its parent."""
+"""Processes of `txssm check gpu` and `txssm bench`.
+
+Each has a log, a result and a time limit, and ends with its parent.
+"""
 
 import json
 import os
@@ -16,8 +19,17 @@ USER_ERROR = 2
 class Child:
     """A worker process; worker.py describes the tasks."""
 
-    def __init__(self, folder: Path, name: str, task: dict[str, Any], environment: dict[str, str], *, waits: bool):
-        """`waits`: it only prepares until `begin` is called."""
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        task: dict[str, Any],
+        environment: dict[str, str],
+        *,
+        waits: bool,
+        worker: str | None = None,
+    ):
+        """`waits`: it only prepares until `begin` is called; `worker`: the module that is run (default: WORKER)."""
         self.name, self.log = name, folder / f"{name}.log"
         self._result, self._turn = folder / f"{name}.result.json", folder / f"{name}.turn"
         file = folder / f"{name}.task.json"
@@ -28,7 +40,7 @@ class Child:
         environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | environment
         with open(self.log, "wb") as stream:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", WORKER, str(file)],
+                [sys.executable, "-m", worker or WORKER, str(file)],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=subprocess.STDOUT,

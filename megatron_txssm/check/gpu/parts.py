@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_txssm.check.gpu import trainings as basic
+from megatron_txssm.check.gpu import variants as others
 from megatron_txssm.check.gpu.bench import Bench
 from megatron_txssm.check.gpu.children import Child
 from megatron_txssm.check.gpu.findings import Finding, compared, failed
 from megatron_txssm.check.gpu.speed import LONG_PAIRS, PAIRS, SMALL_PAIRS, speed_of_pairs
-from megatron_txssm.check.gpu.trainings import AGREEMENTS, SMALL_VOCABULARY, STEPS, WAVES, Agreement, Training
+from megatron_txssm.check.gpu.trainings import SMALL_VOCABULARY, STEPS, Agreement, Training
 
 # Bounds of relative errors; measured on an H100: docs/gpu-results.
 KERNEL_BOUNDS = {"fp32, IEEE": 1e-5, "fp32": 5e-3, "bf16": 2e-2}
@@ -56,8 +58,27 @@ def kernels(bench: Bench) -> Iterator[Finding]:
 
 
 def trainings(bench: Bench) -> Iterator[Finding]:
+    yield from _trained(bench, basic.WAVES, basic.AGREEMENTS)
+    for name in ("te", "fp8_attention", "isolated_te"):
+        backends = _backends(bench, name)
+        if backends:
+            yield Finding(f"attention's backend, {name}", "measured", backends)
+
+
+def variants(bench: Bench) -> Iterator[Finding]:
+    yield from _trained(bench, others.WAVES, others.AGREEMENTS)
+
+
+def _trained(
+    bench: Bench, all_waves: Sequence[Sequence[Training]], agreements: Sequence[Agreement]
+) -> Iterator[Finding]:
+    """Train wave by wave what can be compared here, and compare."""
     found: dict[str, dict[str, Any]] = {}
-    waves = [[training for training in wave if _can_train(training, bench)] for wave in WAVES]
+    able = {training.name: training for wave in all_waves for training in wave if _can_train(training, bench)}
+    pairs = [{agreement.training, agreement.reference} for agreement in agreements]
+    compared = set[str]().union(*(pair for pair in pairs if pair <= able.keys()))
+    wanted = compared | {able[name].continues for name in compared}
+    waves = [[training for training in wave if training.name in wanted] for wave in all_waves]
     prepared: dict[str, Child] = {}
     for wave, following in zip(waves, [*waves[1:], []], strict=True):
         # A training that continues another must not read its run before that has ended.
@@ -65,12 +86,8 @@ def trainings(bench: Bench) -> Iterator[Finding]:
         prepared_next = bench.prepare(independent, SMALL_VOCABULARY, beside=len(wave))
         found |= bench.train_all(wave, SMALL_VOCABULARY, prepared, limit=240)
         prepared = prepared_next
-    for agreement in AGREEMENTS:
+    for agreement in agreements:
         yield _agreement(agreement, found)
-    for name in ("te", "fp8_attention", "isolated_te"):
-        backends = _backends(bench, name)
-        if backends:
-            yield Finding(f"attention's backend, {name}", "measured", backends)
 
 
 def _can_train(training: Training, bench: Bench) -> bool:
@@ -162,6 +179,7 @@ PARTS: Sequence[Part] = (
     Part("environment", "versions, and what can be imported", 10, environment),
     Part("kernels", "scan and rotation against fp64", 30, kernels),
     Part("trainings", "small trainings, whose losses must agree", 60, trainings),
+    Part("variants", "baselines, experts, prediction, Muon, muP, the guard, a CUDA graph", 60, variants),
     Part("bandwidth", "all-reduce between the GPUs of this node", 20, bandwidth),
     Part("speed", "a training step at 4096 tokens beside Llama 3", 40, speed),
     Part("scan", "the scan beside attention", 25, scan),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_txssm.architecture.gpus import gpu_of
+from megatron_txssm.architecture.layer_pattern import MODULE
 from megatron_txssm.check.gpu.bench import Bench
 from megatron_txssm.check.gpu.children import Child
 from megatron_txssm.check.gpu.findings import Finding, failed
@@ -75,14 +76,16 @@ LONG_PAIRS = (
 
 def speed_of_pairs(bench: Bench, pairs: Sequence[Pair]) -> Iterator[Finding]:
     """One finding per pair. While one training is timed, the next has finished its imports and waits."""
-    without = {} if bench.transformer_engine else LOCAL
+    changes = {} if bench.transformer_engine else LOCAL
+    if bench.small:
+        changes = changes | {"model.layer_pattern": MODULE}
     waiting = [training for pair in pairs for training in pair.trainings]
     prepared: list[Child] = []
     for pair in pairs:
         found: list[dict[str, Any]] = []
         for _ in pair.trainings:
             while waiting and len(prepared) < 2:
-                prepared.append(_prepared(bench, waiting.pop(0), without))
+                prepared.append(_prepared(bench, waiting.pop(0), changes))
             child = prepared.pop(0)
             if bench.seconds_left < LEAST:
                 child.end()

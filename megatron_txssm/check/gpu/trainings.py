@@ -46,22 +46,27 @@ class Training:
 
         `changes` come last.
         """
-        surroundings: Changes = {
-            **WITHOUT_TOKENS,
-            **WITHOUT_TOKENIZER,
-            **WITHOUT_REPORTS,
-            "data.blend": ((1.0, str(tokens)),),
-            "data.split": "100,0,0",
-            "training.train_tokens": None,
-            "checkpoint.save_interval": None,
-            "checkpoint.keep_last": None,
-            "checkpoint.keep_every": None,
-            "logging.log_interval": 1,
-            "logging.eval_iters": 0,
-            "logging.eval_interval": None,
-            "run_directory": str(folder / (self.continues or self.name)),
-        }
+        surroundings = surroundings_of(folder / (self.continues or self.name), tokens)
         return changed(load_recipe(self.recipe), surroundings | self.changes | (changes or {}))
+
+
+def surroundings_of(run_directory: Path, tokens: Path) -> Changes:
+    """What makes of any recipe a run on generated `tokens` that reports each step, and neither validates nor saves."""
+    return {
+        **WITHOUT_TOKENS,
+        **WITHOUT_TOKENIZER,
+        **WITHOUT_REPORTS,
+        "data.blend": ((1.0, str(tokens)),),
+        "data.split": "100,0,0",
+        "training.train_tokens": None,
+        "checkpoint.save_interval": None,
+        "checkpoint.keep_last": None,
+        "checkpoint.keep_every": None,
+        "logging.log_interval": 1,
+        "logging.eval_iters": 0,
+        "logging.eval_interval": None,
+        "run_directory": str(run_directory),
+    }
 
 
 def tokens_for(folder: Path, vocab_size: int) -> Path:
@@ -70,10 +75,11 @@ def tokens_for(folder: Path, vocab_size: int) -> Path:
     return prefix if prefix.with_suffix(".idx").exists() else write_tokens(prefix, vocab_size)
 
 
-def _small(
+def small_training(
     name: str,
     changes: Changes,
     *,
+    recipe: str = "transxssm_320m",
     on_cpu: bool = False,
     continues: str | None = None,
     environment: dict[str, str] | None = None,
@@ -94,38 +100,38 @@ def _small(
         "optimizer.warmup_fraction": 0.0,
         "optimizer.decay_style": "constant",
     }
-    return Training(name, "transxssm_320m", LOCAL | sizes | changes, on_cpu, continues, environment or {})
+    return Training(name, recipe, LOCAL | sizes | changes, on_cpu, continues, environment or {})
 
 
 # Makes Transformer Engine log its choice of attention backend.
 _SAY_BACKENDS = {"NVTE_DEBUG": "1", "NVTE_DEBUG_LEVEL": "2"}
 # One block size per kernel: compiling and trying all takes a minute, and the first wave covers the tuned kernels.
-_UNTUNED = {"MAMBA_DETERMINISTIC": "1"}
-_SAVE: Changes = {"checkpoint.save_interval": STOP}
-_STOP: Changes = _SAVE | {"megatron.exit_interval": STOP}
+UNTUNED = {"MAMBA_DETERMINISTIC": "1"}
+SAVE: Changes = {"checkpoint.save_interval": STOP}
+STOP_THERE: Changes = SAVE | {"megatron.exit_interval": STOP}
 
 # The trainings of a wave run at the same time. The first wave compiles kernels for the others. What is resumed comes as
 # early as it can: on a slow CPU, the last wave may not fit the budget.
 WAVES: tuple[tuple[Training, ...], ...] = (
     (
-        _small("cpu", FP32, on_cpu=True),
-        _small("bf16", {}),
-        _small("deterministic", DETERMINISTIC | _SAVE),
-        _small("stopped", DETERMINISTIC | _STOP),
+        small_training("cpu", FP32, on_cpu=True),
+        small_training("bf16", {}),
+        small_training("deterministic", DETERMINISTIC | SAVE),
+        small_training("stopped", DETERMINISTIC | STOP_THERE),
     ),
     (
-        _small("resumed", DETERMINISTIC | _SAVE, continues="stopped"),
-        _small("te", TRANSFORMER_ENGINE, environment=_SAY_BACKENDS),
-        _small("fp8", FP8, environment=_SAY_BACKENDS),
-        _small("stopped_fp8", FP8 | _STOP),
-        _small("deterministic_again", DETERMINISTIC),
-        _small("fp32", FP32, environment=_UNTUNED),
+        small_training("resumed", DETERMINISTIC | SAVE, continues="stopped"),
+        small_training("te", TRANSFORMER_ENGINE, environment=_SAY_BACKENDS),
+        small_training("fp8", FP8, environment=_SAY_BACKENDS),
+        small_training("stopped_fp8", FP8 | STOP_THERE),
+        small_training("deterministic_again", DETERMINISTIC),
+        small_training("fp32", FP32, environment=UNTUNED),
     ),
     (
-        _small("resumed_fp8", FP8 | _SAVE, continues="stopped_fp8"),
-        _small("fp8_attention", FP8 | {"training.fp8_attention": True}, environment=_SAY_BACKENDS),
-        _small("isolated", ISOLATED, environment=_UNTUNED),
-        _small("isolated_te", TRANSFORMER_ENGINE | ISOLATED, environment=_SAY_BACKENDS | _UNTUNED),
+        small_training("resumed_fp8", FP8 | SAVE, continues="stopped_fp8"),
+        small_training("fp8_attention", FP8 | {"training.fp8_attention": True}, environment=_SAY_BACKENDS),
+        small_training("isolated", ISOLATED, environment=UNTUNED),
+        small_training("isolated_te", TRANSFORMER_ENGINE | ISOLATED, environment=_SAY_BACKENDS | UNTUNED),
     ),
 )
 
@@ -157,7 +163,6 @@ AGREEMENTS = (
 SMALL_LENGTH, SMALL_BATCH = 64, 2
 # `--small`: replaces the sizes of every training.
 SMALL_SIZES: Changes = LOCAL | {
-    "model.layer_pattern": MODULE,
     "model.hidden_size": 64,
     "model.num_attention_heads": 2,
     "model.ffn_hidden_size": 96,

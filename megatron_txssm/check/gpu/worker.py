@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -21,14 +22,18 @@ if TYPE_CHECKING:
     from megatron_txssm.recipe.recipe import Recipe
 
 
-def main(task_file: str) -> int:
+type Kinds = Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]]
+
+
+def main(task_file: str, kinds: Kinds) -> int:
+    """Do the task of one of the `kinds`; returns the exit code."""
     end_with_parent()
     task = json.loads(Path(task_file).read_text(encoding="utf-8"))
     if os.getppid() != task["parent"]:
         # The parent ended before it could be watched.
         return 1
     try:
-        found = KINDS[task["kind"]](task)
+        found = kinds[task["kind"]](task)
     except UserError as error:
         print(f"error: {error}", flush=True)
         return 2
@@ -112,7 +117,7 @@ def bandwidth(task: dict[str, Any]) -> dict[str, Any]:
     return json.loads(line) | {"gpus": count}
 
 
-KINDS = {
+KINDS: Kinds = {
     "environment": environment,
     "train": train,
     "kernels": kernels,
@@ -122,4 +127,4 @@ KINDS = {
 }
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], KINDS))

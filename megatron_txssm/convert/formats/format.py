@@ -28,6 +28,11 @@ _EXPERTS = "it has layers of experts"
 
 def choose_format(recipe: Recipe, asked: Format | None) -> Format:
     """`asked`; None: llama if the model is one, otherwise transxssm. UserError with the reason if it does not fit."""
+    if asked != "megatron" and recipe.model.ablation is not None:
+        raise UserError(
+            f"{recipe.name} has model.ablation={recipe.model.ablation}, for which there is no Hugging Face format; "
+            "--layout megatron exports its weights"
+        )
     if asked != "megatron":
         # Raises UserError itself if the layers are no blocks.
         _ = recipe.blocks

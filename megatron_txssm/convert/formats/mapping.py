@@ -75,6 +75,15 @@ def _log_decay_rate(tensors: Tensors, sizes: ModelSizes, shapes: Sequence[Shape]
     return [(-tensors[0].float()).log()]
 
 
+def _times_multiplier(tensors: Tensors, sizes: ModelSizes) -> Tensors:
+    """In fp32, where a bf16 weight's product keeps its digits."""
+    return tensors if sizes.logits_multiplier == 1 else [tensors[0].float() * sizes.logits_multiplier]
+
+
+def _without_multiplier(tensors: Tensors, sizes: ModelSizes, shapes: Sequence[Shape]) -> Tensors:
+    return tensors if sizes.logits_multiplier == 1 else [tensors[0].float() / sizes.logits_multiplier]
+
+
 SAME = Transform(lambda tensors, sizes: tensors, lambda tensors, sizes, shapes: tensors)
 CONCAT = Transform(_concat, _split_as)
 # Gate and up-projection: stacked in Megatron, separate in Hugging Face.
@@ -86,6 +95,9 @@ QKV = Transform(_split_qkv, _join_qkv)
 ONES = Transform(_ones, _only_ones)
 # A_log → A = -exp(A_log); the logarithm may differ in the last bit.
 DECAY_RATE = Transform(_decay_rate, _log_decay_rate, exact=False)
+
+# The last norm also has muP's factor of the logits, which no class of transformers knows.
+LAST_NORM = Transform(_times_multiplier, _without_multiplier, exact=False)
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,7 @@ def _row(megatron: str, hf: str, transform: Transform = SAME) -> Row:
 
 _EMBEDDINGS = (
     _row("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
-    _row("decoder.final_norm.weight", "model.norm.weight"),
+    _row("decoder.final_norm.weight", "model.norm.weight", LAST_NORM),
     _row("output_layer.weight", "lm_head.weight"),
 )
 _NORMS = (
@@ -181,7 +193,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
     ),
     "reference": (
         _row("embedding.word_embeddings.weight", "model.word_embed.weight"),
-        _row("decoder.final_norm.weight", "model.final_layernorm.weight"),
+        _row("decoder.final_norm.weight", "model.final_layernorm.weight", LAST_NORM),
         _row("output_layer.weight", "lm_head.weight"),
         _row("$in_proj.layer_norm_weight", "@pre_sequence_layernorm.weight"),
         _row("&linear_qkv.layer_norm_weight", "@pre_sequence_layernorm.weight"),

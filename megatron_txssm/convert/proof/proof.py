@@ -16,6 +16,7 @@ from megatron_txssm import __version__
 from megatron_txssm.checkpoint.saved_model import SavedModel, open_checkpoint
 from megatron_txssm.checkpoint.tensors import NamedTensors, Weights, compare_shapes
 from megatron_txssm.convert.formats.format import ARCHITECTURES
+from megatron_txssm.convert.from_transformer import FromTransformer
 from megatron_txssm.convert.huggingface.folder import HfFolder, open_hf_folder
 from megatron_txssm.convert.huggingface.weights import sha256_of
 from megatron_txssm.convert.proof.greedy import Generation
@@ -23,10 +24,13 @@ from megatron_txssm.convert.proof.worker import TOLERANCE, run_task
 from megatron_txssm.data.tokenizer.sentencepiece import load_tokenizer
 from megatron_txssm.errors import UserError
 from megatron_txssm.files import JsonObject
+from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.terminal import doing
 from megatron_txssm.versions import package_versions
 
 TOKENS, DECODED = 512, 32
+# The largest model.length_scaling_base beyond which the proof reads: attention on a CPU keeps its square.
+FARTHEST_BASE = 4096
 # Texts of which one must pass in a model with experts. Where a token's logits for two experts are equal up to rounding,
 # the sides may choose differently, and then the rest of the text differs. That is rare, and changes with the text.
 TEXTS_WITH_EXPERTS = 3
@@ -81,19 +85,20 @@ class Proof:
     """The content of verification.json."""
 
     tensors: Tensors
-    logits: Logits
+    # None: of a model that computes something else.
+    logits: Logits | None
     # For the sides loaded by transformers.
     generation: tuple[Generation, ...] = ()
 
     @property
     def passed(self) -> bool:
         generated = all(side.passed for side in self.generation)
-        return not self.tensors.different and self.logits.passed and generated
+        return not self.tensors.different and (self.logits is None or self.logits.passed) and generated
 
     def to_json(self) -> JsonObject:
         return {
             "passed": self.passed,
-            "logits": asdict(self.logits) | {"limit": self.logits.limit},
+            "logits": asdict(self.logits) | {"limit": self.logits.limit} if self.logits else None,
             "generation": [asdict(side) for side in self.generation],
             "tensors": asdict(self.tensors),
             "versions": {**versions()},
@@ -106,6 +111,8 @@ class Proof:
         as_rounded = f", {tensors.rounded} of them rounded to the coarser dtype" if tensors.rounded else ""
         yield f"tensors   {same} of {tensors.compared} identical{as_rounded}"
         yield from (f"          {name}: {why}" for name, why in list(tensors.different.items())[:10])
+        if logits is None:
+            return
         yield (
             f"logits    largest difference {logits.max_difference:.1e}, mean {logits.mean_difference:.1e}, over "
             f"{logits.tokens} tokens of {logits.text} (allowed: {logits.limit:.1e}; logits up to "
@@ -196,18 +203,24 @@ def compare_logits(
     return logits, tuple(generation)
 
 
-def sample_text() -> str:
+def sample_text(characters: int = 20_000) -> str:
     """English prose that comes with every Python: the topics of its reference manual."""
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name] for name in sorted(topics))[:20_000]
+    return "\n\n".join(topics[name] for name in sorted(topics))[:characters]
 
 
-def random_tokens(vocab_size: int, seed: int = 0) -> list[int]:
+def random_tokens(vocab_size: int, count: int, seed: int = 0) -> list[int]:
     """Tokens for a model without a tokenizer."""
     import torch
 
-    return torch.randint(vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def tokens_to_read(recipe: Recipe) -> int:
+    """How many tokens a proof reads: to beyond the base of the scaling of C, which changes nothing before."""
+    base = recipe.model.length_scaling_base
+    return TOKENS if base is None or base > FARTHEST_BASE else max(TOKENS, base + 2 * DECODED)
 
 
 def prove_export(saved: SavedModel, folder: Path, hashes: dict[str, str]) -> Proof:
@@ -218,9 +231,16 @@ def prove_export(saved: SavedModel, folder: Path, hashes: dict[str, str]) -> Pro
     return _checked(prove_equal(saved, open_hf_folder(folder), hashes), folder)
 
 
-def prove_import(source: HfFolder, folder: Path) -> Proof:
-    """Prove a new checkpoint: write verification.json; NotTheSame if the model differs."""
-    return _checked(prove_equal(source, open_checkpoint(folder)), folder)
+def prove_import(source: HfFolder | FromTransformer, folder: Path) -> Proof:
+    """Prove a new checkpoint: write verification.json; NotTheSame if the model differs.
+
+    Of a TransXSSM begun from a Transformer, the tensors that it took over.
+    """
+    saved = open_checkpoint(folder)
+    if isinstance(source, HfFolder):
+        return _checked(prove_equal(source, saved), folder)
+    with doing("verifying: the tensors, read back"):
+        return _checked(Proof(compare_tensors(source, saved, list(source.shapes)), logits=None), folder)
 
 
 def prove_equal(a: Source, b: Source, known: dict[str, str] | None = None) -> Proof:
@@ -258,16 +278,18 @@ def _tokens_for(*sides: Source, number: int) -> tuple[list[int], str]:
     """A text, tokenised for the first side that has a tokenizer, otherwise random tokens; and its name."""
     from tokenizers import Tokenizer
 
-    vocab_size = sides[0].recipe.data.vocab_size
-    part = slice(number * TOKENS, (number + 1) * TOKENS)
+    vocab_size, count = sides[0].recipe.data.vocab_size, tokens_to_read(sides[0].recipe)
+    part = slice(number * count, (number + 1) * count)
+    # Tokenizers have up to five characters to a token.
+    prose = sample_text(max(20_000, 8 * part.stop))
     name = "the Python manual" + (f" from token {part.start} on" if number else "")
     for side in sides:
         folder = side.folder if isinstance(side, HfFolder) else side.checkpoints / "tokenizer"
         if (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            tokens = tokenizer.encode(sample_text(), add_special_tokens=False).ids[part]
+            tokens = tokenizer.encode(prose, add_special_tokens=False).ids[part]
             if max(tokens) < vocab_size:
                 return tokens, name
         elif (folder / "tokenizer.model").is_file():
-            return load_tokenizer(folder / "tokenizer.model").EncodeAsIds(sample_text())[part], name
-    return random_tokens(vocab_size, number), "random tokens"
+            return load_tokenizer(folder / "tokenizer.model").EncodeAsIds(prose)[part], name
+    return random_tokens(vocab_size, count, number), "random tokens"

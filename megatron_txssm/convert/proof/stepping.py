@@ -36,7 +36,8 @@ def next_token_logits(model: Any, context: Any, tokens: list[int], vocab_size: i
     """
     import torch
 
-    with torch.inference_mode():
+    # Not inference_mode: a model in training keeps buffers, such as those of its collectives.
+    with torch.no_grad():
         tokens_BL = torch.tensor([tokens], device=torch.cuda.current_device())
         positions_BL = torch.arange(len(tokens), device=tokens_BL.device)[None] + context.sequence_len_offset
         logits_BLV = model(tokens_BL, positions_BL, None, inference_context=context, runtime_gather_output=True)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Container
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,29 +63,38 @@ def run_task(task: str, **arguments: "Json | Path") -> None:
         raise TaskFailed(f"{said.rpartition(chr(10))[2]} ({task}, exit code {code}; its log: {name})")
 
 
-def save_megatron(folder: str, recipe: str, out: str) -> None:
+def save_megatron(folder: str, recipe: str, out: str, as_transxssm: bool = False, stated_by: str | None = None) -> None:
     """Write a Megatron checkpoint of a folder's weights, as a `release` in `out`; `recipe` is a recipe's YAML file.
+
+    as_transxssm: the folder holds a Transformer, which recipe `stated_by` describes (None: the folder itself).
 
     The vocabulary's padding rows are the mean of its rows. A padding row's logit is then the mean logit, so by Jensen's
     inequality its probability is at most a token's average probability.
     """
     from megatron_txssm.checkpoint.load import WEIGHTS_ONLY, build_model, one_process_recipe
-    from megatron_txssm.convert.huggingface.folder import open_hf_folder
+    from megatron_txssm.convert.from_transformer import FromTransformer
+    from megatron_txssm.convert.huggingface.folder import HfFolder, open_hf_folder
     from megatron_txssm.recipe.changes import changed
     from megatron_txssm.recipe.loader import load_recipe
 
     made_by = load_recipe(recipe)
-    source = open_hf_folder(Path(folder), made_by)
+    source: HfFolder | FromTransformer
+    if as_transxssm:
+        transformer = open_hf_folder(Path(folder), load_recipe(stated_by) if stated_by else None)
+        source = FromTransformer(transformer, made_by)
+    else:
+        source = open_hf_folder(Path(folder), made_by)
     options = [f"--save={out}", "--no-save-optim", "--no-save-rng"]
-    model = build_model(one_process_recipe(changed(made_by, WEIGHTS_ONLY), Path(recipe)), options)
-    _fill(model, source)
+    one_process = one_process_recipe(changed(made_by, WEIGHTS_ONLY), Path(recipe))
+    model = build_model(one_process, options, initialize=as_transxssm)
+    _fill(model, source, source.shapes)
     from megatron.training.checkpointing import save_checkpoint
 
     save_checkpoint(0, [model], None, None, 0, release=True)
 
 
-def _fill(model: "torch.nn.Module", source: Weights) -> None:
-    """Copy every tensor of `source` into a Megatron model of one process."""
+def _fill(model: "torch.nn.Module", source: Weights, names: Container[str]) -> None:
+    """Copy the named tensors of `source` into a Megatron model of one process; all others stay as initialised."""
     import torch
 
     from megatron_txssm.model.shards import model_shards
@@ -92,6 +102,8 @@ def _fill(model: "torch.nn.Module", source: Weights) -> None:
     with torch.no_grad():
         # A SwiGLU's gate and up-projection are two shards of one tensor.
         for shard in model_shards(model):
+            if shard.key not in names:
+                continue
             assert shard.data is not None
             whole = _padded(source.read([shard.key])[shard.key], shard.global_shape[0])
             shard.data.copy_(whole[shard.global_slice()])

@@ -92,7 +92,8 @@ def _ask(folder: Path, is_slurms: bool) -> tuple[list[slurm.Job] | None, str]:
 
 
 def _is_other_stage(job: slurm.Job, folder: Path) -> bool:
-    return job.job_id.partition("_")[0] in job_ids(folder, but="pretrain") or job.script.stem in ("convert", "evaluate")
+    later = ("convert", "evaluate", "harness")
+    return job.job_id.partition("_")[0] in job_ids(folder, but="pretrain") or job.script.stem in later
 
 
 def _why_it_may_run(folder: Path, attempt: Attempt, jobs: list[slurm.Job] | None) -> str:

@@ -1,4 +1,4 @@
-"""The state of a chain's other stages: shards before the training, export and evaluation after it."""
+"""The state of a chain's other stages: shards before the training, export and evaluations after it."""
 
 import os
 import re

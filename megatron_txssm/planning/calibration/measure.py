@@ -148,7 +148,8 @@ def _corrections(recipes: Sequence[Recipe], cluster: Cluster, results: Sequence[
         passes[part] = (lines[0], lines[1])
     recipe, found = recipes[0], results[0]
     layout = layout_of(recipe, cluster.per_node)
-    kernels = Corrections(passes=passes, links={name: Link(**link) for name, link in found["links"].items()})
+    links = {name: Link(**link) for name, link in found["links"].items()}
+    kernels = Corrections(passes=passes, links=links, alone=found.get("alone", 1.0))
     estimates = Estimates(recipe, dataclasses.replace(cluster, corrections=kernels))
     time = estimates.plan(layout).time
     optimizer = Line(found["optimizer"] / time.optimizer)
@@ -157,6 +158,8 @@ def _corrections(recipes: Sequence[Recipe], cluster: Cluster, results: Sequence[
     rest = max(0.0, _median(found["steps"]) - found["passes"] - found["optimizer"] - time.data)
     for name, seconds in (("a micro-batch beside these", found["outside"]), ("rest of a step", rest)):
         rows.append((name, f"{1000 * seconds:.2f}", "", "", ""))
+    if kernels.alone > 1:
+        rows.append(("all, while other processes wait", "", "", f"{1 / kernels.alone:.2f}", ""))
     print_table(("part", ">ms measured", ">by formula", ">factor", ">ms fixed"), rows)
     return dataclasses.replace(kernels, optimizer=optimizer.factor, micro_batch=found["outside"], step=rest)
 

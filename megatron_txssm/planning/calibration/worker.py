@@ -118,16 +118,22 @@ def synchronize() -> None:
 
 
 def machine(dtype: torch.dtype) -> dict[str, Any]:
-    """The device's name; of a CPU also what each rank reaches while all compute: FLOP/s, bytes of memory a second."""
+    """The device's name; of a CPU also what each rank reaches while all compute: FLOP/s, bytes of memory a second.
+
+    "alone": how much faster the first rank computes while the others wait.
+    """
     if torch.cuda.is_available():
         return {"device": torch.cuda.get_device_name()}
     size = 1024
     matrix, block = torch.randn(size, size, dtype=dtype), torch.zeros(2**26, dtype=torch.uint8)
     copied = torch.empty_like(block)
+    together = median_seconds(lambda: matrix @ matrix)
+    alone = median_seconds(lambda: matrix @ matrix if dist.get_rank() == 0 else None)
     return {
         "device": "cpu",
-        "flops": 2 * size**3 / median_seconds(lambda: matrix @ matrix),
+        "flops": 2 * size**3 / together,
         "bandwidth": 2 * block.numel() / median_seconds(lambda: copied.copy_(block)),
+        "alone": max(1.0, together / alone),
     }
 
 

@@ -40,7 +40,7 @@ PASSES: dict[str, str] = {
     """,
     "checks while training": """
         check_for_nan_in_loss_and_grad:off check_for_large_grads check_for_spiky_loss
-        rerun_mode:disabled|validate_results|report_stats result_rejected_tracker_filename:path
+        rerun_mode:disabled|validate_results|report_stats
         check_weight_hash_across_dp_replicas_interval:int
     """,
     "data and tokenizer": """
@@ -104,7 +104,8 @@ REFUSED: dict[str, str] = {
     "it would change what the model computes, and its layers, sizes, FLOPs and conversion do not support it": """
         layernorm_zero_centered_gamma apply_residual_connection_post_layernorm fp32_residual_connection add_qkv_bias
         glu_linear_offset activation_func_clamp_value qk_* attention_output_gate softmax_type window_size
-        window_attn_skip_freq multi_latent_attention experimental_attention_variant dsa_* linear_* use_mup mup_*
+        window_attn_skip_freq multi_latent_attention experimental_attention_variant dsa_* linear_*
+        mup_width_mult mup_embedding_mult mup_output_mult
         openai_gelu squared_relu quick_geglu onnx_safe relative_attention_* apply_query_key_layer_scaling q_lora_rank
         kv_lora_rank v_head_dim cache_mla_latents mla_down_proj_fusion heterogeneous_layers_config_* mtp_detach_heads
         mtp_standalone mtp_use_repeated_layer

@@ -53,9 +53,23 @@ def frozen(path: str, folder: Path, run: Path) -> str:
 
 
 def each_path(value: Any, change: Callable[[str], str]) -> Any:
-    """A field's value with every path in it changed: a path, a blend of (weight, prefix), or None."""
+    """A field's value with every path in it changed: a path, a blend of (weight, prefix), words of which YAML files are
+    paths, or None.
+    """
     if isinstance(value, str):
         return change(value) if value else value
     if isinstance(value, tuple):
-        return tuple((weight, change(prefix)) for weight, prefix in value)
+        return tuple(_each_path_of_entry(entry, change) for entry in value)
     return value
+
+
+def is_task_file(word: str) -> bool:
+    """Whether a word of `evaluation.tasks` is a file, not a name."""
+    return word.endswith((".yaml", ".yml"))
+
+
+def _each_path_of_entry(entry: str | tuple[float, str], change: Callable[[str], str]) -> str | tuple[float, str]:
+    if isinstance(entry, str):
+        return change(entry) if is_task_file(entry) else entry
+    weight, prefix = entry
+    return weight, change(prefix)

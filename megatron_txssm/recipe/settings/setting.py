@@ -29,6 +29,8 @@ class Stage(TypedDict):
 Stages = tuple[Stage, ...]
 # Steps from 1, and ranges of them such as "1200-1210".
 Steps = tuple[int | str, ...]
+# A list of numbers from 1.
+Counts = tuple[int, ...]
 # A list of strings.
 Words = tuple[str, ...]
 
@@ -41,6 +43,7 @@ _NAMES: dict[Any, str] = {
     Weights: "a mapping of subsets to weights",
     Stages: "a list of stages, each {tokens: N, weights: {subset: weight}}, the last without tokens",
     Steps: 'a list of steps and of ranges such as "1200-1210"',
+    Counts: "a list of integers from 1",
     Words: "a list of strings",
 }
 
@@ -266,6 +269,14 @@ def step_numbers(entry: int | str) -> range:
     return range(first, int(numbers[2] or first) + 1) if numbers and first else range(0)
 
 
+def _as_counts(value: object, mistake: ValueError) -> Counts:
+    if not isinstance(value, list) or not value:
+        raise mistake
+    if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 1 for each in value):
+        raise mistake
+    return tuple(value)
+
+
 def _as_words(value: object, mistake: ValueError) -> Words:
     if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
         raise mistake
@@ -277,5 +288,6 @@ _COMPOUND: dict[Any, Callable[[object, ValueError], object]] = {
     Weights: _as_weights,
     Stages: _as_stages,
     Steps: _as_steps,
+    Counts: _as_counts,
     Words: _as_words,
 }

@@ -1,5 +1,7 @@
 """Checks of the steps to skip and of the spike guard."""
 
+import math
+
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.settings.setting import step_numbers
@@ -22,8 +24,19 @@ def check_skip_steps(recipe: Recipe) -> None:
 
 def check_guard(recipe: Recipe) -> None:
     """UserError if the spike guard would have nothing to go back to."""
-    if recipe.guard.spike_action == "rewind" and recipe.checkpoint.save_interval is None:
+    guard, checkpoint = recipe.guard, recipe.checkpoint
+    if guard.spike_action != "rewind":
+        return
+    if checkpoint.save_interval is None:
         raise UserError(
             "guard.spike_action=rewind goes back to a checkpoint, and checkpoint.save_interval=null saves none; set "
             "save_interval, or guard.spike_action=skip"
+        )
+    # One may have been saved in the step before the spike.
+    needed = 1 + math.ceil(guard.rewind_steps / checkpoint.save_interval)
+    if checkpoint.keep_last is not None and checkpoint.keep_last < needed:
+        raise UserError(
+            f"checkpoint.keep_last={checkpoint.keep_last} may leave no checkpoint from before the last "
+            f"{guard.rewind_steps} steps (guard.rewind_steps), which guard.spike_action=rewind needs; set "
+            f"checkpoint.keep_last={needed}"
         )

@@ -1,7 +1,7 @@
 """Checks between a recipe's fields. Each error gives name, value and remedy."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,10 +10,12 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.schema import FIELDS
 from megatron_txssm.recipe.sizes import data_parallel_size, divisors
+from megatron_txssm.recipe.validation.evaluation_checks import check_evaluation
 from megatron_txssm.recipe.validation.expert_checks import check_expert_parallel, check_experts
 from megatron_txssm.recipe.validation.fp8_checks import check_fp8
 from megatron_txssm.recipe.validation.guard_checks import check_guard, check_skip_steps
 from megatron_txssm.recipe.validation.muon_checks import check_muon
+from megatron_txssm.recipe.validation.mup_checks import check_mup
 
 
 def validate(recipe: Recipe, world_size: int | None = None, *, source: Path | None = None) -> None:
@@ -73,6 +75,22 @@ def _recipe_names() -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(re.sub(r"^(num_groups|num_heads|head_dim)=", r"state_\1=", str(error))) from None
+
+
+def _check_ablation(recipe: Recipe) -> None:
+    model = recipe.model
+    if model.ablation is None:
+        return
+    if recipe.has_experts or recipe.prediction_depths:
+        raise UserError(
+            f"ablation={model.ablation} is for layers M, * and -, but layer_pattern={model.layer_pattern} has experts "
+            "or prediction depths; leave them out, or set ablation: null"
+        )
+    if model.ablation == "no_norm" and recipe.training.transformer_impl != "local":
+        raise UserError(
+            "ablation=no_norm is not possible with Transformer Engine, whose norms are parts of linear layers; set "
+            "training.transformer_impl: local"
+        )
 
 
 def _check_rotation(recipe: Recipe) -> None:
@@ -285,7 +303,7 @@ def _check_data(recipe: Recipe) -> None:
     data = recipe.data
     mock = recipe.megatron.get("mock_data")
     sources = ["megatron.mock_data"] if mock else []
-    sources += [f"data.{name}" for name in ("corpus", "train", "blend") if getattr(data, name)]
+    sources += [f"data.{name}" for name in ("corpus", "train", "blend", "recall_pairs") if getattr(data, name)]
     if len(sources) > 1:
         raise UserError(f"{' and '.join(sources)} exclude each other; state one")
     if not sources:
@@ -299,6 +317,8 @@ def _check_data(recipe: Recipe) -> None:
             "logging.eval_iters=null validates on all data, and megatron.mock_data has 200 million tokens; "
             "set logging.eval_iters to a number of batches, such as 10"
         )
+    if data.recall_pairs:
+        _check_recall(recipe, data.recall_pairs)
     if mock:
         _check_tokenizer(recipe)
         return
@@ -313,7 +333,7 @@ def _check_data(recipe: Recipe) -> None:
             f"data.split={data.split!r} needs data.blend; a corpus, data.train and data.validation are used whole"
         )
     tested = any(share.strip(" 0.") for share in (data.split or "").split(",")[2:])
-    # `txssm evaluate` sets skip_train and does not read the test set.
+    # `txssm eval loss` sets skip_train and does not read the test set.
     if tested and recipe.logging.eval_iters is None and not recipe.megatron.get("skip_train"):
         raise UserError(
             f"data.split={data.split!r} has a test set, which Megatron cannot read in full after training; "
@@ -322,6 +342,30 @@ def _check_data(recipe: Recipe) -> None:
     if data.train and not data.validation and recipe.logging.eval_iters != 0:
         raise UserError("data.validation is missing; state it, or set logging.eval_iters=0")
     _check_tokenizer(recipe)
+
+
+def _check_recall(recipe: Recipe, counts: Sequence[int]) -> None:
+    if len(set(counts)) < len(counts):
+        raise UserError(f"data.recall_pairs={[*counts]} has a number of pairs twice; state each once")
+    pairs = max(counts)
+    stated = f"data.recall_pairs with {pairs} pairs"
+    # Two tokens for each pair, and two for each query; keys are one half of the vocabulary, without token 0.
+    for field, value, needed in (
+        ("training.seq_length", recipe.training.seq_length, 4 * pairs),
+        ("data.vocab_size", recipe.data.vocab_size, 2 * (pairs + 1)),
+    ):
+        if value < needed:
+            raise UserError(f"{stated} needs {field} of at least {needed}, not {value}; raise it, or state fewer pairs")
+    if recipe.logging.eval_iters not in (None, 0):
+        raise UserError(
+            f"logging.eval_iters={recipe.logging.eval_iters}: the held-out samples of data.recall_pairs are read "
+            "whole, so that every number of pairs is; set logging.eval_iters=null"
+        )
+    if recipe.prediction_depths:
+        raise UserError(
+            f"model.layer_pattern={recipe.model.layer_pattern} predicts further tokens, but in samples of "
+            "data.recall_pairs an answer is not followed by another; leave out what follows the /"
+        )
 
 
 def _check_tokenizer(recipe: Recipe) -> None:
@@ -369,6 +413,7 @@ def check_world_size(recipe: Recipe, world_size: int) -> None:
 _CHECKS = (
     _check_name,
     _check_model,
+    _check_ablation,
     _check_rotation,
     _check_tensor_parallel,
     check_experts,
@@ -377,10 +422,12 @@ _CHECKS = (
     _check_length,
     check_fp8,
     check_muon,
+    check_mup,
     _check_gpu_options,
     _check_schedule,
     check_skip_steps,
     check_guard,
+    check_evaluation,
     _check_retention,
     _check_sources,
     _check_data,

@@ -35,6 +35,7 @@ from megatron_txssm.recipe.corpus.tokenizer import read_tokenizer_facts
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe, with_paths
 from megatron_txssm.recipe.sizes import checkpoint_bytes
+from megatron_txssm.recipe.validation.evaluation_checks import check_task_files
 from megatron_txssm.recipe.validation.validate import check_tokenizer_file, validate
 from megatron_txssm.training.launch.schedule import check_schedule, differences, schedule_warnings
 
@@ -284,7 +285,7 @@ def make_run_directory(recipe: Recipe) -> None:
 
 
 def check_files(recipe: Recipe) -> None:
-    """UserError unless the recipe's corpus or token files and its tokenizer file exist and are whole."""
+    """UserError unless the files that the training reads exist and are whole: tokens, tokenizer, scored tasks."""
     from megatron_txssm.data.corpus.blend import check_corpus
     from megatron_txssm.data.corpus.shard import check_shard
 
@@ -294,3 +295,5 @@ def check_files(recipe: Recipe) -> None:
         for _, prefix in blend or ():
             check_shard(prefix)
     check_tokenizer_file(recipe)
+    if recipe.evaluation.interval is not None:
+        check_task_files(recipe)

@@ -236,6 +236,15 @@ class TrainingMonitor(Listener):
             words = " | ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
             self._show(lambda display: display.note(f"iteration {iteration} | {words}"))
 
+    def on_scores(self, scores: dict[str, float], seconds: float) -> None:
+        """Report the scores of tasks at this step, by "TASK/METRIC", which took so many seconds."""
+        iteration = self.args.iteration if self.iteration is None else self.iteration
+        self._write({"iteration": iteration, "scores": scores, "score_seconds": round(seconds, 3)})
+        if self.trackers is not None:
+            self.trackers.log({f"scores/{name}": value for name, value in scores.items()}, iteration)
+        words = " | ".join(f"{name.replace('/', ' ')} {value:.4f}" for name, value in scores.items())
+        self._show(lambda display: display.note(f"iteration {iteration} | {words}"))
+
     def say(self, text: str) -> None:
         """Write a line to the terminal and the log, on rank 0."""
         if self.args.rank == 0:

@@ -71,3 +71,12 @@ def test_a_misfit_is_named(format: Format, variant: str, changes: str, reason: s
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_llama_is_chosen_where_it_fits(variant: str) -> None:
     assert choose_format(load(variant), None) == ("llama" if variant == "llama3" else "transxssm")
+
+
+@pytest.mark.parametrize("ablation", ["no_residual", "no_norm"])
+def test_a_model_without_residuals_or_norms_has_no_format(ablation: str) -> None:
+    recipe = load("transxssm", f"ablation={ablation}")
+    for asked in (None, "transxssm", "reference"):
+        with pytest.raises(UserError, match=f"model.ablation={ablation}, for which there is no Hugging Face format"):
+            choose_format(recipe, asked)
+    assert choose_format(recipe, "megatron") == "megatron"

@@ -56,7 +56,7 @@ def test_a_model_with_experts_has_three_texts(
         text = pieces.EncodeAsIds(proof_module.sample_text())
         assert [token for tokens in read for token in tokens] == text[: 512 * len(read)]
         names = ["the Python manual", "the Python manual from token 512 on", "the Python manual from token 1024 on"]
-        assert found.logits.text == names[len(read) - 1]
+        assert found.logits is not None and found.logits.text == names[len(read) - 1]
     else:
         assert len(set(map(tuple, read))) == len(read), "no text twice"
 
@@ -67,3 +67,16 @@ def test_other_tensors_have_no_second_chance(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(proof_module, "compare_logits", lambda *arguments: calls.append(arguments) or (PASSED, ()))
     monkeypatch.setattr(proof_module, "compare_tensors", lambda *arguments: Tensors(1, {"w": "differs by up to 1"}))
     assert not prove_equal(saved, saved).passed and len(calls) == 1
+
+
+@pytest.mark.parametrize(("base", "count"), [(None, 512), (8, 512), (448, 512), (449, 513), (4096, 4160), (4097, 512)])
+def test_a_proof_reads_beyond_the_base_of_the_scaling(tmp_path: Path, base: int | None, count: int) -> None:
+    model = ARCHITECTURES["transxssm"] | {"length_scaling_base": base}
+    saved = open_checkpoint(make_run(tmp_path, model))
+    tokens, text = proof_module._tokens_for(saved, number=1)
+    assert (len(tokens), text) == (count, "random tokens")
+
+
+def test_the_manual_is_long_enough_for_three_such_texts() -> None:
+    count = proof_module.FARTHEST_BASE + 2 * proof_module.DECODED
+    assert len(proof_module.sample_text(3 * 8 * count)) == 3 * 8 * count

@@ -80,6 +80,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (home / folder).mkdir(parents=True)
     monkeypatch.chdir(home)
     fields = ["run_directory=runs/r$$1", "data.validation=[[1, 'runs/r$$1/data/v'], [2, data/v]]"]
+    fields += ["evaluation.tasks=[piqa, tasks/own.yaml]", "evaluation.data=data/$$sets"]
     recipe = load_recipe("demo_cpu", own_data(*fields, "data.tokenizer_model=tokenizer", "checkpoint.load_from=../x"))
     for folder in (recipe.run_path, recipe.checkpoint_path):
         keep_recipe(recipe, folder)
@@ -102,6 +103,8 @@ def test_a_runs_recipe_means_the_same_from_every_folder(run: Path, tmp_path: Pat
         ]
         assert recipe.data.tokenizer_model == str(home / "tokenizer")
         assert recipe.checkpoint.load_from == str(tmp_path / "x")
+        assert recipe.evaluation.tasks == ("piqa", str(home / "tasks" / "own.yaml"))
+        assert recipe.evaluation.data == str(home / "data" / "$sets")
     evaluated = evaluation_recipe(run, [])
     assert evaluated.data.train == ((1.0, str(home / "data" / "train")),)
     assert Path(evaluated.checkpoint.load_from or "") == run / "checkpoints"

@@ -32,6 +32,17 @@ OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
         ),
         (
             "transxssm_320m",
+            ["model.ablation=no_norm"],
+            "ablation=no_norm is not possible with Transformer Engine, whose norms are parts of linear layers; set "
+            "training.transformer_impl: local",
+        ),
+        (
+            "transxssm_320m_moe",
+            ["model.ablation=no_residual"],
+            "or prediction depths; leave them out, or set ablation: null",
+        ),
+        (
+            "transxssm_320m",
             ["model.state_num_groups=5"],
             "state_num_groups=5 does not divide the state-space heads (12)",
         ),
@@ -226,6 +237,16 @@ OWN_DATA = ("data.train=a", "data.validation=a", "data.tokenizer_model=b")
             ["data.stages=[{tokens: 7e9, weights: {a: 1}}, {weights: {b: 1}}]"],
             "6676 steps before the last stage leave none of the 6104 to it; shorten the stages or train longer",
         ),
+        (
+            "mqar_small",
+            ["data.recall_pairs=[2, 32]"],
+            "data.recall_pairs with 32 pairs needs training.seq_length of at least 128, not 64; raise it, or state "
+            "fewer pairs",
+        ),
+        ("mqar_small", ["data.recall_pairs=[8, 2, 8]"], "data.recall_pairs=[8, 2, 8] has a number of pairs twice"),
+        ("mqar_small", ["data.vocab_size=33"], "needs data.vocab_size of at least 34, not 33"),
+        ("mqar_small", ["logging.eval_iters=5"], "every number of pairs is; set logging.eval_iters=null"),
+        ("mqar_small", ["model.layer_pattern=M-*-/*-"], "leave out what follows the /"),
         ("demo_cpu", ["data.train=a", "data.validation=null"], "data.validation is missing"),
         ("demo_cpu", ["data.blend=x"], "data.blend needs data.split"),
         ("demo_cpu", ["data.blend=x", "data.split='98,1,1'"], "data.split='98,1,1' has a test set, which Megatron"),

@@ -13,6 +13,7 @@ import pytest
 from megatron_txssm.checkpoint.checksums import DamagedCheckpoint
 from megatron_txssm.checkpoint.steps import Step, find_newest
 from megatron_txssm.errors import UserError
+from megatron_txssm.recipe import changes
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import checkpoint_bytes
@@ -20,6 +21,7 @@ from megatron_txssm.training.launch import preflight
 from megatron_txssm.training.launch.preflight import (
     changed_data,
     check_checkpoint,
+    check_files,
     check_room,
     check_run,
     is_finished,
@@ -179,6 +181,20 @@ def test_a_run_goes_on_without_a_usable_tracker(recipe: Recipe, text: str | None
     fields = [f"run_directory={tmp_path}/other", f"checkpoint.load_from={recipe.checkpoint_path}"]
     with pytest.raises(UserError, match=r"says .*; write the number|holds checkpoints \(40, 80, 10000000\), but not"):
         check_checkpoint(load_recipe("demo_cpu", fields))
+
+
+def test_tasks_that_are_scored_must_be_there(recipe: Recipe, tmp_path: Path) -> None:
+    scored = {"evaluation.tasks": ("piqa", str(tmp_path / "own.yaml")), "evaluation.data": str(tmp_path / "sets")}
+    mock = changes.changed(recipe, {"data.corpus": None, "megatron.mock_data": True} | scored)
+    check_files(mock)
+    mock = changes.changed(mock, {"evaluation.interval": 1})
+    with pytest.raises(UserError, match=r"evaluation.tasks: .*/own.yaml: no such file"):
+        check_files(mock)
+    (tmp_path / "own.yaml").touch()
+    with pytest.raises(UserError, match=r"evaluation.data=.*/sets: no such folder; .* --tasks piqa` fills one"):
+        check_files(mock)
+    (tmp_path / "sets").mkdir()
+    check_files(mock)
 
 
 def test_folders_are_made(recipe: Recipe) -> None:

@@ -29,7 +29,7 @@ def tokens_per_second(device: str, *, small: bool) -> dict[str, dict[str, float]
             model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         for context in contexts:
             cache = filled_cache(config, BATCH, context, dtype, device)
-            speeds[str(context)][name] = BATCH * TOKENS / _seconds(model, cache)
+            speeds[str(context)][name] = BATCH * TOKENS / seconds_of_decoding(model, cache, WARM_UP, TOKENS)
     return speeds
 
 
@@ -44,7 +44,7 @@ def filled_cache(
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, StateSpaceCacheLayer):
             shape: Any = (batch, config.state_num_heads, config.state_head_dim, config.state_size)
-            layer.replace(torch.randn(shape, device=device), None)
+            layer.replace(torch.randn(shape, device=device), _conv_inputs(config, batch, dtype, device))
         else:
             keys, values = (torch.randn(key_shape, dtype=dtype, device=device) for _ in range(2))
             cache.update(keys, values, index)
@@ -53,19 +53,29 @@ def filled_cache(
     return cache
 
 
+def _conv_inputs(config: Any, batch: int, dtype: torch.dtype, device: str) -> Any:
+    """Random last inputs of a state-space layer's convolution; None if it has none."""
+    if config.position_encoding != "conv1d_d":
+        return None
+    channels = config.state_inner_size + 2 * config.state_num_groups * config.state_size
+    shape: Any = (batch, channels, config.conv_kernel - 1)
+    return torch.randn(shape, dtype=dtype, device=device)
+
+
 @torch.inference_mode()
-def _seconds(model: Any, cache: Any) -> float:
+def seconds_of_decoding(model: Any, cache: Any, warm_up: int, tokens: int) -> float:
+    """Of `tokens` greedy tokens one by one, after `warm_up` others; the cache has been filled for one text."""
     ids = torch.zeros(BATCH, 1, dtype=torch.long, device=model.device)
     begin = 0.0
-    for step in range(WARM_UP + TOKENS):
-        if step == WARM_UP:
-            _finish(model)
+    for step in range(warm_up + tokens):
+        if step == warm_up:
+            wait_for_gpu(model)
             begin = time.perf_counter()
         ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
-    _finish(model)
+    wait_for_gpu(model)
     return time.perf_counter() - begin
 
 
-def _finish(model: Any) -> None:
+def wait_for_gpu(model: Any) -> None:
     if model.device.type == "cuda":
         torch.cuda.synchronize()

@@ -1,0 +1,1 @@
+"""Benchmarks: how fast models of one size are, and what that costs."""

@@ -1,0 +1,1 @@
+"""Studies: the same training of several models, with several seeds, and what it shows."""
