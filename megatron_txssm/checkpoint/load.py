@@ -21,7 +21,8 @@ from megatron_txssm.recipe.changes import (
 )
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.recipe.validation.validate import check_tokenizer_file, validate
+from megatron_txssm.recipe.validation.data_checks import check_tokenizer_file
+from megatron_txssm.recipe.validation.validate import validate
 from megatron_txssm.session.hooks import Call, Listener, listening
 from megatron_txssm.session.start import start_megatron
 

@@ -11,8 +11,8 @@ from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import data_parallel_size, smallest_world_size
+from megatron_txssm.recipe.validation.data_checks import check_tokenizer_file
 from megatron_txssm.recipe.validation.evaluation_checks import check_task_files
-from megatron_txssm.recipe.validation.validate import check_tokenizer_file
 from megatron_txssm.terminal import doing
 from megatron_txssm.training.launch.preflight import number_of_shards
 

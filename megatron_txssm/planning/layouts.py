@@ -10,7 +10,8 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.changes import ONE_MODEL_PARALLEL_RANK, Changes, changed
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.sizes import divisors
-from megatron_txssm.recipe.validation.validate import check_world_size, validate
+from megatron_txssm.recipe.validation.layout_checks import check_world_size
+from megatron_txssm.recipe.validation.validate import validate
 
 # Samples. GEMMs gain little beyond 8 of the usual lengths; a larger one that the recipe states is considered, too.
 MICRO_BATCHES = (1, 2, 4, 8)

@@ -57,6 +57,13 @@ def divisors(*numbers: int) -> Iterator[int]:
     yield from (common // d for d in reversed(lower) if d * d != common)
 
 
+def check_divisible(name: str, value: int, by_name: str, by: int, remedy: str | None = None) -> None:
+    """UserError with the legal values, or `remedy`, unless `value` is divisible by `by`."""
+    if value % by != 0:
+        legal = remedy or f"use one of {', '.join(map(str, divisors(value)))}"
+        raise UserError(f"{name}={value} is not divisible by {by_name}={by}; {legal}")
+
+
 def of_equal_size(recipe: Recipe, other: Recipe, multiple: int = 8) -> Recipe:
     """The recipe with the FFN, of a `multiple` of channels, that brings it nearest to the other's parameters."""
 

@@ -35,8 +35,9 @@ from megatron_txssm.recipe.corpus.tokenizer import read_tokenizer_facts
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe, with_paths
 from megatron_txssm.recipe.sizes import checkpoint_bytes
+from megatron_txssm.recipe.validation.data_checks import check_tokenizer_file
 from megatron_txssm.recipe.validation.evaluation_checks import check_task_files
-from megatron_txssm.recipe.validation.validate import check_tokenizer_file, validate
+from megatron_txssm.recipe.validation.validate import validate
 from megatron_txssm.training.launch.schedule import check_schedule, differences, schedule_warnings
 
 # Fields of `model` that affect computation or initialisation, not a checkpoint's content.
