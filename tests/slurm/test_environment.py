@@ -123,7 +123,7 @@ def test_workers_end_with_torchrun(launcher: str) -> None:
         "from megatron_txssm.slurm.environment import end_with_launcher\n"
         "end_with_launcher()\n"
         "print('ready', flush=True)\n"
-        "time.sleep(60)"
+        "time.sleep(3600)"
     )
     starter = (
         "import os, subprocess, sys\n"

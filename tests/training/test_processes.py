@@ -198,16 +198,15 @@ def test_why_of_a_run_that_trains(recipe: Recipe, capsys: pytest.CaptureFixture[
     assert "  now  " not in told and "job" not in told
 
 
-def send_when(file: Path, *numbers: int) -> threading.Thread:
-    """Send this process the signals, a second apart, once `file` is there."""
+def send_when(*signals: tuple[Path, int]) -> threading.Thread:
+    """Send this process the signals one after another, each once its file is there."""
 
     def wait_and_send() -> None:
-        end = time.monotonic() + 300
-        while not file.exists() and time.monotonic() < end:
-            time.sleep(0.05)
-        for number in numbers:
+        for file, number in signals:
+            end = time.monotonic() + 300
+            while not file.exists() and time.monotonic() < end:
+                time.sleep(0.05)
             os.kill(os.getpid(), number)
-            time.sleep(1)
 
     thread = threading.Thread(target=wait_and_send)
     thread.start()
@@ -225,7 +224,7 @@ def test_a_signal_lets_the_workers_save(
     number: int, launch: Callable[..., int], recipe: Recipe, capfd: pytest.CaptureFixture[str]
 ) -> None:
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    thread = send_when(recipe.run_path / "ready", number)
+    thread = send_when((recipe.run_path / "ready", number))
     assert launch(SAVES) == 128 + number
     thread.join()
     output = capfd.readouterr()
@@ -238,9 +237,11 @@ def test_a_signal_lets_the_workers_save(
 def test_the_second_ctrl_c_ends_workers_that_do_not_stop(
     launch: Callable[..., int], recipe: Recipe, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    thread = send_when(recipe.run_path / "ready", signal.SIGINT, signal.SIGINT)
-    assert launch("trap '' TERM; touch $RUN/ready; for i in $(seq 3000); do sleep 0.1; done; touch $RUN/end") == 130
-    assert not (recipe.run_path / "end").exists()
+    run = recipe.run_path
+    thread = send_when((run / "ready", signal.SIGINT), (run / "told", signal.SIGINT))
+    trains = "for i in $(seq 3000); do sleep 0.1; done; touch $RUN/end"
+    assert launch(f"trap 'touch $RUN/told' TERM; touch $RUN/ready; {trains}") == 130
+    assert not (run / "end").exists()
     thread.join()
     output = capfd.readouterr()
     assert "stopped; there is no checkpoint to resume from" in output.out
@@ -250,7 +251,7 @@ def test_the_second_ctrl_c_ends_workers_that_do_not_stop(
 def test_ctrl_c_while_the_workers_start_is_quiet(
     launch: Callable[..., int], recipe: Recipe, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    thread = send_when(recipe.run_path / "ready", signal.SIGINT)
+    thread = send_when((recipe.run_path / "ready", signal.SIGINT))
     assert launch("touch $RUN/ready; exec sleep 300") == 130
     thread.join()
     assert capfd.readouterr().err == ""
@@ -260,7 +261,7 @@ def test_a_fault_after_ctrl_c_is_still_a_fault(
     launch: Callable[..., int], recipe: Recipe, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # Such as a full disk while saving.
-    thread = send_when(recipe.run_path / "ready", signal.SIGINT)
+    thread = send_when((recipe.run_path / "ready", signal.SIGINT))
     assert launch("trap 'exit 1' TERM; touch $RUN/ready; for i in $(seq 3000); do sleep 0.1; done") == 1
     thread.join()
     assert "rank 0 failed (exit code 1)" in capfd.readouterr().err
@@ -270,7 +271,7 @@ def test_an_ignored_hang_up_stays_ignored(launch: Callable[..., int], recipe: Re
     # nohup txssm pretrain … &
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        thread = send_when(recipe.run_path / "ready", signal.SIGHUP)
+        thread = send_when((recipe.run_path / "ready", signal.SIGHUP))
         assert launch("touch $RUN/ready; sleep 1.5") == 0
         thread.join()
     finally:

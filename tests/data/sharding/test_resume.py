@@ -94,7 +94,8 @@ def test_thirty_kills_change_no_byte(tmp_path: Path) -> None:
     assert tasks > 10
     draw = random.Random(0)
     cut_short = 0
-    for _ in range(KILLS):
+    # A kill after the end tests nothing, and does not count.
+    while cut_short < KILLS:
         process = start(recipe)
         wait_for_a_random_moment(process, corpus, tasks, draw)
         cut_short += process.poll() is None
@@ -104,7 +105,6 @@ def test_thirty_kills_change_no_byte(tmp_path: Path) -> None:
             assert manifest.read_bytes() == expected[manifest.relative_to(corpus).as_posix()]
         if len(finished_tasks(corpus)) >= tasks - 2 or draw.random() < 0.2:
             finish_and_compare(recipe, corpus, expected)
-    assert cut_short >= KILLS // 2, "most kills came after the end: they tested nothing"
     finish_and_compare(recipe, corpus, expected)
 
 
