@@ -67,11 +67,11 @@ class Sandbox:
         lines = self.slurm("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %t").splitlines()
         return {name: state for name, _, state in (line.partition(" ") for line in lines)}
 
-    def wait_states(self, wanted: dict[str, str], seconds: float) -> None:
+    def wait_states(self, wanted: dict[str, str]) -> None:
         """Waits until each of these nodes is in its state."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + PATIENCE
         while not wanted.items() <= (states := self.node_states()).items():
-            assert time.monotonic() < end, f"after {seconds} s the nodes are {states}, not {wanted}"
+            assert time.monotonic() < end, f"after {PATIENCE} s the nodes are {states}, not {wanted}"
             time.sleep(0.2)
 
     def mend(self, nodes: list[str]) -> None:
@@ -79,17 +79,17 @@ class Sandbox:
         for node in nodes:
             self.must("poweron", node)
             self.must("plug", node)
-        self._resume()
+        self.resume_all()
         # slurmctld may take a node that has just come back for idle before its slurmd answers.
         probe = ["srun", "--immediate=60", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", "true"]
         end = time.monotonic() + PATIENCE
         while (done := subprocess.run(probe, env=self.env, capture_output=True, text=True)).returncode != 0:
             assert time.monotonic() < end, f"after {PATIENCE} s: {done.stderr}"
-            self._resume()
-        self._resume()
+            self.resume_all()
+        self.resume_all()
 
-    def _resume(self) -> None:
-        """Waits until every node is idle."""
+    def resume_all(self) -> None:
+        """Waits until every node is idle, and resumes those that are drained or down."""
         end = time.monotonic() + PATIENCE
         while set((states := self.node_states()).values()) != {"idle"}:
             assert time.monotonic() < end, f"after {PATIENCE} s the nodes are {states}"
@@ -104,18 +104,18 @@ class Sandbox:
                     ["scontrol", "update", f"NodeName={node}", "State=RESUME"], env=self.env, capture_output=True
                 )
 
-    def wait_idle(self, nodes: list[str], seconds: float) -> None:
-        self.wait_states(dict.fromkeys(nodes, "idle"), seconds)
+    def wait_idle(self, nodes: list[str]) -> None:
+        self.wait_states(dict.fromkeys(nodes, "idle"))
 
     def job_state(self, job: str) -> str:
         """PENDING, RUNNING, COMPLETED, ...; Slurm forgets a job five minutes after its end."""
         return self.slurm("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
 
-    def wait_job(self, job: str, state: str, seconds: float) -> None:
-        end = time.monotonic() + seconds
+    def wait_job(self, job: str, state: str) -> None:
+        end = time.monotonic() + PATIENCE
         while (now := self.job_state(job)) != state:
             if time.monotonic() > end:
-                raise AssertionError(f"after {seconds} s job {job} is {now}, not {state}")
+                raise AssertionError(f"after {PATIENCE} s job {job} is {now}, not {state}")
             time.sleep(0.1)
 
     def release(self, keep_logs: bool) -> None:

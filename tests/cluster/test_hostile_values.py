@@ -244,7 +244,7 @@ class Site:
 def site(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """After every case was submitted and every job has ended."""
     # Where nodes are down, submit warns.
-    sandbox.wait_idle(["n1", "n2", "n3"], PATIENCE)
+    sandbox.wait_idle(["n1", "n2", "n3"])
     site = Site(tmp_path_factory.mktemp("hostile"))
     with pytest.MonkeyPatch.context() as patch:
         for name in os.environ.keys() - sandbox.env.keys():
