@@ -59,6 +59,47 @@ def _mqar(found: dict[str, Any]) -> str:
     )
 
 
+def _stability(found: dict[str, Any]) -> str:
+    heads = (
+        "variant",
+        "loss − as_paper",
+        "spikes",
+        "gradient norm, median",
+        "largest",
+        "state norm, end of training's length",
+    )
+    return _markdown(
+        heads,
+        (
+            (
+                f"`{name}`",
+                _spread(of_variant["loss_minus_as_paper"], "+.3f"),
+                sum(run["spikes"] for run in runs),
+                _range([run["median_gradient_norm"] for run in runs]),
+                f"{max(run['largest_gradient_norm'] for run in runs):.3g}",
+                _range([run["states"]["mean"][0] for run in runs]),
+            )
+            for name, of_variant in found["variants"].items()
+            for runs in [[*of_variant["runs"].values()]]
+        ),
+    )
+
+
+def _scaling(found: dict[str, Any]) -> str:
+    return _markdown(
+        ("model", "parameters", "loss", "loss − transxssm"),
+        (
+            (
+                f"`{name}`",
+                f"{of_variant['parameters']:,}",
+                Spread.of([*of_variant["loss_by_seed"].values()]).text(".3f"),
+                _spread(of_variant["loss_minus_transxssm"], "+.3f"),
+            )
+            for name, of_variant in found["variants"].items()
+        ),
+    )
+
+
 def _throughput(found: dict[str, Any]) -> str:
     rows = [Row(**row) for row in found["summary"]]
     tables = [
@@ -72,6 +113,8 @@ def _throughput(found: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "position_encoding": _position_encoding,
     "mqar": _mqar,
+    "scaling": _scaling,
+    "stability": _stability,
     "throughput": _throughput,
 }
 
@@ -80,6 +123,10 @@ def _spread(found: dict[str, float], form: str) -> str:
     """Mean and standard deviation; None, which stands for NaN in JSON, is of one seed."""
     deviation = float("nan") if found["deviation"] is None else found["deviation"]
     return Spread(found["mean"], deviation).text(form)
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.2g} to {max(values):.2g}"
 
 
 def _markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
