@@ -39,6 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test computes with the same random numbers alone as after others."""
+    torch.manual_seed(1234)
+
+
+@pytest.fixture(autouse=True)
 def kernels_of_trainings(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test on a GPU runs the kernels that trainings run, which are not the deterministic ones."""
     on_gpu = request.node.get_closest_marker("gpu") is not None
