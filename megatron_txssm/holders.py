@@ -23,6 +23,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from megatron_txssm.typed_json import parse_json, read_json, typed_fields
+
 NAME = "running.json"
 BEAT_SECONDS, STALE_SECONDS = 10.0, 60.0
 # After this time without a touch, the holder is dead; no need to wait.
@@ -87,7 +89,7 @@ def living_holder(folder: Path, me: Holder, name: str = NAME) -> Holder | str | 
     except OSError:
         return None
     try:
-        holder = Holder(**json.loads(text))
+        holder = Holder(**typed_fields(parse_json(text), Holder))
     except (ValueError, TypeError):
         # It is being written, or its writer died while writing.
         return f"{name} does not name it" if is_touched(file) else None
@@ -111,7 +113,7 @@ def is_held(folder: Path) -> bool:
     """
     file, me = folder / NAME, Holder.myself()
     try:
-        holder, known = Holder(**json.loads(file.read_bytes())), file.stat()
+        holder, known = Holder(**typed_fields(read_json(file), Holder)), file.stat()
     except (OSError, ValueError, TypeError):
         return False
     if (holder.boot, holder.pid_namespace) == (me.boot, me.pid_namespace):
@@ -122,7 +124,7 @@ def is_held(folder: Path) -> bool:
 def token_of(file: Path) -> str | None:
     """Which holder a file names; None if it cannot be read."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["token"]
+        return read_json(file)["token"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

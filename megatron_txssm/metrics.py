@@ -1,7 +1,6 @@
 """Reads RUN/metrics.jsonl, written by training/watch/monitor.py: one JSON object per step and per validation."""
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+
+from megatron_txssm.typed_json import parse_json
 
 # An object of metrics.jsonl, as training/watch/monitor.py writes it; earlier versions wrote fewer fields. A step has
 # "grad_norm", a validation has only its losses, by the names of its sets.
@@ -80,7 +81,7 @@ def _line(line: bytes) -> MetricsLine | None:
     """None if it is not a JSON object. A line truncated by a kill may precede it on the same line."""
     for text in (line, line[max(0, line.rfind(b'{"iteration"')) :]):
         # orjson is five times as fast, but refuses NaN, as the loss of a skipped step may be.
-        for loads in (orjson.loads, json.loads):
+        for loads in (orjson.loads, parse_json):
             try:
                 found = loads(text)
             except ValueError:

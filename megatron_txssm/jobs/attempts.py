@@ -19,12 +19,12 @@ RUN/attempts/0002/                the second start of the trainer: restarted, re
 """
 
 import dataclasses
-import json
 import os
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from megatron_txssm.errors import UserError, nearest, shown
 from megatron_txssm.files import write_json
@@ -36,6 +36,10 @@ from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.slurm import client as slurm
 from megatron_txssm.slurm.submission import read_submission
 from megatron_txssm.training.launch.preflight import saved_step
+from megatron_txssm.typed_json import is_date, read_json, typed_fields
+
+# A node's name, as Slurm has it.
+_NODE = re.compile(r"[\w.-]+")
 
 
 class Hang(TypedDict):
@@ -110,14 +114,15 @@ class Attempt:
         """The node of a rank: ranks are assigned to nodes in contiguous blocks."""
         return self.nodes[min(rank // self.nproc_per_node, len(self.nodes) - 1)]
 
-    def read_output(self) -> str:
-        """The job's output since the attempt began, at most the last 4 MB."""
+    def read_output(self, end: int | None = None) -> str:
+        """The job's output since the attempt began, at most the last 4 MB; `end`: up to this byte of the file."""
         if self.output is None or not Path(self.output).is_file():
             return ""
         with open(self.output, "rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(self.output_offset, size - 4_000_000))
-            return file.read().decode(errors="replace")
+            end = size if end is None else min(end, size)
+            begin = file.seek(max(self.output_offset, end - 4_000_000))
+            return file.read(max(0, end - begin)).decode(errors="replace")
 
     def skip_output(self) -> None:
         """Exclude the job's output so far: it is the preflight's, not the trainer's."""
@@ -167,16 +172,29 @@ def _new_folder(attempts: Path, number: int) -> Path:
 def attempts(run: Path) -> list[Attempt]:
     """All attempts of a run, in order; fields unknown to this version are ignored."""
     found = []
-    known = {field.name for field in dataclasses.fields(Attempt)} - {"folder"}
     # Renamed folders, such as 0002.kept, do not count.
     paths = [path for path in run.glob("attempts/*/attempt.json") if path.parent.name.isdecimal()]
     for path in sorted(paths, key=lambda path: int(path.parent.name)):
         try:
-            fields = json.loads(path.read_bytes()).items()
-            found.append(Attempt(folder=path.parent, **{name: value for name, value in fields if name in known}))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            found.append(Attempt(folder=path.parent, **_fields(read_json(path))))
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path}: not readable ({error}); remove its folder to continue without it") from error
     return found
+
+
+def _fields(record: object) -> dict[str, Any]:
+    """The fields of an attempt in its record; ValueError for values that no supervisor writes."""
+    # The folder is where the record lies, whatever it says.
+    known = {name: value for name, value in record.items() if name != "folder"} if isinstance(record, dict) else record
+    fields = typed_fields(known, Attempt)
+    nodes, processes = fields.get("nodes", ["n"]), fields.get("nproc_per_node", 1)
+    if not nodes or not all(map(_NODE.fullmatch, nodes)) or processes < 1:
+        raise ValueError(f"it has nodes={nodes}, nproc_per_node={processes}")
+    if not all(is_date(fields.get(name) or 0) for name in ("started", "ended")):
+        raise ValueError(f"it has started={fields.get('started')}, ended={fields.get('ended')}")
+    if any(fields.get(name, 0) < 0 for name in ("metrics_offset", "output_offset")):
+        raise ValueError("it has a negative number of bytes")
+    return fields
 
 
 def farthest_step(metrics: Path, attempt: Attempt | None) -> int | None:

@@ -1,7 +1,6 @@
 """The attempts of a run without Slurm, which has no attempt.json: from the starts in metrics.jsonl, and ended.json."""
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from megatron_txssm.holders import is_held
 from megatron_txssm.jobs.attempts import Attempt
 from megatron_txssm.metrics import MetricsLine, last_step, metrics_lines
 from megatron_txssm.training.launch.ended import local_end
+from megatron_txssm.typed_json import parse_json
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def start_lines(metrics: Path) -> Iterator[tuple[int, MetricsLine]]:
             # Much faster than to parse every step.
             if b'"start"' in row:
                 with contextlib.suppress(ValueError):
-                    line = json.loads(row)
+                    line = parse_json(row)
                     if isinstance(line, dict) and "start" in line:
                         yield offset, line
             offset += len(row)

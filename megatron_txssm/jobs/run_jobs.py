@@ -1,7 +1,6 @@
 """Finds a run's jobs in the queue, and the process that trains in its folder, known to Slurm or not."""
 
 import contextlib
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.holders import NAME, STALE_SECONDS, Holder, living_holder
 from megatron_txssm.jobs.attempts import attempts, job_ids
 from megatron_txssm.slurm.client import Job, NoAnswer, queue
+from megatron_txssm.typed_json import read_json
 
 
 def jobs_of(run: Path, queue: list[Job]) -> list[Job]:
@@ -38,7 +38,7 @@ def known_jobs(run: Path) -> set[str]:
 def _job_in_running_json(run: Path) -> set[str]:
     """The job number in running.json; empty without one."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        job_id = json.loads((run / NAME).read_bytes()).get("job_id")
+        job_id = read_json(run / NAME).get("job_id")
         return set() if job_id is None else {str(job_id)}
     return set()
 

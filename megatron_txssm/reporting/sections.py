@@ -1,6 +1,5 @@
 """A report's plain tables: attempts, environment, data, evaluations, benchmarks, conversions."""
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -19,6 +18,7 @@ from megatron_txssm.recipe.corpus.schema import KEPT_RECIPE
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.reporting.charts import short
 from megatron_txssm.slurm.submission import read_submission
+from megatron_txssm.typed_json import read_json
 
 # Characters of a cell: the detail of a failure may be a page.
 _LONGEST = 400
@@ -88,7 +88,7 @@ def environment(run: Path, attempts: Sequence[Attempt]) -> dict[str, str]:
 def _preflight_facts(attempt: Attempt) -> dict[str, str]:
     """Versions on an attempt's first node, as the check of the nodes found them; empty without a check."""
     try:
-        facts = json.loads((attempt.folder / "preflight.json").read_bytes())["reports"][0]["facts"]
+        facts = read_json(attempt.folder / "preflight.json")["reports"][0]["facts"]
         return {str(name): str(value) for name, value in facts.items() if value != "none"}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
@@ -254,7 +254,7 @@ def _object(line: MetricsLine, name: str) -> MetricsLine:
 def _json_object(file: Path) -> list[MetricsLine]:
     """The object in a JSON file; none if it is not there or holds something else."""
     try:
-        found = json.loads(file.read_bytes())
+        found = read_json(file)
     except (OSError, ValueError):
         return []
     return [found] if isinstance(found, dict) else []

@@ -1,10 +1,10 @@
 """RUN/submission.json: the last submission of a run by `txssm submit`."""
 
-import json
 from pathlib import Path
 from typing import TypedDict, cast
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.typed_json import misfit, read_json
 
 
 class SubmissionRecord(TypedDict, total=False):
@@ -35,9 +35,12 @@ def read_submission(run: Path) -> SubmissionRecord:
     """The contents of submission.json; empty if the run was not submitted by `txssm submit`."""
     path = run / "submission.json"
     try:
-        found = json.loads(path.read_bytes()) if path.exists() else {}
+        found = read_json(path) if path.exists() else {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable ({error})") from None
-    if not isinstance(found, dict) or not isinstance(found.get("jobs", {}), dict):
-        raise UserError(f"{path} is not what txssm submit writes; remove it to continue without it")
+    wrong = misfit(found, SubmissionRecord, "it")
+    if wrong is None and not all(found.get("jobs", {"": "1"}).values()):
+        wrong = "a stage without a job"
+    if wrong is not None:
+        raise UserError(f"{path} is not what txssm submit writes ({wrong}); remove it to continue without it")
     return cast(SubmissionRecord, found)

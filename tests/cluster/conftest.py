@@ -75,8 +75,8 @@ def disturb(
 ) -> Callable[..., None]:
     """Calls `faults.check_fault` with a job of its own, and reports what the fault cost."""
 
-    def check(name: str, fault: Fault, cause: str, words: Sequence[str] = ()) -> None:
-        cost = check_fault(TrainingJob(sandbox, tmp_path / "job", data), fault, cause, words, undisturbed)
+    def check(name: str, fault: Fault, cause: str, words: Sequence[str] = (), lost: str | None = None) -> None:
+        cost = check_fault(TrainingJob(sandbox, tmp_path / "job", data), fault, cause, words, undisturbed, lost)
         report(f"{name:30} {cost}")
 
     return check

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Sequence
 
+from megatron_txssm.jobs.cause import Cause
+from megatron_txssm.jobs.diagnosis.causes import CAUSES
 from megatron_txssm.training.watch.collective_trace import explain_hang, missing_ranks
 from tests.cluster.training_job import SAVE_INTERVAL, TrainingJob
 
@@ -10,14 +12,24 @@ from tests.cluster.training_job import SAVE_INTERVAL, TrainingJob
 STEP = 25
 # Told to stop, the trainer saves first.
 GRACEFUL = {"preempted"}
-# A dying node resets its connections: the other rank may end by that before Slurm has noticed the node.
-SEEN_FIRST = {"node_failure": "connection_lost"}
+# Of starts that still meet a lost node before Slurm has given it up.
+TOO_EARLY = {"preflight", "node_failure", "connection_lost", "unknown"}
 
 Fault = Callable[[TrainingJob], object]
 
 
-def check_fault(job: TrainingJob, fault: Fault, cause: str, words: Sequence[str], undisturbed: dict[int, float]) -> str:
-    """Submit a job with these `words`, and disturb it; what that cost: seconds until the next step, repeated steps."""
+def check_fault(
+    job: TrainingJob,
+    fault: Fault,
+    cause: str,
+    words: Sequence[str],
+    undisturbed: dict[int, float],
+    lost: str | None = None,
+) -> str:
+    """Submit a job with these `words`, and disturb it; what that cost: seconds until the next step, repeated steps.
+
+    lost: the node that the fault takes away.
+    """
     job.submit(*words)
     job.wait_step(STEP)
     fault(job)
@@ -28,8 +40,15 @@ def check_fault(job: TrainingJob, fault: Fault, cause: str, words: Sequence[str]
     seconds = time.monotonic() - began
     job.wait_over()
 
-    first, second = job.attempts()
-    assert first.cause in (cause, SEEN_FIRST.get(cause, cause)) and second.cause == "finished", job.why()
+    first, *between, second = job.attempts()
+    assert second.cause == "finished", job.why()
+    if lost is None:
+        assert first.cause == cause and not between, job.why()
+    else:
+        # A dying node resets its connections: the other rank may end, and be recorded, before Slurm has noticed.
+        job.wait_until(lambda: job.sandbox.node_states()[lost].startswith("down"), f"Slurm to give {lost} up")
+        assert CAUSES[Cause(cause)].summary + f" on {lost}" in job.why("--all").splitlines()[0], job.why("--all")
+        assert {attempt.cause for attempt in between} <= TOO_EARLY, job.why("--all")
     assert dict(job.steps()) == undisturbed
     # Nothing is lost beyond the last save.
     repeated = len(job.steps()) - len(undisturbed)

@@ -31,15 +31,18 @@ def lose_node_while_saving(job: TrainingJob) -> None:
     job.sandbox.must("poweroff", "n2")
 
 
-FAULTS: dict[str, Fault] = {
-    "power-off of the second node": power_off("n2"),
-    "power-off of the first node": power_off("n1"),
-    "unplugged network": unplug,
-    "node loss during a save": lose_node_while_saving,
+# name: (what is done, the node that it takes away)
+FAULTS: dict[str, tuple[Fault, str]] = {
+    "power-off of the second node": (power_off("n2"), "n2"),
+    "power-off of the first node": (power_off("n1"), "n1"),
+    "unplugged network": (unplug, "n2"),
+    "node loss during a save": (lose_node_while_saving, "n2"),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_fault_of_a_node_costs_time_and_nothing_else(name: str, disturb: Callable[..., None]) -> None:
-    disturb(name, FAULTS[name], "node_failure")
+    """And the node is named, if not in the record of the moment, then once Slurm knows it."""
+    fault, lost = FAULTS[name]
+    disturb(name, fault, "node_failure", lost=lost)

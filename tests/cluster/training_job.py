@@ -59,8 +59,8 @@ class TrainingJob:
         assert done.returncode == 0, done.stderr
         self.job = json.loads((self.run / "submission.json").read_text())["jobs"]["pretrain"][0]
 
-    def why(self) -> str:
-        done = txssm(self.sandbox, "why", str(self.run))
+    def why(self, *words: str) -> str:
+        done = txssm(self.sandbox, "why", str(self.run), *words)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

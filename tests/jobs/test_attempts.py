@@ -39,11 +39,15 @@ def write_step(recipe: Recipe, step: int) -> None:
 
 
 def test_an_attempt_is_read_as_it_was_saved(tmp_path: Path) -> None:
-    attempt = some_attempt(tmp_path, 7)
     # Every field another value than its default.
-    for number, field in enumerate(dataclasses.fields(Attempt)):
-        if field.name != "folder":
-            setattr(attempt, field.name, [f"é\u2028{number}", number])
+    texts = {name: f"é\u2028{name}" for name in ("job_id", "output", "detail", "node", "action")}
+    whole = ("saved_before", "done_before", "metrics_offset", "output_offset", "exit_code", "last_step", "saved_after")
+    numbers = {name: number for number, name in enumerate([*whole, "rank", "nproc_per_node"], 3)}
+    fields = {**texts, **numbers, "started": 1.5, "ended": 2.5, "told_to_stop": True, "cause": Cause.KILLED}
+    fields |= {"nodes": ["n3"], "failed_nodes": {"n3": ["é"]}}
+    fields |= {"hang": {"seconds": 61.5, "silent_ranks": [1], "during": "save"}}
+    assert fields.keys() | {"folder"} == {field.name for field in dataclasses.fields(Attempt)}
+    attempt = some_attempt(tmp_path, 7, **fields)
     attempt.save()
     (read,) = attempts(tmp_path)
     assert read == attempt

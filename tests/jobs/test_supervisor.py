@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 
 from megatron_txssm.jobs import attempts
+from megatron_txssm.jobs.diagnosis import lost_node
 from megatron_txssm.jobs.diagnosis.diagnosis import Diagnosis
 from megatron_txssm.jobs.limits import Limits
 from megatron_txssm.jobs.supervisor import supervisor, unfit_node
 from megatron_txssm.jobs.supervisor.decision import Decision, decide, idle_attempts
-from megatron_txssm.jobs.supervisor.settings import Settings
+from megatron_txssm.jobs.supervisor.settings import Settings, parse_settings
 from megatron_txssm.recipe.loader import load_recipe
+from megatron_txssm.slurm.nodes import Node
 from megatron_txssm.training.launch.run_lock import RunLock
 from tests.jobs.some_attempt import some_attempt
 from tests.slurm.some_queue import write_queue
@@ -80,7 +83,7 @@ def test_records_that_a_node_cannot_read_are_its_fault(run: Path, monkeypatch: p
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(supervisor, "leave_node", leave_node)
-    monkeypatch.setattr(attempts.json, "loads", fails)
+    monkeypatch.setattr(attempts, "read_json", fails)
     with pytest.raises(Requeued, match="Input/output error"):
         supervisor.main([str(run / "recipe.yaml")])
 
@@ -118,6 +121,32 @@ def test_a_step_out_of_slurms_sight_is_a_reason_to_requeue(run: Path, monkeypatc
         decisions.lost_step = lost_step
         decision = decisions._decide(attempt, Diagnosis("killed"), [], 3)
         assert decision is not None and decision.do == wanted
+
+
+@pytest.mark.parametrize(
+    ("before", "wanted"), [([], Decision("requeue")), (["n2"], Decision("requeue", leave_out=("n2",)))]
+)
+def test_a_node_that_slurm_misses_while_the_step_ends_is_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch, before: list[str], wanted: Decision
+) -> None:
+    """And excluded, if it is blamed for the second time; the job's other node is too few for a restart."""
+    states = [Node("n1", "alloc", "", None), Node("n2", "alloc", "", None)]
+
+    def end_leftover_steps(job_id: str) -> bool:
+        states[1] = Node("n2", "down*", "Not responding", time.time())
+        return True
+
+    monkeypatch.setattr(lost_node, "node_states", lambda names: [node for node in states if node.name in names])
+    monkeypatch.setattr(supervisor, "end_leftover_steps", end_leftover_steps)
+    monkeypatch.setattr(supervisor, "requeue_without", lambda job, leave_out, *_: Decision("requeue", "", leave_out))
+    old = [some_attempt(run, 2, cause="node_failure", job_id="17", node=node, last_step=12) for node in before]
+    attempt = some_attempt(
+        run, 3, cause="connection_lost", job_id="17", rank=0, node="n1", last_step=15, ended=time.time()
+    )
+    decisions = supervisor_of(run)
+    assert decisions._decide(attempt, Diagnosis("connection_lost"), old, 3) == wanted
+    saved = attempts.attempts(run)[-1]
+    assert (saved.number, saved.cause, saved.node) == (3, "node_failure", "n2")
 
 
 def test_what_the_preflight_said_is_not_the_trainers(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,8 +208,8 @@ def test_attempts_of_other_versions_are_closed_and_counted(run: Path, monkeypatc
 
 def test_the_command_line_of_the_batch_script_is_read_back() -> None:
     settings = Settings("a b.yaml", ("x=$y", "data.train=[]"), nodes=2, limits=Limits(*range(1, 8)))
-    assert supervisor._parse(settings.words) == settings
-    assert supervisor._parse(["demo_cpu"]) == Settings("demo_cpu")
+    assert parse_settings(settings.words) == settings
+    assert parse_settings(["demo_cpu"]) == Settings("demo_cpu")
 
 
 def supervisor_of(run: Path) -> supervisor.Supervisor:

@@ -1,6 +1,5 @@
 """Finds out why an attempt ended, from what Slurm, srun and the workers left in the run folder."""
 
-import json
 import os
 import re
 import signal
@@ -20,9 +19,9 @@ from megatron_txssm.jobs.diagnosis.causes import (
     shortened,
     suspect,
 )
+from megatron_txssm.jobs.diagnosis.lost_node import UNCLEAR, lost_nodes
 from megatron_txssm.jobs.nodes.node_preflight import is_silence
 from megatron_txssm.recipe.recipe import Recipe
-from megatron_txssm.slurm.client import run_slurm
 from megatron_txssm.slurm.words import (
     Failure,
     failed_tasks,
@@ -34,6 +33,7 @@ from megatron_txssm.slurm.words import (
 )
 from megatron_txssm.training.launch.preflight import is_finished, saved_step
 from megatron_txssm.training.watch.collective_trace import missing_ranks
+from megatron_txssm.typed_json import read_json
 
 # What was missing, by the limit that was exceeded (stall.StallWatch).
 _HUNG = {"start": "no first step", "step": "no step", "save": "the checkpoint was not complete"}
@@ -81,7 +81,7 @@ def close(attempt: Attempt, recipe: Recipe, *, started_again: bool = False) -> D
     attempt.last_step = farthest_step(recipe.run_path / "metrics.jsonl", attempt)
     attempt.saved_after = saved_step(recipe.checkpoint_path)
     found = diagnose(attempt, is_finished(recipe), attempt.read_output())
-    if found.cause in (Cause.UNKNOWN, Cause.CONNECTION_LOST) and (lost := lost_nodes(attempt.nodes)):
+    if found.cause in UNCLEAR and (lost := lost_nodes(attempt.nodes)):
         # The supervisor was lost with the first node and could not record it.
         found = Diagnosis(Cause.NODE_FAILURE, node=lost[0])
     elif found == Diagnosis(Cause.UNKNOWN) and started_again:
@@ -134,17 +134,6 @@ def diagnose(attempt: Attempt, finished: bool, output: str) -> Diagnosis:
     if attempt.exit_code == 0:
         return Diagnosis(Cause.STOPPED if (attempt.folder / "stopped").exists() else Cause.MEGATRON_EXIT)
     return _failure(attempt, output)
-
-
-def lost_nodes(nodes: list[str]) -> list[str]:
-    """The `nodes` that do not respond to Slurm now; empty if Slurm itself does not answer."""
-    try:
-        states = run_slurm("sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %t")
-    except UserError:
-        return []
-    found = dict(map(str.split, states.splitlines()))
-    # A star marks a node that does not respond.
-    return [node for node in nodes if found.get(node, "").startswith("down") or found.get(node, "").endswith("*")]
 
 
 def _hang(attempt: Attempt, hang: Hang) -> Diagnosis:
@@ -243,7 +232,7 @@ def _recorded_errors(folder: Path) -> Iterator[tuple[float, Failure]]:
     for path in folder.glob("rank_*.json"):
         rank = path.stem.removeprefix("rank_")
         try:
-            message = json.loads(path.read_bytes())["message"]
+            message = read_json(path)["message"]
             # A failed start records only a text.
             text, extra = (message, {}) if isinstance(message, str) else (message["message"], message["extraInfo"])
             seconds = float(extra.get("timestamp", "inf"))

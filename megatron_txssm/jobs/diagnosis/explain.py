@@ -8,6 +8,7 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt, attempts, find_run, job_ids, load_run
 from megatron_txssm.jobs.cause import Cause
 from megatron_txssm.jobs.diagnosis.diagnosis import close, recorded
+from megatron_txssm.jobs.diagnosis.lost_node import reconsider
 from megatron_txssm.jobs.diagnosis.remedies import what_to_do
 from megatron_txssm.jobs.diagnosis.stages import end_of, last_words, other_stages
 from megatron_txssm.jobs.goodput import explain_goodput, slowness
@@ -43,6 +44,8 @@ def explain(run: str | Path, *, every_attempt: bool = False) -> int:
         close(ended[-1], recipe)
         # `close` records the present time; the supervisor was killed earlier.
         ended[-1].ended = _last_sign(ended[-1])
+    # Slurm may have noticed a lost node after the record was written.
+    reconsider(ended, ask=queue is not None)
     if every_attempt:
         for number, attempt in enumerate(ended, 1):
             print(f"{_line(attempt)}{_afterwards(attempt, ended[number:])}")

@@ -6,7 +6,6 @@ Slurm itself requeues a job that is preempted or loses a node. The supervisor re
 limit (`--signal=TERM@120` tells the trainer, which saves), one whose worker fails, and one that hangs.
 """
 
-import argparse
 import os
 import signal
 import subprocess
@@ -18,14 +17,14 @@ from types import FrameType
 from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt, attempts, new_attempt
 from megatron_txssm.jobs.cause import Cause
-from megatron_txssm.jobs.diagnosis.diagnosis import Diagnosis, close, lost_nodes, record
-from megatron_txssm.jobs.limits import LIMIT_OPTIONS, Limits
+from megatron_txssm.jobs.diagnosis.diagnosis import Diagnosis, close, record, recorded
+from megatron_txssm.jobs.diagnosis.lost_node import lost_nodes, reconsider
 from megatron_txssm.jobs.nodes.node_preflight import NodePreflight
 from megatron_txssm.jobs.run_jobs import check_no_other_job
 from megatron_txssm.jobs.supervisor.decision import MAX_IDLE_ATTEMPTS, ROUTINE, Decision, decide, idle_attempts
 from megatron_txssm.jobs.supervisor.failed_task import FailedTaskWatch
 from megatron_txssm.jobs.supervisor.requeue import requeue, requeue_without
-from megatron_txssm.jobs.supervisor.settings import Settings
+from megatron_txssm.jobs.supervisor.settings import Settings, parse_settings
 from megatron_txssm.jobs.supervisor.stall import StallWatch, end_leftover_steps
 from megatron_txssm.jobs.supervisor.unfit_node import check_checkpoints, check_run_folder, leave_node, say
 from megatron_txssm.notify import notify, wait_for_notifications
@@ -42,7 +41,7 @@ SIGNAL_SLACK_SECONDS = 75
 
 
 def main(argv: list[str] | None = None) -> int:
-    settings = _parse(argv)
+    settings = parse_settings(argv)
     recipe = Path(settings.recipe)
     try:
         if "SLURM_JOB_ID" not in os.environ:
@@ -61,17 +60,6 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def _parse(argv: list[str] | None) -> Settings:
-    parser = argparse.ArgumentParser(prog="supervisor")
-    parser.add_argument("recipe")
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--nodes", type=int, default=0, help="to train on; the job's others are spare (default: all)")
-    for limit in LIMIT_OPTIONS:
-        parser.add_argument(limit.option, type=int, metavar=limit.unit, default=limit.default, help=limit.help)
-    args = parser.parse_args(argv)
-    return Settings(args.recipe, tuple(args.overrides), args.nodes, Limits.parsed(vars(args)))
 
 
 class Supervisor:
@@ -105,12 +93,14 @@ class Supervisor:
         restarts = self.limits.restarts
         while True:
             before = attempts(self.recipe.run_path)
+            self._reconsider([attempt for attempt in before if attempt.job_id == self.job_id])
             if (idle := idle_attempts(before, self.job_id)) >= MAX_IDLE_ATTEMPTS:
                 raise UserError(f"{idle} attempts in a row made no progress; see: txssm why {self.recipe.run_path}")
             attempt = new_attempt(self.recipe, self.job_id, self.nodes, self.nproc_per_node)
             self._train(attempt)
             diagnosis = self._diagnose(attempt)
             decision = self._decide(attempt, diagnosis, before, restarts)
+            diagnosis = recorded(attempt) or diagnosis
             if decision is not None:
                 self._note_action(attempt, str(decision))
             self._notify(attempt, diagnosis, decision)
@@ -218,10 +208,12 @@ class Supervisor:
                 # No node answered: the fault is Slurm's.
                 return Decision("requeue")
             return requeue_without(self.job_id, list(attempt.failed_nodes), self.nodes, before)
-        lost = lost_nodes(self.nodes)
-        self.nodes = [node for node in self.nodes if node not in lost]
-        decision = decide(attempt, before, self.limits.max_requeues, restarts, self.nodes)
-        if decision.do == "restart" and (self.lost_step or not end_leftover_steps(self.job_id)):
+        decision = self._decide_by_nodes(attempt, before, restarts)
+        gone = decision.do == "restart" and not self.lost_step and end_leftover_steps(self.job_id)
+        if self._reconsider([attempt]):
+            # Slurm has noticed meanwhile that a node is lost.
+            decision = self._decide_by_nodes(attempt, before, restarts)
+        if decision.do == "restart" and not gone:
             decision = Decision("requeue", leave_out=decision.leave_out)
         if self.told_to_stop and not attempt.told_to_stop:
             # The signal came while this process waited for slurmctld.
@@ -231,6 +223,20 @@ class Supervisor:
             # Training on a suspect node is better than not training.
             return Decision("requeue") if decision.do == "end" else decision
         return decision
+
+    def _decide_by_nodes(self, attempt: Attempt, before: list[Attempt], restarts: int) -> Decision:
+        """What to do with the job's nodes, without those that do not respond now."""
+        lost = lost_nodes(self.nodes)
+        self.nodes = [node for node in self.nodes if node not in lost]
+        return decide(attempt, before, self.limits.max_requeues, restarts, self.nodes)
+
+    def _reconsider(self, found: list[Attempt]) -> bool:
+        """Correct the record of attempts that a lost node ended; returns whether one was changed."""
+        changed = reconsider(found)
+        for attempt in changed:
+            self._save(attempt)
+            say(f"attempt {attempt.number}, on second thoughts: {recorded(attempt)}")
+        return bool(changed)
 
     def _was_told_as_routine(self, attempt: Attempt) -> bool:
         """Whether Slurm's SIGTERM meant the time limit or a preemption, not a cancel, which a requeue would undo."""

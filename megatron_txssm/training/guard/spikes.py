@@ -7,11 +7,12 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_txssm.choices import SpikeAction
 from megatron_txssm.files import flush
 from megatron_txssm.metrics import end_last_line
+from megatron_txssm.typed_json import parse_json, typed_fields
 
 FILE = "spikes.jsonl"
 # Names of the errors that end a worker: spike_guard.py raises them, and the launcher or supervisor reads them.
@@ -83,7 +84,6 @@ def read_spikes(run: Path) -> list[Spike]:
 
 def _parsed(line: bytes) -> Spike | None:
     try:
-        found: dict[str, Any] = json.loads(line)
-        return Spike(**{name: found[name] for name in Spike.__dataclass_fields__ if name in found})
+        return Spike(**typed_fields(parse_json(line), Spike))
     except (ValueError, TypeError):
         return None

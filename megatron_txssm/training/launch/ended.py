@@ -1,7 +1,6 @@
 """How a run on this machine, without Slurm, ended: `txssm pretrain` writes RUN/ended.json, `txssm why` reads it."""
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import NamedTuple
 
 from megatron_txssm.files import write_json
 from megatron_txssm.holders import Holder, living_holder
+from megatron_txssm.typed_json import is_date, read_json, typed_fields
 
 _NAME = "ended.json"
 
@@ -40,10 +40,10 @@ class LocalEnd(NamedTuple):
 def local_end(run: Path) -> LocalEnd | None:
     """None if the run trains, was killed together with its launcher, or ran on Slurm only."""
     try:
-        end = json.loads((run / _NAME).read_bytes())
-        return LocalEnd(float(end["ended"]), int(end["exit_code"]), str(end["what"]), str(end["log"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        end = LocalEnd(**typed_fields(read_json(run / _NAME), LocalEnd))
+    except (OSError, ValueError, TypeError):
         return None
+    return end if is_date(end.ended) else None
 
 
 def explain_local_end(run: Path) -> Iterator[tuple[str, str]]:
