@@ -62,7 +62,7 @@ def metrics_lines(metrics: Path, begin: int = 0, end: int | None = None) -> list
 
 def each_line(metrics: Path, begin: int = 0, end: int | None = None) -> Iterator[MetricsLine]:
     """The same, one by one: all lines of a long run would take a gigabyte of memory."""
-    if not metrics.exists():
+    if not metrics.is_file():
         return
     with metrics.open("rb") as file:
         file.seek(begin)
@@ -99,7 +99,7 @@ def _step(line: bytes) -> int | None:
 
 def _blocks_from_the_end(path: Path, begin: int, size: int) -> Iterator[bytes]:
     """A file's whole lines, from its end back to the byte `begin`, in blocks of about `size` bytes."""
-    if not path.exists():
+    if not path.is_file():
         return
     with path.open("rb") as file:
         end = file.seek(0, os.SEEK_END)

@@ -42,8 +42,8 @@ def is_date(seconds: float) -> bool:
 def misfit(value: Any, annotation: Any, name: str) -> str | None:
     """Which part of a JSON value does not fit a type annotation, such as "jobs.pretrain=3"; None if all of it does.
 
-    name: of the value, for the answer. Fields that a TypedDict does not name may hold anything: later versions write
-    them. So may a text in place of a Literal or an enum. Numbers must be finite, and integers fit 64 bits.
+    name: of the value, for the answer. Other versions may write fewer fields of a TypedDict, or others, and other texts
+    for a Literal or an enum. Numbers must be finite and fit 64 bits.
     """
     origin, args = get_origin(annotation), get_args(annotation)
     if isinstance(annotation, TypeAliasType):
@@ -58,9 +58,7 @@ def misfit(value: Any, annotation: Any, name: str) -> str | None:
         return _first(misfit(each, args[1], f"{name}.{key}") for key, each in value.items())
     if is_typeddict(annotation) and isinstance(value, dict):
         hints = get_type_hints(annotation, include_extras=True)
-        missing = annotation.__required_keys__ - value.keys()
-        found = (misfit(value[key], hint, f"{name}.{key}") for key, hint in hints.items() if key in value)
-        return f"{name} lacks {min(missing)}" if missing else _first(found)
+        return _first(misfit(value[key], hint, f"{name}.{key}") for key, hint in hints.items() if key in value)
     return None if _is_plain(value, str if origin is Literal else annotation) else _shown(name, value)
 
 

@@ -51,7 +51,8 @@ def tracker_step(checkpoints: Path) -> int | None:
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if text == "release":
         return 0
-    if not text.isdecimal():
+    # Python converts no more than 4,300 digits.
+    if not text.isdecimal() or len(text) > 15:
         raise UserError(
             f"{tracker} says {text[:40]!r}, not a step; write the number of the newest iter_* folder into it"
         )

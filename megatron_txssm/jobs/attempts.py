@@ -116,7 +116,8 @@ class Attempt:
 
     def read_output(self, end: int | None = None) -> str:
         """The job's output since the attempt began, at most the last 4 MB; `end`: up to this byte of the file."""
-        if self.output is None or not Path(self.output).is_file():
+        # Path.is_file would raise for a name that is too long.
+        if self.output is None or not os.path.isfile(self.output):
             return ""
         with open(self.output, "rb") as file:
             size = file.seek(0, os.SEEK_END)

@@ -88,7 +88,7 @@ def _starts(metrics: Path) -> Iterator[_Start]:
 
 def start_lines(metrics: Path) -> Iterator[tuple[int, MetricsLine]]:
     """The lines by which trainings say how they started, each with its first byte's place in the file."""
-    if not metrics.exists():
+    if not metrics.is_file():
         return
     offset = 0
     with metrics.open("rb") as file:

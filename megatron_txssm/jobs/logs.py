@@ -38,7 +38,7 @@ def show_logs(
     job = Watched(_job(folder, stage))
     path = folder / "logs" / (f"{stage}-{job.number}.out" if rank is None else f"rank_{rank}.log")
     waited = False
-    while not path.exists():
+    while not path.is_file():
         state = job.state()
         if not follow or state is None:
             raise UserError(f"{path} does not exist (yet); {_pending(job, state)}")
@@ -55,7 +55,7 @@ def _show_local(folder: Path, lines: int, follow: bool, stage: str, rank: int | 
     if stage != "pretrain":
         raise UserError(f"{folder} has no job of stage {stage!r}: it was not submitted to Slurm")
     path = folder / "logs" / f"rank_{rank or 0}.log"
-    if not path.exists():
+    if not path.is_file():
         known = sorted(found.name for found in path.parent.glob("rank_*.log"))
         there = f"it has {', '.join(known[:20])}" if known else "the run has not started"
         raise UserError(f"{path} does not exist; {there}")

@@ -37,7 +37,7 @@ def read_submission(run: Path) -> SubmissionRecord:
     try:
         found = read_json(path) if path.exists() else {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable ({error})") from None
+        raise UserError(f"{path}: not readable ({error}); remove it to continue without it") from None
     wrong = misfit(found, SubmissionRecord, "it")
     if wrong is None and not all(found.get("jobs", {"": "1"}).values()):
         wrong = "a stage without a job"

@@ -1,5 +1,6 @@
 """Explains why a run's last attempt ended, what the run is doing now, and what to do."""
 
+import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -40,8 +41,9 @@ def explain(run: str | Path, *, every_attempt: bool = False) -> int:
     last = found[-1] if found and recorded(found[-1]) is None else None
     running = "" if last is None else _why_it_may_run(folder, last, jobs)
     ended = found[:-1] if running else found
-    if ended and recorded(ended[-1]) is None:
-        close(ended[-1], recipe)
+    if ended and (recorded(ended[-1]) is None or ended[-1].ended is None):
+        if recorded(ended[-1]) is None:
+            close(ended[-1], recipe)
         # `close` records the present time; the supervisor was killed earlier.
         ended[-1].ended = _last_sign(ended[-1])
     # Slurm may have noticed a lost node after the record was written.
@@ -111,8 +113,8 @@ def _why_it_may_run(folder: Path, attempt: Attempt, jobs: list[slurm.Job] | None
 
 def _last_sign(attempt: Attempt) -> float:
     """When an attempt last wrote something, in seconds since the epoch."""
-    files = [attempt.run / "metrics.jsonl", *([Path(attempt.output)] if attempt.output else [])]
-    written = [file.stat().st_mtime for file in files if file.exists()]
+    files = [attempt.run / "metrics.jsonl", Path(attempt.output or "")]
+    written = [file.stat().st_mtime for file in files if os.path.isfile(file)]
     return max([attempt.started, *written])
 
 

@@ -75,7 +75,7 @@ def record_spike(run: Path, spike: Spike) -> None:
 
 def read_spikes(run: Path) -> list[Spike]:
     """The run's spikes in order of steps, each once; a line truncated by a kill is left out."""
-    if not (run / FILE).exists():
+    if not (run / FILE).is_file():
         return []
     spikes = (_parsed(line) for line in (run / FILE).read_bytes().splitlines())
     last = {spike.step: spike for spike in spikes if spike is not None}

@@ -124,15 +124,16 @@ def check_checkpoint(recipe: Recipe) -> None:
         )
     if (saved := recipe_of(step)) is None:
         return
+    branches = step.folder == Path(recipe.checkpoint.branch_from or "")
     if found := differences(_architecture(saved), _architecture(recipe)):
-        raise UserError(
-            f"{folder} holds checkpoints of another model ({found}); "
-            "use another run_directory or checkpoint.directory, or remove it"
-        )
+        remedy = "use another run_directory or checkpoint.directory, or remove it"
+        # A branch's source is another run's, and must not be removed.
+        remedy = "state that run's values, or branch from a run of this model" if branches else remedy
+        raise UserError(f"{folder} holds checkpoints of another model ({found}); {remedy}")
     if other := other_tokenizer(recipe, folder):
         raise UserError(
             f"{folder} holds checkpoints of a model with another tokenizer ({other}); "
-            "use a corpus with that tokenizer, or another run_directory"
+            f"use a corpus with that tokenizer, or {'branch from another run' if branches else 'another run_directory'}"
         )
     theirs, ours = saved.optimizer.name, recipe.optimizer.name
     if theirs != ours and not recipe.megatron.get("no_load_optim"):

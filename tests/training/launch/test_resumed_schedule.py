@@ -115,8 +115,11 @@ def test_a_branch_is_checked_like_a_resume(recipe: Recipe, branch: Recipe) -> No
     check_checkpoint(asked(other))
     schedule, data = warnings(asked(other))
     assert "from step 41 on" in schedule and "different data" in data
-    with pytest.raises(UserError, match=r"holds checkpoints of another model .*state_size: 64 there, 32 here"):
+    with pytest.raises(UserError, match=r"another model .*state_size: 64 there, 32 here\); state that run's values"):
         check_checkpoint(changed(branch, {"model.state_size": 32}))
+    # A run's own folder may be removed, the other run's must not.
+    with pytest.raises(UserError, match=r"another model .*; use another run_directory .* or remove it"):
+        check_checkpoint(changed(recipe, {"model.state_size": 32}))
 
 
 @pytest.mark.parametrize("steps", [30, SAVED])
