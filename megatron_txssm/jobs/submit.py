@@ -149,6 +149,9 @@ def plan_submission(request: Request, command: str, check: Callable[[Recipe], No
 def _check_recipe(recipe: Recipe, corpus: "CorpusRecipe | None", allocation: Allocation, dry_run: bool) -> None:
     """UserError if the recipe cannot run on the allocation; `corpus`: sharded before the training."""
     if corpus is not None:
+        from megatron_txssm.data.sharding.plan import check_local_sources
+
+        check_local_sources(corpus)
         # The shards do not exist yet; the job checks them.
         validate(recipe, allocation.world_size)
         return

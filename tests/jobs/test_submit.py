@@ -24,6 +24,7 @@ from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.sizes import checkpoint_bytes
 from megatron_txssm.slurm import client as slurm
 from megatron_txssm.training.launch import preflight
+from tests.data.in_process import web_recipe
 from tests.slurm.some_queue import write_queue
 
 # Says no to a script that states what `refuse` names, or to its nth submission; keeps what it was given.
@@ -660,6 +661,15 @@ def test_a_chain_does_not_convert_into_what_is_there(
     assert submit_chain(corpus) == 2
     assert "export exists" in capsys.readouterr().err
     assert cluster.queued == []
+
+
+def test_a_chain_without_texts_is_refused_before_anything_is_written(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "texts").mkdir()
+    corpus = web_recipe(tmp_path, tmp_path / "texts")
+    code = submit_chain((f"data.corpus={tmp_path}/corpus",), f"--corpus={corpus}")
+    assert_refused(cluster, capsys, code, "texts holds no .parquet", "it is empty, or not a folder")
 
 
 def test_a_chain_needs_a_corpus(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,6 +36,15 @@ def make_plan(recipe: CorpusRecipe) -> Plan:
     return plan
 
 
+def check_local_sources(recipe: CorpusRecipe) -> None:
+    """UserError if a folder of this machine, from which the plan is still to be made, holds no texts; only reads."""
+    before = read_plan(recipe.path).tasks if (recipe.path / "plan.json").exists() else {}
+    for name, subset in recipe.subsets.items():
+        # Others take a network, and minutes.
+        if name not in before and "://" not in subset.source:
+            list_files(name, subset)
+
+
 def list_files(name: str, subset: SubsetSource) -> list[tuple[str, int]]:
     """(path relative to the source, bytes) of the files of a subset, sorted by name."""
     from fsspec.core import url_to_fs
