@@ -10,7 +10,7 @@ EXAMPLES = ("txssm cancel runs/transxssm_1.3b", "txssm cancel 17")
 
 def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "cancel", EXAMPLES)
-    parser.add_argument("run", help="a run folder, a name under runs/, or the number of one of its jobs")
+    parser.add_argument("run", help="a folder (of a run, a submitted evaluation), a name in runs/, or a job's number")
 
 
 def run(args: argparse.Namespace) -> int:

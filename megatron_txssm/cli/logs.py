@@ -15,7 +15,7 @@ EXAMPLES = (
 
 def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "logs", EXAMPLES)
-    parser.add_argument("run", help="a run folder, a name under runs/, or the number of a job")
+    parser.add_argument("run", help="a folder (of a run, a submitted evaluation), a name in runs/, or a job's number")
     parser.add_argument(
         "-f",
         "--follow",
@@ -26,7 +26,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--lines", type=int, default=40, metavar="N", help="number of existing lines to print (default: 40)"
     )
     parser.add_argument(
-        "--stage", default="pretrain", help="stage of a chain: pretrain (default), convert, evaluate, harness"
+        "--stage", help="stage of a chain: pretrain, convert, evaluate, harness (default: pretrain, or the only one)"
     )
     parser.add_argument("--rank", type=int, metavar="R", help="show this rank's log instead (without Slurm: rank 0's)")
 

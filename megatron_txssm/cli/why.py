@@ -10,7 +10,7 @@ EXAMPLES = ("txssm why runs/transxssm_1.3b", "txssm why 17", "txssm why transxss
 
 def add_parser(subparsers: Subparsers) -> None:
     parser = add_verb(subparsers, "why", EXAMPLES)
-    parser.add_argument("run", help="a run folder, a name under runs/, or the number of one of its jobs")
+    parser.add_argument("run", help="a folder (of a run, a submitted evaluation), a name in runs/, or a job's number")
     parser.add_argument("--all", action="store_true", help="one line for every attempt")
 
 

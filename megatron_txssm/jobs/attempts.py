@@ -210,14 +210,18 @@ def farthest_step(metrics: Path, attempt: Attempt | None) -> int | None:
 
 
 def find_run(run: str | Path) -> Path:
-    """A run's folder from its path, its name under runs/, or the number of one of its jobs."""
+    """A run's folder from its path, its name under runs/, or the number of one of its jobs.
+
+    The folder of a submitted evaluation, too: it has a submission.json, but no recipe.yaml.
+    """
     text = str(run)
     for path in (Path(text), Path("runs") / text):
         # Path.is_file would raise for a name that is too long.
         if os.path.isfile(path / "recipe.yaml") or os.path.isfile(path / "submission.json"):
             return path
     if text.isdecimal():
-        for path in sorted(Path("runs").glob("*/submission.json")):
+        runs = Path("runs")
+        for path in sorted([*runs.glob("*/submission.json"), *runs.glob("*/evaluation/harness/submission.json")]):
             if text in job_ids(path.parent):
                 return path.parent
         for job in _queue(text):

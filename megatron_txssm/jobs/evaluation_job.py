@@ -32,6 +32,9 @@ def submit_evaluation(
     folder, words = job_words(allocation.world_size)
     if "\\" in str(folder):
         raise UserError(f"{str(folder)!r} contains a backslash, which sbatch changes in a log's path; use another")
+    if (folder / "recipe.yaml").exists():
+        # Its submission.json would be overwritten.
+        raise UserError(f"{folder} is a run's folder; name another with --output, such as {folder}/evaluation/harness")
     name = re.sub(r"[^\w.-]", "-", f"{Path(request.recipe).resolve().name}-{stage}", flags=re.ASCII)
     script = render(stage, {"job-name": name[-60:], **options, **allocation.options}, words)
     if not request.dry_run or shutil.which("sbatch"):
@@ -57,7 +60,7 @@ def submit_evaluation(
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}; name a folder with --output") from None
     print(f"{stage}: job {job} ({allocation})\n  script {path}\n  output {folder}/logs/{stage}-{job}.out")
-    print(f"follow with: txssm logs -f {shlex.quote(str(folder))} --stage {stage}")
+    print(f"follow with: txssm logs -f {shlex.quote(str(folder))}")
     return 0
 
 

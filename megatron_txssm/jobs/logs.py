@@ -19,7 +19,7 @@ UNKNOWN = "in an unknown state"
 
 
 def show_logs(
-    run: str | Path, *, follow: bool = False, lines: int = 40, stage: str = "pretrain", rank: int | None = None
+    run: str | Path, *, follow: bool = False, lines: int = 40, stage: str | None = None, rank: int | None = None
 ) -> int:
     """Print the end of the output of a run's newest job; of a run that was not submitted, of rank 0.
 
@@ -27,7 +27,7 @@ def show_logs(
         run: a run folder, a name under runs/, or the number of a job
         follow: also print new output until the job is over; wait for the file if it does not exist yet
         lines: how many of the existing lines to print
-        stage: of a chain: pretrain, convert, evaluate or harness
+        stage: of a chain: pretrain, convert, evaluate or harness; None: pretrain, or the only one
         rank: print the log of this rank instead
 
     Returns the exit code, 0. UserError if there is no such run, job or file.
@@ -35,7 +35,8 @@ def show_logs(
     folder = find_run(run)
     if not read_submission(folder).get("jobs"):
         return _show_local(folder, lines, follow, stage, rank)
-    job = Watched(_job(folder, stage))
+    stage, number = _job(folder, stage)
+    job = Watched(number)
     path = folder / "logs" / (f"{stage}-{job.number}.out" if rank is None else f"rank_{rank}.log")
     waited = False
     while not path.is_file():
@@ -50,9 +51,9 @@ def show_logs(
     return 0
 
 
-def _show_local(folder: Path, lines: int, follow: bool, stage: str, rank: int | None) -> int:
+def _show_local(folder: Path, lines: int, follow: bool, stage: str | None, rank: int | None) -> int:
     """The same for a run that was not submitted: Slurm is not asked."""
-    if stage != "pretrain":
+    if stage not in (None, "pretrain"):
         raise UserError(f"{folder} has no job of stage {stage!r}: it was not submitted to Slurm")
     path = folder / "logs" / f"rank_{rank or 0}.log"
     if not path.is_file():
@@ -102,11 +103,14 @@ def _show(path: Path, lines: int, state: Callable[[], str | None] | None) -> Non
                 time.sleep(POLL_SECONDS)
 
 
-def _job(folder: Path, stage: str) -> str:
-    jobs = read_submission(folder).get("jobs", {})
+def _job(folder: Path, stage: str | None) -> tuple[str, str]:
+    """A stage, by default the training or the only one, and the number of its newest job."""
+    jobs = {name: ids for name, ids in read_submission(folder).get("jobs", {}).items() if ids}
+    if stage is None:
+        stage = next(iter(jobs)) if len(jobs) == 1 else "pretrain"
     if stage not in jobs:
-        raise UserError(f"{folder} has no job of stage {stage!r}; it has {', '.join(jobs)}")
-    return jobs[stage][-1]
+        raise UserError(f"{folder} has no job of stage {stage!r}; it has {', '.join(jobs) or 'none'}")
+    return stage, jobs[stage][-1]
 
 
 def _pending(job: Watched, state: str | None) -> str:

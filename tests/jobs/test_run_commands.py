@@ -19,28 +19,10 @@ from megatron_txssm.slurm.client import queue
 from megatron_txssm.training.launch import run_lock
 from megatron_txssm.training.launch.run_lock import RunLock
 from tests.jobs.some_attempt import some_attempt
+from tests.jobs.stand_in_slurm import AWAY, away, output, told, write_command
 from tests.slurm.some_queue import write_queue
 
-AWAY = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
 COMMAND = "txssm submit demo_cpu --nodes 2 --nproc-per-node 2"
-
-
-def write_command(folder: Path, name: str, text: str) -> None:
-    (folder / name).write_text(f"#!/bin/bash\n{text}\n")
-    (folder / name).chmod(0o755)
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the stand-ins, first on PATH: an empty queue, and a scancel that notes what it is told."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:{os.defpath}")
-    monkeypatch.chdir(tmp_path)
-    write_queue(folder)
-    write_command(folder, "scancel", f'echo "$@" >>{folder}/cancelled')
-    write_command(folder, "sinfo", "exit 0")
-    return folder
 
 
 @pytest.fixture
@@ -65,17 +47,6 @@ def ours(recipe: Recipe, number: int = 17, state: str = "RUNNING", **more: str) 
 def steps(recipe: Recipe, last: int) -> None:
     lines = (json.dumps({"iteration": step, "grad_norm": 1.0}) for step in range(1, last + 1))
     (recipe.run_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-
-
-def away(cluster: Path) -> None:
-    write_command(cluster, "squeue", f"echo '{AWAY}' >&2; exit 1")
-
-
-def told(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
-    """What a command prints."""
-    assert main(list(words)) == code
-    captured = capsys.readouterr()
-    return captured.out if code == 0 else captured.err
 
 
 def ended(recipe: Recipe, cause: str, **fields: Any) -> None:
@@ -336,11 +307,6 @@ def chain(recipe: Recipe, tmp_path: Path) -> Recipe:
     submit(recipe, shard=["15"], pretrain=["17"], convert=["18"], evaluate=["19"])
     (tmp_path / "corpus" / "logs" / "web" / "slurm_logs").mkdir(parents=True)
     return recipe
-
-
-def output(stage: str, code: int | None, *lines: str) -> str:
-    end = "" if code is None else f"2026-11-26T06:40:00 END {stage}: exit code {code}\n"
-    return "".join(f"{line}\n" for line in (f"2026-11-26T06:33:00 START {stage}: job 1, start 1", *lines)) + end
 
 
 def test_a_chain_that_runs_through(

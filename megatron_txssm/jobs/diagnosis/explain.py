@@ -9,6 +9,7 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.jobs.attempts import Attempt, attempts, find_run, job_ids, load_run
 from megatron_txssm.jobs.cause import Cause
 from megatron_txssm.jobs.diagnosis.diagnosis import close, recorded
+from megatron_txssm.jobs.diagnosis.explain_evaluation import explain_evaluation, is_evaluation
 from megatron_txssm.jobs.diagnosis.lost_node import reconsider
 from megatron_txssm.jobs.diagnosis.remedies import what_to_do
 from megatron_txssm.jobs.diagnosis.stages import end_of, last_words, other_stages
@@ -28,12 +29,15 @@ def explain(run: str | Path, *, every_attempt: bool = False) -> int:
     """Print why a run's last attempt ended, where its checkpoints are, what its jobs do now, and what to do.
 
     Args:
-        run: a run folder, a name under runs/, or the number of one of its jobs
+        run: a run folder, a name under runs/, or the number of one of its jobs; also the folder of an evaluation that
+            was submitted
         every_attempt: print one line for every attempt that has ended, instead of the last one's details
 
     Returns the exit code, 0. UserError if there is no such run, or if its records cannot be read.
     """
     folder = find_run(run)
+    if is_evaluation(folder):
+        return _explain_evaluation(folder)
     recipe, found = load_run(folder), attempts(folder)
     queue, no_answer = _ask(folder, bool(found or known_jobs(folder) or any(folder.glob("*.sbatch"))))
     jobs = None if queue is None else [job for job in jobs_of(folder, queue) if not _is_other_stage(job, folder)]
@@ -67,6 +71,15 @@ def explain(run: str | Path, *, every_attempt: bool = False) -> int:
     if last is not None and running:
         _print("now", f"attempt {last.number} of job {last.job_id} {running}: {_progress(recipe, folder)}")
     _explain_now(folder, recipe, jobs, no_answer, runs=bool(running), has_ended=bool(ended))
+    return 0
+
+
+def _explain_evaluation(folder: Path) -> int:
+    queue, no_answer = _ask(folder, is_slurms=True)
+    print(f"{folder}: a submitted evaluation")
+    for name, text in explain_evaluation(folder, queue):
+        _print(name, text)
+    _print("Slurm", no_answer)
     return 0
 
 

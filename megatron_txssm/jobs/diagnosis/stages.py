@@ -1,4 +1,4 @@
-"""The state of a chain's other stages: shards before the training, export and evaluations after it."""
+"""The state of jobs without attempts: a chain's other stages, before and after the training, and an evaluation's."""
 
 import os
 import re
@@ -42,17 +42,20 @@ def other_stages(run: Path, recipe: Recipe, queue: list[Job] | None) -> Iterator
         if name == "shard":
             yield _shards(recipe, ids, queue, f"cd {submission.get('directory')} && {submission.get('command')}")
         elif name != "pretrain":
-            yield _stage(run, name, ids[-1], queue, before)
+            yield stage_of_job(run, name, ids[-1], queue, f"sbatch {run}/{name}.sbatch", before)
         before = name
 
 
-def _stage(run: Path, name: str, job_id: str, queue: list[Job] | None, before: str) -> Stage:
-    output = run / "logs" / f"{name}-{job_id}.out"
+def stage_of_job(folder: Path, name: str, job_id: str, queue: list[Job] | None, again: str, before: str = "") -> Stage:
+    """The state of a job whose script and log are in `folder`, by the queue and its log.
+
+    queue: None if Slurm does not answer. again: the command that queues it again. before: the stage that it waits for.
+    """
+    output = folder / "logs" / f"{name}-{job_id}.out"
     text = _last_start(output, name)
     shown = output if text is not None else None
     if job := next((job for job in queue or [] if job.job_id == job_id and not job.is_over), None):
         return Stage(name, _in_queue(job), shown, what_it_waits_for(job) if job.state == "PENDING" else "")
-    again = f"sbatch {run}/{name}.sbatch"
     if text is not None and (end := _END.search(text)):
         if end[1] == "0":
             return Stage(name, f"job {job_id} is finished", shown)
@@ -60,9 +63,11 @@ def _stage(run: Path, name: str, job_id: str, queue: list[Job] | None, before: s
         return Stage(name, state, shown, f"fix the cause, then: {again}")
     if queue is None:
         return Stage(name, f"job {job_id}: unknown, since Slurm does not answer", shown)
-    if text is None:
+    if text is None and before:
         state = f"job {job_id} never started: Slurm removed it since {before} did not succeed, or somebody cancelled it"
         return Stage(name, state, None, f"when {before} has succeeded: {again}")
+    if text is None:
+        return Stage(name, f"job {job_id} never started: somebody cancelled it, or Slurm lost it", None, again)
     return Stage(name, f"job {job_id} ended: {_why(text)}", shown, again)
 
 
