@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+from functools import partial
 
 from megatron_txssm.cli.parsing import Subparsers, add_allocation_options, add_set_option, add_verb
 from megatron_txssm.evaluation.harness.stated import check_stated_tasks
@@ -69,5 +70,5 @@ def run(args: argparse.Namespace) -> int:
         freeze_code=args.freeze_code,
         limits=Limits.parsed(vars(args)),
         command=shlex.join(["txssm", *sys.argv[1:]]),
-        check=check_stated_tasks,
+        check=partial(check_stated_tasks, afterwards=args.chain),
     )

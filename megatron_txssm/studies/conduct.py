@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,14 @@ def submit_study(study: Study, *, seeds: int, allow_unequal: bool = False, **all
     _begin(study, seeds, allow_unequal)
     runs = runs_of(study.folder)
     queue = ask_queue([run.path for run in runs])
+    check = partial(check_stated_tasks, afterwards=False)
     for run in runs:
         found = state(run.path, run.recipe, run.steps_done, queue)
         if found == "failed" and study.may_diverge and run.has_diverged:
             found = "diverged"
         if found in ("finished", "diverged", "running", "queued"):
             print(f"{run.path.name}: {found}")
-        elif code := submit(run.path / "recipe.yaml", check=check_stated_tasks, **allocation):
+        elif code := submit(run.path / "recipe.yaml", check=check, **allocation):
             return code
     return 0
 

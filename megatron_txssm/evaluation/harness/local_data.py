@@ -36,6 +36,11 @@ def fetch(folder: Path, tasks: Sequence[str]) -> int:
     return 0
 
 
+def is_on_the_hub(path: str) -> bool:
+    """Whether a task's `dataset_path` is a data set of the hub, not a folder or a kind of files such as "json"."""
+    return _ON_THE_HUB.fullmatch(path) is not None and not os.path.isdir(path)
+
+
 @contextmanager
 def data_from(folder: Path | None, missing: Callable[[Path, str, str | None], None] | None = None) -> Iterator[None]:
     """Within the block, data sets of the hub are read from `folder` (None: as ever).
@@ -54,8 +59,7 @@ def data_from(folder: Path | None, missing: Callable[[Path, str, str | None], No
     load_dataset: Any = datasets.load_dataset
 
     def load(path: str, name: str | None = None, **options: Any) -> Any:
-        # "json" and the like are no data sets; a task may also name a folder of its own.
-        if not _ON_THE_HUB.fullmatch(path) or os.path.isdir(path):
+        if not is_on_the_hub(path):
             return load_dataset(path, name, **options)
         if missing is not None:
             missing(folder, path, name)
@@ -88,7 +92,9 @@ def _download(folder: Path, name: str, config: str | None) -> None:
     place: dict[str, Any] = {"repo_type": "dataset", "local_dir": folder / name}
     try:
         info = HfApi().dataset_info(name)
-        patterns = _files_of(info.card_data.to_dict() if info.card_data else {}, config)
+        card = info.card_data.to_dict() if info.card_data else {}
+        files = files_of(card, config)
+        patterns = None if files is None else ["README.md", *files]
         snapshot_download(name, revision=info.sha, allow_patterns=patterns, **place)
     except Exception as error:  # the hub's client raises many kinds
         reason = str(error).strip().partition("\n")[0]
@@ -99,16 +105,15 @@ def _download(folder: Path, name: str, config: str | None) -> None:
     write_json(folder / _FETCHED, fetched_commits(folder) | {name: info.sha})
 
 
-def _files_of(card: dict[str, Any], config: str | None) -> list[str] | None:
-    """Patterns of the files of a configuration and of the card itself; None: all files."""
+def files_of(card: dict[str, Any], config: str | None) -> list[str] | None:
+    """Patterns of a configuration's files, as a data set's card lists them; None: it does not."""
     configs = {each.get("config_name"): each for each in card.get("configs") or []}
     files = configs.get(config or "default", {}).get("data_files")
     if not files:
         return None
     if isinstance(files, str):
         files = [files]
-    paths = [path for each in files for path in _listed(each if isinstance(each, str) else each["path"])]
-    return ["README.md", *paths]
+    return [path for each in files for path in _listed(each if isinstance(each, str) else each["path"])]
 
 
 def _listed(paths: str | list[str]) -> list[str]:

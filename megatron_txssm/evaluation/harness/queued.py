@@ -13,8 +13,8 @@ from megatron_txssm.evaluation.harness.harness import (
     option_words,
     placed,
 )
+from megatron_txssm.evaluation.harness.needed_data import check_tasks
 from megatron_txssm.evaluation.harness.settings import HarnessSettings
-from megatron_txssm.evaluation.harness.tasks import check_names
 from megatron_txssm.recipe.validation.validate import validate
 
 
@@ -31,10 +31,10 @@ def job_words(
     """The job's folder, where its results go, and the arguments of its `txssm eval harness`.
 
     The step is named, so that a job that is queued again goes on with the same checkpoint. UserError for a missing
-    checkpoint, folder or task, and for a number of processes that the model cannot be divided over.
+    checkpoint, folder, task or data set, and for a number of processes that the model cannot be divided over.
     """
     check_files(settings, data)
-    check_names(settings.tasks)
+    check_tasks(settings.tasks, data)
     folder = (output or harness_folder(model)).absolute()
     if is_hf_folder(model):
         if step is not None or overrides:

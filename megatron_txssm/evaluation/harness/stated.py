@@ -1,5 +1,6 @@
 """What a run's recipe says of its evaluation, where the user says nothing else."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,8 +9,9 @@ from pathlib import Path
 from megatron_txssm.checkpoint.saved_model import find_checkpoints
 from megatron_txssm.convert.huggingface.folder import is_hf_folder
 from megatron_txssm.errors import UserError
+from megatron_txssm.evaluation.harness.needed_data import check_tasks
 from megatron_txssm.evaluation.harness.settings import HarnessSettings
-from megatron_txssm.evaluation.harness.tasks import check_names, named_tasks, ruler_metadata
+from megatron_txssm.evaluation.harness.tasks import named_tasks, ruler_metadata
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.schema import Evaluation
@@ -48,15 +50,19 @@ def settings_for(
     return HarnessSettings(named, num_fewshot, limit, stated.batch_size if batch_size is None else batch_size), data
 
 
-def check_stated_tasks(recipe: Recipe) -> None:
+def check_stated_tasks(recipe: Recipe, *, afterwards: bool = True) -> None:
     """UserError if lm_eval has no task of a name in `evaluation.tasks`, or a training has no texts short enough.
 
-    Neither torch nor data are loaded; names that only lm_eval knows take seconds.
+    Also if `evaluation.data`, where that folder exists, lacks a data set that will be read: at the training's
+    validations, or `afterwards`. Neither torch nor data are loaded; names that only lm_eval knows take seconds.
     """
+    asked = recipe.evaluation
+    names = named_tasks(asked.tasks) if asked.tasks else []
+    reads = names and (afterwards or asked.interval is not None)
+    data = Path(asked.data) if reads and asked.data and os.path.isdir(asked.data) else None
     with fields_named():
-        names = named_tasks(recipe.evaluation.tasks) if recipe.evaluation.tasks else []
-        check_names(names)
-        if recipe.evaluation.interval is not None:
+        check_tasks(names, data)
+        if asked.interval is not None:
             ruler_metadata(names, recipe.training.seq_length, Path)
 
 

@@ -109,10 +109,12 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
         if isinstance(error, UserError) or not is_task_file(name):
             raise
         # The user's mistakes in it are of many kinds.
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"--tasks {name}: lm_eval cannot use this file ({type(error).__name__}: {reason}); mend it"
-        ) from error
+        raise unusable(name, error) from error
+
+
+def unusable(file: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    return UserError(f"--tasks {file}: lm_eval cannot use this file ({type(error).__name__}: {reason}); mend it")
 
 
 def _set_fewshot(task: Any, number: int | None) -> None:
