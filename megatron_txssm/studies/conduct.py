@@ -85,6 +85,9 @@ def submit_study(study: Study, *, seeds: int, allow_unequal: bool = False, **all
 
 
 def _begin(study: Study, seeds: int, allow_unequal: bool) -> None:
+    """As `study.begin`; UserError also if nothing would be validated: the last validation is what a study compares."""
+    if any(recipe.logging.eval_iters == 0 for recipe in study.variants.values()):
+        raise UserError("logging.eval_iters=0 leaves out the validations, which a study compares; leave it out")
     facts: JsonObject = {"study": study.name, "unequal_allowed": allow_unequal, **study.facts}
     check = None if allow_unequal else study.check
     begin(study.folder, study.variants, range(1, seeds + 1), facts, check)

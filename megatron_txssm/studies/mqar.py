@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from megatron_txssm.errors import UserError
 from megatron_txssm.files import JsonObject
 from megatron_txssm.metrics import each_line
 from megatron_txssm.recipe.changes import Changes, changed
@@ -52,6 +53,8 @@ def default_folder() -> Path:
 def variants(overrides: Sequence[str]) -> dict[str, Recipe]:
     """The recipes by architecture: the hybrid's, and the others with its parameters by the width of the FFN."""
     hybrid = load_recipe("mqar_small", overrides)
+    if not hybrid.data.recall_pairs:
+        raise UserError("data.recall_pairs=null leaves nothing to recall; state numbers of pairs, such as [4, 8]")
     found = {}
     for name, (layers, positions) in _ARCHITECTURES.items():
         own = {"model.layer_pattern": layers[: len(hybrid.layers)] or hybrid.model.layer_pattern}

@@ -64,4 +64,5 @@ def test_a_job_that_is_queued_again_goes_on(sandbox: Sandbox, tmp_path: Path) ->
     assert "going on with" in said()
     [results] = output.glob("*/results.json")
     assert json.loads(results.read_text())["tasks"]["tiny_multiple_choice"]["metrics"]
-    assert txssm(sandbox, "logs", str(output), "--stage", "harness").stdout in said()
+    assert txssm(sandbox, "logs", str(output)).stdout in said()
+    assert f"job {job} is finished" in txssm(sandbox, "why", str(output)).stdout

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_txssm.cli.main import main
 from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.changes import Changes, changed
 from megatron_txssm.studies.mqar import REFERENCE, RIVAL, mqar, show, variants, verdict
 from megatron_txssm.studies.study import begin, runs_of
+from tests.support.tiny_run import sets
 
 UNSAVED: Changes = {"checkpoint.save_interval": None, "training.train_iters": 2}
 # Of 2, 4, 8 and 16 pairs; the seeds of TransXSSM differ by 0.1.
@@ -42,6 +44,17 @@ def test_the_users_layers_and_samples_are_those_of_all() -> None:
     found = variants(["model.layer_pattern=M-*-", "data.recall_pairs=[3]"])
     assert [recipe.layers for recipe in found.values()] == ["M-*-", "M-M-", "M-M-", "*-*-"]
     assert {recipe.data.recall_pairs for recipe in found.values()} == {(3,)}
+
+
+def test_a_study_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other_data = ["data.recall_pairs=null", "megatron.mock_data=true", "logging.eval_iters=1"]
+    for fields, said in (
+        (["logging.eval_iters=0"], "logging.eval_iters=0 leaves out the validations, which a study compares"),
+        (other_data, "data.recall_pairs=null leaves nothing to recall"),
+    ):
+        assert main(["study", "mqar", "--out", str(tmp_path / "study"), *sets(fields)]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
 
 
 def test_what_is_finished_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,6 +53,7 @@ def test_the_hybrid_must_have_what_is_left_out(pattern: str) -> None:
 
 def recipes() -> dict[str, Recipe]:
     changes: Changes = {"megatron.mock_data": True, "checkpoint.save_interval": None, "training.train_iters": 40}
+    changes |= {"logging.eval_iters": 1}
     return dict.fromkeys(stability.VARIANTS, changed(TINY, changes))
 
 

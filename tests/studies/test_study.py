@@ -149,7 +149,7 @@ def test_a_job_is_queued_for_each_run_that_is_left(
         return 0
 
     monkeypatch.setattr(conduct, "submit", submit)
-    models = two_variants({"checkpoint.save_interval": None})
+    models = two_variants({"checkpoint.save_interval": None, "logging.eval_iters": 1})
     of_layers = conduct.Study("of layers", tmp_path, models, CHECK, print, {})
     begin(tmp_path, models, [1], {"study": "of layers"}, CHECK)
     (tmp_path / "runs" / "hybrid-seed1" / "metrics.jsonl").write_text('{"iteration": 20, "grad_norm": 1.0}\n')
