@@ -7,6 +7,9 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
+# Of questions, texts in a batch, samples or tokens.
+_MOST = 10**9
+
 
 class UserError(Exception):
     """A mistake that the user can fix: name, value, remedy. The command line prints it and exits with 2."""
@@ -33,6 +36,13 @@ def require_positive(**values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
+def require_count(least: int = 1, **values: int | None) -> None:
+    """As `require_positive`, from `least` on; UserError also above what any machine works through."""
+    for name, value in values.items():
+        if value is not None and not least <= value <= _MOST:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be from {least} to {_MOST:,}")
 
 
 def shown(value: object) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatron_txssm.bench.models import DECODING, ENTRANTS, PARTS, PREFILL, PRESETS, REFERENCE, TRAINING
 from megatron_txssm.bench.results import Key
-from megatron_txssm.errors import UserError
+from megatron_txssm.errors import UserError, require_count
 
 # A chunk of the scan holds as many.
 SHORTEST = 64
@@ -84,8 +84,8 @@ def plan(
     least = {"--lengths": (found.lengths, SHORTEST), "--contexts": (found.contexts, 1)}
     least |= {"--turns": ([found.turns], 1), "--steps": ([found.steps], 1)}
     for option, (values, smallest) in least.items():
-        if min(values) < smallest:
-            raise UserError(f"{option} {min(values)} must be at least {smallest}")
+        for value in values:
+            require_count(smallest, **{option.removeprefix("--"): value})
     return found
 
 

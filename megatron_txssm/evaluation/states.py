@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_txssm.checkpoint.load import load_options
 from megatron_txssm.checkpoint.saved_model import step_folder
-from megatron_txssm.errors import UserError, require_positive
+from megatron_txssm.errors import UserError, require_count
 from megatron_txssm.evaluation.evaluate import evaluation_recipe, run_validation
 from megatron_txssm.files import JsonObject, write_results
 from megatron_txssm.recipe.changes import ONE_MODEL_PARALLEL_RANK, changed
@@ -61,7 +61,7 @@ def states_recipe(
     run: Path, output: Path, *, length: int, samples: int, every: int, overrides: Sequence[str] = ()
 ) -> Recipe:
     """The recipe by which a run's states are measured; UserError for a model without states, or wrong numbers."""
-    require_positive(length=length, every=every, samples=samples)
+    require_count(length=length, every=every, samples=samples)
     if length % every:
         raise UserError(f"--every {every} does not divide --length {length}; use a divisor of it")
     longer = [f"training.seq_length={length}", f"training.global_batch_tokens={length}", "training.micro_batch_size=1"]

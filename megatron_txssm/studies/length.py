@@ -38,7 +38,7 @@ def evaluate_length(
         raise UserError("txssm eval length starts processes of its own; run it without srun or torchrun")
     recipe = evaluation_recipe(run, overrides)
     trained = recipe.training.seq_length
-    length = seq_length or 4 * trained
+    length = 4 * trained if seq_length is None else seq_length
     if length <= trained:
         raise UserError(f"--seq-length {length} is no more than the training's {trained}; state a longer one")
     folder = run / "evaluation" / f"length_{length}"

@@ -1,6 +1,7 @@
 """txssm eval needle: whether models find a number in a long text, by the text's length and the number's place."""
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from megatron_txssm.convert.huggingface.folder import is_hf_folder
 from megatron_txssm.convert.proof.proof import sample_text
 from megatron_txssm.data.tokenizer.huggingface import export_tokenizer
 from megatron_txssm.data.tokenizer.kept_tokenizer import tokenizer_source
-from megatron_txssm.errors import UserError, require_positive
+from megatron_txssm.errors import UserError, require_count
 from megatron_txssm.evaluation.harness.harness import evaluate_tasks, harness_recipe
 from megatron_txssm.evaluation.harness.settings import HarnessSettings
 from megatron_txssm.files import write_results
@@ -55,19 +56,20 @@ def evaluate_needle(
     """
     if is_worker():
         raise UserError("txssm eval needle starts processes of its own; run it without srun or torchrun")
-    require_positive(depths=depths, samples=samples, batch_size=batch_size)
-    if depths > MOST_DEPTHS:
-        raise UserError(f"--depths {depths} must be at most {MOST_DEPTHS}, a place for each per cent")
-    if (overrides or nproc or port) and all(map(is_hf_folder, models)):
+    require_count(samples=samples, batch_size=batch_size)
+    if not 1 <= depths <= MOST_DEPTHS:
+        raise UserError(f"--depths {depths} must be from 1 to {MOST_DEPTHS}, a place for each per cent")
+    if (overrides or nproc is not None or port is not None) and all(map(is_hf_folder, models)):
         raise UserError("--set, --nproc and --port are for checkpoints, and all models are Hugging Face folders")
     lengths = list(dict.fromkeys(lengths))
     places = [place / max(1, depths - 1) for place in range(depths)]
     prose = _read(text)
+    for model in models:
+        _check_lengths(model, lengths, overrides)
     found: dict[str, dict[str, float]] = {}
     for model in models:
         name = _name(model, found)
         options = {} if is_hf_folder(model) else {"overrides": overrides, "nproc": nproc, "port": port}
-        _check_lengths(model, lengths, overrides)
         with doing(f"hiding numbers for {name}"), _written(output):
             tasks = write_tasks(output.absolute() / name / "tasks", _haystack(model, prose), lengths, places, samples)
         settings = HarnessSettings(tuple(map(str, tasks)), num_fewshot=0, batch_size=batch_size)
@@ -104,7 +106,7 @@ def _read(text: Path | None) -> str:
 
 def _name(model: Path, others: Mapping[str, Any]) -> str:
     """The model's folder's, with a number where another model has the same."""
-    path = model.absolute()
+    path = Path(os.path.abspath(model))
     name = path.parent.name if path.name == "checkpoints" else path.name
     numbered = (f"{name}_{number}" for number in count(2))
     return next(each for each in chain([name], numbered) if each not in others)

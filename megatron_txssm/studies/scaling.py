@@ -28,6 +28,8 @@ REFERENCE = "transxssm"
 # d_model of the preset "small".
 WIDTHS = (64, 96, 128)
 TOKENS_PER_PARAMETER = {"small": 2.0, "paper": 20.0}
+# Per parameter: a thousand times what models are trained on.
+_MOST_TOKENS = 10**6
 # Largest part by which the tokens per parameter of two sizes may differ.
 _TOKENS_MAY_DIFFER = 0.05
 # What architectures of one size may differ in.
@@ -52,8 +54,8 @@ def scaling(
     `position_encoding.position_encoding`.
     """
     tokens = TOKENS_PER_PARAMETER[preset] if tokens_per_parameter is None else tokens_per_parameter
-    if not tokens > 0:
-        raise UserError(f"--tokens-per-parameter {tokens:g} must be above 0")
+    if not 0 < tokens <= _MOST_TOKENS:
+        raise UserError(f"--tokens-per-parameter {tokens:g} must be above 0, and at most {_MOST_TOKENS:,}")
     stated = [*corpus_overrides(preset, corpus, overrides), *overrides]
     return Study(
         name=NAME,

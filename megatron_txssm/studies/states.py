@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -67,7 +68,7 @@ def compare_states(
 
 def _names(run: Path) -> Iterator[str]:
     """The run's name, then numbered ones, for runs of the same name."""
-    path = run.absolute()
+    path = Path(os.path.abspath(run))
     name = path.parent.name if path.name == "checkpoints" else path.name
     return (name if number == 1 else f"{name}_{number}" for number in count(1))
 

@@ -65,7 +65,7 @@ def test_one_run_has_its_results_in_its_own_folder(tmp_path: Path, measured: lis
 
 def test_no_length_is_not_the_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "states", str(make_run(tmp_path / "mine")), "--length", "0"]) == 2
-    assert "--length 0 must be at least 1" in capsys.readouterr().err
+    assert "--length 0 must be from 1 to" in capsys.readouterr().err
 
 
 def test_several_need_a_folder_and_no_launcher(

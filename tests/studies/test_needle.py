@@ -113,8 +113,8 @@ def test_what_is_found_is_counted(model: Path, tmp_path: Path, monkeypatch: pyte
     ("words", "message"),
     [
         (["--lengths", "513"], "--lengths 513: {model} reads 512 tokens"),
-        (["--lengths", "80", "--depths", "0"], "--depths 0 must be at least 1"),
-        (["--lengths", "80", "--depths", "102"], "--depths 102 must be at most 101"),
+        (["--lengths", "80", "--depths", "0"], "--depths 0 must be from 1 to 101"),
+        (["--lengths", "80", "--depths", "102"], "--depths 102 must be from 1 to 101"),
         (["--lengths", "80", "--nproc", "2"], "--nproc and --port are for checkpoints"),
         (["--lengths", "80", "--text", "{model}"], "--text {model} cannot be read"),
         (["--lengths", "80", "--text", "{model}/../empty"], "is empty"),
@@ -127,6 +127,24 @@ def test_mistakes(
     words = [word.format(model=model) for word in words]
     assert main(["eval", "needle", str(model), "--output", str(tmp_path / "out"), *words]) == 2
     assert message.format(model=model) in capsys.readouterr().err
+
+
+def test_every_model_is_looked_at_before_the_first_is_asked(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--lengths", "200", "--output", str(tmp_path / "out")]
+    assert main(["eval", "needle", str(model), str(tmp_path / "none"), *words]) == 2
+    assert "none: no such folder" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_results_stay_in_the_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of a model that is named by two dots."""
+    (model / "inside").mkdir(exist_ok=True)
+    monkeypatch.chdir(model / "inside")
+    output = tmp_path / "out"
+    words = ["--lengths", "200", "--depths", "1", "--samples", "1", "--output", str(output)]
+    assert main(["eval", "needle", "..", *words]) == 0
+    assert (output / model.name / "tasks").is_dir() and not (tmp_path / "tasks").exists()
 
 
 def test_a_folder_without_its_length_is_refused(

@@ -90,5 +90,6 @@ def test_no_tokens_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["study", "scaling", "--tokens-per-parameter", "0"]) == 2
-    assert "must be above 0" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    for tokens in ("0", "nan", "inf"):
+        assert main(["study", "scaling", "--tokens-per-parameter", tokens]) == 2
+        assert "must be above 0, and at most 1,000,000" in capsys.readouterr().err and not list(tmp_path.iterdir())

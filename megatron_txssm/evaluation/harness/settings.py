@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_txssm import __version__
 from megatron_txssm.checkpoint.checksums import CHECKSUMS
-from megatron_txssm.errors import require_positive
+from megatron_txssm.errors import require_count
 from megatron_txssm.files import file_sha256
 from megatron_txssm.versions import package_versions
 
@@ -28,9 +28,8 @@ class HarnessSettings:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        require_positive(batch_size=self.batch_size, limit=self.limit)
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            require_positive(num_fewshot=self.num_fewshot + 1)
+        require_count(batch_size=self.batch_size, limit=self.limit)
+        require_count(0, num_fewshot=self.num_fewshot)
 
     def described(self) -> dict[str, Any]:
         return asdict(self) | {"tasks": [*self.tasks]}

@@ -25,7 +25,7 @@ class MissingData(Exception):
 def named_tasks(words: Sequence[str]) -> list[str]:
     """The tasks that --tasks names, each once: a suite's name stands for its tasks."""
     names = [name for word in words for name in SUITES.get(word, (word,))]
-    if not names:
+    if not all(names) or not names:
         raise UserError(f"--tasks names no task; use a suite ({', '.join(SUITES)}), or tasks of lm_eval")
     return list(dict.fromkeys(names))
 
@@ -105,14 +105,14 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
             f"reached, fetch them on a node that reaches it (txssm eval fetch FOLDER --tasks {name}) and name the "
             "folder with --data"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, UserError) or not is_task_file(name):
             raise
-        # The user's mistakes in it are of many kinds.
+        # The user's mistakes in it are of many kinds; its code may even end the process.
         raise unusable(name, error) from error
 
 
-def unusable(file: str, error: Exception) -> UserError:
+def unusable(file: str, error: BaseException) -> UserError:
     reason = " ".join(str(error).split())
     return UserError(f"--tasks {file}: lm_eval cannot use this file ({type(error).__name__}: {reason}); mend it")
 
