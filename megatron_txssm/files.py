@@ -1,6 +1,7 @@
 """Files and folders that appear complete or not at all."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -55,6 +56,28 @@ def complete_folder(out: Path, nbytes: int) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def alone_in(folder: Path, option: str) -> Iterator[None]:
+    """UserError if the folder cannot be made, or another process is in this block for it; `option`: names another."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}; name another folder with {option}") from None
+    try:
+        _lock(lock, folder, option)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(folder_fd: int, folder: Path, option: str) -> None:
+    try:
+        fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process writes into {folder}; wait for it, or name another with {option}") from None
 
 
 @contextmanager
@@ -133,6 +156,7 @@ def write_results(path: Path, data: object) -> None:
 def append_json(path: Path, data: object) -> None:
     """Append one line of JSON to a file, in one write: several processes may append at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(data, ensure_ascii=False) + "\n"
+    line = (json.dumps(data, ensure_ascii=False) + "\n").encode()
     with path.open("ab", buffering=0) as stream:
-        stream.write(line.encode())
+        if stream.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,11 +1,9 @@
 """`txssm bench throughput`: training and inference of models of one size over sequence lengths (figure 4)."""
 
-import contextlib
-import fcntl
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +28,7 @@ from megatron_txssm.check.gpu.children import Child
 from megatron_txssm.check.gpu.speed import AS_A_GRAPH
 from megatron_txssm.check.gpu.trainings import LOCAL, surroundings_of, tokens_for
 from megatron_txssm.errors import UserError
-from megatron_txssm.files import unwound_by_signals
+from megatron_txssm.files import alone_in, unwound_by_signals
 from megatron_txssm.recipe.changes import Changes, changed
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validation.validate import validate
@@ -186,7 +184,7 @@ def throughput(plan: Plan, folder: Path, *, cuda_graph: bool = False, command: s
     were made with other settings or on another machine.
     """
     bench, failed = Bench(plan, folder, cuda_graph=cuda_graph), False
-    with _alone_in(folder):
+    with alone_in(folder, "--out"):
         try:
             _make_empty(bench.work)
             results = Results(folder, bench.facts())
@@ -237,28 +235,6 @@ def said(key: Key, figures: Figures) -> str:
 def _models(bench: Bench) -> dict[str, Any]:
     recipes = {model: bench.recipe(model, bench.plan.lengths[0]) for model in bench.plan.models}
     return {model: {"parameters": count_parameters(recipe.sizes).total} for model, recipe in recipes.items()}
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """UserError if the folder cannot be made, or another process of this machine measures into it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}; name another folder with --out") from None
-    try:
-        _lock(lock, folder)
-        yield
-    finally:
-        os.close(lock)
-
-
-def _lock(folder_fd: int, folder: Path) -> None:
-    try:
-        fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process measures into {folder}; wait for it, or name another with --out") from None
 
 
 def _make_empty(work: Path) -> None:

@@ -44,13 +44,20 @@ def conduct(study: Study, *, seeds: int, parallel: int = 1, timing_rounds: int =
     """
     check_counts(seeds, parallel, timing_rounds)
     _begin(study, seeds, allow_unequal)
-    failed = train(study.name, runs_of(study.folder), parallel=parallel, may_diverge=study.may_diverge)
-    if timing_rounds and not failed:
-        failed = train(f"{study.name}, timing", begin_timing(study.folder, timing_rounds))
-    if study.measure is not None:
-        for run in runs_of(study.folder):
-            study.measure(run)
-    study.show(study.folder)
+    try:
+        failed = train(study.name, runs_of(study.folder), parallel=parallel, may_diverge=study.may_diverge)
+        if timing_rounds and not failed:
+            failed = train(f"{study.name}, timing", begin_timing(study.folder, timing_rounds))
+        if study.measure is not None:
+            for run in runs_of(study.folder):
+                study.measure(run)
+        study.show(study.folder)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{study.folder} cannot be used: {error.strerror or error}; make room, and repeat the command"
+        ) from error
     for run in failed:
         print(f"failed: txssm why {run.path}")
     return 1 if failed else 0

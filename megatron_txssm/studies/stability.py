@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -108,7 +109,12 @@ def measure_states(run: StudyRun) -> None:
         return
     length = run.recipe.training.seq_length
     every = math.gcd(256, length)
-    if evaluate_states(run.path, _states_folder(run), length=_LONGER * length, samples=_SAMPLES, every=every):
+    code = evaluate_states(run.path, _states_folder(run), length=_LONGER * length, samples=_SAMPLES, every=every)
+    if code > 128:
+        # Ctrl-C or SIGTERM, which ends the study, too.
+        print("stopped; the same command continues", flush=True)
+        sys.exit(code)
+    if code:
         print(f"{run.path.name}: its states could not be measured")
 
 

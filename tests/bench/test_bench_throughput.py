@@ -13,6 +13,7 @@ from megatron_txssm.bench.inference import measure
 from megatron_txssm.bench.models import DECODING, ENTRANTS, PREFILL, PRESETS, TRAINING, model_flops, recipe_of
 from megatron_txssm.check.gpu import worker as check_worker
 from megatron_txssm.cli.main import main
+from megatron_txssm.files import alone_in
 from megatron_txssm.recipe.changes import changed
 from tests.bench.tiny import TINY, StandIn
 
@@ -209,10 +210,10 @@ def test_other_settings_and_machines_are_not_mixed(
         (["--models", "llama3"], "--models llama3: add transxssm, with which all others are compared"),
         (["--models", "transxssm", "gpt"], "--models gpt: use some of transxssm, llama3"),
         (["--parts", "prefil"], "--parts prefil: use one of training, prefill, decoding"),
-        (["--lengths", "4096", "8"], "--lengths 8 must be at least 64"),
-        (["--contexts", "0"], "--contexts 0 must be at least 1"),
-        (["--turns", "0"], "--turns 0 must be at least 1"),
-        (["--steps", "-1"], "--steps -1 must be at least 1"),
+        (["--lengths", "4096", "8"], "--lengths 8 must be from 64 to"),
+        (["--contexts", "0"], "--contexts 0 must be from 1 to"),
+        (["--turns", "0"], "--turns 0 must be from 1 to"),
+        (["--steps", "-1"], "--steps -1 must be from 1 to"),
         (["--cuda-graph"], "--cuda-graph needs a GPU, and none is visible here; leave it out"),
         (["--table"], "results.json is not there; measure first"),
         (["--out", "/dev/null/x"], "cannot be made: Not a directory; name another folder with --out"),
@@ -288,7 +289,7 @@ def test_ratios_of_flops_are_those_of_the_recipes(length: int, ratio: float) -> 
 def test_two_do_not_measure_at_once(
     tiny: list[str], tmp_path: Path, stand_in: type[StandIn], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with throughput._alone_in(tmp_path):
+    with alone_in(tmp_path, "--out"):
         assert main(tiny) == 2
-    assert "another process measures into" in capsys.readouterr().err
+    assert "another process writes into" in capsys.readouterr().err
     assert not stand_in.began

@@ -174,8 +174,11 @@ def test_examples_in_a_prompt(tasks: list[str]) -> None:
         assert loaded.asked == ["tiny_multiple_choice"]
 
 
-@pytest.mark.parametrize("text", ["", "task: [", "task: x\nunknown: 1\ndataset_path: json\n"])
+@pytest.mark.parametrize(
+    "text", ["", "task: [", "task: x\nunknown: 1\ndataset_path: json\n", "task: x\ndoc_to_text: !function code.text\n"]
+)
 def test_a_task_file_that_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "code.py").write_text("raise SystemExit(3)")
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(
         UserError, match=r"^--tasks .*/own.yaml: lm_eval cannot use this file \([A-Z]\w+: .*\); mend it$"
@@ -183,12 +186,57 @@ def test_a_task_file_that_is_none(tmp_path: Path, text: str) -> None:
         load_tasks([str(tmp_path / "own.yaml")])
 
 
+def test_one_process_at_a_time(
+    model: Path, tasks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", "harness", str(model), "--output", str(tmp_path), "--tasks", tasks[0]]
+    codes: list[int] = []
+
+    def meanwhile(*arguments: Any) -> Any:
+        if not codes:
+            codes.append(main(words))
+        return answer(*arguments)
+
+    answer = ranks.answer
+    monkeypatch.setattr(ranks, "answer", meanwhile)
+    assert main(words) == 0 and codes == [2]
+    assert f"another process writes into {tmp_path}/huggingface-" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["results.json", "history.jsonl"])
+def test_results_that_cannot_be_written(
+    model: Path, tasks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """The responses are kept: with room, the same command takes them."""
+    words = ["eval", "harness", str(model), "--output", str(tmp_path), "--tasks", tasks[0]]
+    assert main(words) == 0
+    [results] = tmp_path.glob("*/results.json")
+    in_the_way = results if name == results.name else tmp_path / name
+    in_the_way.unlink()
+    in_the_way.mkdir()
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert f"{in_the_way} cannot be written: Is a directory; make room" in error
+    in_the_way.rmdir()
+    assert main(words) == 0 and in_the_way.is_file()
+
+
+def test_more_examples_than_there_are(
+    model: Path, tasks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", "harness", str(model), "--output", str(tmp_path), "--tasks", tasks[0], "--num-fewshot"]
+    assert main([*words, "13"]) == 2
+    assert capsys.readouterr().err.endswith("error: --num-fewshot 13 is more examples than a task has; state fewer\n")
+
+
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
         (["--tasks", "none.yaml"], "--tasks none.yaml: no such file"),
-        (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
-        (["--limit", "0"], "--limit 0 must be at least 1"),
+        (["--tasks", ""], "--tasks names no task; use a suite"),
+        (["--batch-size", "0"], "--batch-size 0 must be from 1 to 1,000,000,000"),
+        (["--limit", f"{10**30}"], f"--limit {10**30} must be from 1 to 1,000,000,000"),
+        (["--num-fewshot", "-1"], "--num-fewshot -1 must be from 0 to 1,000,000,000"),
         (["--step", "3"], "is a Hugging Face model; --step, --set, --nproc and --port are for checkpoints"),
         (["--data", "nowhere"], "--data nowhere: no such folder; `txssm eval fetch nowhere --tasks"),
         (["--tasks", "ruler"], "RULER's texts have 4,096 tokens and more, the model's at most 32"),

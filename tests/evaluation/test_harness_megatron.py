@@ -120,6 +120,11 @@ def test_workers_get_every_option(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert started[1][0][0] == recipe and started[1][0][2] == worker
 
 
+def test_no_process_is_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "harness", str(folder / "run"), "--nproc", "0", "--tasks", "piqa"]) == 2
+    assert "--nproc 0 must be at least 1" in capsys.readouterr().err
+
+
 def test_the_recipe_states_what_is_asked(folder: Path, tmp_path: Path) -> None:
     """Its numbers belong to its tasks."""
     checkpoints = tmp_path / "checkpoints"

@@ -13,7 +13,9 @@ from huggingface_hub import constants
 
 from megatron_txssm.cli.main import main
 from megatron_txssm.errors import UserError
+from megatron_txssm.evaluation.harness.harness import check_files
 from megatron_txssm.evaluation.harness.local_data import data_from, fetched_commits
+from megatron_txssm.evaluation.harness.settings import HarnessSettings
 from megatron_txssm.evaluation.harness.tasks import MissingData, load_tasks
 
 NAME, COMMIT = "EleutherAI/lambada_openai", "1234567890abcdef1234567890abcdef12345678"
@@ -98,6 +100,12 @@ def test_what_is_not_in_the_folder_is_named(tmp_path: Path) -> None:
     assert f"`txssm eval fetch {tmp_path} --tasks piqa`" in str(raised.value)
     with data_from(tmp_path), pytest.raises(MissingData):
         datasets.load_dataset("some/thing")
+
+
+def test_a_damaged_record_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    (tmp_path / "fetched.json").write_text('{"baber/piqa": "12')
+    with pytest.raises(UserError, match=r"fetched.json is damaged; remove it, and repeat `txssm eval fetch`"):
+        check_files(HarnessSettings(("piqa",)), tmp_path)
 
 
 def test_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

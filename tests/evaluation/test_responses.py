@@ -39,10 +39,23 @@ def test_a_torn_line_is_forgotten(tmp_path: Path) -> None:
     assert file.read_bytes() == whole
 
 
+def test_a_line_torn_in_the_middle_costs_only_its_own_responses(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    kept = Responses(file)
+    kept.add([FIRST], [[(-1.0, True)]])
+    with file.open("ab") as stream:
+        stream.write(b'{"abc": [[-1.\n' + bytes(7) + b"\n")
+    kept.add([SECOND], [[(-2.0, True)]])
+    read = Responses(file)
+    assert len(read) == 2 and read.of([FIRST, SECOND]) == [[[-1.0, True]], [[-2.0, True]]]
+
+
 def test_a_damaged_file_and_a_full_disk_are_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("[1]\n")
     with pytest.raises(UserError, match="is damaged; remove it"):
         Responses(tmp_path / "file")
+    with pytest.raises(UserError, match="cannot be read: Is a directory; move it away"):
+        Responses(tmp_path)
     kept = Responses(tmp_path / "other")
     kept.file = Path("/dev/full")
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); make room"):

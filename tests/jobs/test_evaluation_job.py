@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_txssm.errors import UserError
+from megatron_txssm.files import alone_in
 from megatron_txssm.jobs.evaluation_job import submit_evaluation
 from megatron_txssm.jobs.limits import Limits
 from megatron_txssm.jobs.submission.request import Request
@@ -109,6 +110,16 @@ def test_logs_and_cancel(cluster: Path, folder: Path, capsys: pytest.CaptureFixt
     write_queue(cluster, {"job_id": 17, "command": f"{folder}/harness.sbatch"}, {"job_id": 18, "command": "/other"})
     assert "cancelled job 17" in told(capsys, "cancel", "17")
     assert (cluster / "cancelled").read_text().split() == ["17"]
+
+
+def test_one_submission_at_a_time(cluster: Path, folder: Path) -> None:
+    with alone_in(folder, "--output"), pytest.raises(UserError, match="another process writes into"):
+        submit(folder)
+    write_queue(cluster, {"job_id": 17, "command": f"{folder}/harness.sbatch"})
+    with pytest.raises(UserError, match=r"harness already has job 17 \(RUNNING\); wait for its end"):
+        submit(folder)
+    queued = [line for line in (cluster / "sbatched").read_text().splitlines() if "--parsable" in line]
+    assert len(queued) == 1
 
 
 def test_a_job_that_cannot_be_recorded_is_cancelled(cluster: Path, folder: Path, tmp_path: Path) -> None:

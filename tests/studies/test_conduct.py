@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_txssm.errors import UserError
+from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.paper import Measured
 from megatron_txssm.reporting.series import read_series
 from megatron_txssm.studies.conduct import Study, conduct
 from megatron_txssm.studies.study import check_comparable, runs_of
 from megatron_txssm.studies.summary import show_comparison
+from tests.support.recipes import TINY
 from tests.support.tiny_run import make_tiny_run
 
 
@@ -40,3 +43,20 @@ def test_a_study_trains_its_models_and_shows_them(
     capsys.readouterr()
     assert conduct(study, seeds=1, timing_rounds=0) == 0
     assert "1 of 1 runs are finished, 0 steps to go" in capsys.readouterr().out
+
+
+def test_a_full_disk_and_a_closed_pipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a run would write its output; nothing is trained."""
+    recipe = changed(TINY, {"megatron.mock_data": True, "checkpoint.save_interval": None, "logging.eval_iters": 1})
+    study = Study("s", tmp_path / "study", {"one": recipe}, lambda _: None, print, {})
+    (tmp_path / "study" / "runs" / "one-seed1").mkdir(parents=True)
+    (tmp_path / "study" / "runs" / "one-seed1" / "logs").touch()
+    with pytest.raises(UserError, match=r"study cannot be used: File exists; make room, and repeat the command"):
+        conduct(study, seeds=1, timing_rounds=0)
+
+    def closed(*_: object, **options: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("megatron_txssm.studies.conduct.train", closed)
+    with pytest.raises(BrokenPipeError):
+        conduct(study, seeds=1, timing_rounds=0)

@@ -1,6 +1,7 @@
 """The study of stability: its variants, divergence as a result, what it measures and shows; nothing is trained."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,17 @@ def test_diverged_runs_are_not_queued_again(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(conduct, "submit", lambda recipe, **_: queued.append(recipe) or 0)
     study = conduct.Study("stability", folder, recipes(), lambda _: None, print, {}, may_diverge=True)
     assert conduct.submit_study(study, seeds=2, nodes=1) == 0 and queued == []
+
+
+def test_a_signal_while_states_are_measured_ends_the_study(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stability, "saved_step", lambda _: 40)
+    for code, ends in ((130, True), (143, True), (1, False)):
+        monkeypatch.setattr(stability, "evaluate_states", lambda *_, code=code, **options: code)
+        with pytest.raises(SystemExit) if ends else nullcontext():
+            stability.measure_states(runs_of(folder)[0])
+        assert ("the same command continues" in capsys.readouterr().out) == ends
 
 
 def test_states_are_measured_once_for_each_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from megatron_txssm.evaluation.harness.local_data import data_from, fetched_comm
 from megatron_txssm.evaluation.harness.responses import Responses
 from megatron_txssm.evaluation.harness.settings import HarnessSettings, ModelIdentity, checkpoint_sha256, hf_sha256
 from megatron_txssm.evaluation.harness.tasks import FEWSHOT_SEED, load_tasks, ruler_metadata
+from megatron_txssm.files import alone_in
 from megatron_txssm.recipe.changes import changed
 from megatron_txssm.recipe.loader import load_recipe
 from megatron_txssm.recipe.recipe import Recipe
@@ -74,7 +75,8 @@ def evaluate_tasks(
     checkpoints = find_checkpoints(model)
     step, saved = step_folder(checkpoints, step)
     recipe = harness_recipe(checkpoints, overrides)
-    processes = int(os.environ["WORLD_SIZE"]) if is_worker() else nproc or smallest_world_size(recipe)
+    nproc = smallest_world_size(recipe) if nproc is None else nproc
+    processes = int(os.environ["WORLD_SIZE"]) if is_worker() else nproc
     described = f"step {step} of {checkpoints}"
     identity = ModelIdentity(described, "megatron", step, checkpoint_sha256(saved), recipe.training.precision)
     output = (output or harness_folder(model)).absolute()
@@ -94,12 +96,13 @@ def evaluate_tasks(
 
 
 def check_files(settings: HarnessSettings, data: Path | None) -> None:
-    """UserError if a file of tasks, or the folder of data sets, is missing."""
+    """UserError if a file of tasks, or the folder of data sets, is missing, or the folder's record is damaged."""
     for name in settings.tasks:
         if is_task_file(name) and not os.path.isfile(name):
             raise UserError(f"--tasks {name}: no such file")
     if data is not None and not data.is_dir():
         raise UserError(f"--data {data}: no such folder; `txssm eval fetch {data} --tasks …` fills one")
+    fetched_commits(data)
 
 
 def harness_recipe(checkpoints: Path, overrides: Sequence[str]) -> Recipe:
@@ -181,10 +184,6 @@ def _by_transformers(folder: Path, settings: HarnessSettings, data: Path | None,
     identity = ModelIdentity(str(folder), "huggingface", None, hf_sha256(folder), precision)
     evaluation = Evaluation(identity, settings, data, output.absolute() / identity.folder_name(settings, 1))
     log = evaluation.folder / "logs" / "harness.log"
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{log.parent} cannot be written: {error.strerror}; name a folder with --output") from None
 
     def work(terminal: TextIO) -> None:
         try:
@@ -193,7 +192,8 @@ def _by_transformers(folder: Path, settings: HarnessSettings, data: Path | None,
             print(f"\nstopped; {evaluation.folder} holds the responses so far: the same command goes on", file=terminal)
             raise
 
-    return run_redirected(log, work)
+    with alone_in(log.parent, "--output"):
+        return run_redirected(log, work)
 
 
 def _tasks(evaluation: Evaluation, max_length: int, tokenizer: Callable[[], Path], terminal: TextIO) -> "LoadedTasks":
@@ -248,9 +248,17 @@ def responses_to(
         # The same examples each time.
         task.set_fewshot_seed(FEWSHOT_SEED)
     asked = HarnessModel(ranks, Responses(folder / "responses.jsonl"), settings.batch_size, bar)
-    found: Any = lm_eval.evaluator.evaluate(
-        lm=asked, task_dict=tasks.tasks, limit=settings.limit, bootstrap_iters=_BOOTSTRAP, log_samples=True
-    )
+    try:
+        found: Any = lm_eval.evaluator.evaluate(
+            lm=asked, task_dict=tasks.tasks, limit=settings.limit, bootstrap_iters=_BOOTSTRAP, log_samples=True
+        )
+    except ValueError as error:
+        # Of random.sample.
+        if "larger than population" not in str(error):
+            raise
+        raise UserError(
+            f"--num-fewshot {settings.num_fewshot} is more examples than a task has; state fewer"
+        ) from error
     return described_results(found, tasks.asked, model, settings, asked, fetched_commits(data))
 
 

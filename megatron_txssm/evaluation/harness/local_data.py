@@ -16,7 +16,7 @@ from typing import Any
 from megatron_txssm.errors import UserError
 from megatron_txssm.evaluation.harness.suites import RULER
 from megatron_txssm.evaluation.harness.tasks import MissingData, load_tasks, named_tasks
-from megatron_txssm.files import write_json
+from megatron_txssm.files import write_results
 from megatron_txssm.terminal import doing
 
 _ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -77,12 +77,18 @@ def data_from(folder: Path | None, missing: Callable[[Path, str, str | None], No
 
 
 def fetched_commits(folder: Path | None) -> dict[str, str]:
-    """Data set -> its commit on the hub, of those that `fetch` brought."""
+    """Data set -> its commit on the hub, of those that `fetch` brought. UserError if the file is damaged."""
+    if folder is None:
+        return {}
     try:
-        found = json.loads((folder / _FETCHED).read_bytes()) if folder else {}
+        found = json.loads((folder / _FETCHED).read_bytes())
     except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) else {}
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{folder / _FETCHED} is damaged; remove it, and repeat `txssm eval fetch`, which writes it")
+    return found
 
 
 def _download(folder: Path, name: str, config: str | None) -> None:
@@ -102,7 +108,7 @@ def _download(folder: Path, name: str, config: str | None) -> None:
             f"the data set {name} cannot be fetched ({type(error).__name__}: {reason}); use a machine that reaches the "
             "hub, or state a mirror in HF_ENDPOINT"
         ) from error
-    write_json(folder / _FETCHED, fetched_commits(folder) | {name: info.sha})
+    write_results(folder / _FETCHED, fetched_commits(folder) | {name: info.sha})
 
 
 def files_of(card: dict[str, Any], config: str | None) -> list[str] | None:

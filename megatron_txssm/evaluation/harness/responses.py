@@ -19,7 +19,10 @@ class Responses:
 
     def __init__(self, file: Path):
         self.file, self._known = file, dict[str, Any]()
-        content = file.read_bytes() if file.exists() else b""
+        try:
+            content = file.read_bytes() if file.exists() else b""
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}; move it away") from None
         whole, _, torn = content.rpartition(b"\n")
         for line in whole.splitlines():
             self._known |= _responses(line, file)
@@ -57,7 +60,8 @@ def _responses(line: bytes, file: Path) -> dict[str, Any]:
     try:
         found = json.loads(line)
     except ValueError:
-        found = None
+        # Torn by a full disk or a crash: its requests are made again.
+        return {}
     if not isinstance(found, dict):
         raise UserError(f"{file} is damaged; remove it, and its requests are made again")
     return found

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_txssm.errors import UserError
 from megatron_txssm.evaluation.harness.language_model import HarnessModel
 from megatron_txssm.evaluation.harness.settings import HarnessSettings, ModelIdentity
 from megatron_txssm.evaluation.harness.suites import BENCHMARKS, OF_TABLE_3, TABLE_3
 from megatron_txssm.evaluation.harness.tasks import FEWSHOT_SEED
-from megatron_txssm.files import append_json, write_json
+from megatron_txssm.files import append_json, write_results
 from megatron_txssm.terminal import print_table
 
 
@@ -67,9 +68,14 @@ def _hash(samples: Sequence[dict[str, Any]]) -> str:
 
 
 def keep(results: dict[str, Any], folder: Path) -> None:
-    """Write results.json, and append it to history.jsonl in the folder above."""
-    write_json(folder / "results.json", results)
-    append_json(folder.parent / "history.jsonl", results)
+    """Write results.json, and append it to history.jsonl in the folder above; UserError if the disk is full."""
+    write_results(folder / "results.json", results)
+    try:
+        append_json(folder.parent / "history.jsonl", results)
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent / 'history.jsonl'} cannot be written: {error.strerror}; make room, and repeat the command"
+        ) from error
 
 
 def scores(results: dict[str, Any]) -> dict[str, float]:
