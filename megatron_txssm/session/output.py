@@ -1,12 +1,13 @@
 """Output of workers: a few lines on the terminal, everything else in a log file per rank."""
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeGuard
 
 from megatron_txssm.errors import UserError, readable
 
@@ -36,8 +37,10 @@ def output_redirected(log_file: Path) -> Iterator[TextIO]:
         try:
             yield terminal
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            # A full disk does not take the rest of the log.
+            with suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
             for number, descriptor in enumerate(descriptors, start=1):
                 os.dup2(descriptor, number)
                 os.close(descriptor)
@@ -46,7 +49,7 @@ def output_redirected(log_file: Path) -> Iterator[TextIO]:
 def run_redirected(log_file: Path, work: Callable[[TextIO], object]) -> int:
     """Do `work` with the terminal, and all other output in `log_file`; returns the exit code.
 
-    An error that is no user's goes to the log, and is named on stderr.
+    An error that is no user's goes to the log, and is named on stderr. UserError if the disk is full.
     """
     failure: Exception | None = None
     with output_redirected(log_file) as terminal:
@@ -55,9 +58,17 @@ def run_redirected(log_file: Path, work: Callable[[TextIO], object]) -> int:
         except (UserError, BrokenPipeError):
             raise
         except Exception as error:
-            traceback.print_exc()
             failure = error
+            # A full disk takes no log.
+            if not _is_full(error):
+                traceback.print_exc()
     if failure is None:
         return 0
+    if _is_full(failure):
+        raise UserError(f"{log_file.parent} cannot be written: {failure.strerror}; make room, and repeat the command")
     print(readable(f"error: {type(failure).__name__}: {failure}\nIts log: {log_file}"), file=sys.stderr)
     return 1
+
+
+def _is_full(error: Exception) -> TypeGuard[OSError]:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -75,3 +75,18 @@ def test_for_a_while_only(tmp_path: Path) -> None:
     )
     assert (done.stdout, done.stderr) == ("shown\nafter\n", "an error\n")
     assert log.read_text() == "hidden\n"
+
+
+def test_a_log_on_a_full_disk() -> None:
+    """What is left of the log goes to the terminal, without a traceback."""
+    done = python(
+        "from pathlib import Path\n"
+        "from megatron_txssm.errors import UserError\n"
+        "from megatron_txssm.session.output import run_redirected\n"
+        "try:\n"
+        "    run_redirected(Path('/dev/full'), lambda _: print('a line', flush=True))\n"
+        "except UserError as error:\n"
+        "    print(error)\n"
+    )
+    assert done.stdout == "a line\n/dev cannot be written: No space left on device; make room, and repeat the command\n"
+    assert done.returncode == 0 and not done.stderr
