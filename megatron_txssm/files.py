@@ -60,7 +60,10 @@ def complete_folder(out: Path, nbytes: int) -> Iterator[Path]:
 
 @contextmanager
 def alone_in(folder: Path, option: str) -> Iterator[None]:
-    """UserError if the folder cannot be made, or another process is in this block for it; `option`: names another."""
+    """UserError if the folder cannot be made, or another process is in this block for it; `option`: names another.
+
+    Without effect on file systems that do not lock folders, such as NFS.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
@@ -78,6 +81,8 @@ def _lock(folder_fd: int, folder: Path, option: str) -> None:
         fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another process writes into {folder}; wait for it, or name another with {option}") from None
+    except OSError:
+        return
 
 
 @contextmanager

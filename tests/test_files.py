@@ -1,12 +1,16 @@
-"""A signal that ends a process lets it clean up first."""
+"""A signal that ends a process lets it clean up first; one process at a time works in a folder."""
 
+import errno
+import fcntl
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from megatron_txssm.files import unwound_by_signals
+from megatron_txssm.errors import UserError
+from megatron_txssm.files import alone_in, unwound_by_signals
 
 
 @unwound_by_signals()
@@ -44,3 +48,23 @@ def test_another_thread_leaves_signals_alone() -> None:
 
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(handler).result() is signal.getsignal(signal.SIGTERM)
+
+
+def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    for _ in range(2):
+        with (
+            alone_in(folder, "--out"),
+            pytest.raises(UserError, match="another process writes into .*/out; .* with --out"),
+            alone_in(folder, "--out"),
+        ):
+            pass
+
+
+def test_a_file_system_without_locks_is_used_without_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with alone_in(tmp_path, "--out"):
+        pass
