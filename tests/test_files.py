@@ -55,7 +55,7 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
     for _ in range(2):
         with (
             alone_in(folder, "--out"),
-            pytest.raises(UserError, match="another process writes into .*/out; .* with --out"),
+            pytest.raises(UserError, match=r"another process writes into .*/out; .* with --out"),
             alone_in(folder, "--out"),
         ):
             pass

@@ -49,7 +49,9 @@ def test_every_state_and_runs_that_are_broken(tmp_path, capsys, monkeypatch):
     note_local_end(a_run(top / "sweep" / "slurm", 5), 1, "earlier")
     some_attempt(top / "sweep" / "slurm", started=time.time() + 9, cause=Cause.PREEMPTED, ended=time.time() + 10).save()
     (a_run(top / "torn", 5) / "recipe.yaml").write_text("model: [")
-    (a_run(top / "odd") / "metrics.jsonl").mkdir()
+    odd = some_attempt(a_run(top / "odd"))
+    odd.save()
+    (odd.folder / "attempt.json").write_text("3")
     (top / "no_run" / "deep").mkdir(parents=True)
     found = rows(capsys)
     assert {name: words[0] for name, words in found.items() if name != "`txssm"} == {
