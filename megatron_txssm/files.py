@@ -62,7 +62,7 @@ def complete_folder(out: Path, nbytes: int) -> Iterator[Path]:
 def alone_in(folder: Path, option: str) -> Iterator[None]:
     """UserError if the folder cannot be made, or another process is in this block for it; `option`: names another.
 
-    Without effect on file systems that do not lock folders, such as NFS.
+    Processes of this machine; whether it holds for other nodes, too, depends on the file system (`try_lock`).
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,19 +70,25 @@ def alone_in(folder: Path, option: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{folder} cannot be made: {error.strerror}; name another folder with {option}") from None
     try:
-        _lock(lock, folder, option)
+        if not try_lock(lock):
+            raise UserError(f"another process writes into {folder}; wait for it, or name another with {option}")
         yield
     finally:
         os.close(lock)
 
 
-def _lock(folder_fd: int, folder: Path, option: str) -> None:
+def try_lock(fd: int) -> bool:
+    """Lock an open file or folder until it is closed or the process ends; False if another process has locked it.
+
+    A file system that does not lock it, such as NFS a folder, lets everybody in.
+    """
     try:
-        fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another process writes into {folder}; wait for it, or name another with {option}") from None
+        return False
     except OSError:
-        return
+        return True
+    return True
 
 
 @contextmanager

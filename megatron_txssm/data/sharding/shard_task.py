@@ -5,7 +5,6 @@ bytes. They get their final names when complete; the manifest, written last, mar
 """
 
 import contextlib
-import fcntl
 import functools
 import os
 import socket
@@ -37,7 +36,7 @@ from megatron_txssm.data.tokenizer.checked_encoder import CheckedEncoder
 from megatron_txssm.data.tokenizer.encoder import Encoder, FastEncoder, load_encoders
 from megatron_txssm.data.tokenizer.install import check_tokenizer
 from megatron_txssm.errors import UserError
-from megatron_txssm.files import file_sha256, partial_path, write_json
+from megatron_txssm.files import file_sha256, partial_path, try_lock, write_json
 from megatron_txssm.recipe.corpus.schema import CorpusRecipe
 from megatron_txssm.recipe.corpus.tokenizer import TokenizerFacts, read_tokenizer_facts
 
@@ -243,14 +242,9 @@ def _task_lock(directory: Path, subset: str, task: int) -> Iterator[None]:
     path = manifest_path(directory, subset, task).with_suffix(".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{subset} task {task} of {directory} is being run by another process ({path})") from None
-        except OSError:
-            # A file system without locks: the user must ensure that no task runs twice at a time.
-            yield
-            return
+        # Without locks in the file system, the user must ensure that no task runs twice at a time.
+        if not try_lock(stream.fileno()):
+            raise UserError(f"{subset} task {task} of {directory} is being run by another process ({path})")
         yield
         path.unlink(missing_ok=True)
 
