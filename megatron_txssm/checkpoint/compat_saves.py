@@ -224,7 +224,7 @@ class _open_whole:
 
 
 def end_save_helpers_with_rank() -> None:
-    """Make the process that collects write results end with its rank, even if the rank is killed."""
+    """Make the process that collects an asynchronous save's results end with its rank, even if the rank is killed."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.async_utils import _disable_gc
 

@@ -4,6 +4,8 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_txssm.errors import UserError
@@ -26,11 +28,31 @@ def prepare_platform() -> list[str]:
         check_devices(torch.cuda.device_count())
         os.environ.setdefault(ALLOW_EXTRA_STATE, "1")
         prefer_torchs_cudnn()
-        return _without_missing_kernels()
+        with _without_wandb():
+            arguments = _without_missing_kernels()
+            import megatron.core.timers  # noqa: F401
+        return arguments
     from megatron_txssm.platform import cpu
 
-    cpu.install()
+    with _without_wandb():
+        cpu.install()
     return list(cpu.MEGATRON_ARGUMENTS)
+
+
+@contextlib.contextmanager
+def _without_wandb() -> Iterator[None]:
+    """Without wandb, whose import takes most of a second of every process, for the first import of Megatron's timers.
+
+    They only compare their writer with it: W&B's runs are begun by training/watch/tracker_backends.py.
+    """
+    hidden = "wandb" not in sys.modules
+    if hidden:
+        sys.modules["wandb"] = None  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["wandb"]
 
 
 def _without_missing_kernels() -> list[str]:

@@ -49,6 +49,19 @@ print(os.environ.get("CUDNN_HOME"), *sorted(parts))
     )
 
 
+def test_wandb_is_left_to_those_who_use_it() -> None:
+    script = """
+import sys
+from megatron_txssm.platform import prepare_platform
+prepare_platform()
+from megatron.core import timers
+assert timers.wandb is None and not [name for name in sys.modules if name.partition(".")[0] == "wandb"]
+import wandb
+assert wandb.init
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_a_cudnn_that_torch_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> int:
         raise RuntimeError("cuDNN version incompatibility: PyTorch was compiled against (9, 19, 0)")
