@@ -1,5 +1,6 @@
 """Slurm's client commands and their answers."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -131,14 +132,17 @@ def queue() -> list[Job]:
     return sorted(map(_job, rows), key=lambda job: [int(number) for number in re.findall(r"\d+", job.job_id)])
 
 
-def time_limit_of(job_id: str) -> float:
-    """When Slurm will end this process's job, in seconds since the epoch; infinite if unknown."""
-    if (known := os.environ.get("SLURM_JOB_END_TIME", "")).isdecimal():
-        return float(known)
-    try:
-        return next((job.end_time for job in queue() if job.job_id == job_id), 0) or float("inf")
-    except UserError:
-        return float("inf")
+def time_limit_of(job_id: str, *, at_start: bool = False) -> float:
+    """When Slurm will end this process's job, in seconds since the epoch; infinite if unknown.
+
+    `scontrol update` may have changed it since the job's start, so slurmctld is asked, unless `at_start`.
+    """
+    known = os.environ.get("SLURM_JOB_END_TIME", "")
+    if not (at_start and known.isdecimal()):
+        with contextlib.suppress(UserError):
+            if end_time := next((job.end_time for job in queue() if job.job_id == job_id), 0):
+                return end_time
+    return float(known) if known.isdecimal() else float("inf")
 
 
 def run_squeue(*options: str) -> str:

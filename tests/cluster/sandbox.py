@@ -6,6 +6,8 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,6 +119,15 @@ class Sandbox:
             if time.monotonic() > end:
                 raise AssertionError(f"after {PATIENCE} s job {job} is {now}, not {state}")
             time.sleep(0.1)
+
+    @contextmanager
+    def closed(self, partition: str) -> Iterator[None]:
+        """Within a `with` block, no job starts in this partition; those that run go on."""
+        self.slurm("scontrol", "update", f"PartitionName={partition}", "State=DOWN")
+        try:
+            yield
+        finally:
+            self.slurm("scontrol", "update", f"PartitionName={partition}", "State=UP")
 
     def release(self, keep_logs: bool) -> None:
         """Takes the cluster down and gives its settings free."""

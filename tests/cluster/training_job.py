@@ -11,6 +11,7 @@ import psutil
 
 from megatron_txssm.jobs.attempts import Attempt, attempts
 from megatron_txssm.recipe.changes import Changes
+from megatron_txssm.slurm.time_limit import limit_seconds
 from tests.cluster.sandbox import Sandbox
 from tests.support.recipes import FOUR_LAYERS, tokens_of, write_recipe
 from tests.support.tiny_run import command
@@ -108,6 +109,17 @@ class TrainingJob:
         state, began = self.sandbox.directory / "state" / "job_state", time.time()
         self.sandbox.slurm("scontrol", "update", f"JobId={self.job}", "Comment=changed")
         self.wait_until(lambda: state.exists() and state.stat().st_mtime > began, "slurmctld's state")
+
+    def minutes(self) -> int:
+        """Whole minutes since the job's start."""
+        elapsed = self.sandbox.slurm("squeue", "--noheader", f"--jobs={self.job}", "--format=%M").strip()
+        seconds = limit_seconds(elapsed)
+        assert seconds is not None, elapsed
+        return int(seconds // 60)
+
+    def set_time_limit(self, minutes: int) -> None:
+        """Counted from the job's start, as Slurm does."""
+        self.sandbox.slurm("scontrol", "update", f"JobId={self.job}", f"TimeLimit={minutes}")
 
     def step_id(self) -> str:
         """Slurm's number of the trainer's step."""

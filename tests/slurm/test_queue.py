@@ -146,3 +146,20 @@ def test_txssm_jobs(cluster: Path, capsys: pytest.CaptureFixture[str], monkeypat
     write_queue(cluster)
     assert main(["jobs"]) == 0
     assert capsys.readouterr().out == "no jobs\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "now", "asked"),
+    # Extended or shortened since; no answer; unknown at the start.
+    [("1000", 5000, 5000), ("5000", 1000, 1000), ("1000", None, 1000), ("", 5000, 5000), ("", None, float("inf"))],
+)
+def test_a_time_limit_may_change_after_the_start(
+    cluster: Path, monkeypatch: pytest.MonkeyPatch, start: str, now: int | None, asked: float
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", start)
+    write_queue(cluster, *([] if now is None else [{"job_id": "16", "end_time": 7}, {"job_id": "17", "end_time": now}]))
+    assert slurm.time_limit_of("17") == asked
+    if start:
+        (cluster / "squeue.args").unlink()
+        assert slurm.time_limit_of("17", at_start=True) == float(start)
+        assert not (cluster / "squeue.args").exists()

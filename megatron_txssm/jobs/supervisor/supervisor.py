@@ -38,6 +38,8 @@ from megatron_txssm.training.launch.run_lock import check_not_running
 POLL_SECONDS = 0.5
 # Slurm sends the signal of --signal up to a minute early.
 SIGNAL_SLACK_SECONDS = 75
+# A job that lives this long after its time limit has another one: Slurm looks for those to end every 30 s.
+OUTLIVED_SECONDS = 120
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,7 +75,7 @@ class Supervisor:
         self.num_nodes = settings.nodes or len(self.nodes)
         tasks = os.environ.get("SLURM_NTASKS_PER_NODE")
         self.nproc_per_node = int(tasks or int(os.environ.get("SLURM_NTASKS", "1")) // len(self.nodes))
-        self.time_limit = slurm.time_limit_of(self.job_id)
+        self.time_limit = slurm.time_limit_of(self.job_id, at_start=True)
         self.told_to_stop = False
         self.trouble: OSError | None = None
         # Ranks of the last step may survive, unknown to slurmctld.
@@ -282,10 +284,14 @@ class Supervisor:
         self.told_to_stop = True
 
     def _is_near_time_limit(self) -> bool:
+        self.time_limit = slurm.time_limit_of(self.job_id)
         return self._is_out_of_time(self.limits.stop_before + SIGNAL_SLACK_SECONDS)
 
     def _is_out_of_time(self, margin_seconds: float = 2) -> bool:
         """Whether the limit is near; once reached, a saving trainer and this process have only KillWait left."""
+        if time.time() > self.time_limit + OUTLIVED_SECONDS:
+            # Somebody has extended it.
+            self.time_limit = slurm.time_limit_of(self.job_id)
         return time.time() > self.time_limit - margin_seconds
 
 
