@@ -172,7 +172,10 @@ def _new_folder(attempts: Path, number: int) -> Path:
 
 def attempts(run: Path) -> list[Attempt]:
     """All attempts of a run, in order; fields unknown to this version are ignored."""
-    found = []
+    found: list[Attempt] = []
+    # Path.glob would raise for a name that is too long.
+    if not os.path.isdir(run):
+        return found
     # Renamed folders, such as 0002.kept, do not count.
     paths = [path for path in run.glob("attempts/*/attempt.json") if path.parent.name.isdecimal()]
     for path in sorted(paths, key=lambda path: int(path.parent.name)):

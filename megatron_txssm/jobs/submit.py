@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_txssm.errors import UserError
 from megatron_txssm.home import HOME
+from megatron_txssm.jobs.attempts import attempts
 from megatron_txssm.jobs.limits import DEFAULTS, Limits
 from megatron_txssm.jobs.submission.allocation import Allocation
 from megatron_txssm.jobs.submission.frozen_code import FrozenCode
@@ -167,12 +168,14 @@ def _check_recipe(recipe: Recipe, corpus: "CorpusRecipe | None", allocation: All
 
 
 def _check_cluster(recipe: Recipe, scripts: Mapping[str, str], dry_run: bool) -> None:
-    """UserError if the disk lacks space, the run already has a job, or Slurm rejects a script."""
+    """UserError if the disk lacks space, a record is damaged, the run already has a job, or Slurm rejects a script."""
     check_room(recipe)
     if dry_run and not shutil.which("sbatch"):
         print("there is no sbatch on this machine: not checked against a cluster", file=sys.stderr)
         return
     check_free(recipe)
+    # Only read: the job would refuse what is damaged.
+    attempts(recipe.run_path)
     for script in scripts.values():
         slurm.check_submission(script)
 
