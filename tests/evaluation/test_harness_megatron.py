@@ -31,7 +31,7 @@ def evaluate(run: Path, tasks: list[str], output: Path, overrides: tuple[str, ..
     from megatron_txssm.training.launch.preflight import check_run, make_run_directory
 
     def work(recipe: Any, worker: Any) -> int:
-        check_run(recipe, 2)
+        check_run(recipe, torch.distributed.get_world_size())
         make_run_directory(recipe)
         worker(recipe, io.StringIO())
         return 0

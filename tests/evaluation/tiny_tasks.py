@@ -29,8 +29,8 @@ _KINDS = {
 }
 
 
-def write_tasks(folder: Path) -> dict[str, Path]:
-    """Kind of request -> the file of a task with twelve questions, some longer than 32 tokens."""
+def write_tasks(folder: Path, questions: int = 12) -> dict[str, Path]:
+    """Kind of request -> the file of a task of so many questions, some longer than 32 tokens, with three choices."""
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "questions.jsonl"
     lines = [
@@ -40,7 +40,7 @@ def write_tasks(folder: Path) -> dict[str, Path]:
             "right": number % 3,
             "text": f"def function_{number}(value): return value + {number} " * (1 + number % 4),
         }
-        for number in range(12)
+        for number in range(questions)
     ]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     files = {}

@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from math import lcm
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron_txssm.checkpoint.load import LoadedModel, plain_texts
 from megatron_txssm.errors import UserError
+from megatron_txssm.evaluation.harness.divided import DividedModel, reads_whole_texts
 from megatron_txssm.evaluation.harness.harness import Evaluation, exported_tokenizer, load_for, responses_to
 from megatron_txssm.evaluation.harness.settings import HarnessSettings, ModelIdentity
 from megatron_txssm.evaluation.harness.stated import fields_named
@@ -22,9 +22,6 @@ from megatron_txssm.session.hooks import Call, Listener
 if TYPE_CHECKING:
     from megatron_txssm.evaluation.harness.tasks import LoadedTasks
     from megatron_txssm.training.watch.monitor import TrainingMonitor
-
-# Transformer Engine's FP8 GEMMs need a multiple of this many tokens.
-_FP8_TOKENS = 16
 
 
 def train_and_score(recipe: Recipe, terminal: TextIO) -> None:
@@ -57,7 +54,7 @@ class TaskScores(Listener):
     def after_setup(self, call: Call, result: tuple[list[Any], object, object]) -> None:
         from megatron.core.utils import unwrap_model
 
-        [self.model] = unwrap_model(result[0])
+        self.stages = unwrap_model(result[0])
         if self.monitor.args.rank == 0:
             # Here, as their data may be missing.
             with fields_named(), tempfile.TemporaryDirectory(prefix="txssm-tokenizer-") as folder:
@@ -76,7 +73,7 @@ class TaskScores(Listener):
             return
         self.scored = step
         began = time.monotonic()
-        with in_evaluation_mode(self.model):
+        with in_evaluation_mode(self.stages):
             scores = self._scores(step)
         if scores:
             self.monitor.on_scores(scores, time.monotonic() - began)
@@ -86,11 +83,10 @@ class TaskScores(Listener):
         import torch.distributed
         from megatron.training import get_tokenizer
 
-        from megatron_txssm.evaluation.harness.models import MegatronModel
         from megatron_txssm.evaluation.harness.ranks import Replicas
 
-        loaded = LoadedModel(self.model, get_tokenizer(), self.recipe, step)
-        ranks = Replicas(MegatronModel(loaded, self.recipe.checkpoint_path, text_multiple(self.recipe)))
+        loaded = LoadedModel(self.stages[0], get_tokenizer(), self.recipe, step)
+        ranks = Replicas(DividedModel(self.stages, loaded, self.recipe.checkpoint_path))
         box: list[dict[str, float]] = [{}]
         if self.tasks is None:
             ranks.follow()
@@ -126,24 +122,17 @@ class TaskScores(Listener):
 def check_generation(recipe: Recipe, kinds: Mapping[str, str]) -> None:
     """UserError if a task generates texts, which the recipe's model cannot while it trains; `kinds`: by task."""
     generating = [name for name, kind in kinds.items() if kind == "generate_until"]
-    if generating and (text_multiple(recipe) > 1 or recipe.prediction_depths):
+    if generating and (not reads_whole_texts(recipe) or recipe.prediction_depths):
         raise UserError(
-            f"evaluation.tasks: {generating[0]} generates texts token by token, which sequence parallelism, FP8 and "
-            "prediction depths do not allow in a training; leave evaluation.interval out, and use `txssm eval harness "
-            "RUN`"
+            f"evaluation.tasks: {generating[0]} generates texts token by token, which sequence, pipeline, context and "
+            "expert parallelism, FP8 and prediction depths do not allow in a training; leave evaluation.interval out, "
+            "and use `txssm eval harness RUN`"
         )
 
 
-def text_multiple(recipe: Recipe) -> int:
-    """A text must have a multiple of this many tokens while the recipe's model trains."""
-    parallel = recipe.parallel
-    tensor = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return tensor if recipe.training.fp8 is None else lcm(tensor, _FP8_TOKENS)
-
-
 @contextmanager
-def in_evaluation_mode(model: Any) -> Iterator[None]:
-    """The model in evaluation mode; the random states and the environment that lm_eval changes are restored."""
+def in_evaluation_mode(stages: list[Any]) -> Iterator[None]:
+    """A model's stages in evaluation mode; the random states and the environment that lm_eval changes are restored."""
     import random
 
     import numpy as np
@@ -152,11 +141,13 @@ def in_evaluation_mode(model: Any) -> Iterator[None]:
     # lm_eval draws examples and bootstraps by the global generators.
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     environment = os.environ.get("DISABLE_MULTIPROC")
-    model.eval()
+    for stage in stages:
+        stage.eval()
     try:
         yield
     finally:
-        model.train()
+        for stage in stages:
+            stage.train()
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])

@@ -47,8 +47,8 @@ class Model(Protocol):
     # Tokens of the longest text that it was trained on.
     max_length: int
 
-    def logits(self, tokens_BL: "torch.Tensor") -> "torch.Tensor":
-        """[B, L, V] logits of the token after each position, in the model's own precision."""
+    def logits(self, tokens_BL: "torch.Tensor") -> "torch.Tensor | None":
+        """[B, L, V] logits of the token after each position, in the model's own precision; None: on another rank."""
         ...
 
     def forget(self, capacity: int) -> None:
@@ -57,24 +57,19 @@ class Model(Protocol):
 
 
 class MegatronModel:
-    """A checkpoint's HybridModel on this rank, and on the others of its tensor-parallel group.
+    """A checkpoint's HybridModel on this rank, and on the others of its tensor-parallel group."""
 
-    It reads texts of a multiple of `multiple` tokens: others are padded.
-    """
-
-    def __init__(self, loaded: "LoadedModel", name: Path, multiple: int = 1):
-        self.multiple = multiple
+    def __init__(self, loaded: "LoadedModel", name: Path):
         self.max_length = loaded.recipe.training.seq_length
         self.decoder = MegatronDecoder(loaded, name, self.max_length)
         self.model, self.vocab_size = loaded.model, loaded.recipe.data.vocab_size
 
-    def logits(self, tokens_BL: "torch.Tensor") -> "torch.Tensor":
+    def logits(self, tokens_BL: "torch.Tensor") -> "torch.Tensor | None":
         import torch
 
-        length = tokens_BL.shape[1]
-        tokens_BL = torch.nn.functional.pad(tokens_BL, (0, -length % self.multiple)).to(torch.cuda.current_device())
+        tokens_BL = tokens_BL.to(torch.cuda.current_device())
         positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
-        return self.model(tokens_BL, positions_BL, None, runtime_gather_output=True)[:, :length, : self.vocab_size]
+        return self.model(tokens_BL, positions_BL, None, runtime_gather_output=True)[..., : self.vocab_size]
 
     def forget(self, capacity: int) -> None:
         self.decoder.begin(capacity)
@@ -100,7 +95,7 @@ class HfModel:
 
 
 def answer(model: Model, questions: Sequence[Question]) -> list[list[Answer]]:
-    """The answers to each question, in one batch."""
+    """The answers to each question, in one batch; none on ranks without logits."""
     import torch
 
     longest = max(len(question.tokens) for question in questions)
@@ -108,6 +103,8 @@ def answer(model: Model, questions: Sequence[Question]) -> list[list[Answer]]:
     # Not inference_mode: a model in training keeps buffers, such as those of its collectives.
     with torch.no_grad():
         logits_BLV = model.logits(torch.tensor(padded))
+        if logits_BLV is None:
+            return []
         return [list(_answers(logits_BLV[row], question)) for row, question in enumerate(questions)]
 
 

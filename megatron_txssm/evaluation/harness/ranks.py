@@ -39,7 +39,9 @@ class Replicas:
         self.model = model
         self.replicas = parallel_state.get_data_parallel_world_size()
         self._replica = parallel_state.get_data_parallel_rank()
-        self._first_of_replica = parallel_state.get_tensor_model_parallel_rank() == 0
+        ranks = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank())
+        # Logits are on the last stage.
+        self._speaks = ranks == (0, 0) and parallel_state.is_pipeline_last_stage()
 
     def share(self, work: Work, items: Sequence[Any]) -> list[Any]:
         """On rank 0: the result for each item, in their order; the other ranks must be in `follow`."""
@@ -75,7 +77,8 @@ class Replicas:
         import torch.distributed
 
         own = items[self._replica :: self.replicas]
-        made = (self._replica, work(self.model, own) if own else [])
+        # Replicas compute together if experts are divided over them.
+        made = work(self.model, own or items[:1])[: len(own)]
         parts: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, made if self._first_of_replica else None)
+        torch.distributed.all_gather_object(parts, (self._replica, made) if self._speaks else None)
         return parts

@@ -7,9 +7,6 @@ from megatron_txssm.errors import UserError
 from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.settings.paths import is_task_file
 
-# What a model must not be divided by, so that it can read texts of any length.
-_UNDIVIDED = ("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size")
-
 
 def check_evaluation(recipe: Recipe) -> None:
     """UserError if `evaluation.tasks` cannot be scored at this recipe's validations."""
@@ -34,9 +31,6 @@ def check_evaluation(recipe: Recipe) -> None:
             f"logging.eval_interval={'null' if logging.eval_interval is None else logging.eval_interval}; tasks are "
             "scored at validations"
         )
-    for name in _UNDIVIDED:
-        if (size := getattr(recipe.parallel, name)) > 1:
-            raise UserError(f"evaluation.interval needs parallel.{name}=1, not {size}; {elsewhere}")
     if recipe.data.tokenizer_type == "NullTokenizer" or recipe.megatron.get("mock_data"):
         raise UserError(f"evaluation.interval needs a tokenizer, which these data do not have; {elsewhere}")
 
