@@ -23,7 +23,6 @@ def test_a_cancelled_run_goes_on_where_it_was_on_another_number_of_nodes(
 ) -> None:
     job = TrainingJob(sandbox, tmp_path / "job", data)
     job.submit()
-    # After a save: the first one takes seconds, and Slurm leaves the trainer five.
     job.wait_step(15)
     again = txssm(sandbox, "submit", str(job.recipe), "--nodes", "1", "--nproc-per-node", "1")
     assert again.returncode == 2 and f"already has job {job.job} (RUNNING)" in again.stderr
