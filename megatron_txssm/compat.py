@@ -105,11 +105,11 @@ def _collect_save_results_in_rank() -> None:
     save = TorchDistSaveShardedStrategy.save
 
     @functools.wraps(save)
-    def save_in_rank(self: Any, *args: Any) -> None:
+    def save_in_rank(*args: Any, **kwargs: Any) -> None:
         between_processes = writer.get_write_results_queue
         writer.get_write_results_queue = queue.SimpleQueue
         try:
-            save(self, *args)
+            save(*args, **kwargs)
         finally:
             writer.get_write_results_queue = between_processes
 
