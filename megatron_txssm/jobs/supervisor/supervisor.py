@@ -26,6 +26,7 @@ from megatron_txssm.jobs.supervisor.failed_task import FailedTaskWatch
 from megatron_txssm.jobs.supervisor.requeue import requeue, requeue_without
 from megatron_txssm.jobs.supervisor.settings import Settings, parse_settings
 from megatron_txssm.jobs.supervisor.stall import StallWatch, end_leftover_steps
+from megatron_txssm.jobs.supervisor.time_limit import TimeLimit
 from megatron_txssm.jobs.supervisor.unfit_node import check_checkpoints, check_run_folder, leave_node, say
 from megatron_txssm.notify import notify, wait_for_notifications
 from megatron_txssm.recipe.loader import load_recipe
@@ -36,10 +37,6 @@ from megatron_txssm.training.launch.preflight import is_finished, make_run_direc
 from megatron_txssm.training.launch.run_lock import check_not_running
 
 POLL_SECONDS = 0.5
-# Slurm sends the signal of --signal up to a minute early.
-SIGNAL_SLACK_SECONDS = 75
-# A job that lives this long after its time limit has another one: Slurm looks for those to end every 30 s.
-OUTLIVED_SECONDS = 120
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,7 +72,7 @@ class Supervisor:
         self.num_nodes = settings.nodes or len(self.nodes)
         tasks = os.environ.get("SLURM_NTASKS_PER_NODE")
         self.nproc_per_node = int(tasks or int(os.environ.get("SLURM_NTASKS", "1")) // len(self.nodes))
-        self.time_limit = slurm.time_limit_of(self.job_id, at_start=True)
+        self.time_limit = TimeLimit(self.job_id, self.limits.stop_before)
         self.told_to_stop = False
         self.trouble: OSError | None = None
         # Ranks of the last step may survive, unknown to slurmctld.
@@ -159,7 +156,7 @@ class Supervisor:
         step = subprocess.Popen(self._step_command(attempt.nodes), env=environment)
         watch = StallWatch(self.recipe.run_path, self.recipe.checkpoint_path, self.limits.seconds_of_phases)
         failed_task = FailedTaskWatch(attempt)
-        while (code := step.poll()) is None and not (self.told_to_stop and self._is_out_of_time()):
+        while (code := step.poll()) is None and not (self.told_to_stop and self.time_limit.is_reached()):
             time.sleep(POLL_SECONDS)
             if attempt.hang is None and not self.told_to_stop and (phase := watch.stalled_phase()):
                 num_ranks = len(attempt.nodes) * self.nproc_per_node
@@ -188,7 +185,7 @@ class Supervisor:
     def _diagnose(self, attempt: Attempt) -> Diagnosis:
         attempt.told_to_stop = self.told_to_stop
         diagnosis = close(attempt, self.recipe)
-        if diagnosis.cause in (Cause.STOPPED, Cause.STEP_CANCELLED) and self._is_near_time_limit():
+        if diagnosis.cause in (Cause.STOPPED, Cause.STEP_CANCELLED) and self.time_limit.is_near():
             record(attempt, diagnosis := Diagnosis(Cause.TIME_LIMIT))
         self._save(attempt)
         say(f"END attempt {attempt.number}: {diagnosis}")
@@ -243,7 +240,7 @@ class Supervisor:
     def _was_told_as_routine(self, attempt: Attempt) -> bool:
         """Whether Slurm's SIGTERM meant the time limit or a preemption, not a cancel, which a requeue would undo."""
         ended = why_slurm_ended_it(attempt.read_output())
-        return (ended is not None and Cause(ended[0]) in ROUTINE) or self._is_near_time_limit()
+        return (ended is not None and Cause(ended[0]) in ROUTINE) or self.time_limit.is_near()
 
     def _exit_code(self, attempt: Attempt, diagnosis: Diagnosis) -> int:
         if diagnosis.cause == Cause.FINISHED:
@@ -282,17 +279,6 @@ class Supervisor:
 
     def _note_stop(self, number: int, frame: FrameType | None) -> None:
         self.told_to_stop = True
-
-    def _is_near_time_limit(self) -> bool:
-        self.time_limit = slurm.time_limit_of(self.job_id)
-        return self._is_out_of_time(self.limits.stop_before + SIGNAL_SLACK_SECONDS)
-
-    def _is_out_of_time(self, margin_seconds: float = 2) -> bool:
-        """Whether the limit is near; once reached, a saving trainer and this process have only KillWait left."""
-        if time.time() > self.time_limit + OUTLIVED_SECONDS:
-            # Somebody has extended it.
-            self.time_limit = slurm.time_limit_of(self.job_id)
-        return time.time() > self.time_limit - margin_seconds
 
 
 def _named(nodes: list[str]) -> str:
