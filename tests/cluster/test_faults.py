@@ -58,7 +58,7 @@ def test_the_time_limit_is_come_before(
     job = TrainingJob(sandbox, tmp_path / "job", data)
     job.submit("--time", "60", "--stop-before", "600")
     job.wait_step(STEP)
-    worker = job.process(1)
+    before, worker = len(job.attempts()), job.process(1)
     worker.suspend()
     job.set_time_limit(job.minutes() + 9)
     job.wait_until(lambda: "CANCELLED AT" in job.output(), "the signal before the time limit")
@@ -67,12 +67,14 @@ def test_the_time_limit_is_come_before(
         began = time.monotonic()
         job.wait_until(lambda: sandbox.job_state(job.job) == "PENDING", "the requeue")
         job.set_time_limit(60)
-    job.wait_until(lambda: len(job.attempts()) > 1, "the next attempt")
-    offset = job.attempts()[1].metrics_offset
+    job.wait_until(lambda: len(job.attempts()) > before, "the next attempt")
+    offset = job.attempts()[before].metrics_offset
     job.wait_until(lambda: bool(job.steps(offset)), "a step of the next attempt")
     seconds = time.monotonic() - began
     job.wait_over()
-    assert [attempt.cause for attempt in job.attempts()] == ["time_limit", "finished"], job.why()
+    # A node that the test before had lost may fail the preflight.
+    causes = [attempt.cause for attempt in job.attempts() if attempt.cause != "preflight"]
+    assert causes == ["time_limit", "finished"], job.why()
     assert job.steps() == list(undisturbed.items())
     report(f"{'time limit':30} {seconds:5.1f} s to train again,  0 steps repeated")
 
