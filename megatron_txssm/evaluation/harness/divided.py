@@ -32,7 +32,7 @@ class DividedModel(MegatronModel):
         self.stages, self.parallel, self.multiple = stages, loaded.recipe.parallel, text_multiple(loaded.recipe)
 
     def logits(self, tokens_BL: "torch.Tensor") -> "torch.Tensor | None":
-        """None except on the last stage."""
+        """[B, L, V] logits of the token after each position, on the last stage; None on the others."""
         import torch
         from megatron.core.parallel_state import get_context_parallel_group
         from megatron.core.pipeline_parallel import get_forward_backward_func
