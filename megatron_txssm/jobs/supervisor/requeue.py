@@ -64,7 +64,7 @@ def _is_lost(state: str) -> bool:
 def requeue(
     job_id: str, leave_out: Sequence[str] = (), take_back: Collection[str] = (), hold: bool = False
 ) -> NoReturn:
-    """Requeue the job that this process belongs to. Does not return: Slurm kills this process.
+    """Requeue the job that this process belongs to, and end this process, so that Slurm need not wait to kill it.
 
     With `leave_out`, the job then avoids these nodes and those that it avoided before, except `take_back`. Slurm
     accepts this only while the job is pending: in the seconds between its SIGTERM, which this process and its scontrol
@@ -75,8 +75,8 @@ def requeue(
     until_answered(_requeue_once, "requeuehold" if hold else "requeue", job_id)
     if nodes:
         until_answered(slurm.run_slurm, "scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(nodes)}")
-    time.sleep(REQUEUE_SECONDS)
-    raise UserError(f"job {job_id} was requeued, but Slurm did not end it")
+    # Slurm ignores the exit code of a requeued job. One that a crashing slurmctld forgot must not count as finished.
+    raise SystemExit(os.EX_TEMPFAIL)
 
 
 def excluded_nodes(job_id: str) -> list[str]:
