@@ -80,7 +80,10 @@ def _chosen(checkpoints: Path, steps: Sequence[int], last: int | None) -> list[i
         raise UserError("state either --steps, such as --steps 100,200, or --last N")
     there = sorted(step.number for step in candidates(checkpoints)[0])
     if last is not None and not 2 <= last <= len(there):
-        raise UserError(f"--last {last}: {checkpoints} has {len(there)} checkpoints; merge at least 2 of them")
+        raise UserError(
+            f"--last {last} must be from 2 to the number of checkpoints, and {checkpoints} holds {len(there)}; a run "
+            "keeps more of them with a larger checkpoint.keep_last"
+        )
     chosen = sorted(set(steps)) if last is None else there[-last:]
     if len(chosen) < 2:
         raise UserError(f"--steps {','.join(map(str, steps))}: a merge is of at least two checkpoints; name another")
