@@ -5,6 +5,7 @@ Checked against megatron-core 0.19.2 (tests/test_compat.py); start here when upg
 """
 
 import argparse
+import atexit
 import functools
 import gc
 import queue
@@ -79,6 +80,8 @@ def mend_megatron() -> None:
     _collect_save_results_in_rank()
     # At every save Megatron collects garbage, now without a look at all that was imported: a third of a second each.
     gc.freeze()
+    # What is still frozen at the end is never freed, and a library that counts its objects (Triton 3.9) lists them all.
+    atexit.register(gc.unfreeze)
     _resume_under_another_schedule()
     _continue_schedules()
     _log_load_balance_on_every_stage()
