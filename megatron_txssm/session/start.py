@@ -30,7 +30,7 @@ def start_megatron(
     own; later ones override earlier ones. `trains` False: without a GPU, entries of the `megatron:` section that need
     one are left out, with a message. UserError if this machine or Megatron rejects the arguments.
     """
-    follow_deterministic_mode(recipe)
+    prepare_kernels(recipe)
     platform_arguments = prepare_platform()
     if not trains:
         recipe = _without_gpu_entries(recipe)
@@ -68,12 +68,15 @@ def _without_gpu_entries(recipe: Recipe) -> Recipe:
     return changed(recipe, {f"megatron.{name}": None for name in names})
 
 
-def follow_deterministic_mode(recipe: Recipe) -> None:
-    """Make mamba-ssm's kernels deterministic under Megatron's --deterministic-mode, otherwise cache their tuning.
+def prepare_kernels(recipe: Recipe) -> None:
+    """Set the variables that mamba-ssm and Triton read.
 
+    Under Megatron's --deterministic-mode, mamba-ssm's kernels are deterministic; otherwise their tuning is cached.
     Call it before mamba-ssm is imported, which Megatron itself does too early. Otherwise the kernels would avoid
     atomics, but use the block sizes that each run finds fastest.
     """
+    # Products and sums are fused, as by every Triton up to 3.9, which announces another default for 3.10.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     if recipe.megatron.get("deterministic_mode"):
         os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
         # It would make mamba-ssm try block sizes anyway, and each node keep its own result.

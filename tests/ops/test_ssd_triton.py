@@ -11,13 +11,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+from triton import knobs
 
 from megatron_txssm.ops import ssd_triton
 from megatron_txssm.recipe.loader import load_recipe
-from megatron_txssm.session.start import follow_deterministic_mode
+from megatron_txssm.session.start import prepare_kernels
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -61,10 +63,21 @@ def test_a_deterministic_run_tells_mamba_ssm(word: str, monkeypatch: pytest.Monk
         monkeypatch.setenv("TRITON_CACHE_AUTOTUNING", "1")
         if on == "false":
             monkeypatch.delenv("TRITON_CACHE_AUTOTUNING")
-        follow_deterministic_mode(load_recipe("demo_cpu", [f"megatron.{word}={on}"]))
+        prepare_kernels(load_recipe("demo_cpu", [f"megatron.{word}={on}"]))
         assert os.environ.get("MAMBA_DETERMINISTIC") == value
         # This variable would make mamba-ssm autotune block sizes even in a deterministic run.
         assert os.environ.get("TRITON_CACHE_AUTOTUNING") == ("1" if on == "false" else None)
+
+
+@pytest.mark.parametrize(("stated", "fused"), [({}, True), ({"TRITON_DEFAULT_FP_FUSION": "0"}, False)])
+def test_products_and_sums_are_fused_unless_the_environment_says_otherwise(stated: dict[str, str], fused: bool) -> None:
+    """Whatever Triton's default is: 3.9 warns that 3.10 will no longer fuse them."""
+    with patch.dict(os.environ):
+        os.environ.pop("TRITON_DEFAULT_FP_FUSION", None)
+        os.environ |= stated
+        prepare_kernels(load_recipe("demo_cpu"))
+        assert knobs.language.default_fp_fusion is fused
+        assert "TRITON_DEFAULT_FP_FUSION" in os.environ
 
 
 @pytest.mark.slow

@@ -51,11 +51,11 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
     from megatron_txssm.architecture.flops import flops_per_token
     from megatron_txssm.recipe.loader import load_recipe
-    from megatron_txssm.session.start import follow_deterministic_mode
+    from megatron_txssm.session.start import prepare_kernels
     from megatron_txssm.training.pretrain import pretrain, run_worker
 
     def prepare_and_train(recipe: "Recipe", terminal: TextIO) -> None:
-        follow_deterministic_mode(recipe)
+        prepare_kernels(recipe)
         from megatron_txssm.platform import prepare_platform
 
         prepare_platform()
