@@ -43,7 +43,6 @@ def run_checks(*arguments: str, paths: tuple[Path, ...] = (), **environment: str
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
