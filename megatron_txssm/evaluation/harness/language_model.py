@@ -10,7 +10,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from megatron_txssm.errors import UserError
+from megatron_txssm.errors import UserError, shown
 from megatron_txssm.evaluation.harness.models import Answer, Prompt, Question
 from megatron_txssm.evaluation.harness.ranks import OneProcess, Replicas, Work, answer_batch, complete_each
 from megatron_txssm.evaluation.harness.responses import Responses
@@ -64,7 +64,7 @@ class HarnessModel(TemplateLM):
     def _answers(self, pairs: Sequence[Pair], what: str) -> list[Answer]:
         """Continuations of the same tokens, such as the letters of a choice, are read from one pass."""
         together: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
-        places = [self._place(context, continuation) for _, context, continuation in pairs]
+        places = [self._place(*pair) for pair in pairs]
         for tokens, continuation in places:
             together.setdefault(tokens, {})[continuation] = None
         questions = [Question(tokens, tuple(continuations)) for tokens, continuations in together.items()]
@@ -75,11 +75,14 @@ class HarnessModel(TemplateLM):
                 found[question.tokens, continuation] = (loglikelihood, likeliest)
         return [found[place] for place in places]
 
-    def _place(self, context: list[int], continuation: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _place(
+        self, texts: Any, context: list[int], continuation: list[int]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What the model reads, and the continuation; as in lm_eval, a long text loses its beginning."""
         if not 0 < len(continuation) <= self.max_length:
             raise UserError(
-                f"a task has a continuation of {len(continuation)} tokens; the model reads 1 to {self.max_length}"
+                f"a task has a continuation of {len(continuation)} tokens, and the model reads 1 to {self.max_length}; "
+                f"leave that task out (context and continuation: {shown(texts)})"
             )
         whole = context + continuation
         self.truncated += len(whole) > self.max_length + 1
@@ -90,7 +93,17 @@ class HarnessModel(TemplateLM):
         return self._ask(complete_each, prompts, lambda prompt: len(prompt.tokens), "continuations")
 
     def _prompt(self, context: str, options: dict[str, Any], *, task: str | None) -> Prompt:
-        settings: Any = normalize_gen_kwargs(options, _MAX_NEW_TOKENS)
+        try:
+            settings: Any = normalize_gen_kwargs(options, _MAX_NEW_TOKENS)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"task {task}: its generation_kwargs are wrong ({error}); correct them in its file"
+            ) from error
+        if settings["max_gen_toks"] < 1 or not all(isinstance(stop, str | None) for stop in settings["until"]):
+            raise UserError(
+                f"task {task}: its generation_kwargs have max_gen_toks {settings['max_gen_toks']} and until "
+                f"{shown(settings['until'])}; they need at least 1 and texts: correct them in its file"
+            )
         if settings["do_sample"]:
             raise UserError(f"task {task} draws its answers at random; only greedy ones can be computed here")
         # Half of the text at most, so that a short model has a question to answer.
@@ -105,7 +118,8 @@ class HarnessModel(TemplateLM):
         order = sorted(range(len(items)), key=lambda number: (-length(items[number]), items[number]))
         results: list[Any] = [None] * len(items)
         with self.bar(what, len(items)) as advance:
-            for numbers in batched(order, self._batch):
+            # `batched` takes memory for as many as it is told.
+            for numbers in batched(order, min(self._batch, len(order) or 1)):
                 batch = [items[number] for number in numbers]
                 responses = self.responses.of(batch)
                 if responses is None:

@@ -1,6 +1,7 @@
 """Loads lm_eval's tasks by name."""
 
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +44,8 @@ def load_tasks(
     """Load these tasks, groups, tags or YAML files, with their data.
 
     num_fewshot: examples in a prompt; None: as the suite's table says, otherwise as the task itself does. metadata:
-    what RULER's tasks need. UserError if there is no such task.
+    what RULER's tasks need. UserError if there is no such task, if a task has a metric that cannot be computed, or if
+    two that differ have one name.
     """
     manager = task_manager(names, metadata)
     loaded = LoadedTasks({"tasks": {}, "groups": {}, "group_map": {}}, [])
@@ -52,6 +54,8 @@ def load_tasks(
         stated = BENCHMARKS[name].num_fewshot if name in BENCHMARKS else None
         for task in found["tasks"].values():
             _set_fewshot(task, stated if num_fewshot is None else num_fewshot)
+            check_metrics(name, task)
+        _check_names_differ(name, found["tasks"], loaded.tasks["tasks"])
         for part, members in found.items():
             loaded.tasks[part].update(members)
         # A tag or a file stands for its tasks.
@@ -90,7 +94,7 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def _load(manager: Any, name: str) -> dict[str, Any]:
-    from datasets.exceptions import DatasetsError
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
 
     try:
         return manager.load(name)
@@ -99,10 +103,14 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
             f"{missing}; on a machine that reaches the hub, use `txssm eval fetch {missing.folder} --tasks {name}`"
         ) from None
     except (DatasetsError, OSError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        # datasets names the place in a file, and what is wrong there, in the cause.
+        what = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        reason = f"{type(what).__name__}: {str(what).strip().partition(chr(10))[0]}"
+        # A file may name others, and data of its own.
+        mended = "correct the file and what it names, or, if its data are on the hub and " if is_task_file(name) else ""
         raise UserError(
-            f"--tasks {name}: its data cannot be loaded ({type(error).__name__}: {reason}); where the hub cannot be "
-            f"reached, fetch them on a node that reaches it (txssm eval fetch FOLDER --tasks {name}) and name the "
+            f"--tasks {name}: its data cannot be loaded ({reason}); {mended or 'where '}the hub cannot be reached, "
+            f"fetch them on a node that reaches it (txssm eval fetch FOLDER --tasks {shlex.quote(name)}) and name the "
             "folder with --data"
         ) from error
     except (Exception, SystemExit) as error:
@@ -115,6 +123,35 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
 def unusable(file: str, error: BaseException) -> UserError:
     reason = " ".join(str(error).split())
     return UserError(f"--tasks {file}: lm_eval cannot use this file ({type(error).__name__}: {reason}); mend it")
+
+
+def check_metrics(name: str, task: Any) -> None:
+    """UserError if a task has a metric, or a way to average it, that lm_eval does not know.
+
+    name: what --tasks calls it. lm_eval itself leaves out such a metric, or fails when all answers are there.
+    """
+    from lm_eval.api.task import ConfigurableTask
+
+    unknown = [metric for metric, average in task.aggregation().items() if average is None]
+    # A task with its own way from answers to metrics needs no functions.
+    if type(task).process_results is ConfigurableTask.process_results and task.config.process_results is None:
+        unknown += [metric for metric, function in task._metric_fn_list.items() if function is None]
+    if unknown:
+        raise UserError(
+            f"--tasks {name}: lm_eval cannot compute the metric {unknown[0]!r} of task {task.task_name}, or does not "
+            "know its aggregation; correct its metric_list, or, if the metric is one of the `evaluate` library, "
+            "install that and use a machine that reaches the hub"
+        )
+
+
+def _check_names_differ(name: str, tasks: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+    """UserError if a task has the name of another: lm_eval would ask one of them, and show its scores for both."""
+    for each in tasks.keys() & others.keys():
+        if tasks[each].dump_config() != others[each].dump_config():
+            raise UserError(
+                f"--tasks {name}: its task {each} has the name of another task, with other contents or another number "
+                "of examples; rename it in its file, or evaluate the two one after the other"
+            )
 
 
 def _set_fewshot(task: Any, number: int | None) -> None:
