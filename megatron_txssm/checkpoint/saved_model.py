@@ -5,6 +5,7 @@ A checkpoint (torch_dist) stores tensors in chunks, as the ranks held them; read
 
 import math
 import os
+import re
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -98,6 +99,8 @@ def find_checkpoints(path: Path) -> Path:
         if tracked(folder) is not None:
             return folder
         check_tracker(folder)
+    if step := re.fullmatch(r"iter_(\d+)", path.name):
+        raise UserError(f"{path} is a single step; name {path.parent}, with --step {int(step[1])}")
     raise UserError(f"{path} holds no checkpoint; name a run's folder or its checkpoints, such as runs/demo")
 
 

@@ -7,7 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from megatron_txssm.cli.parsing import add_allocation_options, add_run_options, add_tasks_option
+from megatron_txssm.cli.parsing import (
+    ALLOCATION,
+    add_allocation_options,
+    add_run_options,
+    add_tasks_option,
+    check_submit_options,
+)
 from megatron_txssm.errors import UserError
 from megatron_txssm.evaluation.harness.harness import evaluate_tasks
 from megatron_txssm.evaluation.harness.queued import job_words
@@ -49,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_submit_options(args)
     asked = (args.tasks, args.num_fewshot, args.limit, args.batch_size)
     settings, data = settings_for(args.model, *asked, data=args.data, trust_recipe=args.trust_recipe)
     words = {"data": data, "output": args.output, "step": args.step, "overrides": args.overrides}
@@ -62,12 +69,9 @@ def _submit(args: argparse.Namespace, words: Callable[[int], tuple[Path, list[st
     from megatron_txssm.jobs.limits import Limits
     from megatron_txssm.jobs.submission.request import Request
 
-    if args.nodes is None:
-        raise UserError("--submit needs --nodes N")
     if args.nproc is not None or args.port is not None:
         raise UserError("--nproc and --port are for this machine; with --submit, state --nproc-per-node")
-    names = ("nodes", "gpus_per_node", "nproc_per_node", "time", "partition", "account", "dry_run")
-    stated = {name: getattr(args, name) for name in names}
+    stated = {name: getattr(args, name) for name in (*ALLOCATION, "dry_run")}
     # The job has nothing to save before its time limit.
     request = Request(str(args.model), **stated, sbatch=tuple(args.sbatch), limits=Limits(stop_before=1))
     return submit_evaluation("harness", request, words, shlex.join(["txssm", *sys.argv[1:]]))

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypedDict
 
 from megatron_txssm import __version__
-from megatron_txssm.errors import readable
+from megatron_txssm.errors import UserError, readable
 
 type Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -124,6 +124,10 @@ def add_tasks_option(parser: argparse.ArgumentParser, default: Sequence[str] | N
     )
 
 
+# Options of a Slurm job that have one value.
+ALLOCATION = ("nodes", "gpus_per_node", "nproc_per_node", "time", "partition", "account")
+
+
 def add_allocation_options(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """Add the options of a Slurm job; `required`: whether --nodes must be stated."""
     parser.add_argument("--nodes", type=int, required=required, metavar="N", help="number of nodes")
@@ -139,6 +143,17 @@ def add_allocation_options(parser: argparse.ArgumentParser, *, required: bool = 
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="any other sbatch option: exclusive, mem=0, …"
     )
+
+
+def check_submit_options(args: argparse.Namespace) -> None:
+    """UserError if a verb with --submit lacks its --nodes, or has options of a job without it: it would start here."""
+    if args.submit:
+        if args.nodes is None:
+            raise UserError("--submit needs --nodes N")
+        return
+    for name in (*ALLOCATION, "sbatch", "dry_run"):
+        if getattr(args, name) not in (None, [], False):
+            raise UserError(f"--{name.replace('_', '-')} is for a Slurm job; add --submit, or leave it out")
 
 
 # Headings of the help, and the verbs beneath them.

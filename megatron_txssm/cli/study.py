@@ -5,8 +5,13 @@ import shlex
 import sys
 from pathlib import Path
 
-from megatron_txssm.cli.parsing import Subparsers, add_allocation_options, add_commands, add_set_option
-from megatron_txssm.errors import UserError
+from megatron_txssm.cli.parsing import (
+    Subparsers,
+    add_allocation_options,
+    add_commands,
+    add_set_option,
+    check_submit_options,
+)
 
 COMMANDS = {
     "position-encoding": (
@@ -93,8 +98,7 @@ def run(args: argparse.Namespace) -> int:
         check_study(folder, shown.NAME)
         shown.show(folder)
         return 0
-    if args.submit and args.nodes is None:
-        raise UserError("--submit needs --nodes N")
+    check_submit_options(args)
     # Before a corpus is made.
     check_counts(args.seeds, args.parallel, args.rounds)
     common = {"folder": args.out, "overrides": args.overrides, "command": shlex.join(["txssm", *sys.argv[1:]])}

@@ -201,6 +201,8 @@ def test_another_model_is_refused(run_folder: Path, capsys: pytest.CaptureFixtur
 def test_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(["eval", "loss", str(tmp_path)], f"{tmp_path} holds no checkpoint; name a run's folder", capsys)
     assert not list(tmp_path.iterdir())
+    (step := tmp_path / "checkpoints" / "iter_0000020").mkdir(parents=True)
+    refused(["eval", "loss", str(step)], f"{step} is a single step; name {step.parent}, with --step 20", capsys)
 
 
 def test_without_validation_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

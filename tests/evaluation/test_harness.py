@@ -1,6 +1,7 @@
 """txssm eval harness on a Hugging Face folder: lm_eval's own numbers, in batches of any size, after interruptions."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,9 @@ def test_more_examples_than_there_are(
         (["--limit", f"{10**30}"], f"--limit {10**30} must be from 1 to 1,000,000,000"),
         (["--num-fewshot", "-1"], "--num-fewshot -1 must be from 0 to 1,000,000,000"),
         (["--step", "3"], "is a Hugging Face model; --step, --set, --nproc and --port are for checkpoints"),
+        (["--dry-run", "--tasks", "none.yaml"], "--dry-run is for a Slurm job; add --submit, or leave it out"),
+        (["--gpus-per-node", "8", "--tasks", "none.yaml"], "--gpus-per-node is for a Slurm job; add --submit"),
+        (["--sbatch", "exclusive", "--tasks", "none.yaml"], "--sbatch is for a Slurm job; add --submit"),
         (["--data", "nowhere"], "--data nowhere: no such folder; `txssm eval fetch nowhere --tasks"),
         (["--tasks", "ruler"], "RULER's texts have 4,096 tokens and more, the model's at most 32"),
     ],
@@ -246,3 +250,14 @@ def test_a_wrong_option(model: Path, capsys: pytest.CaptureFixture[str], words: 
     assert main(["eval", "harness", str(model), *words]) == 2
     error = capsys.readouterr().err
     assert wanted in error and error.count("\n") == 1
+
+
+def test_a_model_without_a_length(
+    model: Path, tasks: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of another class: ours checks its configuration itself."""
+    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": -5}
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert main(["eval", "harness", str(tmp_path / "model"), "--tasks", tasks[0]]) == 2
+    assert "config.json has no max_position_embeddings above 0; state the length" in capsys.readouterr().err

@@ -101,7 +101,18 @@ def test_a_table_of_a_study_that_has_just_begun(tmp_path: Path, capsys: pytest.C
     assert "holds no study" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--seeds", "0"], ["--parallel", "0"], ["--rounds", "-1"], ["--submit"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--seeds", "0"],
+        ["--parallel", "0"],
+        ["--rounds", "-1"],
+        ["--submit"],
+        # Without --submit: else it would train here.
+        ["--dry-run", "--seeds", "0"],
+        ["--nodes", "2", "--seeds", "0"],
+    ],
+)
 def test_wrong_options(
     tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,9 +82,9 @@ class HfModel:
         self.decoder = HfDecoder(str(folder))
         self.model: Any = self.decoder.model
         self.max_length = getattr(self.model.config, "max_position_embeddings", 0)
-        if not self.max_length:
+        if self.max_length < 1:
             raise UserError(
-                f"{folder / 'config.json'} has no max_position_embeddings; state the length of its training"
+                f"{folder / 'config.json'} has no max_position_embeddings above 0; state the length of its training"
             )
 
     def logits(self, tokens_BL: "torch.Tensor") -> "torch.Tensor":
