@@ -24,7 +24,7 @@ from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validation.data_checks import check_tokenizer_file
 from megatron_txssm.recipe.validation.validate import validate
 from megatron_txssm.session.hooks import Call, Listener, listening
-from megatron_txssm.session.start import start_megatron
+from megatron_txssm.session.start import end_at_once_on_sigterm, start_megatron
 
 # FP8 is only a way to train: the weights are those of a bf16 model. Megatron's own modules need no GPU.
 _ONE_PROCESS: Changes = {
@@ -143,6 +143,7 @@ def _be_the_only_rank() -> None:
 def build_rank(recipe: Recipe, options: list[str], *, initialize: bool = False) -> Any:
     """The same on the rank that the environment gives."""
     args = start_megatron(recipe, after=options if initialize else [*options, "--no-initialization"])
+    end_at_once_on_sigterm(args)
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import training
     from megatron.training.argument_utils import hybrid_config_from_args

@@ -21,7 +21,7 @@ from megatron_txssm.recipe.recipe import Recipe
 from megatron_txssm.recipe.validation.validate import validate
 from megatron_txssm.session.arguments import whole_validation_arguments
 from megatron_txssm.session.hooks import Call, Listener, listen, listening
-from megatron_txssm.session.start import start_megatron
+from megatron_txssm.session.start import end_at_once_on_sigterm, start_megatron
 from megatron_txssm.slurm.environment import adopt_slurm_step, is_worker
 from megatron_txssm.terminal import print_table
 from megatron_txssm.training.processes import launch, worker_command
@@ -166,8 +166,7 @@ def run_validation(recipe: Recipe, args: Any, forward_step: Callable[..., Any]) 
     from megatron_txssm.session.start import model_config
     from megatron_txssm.training.resuming import SoundLoads
 
-    # Megatron's handler waits for the end of a training step, which never comes.
-    args.exit_signal_handler = False
+    end_at_once_on_sigterm(args)
     listen(SoundLoads(recipe, lambda text: print(text, flush=True) if args.rank == 0 else None))
     listen(FailedLoads())
     listen(FormerCheckpoints())

@@ -100,6 +100,15 @@ def initialize_arguments(arguments: list[str]) -> "MegatronArguments":
         raise UserError(f"Megatron refuses the arguments: {_reason(error)}") from error
 
 
+def end_at_once_on_sigterm(args: "MegatronArguments") -> None:
+    """For a process that does not train: Megatron's handler waits for the end of a step, which never comes."""
+    from megatron.training.global_vars import get_signal_handler
+
+    if args.exit_signal_handler and (handler := get_signal_handler()) is not None:
+        handler.release()
+        args.exit_signal_handler = False
+
+
 def _reason(error: AssertionError | ValueError) -> str:
     return str(error) or described(error)
 

@@ -69,8 +69,8 @@ def launch(recipe: Recipe, nproc: int | None, command: list[str], *, port: int |
 
     Returns the exit code. `resumes`: from where the same command resumes, if not from a checkpoint.
 
-    All checks come before anything is written or started. On Ctrl-C or SIGTERM, the workers finish their step, save and
-    stop.
+    All checks come before anything is written or started. On Ctrl-C or SIGTERM, workers that train finish their step,
+    save and stop; others stop at once.
     """
     if nproc is None:
         nproc = smallest_world_size(recipe)
@@ -123,7 +123,7 @@ def _launch_workers(recipe: Recipe, nproc: int, command: list[str], port: int, r
         # The other signals are handled here: torch would only give the workers 30 s to save.
         signals_to_handle="SIGQUIT",
     )
-    with _StopSignals() as stop:
+    with _StopSignals(saves=recipe.checkpoint.save_interval is not None) as stop:
         try:
             elastic_launch(config, sys.executable)("-u", "-m", "megatron_txssm.cli", *command)
         except RendezvousConnectionError as error:
@@ -186,6 +186,9 @@ class _StopSignals:
 
     received: int | None = None
 
+    def __init__(self, *, saves: bool):
+        self.does = "stopping after this step and saving" if saves else "stopping"
+
     def __enter__(self) -> "_StopSignals":
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         # Ignored signals stay ignored: nohup, and background jobs of a script.
@@ -202,7 +205,7 @@ class _StopSignals:
             self.received = number
             # After a hang-up the terminal is gone.
             with contextlib.suppress(OSError):
-                print("\nstopping after this step and saving (press Ctrl-C again to stop at once)", flush=True)
+                print(f"\n{self.does} (press Ctrl-C again to stop at once)", flush=True)
             signal_descendants(os.getpid(), signal.SIGTERM, recursive=False)
             return
         signal_descendants(os.getpid(), signal.SIGKILL)

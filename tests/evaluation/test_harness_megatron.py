@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,13 @@ def evaluate(run: Path, tasks: list[str], output: Path, overrides: tuple[str, ..
         return 0
 
     run_worker, pretrain.run_worker = pretrain.run_worker, work
+    # The training's remains on these ranks.
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         evaluate_tasks(run, HarnessSettings(tuple(tasks), num_fewshot=1), output=output, overrides=overrides)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "an evaluation would not stop on Ctrl-C"
     finally:
+        signal.signal(signal.SIGTERM, handler)
         pretrain.run_worker = run_worker
 
 
