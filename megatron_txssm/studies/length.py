@@ -41,6 +41,8 @@ def evaluate_length(
     length = 4 * trained if seq_length is None else seq_length
     if length <= trained:
         raise UserError(f"--seq-length {length} is no more than the training's {trained}; state a longer one")
+    if parts < 1 or length % parts:
+        raise UserError(f"--parts {parts} does not divide --seq-length {length}; state a divisor of it")
     folder = run / "evaluation" / f"length_{length}"
     # A batch is as many tokens as before, or one sample.
     samples = max(1, recipe.training.global_batch_tokens // length)

@@ -77,6 +77,11 @@ def variants(preset: str, overrides: Sequence[str], tokens_per_parameter: float)
     for name, recipe in models.items():
         reference = models[_reference(name)]
         tokens = round(tokens_per_parameter * count_parameters(reference.sizes).total)
+        if tokens < recipe.training.global_batch_tokens:
+            raise UserError(
+                f"--tokens-per-parameter {tokens_per_parameter:g} gives {name} {tokens:,} tokens, less than a step of "
+                f"{recipe.training.global_batch_tokens:,}; state more"
+            )
         found[name] = changed(recipe, {"training.train_tokens": tokens, "training.train_iters": None})
         validate(found[name])
     return found

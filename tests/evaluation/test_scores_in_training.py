@@ -139,8 +139,9 @@ def test_the_training_is_the_same_bit_for_bit(folder: Path, name: str) -> None:
         assert [line[key] for line in scored] == [line[key] for line in unscored]
 
 
-def test_a_perplexity_beyond_all_numbers_ends_no_training(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("error", [OverflowError("math range error"), UserError("a continuation of 99 tokens")])
+def test_what_cannot_be_scored_ends_no_training(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
 ) -> None:
     said: list[str] = []
     monitor: Any = SimpleNamespace(say=said.append, args=SimpleNamespace(world_size=1))
@@ -148,12 +149,12 @@ def test_a_perplexity_beyond_all_numbers_ends_no_training(
     listener = in_training.TaskScores(recipe, monitor)
     listener.tasks = LoadedTasks({}, [])
 
-    def overflow(*_: object) -> None:
-        raise OverflowError("math range error")
+    def fail(*_: object) -> None:
+        raise error
 
-    monkeypatch.setattr(in_training, "responses_to", overflow)
+    monkeypatch.setattr(in_training, "responses_to", fail)
     assert listener._ask(2, None) == {}
-    assert said == ["warning: iteration 2: evaluation.tasks have no scores (math range error)"]
+    assert said == [f"warning: iteration 2: evaluation.tasks have no scores ({error})"]
 
 
 def test_missing_data_are_named_as_in_the_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,14 @@ def test_a_length_within_the_trainings_is_refused(
     assert "is no more than the training's" in capsys.readouterr().err and not evaluations
 
 
+@pytest.mark.parametrize("parts", ["0", "-1", "7", "1000000000"])
+def test_parts_that_do_not_divide_the_length(
+    tmp_path: Path, evaluations: list[Any], capsys: pytest.CaptureFixture[str], parts: str
+) -> None:
+    assert main(["eval", "length", str(tmp_path), "--parts", parts]) == 2
+    assert f"--parts {parts} does not divide --seq-length 128" in capsys.readouterr().err and not evaluations
+
+
 def test_workers_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

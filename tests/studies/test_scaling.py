@@ -93,3 +93,5 @@ def test_no_tokens_are_refused(
     for tokens in ("0", "nan", "inf"):
         assert main(["study", "scaling", "--tokens-per-parameter", tokens]) == 2
         assert "must be above 0, and at most 1,000,000" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert main(["study", "scaling", "--tokens-per-parameter", "1e-9"]) == 2
+    assert "--tokens-per-parameter 1e-09 gives transxssm_d64 0 tokens, less than a step" in capsys.readouterr().err

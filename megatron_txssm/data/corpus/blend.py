@@ -148,9 +148,12 @@ def check_corpus(recipe: Recipe) -> None:
                 )
             whole = split == "validation" and recipe.logging.eval_iters is None
             if whole and record.tokens <= recipe.training.seq_length:
+                # `txssm eval` reads all of it.
+                evaluates = recipe.megatron.get("skip_train")
+                remedy = "state a smaller length" if evaluates else "set logging.eval_iters to a number"
                 raise UserError(
                     f"{prefix}.bin holds {record.tokens} tokens, less than one sample of seq_length="
-                    f"{recipe.training.seq_length} and the token after it; set logging.eval_iters to a number"
+                    f"{recipe.training.seq_length} and the token after it; {remedy}"
                 )
 
 

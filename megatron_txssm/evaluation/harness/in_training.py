@@ -111,11 +111,12 @@ class TaskScores(Listener):
         evaluation = Evaluation(model, self.settings, self.data, folder)
         try:
             results = responses_to(evaluation, self.tasks, ranks, lambda what, total: nullcontext(lambda count: None))
-        except OverflowError as error:
-            # The perplexity of a model that knows nothing; no reason to end its training.
+            keep(results, folder)
+        except (OverflowError, UserError) as error:
+            # The perplexity of a model that knows nothing, a text too long for it, a full disk: no reason to end its
+            # training.
             self.monitor.say(f"warning: iteration {step}: evaluation.tasks have no scores ({error})")
             return {}
-        keep(results, folder)
         return scores(results)
 
 

@@ -112,7 +112,11 @@ def test_the_tokenizer_is_the_corpuss(recipe_file: Path) -> None:
         ),
         (
             ["logging.eval_iters=null", "training.seq_length=64"],
-            "web/00000.validation.bin holds 40 tokens, less than one",
+            "web/00000.validation.bin holds 40 tokens, less than one.*; set logging.eval_iters to a number",
+        ),
+        (
+            ["logging.eval_iters=null", "training.seq_length=64", "megatron.skip_train=true"],
+            "less than one sample of seq_length=64 and the token after it; state a smaller length",
         ),
     ],
 )
