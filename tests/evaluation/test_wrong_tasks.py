@@ -1,5 +1,7 @@
 """Tasks that lm_eval loads and that cannot be asked or scored are refused, by name and with what to do."""
 
+import errno
+import os
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -69,6 +71,20 @@ def test_data_of_a_file_that_cannot_be_read(choice: Path, content: bytes | None,
     data = choice.parent / "questions.jsonl"
     data.unlink() if content is None else data.write_bytes(content)
     with pytest.raises(UserError, match=f"{wanted}.*; correct the file and what it names, or, if its data are on the"):
+        load_tasks([str(choice)])
+
+
+def test_a_cache_that_cannot_be_written(choice: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = choice.parent / "cache"
+
+    def fail(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(cache / "datasets"))
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(cache))
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.load", fail)
+    with pytest.raises(
+        UserError, match=f"^{cache}/datasets, in which .*Permission denied.* environment variable HF_HOME$"
+    ):
         load_tasks([str(choice)])
 
 

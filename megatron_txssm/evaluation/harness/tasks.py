@@ -103,6 +103,7 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
             f"{missing}; on a machine that reaches the hub, use `txssm eval fetch {missing.folder} --tasks {name}`"
         ) from None
     except (DatasetsError, OSError, ImportError) as error:
+        _check_cache(error)
         # datasets names the place in a file, and what is wrong there, in the cause.
         what = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         reason = f"{type(what).__name__}: {str(what).strip().partition(chr(10))[0]}"
@@ -118,6 +119,17 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
             raise
         # The user's mistakes in it are of many kinds; its code may even end the process.
         raise unusable(name, error) from error
+
+
+def _check_cache(error: BaseException) -> None:
+    """UserError if an error is of the folder in which data sets are kept, as where the home folder is read-only."""
+    from huggingface_hub.constants import HF_HOME
+
+    if isinstance(error, OSError) and str(error.filename or "").startswith(HF_HOME):
+        raise UserError(
+            f"{error.filename}, in which data sets are kept, cannot be used ({error.strerror}); name a folder in which "
+            "you may write with the environment variable HF_HOME"
+        ) from error
 
 
 def unusable(file: str, error: BaseException) -> UserError:
