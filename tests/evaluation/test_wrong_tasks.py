@@ -1,6 +1,7 @@
 """Tasks that lm_eval loads and that cannot be asked or scored are refused, by name and with what to do."""
 
 import errno
+import io
 import os
 import sys
 import tracemalloc
@@ -16,6 +17,7 @@ from lm_eval.api.instance import Instance
 from megatron_txssm.errors import UserError
 from megatron_txssm.evaluation.harness.language_model import HarnessModel
 from megatron_txssm.evaluation.harness.responses import Responses
+from megatron_txssm.evaluation.harness.results import print_results
 from megatron_txssm.evaluation.harness.tasks import load_tasks
 from tests.evaluation.tiny_tasks import write_tasks
 
@@ -143,3 +145,12 @@ def test_a_batch_of_any_size_takes_no_memory(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
+
+
+def test_a_perplexity_of_thirty_digits_is_shortened() -> None:
+    metrics = {"perplexity": {"value": 1.505e27, "stderr": 2.5e26}, "acc": {"value": 0.25, "stderr": 0.125}}
+    task = {"metrics": metrics, "num_fewshot": 0, "samples": None}
+    shown = io.StringIO()
+    counts = {"truncated_requests": 0, "shortened_answers": 0}
+    print_results({"shown": ["mine"], "tasks": {"mine": task}, **counts}, shown)
+    assert "1.505e+27  2.500e+26" in shown.getvalue() and "   0.2500     0.1250" in shown.getvalue()

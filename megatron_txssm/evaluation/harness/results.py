@@ -126,10 +126,15 @@ def _rows(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
                 name,
                 "" if task["num_fewshot"] is None else str(task["num_fewshot"]),
                 metric.removesuffix(",none"),
-                f"{found['value']:,.4f}",
-                "" if error is None else f"{error:.4f}",
+                _figure(found["value"]),
+                "" if error is None else _figure(error),
                 f"{samples['effective']:,}" if samples else "",
             )
+
+
+def _figure(value: float) -> str:
+    """A perplexity of a model that knows nothing may have thirty digits."""
+    return f"{value:,.4f}" if abs(value) < 1e6 else f"{value:.3e}"
 
 
 def _print_table_3(results: dict[str, Any], terminal: TextIO) -> None:
