@@ -110,12 +110,25 @@ def _throughput(found: dict[str, Any]) -> str:
     return "\n".join(tables)
 
 
+def _length(found: dict[str, Any]) -> str:
+    """The loss of each part of the samples, by model and remedy, over its seeds."""
+    rows = []
+    for model, by_seed in found["models"].items():
+        seeds = [*by_seed.values()]
+        for remedy in seeds[0]["loss"]:
+            of_parts = zip(*(seed["loss"][remedy] for seed in seeds), strict=True)
+            rows.append((model, remedy, *(Spread.of([*losses]).text(".2f") for losses in of_parts)))
+    starts = next(iter(found["models"].values()))["1"]["starts"]
+    return _markdown(("model", "remedy", *(f"from {start:,}" for start in starts)), rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "position_encoding": _position_encoding,
     "mqar": _mqar,
     "scaling": _scaling,
     "stability": _stability,
     "throughput": _throughput,
+    "length": _length,
 }
 
 
