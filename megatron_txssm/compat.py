@@ -9,6 +9,7 @@ import atexit
 import functools
 import gc
 import queue
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,8 +81,7 @@ def mend_megatron() -> None:
     _collect_save_results_in_rank()
     # At every save Megatron collects garbage, now without a look at all that was imported: a third of a second each.
     gc.freeze()
-    # What is still frozen at the end is never freed, and a library that counts its objects (Triton 3.9) lists them all.
-    atexit.register(gc.unfreeze)
+    atexit.register(_unfreeze_for_triton)
     _resume_under_another_schedule()
     _continue_schedules()
     _log_load_balance_on_every_stage()
@@ -94,6 +94,16 @@ def _use_compiled_dataset_helpers() -> None:
 
     if not (Path(utils.__file__).parent / "Makefile").exists():
         utils.compile_helpers = lambda: None
+
+
+def _unfreeze_for_triton() -> None:
+    """Let Triton 3.9 free its objects at the end of Python: it counts them (nanobind's), and would list what is left.
+
+    Other versions do not count, and need not wait for the second that it takes.
+    """
+    library = sys.modules.get("triton._C.libtriton")
+    if library is not None and any(type(value).__module__ == "nanobind" for value in vars(library).values()):
+        gc.unfreeze()
 
 
 def _collect_save_results_in_rank() -> None:
