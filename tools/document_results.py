@@ -122,6 +122,22 @@ def _length(found: dict[str, Any]) -> str:
     return _markdown(("model", "remedy", *(f"from {start:,}" for start in starts)), rows)
 
 
+def _merge(found: dict[str, Any]) -> str:
+    """The loss of each model, and how far it is from the first one's, seed by seed."""
+    base, *_ = found["loss"].values()
+    return _markdown(
+        ("model", "loss", "against the last step"),
+        (
+            (
+                model,
+                Spread.of([*by_seed.values()]).text(".3f"),
+                Spread.of([by_seed[seed] - base[seed] for seed in by_seed]).text("+.3f"),
+            )
+            for model, by_seed in found["loss"].items()
+        ),
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "position_encoding": _position_encoding,
     "mqar": _mqar,
@@ -129,6 +145,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "stability": _stability,
     "throughput": _throughput,
     "length": _length,
+    "merge": _merge,
 }
 
 
