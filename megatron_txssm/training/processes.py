@@ -1,6 +1,7 @@
 """Starts a run's workers, one process each, on this machine; under torchrun or srun, this process is one of them."""
 
 import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -191,6 +192,8 @@ class _StopSignals:
 
     def __enter__(self) -> "_StopSignals":
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        # A second signal interrupts the handler of the first, and must not find the module half imported.
+        importlib.import_module("psutil")
         # Ignored signals stay ignored: nohup, and background jobs of a script.
         heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
         self.previous = {number: signal.signal(number, self._handle) for number in heard}

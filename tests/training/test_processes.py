@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -246,6 +247,16 @@ def test_the_second_ctrl_c_ends_workers_that_do_not_stop(
     output = capfd.readouterr()
     assert "stopped; there is no checkpoint to resume from" in output.out
     assert output.err == ""
+
+
+def test_a_handler_of_signals_imports_nothing() -> None:
+    """A second signal may interrupt it: `timeout` sends its own twice."""
+    script = (
+        "import sys; from megatron_txssm.training.processes import _StopSignals\n"
+        "with _StopSignals(saves=False): print('psutil' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
 
 
 def test_ctrl_c_while_the_workers_start_is_quiet(
