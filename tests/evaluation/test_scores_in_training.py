@@ -73,6 +73,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "logging.eval_interval": 1,
         "logging.eval_iters": 1,
         "evaluation.num_fewshot": 1,
+        # Batches whose longest texts are of several lengths.
+        "evaluation.batch_size": 3,
     }
     asked = (tasks["multiple_choice"], tasks["loglikelihood_rolling"])
     scored: Changes = {"evaluation.tasks": asked, "evaluation.interval": 1}
