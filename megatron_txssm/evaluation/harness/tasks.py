@@ -54,7 +54,7 @@ def load_tasks(
         stated = BENCHMARKS[name].num_fewshot if name in BENCHMARKS else None
         for task in found["tasks"].values():
             _set_fewshot(task, stated if num_fewshot is None else num_fewshot)
-            check_metrics(name, task)
+            _check_metrics(name, task)
         _check_names_differ(name, found["tasks"], loaded.tasks["tasks"])
         for part, members in found.items():
             loaded.tasks[part].update(members)
@@ -137,7 +137,7 @@ def unusable(file: str, error: BaseException) -> UserError:
     return UserError(f"--tasks {file}: lm_eval cannot use this file ({type(error).__name__}: {reason}); mend it")
 
 
-def check_metrics(name: str, task: Any) -> None:
+def _check_metrics(name: str, task: Any) -> None:
     """UserError if a task has a metric, or a way to average it, that lm_eval does not know.
 
     name: what --tasks calls it. lm_eval itself leaves out such a metric, or fails when all answers are there.
